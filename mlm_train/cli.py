@@ -1,0 +1,85 @@
+"""The `mlm-train` command: finds a command's module, runs it, turns errors into one clear line.
+
+A command is a module with `HELP`, `add_arguments(parser)` and `run(args)`. Only the chosen one is
+imported, so `mlm-train --help` answers at once.
+"""
+
+import argparse
+import importlib
+import sys
+import traceback
+
+from mlm_train import __version__
+from mlm_train.errors import UserError
+
+COMMANDS = {
+    "data": "mlm_train.data.command",
+    "pretrain": "mlm_train.train.command",
+    "launch": "mlm_train.parallel.launch_command",
+    "export": "mlm_train.checkpoint.export_command",
+    "tol": "mlm_train.tol.command",
+    "generate": "mlm_train.inference.command",
+    "evaluate": "mlm_train.evaluate.command",
+    "monitor": "mlm_train.monitor.command",
+    "doctor": "mlm_train.doctor",
+}
+SUMMARY = {
+    "data": "collect text, tokenise it, look at it",
+    "pretrain": "train a model (on one process, or on every rank of a torchrun)",
+    "launch": "start pretrain on several processes of this machine",
+    "export": "write a Hugging Face folder from a checkpoint",
+    "tol": "build and verify token-wise lookups (ToL)",
+    "generate": "continue a prompt, with FFN-M computed or looked up",
+    "evaluate": "perplexity of an exported model, or its logits",
+    "monitor": "show a run in TensorBoard",
+    "doctor": "say what this machine can run",
+}
+
+
+def build_parser(chosen: str | None) -> argparse.ArgumentParser:
+    """The parser; only the chosen command's arguments are added."""
+    parser = argparse.ArgumentParser(
+        prog="mlm-train",
+        description="Distributed pretraining of MemoryLLM: feed-forward memory that can be looked up.",
+        epilog="example:\n  mlm-train pretrain configs/micro.yaml train.steps=20\n\n"
+        "'mlm-train COMMAND --help' shows a command with examples.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"mlm-train {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, module_name in COMMANDS.items():
+        if name != chosen:
+            commands.add_parser(name, help=SUMMARY[name])
+            continue
+        module = importlib.import_module(module_name)
+        sub = commands.add_parser(
+            name,
+            help=SUMMARY[name],
+            description=module.HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument("--debug", action="store_true", help="show a traceback for errors")
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command; exit 0, or 2 for bad input, 1 for a fault of ours, 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    args = build_parser(chosen).parse_args(argv)
+    try:
+        code = args.run(args)
+    except UserError as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"mlm-train: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("mlm-train: stopped by the user", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of a pipe went away: nothing to say
+        raise SystemExit(1) from None
+    raise SystemExit(code or 0)

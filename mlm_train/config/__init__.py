@@ -1,0 +1,32 @@
+"""Typed configuration: the schema, and YAML with dotted overrides."""
+
+from mlm_train.config.load import dump_config, load_config
+from mlm_train.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    MemoryConfig,
+    ModelConfig,
+    MonitorConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Ramp,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "MemoryConfig",
+    "ModelConfig",
+    "MonitorConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "Ramp",
+    "ScheduleConfig",
+    "TrainConfig",
+    "dump_config",
+    "load_config",
+]

@@ -1,0 +1,132 @@
+"""YAML plus dotted overrides -> Config, with errors that name the field, the value and the fix."""
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from mlm_train.config.schema import Config
+from mlm_train.config.section import Section
+from mlm_train.errors import UserError
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply overrides such as `train.steps=20` (values are YAML).
+
+    Raises UserError for a missing file, bad YAML, an unknown key, or a value out of range.
+    """
+    tree = read_yaml(Path(path))
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """Validate a nested mapping; pydantic's findings become one clear line."""
+    _refuse_unknown(tree, Config, "")
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_one_line(error)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML, in the schema's order; load_config reads it back."""
+    tree = config.model_dump(mode="json", exclude_none=True)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file whose top level is a mapping."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file"
+        raise UserError(f"config {path} does not exist; {hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        where = str(error).replace("\n", " ")
+        raise UserError(f"config {path} is not YAML: {where}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"config {path}: the top level must be sections such as model: and train:")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise UserError(f"override {override!r}: write section.field=value, such as train.steps=20")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not YAML") from None
+    if isinstance(value, str):
+        try:
+            value = float(value)  # YAML 1.1 reads 1e-4 as text
+        except ValueError:
+            pass
+    node = tree
+    for part in parts[:-1]:
+        child = node.get(part)
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {part} is a value, not a section")
+        node = child
+    node[parts[-1]] = value
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    """The Section inside a field's annotation, `Section | None` included."""
+    candidates = (
+        typing.get_args(annotation)
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        else (annotation,)
+    )
+    for candidate in candidates:
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def _refuse_unknown(tree: dict[str, Any], section: type[Section], prefix: str) -> None:
+    for key, value in tree.items():
+        field = section.model_fields.get(key)
+        if field is None:
+            raise UserError(f"unknown config key {prefix}{key}; {_nearest(str(key), section, prefix)}")
+        inner = _section_of(field.annotation)
+        if inner is None:
+            continue
+        if isinstance(value, dict):
+            _refuse_unknown(value, inner, f"{prefix}{key}.")
+        elif value is not None:
+            raise UserError(f"{prefix}{key} is a section: write fields below it, not {value!r}")
+
+
+def _nearest(key: str, section: type[Section], prefix: str) -> str:
+    """What the user may have meant: a key here, or one of that name in another section."""
+    near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean {prefix}{near[0]}?"
+    for name, field in Config.model_fields.items():
+        inner = _section_of(field.annotation)
+        near = difflib.get_close_matches(key, inner.model_fields, n=1, cutoff=0.7) if inner else []
+        if near:
+            return f"did you mean {name}.{near[0]}?"
+    return f"known keys: {', '.join(section.model_fields)}"
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("list[", "float")))
+    if first["type"] == "missing":
+        return f"config: {where} is missing; set it in the YAML or as {where}=..."
+    text = first["msg"].removeprefix("Value error, ")
+    return f"{where}={first['input']!r}: {text[0].lower()}{text[1:]}"

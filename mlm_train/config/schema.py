@@ -1,0 +1,197 @@
+"""The typed schema of a run: one YAML, nine sections. Units stand in the descriptions."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from mlm_train.config.model import ModelConfig
+from mlm_train.config.section import Section, blame
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "MemoryConfig",
+    "ModelConfig",
+    "MonitorConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "Ramp",
+    "ScheduleConfig",
+    "TrainConfig",
+]
+
+
+class DataConfig(Section):
+    """What is read."""
+
+    path: str = Field(description="folder written by `mlm-train data prepare`")
+    sequence_length: int = Field(2048, ge=1, description="tokens a sequence")
+
+
+class ParallelConfig(Section):
+    """How the ranks share the work. The data-parallel size is world / (tensor * pipeline)."""
+
+    tensor: int = Field(1, ge=1, description="ranks that share each layer")
+    pipeline: int = Field(1, ge=1, description="stages that share the layers")
+    zero_stage: Literal[0, 1] = Field(
+        1, description="DeepSpeed ZeRO: 1 shards optimizer state over data parallel, 0 does not"
+    )
+    timeout: float = Field(600.0, gt=0, description="seconds a collective may take before a rank fails")
+
+
+class MemoryConfig(Section):
+    """How FFN-M is executed in training."""
+
+    mode: Literal["per_token", "unique"] = Field(
+        "unique",
+        description="per_token: at every position, as the paper does. "
+        "unique: once per distinct token of a micro-batch (exactly the same gradients).",
+    )
+
+
+class OptimizerConfig(Section):
+    """AdamW with global clipping."""
+
+    lr: float = Field(1e-4, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="decay of the two moments")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled decay; none on norms")
+    decay_embeddings: bool = Field(True, description="whether embedding and head decay too")
+    clip: float = Field(1.0, ge=0, description="global gradient norm is clipped to this; 0: not")
+
+
+class ScheduleConfig(Section):
+    """The learning rate over steps."""
+
+    kind: Literal["cosine", "wsd"] = Field(
+        "cosine", description="cosine, or wsd: warm-up, stable, linear decay at the end"
+    )
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up from 0, steps")
+    decay_steps: int | None = Field(None, ge=1, description="wsd: length of the last decay, steps")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end")
+
+
+class Ramp(Section):
+    """Global batch that grows from `start` by `increment` over the first `samples` sequences."""
+
+    start: int = Field(ge=1, description="first global batch, sequences")
+    increment: int = Field(ge=1, description="growth at each stage, sequences")
+    samples: int = Field(ge=1, description="sequences after which the full batch is reached")
+
+
+class TrainConfig(Section):
+    """How long, how much at once, in which precision."""
+
+    output: str = Field(description="folder of the run: config, checkpoints, TensorBoard, log")
+    steps: int = Field(ge=1, description="optimizer steps")
+    global_batch: int = Field(ge=1, description="sequences a step, over all ranks")
+    micro_batch: int = Field(ge=1, description="sequences a forward pass on one rank")
+    ramp: Ramp | None = Field(None, description="optional growth of the global batch")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16: autocast of the compute; weights and gradients stay fp32"
+    )
+    seed: int = Field(1234, ge=0, description="of the initial weights and of the sample order")
+    z_loss: float = Field(1e-6, ge=0, description="weight of the mean squared log-sum-exp")
+    evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
+    evaluate_samples: int = Field(64, ge=1, description="validation sequences, always the same ones")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where it is")
+    stop_after: int | None = Field(
+        None, ge=1, description="end cleanly after this many steps of this launch, with a checkpoint"
+    )
+
+
+class CheckpointConfig(Section):
+    """What survives."""
+
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    resume: bool = Field(True, description="continue from the newest checkpoint of train.output")
+    warm_start: str | None = Field(
+        None, description="checkpoint or export whose weights (nothing else) a new run starts from"
+    )
+
+
+class MonitorConfig(Section):
+    """What is seen."""
+
+    tensorboard: bool = Field(True, description="write events below train.output/tensorboard")
+    log_every: int = Field(1, ge=1, description="steps between log lines and events")
+    peak_tflops: float | None = Field(
+        None, gt=0, description="arithmetic peak of one rank, 1e12 FLOP/s; MFU is shown when set"
+    )
+
+
+class Config(Section):
+    """A whole run."""
+
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
+    memory: MemoryConfig | None = Field(None, description="not with model.kind=base")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Self:
+        """Everything that involves two fields; the world size comes in parallel/topology.py."""
+        self._check_memory()
+        self._check_schedule()
+        self._check_batch()
+        if self.data.sequence_length > self.model.max_position_embeddings:
+            blame(
+                "data.sequence_length",
+                self.data.sequence_length,
+                f"is longer than model.max_position_embeddings={self.model.max_position_embeddings}",
+            )
+        for axis in ("tensor", "pipeline"):
+            if getattr(self.parallel, axis) != 1:
+                blame(
+                    f"parallel.{axis}",
+                    getattr(self.parallel, axis),
+                    "this version trains with data parallelism only; set it to 1",
+                )
+        return self
+
+    def _check_memory(self) -> None:
+        if self.model.has_memory and self.memory is None:
+            self._fill("memory", MemoryConfig())
+        if not self.model.has_memory and self.memory is not None:
+            blame("memory.mode", self.memory.mode, "has no effect with model.kind=base; leave it out")
+
+    def _check_schedule(self) -> None:
+        schedule, steps = self.schedule, self.train.steps
+        if schedule.min_lr > self.optimizer.lr:
+            blame("schedule.min_lr", schedule.min_lr, f"is above optimizer.lr={self.optimizer.lr}")
+        if schedule.kind == "cosine" and schedule.decay_steps is not None:
+            blame("schedule.decay_steps", schedule.decay_steps, "has an effect only with schedule.kind=wsd")
+        if schedule.kind == "wsd" and schedule.decay_steps is None:
+            blame("schedule.decay_steps", None, "schedule.kind=wsd needs it: the steps of the last decay")
+        if schedule.warmup_steps + (schedule.decay_steps or 0) > steps:
+            blame(
+                "schedule.warmup_steps",
+                schedule.warmup_steps,
+                f"warm-up and decay are longer than train.steps={steps}",
+            )
+
+    def _check_batch(self) -> None:
+        train, ramp = self.train, self.train.ramp
+        if train.global_batch % train.micro_batch:
+            blame(
+                "train.global_batch",
+                train.global_batch,
+                f"must be a multiple of train.micro_batch={train.micro_batch}",
+            )
+        if ramp is None:
+            return
+        if ramp.start >= train.global_batch:
+            blame("train.ramp.start", ramp.start, f"must be below train.global_batch={train.global_batch}")
+        if (train.global_batch - ramp.start) % ramp.increment:
+            blame(
+                "train.ramp.increment",
+                ramp.increment,
+                f"must divide global_batch - start = {train.global_batch - ramp.start}",
+            )

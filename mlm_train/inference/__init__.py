@@ -1,0 +1,1 @@
+"""Decoding: one engine over a model and any memory source."""

@@ -1,0 +1,19 @@
+"""FFN-M at every position: the paper's way, and the reference."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mlm_train.model.block import MemoryBlock
+from mlm_train.model.source import MemoryReader
+
+
+class PerToken:
+    """A memory source that computes FFN_M(N_m(x0)) for each position."""
+
+    def __init__(self, blocks: Sequence[MemoryBlock]) -> None:
+        self.blocks = blocks
+
+    def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
+        """x0 [batch, sequence, hidden]; ids are not needed."""
+        return lambda layer: self.blocks[layer].ffn_m(x0)

@@ -1,0 +1,1 @@
+"""The model in plain torch. Nothing here knows of processes, data or files."""

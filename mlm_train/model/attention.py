@@ -1,0 +1,68 @@
+"""Causal self-attention with grouped key-value heads."""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlm_train.config import ModelConfig
+from mlm_train.model.linear import FusedLinear
+from mlm_train.model.rope import rotate
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of the tokens before; inference/ has one."""
+
+    @property
+    def length(self) -> int:
+        """Tokens already held."""
+        ...
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add [batch, kv_heads, new, head_dim]; return all, old ones first."""
+        ...
+
+
+class Attention(nn.Module):
+    """Attn of the paper: Llama's, no bias."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.kv_heads
+        self.head_dim = config.attention_head_dim
+        width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.qkv_proj = FusedLinear(
+            config.hidden_size, {"q_proj": width, "k_proj": kv_width, "v_proj": kv_width}
+        )
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        layer: int = 0,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """x [batch, sequence, hidden] -> the same shape; a cache adds the tokens before."""
+        batch, length, _ = x.shape
+        qkv = self.qkv_proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        query, key = rotate(query, *rope), rotate(key, *rope)
+        mask = None
+        if cache is not None:
+            past = cache.length
+            key, value = cache.append(layer, key, value)
+            if past and length > 1:
+                ones = torch.ones(length, past + length, dtype=torch.bool, device=x.device)
+                mask = ones.tril(past)
+        out = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None and length > 1,
+            enable_gqa=self.heads != self.kv_heads,
+        )
+        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))

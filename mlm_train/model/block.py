@@ -1,0 +1,76 @@
+"""One layer of each kind."""
+
+from torch import Tensor, nn
+
+from mlm_train.config import ModelConfig
+from mlm_train.model.attention import Attention, KeyValueCache
+from mlm_train.model.feedforward import LinearFFN, SwiGLU
+from mlm_train.model.source import MemoryReader
+
+
+class BaseBlock(nn.Module):
+    """Llama: y = x + Attn(N1(x)); x' = y + FFN(N2(y))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        read: MemoryReader | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """x [batch, sequence, hidden] -> the same shape. `read` is not used."""
+        y = x + self.self_attn(self.input_layernorm(x), rope, self.layer, cache)
+        return y + self.mlp(self.post_attention_layernorm(y))
+
+
+class MemoryBlock(nn.Module):
+    """x' = x + Attn(N(x)) [+ FFN_C(N_c(x))] + alpha * m, with m from a memory source.
+
+    `with_memory=False` leaves FFN-M's weights out: the source is then a ToL.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, with_memory: bool = True) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.layer, self.alpha = layer, config.alpha(layer)
+        self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.self_attn = Attention(config)
+        self.compute_mlp: nn.Module | None = None
+        if config.kind == "flex":
+            form = SwiGLU if config.compute_form == "swiglu" else LinearFFN
+            assert config.compute_intermediate_size is not None
+            self.after_attention = config.compute_input == "post_attention"
+            self.compute_layernorm = nn.RMSNorm(hidden, eps=eps)
+            self.compute_mlp = form(hidden, config.compute_intermediate_size)
+        if with_memory:
+            self.memory_layernorm = nn.RMSNorm(hidden, eps=eps)
+            self.memory_mlp = SwiGLU(hidden, config.intermediate_size)
+
+    def ffn_m(self, x0: Tensor) -> Tensor:
+        """FFN_M(N_m(x0)): the one function that trains, builds the ToL and serves. [..., hidden]."""
+        return self.memory_mlp(self.memory_layernorm(x0))
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        read: MemoryReader,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """x [batch, sequence, hidden] -> the same shape."""
+        y = x + self.self_attn(self.input_layernorm(x), rope, self.layer, cache)
+        if self.compute_mlp is not None:
+            context = y if self.after_attention else x
+            y = y + self.compute_mlp(self.compute_layernorm(context))
+        if self.alpha == 0.0:
+            return y
+        memory = read(self.layer)
+        return y + (memory if self.alpha == 1.0 else self.alpha * memory)

@@ -1,0 +1,35 @@
+"""Feed-forward networks. FFN, FFN-M and the default FFN-C are the same SwiGLU."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlm_train.model.linear import FusedLinear
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), no bias (arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up_proj = FusedLinear(
+            hidden_size, {"gate_proj": intermediate_size, "up_proj": intermediate_size}
+        )
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., hidden] -> [..., hidden]."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class LinearFFN(nn.Module):
+    """FFN-C as the paper words it, "a linear dense module": down(up(x)), no bias."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., hidden] -> [..., hidden]."""
+        return self.down_proj(self.up_proj(x))

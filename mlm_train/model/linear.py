@@ -1,0 +1,15 @@
+"""Linear products without bias; several that share an input are one product."""
+
+from torch import nn
+
+
+class FusedLinear(nn.Linear):
+    """Products of one input stacked along the output: one matmul instead of several.
+
+    `parts` maps each product's logical name (`q_proj`) to its rows of the weight; outside the running
+    model (initialisation, checkpoints, exports) only the logical names exist (model/logical.py).
+    """
+
+    def __init__(self, in_features: int, parts: dict[str, int]) -> None:
+        super().__init__(in_features, sum(parts.values()), bias=False)
+        self.parts = parts

@@ -1,0 +1,1 @@
+"""Token-wise lookups (ToL): FFN-M of every vocabulary token, precomputed, stored and served."""
