@@ -1,5 +1,6 @@
 """YAML plus dotted overrides -> Config, with errors that name the field, the value and the fix."""
 
+import contextlib
 import difflib
 import types
 import typing
@@ -68,10 +69,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: the value is not YAML") from None
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)  # YAML 1.1 reads 1e-4 as text
-        except ValueError:
-            pass
     node = tree
     for part in parts[:-1]:
         child = node.get(part)
