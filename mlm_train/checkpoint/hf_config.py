@@ -1,0 +1,132 @@
+"""config.json of an export: our ModelConfig in Hugging Face's words, and back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mlm_train.config import ModelConfig
+from mlm_train.errors import UserError
+
+_SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "max_position_embeddings",
+)
+_FLEX = ("compute_intermediate_size", "compute_form", "compute_input")
+# What a Llama's config.json may leave out, because transformers has a default for it.
+_OPTIONAL_IN_LLAMA = ("num_key_value_heads", "head_dim", "tie_word_embeddings")
+
+
+def config_json(
+    config: ModelConfig, dtype: str = "float32", eos_token_id: int | None = None
+) -> dict[str, Any]:
+    """The mapping that config.json holds; `base` is a Llama for transformers.
+
+    rope_theta stands at the top level (transformers 4) and in rope_parameters (transformers 5), the
+    dtype as torch_dtype and dtype likewise.
+    """
+    tree: dict[str, Any] = {
+        "architectures": ["MemoryLLMForCausalLM" if config.has_memory else "LlamaForCausalLM"],
+        "model_type": "memoryllm" if config.has_memory else "llama",
+        "kind": config.kind,
+        **{name: getattr(config, name) for name in _SHARED},
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "compute_intermediate_size": config.compute_intermediate_size,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "initializer_range": config.init_std,
+        "bos_token_id": None,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": None,
+        "use_cache": True,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+    if config.has_memory:
+        tree["memory_scale"] = config.memory_scale
+    if config.kind == "flex":
+        tree |= {name: getattr(config, name) for name in _FLEX}
+    return tree
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The ModelConfig of an export folder; a plain Hugging Face Llama is kind base.
+
+    Raises UserError for a missing or broken config.json, and for a Llama this model cannot express.
+    """
+    file = Path(path) / "config.json"
+    tree = read_json(file, "give a folder written by `mlm-train export`")
+    kind = _kind(tree, file)
+    fields: dict[str, Any] = {"kind": kind}
+    for name in _SHARED:
+        if tree.get(name) is not None:
+            fields[name] = tree[name]
+        elif kind != "base" or name not in _OPTIONAL_IN_LLAMA:
+            raise UserError(f"{file}: {name} is missing; export the model again")
+    fields["rope_theta"] = _rope_theta(tree, file)
+    if "initializer_range" in tree:
+        fields["init_std"] = tree["initializer_range"]
+    for name in ("memory_scale",) * (kind != "base") + _FLEX * (kind == "flex"):
+        if tree.get(name) is None:
+            raise UserError(f"{file}: {name} is missing; export the model again")
+        fields[name] = tree[name]
+    try:
+        return ModelConfig.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{file}: {where}={first['input']!r}: {first['msg']}") from None
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def read_json(file: Path, fix: str) -> dict[str, Any]:
+    """A JSON file whose top level is a mapping; UserError naming the file and `fix` otherwise."""
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{file} does not exist; {fix}") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}); {fix}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{file} holds no JSON object; {fix}")
+    return tree
+
+
+def _kind(tree: dict[str, Any], file: Path) -> str:
+    model_type, kind = tree.get("model_type"), tree.get("kind", "base")
+    if model_type not in ("llama", "memoryllm"):
+        raise UserError(f"{file}: model_type={model_type!r} is not supported; it must be llama or memoryllm")
+    if kind not in (("base",) if model_type == "llama" else ("memory", "flex")):
+        raise UserError(f"{file}: kind={kind!r} does not go with model_type={model_type!r}; export again")
+    if tree.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{file}: hidden_act={tree['hidden_act']!r} is not supported; it must be silu")
+    for name in ("attention_bias", "mlp_bias"):
+        if tree.get(name):
+            raise UserError(f"{file}: {name}=true is not supported; the model has no biases")
+    return kind
+
+
+def _rope_theta(tree: dict[str, Any], file: Path) -> float:
+    """The rotary base, from either place; scaled rotary embeddings are refused."""
+    rope = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    if rope_type != "default":
+        raise UserError(f"{file}: rope_type={rope_type!r} is not supported; it must be default")
+    theta = tree.get("rope_theta", rope.get("rope_theta"))
+    if theta is None:
+        raise UserError(f"{file}: rope_theta is missing; add it (a Llama 2 has 10000.0)")
+    return theta

@@ -1,0 +1,248 @@
+"""Exports: a Hugging Face folder of config.json and safetensors weights. No pickle is read or written."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mlm_train.checkpoint.hf_config import config_json, read_config, read_json
+from mlm_train.config import ModelConfig
+from mlm_train.errors import UserError
+from mlm_train.files import refuse_used, sha256_of, sync, writing
+from mlm_train.model.logical import named_pieces, pieces
+from mlm_train.model.rope import RotaryEmbedding
+from mlm_train.model.transformer import Transformer
+
+__all__ = [
+    "FolderTensors",
+    "config_json",
+    "expected_shapes",
+    "fingerprint",
+    "load_model",
+    "open_tensors",
+    "read_config",
+    "write_folder",
+]
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 4 * 2**30
+
+
+def expected_shapes(config: ModelConfig, with_memory: bool = True) -> dict[str, torch.Size]:
+    """Name -> shape of every tensor of an export, in the order of the model."""
+    with torch.device("meta"):
+        model = Transformer(config, with_memory)
+    return {name: tensor.shape for name, tensor in named_pieces(model)}
+
+
+def write_folder(
+    path: str | Path,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    tokenizer_files: Iterable[str | Path] = (),
+    dtype: torch.dtype = torch.float32,
+    shard_bytes: int = SHARD_BYTES,
+    eos_token_id: int | None = None,
+) -> None:
+    """Write an export; the folder appears under its name only when it is whole.
+
+    `tensors`: export names and logical tensors (`named_pieces(model)`); given as an iterable, at most
+    `shard_bytes` of them are held. Equal weights in equal order give equal bytes. Raises UserError for a
+    non-empty folder, a missing tokenizer file, a full disk, and tensors that do not fit the config.
+    """
+    path = Path(path)
+    refuse_used(path)
+    copies = [Path(file) for file in tokenizer_files]
+    for file in copies:
+        if not file.is_file():
+            raise UserError(f"tokenizer file {file} does not exist; give the path of a file")
+    draft = path.absolute().with_name(f".{path.absolute().name}.unfinished")
+    pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+    with writing(path):
+        shutil.rmtree(draft, ignore_errors=True)  # of a killed export: never under a final name
+        draft.mkdir(parents=True)
+        try:
+            _write_weights(draft, _checked(pairs, config), dtype, shard_bytes)
+            tree = config_json(config, str(dtype).removeprefix("torch."), eos_token_id)
+            _write_json(draft / "config.json", tree)
+            for file in copies:
+                shutil.copyfile(file, draft / file.name)
+            for file in draft.iterdir():
+                sync(file)
+            draft.rename(path)
+            sync(draft.parent)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+
+
+def _checked(pairs: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    missing = expected_shapes(config)
+    for name, tensor in pairs:
+        if name not in missing:
+            raise UserError(f"tensor {name} does not belong to a {config.kind} model, or comes twice")
+        if tensor.shape != missing[name]:
+            raise UserError(f"tensor {name} has shape {list(tensor.shape)}, not {list(missing[name])}")
+        del missing[name]
+        yield name, tensor
+    if missing:
+        raise UserError(f"tensor {next(iter(missing))} is missing from the weights to export")
+
+
+def _write_weights(
+    folder: Path, pairs: Iterator[tuple[str, Tensor]], dtype: torch.dtype, shard_bytes: int
+) -> None:
+    """One file, or shards of at most `shard_bytes` (a larger tensor is a shard alone) and their index."""
+    shards: list[list[str]] = []
+    batch: dict[str, Tensor] = {}
+    held = total = 0
+
+    def flush() -> None:
+        nonlocal held
+        try:
+            save_file(batch, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
+        shards.append(list(batch))
+        batch.clear()
+        held = 0
+
+    for name, tensor in pairs:
+        # A copy even where the type is right: views of a fused weight share one storage.
+        tensor = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+        if batch and held + tensor.nbytes > shard_bytes:
+            flush()
+        batch[name] = tensor
+        held += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / SINGLE)
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{number}").rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_json(file: Path, tree: dict[str, Any]) -> None:
+    file.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+
+
+class FolderTensors:
+    """Lazy access to an export's tensors by name, memory-mapped; a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file_of: dict[str, Any] = {}
+        for file in _weight_files(path):
+            try:
+                opened = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                reason = str(error).replace("\n", " ")
+                raise UserError(f"{file} is damaged ({reason}); export the model again") from None
+            self._file_of |= dict.fromkeys(opened.keys(), opened)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file_of.clear()  # the maps close with their last reference
+
+    def names(self) -> list[str]:
+        """Every tensor's name, sorted."""
+        return sorted(self._file_of)
+
+    def shape(self, name: str) -> torch.Size:
+        """A tensor's shape, from the header alone."""
+        return torch.Size(self._slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor in its stored type."""
+        return self.rows(name, 0, None)
+
+    def rows(self, name: str, start: int, stop: int | None) -> Tensor:
+        """Rows [start, stop) of a tensor; nothing else is read."""
+        return self._slice(name)[start:stop]
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._file_of:
+            raise UserError(f"{self.path}: tensor {name} is missing; export the model again")
+        return self._file_of[name].get_slice(name)
+
+    def check(self, config: ModelConfig) -> None:
+        """UserError naming the first tensor that is missing, surplus or of another shape."""
+        expected = expected_shapes(config)
+        for name, shape in expected.items():
+            if self.shape(name) != shape:
+                found = list(self.shape(name))
+                raise UserError(
+                    f"{self.path}: tensor {name} has shape {found}, not {list(shape)} as config.json says"
+                )
+        surplus = sorted(self._file_of.keys() - expected.keys())
+        if surplus:
+            raise UserError(f"{self.path}: tensor {surplus[0]} does not belong to a {config.kind} model")
+
+
+def open_tensors(path: str | Path) -> FolderTensors:
+    """Open an export's weights; UserError for a missing or damaged file."""
+    return FolderTensors(Path(path))
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if not (path / INDEX).exists():
+        if not (path / SINGLE).is_file():
+            raise UserError(f"{path} has no {SINGLE}; give a folder written by `mlm-train export`")
+        return [path / SINGLE]
+    weight_map = read_json(path / INDEX, "export the model again").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path / INDEX} has no weight_map; export the model again")
+    files = []
+    for name in sorted(set(map(str, weight_map.values()))):
+        if Path(name).name != name or not (path / name).is_file():
+            raise UserError(f"{path / name} is named by {INDEX} and missing; export the model again")
+        files.append(path / name)
+    return files
+
+
+def load_model(path: str | Path, with_memory: bool = True, dtype: torch.dtype = torch.float32) -> Transformer:
+    """The model of an export, in eval mode on the CPU, without gradients.
+
+    `with_memory=False` builds and reads everything but FFN-M, which a ToL then serves. Every tensor is
+    read straight into its place. Raises UserError for a folder that is not a whole export.
+    """
+    path = Path(path)
+    config = read_config(path)
+    with torch.device("meta"):
+        model = Transformer(config, with_memory)
+    model.to(dtype).to_empty(device="cpu").requires_grad_(False)
+    # A buffer that no export holds; it stays fp32, as angles of far positions need it.
+    model.rotary = RotaryEmbedding(config.attention_head_dim, config.rope_theta)
+    parameters = dict(model.named_parameters())
+    with open_tensors(path) as tensors:
+        tensors.check(config)
+        for piece in pieces(model):
+            piece.of(parameters[piece.parameter]).copy_(tensors.tensor(piece.name))
+    return model.eval()
+
+
+def fingerprint(path: str | Path) -> str:
+    """SHA-256 over config.json and the weight files: names a model, whatever its folder is called."""
+    path = Path(path)
+    read_config(path)
+    total = hashlib.sha256()
+    for file in (path / "config.json", *_weight_files(path)):
+        total.update(f"{file.name} {sha256_of(file)}\n".encode())
+    return total.hexdigest()
