@@ -1,13 +1,15 @@
 """Which samples a rank trains on: a share of each global batch, whatever the data-parallel size."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mlm_train.data.samples import Samples
 from mlm_train.model.loss import IGNORED
 from mlm_train.parallel.topology import Topology
+
+if TYPE_CHECKING:
+    from mlm_train.data.samples import Samples
 
 
 class MicroBatch(NamedTuple):
@@ -18,7 +20,7 @@ class MicroBatch(NamedTuple):
 
 
 def step_batches(
-    samples: Samples, cursor: int, global_batch: int, micro_batch: int, topology: Topology
+    samples: "Samples", cursor: int, global_batch: int, micro_batch: int, topology: Topology
 ) -> list[MicroBatch]:
     """This rank's micro-batches of the step that takes samples cursor .. cursor+global_batch-1.
 
@@ -34,7 +36,7 @@ def step_batches(
 
 
 def evaluation_batches(
-    samples: Samples, count: int, micro_batch: int, topology: Topology
+    samples: "Samples", count: int, micro_batch: int, topology: Topology
 ) -> list[MicroBatch]:
     """This rank's share of the first `count` samples; every rank gets as many, of one shape.
 
