@@ -22,6 +22,9 @@ examples:
   mlm-train evaluate --model runs/micro-export --tokens ids.safetensors --dump-logits out.safetensors"""
 
 
+CHUNK_WINDOWS = 4096  # windows counted at once
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("--model", required=True, help="export folder")
@@ -79,7 +82,7 @@ def _perplexities(args: argparse.Namespace) -> dict[str, Any]:
     if args.tol is not None:
         from mlm_train.tol.store import TolSource
 
-        source = TolSource.open_folder(Path(args.tol), config)
+        source = TolSource(args.tol, config)
     elif config.has_memory:
         source = make_source("unique", model.memory_blocks())
     starts = track(
@@ -99,12 +102,11 @@ def _perplexities(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_tokenizer(folder: Path, data: "PreparedData") -> None:
     """Refuse data whose ids come from another tokenizer than the export's own."""
-    from mlm_train.data.tokenizer import find_tokenizer, sha256_of
-
-    tokenizer = find_tokenizer(folder)
-    if tokenizer is not None and sha256_of(tokenizer) != data.manifest["tokenizer"]["sha256"]:
+    name, expected = data.manifest.tokenizer.file, data.manifest.tokenizer.sha256
+    kinds = [folder / file for file in ("tokenizer.model", "tokenizer.json") if (folder / file).is_file()]
+    if kinds and (kinds[0].name != name or sha256_of(kinds[0]) != expected):
         raise UserError(
-            f"{tokenizer} is not the tokenizer of {data.path} (hashes differ): "
+            f"{kinds[0]} is not the tokenizer of {data.path} (hashes differ): "
             "prepare the data with the model's tokenizer"
         )
 
@@ -125,16 +127,16 @@ def _baselines(
     from mlm_train.checkpoint.folders import resolve
     from mlm_train.checkpoint.load import config_of, open_checkpoint
     from mlm_train.data.samples import Samples
-    from mlm_train.evaluate.baselines import baseline_perplexities
+    from mlm_train.evaluate.baselines import BigramCounts
 
     manifest = open_checkpoint(resolve(Path(args.baselines)), hashes=False)
     if manifest["data_fingerprint"] != data.fingerprint:
         raise UserError(f"--baselines {args.baselines} was not trained on {args.data} (fingerprints differ)")
     config = config_of(manifest)
     trained = Samples(data.split("train"), config.data.sequence_length, config.train.seed)
+    counts = BigramCounts(data.vocab_size)
     seen = manifest["progress"]["samples"]
-    return baseline_perplexities(
-        (trained.window(index) for index in range(seen)),
-        (samples.window(index) for index in range(count)),
-        data.vocab_size,
-    )
+    for start in range(0, seen, CHUNK_WINDOWS):
+        counts.add(trained.windows(range(start, min(seen, start + CHUNK_WINDOWS))))
+    found = counts.perplexities(samples.windows(range(count)))
+    return {"unigram": found.unigram, "bigram": found.bigram}

@@ -138,5 +138,5 @@ def _prepare_output(config: Config, data: PreparedData) -> None:
     output = Path(config.train.output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    tokenizer = data.tokenizer_file
-    shutil.copyfile(tokenizer, output / tokenizer.name)
+    tokenizer = data.manifest.tokenizer.file
+    shutil.copyfile(data.path / tokenizer, output / tokenizer)

@@ -1,0 +1,70 @@
+"""Commands as a user types them, in this process or in another."""
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from mlm_train.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = (
+    "model.vocab_size=512", "model.hidden_size=32", "model.num_hidden_layers=2",
+    "model.num_attention_heads=4", "model.intermediate_size=64", "data.sequence_length=32",
+    "model.max_position_embeddings=64", "train.global_batch=8", "train.micro_batch=2",
+    "schedule.warmup_steps=2", "train.precision=fp32", "train.evaluate_samples=10",
+)  # fmt: skip
+
+
+def mlm_train(*words: object) -> None:
+    """Run a command in this process; it must succeed."""
+    try:
+        main([str(word) for word in words])
+    except SystemExit as end:
+        assert not end.code, f"exit code {end.code}"
+
+
+def refused(*words: object) -> str:
+    """Run a command in this process; it must end with exit code 2 and one line, which is returned."""
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        try:
+            main([str(word) for word in words])
+        except SystemExit as end:
+            assert end.code == 2, f"exit code {end.code}: {errors.getvalue()}"
+        else:
+            raise AssertionError("the command succeeded")
+    lines = errors.getvalue().strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("mlm-train: "), lines
+    return lines[0]
+
+
+def start(*words: object) -> "subprocess.Popen[str]":
+    """Start a command as a process of its own, with its output in one pipe."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "mlm_train", *(str(word) for word in words)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished(*words: object) -> str:
+    """Run a command as a process of its own; it must succeed; its output."""
+    process = start(*words)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+def scalars(run: Path, tag: str) -> dict[int, float]:
+    """Step -> value of a TensorBoard tag, read back with TensorBoard's own reader."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}

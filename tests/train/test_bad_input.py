@@ -1,0 +1,181 @@
+"""Every mistake a user can make before or at the start of training: one line, exit 2, nothing lost."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mlm_train.parallel import runtime
+from tests.commands import TINY, mlm_train, refused
+
+CONFIG = "configs/micro.yaml"
+
+
+@pytest.fixture(autouse=True)
+def no_groups_left() -> Iterator[None]:
+    """A refused run in this process must not disturb the next."""
+    yield
+    runtime.stop()
+
+
+def pretrain(data: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "pretrain", CONFIG, *TINY, f"data.path={data}", f"train.output={output}", "train.steps=2", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run with two checkpoints."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    mlm_train(*pretrain(data, run, "checkpoint.every=1"))
+    runtime.stop()
+    return run
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def copy_of(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def test_world_that_does_not_fit(data: Path, tmp_path: Path) -> None:
+    line = refused("launch", "--nproc", 3, *pretrain(data, tmp_path / "run")[1:])
+    assert "train.global_batch=8" in line and "the nearest is 6" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_is_missing_or_truncated(data: Path, tmp_path: Path) -> None:
+    assert "holds no prepared data" in refused(*pretrain(tmp_path / "nowhere", tmp_path / "run"))
+    for name in ("train.bin", "validation.idx"):
+        broken = Path(shutil.copytree(data, tmp_path / f"broken-{name}"))
+        contents = (broken / name).read_bytes()
+        (broken / name).write_bytes(contents[:-2])
+        line = refused(*pretrain(broken, tmp_path / "run"))
+        assert name in line and f"{len(contents) - 2} bytes instead of {len(contents)}" in line
+        (broken / name).unlink()
+        assert f"{name} is missing" in refused(*pretrain(broken, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokenizer_that_is_not_the_datas(data: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(data, tmp_path / "data"))
+    with (broken / "tokenizer.model").open("ab") as file:
+        file.write(b"x")
+    assert "tokenizer.model was changed" in refused(*pretrain(broken, tmp_path / "run"))
+
+
+def test_vocabulary_and_window_that_do_not_fit_the_data(data: Path, tmp_path: Path) -> None:
+    assert "model.vocab_size=512" in refused(*pretrain(data, tmp_path / "run", "model.vocab_size=511"))
+    long = ("data.sequence_length=10000000", "model.max_position_embeddings=10000000")
+    assert "less than one sample" in refused(*pretrain(data, tmp_path / "run", *long))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.hidden_size=64", "model.head_dim is 8 there and 16 here"),
+        ("train.seed=7", "train.seed=7 but checkpoint"),
+        ("data.sequence_length=16", "data.sequence_length=16 but checkpoint"),
+    ],
+)
+def test_checkpoint_of_another_run(trained: Path, data: Path, override: str, words: str) -> None:
+    before = snapshot(trained)
+    assert words in refused(*pretrain(data, trained, override, "train.steps=4"))
+    assert snapshot(trained) == before
+
+
+def test_checkpoint_of_other_data(trained: Path, corpus: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    mlm_train("data", "prepare", "--input", corpus, "--output", other, "--tokenizer", "train:400")
+    assert "fingerprints differ" in refused(*pretrain(other, trained, "train.steps=4"))
+
+
+def test_output_that_exists_without_resume(trained: Path, data: Path, tmp_path: Path) -> None:
+    before = snapshot(trained)
+    assert "nothing is overwritten" in refused(*pretrain(data, trained, "checkpoint.resume=false"))
+    assert snapshot(trained) == before
+    (tmp_path / "file").write_text("mine")
+    assert "is a file" in refused(*pretrain(data, tmp_path / "file"))
+
+
+def damaged(run: Path, how: str) -> str:
+    """Damage the newest checkpoint's largest file; its name."""
+    folder = run / "checkpoints" / "step-00000002"
+    victim = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    contents = bytearray(victim.read_bytes())
+    if how == "flipped":
+        contents[len(contents) // 2] ^= 1
+        victim.write_bytes(contents)
+    elif how == "truncated":
+        victim.write_bytes(contents[: len(contents) // 2])
+    else:
+        victim.unlink()
+    return victim.name
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [("flipped", "checksum differs"), ("truncated", "bytes instead of"), ("deleted", "is missing")],
+)
+def test_damaged_checkpoint(trained: Path, data: Path, tmp_path: Path, how: str, words: str) -> None:
+    run = copy_of(trained, tmp_path)
+    name = damaged(run, how)
+    for command in (pretrain(data, run, "train.steps=4"), ["export", run, "--output", tmp_path / "export"]):
+        line = refused(*command)
+        assert words in line and name in line and "step-00000002" in line
+        runtime.stop()
+    assert not (tmp_path / "export").exists()
+    # The fix that the line names: fall back to the older checkpoint.
+    shutil.rmtree(run / "checkpoints" / "step-00000002")
+    mlm_train(*pretrain(data, run, "train.steps=4"))
+    assert (run / "checkpoints" / "step-00000004").is_dir()
+
+
+def test_manifest_that_points_outside_is_refused(trained: Path, data: Path, tmp_path: Path) -> None:
+    run = copy_of(trained, tmp_path)
+    path = run / "checkpoints" / "step-00000002" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"][0]["file"] = "../step-00000001/manifest.json"
+    path.write_text(json.dumps(manifest))
+    assert "not a file of that folder" in refused(*pretrain(data, run, "train.steps=4"))
+    path.write_text("{")
+    assert "damaged" in refused(*pretrain(data, run, "train.steps=4"))
+
+
+def test_export_and_evaluate_refuse(trained: Path, data: Path, corpus: Path, tmp_path: Path) -> None:
+    assert "holds no checkpoint" in refused("export", tmp_path, "--output", tmp_path / "new")
+    export = tmp_path / "export"
+    mlm_train("export", trained, "--output", export)
+    before = snapshot(export)
+    refused("export", trained, "--output", export)
+    assert snapshot(export) == before
+    other = tmp_path / "other"
+    mlm_train("data", "prepare", "--input", corpus, "--output", other, "--tokenizer", "train:500")
+    assert "not the tokenizer" in refused("evaluate", "--model", export, "--data", other)
+    assert "give either" in refused("evaluate", "--model", export)
+    assert "does not exist" in refused("pretrain", tmp_path / "no.yaml")
+
+
+def test_warm_start_takes_the_weights_alone(trained: Path, data: Path, tmp_path: Path) -> None:
+    export = tmp_path / "export"
+    mlm_train("export", trained, "--output", export)
+    for number, start in enumerate((trained, export)):
+        run = tmp_path / f"warm-{number}"
+        # No step is large enough to move the weights: what comes out is what went in.
+        still = ("optimizer.lr=1e-30", "schedule.warmup_steps=0", "schedule.min_lr=0", "train.steps=1")
+        mlm_train(*pretrain(data, run, f"checkpoint.warm_start={start}", *still))
+        runtime.stop()
+        again = tmp_path / f"again-{number}"
+        mlm_train("export", run, "--output", again)
+        assert (again / "model.safetensors").read_bytes() == (export / "model.safetensors").read_bytes()
+    assert "another model" in refused(
+        *pretrain(data, tmp_path / "no", f"checkpoint.warm_start={trained}", "model.intermediate_size=32")
+    )
+    assert "holds no checkpoint" in refused(
+        *pretrain(data, tmp_path / "no", f"checkpoint.warm_start={tmp_path / 'nowhere'}")
+    )

@@ -1,0 +1,95 @@
+"""A run that is stopped, moved to another number of processes, or killed, goes on as if unbroken."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.commands import TINY, finished, mlm_train, scalars, start
+
+CONFIG = "configs/micro.yaml"
+STEPS = 8
+
+
+def words(data: Path, output: Path, *more: str) -> list[str]:
+    return [
+        CONFIG, *TINY, f"data.path={data}", f"train.output={output}", f"train.steps={STEPS}",
+        "train.evaluate_every=4", "checkpoint.every=2", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight steps on two processes."""
+    run = tmp_path_factory.mktemp("runs") / "unbroken"
+    output = finished("launch", "--nproc", 2, *words(data, run))
+    assert f"step {STEPS}/{STEPS} | loss" in output and "left 0:00:00" in output
+    return run
+
+
+def same_losses(run: Path, other: Path, tolerance: float = 2e-5) -> None:
+    """Every step once, with the other run's values, on training and validation."""
+    for tag in ("train/loss", "train/grad_norm", "validation/loss"):
+        values, expected = scalars(run, tag), scalars(other, tag)
+        assert values.keys() == expected.keys(), (tag, values)
+        for step, value in expected.items():
+            assert values[step] == pytest.approx(value, rel=tolerance), (tag, step)
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
+def test_resumes_on_another_number_of_processes(
+    unbroken: Path, data: Path, tmp_path: Path, first: int, second: int
+) -> None:
+    run = tmp_path / "moved"
+    finished("launch", "--nproc", first, *words(data, run, "train.stop_after=5"))
+    output = finished("launch", "--nproc", second, *words(data, run))
+    assert "resumed from" in output and "at step 5" in output
+    same_losses(run, unbroken)
+
+
+def test_a_killed_rank_costs_only_the_work_since_the_last_checkpoint(
+    unbroken: Path, data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "killed"
+    launch = start("launch", "--nproc", 2, *words(data, run))
+    pointer = run / "checkpoints" / "latest"
+    while not pointer.is_file():
+        assert launch.poll() is None, launch.communicate()[0]
+        time.sleep(0.02)
+    children = psutil.Process(launch.pid).children(recursive=True)
+    ranks = [c for c in children if "pretrain" in c.cmdline() and "torch.distributed.run" not in c.cmdline()]
+    assert len(ranks) == 2
+    os.kill(ranks[1].pid, signal.SIGKILL)
+    launch.communicate(timeout=120)
+    assert launch.returncode != 0
+    assert len(scalars(run, "train/loss")) < STEPS, "it was killed too late to show anything"
+    output = finished("launch", "--nproc", 2, *words(data, run))
+    assert "resumed from" in output
+    same_losses(run, unbroken, tolerance=0.0)
+
+
+def test_a_finished_run_has_nothing_to_do(unbroken: Path, data: Path) -> None:
+    before = sorted(path.name for path in (unbroken / "checkpoints").iterdir())
+    mlm_train("pretrain", *words(data, unbroken))
+    assert before == sorted(path.name for path in (unbroken / "checkpoints").iterdir())
+    assert len(scalars(unbroken, "train/loss")) == STEPS
+
+
+def test_tensorboard_and_log_hold_what_a_user_looks_for(unbroken: Path) -> None:
+    for tag in (
+        "train/loss", "train/perplexity", "train/lr", "train/grad_norm", "speed/tokens_per_second",
+        "speed/mfu", "speed/step_seconds", "memory/peak_gib", "data/distinct_ratio_step",
+        "data/distinct_ratio_micro_batch",
+    ):  # fmt: skip
+        values = scalars(unbroken, tag)
+        assert len(values) == STEPS and all(value > 0 for value in values.values()), tag
+    assert scalars(unbroken, "validation/loss").keys() == {4, 8}
+    losses = list(scalars(unbroken, "train/loss").values())
+    assert losses[-1] < losses[0]
+    log = (unbroken / "train.log").read_text()
+    assert log.count("| loss") == STEPS + 2 and "committed" in log
+    kept = sorted(path.name for path in (unbroken / "checkpoints").iterdir())
+    assert kept == ["latest", "step-00000006", "step-00000008"]

@@ -1,0 +1,192 @@
+"""The whole road on two CPU processes: text, tokenizer, training with a kill, export, ToL, generation.
+
+usage: .venv/bin/python tools/quickstart.py [--folder runs/quickstart]
+
+Every stage is one `mlm-train` command, printed before it runs; a stage that is done already is not
+done again. Ends in a table of what was measured.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+PROCESSES = 2
+PROMPT = "def __init__(self, "
+NEW_TOKENS = 48
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class Road:
+    """The stages, each with the folder it leaves behind."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.text, self.data = folder / "text", folder / "data"
+        self.run, self.export, self.tol = folder / "run", folder / "export", folder / "tol"
+        self.results_file = folder / "results.json"
+        self.results: dict[str, Any] = {}
+        if self.results_file.is_file():
+            self.results = json.loads(self.results_file.read_text(encoding="utf-8"))
+
+    def command(self, *words: object) -> list[str]:
+        """An `mlm-train` command line, shown to the user."""
+        words = tuple(str(word) for word in words)
+        console.print(f"\n[bold]$ mlm-train {' '.join(words)}[/bold]", markup=True)
+        return [sys.executable, "-m", "mlm_train", *words]  # type: ignore[list-item]
+
+    def do(self, *words: object) -> None:
+        """Run a command; end where it fails."""
+        code = subprocess.call(self.command(*words), cwd=ROOT)
+        if code:
+            raise SystemExit(f"quickstart: the command above failed with exit code {code}")
+
+    def ask(self, *words: object) -> dict[str, Any]:
+        """Run a command with --json and read what it prints."""
+        done = subprocess.run(
+            self.command(*words, "--json"), cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        if done.returncode:
+            raise SystemExit(f"quickstart: the command above failed with exit code {done.returncode}")
+        return json.loads(done.stdout)
+
+    def keep(self, **values: Any) -> None:
+        """Remember results over restarts."""
+        self.results |= values
+        self.results_file.write_text(json.dumps(self.results, indent=1), encoding="utf-8")
+
+    def prepare(self) -> None:
+        """Text of this Python installation, a tokenizer trained on it, token ids."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.text.exists():
+            self.do("data", "collect", "--output", self.text, "--max-bytes", "24MB")
+        if not self.data.exists():
+            self.do(
+                "data", "prepare", "--input", self.text, "--output", self.data, "--tokenizer", "train:2048"
+            )
+            self.do("data", "inspect", self.data, "--samples", 1)
+
+    def train(self) -> None:
+        """Train; kill a rank with SIGKILL once a checkpoint is on disk; start again and finish."""
+        words = (
+            "launch", "--nproc", PROCESSES, "configs/micro.yaml",
+            f"data.path={self.data}", f"train.output={self.run}",
+        )  # fmt: skip
+        if "trained" in self.results:
+            return
+        started = time.perf_counter()
+        if "killed" not in self.results:
+            launch = subprocess.Popen(self.command(*words), cwd=ROOT)
+            killed = self._kill_a_rank_after_a_checkpoint(launch)
+            console.print(f"[bold]killed one rank (kill -9) {killed}; starting again[/bold]")
+            self.keep(killed=killed)
+        self.do(*words)
+        self.keep(trained=True, train_seconds=time.perf_counter() - started)
+
+    def _kill_a_rank_after_a_checkpoint(self, launch: "subprocess.Popen[bytes]") -> str:
+        pointer = self.run / "checkpoints" / "latest"
+        while not pointer.is_file():
+            if launch.poll() is not None:
+                raise SystemExit("quickstart: training ended before its first checkpoint")
+            time.sleep(0.2)
+        time.sleep(2)  # some steps further, so that work is really lost
+        step = pointer.read_text().strip()
+        ranks = [
+            child
+            for child in psutil.Process(launch.pid).children(recursive=True)
+            if "pretrain" in child.cmdline() and "mlm_train" in child.cmdline()
+            and "torch.distributed.run" not in child.cmdline()
+        ]
+        os.kill(ranks[-1].pid, signal.SIGKILL)
+        code = launch.wait()
+        if code == 0:
+            raise SystemExit("quickstart: training ended before a rank could be killed")
+        return f"after {step}"
+
+    def evaluate(self) -> None:
+        """Export and compare with counting baselines on all validation windows."""
+        if not self.export.exists():
+            self.do("export", self.run, "--output", self.export)
+        if "evaluation" not in self.results:
+            found = self.ask(
+                "evaluate", "--model", self.export, "--data", self.data, "--sequence-length", 256,
+                "--baselines", self.run,
+            )  # fmt: skip
+            self.keep(evaluation=found)
+
+    def look_up(self) -> None:
+        """Build the ToL on Ray, verify every row against the weights, generate both ways."""
+        if not (self.tol / "tol.index.json").exists():
+            started = time.perf_counter()
+            self.do("tol", "build", self.export, "--output", self.tol, "--dtype", "float32",
+                    "--partitions", 4, "--workers", 2)  # fmt: skip
+            self.keep(tol_seconds=time.perf_counter() - started)
+        self.keep(verified=self.ask("tol", "verify", self.tol, "--model", self.export))
+        generate = ("generate", "--model", self.export, "--prompt", PROMPT, "--max-new-tokens", NEW_TOKENS)
+        self.keep(computed=self.ask(*generate), looked_up=self.ask(*generate, "--tol", self.tol))
+
+    def show(self) -> None:
+        """The closing table."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(self.run / "tensorboard"))
+        events.Reload()
+        series = {
+            tag: [event.value for event in events.Scalars(tag)]
+            for tag in ("train/loss", "speed/tokens_per_second", "data/distinct_ratio_step")
+        }
+        index = json.loads((self.tol / "tol.index.json").read_text())
+        result, computed, looked_up = self.results["evaluation"], self.results["computed"], self.results["looked_up"]
+        table = Table(title="quickstart: what was measured", title_justify="left", show_header=False)
+        rows = {
+            "training loss, first and last step": f"{series['train/loss'][0]:.3f} -> {series['train/loss'][-1]:.3f}",
+            "killed and resumed": self.results["killed"],
+            "validation perplexity, MemoryLLM": f"{result['perplexity']:.2f}",
+            "validation perplexity, bigram": f"{result['bigram']:.2f}",
+            "validation perplexity, unigram": f"{result['unigram']:.2f}",
+            "training speed": f"{statistics.median(series['speed/tokens_per_second']):,.0f} tokens/s "
+            f"on {PROCESSES} processes",
+            "distinct ids / tokens of a step, a rank": f"{statistics.median(series['data/distinct_ratio_step']):.3f}",
+            "ToL": f"{index['vocab_size']:,} rows, {sum(p['bytes'] for p in index['partitions']):,} bytes "
+            f"in {len(index['partitions'])} partitions ({index['dtype']})",
+            "largest error of a ToL row": f"{self.results['verified']['max_abs_error']:.1e}",
+            "both generations agree": "yes" if computed["ids"] == looked_up["ids"] else "no",
+            "ms a token, FFN-M computed": f"{computed['decode_ms_per_token']:.2f}",
+            "ms a token, FFN-M looked up": f"{looked_up['decode_ms_per_token']:.2f}",
+            "watch it": f"mlm-train monitor {self.run}",
+        }
+        for name, value in rows.items():
+            table.add_row(name, value)
+        console.print()
+        console.print(f"[bold]{PROMPT}[/bold]{looked_up['text']}", markup=True)
+        console.print(table)
+        if result["perplexity"] >= result["bigram"]:
+            raise SystemExit("quickstart: the model did not beat the bigram baseline")
+
+
+def main() -> None:
+    """Walk the road."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/quickstart"))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    road = Road(parser.parse_args().folder)
+    started = time.perf_counter()
+    for stage in (road.prepare, road.train, road.evaluate, road.look_up, road.show):
+        stage()
+    console.print(f"took {(time.perf_counter() - started) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()
