@@ -1,6 +1,7 @@
 """What prepared data hold: counts, decoded samples, distinct ids per batch."""
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -26,7 +27,8 @@ def inspect(data: PreparedData, sequence_length: int, samples: int, console: Con
     train = Samples(data.split("train"), sequence_length, seed=0)
     distinct = distinct_ids(train)
     if distinct:
-        console.print(_distinct_table(distinct, sequence_length))
+        console.print(f"distinct ids in batches of {sequence_length}-token samples, in training order")
+        console.print(_distinct_table(distinct))
     tokenizer = tokenizer_of(data.path)
     ids, _ = train.batch(0, min(samples, train.samples_per_epoch))
     for number, row in enumerate(ids.tolist()):
@@ -49,7 +51,8 @@ def distinct_ids(samples: Samples) -> dict[int, float]:
 
 
 def _counts(data: PreparedData, sequence_length: int) -> Table:
-    table = Table("split", "documents", "tokens", "samples", "text MB", "bytes / token", "tokens / document")
+    headings = ("split", "documents", "tokens", "samples", "text MB", "bytes / token", "tokens / document")
+    table = Table(*headings, box=box.SIMPLE_HEAD)
     for column in table.columns[1:]:
         column.justify = "right"
     for name, split in data.manifest.splits.items():
@@ -65,9 +68,8 @@ def _counts(data: PreparedData, sequence_length: int) -> Table:
     return table
 
 
-def _distinct_table(distinct: dict[int, float], sequence_length: int) -> Table:
-    table = Table("tokens a batch", "distinct ids", "distinct / tokens", title_justify="left")
-    table.title = f"distinct ids of batches in training order, sequence length {sequence_length}"
+def _distinct_table(distinct: dict[int, float]) -> Table:
+    table = Table("tokens a batch", "distinct ids", "distinct / tokens", box=box.SIMPLE_HEAD)
     for column in table.columns:
         column.justify = "right"
     for tokens, ratio in distinct.items():
