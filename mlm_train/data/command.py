@@ -1,0 +1,242 @@
+"""`mlm-train data collect | prepare | inspect`."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlm_train.data.prepare import Progress
+
+HELP = """Collect text, turn it into token ids that training reads, look at the result.
+
+examples:
+  mlm-train data collect --output runs/corpus
+  mlm-train data prepare --input runs/corpus --output runs/data --tokenizer train:4096
+  mlm-train data inspect runs/data
+"""
+
+COLLECT_HELP = """Gather a corpus without a download: the text files of Python's standard library
+(or of --source folders), without duplicates, as train.jsonl and validation.jsonl.
+
+example:
+  mlm-train data collect --output runs/corpus --max-bytes 10MB
+"""
+
+PREPARE_HELP = """Tokenise text files, .jsonl, .parquet, folders of these, or a Hugging Face dataset
+into a folder that `pretrain` reads (Megatron's .bin/.idx, the tokenizer, a manifest).
+
+examples:
+  mlm-train data prepare --input runs/corpus --output runs/data --tokenizer train:4096
+  mlm-train data prepare --input books/ more.jsonl --output runs/data --tokenizer llama.model
+  mlm-train data prepare --input wikitext:wikitext-2-raw-v1 --output runs/data --tokenizer tokenizer.json
+"""
+
+INSPECT_HELP = """Show what prepared data hold: counts, distinct ids per batch, decoded samples.
+
+example:
+  mlm-train data inspect runs/data --sequence-length 1024 --verify
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the three subcommands."""
+    commands = parser.add_subparsers(dest="data_command", metavar="collect|prepare|inspect", required=True)
+    _add_collect(_add_command(commands, "collect", "gather a text corpus from this machine", COLLECT_HELP))
+    _add_prepare(_add_command(commands, "prepare", "tokenise text into a data folder", PREPARE_HELP))
+    _add_inspect(_add_command(commands, "inspect", "show what a data folder holds", INSPECT_HELP))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the chosen subcommand."""
+    {"collect": _run_collect, "prepare": _run_prepare, "inspect": _run_inspect}[args.data_command](args)
+    return 0
+
+
+def _add_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, summary: str, text: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=summary, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    # Also accepted here; SUPPRESS keeps `mlm-train data --debug NAME` from being reset.
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show a traceback for errors"
+    )
+    return parser
+
+
+def _add_collect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder to write")
+    parser.add_argument(
+        "--source",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="folders of .py .md .rst .txt files (default: Python's standard library)",
+    )
+    parser.add_argument(
+        "--max-bytes", type=_bytes, default="40MB", metavar="SIZE", help="text kept at most (default 40MB)"
+    )
+    parser.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=0.02,
+        metavar="F",
+        help="share of documents held out (default 0.02)",
+    )
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH_OR_NAME",
+        help="files, folders, or Hugging Face datasets as NAME or NAME:CONFIGURATION; a folder with "
+        "train.jsonl and validation.jsonl brings its split",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder to write")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="TOKENIZER",
+        help="a SentencePiece .model, a tokenizer.json, a folder with one, or train:VOCAB to train "
+        "a SentencePiece BPE on the train split",
+    )
+    parser.add_argument("--text-key", default="text", metavar="KEY", help="field of the text (default text)")
+    parser.add_argument(
+        "--validation", metavar="PATH_OR_NAME", help="separate validation input; --input is all training then"
+    )
+    parser.add_argument(
+        "--validation-fraction", type=float, metavar="F", help="share of documents held out (default 0.02)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=_positive,
+        metavar="N",
+        help="tokenising processes (default: as many as cores); the output does not depend on it",
+    )
+    parser.add_argument(
+        "--eod",
+        metavar="TOKEN",
+        help="token that ends a document (default: the tokenizer's own, such as </s>)",
+    )
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder written by prepare")
+    parser.add_argument(
+        "--sequence-length", type=_positive, default=512, metavar="S", help="tokens a sample (default 512)"
+    )
+    parser.add_argument("--samples", type=int, default=2, metavar="N", help="samples decoded (default 2)")
+    parser.add_argument("--verify", action="store_true", help="read every file and compare its hash")
+
+
+def _run_collect(args: argparse.Namespace) -> None:
+    from mlm_train.data.collect import collect
+
+    report = collect(args.output, args.source, args.max_bytes, args.validation_fraction)
+    extensions = ", ".join(
+        f"{count['documents']} {suffix}"
+        for suffix, count in report["extensions"].items()
+        if count["documents"]
+    )
+    print(f"{args.output}: {report['documents']} documents, {report['bytes'] / 1e6:.1f} MB ({extensions})")
+    for name, split in report["splits"].items():
+        print(f"  {name}: {split['documents']} documents, {split['bytes'] / 1e6:.1f} MB")
+    skipped = ", ".join(f"{count} {name}" for name, count in report["skipped"].items())
+    print(
+        f"  left out: {report['duplicates']} duplicates, {skipped}, "
+        f"{report['beyond_max_bytes']} beyond --max-bytes"
+    )
+
+
+def _run_prepare(args: argparse.Namespace) -> None:
+    from mlm_train.data.prepare import available_workers, prepare
+
+    with _progress_bar() as progress:
+        manifest = prepare(
+            args.input,
+            args.output,
+            args.tokenizer,
+            text_key=args.text_key,
+            validation=args.validation,
+            validation_fraction=args.validation_fraction,
+            workers=args.workers or available_workers(),
+            eod=args.eod,
+            progress=progress,
+        )
+    for name, split in manifest.splits.items():
+        print(
+            f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, "
+            f"{split.text_bytes:,} bytes of text"
+        )
+    print(f"{args.output}: vocab_size {manifest.vocab_size}, fingerprint {manifest.fingerprint[:16]}")
+
+
+def _run_inspect(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from mlm_train.data.inspection import inspect
+    from mlm_train.data.prepared import PreparedData
+
+    data = PreparedData.open(args.folder)
+    console = Console()
+    if args.verify:
+        with console.status("hashing files"):
+            data.verify()
+        console.print("every file has the hash of the manifest", style="green")
+    inspect(data, args.sequence_length, args.samples, console)
+
+
+@contextmanager
+def _progress_bar() -> "Iterator[Progress]":
+    """One bar a stage on standard error, in bytes of input, with the remaining time."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+
+        def advance(stage: str, done: float, total: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.advance(tasks[stage], done)
+
+        yield advance
+
+
+def _bytes(text: str) -> int:
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        size = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 40MB or 500000") from None
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be at least one byte")
+    return size
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    return int(text)

@@ -1,0 +1,94 @@
+"""Encode batches of texts in several processes, results in the order of the input."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from mlm_train.data.tokenizer import Tokenizer
+from mlm_train.errors import UserError
+
+
+class Batch(Protocol):
+    """Whatever holds texts; it comes back beside their ids."""
+
+    @property
+    def texts(self) -> list[str]: ...
+
+
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
+
+
+def encode_in_order(
+    batches: Iterator[AnyBatch], tokenizer: Tokenizer, workers: int
+) -> Iterator[tuple[AnyBatch, list[np.ndarray]]]:
+    """Each batch with one int32 array of ids a text, the end-of-document id last.
+
+    The result does not depend on `workers`. At most 4 batches a worker are held in memory.
+    """
+    if workers == 1:
+        for batch in batches:
+            yield batch, _encode(tokenizer, batch.texts)
+        return
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(tokenizer.path, tokenizer.eod_id),
+    )
+    waiting: deque[tuple[AnyBatch, Future[list[np.ndarray]]]] = deque()
+    try:
+        for batch in batches:
+            waiting.append((batch, pool.submit(_encode_here, batch.texts)))
+            if len(waiting) == 4 * workers:
+                yield _finished(waiting)
+        while waiting:
+            yield _finished(waiting)
+    except BrokenProcessPool:
+        raise UserError(
+            "a tokenising process was killed, most likely for lack of memory; "
+            f"use fewer --workers than {workers}"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _finished(waiting: "deque[tuple[AnyBatch, Future[Any]]]") -> tuple[AnyBatch, list[np.ndarray]]:
+    batch, future = waiting.popleft()
+    return batch, future.result()
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    end = [tokenizer.eod_id]
+    return [np.array(ids + end, dtype=np.int32) for ids in tokenizer.encode_batch(texts)]
+
+
+_tokenizer: Tokenizer  # of a worker process
+
+
+def _start_worker(path: Path, eod_id: int) -> None:
+    global _tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to report
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _tokenizer = Tokenizer.load(path, eod=eod_id)
+
+
+def _exit_with_parent() -> None:
+    """A killed main process sends no goodbye, and its workers would wait for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _encode_here(texts: list[str]) -> list[np.ndarray]:
+    return _encode(_tokenizer, texts)

@@ -1,0 +1,218 @@
+"""Text to the folder that training reads: tokenizer, `.bin` / `.idx` per split, manifest last."""
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from mlm_train.data.documents import SPLITS, Document, Source, find_sources
+from mlm_train.data.encode import encode_in_order
+from mlm_train.data.folder import new_folder, sha256_of, text_fraction
+from mlm_train.data.prepared import (
+    MANIFEST,
+    FileRecord,
+    Manifest,
+    SplitRecord,
+    TokenizerRecord,
+    fingerprint_of,
+)
+from mlm_train.data.tokenizer import FILE_OF_KIND, Tokenizer, tokenizer_of
+from mlm_train.data.train_tokenizer import train_sentencepiece
+from mlm_train.errors import UserError
+
+DEFAULT_VALIDATION_FRACTION = 0.02
+BATCH_CHARACTERS = 1 << 18
+Progress = Callable[[str, float, int | None], None]
+"""Called with what is being done, bytes of input done since the last call, and bytes in total."""
+
+
+def available_workers() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def prepare(
+    inputs: Sequence[str],
+    output: Path,
+    tokenizer: str,
+    *,
+    text_key: str = "text",
+    validation: str | None = None,
+    validation_fraction: float | None = None,
+    workers: int = 1,
+    eod: str | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Manifest:
+    """Tokenise `inputs` into the folder `output` (layout: prepared.py) and return its manifest.
+
+    inputs: files, folders or Hugging Face dataset names. tokenizer: a .model, a tokenizer.json, a
+    folder that holds one, or train:VOCAB. Documents without a split of their own go to validation
+    by a hash of their text. The output is the same for any number of workers.
+    Raises UserError for bad input; then nothing stays behind.
+    """
+    fraction = _check_fraction(validation, validation_fraction)
+    with new_folder(output) as partial:
+        sources = find_sources(inputs, text_key, validation)
+        if validation_fraction is not None and all(source.split for source in sources):
+            raise UserError(
+                "--validation-fraction has no effect: the input brings its own split; leave it out"
+            )
+        corpus = Corpus(sources, fraction, progress)
+        loaded = _place_tokenizer(tokenizer, partial, corpus, eod)
+        manifest = _write_tokens(partial, corpus, loaded, workers)
+        (partial / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return manifest
+
+
+def _check_fraction(validation: str | None, fraction: float | None) -> float:
+    if fraction is None:
+        return DEFAULT_VALIDATION_FRACTION
+    if validation is not None:
+        raise UserError("--validation and --validation-fraction exclude each other; leave one out")
+    if not 0 < fraction < 1:
+        raise UserError(f"--validation-fraction {fraction}: must lie between 0 and 1")
+    return fraction
+
+
+@dataclass
+class _Batch:
+    """Documents that are encoded together."""
+
+    splits: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    size: float = 0.0
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All documents with their splits; may be read several times."""
+
+    sources: Sequence[Source]
+    fraction: float
+    progress: Progress
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the inputs; None if one does not tell."""
+        sizes = [source.size for source in self.sources]
+        return None if None in sizes else sum(size for size in sizes if size)
+
+    def documents(self) -> Iterator[tuple[str, Document]]:
+        """Split and document, in the order of the sources; blank documents are left out."""
+        for source in self.sources:
+            for document in source.read():
+                if not document.text or document.text.isspace():
+                    continue
+                yield source.split or self._split_of(document.text), document
+
+    def training_texts(self) -> Iterator[str]:
+        """Texts of the train split."""
+        for split, document in self.documents():
+            self.progress("reading for the tokenizer", document.size, self.size)
+            if split == "train":
+                yield document.text
+
+    def batches(self) -> Iterator[_Batch]:
+        """Documents in batches of about BATCH_CHARACTERS, cut by the documents alone."""
+        batch, characters = _Batch(), 0
+        for split, document in self.documents():
+            batch.splits.append(split)
+            batch.texts.append(document.text)
+            batch.size += document.size
+            characters += len(document.text)
+            if characters >= BATCH_CHARACTERS:
+                yield batch
+                batch, characters = _Batch(), 0
+        if batch.texts:
+            yield batch
+
+    def _split_of(self, text: str) -> str:
+        held_out = text_fraction(text.encode("utf-8"), b"validation") < self.fraction
+        return "validation" if held_out else "train"
+
+
+def _place_tokenizer(choice: str, folder: Path, corpus: Corpus, eod: str | None) -> Tokenizer:
+    """Train the tokenizer or copy it into the folder; load it from there."""
+    if choice.startswith("train:"):
+        size = choice.removeprefix("train:")
+        if not size.isdecimal():
+            raise UserError(f"--tokenizer {choice}: write a vocabulary size, such as train:8192")
+        path = folder / FILE_OF_KIND["sentencepiece"]
+        path.write_bytes(train_sentencepiece(corpus.training_texts(), int(size), corpus.size))
+        return Tokenizer.load(path, eod)
+    given = tokenizer_of(choice, eod) if os.path.isdir(choice) else Tokenizer.load(choice, eod)
+    path = folder / FILE_OF_KIND[given.kind]
+    shutil.copyfile(given.path, path)
+    return Tokenizer.load(path, given.eod_id)
+
+
+class _SplitWriter:
+    """One split's .bin and .idx through megatron-core's builder, and its counts."""
+
+    def __init__(self, folder: Path, name: str, storage: ModuleType, dtype: type[np.number]) -> None:
+        self._bin, self._idx = folder / f"{name}.bin", folder / f"{name}.idx"
+        self._builder = storage.IndexedDatasetBuilder(str(self._bin), dtype=dtype)
+        self.documents = self.tokens = self.characters = self.text_bytes = 0
+
+    def add(self, text: str, ids: np.ndarray) -> None:
+        self._builder.add_document(ids, [len(ids)])
+        self.documents += 1
+        self.tokens += len(ids)
+        self.characters += len(text)
+        self.text_bytes += len(text.encode("utf-8"))
+
+    def finish(self) -> SplitRecord:
+        self._builder.finalize(str(self._idx))
+        return SplitRecord(
+            documents=self.documents,
+            tokens=self.tokens,
+            characters=self.characters,
+            text_bytes=self.text_bytes,
+            bin=_record_of(self._bin),
+            idx=_record_of(self._idx),
+        )
+
+
+def _record_of(path: Path) -> FileRecord:
+    return FileRecord(file=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+def _write_tokens(folder: Path, corpus: Corpus, tokenizer: Tokenizer, workers: int) -> Manifest:
+    eod_id = tokenizer.eod_id
+    storage = _megatron_storage()
+    dtype = storage.DType.optimal_dtype(tokenizer.vocab_size)
+    writers = {name: _SplitWriter(folder, name, storage, dtype) for name in SPLITS}
+    for batch, encoded in encode_in_order(corpus.batches(), tokenizer, workers):
+        for split, text, ids in zip(batch.splits, batch.texts, encoded, strict=True):
+            writers[split].add(text, ids)
+        corpus.progress("tokenising", batch.size, corpus.size)
+    documents = sum(writer.documents for writer in writers.values())
+    for name, writer in writers.items():
+        if not writer.documents:
+            raise UserError(
+                f"none of the {documents} documents is in the {name} split; "
+                "give more text, another --validation-fraction, or --validation PATH"
+            )
+    splits = {name: writer.finish() for name, writer in writers.items()}
+    record = TokenizerRecord(file=tokenizer.path.name, sha256=tokenizer.sha256, kind=tokenizer.kind)
+    return Manifest(
+        vocab_size=tokenizer.vocab_size,
+        eod_id=eod_id,
+        dtype=dtype.__name__,
+        tokenizer=record,
+        splits=splits,
+        fingerprint=fingerprint_of(record, eod_id, splits),
+    )
+
+
+def _megatron_storage() -> ModuleType:
+    """megatron-core's indexed dataset; importing it warns of GPU libraries it does not need here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets import indexed_dataset
+    return indexed_dataset

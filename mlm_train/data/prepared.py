@@ -1,0 +1,202 @@
+"""Prepared data: a folder of token ids on disk, opened without reading them.
+
+    FOLDER/train.bin, train.idx             token ids, and where the documents are
+    FOLDER/validation.bin, validation.idx   the same for evaluation
+    FOLDER/tokenizer.model | tokenizer.json
+    FOLDER/manifest.json                    sizes, hashes, counts; written last
+
+`.bin` and `.idx` are Megatron's indexed dataset (megatron-core reads them too). Every document is
+one sequence of the `.idx` and ends with `eod_id`.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mlm_train.data.folder import sha256_of
+from mlm_train.errors import UserError
+
+MANIFEST = "manifest.json"
+INDEX_HEADER = np.dtype(
+    [("magic", "S9"), ("version", "<u8"), ("dtype", "u1"), ("sequences", "<u8"), ("documents", "<u8")]
+)
+"""Start of an .idx; then int32 lengths, int64 byte offsets, int64 document boundaries."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(_Record):
+    """A file beside the manifest. bytes: its exact size."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+class TokenizerRecord(_Record):
+    """The tokenizer's copy in the folder."""
+
+    file: str
+    sha256: str
+    kind: Literal["sentencepiece", "huggingface"]
+
+
+class SplitRecord(_Record):
+    """One split. tokens counts end-of-document ids too; text_bytes is UTF-8."""
+
+    documents: int
+    tokens: int
+    characters: int
+    text_bytes: int
+    bin: FileRecord
+    idx: FileRecord
+
+
+class Manifest(_Record):
+    """What manifest.json says. fingerprint: see fingerprint_of."""
+
+    format: Literal["mlm-data"] = "mlm-data"
+    version: Literal[1] = 1
+    vocab_size: int
+    eod_id: int
+    dtype: Literal["uint16", "int32"]
+    documents_are: Literal["one .idx sequence each, ended by eod_id"] = (
+        "one .idx sequence each, ended by eod_id"
+    )
+    tokenizer: TokenizerRecord
+    splits: dict[str, SplitRecord]
+    fingerprint: str
+
+
+def fingerprint_of(tokenizer: TokenizerRecord, eod_id: int, splits: dict[str, SplitRecord]) -> str:
+    """SHA-256 over everything that decides a sample: format, tokenizer, and the files' hashes."""
+    parts = {
+        "format": "mlm-data",
+        "version": 1,
+        "tokenizer": tokenizer.sha256,
+        "eod_id": eod_id,
+        "splits": {name: [split.bin.sha256, split.idx.sha256] for name, split in splits.items()},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """The tokens of one split, one document after another, memory-mapped."""
+
+    bin_path: Path
+    idx_path: Path
+    record: SplitRecord
+    dtype: str
+
+    def __len__(self) -> int:
+        """Tokens."""
+        return self.record.tokens
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """Read-only memory map [tokens] of `dtype`. Copy what outlives the stream."""
+        return np.memmap(self.bin_path, dtype=self.dtype, mode="r")
+
+    @cached_property
+    def document_offsets(self) -> np.ndarray:
+        """int64 [documents + 1]: document i is tokens[offsets[i] : offsets[i + 1]]."""
+        lengths = np.fromfile(
+            self.idx_path, dtype="<i4", count=self.record.documents, offset=INDEX_HEADER.itemsize
+        )
+        return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+class PreparedData:
+    """A folder written by `mlm-train data prepare`, checked when opened."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.vocab_size = manifest.vocab_size
+        self.eod_id = manifest.eod_id
+        self.fingerprint = manifest.fingerprint
+
+    @classmethod
+    def open(cls, path: str | Path) -> "PreparedData":
+        """Open a folder, checking the manifest, every file's size, and the tokenizer's hash.
+
+        Raises UserError naming the file that is missing, truncated or changed.
+        """
+        path = Path(path)
+        data = cls(path, _read_manifest(path))
+        for record in data._files():
+            _check_size(path / record.file, record.bytes)
+        tokenizer = data.manifest.tokenizer
+        if not (path / tokenizer.file).is_file():
+            raise UserError(f"{path / tokenizer.file} is missing; {_AGAIN}")
+        _check_hash(path / tokenizer.file, tokenizer.sha256)
+        return data
+
+    def split(self, name: str) -> TokenStream:
+        """The tokens of `train` or `validation`."""
+        record = self.manifest.splits.get(name)
+        if record is None:
+            raise UserError(f"{self.path} has no split {name!r}, only {', '.join(self.manifest.splits)}")
+        return TokenStream(
+            self.path / record.bin.file, self.path / record.idx.file, record, self.manifest.dtype
+        )
+
+    def verify(self) -> None:
+        """Read every file again and compare its SHA-256; UserError names one that changed."""
+        for record in self._files():
+            _check_hash(self.path / record.file, record.sha256)
+
+    def _files(self) -> list[FileRecord]:
+        return [file for split in self.manifest.splits.values() for file in (split.bin, split.idx)]
+
+
+_AGAIN = "run `mlm-train data prepare` again into a new folder, or copy the folder again"
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} holds no prepared data ({MANIFEST} is missing); "
+            f"write it with `mlm-train data prepare --output {folder} ...`"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {_AGAIN}") from None
+    try:
+        manifest = Manifest.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "top level"
+        raise UserError(f"{path}: {where}: {first['msg']}; {_AGAIN}") from None
+    if manifest.fingerprint != fingerprint_of(manifest.tokenizer, manifest.eod_id, manifest.splits):
+        raise UserError(f"{path} was changed: its fingerprint does not match its hashes; {_AGAIN}")
+    return manifest
+
+
+def _check_size(path: Path, expected: int) -> None:
+    try:
+        actual = path.stat().st_size
+    except OSError:
+        raise UserError(f"{path} is missing ({expected} bytes expected); {_AGAIN}") from None
+    if actual != expected:
+        raise UserError(f"{path} has {actual} bytes instead of {expected}; {_AGAIN}")
+
+
+def _check_hash(path: Path, expected: str) -> None:
+    actual = sha256_of(path)
+    if actual != expected:
+        raise UserError(
+            f"{path} was changed: its SHA-256 is {actual[:12]}..., "
+            f"the manifest says {expected[:12]}...; {_AGAIN}"
+        )

@@ -1,0 +1,206 @@
+"""One Tokenizer over SentencePiece models and Hugging Face tokenizer.json files."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from mlm_train.errors import UserError
+
+Kind = Literal["sentencepiece", "huggingface"]
+FILE_OF_KIND: dict[Kind, str] = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json"}
+USUAL_END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>")
+
+
+class Backend(Protocol):
+    """What a tokenizer library must offer. Special tokens inside a text are read as plain text."""
+
+    vocab_size: int
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def id_of(self, token: str) -> int | None: ...
+
+    def default_end(self) -> int | None: ...
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Attributes: `path`, `kind`, `vocab_size` (every id is below it), `sha256` (of the file).
+    """
+
+    def __init__(self, path: Path, kind: Kind, backend: Backend, sha256: str, end: int | None) -> None:
+        self.path = path
+        self.kind = kind
+        self.sha256 = sha256
+        self.vocab_size = backend.vocab_size
+        self._backend = backend
+        self._end = end
+
+    @classmethod
+    def load(cls, path: str | Path, eod: str | int | None = None) -> "Tokenizer":
+        """Read a SentencePiece `.model` or a Hugging Face `tokenizer.json`.
+
+        eod: the token that ends a document, as text or id; default: the file's own end token.
+        Raises UserError for a missing or unreadable file, an unknown kind, an unknown eod.
+        """
+        path = Path(path)
+        kind = _kind_of(path)
+        try:
+            contents = path.read_bytes()
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"tokenizer {path} cannot be read ({reason}); check the path") from None
+        backend: Backend
+        try:
+            backend = _SentencePiece(contents) if kind == "sentencepiece" else _HuggingFace(contents)
+        except Exception as error:  # tokenizers raises plain Exception
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"tokenizer {path} is not a {kind} file: {reason}") from None
+        end = _end_id(backend, eod, path)
+        return cls(path, kind, backend, hashlib.sha256(contents).hexdigest(), end)
+
+    @property
+    def eod_id(self) -> int:
+        """Id of the end-of-document token. UserError if none is known."""
+        if self._end is None:
+            raise UserError(f"tokenizer {self.path} has no usual end-of-document token; name one with --eod")
+        return self._end
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; no begin or end token is added."""
+        return self._backend.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of several texts."""
+        return self._backend.encode_batch(list(texts))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids."""
+        return self._backend.decode([int(i) for i in ids])
+
+
+def tokenizer_of(folder: str | Path, eod: str | int | None = None) -> Tokenizer:
+    """The tokenizer inside a folder of prepared data or of an exported model.
+
+    eod: see Tokenizer.load; default: the one recorded there (eod_id of manifest.json, or
+    eos_token_id of config.json). Raises UserError for a missing or unreadable tokenizer.
+    """
+    folder = Path(folder)
+    for name in FILE_OF_KIND.values():
+        if (folder / name).is_file():
+            return Tokenizer.load(folder / name, _recorded_end(folder) if eod is None else eod)
+    names = " or ".join(FILE_OF_KIND.values())
+    raise UserError(f"{folder} holds no tokenizer; copy the {names} of the training data into it")
+
+
+def _kind_of(path: Path) -> Kind:
+    kinds: dict[str, Kind] = {".model": "sentencepiece", ".json": "huggingface"}
+    if path.suffix not in kinds:
+        raise UserError(
+            f"tokenizer {path}: unknown kind; give a SentencePiece .model, a Hugging Face "
+            "tokenizer.json, or train:VOCAB such as train:8192"
+        )
+    return kinds[path.suffix]
+
+
+def _end_id(backend: Backend, eod: str | int | None, path: Path) -> int | None:
+    if eod is None:
+        return backend.default_end()
+    end = backend.id_of(eod) if isinstance(eod, str) else eod
+    if end is None or not 0 <= end < backend.vocab_size:
+        raise UserError(f"tokenizer {path} has no token {eod!r}; name one of its tokens with --eod")
+    return end
+
+
+def _recorded_end(folder: Path) -> int | None:
+    for name, key in (("manifest.json", "eod_id"), ("config.json", "eos_token_id")):
+        try:
+            end = json.loads((folder / name).read_text(encoding="utf-8")).get(key)
+        except (OSError, ValueError, AttributeError):
+            continue  # the folder's own reader complains about a broken file; here it only lacks a hint
+        if isinstance(end, int):
+            return end
+    return None
+
+
+class _SentencePiece:
+    """A SentencePiece model."""
+
+    def __init__(self, contents: bytes) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._processor = SentencePieceProcessor(model_proto=contents)
+        self.vocab_size = int(self._processor.vocab_size())
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [
+            self._encode_with_marks(text) if self._mark_ids and _MARK in text else ids
+            for text, ids in zip(texts, self._processor.encode(texts, num_threads=1), strict=True)
+        ]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._processor.decode(ids)
+
+    def id_of(self, token: str) -> int | None:
+        found = self._processor.piece_to_id(token)
+        return found if self._processor.id_to_piece(found) == token else None
+
+    def default_end(self) -> int | None:
+        end = self._processor.eos_id()
+        return end if end >= 0 else None
+
+    @cached_property
+    def _mark_ids(self) -> list[int]:
+        """Byte pieces of U+2581, which SentencePiece itself would turn into a space.
+
+        Empty for models without byte pieces, and for those that put a space before every text:
+        encoding a text in parts would give them extra spaces.
+        """
+        if self._processor.encode("a", out_type=str) != ["a"]:
+            return []
+        ids = [self.id_of(f"<0x{byte:02X}>") for byte in _MARK.encode()]
+        return [i for i in ids if i is not None] if None not in ids else []
+
+    def _encode_with_marks(self, text: str) -> list[int]:
+        first, *others = text.split(_MARK)
+        ids = list(self._processor.encode(first))
+        for part in others:
+            ids += self._mark_ids + self._processor.encode(part)
+        return ids
+
+
+_MARK = "\u2581"
+
+
+class _HuggingFace:
+    """A tokenizer.json of the `tokenizers` library."""
+
+    def __init__(self, contents: bytes) -> None:
+        from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+        self._tokenizer: Any = HuggingFaceTokenizer.from_str(contents.decode("utf-8"))
+        self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text ends no document
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # Ids may have gaps, so the count of tokens would not bound them.
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def id_of(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def default_end(self) -> int | None:
+        found = (self.id_of(token) for token in USUAL_END_TOKENS)
+        return next((end for end in found if end is not None), None)
