@@ -15,7 +15,7 @@ from mlm_train.errors import UserError
 COMMANDS = {
     "data": "mlm_train.data.command",
     "pretrain": "mlm_train.train.command",
-    "launch": "mlm_train.parallel.launch_command",
+    "launch": "mlm_train.train.launch_command",
     "export": "mlm_train.checkpoint.export_command",
     "tol": "mlm_train.tol.command",
     "generate": "mlm_train.inference.command",

@@ -34,9 +34,6 @@ class ParallelConfig(Section):
 
     tensor: int = Field(1, ge=1, description="ranks that share each layer")
     pipeline: int = Field(1, ge=1, description="stages that share the layers")
-    zero_stage: Literal[0, 1] = Field(
-        1, description="DeepSpeed ZeRO: 1 shards optimizer state over data parallel, 0 does not"
-    )
     timeout: float = Field(600.0, gt=0, description="seconds a collective may take before a rank fails")
 
 

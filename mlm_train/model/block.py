@@ -70,7 +70,7 @@ class MemoryBlock(nn.Module):
         if self.compute_mlp is not None:
             context = y if self.after_attention else x
             y = y + self.compute_mlp(self.compute_layernorm(context))
-        if self.alpha == 0.0:
-            return y
+        if self.alpha == 0.0 and not self.training:
+            return y  # a dropped layer reads nothing; in training it still gets its zero gradient
         memory = read(self.layer)
         return y + (memory if self.alpha == 1.0 else self.alpha * memory)

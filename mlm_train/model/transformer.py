@@ -31,6 +31,10 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    def memory_blocks(self) -> list[MemoryBlock]:
+        """The blocks that have FFN-M: what a training source computes with."""
+        return [block for block in self.layers if isinstance(block, MemoryBlock)]
+
     def hidden(
         self,
         ids: Tensor,

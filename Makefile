@@ -1,0 +1,33 @@
+# mlm_train: `make quickstart` and `make test` each work alone in a fresh clone.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+# A small machine must not start more threads than it has cores, times processes.
+export TOKENIZERS_PARALLELISM := false
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: quickstart test check clean help
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+
+.venv/runtime.stamp: requirements.txt setup.py tools/install.py
+	$(PYTHON) tools/install.py requirements.txt
+	@touch $@
+
+.venv/dev.stamp: .venv/runtime.stamp requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+quickstart: .venv/runtime.stamp  ## the whole road on two CPU processes, in minutes
+	$(BIN)/python tools/quickstart.py
+
+check: .venv/dev.stamp  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check  ## style, types and all tests
+	$(BIN)/python -m pytest
+
+clean:  ## remove the environment and everything that was run
+	rm -rf .venv runs build dist *.egg-info

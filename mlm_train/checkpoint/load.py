@@ -1,0 +1,102 @@
+"""Read a checkpoint: verify it, check that it fits, put it into model and optimizer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+from mlm_train.checkpoint.manifest import read_manifest, verify_files
+from mlm_train.checkpoint.save import FORMAT, VERSION
+from mlm_train.config import Config
+from mlm_train.config.load import parse_config
+from mlm_train.errors import UserError
+from mlm_train.model.logical import named_pieces, pieces
+from mlm_train.parallel.engine import Engine
+from mlm_train.parallel.optimizer_state import STATE, scatter_state
+
+
+def open_checkpoint(folder: Path, hashes: bool = True) -> dict[str, Any]:
+    """The verified manifest of a checkpoint folder. Raises UserError naming what is damaged."""
+    manifest = read_manifest(folder, FORMAT, VERSION)
+    verify_files(folder, manifest["files"], hashes)
+    return manifest
+
+
+def config_of(manifest: dict[str, Any]) -> Config:
+    """The config of the run that wrote a checkpoint."""
+    return parse_config(manifest["config"])
+
+
+def check_fits(folder: Path, manifest: dict[str, Any], config: Config, fingerprint: str) -> None:
+    """Refuse to continue a run with another model, other data, or another order of samples."""
+    written = config_of(manifest)
+    check_same_model(folder, written, config)
+    for section, field in (("data", "sequence_length"), ("train", "seed")):
+        old, new = (getattr(getattr(c, section), field) for c in (written, config))
+        if old != new:
+            raise UserError(
+                f"{section}.{field}={new} but checkpoint {folder} was written with {old}: "
+                f"its place in the data would be wrong; set {section}.{field}={old} or another train.output"
+            )
+    if manifest["data_fingerprint"] != fingerprint:
+        raise UserError(
+            f"data.path={config.data.path} is not the data of checkpoint {folder} (fingerprints differ): "
+            "use that data, another train.output, or checkpoint.warm_start"
+        )
+
+
+def check_same_model(folder: Path, written: Config, config: Config) -> None:
+    """UserError naming the first model field in which a checkpoint differs."""
+    old, new = written.model.model_dump(), config.model.model_dump()
+    for name in sorted(old):
+        if name != "init_std" and old[name] != new[name]:
+            raise UserError(
+                f"checkpoint {folder} is of another model: model.{name} is {old[name]} there and "
+                f"{new[name]} here; use its config or another train.output"
+            )
+
+
+def load_training_state(folder: Path, manifest: dict[str, Any], engine: Engine) -> None:
+    """Fill weights, moments and RNG; every rank calls it. The manifest is verified already."""
+    parameters = dict(engine.model.named_parameters())
+    whole = {
+        key: {name: torch.full(p.shape, float("nan"), dtype=torch.float32) for name, p in parameters.items()}
+        for key in STATE
+    }
+    wanted: dict[str, Tensor] = {
+        f"{key}/{piece.name}": piece.of(whole[key][piece.parameter])
+        for key in STATE
+        for piece in pieces(engine.model)
+    }
+    wanted["rng"] = torch.get_rng_state()
+    _read(folder, wanted)
+    torch.set_rng_state(wanted["rng"])
+    scatter_state(engine, whole, manifest["progress"]["optimizer_steps"])
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Fill a model's weights in place from a checkpoint; needs no processes."""
+    wanted = {}
+    for name, weight in named_pieces(model):
+        weight.fill_(float("nan"))
+        wanted[f"weight/{name}"] = weight
+    _read(folder, wanted, alone=True)
+
+
+def _read(folder: Path, wanted: dict[str, Tensor], alone: bool = False) -> None:
+    """Read tensors into the ones given. Each was NaN before, so what is not read shows."""
+    try:
+        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+    except dcp.api.CheckpointException as error:  # derives from BaseException
+        raise UserError(f"checkpoint {folder} cannot be read: {_first_cause(error)}") from None
+    for name, tensor in wanted.items():
+        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+            raise UserError(f"checkpoint {folder}: {name} is incomplete or holds NaN; use an older one")
+
+
+def _first_cause(error: Any) -> str:
+    cause = next(iter(error.failures.values()))[0] if error.failures else error
+    return str(cause).splitlines()[0]

@@ -1,0 +1,82 @@
+"""Write a checkpoint: logical tensors through torch.distributed.checkpoint, manifest last."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+from mlm_train import __version__
+from mlm_train.checkpoint.folders import PARTIAL, commit, step_folder
+from mlm_train.checkpoint.manifest import MANIFEST, describe_file, write_json
+from mlm_train.config import Config
+from mlm_train.model.logical import pieces
+from mlm_train.parallel.engine import Engine
+from mlm_train.parallel.optimizer_state import gather_state, optimizer_steps
+from mlm_train.parallel.runtime import Runtime
+
+FORMAT = "mlm-checkpoint"
+VERSION = 1
+
+
+def logical_state(engine: Engine) -> dict[str, Tensor]:
+    """`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` for every logical tensor, fp32."""
+    whole = gather_state(engine)
+    return {
+        f"{key}/{piece.name}": piece.of(tensors[piece.parameter]).contiguous()
+        for key, tensors in whole.items()
+        for piece in pieces(engine.model)
+    }
+
+
+def save_checkpoint(
+    root: Path, engine: Engine, runtime: Runtime, config: Config, progress: dict[str, Any], fingerprint: str
+) -> Path:
+    """Write and commit the checkpoint of `progress["step"]`; every rank calls it. Returns its folder.
+
+    A kill at any moment leaves the older checkpoints as they were: the new folder has another name
+    until its manifest is on disk.
+    """
+    final = step_folder(root, progress["step"])
+    partial = root / f"{PARTIAL}{final.name}"
+    runtime.everywhere(lambda: _fresh(partial))
+    state = logical_state(engine)
+    state["rng"] = torch.get_rng_state()
+    dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
+    entries = _describe_together(partial, runtime)
+    if runtime.leads:
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "tool": f"mlm-train {__version__}",
+            "progress": progress | {"optimizer_steps": optimizer_steps(engine)},
+            "data_fingerprint": fingerprint,
+            "config": config.model_dump(mode="json", exclude_none=True),
+            "world": runtime.topology.world,
+            "files": entries,
+        }
+        write_json(partial / MANIFEST, manifest)
+        commit(partial, final, config.checkpoint.keep)
+    runtime.barrier()
+    return final
+
+
+def _fresh(partial: Path) -> None:
+    """An empty folder of that name: the reader takes every file in it."""
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _describe_together(folder: Path, runtime: Runtime) -> list[dict[str, Any]]:
+    """Sizes and checksums of all files, each rank hashing its share."""
+    runtime.barrier()
+    names = sorted(path.name for path in folder.iterdir())
+    world = runtime.topology.world
+    mine = [describe_file(folder, name) for name in names[runtime.topology.rank :: world]]
+    shares: list[Any] = [None] * world
+    dist.all_gather_object(shares, mine)
+    return sorted((entry for share in shares for entry in share), key=lambda entry: entry["file"])

@@ -1,0 +1,38 @@
+"""Perplexity of an exported model on prepared data, with FFN-M computed or looked up."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mlm_train.model.loss import count_labels, loss_sums
+from mlm_train.model.source import MemorySource
+from mlm_train.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Mean cross-entropy (nats a token) over `tokens` labels, and its exponential."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss)
+
+
+@torch.inference_mode()
+def measure_perplexity(
+    model: Transformer, source: MemorySource | None, batches: Iterable[tuple[Tensor, Tensor]]
+) -> Perplexity:
+    """Over batches of (ids, labels), int64 [batch, sequence]; label -100 is ignored."""
+    model.eval()
+    total, tokens = 0.0, 0
+    for ids, labels in batches:
+        total += loss_sums(model(ids, source), labels).cross_entropy.item()
+        tokens += count_labels(labels)
+    return Perplexity(total / max(tokens, 1), tokens)

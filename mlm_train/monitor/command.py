@@ -1,0 +1,27 @@
+"""`mlm-train monitor`: TensorBoard over a run, on loopback."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from mlm_train.errors import UserError
+
+HELP = """Show a run (or a folder of runs) in TensorBoard, on this machine only.
+
+example:
+  mlm-train monitor runs/micro --port 6006"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("run", help="folder of a run, or one that holds several")
+    parser.add_argument("--port", type=int, default=6006, help="port on 127.0.0.1 (default 6006)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Start TensorBoard in the foreground."""
+    if not Path(args.run).is_dir():
+        raise UserError(f"{args.run} is not a folder: give train.output of a run")
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", args.run]
+    return subprocess.call([*command, "--host", "127.0.0.1", "--port", str(args.port)])

@@ -1,0 +1,61 @@
+"""The dry run: shapes, parameters, memory and FLOPs as one page of text."""
+
+from rich.console import Console
+from rich.table import Table
+
+from mlm_train.config import Config
+from mlm_train.model.counts import count_parameters, train_flops_per_token
+from mlm_train.parallel.topology import Topology
+from mlm_train.plan.memory import rank_memory
+
+
+def print_plan(config: Config, topology: Topology, console: Console) -> None:
+    """Print what a run would allocate and compute on each rank."""
+    console.print(_shapes(config))
+    console.print(_run(config, topology))
+    memory = rank_memory(config, topology)
+    table = Table("memory per rank", "GiB", title_justify="left")
+    for name, size in zip(memory._fields, memory, strict=True):
+        table.add_row(name + (" (estimate)" if name == "activations" else ""), f"{size / 2**30:.3f}")
+    table.add_row("total", f"{memory.total / 2**30:.3f}")
+    console.print(table)
+
+
+def _shapes(config: Config) -> Table:
+    """Logical tensors of one layer and around the layers."""
+    import torch
+
+    from mlm_train.model.logical import named_pieces
+    from mlm_train.model.transformer import Transformer
+
+    with torch.device("meta"):  # shapes only, nothing is allocated
+        one_layer = config.model.model_copy(update={"num_hidden_layers": 1})
+        model = Transformer(one_layer)
+    table = Table("tensor", "shape", "count")
+    for name, weight in named_pieces(model):
+        repeats = config.model.num_hidden_layers if ".layers." in name else 1
+        shape = " x ".join(str(size) for size in weight.shape)
+        table.add_row(name.replace("layers.0", "layers.*"), shape, str(repeats))
+    return table
+
+
+def _run(config: Config, topology: Topology) -> Table:
+    counts, train = count_parameters(config.model), config.train
+    tokens = train.global_batch * config.data.sequence_length
+    flops = train_flops_per_token(config.model, config.data.sequence_length)
+    table = Table("quantity", "value")
+    rows = {
+        "parameters, total (embeddings apart)": f"{counts.total:,}",
+        "parameters, active (FFN-M apart)": f"{counts.active:,}",
+        "parameters, embedding + head": f"{counts.embedding + counts.head:,}",
+        "processes": f"{topology.world} (data {topology.data} x tensor {topology.tensor} "
+        f"x pipeline {topology.pipeline})",
+        "batch": f"{train.global_batch} sequences = {train.micro_batch} a micro-batch x {topology.data} "
+        f"ranks x {train.global_batch // (train.micro_batch * topology.data)} accumulated",
+        "tokens a step": f"{tokens:,}",
+        "tokens in all": f"{tokens * train.steps:,}" + (" at most (ramp)" if train.ramp else ""),
+        "FLOPs a token (FFN-M at every position)": f"{flops:.3e}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table

@@ -1,0 +1,46 @@
+"""`mlm-train launch`: pretrain on several processes of this machine, through torchrun."""
+
+import argparse
+import os
+import subprocess
+import sys
+
+from mlm_train.config import load_config
+from mlm_train.errors import UserError
+from mlm_train.train.command import add_config_arguments
+
+HELP = """Start pretrain on several processes of this machine (torchrun with sensible settings).
+Everything is checked before the first process starts.
+
+example:
+  mlm-train launch --nproc 2 configs/micro.yaml train.steps=100"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--nproc", type=int, required=True, help="processes, one a GPU or CPU share")
+    add_config_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, then hand over to torchrun; its exit code."""
+    if args.nproc < 1:
+        raise UserError(f"--nproc {args.nproc}: give at least 1")
+    from mlm_train.train.setup import preflight
+
+    preflight(load_config(args.config, args.overrides), args.nproc)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",  # a free port of its own, on loopback
+        f"--nproc-per-node={args.nproc}",
+        "-m",
+        "mlm_train",
+        "pretrain",
+        args.config,
+        *args.overrides,
+    ]
+    threads = max(1, (os.cpu_count() or 1) // args.nproc)
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    return subprocess.call(command, env=environment)

@@ -1,0 +1,62 @@
+"""The main loop."""
+
+import time
+from pathlib import Path
+
+from mlm_train.checkpoint.save import save_checkpoint
+from mlm_train.monitor.report import Evaluation, Progress, StepReport
+from mlm_train.train.batches import evaluation_batches, step_batches
+from mlm_train.train.schedule import global_batch_at, learning_rate
+from mlm_train.train.setup import Run
+
+
+def train(run: Run) -> Progress:
+    """Train to train.steps (or stop_after), evaluating and saving on the way. Returns the last state."""
+    config, progress = run.config, run.progress
+    last = min(config.train.steps, progress.step + (config.train.stop_after or config.train.steps))
+    saved = progress.step
+    while progress.step < last:
+        started = time.perf_counter()
+        size = global_batch_at(config.train, progress.samples)
+        batches = step_batches(
+            run.samples, progress.samples, size, config.train.micro_batch, run.runtime.topology
+        )
+        data_seconds = time.perf_counter() - started
+        lr = learning_rate(config, progress.step)
+        result = run.trainer.step(batches, lr)
+        progress = progress.after(size, result.tokens)
+        run.monitor.step(StepReport(progress, lr, size, result, data_seconds))
+        if _due(progress.step, config.train.evaluate_every, config.train.steps):
+            evaluate(run, progress)
+        if _due(progress.step, config.checkpoint.every, last):
+            save(run, progress)
+            saved = progress.step
+    if saved < progress.step:
+        save(run, progress)
+    return progress
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    """Every so many steps, and at the last one."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def evaluate(run: Run, progress: Progress) -> float:
+    """Loss on the fixed validation samples, on every rank; told to the monitor."""
+    started = time.perf_counter()
+    train = run.config.train
+    count = min(train.evaluate_samples, run.validation.samples_per_epoch)
+    batches = evaluation_batches(run.validation, count, train.micro_batch, run.runtime.topology)
+    loss = run.trainer.evaluate(batches)
+    run.monitor.evaluation(Evaluation(progress, loss, count, time.perf_counter() - started))
+    return loss
+
+
+def save(run: Run, progress: Progress) -> None:
+    """Commit a checkpoint; said only once it is on disk."""
+    started = time.perf_counter()
+    root = Path(run.config.train.output) / "checkpoints"
+    folder = save_checkpoint(
+        root, run.trainer.engine, run.runtime, run.config, progress.as_dict(), run.data.fingerprint
+    )
+    run.monitor.committed(folder, time.perf_counter() - started)

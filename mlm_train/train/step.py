@@ -1,0 +1,102 @@
+"""One optimizer step and one evaluation, on this rank's share of the batch."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mlm_train.model.loss import LossSums, count_labels, loss_sums
+from mlm_train.model.source import MemorySource
+from mlm_train.model.transformer import Transformer
+from mlm_train.parallel.engine import Engine
+from mlm_train.parallel.runtime import Runtime
+from mlm_train.train.batches import MicroBatch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, summed or averaged over all data-parallel ranks."""
+
+    loss: float  # mean cross-entropy over valid labels, z-loss left out
+    grad_norm: float  # before clipping
+    tokens: int  # positions of the step
+    distinct_micro: float  # distinct ids of a micro-batch / its tokens
+    distinct_step: float  # distinct ids of a rank's step / its tokens
+    seconds: float
+
+
+class Trainer:
+    """Runs micro-batches through model and engine, with one loss normalisation for all layouts."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        source: MemorySource | None,
+        runtime: Runtime,
+        precision: str,
+        z_loss: float,
+    ) -> None:
+        assert isinstance(engine.model, Transformer)
+        self.model, self.engine, self.source, self.runtime = engine.model, engine, source, runtime
+        self.z_loss = z_loss
+        self.autocast = torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+    def _sums(self, batch: MicroBatch) -> LossSums:
+        ids, labels = (tensor.to(self.runtime.device, non_blocking=True) for tensor in batch)
+        with self.autocast:
+            logits = self.model(ids, self.source)
+        return loss_sums(logits, labels)
+
+    def backward(self, batches: Sequence[MicroBatch]) -> tuple[Tensor, float]:
+        """Accumulate gradients of DP/N * sum(CE + z * lse^2); the summed CE of this rank, and N.
+
+        N counts the valid labels of the whole step over all ranks, so masks of any shape give one
+        process's gradients; the factor DP undoes the engine's average over data parallel.
+        """
+        labels = self._everywhere([float(sum(count_labels(batch.labels) for batch in batches))])[0]
+        scale = self.runtime.topology.data / max(labels, 1.0)
+        total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        self.model.train()
+        with self.engine.accumulating():
+            for batch in batches:
+                sums = self._sums(batch)
+                ((sums.cross_entropy + self.z_loss * sums.z) * scale).backward()
+                total += sums.cross_entropy.detach()
+        return total, labels
+
+    def step(self, batches: Sequence[MicroBatch], lr: float) -> StepResult:
+        """Train on this rank's micro-batches of one global batch."""
+        started = time.perf_counter()
+        total, labels = self.backward(batches)
+        grad_norm = self.engine.step(lr)
+        micro = sum(batch.ids.unique().numel() for batch in batches)
+        whole = torch.cat([batch.ids.flatten() for batch in batches])
+        loss, tokens, distinct_micro, distinct_step = self._everywhere(
+            [total.item(), float(whole.numel()), float(micro), float(whole.unique().numel())]
+        )
+        return StepResult(
+            loss=loss / max(labels, 1.0),
+            grad_norm=grad_norm,
+            tokens=int(tokens),
+            distinct_micro=distinct_micro / tokens,
+            distinct_step=distinct_step / tokens,
+            seconds=time.perf_counter() - started,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[MicroBatch]) -> float:
+        """Mean cross-entropy over the valid labels of all ranks' batches."""
+        self.model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        for batch in batches:
+            total += self._sums(batch).cross_entropy
+        labels = sum(count_labels(batch.labels) for batch in batches)
+        loss, count = self._everywhere([total.item(), float(labels)])
+        return loss / max(count, 1.0)
+
+    def _everywhere(self, values: Sequence[float]) -> list[float]:
+        """Sums over data parallel."""
+        device = self.runtime.device
+        return self.runtime.sum_over_data(torch.tensor(values, dtype=torch.float64, device=device)).tolist()

@@ -1,0 +1,112 @@
+"""Configs: presets against the paper, overrides, and one clear line for every mistake."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mlm_train.config import dump_config, load_config
+from mlm_train.config.load import parse_config
+from mlm_train.errors import UserError
+from mlm_train.model.counts import count_parameters
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+MILLION = 10**6
+
+# Total and active parameters, millions rounded down (arXiv 2602.00398, tables 4 and 5).
+PAPER = {
+    "250m": (265, {"base": 265, "memory": 88, "flex-1h2": 110, "flex-2h2": 132, "flex-3h2": 154}),
+    "750m": (737, {"base": 737, "memory": 245, "flex-1h2": 307, "flex-2h2": 368, "flex-3h2": 430}),
+    "1b": (1208, {"base": 1208, "memory": 402, "flex-1h2": 503, "flex-2h2": 604, "flex-3h2": 704}),
+}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_loads_and_survives_a_round_trip(path: Path) -> None:
+    config = load_config(path)
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize("size", PAPER)
+def test_presets_have_the_papers_parameters(size: str) -> None:
+    total, active = PAPER[size]
+    for name, expected in active.items():
+        counts = count_parameters(load_config(CONFIGS / f"{name}-{size}.yaml").model)
+        assert counts.total // MILLION == total, name
+        assert counts.active // MILLION == expected, name
+
+
+def test_overrides_are_yaml_values() -> None:
+    config = load_config(
+        CONFIGS / "micro.yaml",
+        [
+            "optimizer.lr=5e-4",
+            "train.steps=7",
+            "train.precision=fp32",
+            "schedule.warmup_steps=0",
+            "train.ramp={start: 8, increment: 8, samples: 64}",
+            "optimizer.betas=[0.8, 0.9]",
+        ],
+    )
+    assert config.optimizer.lr == 5e-4 and config.train.steps == 7
+    assert config.train.ramp is not None and config.train.ramp.start == 8
+    assert config.optimizer.betas == (0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.hiden_size=3", "unknown config key model.hiden_size; did you mean model.hidden_size?"),
+        ("train.lr=0.1", "did you mean optimizer.lr?"),
+        ("trian.steps=1", "did you mean train?"),
+        ("train.steps=0", "train.steps=0: input should be greater"),
+        ("train.steps", "write section.field=value"),
+        ("optimizer.lr=fast", "optimizer.lr='fast'"),
+        ("model.kind=moe", "'base', 'memory' or 'flex'"),
+        ("model.flex_beta=1", "only with model.kind=flex"),
+        ("model.num_attention_heads=5", "must divide model.hidden_size"),
+        ("model.num_key_value_heads=4", "must divide model.num_attention_heads=6"),
+        ("model.head_dim=33", "must be even"),
+        ("model.memory_scale=[1, 1]", "needs one number, or 4"),
+        ("model.memory_scale=.inf", "finite"),
+        ("model.kind=base", "memory.mode='unique': has no effect with model.kind=base"),
+        ("memory.mode=table", "memory.mode='table'"),
+        ("data.sequence_length=100000", "longer than model.max_position_embeddings"),
+        ("train.micro_batch=5", "must be a multiple of train.micro_batch=5"),
+        ("train.ramp={start: 32, increment: 8, samples: 64}", "must be below train.global_batch"),
+        ("train.ramp={start: 8, increment: 7, samples: 64}", "must divide global_batch - start"),
+        ("schedule.kind=wsd", "schedule.decay_steps"),
+        ("schedule.decay_steps=4", "only with schedule.kind=wsd"),
+        ("schedule.warmup_steps=100000", "longer than train.steps"),
+        ("schedule.min_lr=1", "above optimizer.lr"),
+        ("parallel.tensor=2", "parallel.tensor=2"),
+        ("model=3", "model is a section"),
+    ],
+)
+def test_mistakes_get_one_clear_line(override: str, words: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(CONFIGS / "micro.yaml", [override])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_that_are_no_config(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"did you mean .*micro\.yaml"):
+        load_config(CONFIGS / "mikro.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("model: [1,\n")
+    with pytest.raises(UserError, match="is not YAML") as error:
+        load_config(broken)
+    assert "\n" not in str(error.value)
+    broken.write_text("just text")
+    with pytest.raises(UserError, match="sections"):
+        load_config(broken)
+    broken.write_text("model: {kind: base}")
+    with pytest.raises(UserError, match="is missing"):
+        load_config(broken)
+
+
+def test_flex_sizes_follow_beta() -> None:
+    linear = load_config(CONFIGS / "flex-1h2-1b.yaml", ["model.compute_form=linear"]).model
+    assert linear.compute_intermediate_size == 1024
+    with pytest.raises(UserError, match="disagrees with"):
+        load_config(CONFIGS / "flex-1h2-1b.yaml", ["model.compute_intermediate_size=700"])

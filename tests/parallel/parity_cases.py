@@ -1,0 +1,124 @@
+"""What the ranks of the parity test run: cases of config against the one-process reference."""
+
+import torch
+
+from mlm_train.config import Config
+from mlm_train.memory import make_source
+from mlm_train.model.logical import initialise, named_pieces
+from mlm_train.model.loss import count_labels, loss_sums
+from mlm_train.model.transformer import Transformer
+from mlm_train.parallel import runtime as processes
+from mlm_train.parallel.engine import Engine
+from mlm_train.train.batches import MicroBatch
+from mlm_train.train.schedule import learning_rate
+from mlm_train.train.step import Trainer
+from tests.parallel.reference import (
+    GLOBAL_BATCH,
+    global_batch,
+    logical_gradients,
+    relative_error,
+    sharpen,
+    tiny_config,
+    train_reference,
+)
+
+STEPS = 3
+
+
+def run_cases(cases: list[dict]) -> list[dict[str, float]]:
+    """Errors of each case: loss, norm, gradients of the first step, weights after three."""
+    return [run_case(**case) for case in cases]
+
+
+def run_case(model: dict, mode: str | None, micro_batch: int, **sections: dict) -> dict[str, float]:
+    """One case on all ranks; every rank computes the reference too."""
+    if mode is not None:
+        sections = sections | {"memory": {"mode": mode}}
+    train = sections.pop("train", {}) | {"micro_batch": micro_batch}
+    config = tiny_config(model, train=train, **sections)
+    runtime = processes.start(config)
+    trainer = _trainer(config, mode, runtime)
+    reference = train_reference(config, STEPS)
+    error = {"loss": 0.0, "norm": 0.0}
+    for step in range(STEPS):
+        batches = my_batches(runtime, step, micro_batch)
+        if step == 0:
+            error["gradients"] = _first_gradients(trainer, batches, reference["gradients"])
+        result = trainer.step(batches, learning_rate(config, step))
+        error["loss"] = max(error["loss"], abs(result.loss / reference["losses"][step] - 1))
+        error["norm"] = max(error["norm"], abs(result.grad_norm / reference["norms"][step] - 1))
+    error["weights"] = relative_error(dict(named_pieces(trainer.model)), reference["weights"])
+    return error
+
+
+def _network(config: Config) -> Transformer:
+    network = Transformer(config.model)
+    initialise(network, config.model, config.train.seed)
+    sharpen(network)
+    return network
+
+
+def _trainer(config: Config, mode: str | None, runtime: processes.Runtime) -> Trainer:
+    network = _network(config)
+    source = make_source(mode, network.memory_blocks()) if mode else None
+    engine = Engine(network, config.optimizer, runtime)
+    return Trainer(engine, source, runtime, config.train.precision, config.train.z_loss)
+
+
+def my_batches(runtime: processes.Runtime, step: int, micro_batch: int) -> list[MicroBatch]:
+    """This rank's micro-batches of a global batch: contiguous rows, so masks differ by rank."""
+    share = GLOBAL_BATCH // runtime.topology.data
+    mine = slice(runtime.topology.data_rank * share, (runtime.topology.data_rank + 1) * share)
+    pairs = zip(*(tensor[mine].split(micro_batch) for tensor in global_batch(step)), strict=True)
+    return [MicroBatch(*pair) for pair in pairs]
+
+
+def _first_gradients(trainer: Trainer, batches: list[MicroBatch], reference: dict) -> float:
+    """Backward alone, summed over ranks by hand, compared; then the gradients are dropped."""
+    trainer.backward(batches)
+    runtime = trainer.runtime
+    mine = {
+        name: runtime.sum_over_data(gradient) / runtime.topology.data
+        for name, gradient in logical_gradients(trainer.model).items()
+    }
+    trainer.engine.zero.zero_grad()
+    for parameter in trainer.model.parameters():
+        parameter.grad = None
+    return relative_error(mine, reference)
+
+
+def run_bf16_cases(model: dict, modes: list[str], micro_batch: int, seeds: int) -> dict[str, float]:
+    """Median distance of bf16 gradients from fp32's: each mode in this layout, and one process alone."""
+    distances: dict[str, list[float]] = {name: [] for name in [*modes, "alone"]}
+    for seed in range(seeds):
+        sections = {"train": {"micro_batch": micro_batch, "precision": "bf16", "seed": seed}}
+        config = tiny_config(model, memory={"mode": modes[0]}, **sections)
+        runtime = processes.start(config)
+        reference = train_reference(config, 1)["gradients"]
+        for mode in modes:
+            trainer = _trainer(config, mode, runtime)
+            batches = my_batches(runtime, 0, micro_batch)
+            distances[mode].append(_first_gradients(trainer, batches, reference))
+        distances["alone"].append(_alone_bf16(config, reference))
+    return {name: float(torch.tensor(values).median()) for name, values in distances.items()}
+
+
+def _alone_bf16(config: Config, reference: dict) -> float:
+    """One process, per_token, the whole batch at once, under autocast."""
+    network = _network(config)
+    ids, labels = global_batch(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = network(ids, make_source("per_token", network.memory_blocks()))
+    sums = loss_sums(logits, labels)
+    ((sums.cross_entropy + config.train.z_loss * sums.z) / count_labels(labels)).backward()
+    return relative_error(logical_gradients(network), reference)
+
+
+def run_with_local_normalisation(cases: list[dict]) -> list[dict[str, float]]:
+    """The cases with a mutation: labels are counted on this rank alone."""
+    honest = Trainer._everywhere
+    Trainer._everywhere = lambda self, values: [v * self.runtime.topology.data for v in values]  # type: ignore
+    try:
+        return run_cases(cases)
+    finally:
+        Trainer._everywhere = honest  # type: ignore[method-assign]

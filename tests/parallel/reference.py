@@ -1,0 +1,112 @@
+"""One process, written plainly: no engine, no micro-batches, float64 where asked."""
+
+import torch
+from torch import Tensor
+
+from mlm_train.config import Config
+from mlm_train.config.load import parse_config
+from mlm_train.memory import make_source
+from mlm_train.model.logical import initialise, pieces
+from mlm_train.model.loss import IGNORED
+from mlm_train.model.transformer import Transformer
+from mlm_train.parallel.engine import parameter_groups
+from mlm_train.train.schedule import learning_rate
+
+VOCABULARY, LENGTH, GLOBAL_BATCH = 96, 24, 8
+
+
+def tiny_config(model: dict, **sections: dict) -> Config:
+    """A config small enough for any machine; `model` and sections override."""
+    tree = {
+        "model": {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "max_position_embeddings": 64,
+        }
+        | model,
+        "data": {"path": "none", "sequence_length": LENGTH},
+        "optimizer": {"lr": 1e-2, "clip": 0.5},
+        "schedule": {"warmup_steps": 2},
+        "train": {
+            "output": "none",
+            "steps": 10,
+            "global_batch": GLOBAL_BATCH,
+            "micro_batch": 2,
+            "z_loss": 1e-2,
+        },
+    }
+    for name, section in sections.items():
+        tree[name] = tree.get(name, {}) | section
+    return parse_config(tree)
+
+
+def global_batch(step: int) -> tuple[Tensor, Tensor]:
+    """ids and labels of a step: repeated ids, and masks so unequal that half the rows are nearly empty."""
+    generator = torch.Generator().manual_seed(step)
+    drawn = torch.randint(0, VOCABULARY, (2, GLOBAL_BATCH, LENGTH), generator=generator)
+    ids = drawn.amin(0)  # low ids come often, as in text
+    labels = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, LENGTH), generator=generator)
+    keep = torch.linspace(0.02, 1.0, GLOBAL_BATCH).unsqueeze(1)
+    labels[torch.rand(GLOBAL_BATCH, LENGTH, generator=generator) > keep] = IGNORED
+    return ids, labels
+
+
+def sharpen(model: Transformer) -> None:
+    """Make a fresh model's weights large enough that every part of it matters to the loss."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6.0 if "embed" not in name else 20.0)
+            else:
+                generator = torch.Generator().manual_seed(len(name))
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+def logical_gradients(model: Transformer) -> dict[str, Tensor]:
+    """Every gradient under its logical name."""
+    parameters = dict(model.named_parameters())
+    return {piece.name: piece.of(parameters[piece.parameter].grad).clone() for piece in pieces(model)}
+
+
+def train_reference(config: Config, steps: int) -> dict:
+    """Losses, norms, the first step's gradients and the weights at the end, in float64."""
+    model = Transformer(config.model).double()
+    initialise(model, config.model, config.train.seed)
+    sharpen(model)
+    source = make_source("per_token", model.memory_blocks()) if config.model.has_memory else None
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.optimizer), betas=config.optimizer.betas, eps=config.optimizer.eps
+    )
+    losses, norms, first = [], [], {}
+    for step in range(steps):
+        ids, labels = global_batch(step)
+        logits = model(ids, source)
+        valid = labels != IGNORED
+        lse = logits.logsumexp(-1)[valid]
+        chosen = logits[valid].gather(-1, labels[valid].unsqueeze(-1)).squeeze(-1)
+        loss = (lse - chosen).mean()
+        optimizer.zero_grad()
+        (loss + config.train.z_loss * lse.square().mean()).backward()
+        if step == 0:
+            first = logical_gradients(model)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        optimizer.step()
+        losses.append(float(loss))
+    parameters = dict(model.named_parameters())
+    weights = {piece.name: piece.of(parameters[piece.parameter].detach()) for piece in pieces(model)}
+    return {"losses": losses, "norms": norms, "gradients": first, "weights": weights}
+
+
+def relative_error(values: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    """Contract metric: the worst ||g - r|| / ||r||, floor 1e-6 of the norm of all."""
+    assert values.keys() == reference.keys()
+    floor = 1e-6 * float(torch.stack([r.double().norm() for r in reference.values()]).norm())
+    return max(
+        float((values[name].double() - r.double()).norm() / r.double().norm().clamp_min(floor))
+        for name, r in reference.items()
+    )

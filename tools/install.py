@@ -1,0 +1,68 @@
+"""Create .venv and install the pinned packages, with the right build of torch.
+
+usage: python3.11 tools/install.py requirements.txt
+
+torch comes as a CUDA build or a CPU build under one version. Where there is no NVIDIA GPU and the
+default index would give the CUDA build (gigabytes of no use), the CPU wheel index is used instead.
+TORCH_INDEX=URL chooses an index by hand; TORCH_INDEX=default keeps the default one.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+def pip(*arguments: str, capture: bool = False) -> str:
+    """Run the environment's pip; its output if captured."""
+    command = [str(VENV / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", *arguments]
+    done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE if capture else None)
+    return done.stdout or ""
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA driver answers."""
+    tool = shutil.which("nvidia-smi")
+    return tool is not None and subprocess.run([tool, "-L"], capture_output=True).returncode == 0
+
+
+def default_is_cuda(pin: str) -> bool:
+    """Whether the default index gives a build of torch that requires CUDA libraries.
+
+    pip reads the wheel's metadata only; nothing is downloaded for this.
+    """
+    report = json.loads(
+        pip("install", "--dry-run", "--no-deps", "--quiet", "--report", "-", pin, capture=True)
+    )
+    needs = report["install"][0]["metadata"].get("requires_dist", [])
+    return any(need.startswith(("nvidia-", "cuda-")) for need in needs)
+
+
+def main(requirements: str) -> None:
+    """Install everything."""
+    if sys.version_info[:2] != (3, 11):
+        raise SystemExit(f"install.py: Python 3.11 is needed, this is {sys.version.split()[0]}")
+    if not (VENV / "bin" / "python").exists():
+        print(f"creating {VENV}", flush=True)
+        venv.create(VENV, with_pip=True)
+    lines = (ROOT / requirements).read_text(encoding="utf-8").splitlines()
+    pin = next(line.strip() for line in lines if line.startswith("torch=="))
+    index = os.environ.get("TORCH_INDEX", "")
+    if not index and not has_gpu() and default_is_cuda(pin):
+        index = CPU_INDEX
+    choice = [] if index in ("", "default") else ["--index-url", index]
+    print(f"installing {pin} ({index or 'default index'}) and the rest of {requirements}", flush=True)
+    pip("install", "--quiet", *choice, pin)
+    pip("install", "--quiet", "-r", str(ROOT / requirements))
+    pip("install", "--quiet", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
