@@ -84,7 +84,9 @@ def _decoder(model_dir: str, tol_dir: str | None) -> "Decoder":
     from mlm_train.tol.store import TolSource
 
     if tol_dir is not None:
-        store = TolSource(tol_dir, read_config(model_dir))  # first: it fails faster than the weights load
+        store = TolSource.open_folder(
+            tol_dir, read_config(model_dir)
+        )  # first: it fails faster than the weights load
         return Decoder(load_model(model_dir, with_memory=False), store)
     model = load_model(model_dir)
     return Decoder(model, make_source("unique", model.memory_blocks()) if model.config.has_memory else None)

@@ -1,31 +1,37 @@
 """The ToL store: a memory source that reads FFN-M's output instead of computing it."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from mlm_train.config import ModelConfig
 from mlm_train.model.source import MemoryReader
-from mlm_train.tol.format import check_fits, open_partition, read_index
+from mlm_train.tol.format import TolIndex, check_fits, open_partition, read_index
 
 
 class TolSource:
-    """Rows of a ToL folder, memory-mapped, or held in memory with `in_memory=True`.
+    """FFN-M's output by token id, out of the partitions of a ToL folder; see `open_folder`."""
 
-    A layer that the table dropped reads as zeros. Raises UserError when the folder is damaged as far as
-    sizes and headers show, or belongs to a model of another shape.
-    """
+    def __init__(self, index: TolIndex, partitions: Sequence[Tensor]) -> None:
+        self._partitions = partitions
+        self._starts = torch.tensor([partition.rows[0] for partition in index.partitions])
+        self._position = {layer: position for position, layer in enumerate(index.layers)}
 
-    def __init__(self, folder: str | Path, config: ModelConfig, in_memory: bool = False) -> None:
+    @classmethod
+    def open_folder(cls, folder: str | Path, config: ModelConfig, in_memory: bool = False) -> Self:
+        """Map a folder's partitions into memory, or with `in_memory` read them whole.
+
+        A layer that the table dropped reads as zeros. Raises UserError when the folder is damaged as far
+        as sizes and headers show, or belongs to a model of another shape.
+        """
         folder = Path(folder)
         index = read_index(folder)
         check_fits(folder, index, config)
-        self._partitions = [open_partition(folder, index, partition) for partition in index.partitions]
-        if in_memory:
-            self._partitions = [rows.clone() for rows in self._partitions]
-        self._starts = torch.tensor([partition.rows[0] for partition in index.partitions])
-        self._position = {layer: position for position, layer in enumerate(index.layers)}
+        mapped = (open_partition(folder, index, partition) for partition in index.partitions)
+        return cls(index, [rows.clone() if in_memory else rows for rows in mapped])
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of ascending ids [n] on the CPU -> [n, kept layers, hidden] of the table's dtype."""

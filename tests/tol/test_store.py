@@ -26,7 +26,7 @@ def test_lookup_equals_compute(
 ) -> None:
     served = load_model(exported, with_memory=False)
     computed = model(IDS, make_source("per_token", model.layers))
-    looked_up = served(IDS, TolSource(tables[dtype], served.config, in_memory))
+    looked_up = served(IDS, TolSource.open_folder(tables[dtype], served.config, in_memory))
     assert (looked_up - computed).abs().max() <= limit * computed.abs().max()
 
 
@@ -37,7 +37,7 @@ def test_dropped_layer_reads_as_zeros(model: Transformer, tables: dict[str, Path
     index = read_index(tables["float32"])
     write_index(tmp_path, index.model_copy(update={"layers": [0, 2], "partitions": [partition]}))
     x0 = model.embed_tokens(IDS).bfloat16()
-    read = TolSource(tmp_path, model.config).open(IDS, x0)
+    read = TolSource.open_folder(tmp_path, model.config).open(IDS, x0)
     assert torch.equal(read(1), torch.zeros_like(x0))
     assert torch.equal(read(2), table[IDS, 1].bfloat16())
 
@@ -51,16 +51,16 @@ def test_wrong_or_damaged_tables(model: Transformer, tables: dict[str, Path], tm
         ({"kind": "base"}, "base model"),
     ):
         with pytest.raises(UserError, match=message):
-            TolSource(folder, random_model(**fields).config)
+            TolSource.open_folder(folder, random_model(**fields).config)
     tree = json.loads((folder / INDEX).read_text())
     (folder / INDEX).write_text(json.dumps(tree | {"dtype": "bfloat16"}))
     with pytest.raises(UserError, match=r"holds \[85, 3, 32\] torch.float32, not .* bfloat16"):
-        TolSource(folder, model.config)
+        TolSource.open_folder(folder, model.config)
     (folder / INDEX).write_text(json.dumps(tree))
     file = folder / tree["partitions"][3]["file"]
     file.write_bytes(file.read_bytes()[:-2])
     with pytest.raises(UserError, match=file.name):
-        TolSource(folder, model.config)
+        TolSource.open_folder(folder, model.config)
     file.unlink()
     with pytest.raises(UserError, match=f"{file.name} .* is missing"):
-        TolSource(folder, model.config)
+        TolSource.open_folder(folder, model.config)
