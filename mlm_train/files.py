@@ -32,9 +32,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def draft_of(path: Path) -> Path:
+    """Where write_text puts a file before it takes its name."""
+    return path.with_name(f".{path.name}.writing")
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a small file at once: readers see the old text or the new one, whole."""
-    draft = path.with_name(f".{path.name}.writing")
+    draft = draft_of(path)
     draft.write_text(text, encoding="utf-8")
     sync(draft)
     draft.rename(path)

@@ -25,6 +25,7 @@ __all__ = [
     "FolderTensors",
     "config_json",
     "expected_shapes",
+    "fill_model",
     "fingerprint",
     "load_model",
     "open_tensors",
@@ -189,7 +190,7 @@ class FolderTensors:
             if self.shape(name) != shape:
                 found = list(self.shape(name))
                 raise UserError(
-                    f"{self.path}: tensor {name} has shape {found}, not {list(shape)} as config.json says"
+                    f"{self.path}: tensor {name} has shape {found}, not {list(shape)} as the config says"
                 )
         surplus = sorted(self._file_of.keys() - expected.keys())
         if surplus:
@@ -230,12 +231,21 @@ def load_model(path: str | Path, with_memory: bool = True, dtype: torch.dtype = 
     model.to(dtype).to_empty(device="cpu").requires_grad_(False)
     # A buffer that no export holds; it stays fp32, as angles of far positions need it.
     model.rotary = RotaryEmbedding(config.attention_head_dim, config.rope_theta)
+    fill_model(path, model)
+    return model.eval()
+
+
+@torch.no_grad()
+def fill_model(path: str | Path, model: Transformer) -> None:
+    """Copy an export's tensors into a model's parameters, whatever their dtype and device.
+
+    Raises UserError naming the first tensor that does not fit the model's config.
+    """
     parameters = dict(model.named_parameters())
     with open_tensors(path) as tensors:
-        tensors.check(config)
+        tensors.check(model.config)
         for piece in pieces(model):
             piece.of(parameters[piece.parameter]).copy_(tensors.tensor(piece.name))
-    return model.eval()
 
 
 def fingerprint(path: str | Path) -> str:

@@ -1,0 +1,70 @@
+"""Logits of an exported model on given tokens, for comparison with other implementations."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mlm_train.checkpoint.hf_folder import load_model
+from mlm_train.errors import UserError
+from mlm_train.files import draft_of, sync, writing
+from mlm_train.memory import make_source
+
+TENSOR = "tokens"
+
+
+def dump_logits(model_dir: str | Path, tokens_file: str | Path, out_file: str | Path) -> None:
+    """Write `tokens` int64 [batch, sequence] and `logits` fp32 [batch, sequence, vocabulary].
+
+    `tokens_file`: safetensors with the tensor `tokens`. Raises UserError for a missing or unfit tensor,
+    ids out of the vocabulary, sequences longer than the model takes, and an output that exists.
+    """
+    out = Path(out_file)
+    if out.exists():
+        raise UserError(f"{out} exists; give a new file, or remove it")
+    tokens = _read_tokens(Path(tokens_file))
+    model = load_model(model_dir)
+    config = model.config
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < config.vocab_size:
+        bad = int(tokens.min()) if int(tokens.min()) < 0 else int(tokens.max())
+        raise UserError(
+            f"{tokens_file}: id {bad} is not in the vocabulary; ids are 0 to {config.vocab_size - 1}"
+        )
+    if tokens.shape[1] > config.max_position_embeddings:
+        raise UserError(
+            f"{tokens_file}: sequences of {tokens.shape[1]} tokens are longer than the model's "
+            f"max_position_embeddings={config.max_position_embeddings}; cut them"
+        )
+    source = make_source("unique", model.memory_blocks()) if config.has_memory else None
+    logits = torch.empty(*tokens.shape, config.vocab_size)
+    with torch.no_grad():
+        for sequence in range(tokens.shape[0]):  # one by one: activations of a whole batch may not fit
+            logits[sequence] = model(tokens[sequence : sequence + 1], source)[0]
+    with writing(out):
+        draft = draft_of(out)
+        try:
+            save_file({TENSOR: tokens, "logits": logits}, draft)
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
+        sync(draft)
+        draft.rename(out)
+
+
+def _read_tokens(file: Path) -> Tensor:
+    if not file.is_file():
+        raise UserError(f"{file} does not exist; give a safetensors file with a tensor {TENSOR!r}")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            if TENSOR not in opened.keys():  # noqa: SIM118 - a handle, not a dict
+                raise UserError(f"{file} has no tensor {TENSOR!r}; give int64 [batch, sequence]")
+            tokens: Tensor = opened.get_tensor(TENSOR)
+    except (SafetensorError, OSError) as error:
+        reason = str(error).replace("\n", " ")
+        raise UserError(f"{file} is not a whole safetensors file ({reason})") from None
+    if tokens.dtype != torch.int64 or tokens.ndim != 2 or not tokens.numel():
+        raise UserError(
+            f"{file}: {TENSOR!r} is {tokens.dtype} {list(tokens.shape)}; give int64 [batch, sequence]"
+        )
+    return tokens

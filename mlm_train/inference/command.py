@@ -1,0 +1,124 @@
+"""`mlm-train generate`: continue a prompt, with FFN-M computed or looked up."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from mlm_train.errors import UserError
+
+if TYPE_CHECKING:
+    from mlm_train.data.tokenizer import Tokenizer
+    from mlm_train.inference.decode import Decoder
+
+HELP = """Continue a prompt. With --tol, FFN-M's weights are never loaded: its output is looked up.
+
+examples:
+  mlm-train generate --model exports/run1 --prompt "Once upon a time"
+  mlm-train generate --model exports/run1 --tol tol/run1 --prompt "Once" --temperature 0.8 --top-p 0.95
+  mlm-train generate --model exports/run1 --prompt-ids 17,4,256 --json"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the model, the prompt and how tokens are drawn."""
+    parser.add_argument(
+        "--model", metavar="EXPORT", required=True, help="folder written by `mlm-train export`"
+    )
+    parser.add_argument("--tol", metavar="TOLDIR", help="folder written by `mlm-train tol build`")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="text; the export holds the tokenizer")
+    prompt.add_argument(
+        "--prompt-ids",
+        metavar="IDS",
+        help="token ids such as 1,2,3: ids are written and no tokenizer is needed",
+    )
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", default=64, help="default %(default)s")
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", default=0.0, help="0 takes the likeliest token (default)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", default=1.0, help="draw among the likeliest tokens of this total"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default %(default)s)")
+    parser.add_argument("--json", action="store_true", help="write one JSON object instead of streaming")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Stream the new tokens, or write {"ids", "text", "prefill_ms", "decode_ms_per_token"}."""
+    tokenizer = None
+    if args.prompt_ids is None:
+        from mlm_train.data.tokenizer import tokenizer_of
+
+        tokenizer = tokenizer_of(args.model)
+        prompt = list(tokenizer.encode(args.prompt))
+    else:
+        prompt = _ids(args.prompt_ids)
+    decoder = _decoder(args.model, args.tol)
+    stop_id = _stop_id(tokenizer) if tokenizer is not None else None
+    tokens = decoder.generate(prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed, stop_id)
+    ids = list(tokens) if args.json else _stream(tokens, prompt, tokenizer)
+    timing = decoder.timing
+    if args.json:
+        text = _continuation(tokenizer, prompt, ids) if tokenizer is not None else None
+        result = {"ids": ids, "text": text, "prefill_ms": timing.prefill_ms}
+        print(json.dumps(result | {"decode_ms_per_token": timing.decode_ms_per_token}, ensure_ascii=False))
+        return 0
+    decode = timing.decode_ms_per_token
+    shown = f", then {decode:.2f} ms per token" if decode is not None else ""
+    print(f"prefill of {len(prompt)} tokens {timing.prefill_ms:.1f} ms{shown}", file=sys.stderr)
+    return 0
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text.strip() else []
+    except ValueError:
+        raise UserError(f"--prompt-ids {text!r}: write whole numbers such as 1,2,3") from None
+
+
+def _decoder(model_dir: str, tol_dir: str | None) -> "Decoder":
+    from mlm_train.checkpoint.hf_folder import load_model, read_config
+    from mlm_train.inference.decode import Decoder
+    from mlm_train.memory import make_source
+    from mlm_train.tol.store import TolSource
+
+    if tol_dir is not None:
+        store = TolSource.open_folder(
+            tol_dir, read_config(model_dir)
+        )  # first: it fails faster than the weights load
+        return Decoder(load_model(model_dir, with_memory=False), store)
+    model = load_model(model_dir)
+    return Decoder(model, make_source("unique", model.memory_blocks()) if model.config.has_memory else None)
+
+
+def _stop_id(tokenizer: "Tokenizer") -> int | None:
+    """The end-of-document token; a tokenizer without one stops nowhere."""
+    try:
+        return tokenizer.eod_id
+    except UserError:
+        return None
+
+
+def _continuation(tokenizer: "Tokenizer", prompt: list[int], ids: list[int]) -> str:
+    """The new text. Decoded together with the prompt, or the space between them would be lost."""
+    return tokenizer.decode(prompt + ids)[len(tokenizer.decode(prompt)) :]
+
+
+def _stream(tokens: Iterable[int], prompt: list[int], tokenizer: "Tokenizer | None") -> list[int]:
+    """Write each token as it comes; the tokens."""
+    ids: list[int] = []
+    shown = 0
+    for token in tokens:
+        ids.append(token)
+        if tokenizer is None:
+            print(f",{token}" if len(ids) > 1 else token, end="", flush=True)
+            continue
+        text = _continuation(tokenizer, prompt, ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of which bytes are still to come
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+    if tokenizer is not None:
+        print(_continuation(tokenizer, prompt, ids)[shown:], end="")
+    print()
+    return ids

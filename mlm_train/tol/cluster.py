@@ -1,0 +1,59 @@
+"""Ray, started closed and quiet, or a cluster that already runs."""
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlm_train.errors import UserError
+
+_LEAST_STORE = 128 * 2**20
+
+
+@contextmanager
+def ray_cluster(workers: int, address: str | None = None, shared_bytes: int = 0) -> Iterator[None]:
+    """Connect to Ray at `address`, or start one on this machine with `workers` CPUs; end what it began.
+
+    `shared_bytes`: what the object store must hold at once. A Ray that this process already uses is
+    taken as it is. Its servers listen on every interface, so a local one asks for a random token.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
+    if address is None and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
+    import ray  # after the environment: Ray reads it when imported
+
+    if ray.is_initialized():
+        yield
+        return
+    quiet = {"logging_level": "ERROR", "log_to_driver": False}
+    if address is not None:
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"--ray-address {address}: no Ray there ({reason}); start one, or leave it out"
+            ) from None
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    # Ray makes sockets in there, whose paths may have about 100 bytes: a long TMPDIR is no place for it.
+    scratch = tempfile.mkdtemp(prefix="mlm-ray-", dir="/tmp" if Path("/tmp").is_dir() else None)
+    try:
+        ray.init(
+            address="local",  # whatever RAY_ADDRESS says
+            num_cpus=workers,
+            include_dashboard=False,
+            object_store_memory=_LEAST_STORE + shared_bytes * 5 // 4,
+            _temp_dir=scratch,
+            **quiet,
+        )
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,163 @@
+"""Proving a ToL: its files against the index, and its rows against FFN-M."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mlm_train.checkpoint.hf_folder import FolderTensors, fingerprint, open_tensors, read_config
+from mlm_train.errors import UserError
+from mlm_train.files import sha256_of
+from mlm_train.model.block import MemoryBlock
+from mlm_train.tol.compute import EMBEDDING, chunks_of, ffn_m_blocks, ffn_m_weights, table_rows
+from mlm_train.tol.format import (
+    TORCH_DTYPE,
+    Partition,
+    TolIndex,
+    check_fits,
+    open_partition,
+    read_index,
+)
+from mlm_train.tol.progress import ByteProgress
+
+CHUNK_ROWS = 1024
+# Other thread counts and chunk sizes add fp32 numbers in another order; relative to a row's largest value.
+_FP32_NOISE = 1e-5
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Rows [start, stop) of a partition that must not be used."""
+
+    file: str
+    start: int
+    stop: int
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: rows [{self.start}, {self.stop}): {self.what}"
+
+
+@dataclass
+class Report:
+    """What was looked at. Errors are those of recomputed rows; relative to a row's largest value."""
+
+    index: TolIndex
+    recomputed: int = 0
+    max_abs_error: float = 0.0
+    max_rel_error: float = 0.0
+    damages: list[Damage] = field(default_factory=list)
+
+
+class _Recompute:
+    """FFN-M of the rows to compare; `sample` None compares every row."""
+
+    def __init__(
+        self, tensors: FolderTensors, blocks: list[MemoryBlock], sample: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        self.tensors, self.blocks, self.sample, self.dtype = tensors, blocks, sample, dtype
+
+    def ids(self, first: int, last: int) -> Tensor:
+        """The tokens of [first, last) to compare."""
+        if self.sample is None:
+            return torch.arange(first, last)
+        return self.sample[(self.sample >= first) & (self.sample < last)]
+
+    def compare(self, rows: Tensor, first: int, last: int, report: Report) -> Tensor:
+        """Compare stored rows of [first, last) with FFN-M; the tokens that differ too much."""
+        ids = self.ids(first, last)
+        if not ids.numel():
+            return ids
+        x0 = self.tensors.rows(EMBEDDING, first, last)[ids - first].float()
+        true = table_rows(self.blocks, x0, torch.float32)
+        error = (rows[ids - first].float() - true).abs()
+        scale = true.abs().amax(-1, keepdim=True)
+        info = torch.finfo(self.dtype)
+        # Rounding is at most half an eps; numbers below the smallest normal one keep fewer digits.
+        limit = 0.505 * info.eps * true.abs() + _FP32_NOISE * scale + info.smallest_normal * info.eps
+        finite = error.isfinite()
+        shown = error.where(finite, 0.0)
+        report.recomputed += ids.numel()
+        report.max_abs_error = max(report.max_abs_error, float(shown.max()))
+        report.max_rel_error = max(report.max_rel_error, float((shown / scale.clamp_min(1e-30)).max()))
+        return ids[~(error <= limit).flatten(1).all(1)]
+
+
+def verify_tol(
+    folder: str | Path, model: str | Path | None = None, sample: int | None = None, seed: int = 0
+) -> Report:
+    """Check coverage, sizes, SHA-256 and finite values, and with `model` recompute rows from its weights.
+
+    `sample`: recompute that many rows, drawn with `seed`, instead of all. Damage is reported, not raised;
+    UserError is for an unreadable index and a model that the table was not built from.
+    """
+    folder = Path(folder)
+    index = read_index(folder)
+    report = Report(index)
+    if sample is not None and (model is None or sample < 1):
+        raise UserError(f"--sample {sample}: needs --model and at least 1 row")
+    if model is None:
+        _check_partitions(folder, report, None)
+        return report
+    model = Path(model)
+    config = read_config(model)
+    check_fits(folder, index, config)
+    if fingerprint(model) != index.source.checkpoint:
+        raise UserError(
+            f"{folder} was built from another export than {model}; give the one it was built from"
+        )
+    chosen = None
+    if sample is not None and sample < index.vocab_size:
+        order = torch.randperm(index.vocab_size, generator=torch.Generator().manual_seed(seed))
+        chosen = order[:sample].sort().values
+    with open_tensors(model) as tensors:
+        blocks = ffn_m_blocks(config, list(ffn_m_weights(tensors, config)))
+        kept = [blocks[layer] for layer in index.layers]
+        _check_partitions(folder, report, _Recompute(tensors, kept, chosen, TORCH_DTYPE[index.dtype]))
+    return report
+
+
+def _check_partitions(folder: Path, report: Report, recompute: _Recompute | None) -> None:
+    done = 0
+    with ByteProgress("verify", sum(partition.bytes for partition in report.index.partitions)) as progress:
+        for partition in report.index.partitions:
+            for row in _check_partition(folder, report, partition, recompute):
+                progress.show(done + (row - partition.rows[0]) * report.index.row_bytes)
+            done += partition.bytes
+
+
+def _check_partition(
+    folder: Path, report: Report, partition: Partition, recompute: _Recompute | None
+) -> Iterator[int]:
+    """Add a partition's damage to the report; yields the rows passed, for the progress bar."""
+    start, stop = partition.rows
+    try:
+        rows = open_partition(folder, report.index, partition)
+    except UserError as error:
+        report.damages.append(Damage(partition.file, start, stop, str(error)))
+        return
+    if sha256_of(folder / partition.file) != partition.sha256:
+        what = "the file's SHA-256 is not the index's"
+        report.damages.append(Damage(partition.file, start, stop, what))
+    infinite, different = [], []
+    for first, last in chunks_of(start, stop, CHUNK_ROWS):
+        chunk = rows[first - start : last - start]
+        infinite.append(first + (~chunk.isfinite()).flatten(1).any(1).nonzero().flatten())
+        if recompute is not None:
+            different.append(recompute.compare(chunk, first, last, report))
+        yield last
+    for tokens, what in ((infinite, "values are not finite"), (different, "values are not FFN-M's")):
+        report.damages += [Damage(partition.file, *span, what) for span in _spans(tokens)]
+
+
+def _spans(tokens: list[Tensor]) -> list[tuple[int, int]]:
+    """Ascending tokens -> ranges [start, stop) of neighbours."""
+    spans: list[tuple[int, int]] = []
+    for token in [int(token) for chunk in tokens for token in chunk]:
+        if spans and spans[-1][1] == token:
+            spans[-1] = (spans[-1][0], token + 1)
+        else:
+            spans.append((token, token + 1))
+    return spans

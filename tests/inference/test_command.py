@@ -1,0 +1,111 @@
+"""`mlm-train generate`, with and without a ToL."""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from mlm_train.checkpoint import hf_folder
+from mlm_train.checkpoint.hf_folder import fingerprint, write_folder
+from mlm_train.cli import main
+from mlm_train.model.logical import named_pieces
+from mlm_train.tol.format import Source, TolIndex, write_index, write_partition
+from tests.inference.test_decode import random_model
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[str, str]:
+    """An export and its ToL in fp32."""
+    model = random_model(kind="flex", flex_beta=2)
+    export, tol = tmp_path / "export", tmp_path / "tol"
+    write_folder(export, model.config, named_pieces(model))
+    tol.mkdir()
+    table = torch.stack([block.ffn_m(model.embed_tokens.weight) for block in model.memory_blocks()], dim=1)
+    parts = [
+        write_partition(
+            tol / f"{start}.safetensors", (start, stop), 3, 32, torch.float32, [table[start:stop]]
+        )
+        for start, stop in ((0, 50), (50, 97))
+    ]
+    source = Source(checkpoint=fingerprint(export), created="", tool_version="")
+    shapes = {"vocab_size": 97, "num_layers": 3, "hidden_size": 32}
+    index = {"dtype": "float32", "layers": [0, 1, 2], "partitions": parts, "source": source, **shapes}
+    write_index(tol, TolIndex.model_validate(index))
+    return str(export), str(tol)
+
+
+def call(*words: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main(["generate", *words])
+    return int(exit_.value.code or 0)
+
+
+def test_lookup_generates_the_same(
+    folders: tuple[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export, tol = folders
+    words = ["--model", export, "--prompt-ids", "5, 80,2", "--max-new-tokens", "20"]
+    assert call(*words, "--json") == 0
+    computed = json.loads(capsys.readouterr().out)
+    assert len(computed["ids"]) == 20 and computed["text"] is None
+    assert computed["prefill_ms"] > 0 and computed["decode_ms_per_token"] > 0
+    read: list[str] = []
+    whole = hf_folder.FolderTensors.tensor
+    monkeypatch.setattr(
+        hf_folder.FolderTensors, "tensor", lambda self, name: (read.append(name), whole(self, name))[1]
+    )
+    assert call(*words, "--tol", tol) == 0
+    streamed = capsys.readouterr()
+    assert [int(token) for token in streamed.out.split(",")] == computed["ids"]
+    assert "ms per token" in streamed.err
+    assert read and not any("memory_" in name for name in read)
+
+
+class Letters:
+    """A tokenizer in which every second id of a character is only half of it."""
+
+    eod_id = 96
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) - 32 for letter in text]
+
+    def decode(self, ids: list[int]) -> str:
+        text = "".join(f"<{token}>" for token in ids[: len(ids) // 2 * 2])
+        return text + ("\N{REPLACEMENT CHARACTER}" if len(ids) % 2 else "")
+
+
+def test_text(
+    folders: tuple[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export, _ = folders
+    module = types.ModuleType("tokenizer")
+    module.tokenizer_of = lambda folder: Letters()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mlm_train.data.tokenizer", module)
+    words = ["--model", export, "--prompt", "ab", "--max-new-tokens", "6"]
+    assert call(*words, "--json") == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert whole["text"] == "".join(f"<{token}>" for token in whole["ids"])
+    assert call(*words) == 0
+    assert capsys.readouterr().out == whole["text"] + "\n"
+    assert call("--model", export, "--prompt", "") == 2
+    assert "no tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt-ids", ""], "no tokens"),
+        (["--prompt-ids", "1,x"], "whole numbers"),
+        (["--prompt-ids", "1", "--max-new-tokens", "99"], "max_position_embeddings"),
+        (["--prompt-ids", "1", "--tol", "/nothing"], "does not exist"),
+    ],
+)
+def test_bad_input(
+    folders: tuple[str, str], capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert call("--model", folders[0], *words) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

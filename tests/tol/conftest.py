@@ -1,0 +1,55 @@
+"""An export with random weights, and one Ray for all tests of this folder."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mlm_train.checkpoint.hf_folder import write_folder
+from mlm_train.config import ModelConfig
+from mlm_train.model.logical import named_pieces
+from mlm_train.model.transformer import Transformer
+from mlm_train.tol.build import build_tol
+from mlm_train.tol.cluster import ray_cluster
+
+
+@pytest.fixture(scope="session")
+def ray() -> Iterator[None]:
+    with ray_cluster(workers=2):
+        yield
+
+
+def random_model(**fields: object) -> Transformer:
+    """A flex model whose weights are all random, norms included."""
+    torch.manual_seed(3)
+    shapes = {"vocab_size": 601, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    given = {"kind": "memory", "intermediate_size": 44, "num_key_value_heads": 2, **shapes, **fields}
+    model = Transformer(ModelConfig.model_validate(given)).requires_grad_(False).eval()
+    for name, weight in named_pieces(model):
+        weight.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.2)
+    return model
+
+
+def export(folder: Path, model: Transformer) -> Path:
+    write_folder(folder, model.config, named_pieces(model))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model() -> Transformer:
+    return random_model()
+
+
+@pytest.fixture(scope="session")
+def exported(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(tmp_path_factory.mktemp("exports") / "model", model)
+
+
+@pytest.fixture(scope="session")
+def tables(exported: Path, ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A ToL of each type; 7 partitions do not divide 601 rows, nor do chunks of 50 their parts."""
+    root = tmp_path_factory.mktemp("tables")
+    for dtype in ("bfloat16", "float16", "float32"):
+        build_tol(exported, root / dtype, dtype, partitions=7, chunk_rows=50)
+    return {dtype: root / dtype for dtype in ("bfloat16", "float16", "float32")}
