@@ -11,6 +11,7 @@ import traceback
 
 from mlm_train import __version__
 from mlm_train.errors import UserError
+from mlm_train.quiet import hush_libraries
 
 COMMANDS = {
     "data": "mlm_train.data.command",
@@ -66,6 +67,7 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Run a command; exit 0, or 2 for bad input, 1 for a fault of ours, 130 for Ctrl-C."""
+    hush_libraries()
     argv = sys.argv[1:] if argv is None else argv
     chosen = next((word for word in argv if not word.startswith("-")), None)
     args = build_parser(chosen).parse_args(argv)

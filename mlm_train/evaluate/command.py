@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_train.errors import UserError
+from mlm_train.files import sha256_of
 
 if TYPE_CHECKING:
     from mlm_train.data.prepared import PreparedData

@@ -1,6 +1,7 @@
 """`mlm-train tol`: build and verify token-wise lookups."""
 
 import argparse
+import json
 import sys
 
 HELP = """Build and verify token-wise lookups (ToL): FFN-M's output for every token of the vocabulary.
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verify.add_argument("folder", metavar="DIR", help="folder written by `mlm-train tol build`")
     verify.add_argument("--model", metavar="MODEL", help="the export it was built from: recompute its rows")
     verify.add_argument("--sample", type=int, metavar="N", help="recompute N random rows instead of all")
+    verify.add_argument("--json", action="store_true", help="write one JSON object instead of a line")
 
 
 def _action(
@@ -92,6 +94,12 @@ def _verify(args: argparse.Namespace) -> int:
     report = verify_tol(args.folder, args.model, args.sample)
     for damage in report.damages:
         print(f"damaged: {damage}", file=sys.stderr)
+    code = 2 if report.damages else 0
+    if args.json:
+        counts = {"rows": report.index.vocab_size, "recomputed": report.recomputed}
+        errors = {"max_abs_error": report.max_abs_error, "max_rel_error": report.max_rel_error}
+        print(json.dumps(counts | errors | {"damages": [str(damage) for damage in report.damages]}))
+        return code
     rows = report.index.vocab_size
     values = ""
     if args.model is not None:
@@ -101,4 +109,4 @@ def _verify(args: argparse.Namespace) -> int:
         )
     verdict = "damaged: build it again" if report.damages else "whole"
     print(f"{args.folder}: {rows} rows in {len(report.index.partitions)} partitions, {verdict}{values}")
-    return 2 if report.damages else 0
+    return code
