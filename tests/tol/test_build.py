@@ -23,6 +23,7 @@ from mlm_train.errors import UserError
 from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.tol.build import build_tol
+from mlm_train.tol.cluster import _check_reachable
 from mlm_train.tol.format import INDEX, TORCH_DTYPE, read_index
 from mlm_train.tol.state import STATE, locked
 from tests.tol.conftest import export, random_model
@@ -138,6 +139,11 @@ def test_unfinished_builds(tables: dict[str, Path], exported: Path, tmp_path: Pa
     assert digests(output) == before
     with pytest.raises(UserError, match="not empty"):
         build_tol(exported, output, partitions=3)
+
+
+def test_unreachable_cluster() -> None:
+    with pytest.raises(UserError, match=r"--ray-address 127\.0\.0\.1:1: no Ray there"):
+        _check_reachable("127.0.0.1:1")
 
 
 def test_bad_input(
