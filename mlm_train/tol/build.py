@@ -1,24 +1,19 @@
 """Building a ToL on Ray: a task for each range of the vocabulary, resumable after any death."""
 
-import fcntl
-import json
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from mlm_train import __version__
 from mlm_train.checkpoint.hf_folder import fingerprint, open_tensors, read_config
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
-from mlm_train.files import draft_of, refuse_used, sha256_of, write_text, writing
+from mlm_train.files import writing
 from mlm_train.model.counts import count_parameters
 from mlm_train.tol.cluster import ray_cluster
 from mlm_train.tol.compute import (
@@ -42,46 +37,12 @@ from mlm_train.tol.format import (
     write_partition,
 )
 from mlm_train.tol.progress import ByteProgress
+from mlm_train.tol.state import STATE, Plan, State, begin, locked, remove_drafts
 
-STATE = "tol.build.json"
 CHUNK_ROWS = 2048
 _PARTITION_BYTES = 512 * 2**20
 _LEAST_PARTITIONS = 8
 _ATTEMPTS = 4
-
-
-class Plan(BaseModel):
-    """All that the partitions' bytes depend on; an unfinished folder is resumed only by an equal plan."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    checkpoint: str
-    vocab_size: int
-    num_layers: int
-    hidden_size: int
-    dtype: PlainDtype
-    partitions: int
-    chunk_rows: int
-
-    def rows(self, number: int) -> tuple[int, int]:
-        """The range of a partition; sizes differ by one row at most."""
-        edges = [i * self.vocab_size // self.partitions for i in (number, number + 1)]
-        return edges[0], edges[1]
-
-    def file(self, number: int) -> str:
-        """The name of a partition."""
-        return f"rows-{number:05d}-of-{self.partitions:05d}.safetensors"
-
-    def bytes(self, number: int) -> int:
-        """The size of a partition's file."""
-        start, stop = self.rows(number)
-        return partition_bytes(stop - start, self.num_layers, self.hidden_size, TORCH_DTYPE[self.dtype])
-
-
-class State(BaseModel):
-    """tol.build.json: exists while a build is unfinished. `done`: committed partitions by number."""
-
-    plan: Plan
-    done: dict[int, Partition] = {}
 
 
 def build_tol(
@@ -108,14 +69,13 @@ def build_tol(
     if workers < 1:
         raise UserError(f"--workers {workers}: give at least 1")
     plan = _plan(config, fingerprint(model), dtype, partitions, chunk_rows)
-    with writing(output), _locked(output):
-        state = _begin(output, plan)
-        missing = [number for number in range(plan.partitions) if number not in state.done]
-        _check_space(output, sum(plan.bytes(number) for number in missing))
-        if missing:
+    with writing(output), locked(output):
+        state = begin(output, plan)
+        _check_space(output, sum(map(plan.bytes, state.missing)))
+        if state.missing:
             shared = 4 * count_parameters(config).ffn_m
-            with ray_cluster(min(workers, len(missing)), ray_address, shared):
-                _run(model, config, output, state, missing, workers)
+            with ray_cluster(min(workers, len(state.missing)), ray_address, shared):
+                _run(model, config, output, state, workers)
         return _commit(output, state)
 
 
@@ -140,60 +100,6 @@ def _plan(
     )
 
 
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """One build a folder at a time; the lock goes with the process, however it ends."""
-    output.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(output, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{output} is being built by another process; wait for it") from None
-    else:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _begin(output: Path, plan: Plan) -> State:
-    """The state to go on from: committed partitions are read again and dropped where they are damaged."""
-    file = output / STATE
-    state = State(plan=plan)
-    if not file.exists():
-        draft_of(file).unlink(missing_ok=True)  # of a build killed in its first moment
-        refuse_used(output)
-    else:
-        try:
-            state = State.model_validate_json(file.read_bytes())
-        except ValidationError:
-            raise UserError(f"{file} is damaged; remove {output} and build again") from None
-        if state.plan.checkpoint != plan.checkpoint:
-            raise UserError(f"{output} is an unfinished build of another model; give a new folder")
-        for name in Plan.model_fields:
-            old, new = getattr(state.plan, name), getattr(plan, name)
-            if old != new:
-                raise UserError(
-                    f"{output} is an unfinished build with {name}={old}, not {new}; give {old} again"
-                )
-    for number, partition in list(state.done.items()):
-        path = output / partition.file
-        if not path.is_file() or sha256_of(path) != partition.sha256:
-            del state.done[number]
-    _remove_drafts(output)
-    _save(output, state)
-    return state
-
-
-def _remove_drafts(output: Path) -> None:
-    """Remove what killed workers left half written."""
-    for draft in output.glob(draft_pattern("rows-*")):
-        draft.unlink(missing_ok=True)
-
-
-def _save(output: Path, state: State) -> None:
-    write_text(output / STATE, json.dumps(state.model_dump(mode="json"), indent=1) + "\n")
-
-
 def _check_space(output: Path, needed: int) -> None:
     free = shutil.disk_usage(output).free
     if free < needed:
@@ -202,9 +108,7 @@ def _check_space(output: Path, needed: int) -> None:
         )
 
 
-def _run(
-    model: Path, config: ModelConfig, output: Path, state: State, missing: list[int], workers: int
-) -> None:
+def _run(model: Path, config: ModelConfig, output: Path, state: State, workers: int) -> None:
     """Keep `workers` tasks under way until every missing partition is committed."""
     import ray
     from ray.exceptions import RayError, RayTaskError
@@ -214,7 +118,7 @@ def _run(
         weights = [ray.put(to_numpy(layer)) for layer in ffn_m_weights(tensors, config)]
     # retry_exceptions stays off: a lost worker is tried again, an error in the data is not.
     task = ray.remote(num_cpus=1, max_retries=_ATTEMPTS - 1)(_build_partition)
-    waiting = missing[::-1]
+    waiting = state.missing[::-1]
     running: dict[Any, int] = {}
     with ByteProgress("rows", sum(map(plan.bytes, range(plan.partitions)))) as progress:
         try:
@@ -226,7 +130,7 @@ def _run(
                 for reference in ready:
                     number = running.pop(reference)
                     state.done[number] = ray.get(reference)
-                    _save(output, state)
+                    state.save(output)
                 progress.show(_bytes_so_far(output, state, running.values()))
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
@@ -294,7 +198,7 @@ def _check_finite(rows: Tensor, first: int, dtype: str) -> None:
 def _commit(output: Path, state: State) -> TolIndex:
     """Write the index, the last file; then the state goes."""
     plan = state.plan
-    _remove_drafts(output)
+    remove_drafts(output)
     index = TolIndex(
         vocab_size=plan.vocab_size,
         num_layers=plan.num_layers,

@@ -3,6 +3,7 @@
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,12 +31,13 @@ def ray_cluster(workers: int, address: str | None = None, shared_bytes: int = 0)
         return
     quiet = {"logging_level": "ERROR", "log_to_driver": False}
     if address is not None:
+        _check_reachable(address)
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             raise UserError(
-                f"--ray-address {address}: no Ray there ({reason}); start one, or leave it out"
+                f"--ray-address {address}: {reason}; start Ray there; set RAY_AUTH_MODE=token if it wants one"
             ) from None
         try:
             yield
@@ -57,3 +59,16 @@ def ray_cluster(workers: int, address: str | None = None, shared_bytes: int = 0)
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_reachable(address: str) -> None:
+    """Ask the port first: Ray itself tries a dead one for minutes."""
+    host, _, port = address.rpartition(":")
+    if "/" in host or not host or not port.isdigit():
+        return  # auto, or a form that only Ray understands
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"--ray-address {address}: no Ray there ({error}); start one, or leave it out"
+        ) from None

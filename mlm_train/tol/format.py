@@ -12,7 +12,7 @@ import secrets
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -147,14 +147,18 @@ def write_partition(
     header = _header((rows[1] - rows[0], layers, hidden), dtype)
     draft = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     digest, written = hashlib.sha256(header), len(header)
-    with draft.open("wb") as file:
-        file.write(header)
-        for chunk in chunks:
-            data = chunk.contiguous().view(torch.uint8).numpy().data.cast("B")
-            digest.update(data)
-            written += file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with draft.open("wb") as file:
+            file.write(header)
+            for chunk in chunks:
+                data = chunk.contiguous().view(torch.uint8).numpy().data.cast("B")
+                digest.update(data)
+                written += file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
     draft.rename(path)
     sync(path.parent)
     return Partition(file=path.name, rows=rows, bytes=written, sha256=digest.hexdigest())
@@ -165,28 +169,25 @@ def partition_bytes(rows: int, layers: int, hidden: int, dtype: torch.dtype) -> 
     return len(_header((rows, layers, hidden), dtype)) + rows * layers * hidden * dtype.itemsize
 
 
-def open_partition(folder: Path, index: TolIndex, partition: Partition) -> Tensor:
+def map_partition(folder: Path, index: TolIndex, partition: Partition) -> Tensor:
     """A partition's rows, memory-mapped: [rows, kept layers, hidden] of the index's dtype.
 
-    Raises UserError when the file is missing, or its size or header disagree with the index. The bytes
-    themselves are checked by `mlm-train tol verify`, not here.
+    Raises ValueError saying what is wrong when the file is missing, or its size or header disagree with
+    the index. The bytes themselves are checked by `mlm-train tol verify`, not here.
     """
     path = folder / partition.file
-    start, stop = partition.rows
-    where = f"{path} (rows [{start}, {stop}))"
     if not path.is_file():
-        raise UserError(f"{where} is missing; {REBUILD}")
+        raise ValueError("the file is missing")
     size = path.stat().st_size
     if size != partition.bytes:
-        raise UserError(f"{where} has {size} bytes, not {partition.bytes}; {REBUILD}")
-    shape = (stop - start, len(index.layers), index.hidden_size)
+        raise ValueError(f"the file has {size} bytes, not {partition.bytes}")
     try:
-        rows: Any = safe_open(path, framework="pt").get_tensor(TENSOR)
+        rows: Tensor = safe_open(path, framework="pt").get_tensor(TENSOR)
     except (SafetensorError, OSError) as error:
-        reason = str(error).replace("\n", " ")
-        raise UserError(f"{where} is damaged ({reason}); {REBUILD}") from None
+        raise ValueError(str(error).replace("\n", " ")) from None
+    shape = (partition.rows[1] - partition.rows[0], len(index.layers), index.hidden_size)
     if rows.shape != shape or rows.dtype != TORCH_DTYPE[index.dtype]:
-        raise UserError(f"{where} holds {list(rows.shape)} {rows.dtype}, not {list(shape)} {index.dtype}")
+        raise ValueError(f"it holds {list(rows.shape)} {rows.dtype}, not {list(shape)} {index.dtype}")
     return rows
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from mlm_train.config import ModelConfig
+from mlm_train.errors import UserError
 from mlm_train.model.source import MemoryReader
-from mlm_train.tol.format import TolIndex, check_fits, open_partition, read_index
+from mlm_train.tol.format import REBUILD, TolIndex, check_fits, map_partition, read_index
 
 
 class TolSource:
@@ -30,8 +31,16 @@ class TolSource:
         folder = Path(folder)
         index = read_index(folder)
         check_fits(folder, index, config)
-        mapped = (open_partition(folder, index, partition) for partition in index.partitions)
-        return cls(index, [rows.clone() if in_memory else rows for rows in mapped])
+        partitions = []
+        for partition in index.partitions:
+            try:
+                rows = map_partition(folder, index, partition)
+            except ValueError as error:
+                start, stop = partition.rows
+                where = f"{folder / partition.file} (rows [{start}, {stop}))"
+                raise UserError(f"{where} is damaged: {error}; {REBUILD}") from None
+            partitions.append(rows.clone() if in_memory else rows)
+        return cls(index, partitions)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of ascending ids [n] on the CPU -> [n, kept layers, hidden] of the table's dtype."""

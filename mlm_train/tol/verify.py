@@ -17,12 +17,12 @@ from mlm_train.tol.format import (
     Partition,
     TolIndex,
     check_fits,
-    open_partition,
+    map_partition,
     read_index,
 )
 from mlm_train.tol.progress import ByteProgress
 
-CHUNK_ROWS = 1024
+CHUNK_ROWS = 512
 # Other thread counts and chunk sizes add fp32 numbers in another order; relative to a row's largest value.
 _FP32_NOISE = 1e-5
 
@@ -134,8 +134,8 @@ def _check_partition(
     """Add a partition's damage to the report; yields the rows passed, for the progress bar."""
     start, stop = partition.rows
     try:
-        rows = open_partition(folder, report.index, partition)
-    except UserError as error:
+        rows = map_partition(folder, report.index, partition)
+    except ValueError as error:
         report.damages.append(Damage(partition.file, start, stop, str(error)))
         return
     if sha256_of(folder / partition.file) != partition.sha256:

@@ -22,8 +22,10 @@ from safetensors.torch import load_file
 from mlm_train.errors import UserError
 from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
-from mlm_train.tol.build import STATE, build_tol
+from mlm_train.tol.build import build_tol
+from mlm_train.tol.cluster import _check_reachable
 from mlm_train.tol.format import INDEX, TORCH_DTYPE, read_index
+from mlm_train.tol.state import STATE, locked
 from tests.tol.conftest import export, random_model
 
 
@@ -139,6 +141,11 @@ def test_unfinished_builds(tables: dict[str, Path], exported: Path, tmp_path: Pa
         build_tol(exported, output, partitions=3)
 
 
+def test_unreachable_cluster() -> None:
+    with pytest.raises(UserError, match=r"--ray-address 127\.0\.0\.1:1: no Ray there"):
+        _check_reachable("127.0.0.1:1")
+
+
 def test_bad_input(
     tables: dict[str, Path], exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +179,17 @@ def test_bad_input(
         with pytest.raises(UserError, match=message) as caught:
             build_tol(model_dir, tmp_path / f"out{number}", **options)
         assert "\n" not in str(caught.value)
+    # Nothing was committed, so another type may take the folder of the last case.
+    index = build_tol(tmp_path / "large", tmp_path / "out7", partitions=3)
+    assert {file.name for file in (tmp_path / "out7").iterdir()} == {
+        INDEX,
+        *(p.file for p in index.partitions),
+    }
+    with (
+        locked(tmp_path / "busy"),
+        pytest.raises(UserError, match="another process"),
+    ):
+        build_tol(exported, tmp_path / "busy")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.txt").touch()
     with pytest.raises(UserError, match="not empty"):

@@ -62,5 +62,5 @@ def test_wrong_or_damaged_tables(model: Transformer, tables: dict[str, Path], tm
     with pytest.raises(UserError, match=file.name):
         TolSource.open_folder(folder, model.config)
     file.unlink()
-    with pytest.raises(UserError, match=f"{file.name} .* is missing"):
+    with pytest.raises(UserError, match=f"{file.name} .*is missing"):
         TolSource.open_folder(folder, model.config)
