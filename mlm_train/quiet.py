@@ -1,6 +1,11 @@
-"""Warnings of libraries that say nothing to our users. Each is named; all others are shown."""
+"""Words of libraries that say nothing to our users."""
 
+import os
+import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 NOISE = (
     # megatron-core, imported for process groups and its dataset only
@@ -13,6 +18,30 @@ NOISE = (
 
 
 def hush_libraries() -> None:
-    """Leave known noise out."""
+    """Leave named warnings out; all others are shown."""
     for category, message in NOISE:
         warnings.filterwarnings("ignore", message=f".*{message}", category=category)
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Keep stdout and stderr back, those of child processes too, and show them only for an error.
+
+    DeepSpeed tries the compiler on every import and lets it complain.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+    with tempfile.TemporaryFile() as kept:
+        for descriptor in saved:
+            os.dup2(kept.fileno(), descriptor)
+        try:
+            yield
+        except BaseException:
+            kept.seek(0)
+            os.write(saved[2], kept.read())
+            raise
+        finally:
+            for descriptor, copy in saved.items():
+                os.dup2(copy, descriptor)
+                os.close(copy)

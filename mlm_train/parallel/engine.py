@@ -6,9 +6,8 @@ one global label count), then ask it to reduce, clip and step.
 
 import logging
 import os
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,13 +16,15 @@ from torch import nn
 
 from mlm_train.config import OptimizerConfig
 from mlm_train.parallel.runtime import Runtime
+from mlm_train.quiet import silenced
 
 
 def _load_deepspeed(device: torch.device) -> Any:
     """DeepSpeed, told not to guess: accelerator by our device, no op compiled for gloo on CPU."""
     os.environ["DS_ACCELERATOR"] = device.type
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    with redirect_stdout(sys.stderr):
+    os.environ.setdefault("LOCAL_RANK", "0")  # it insists, without torchrun too
+    with silenced():
         import deepspeed
 
     if device.type == "cpu":
