@@ -83,7 +83,7 @@ def _perplexities(args: argparse.Namespace) -> dict[str, Any]:
     if args.tol is not None:
         from mlm_train.tol.store import TolSource
 
-        source = TolSource(args.tol, config)
+        source = TolSource.open_folder(args.tol, config)
     elif config.has_memory:
         source = make_source("unique", model.memory_blocks())
     starts = track(
