@@ -134,7 +134,7 @@ def _write_splits(
     ):
         for candidate in chosen:
             data = candidate.file.read_bytes()
-            held_out = text_fraction(data, b"validation") < validation_fraction
+            held_out = text_fraction(data, b"collect") < validation_fraction
             line = json.dumps({"text": data.decode("utf-8"), "path": candidate.path}, ensure_ascii=False)
             (validation if held_out else train).write(line + "\n")
             split = splits["validation" if held_out else "train"]

@@ -222,6 +222,8 @@ def _progress_bar() -> "Iterator[Progress]":
             bar.advance(tasks[stage], done)
 
         yield advance
+        for task in bar.tasks:  # shares of bytes may add up to a hair less than the whole
+            bar.update(task.id, completed=task.total)
 
 
 def _bytes(text: str) -> int:

@@ -30,7 +30,7 @@ AnyBatch = TypeVar("AnyBatch", bound=Batch)
 def encode_in_order(
     batches: Iterator[AnyBatch], tokenizer: Tokenizer, workers: int
 ) -> Iterator[tuple[AnyBatch, list[np.ndarray]]]:
-    """Each batch with one int32 array of ids a text, the end-of-document id last.
+    """Each batch with one int32 array of ids a text.
 
     The result does not depend on `workers`. At most 4 batches a worker are held in memory.
     """
@@ -67,8 +67,7 @@ def _finished(waiting: "deque[tuple[AnyBatch, Future[Any]]]") -> tuple[AnyBatch,
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
-    end = [tokenizer.eod_id]
-    return [np.array(ids + end, dtype=np.int32) for ids in tokenizer.encode_batch(texts)]
+    return [np.array(ids, dtype=np.int32) for ids in tokenizer.encode_batch(texts)]
 
 
 _tokenizer: Tokenizer  # of a worker process

@@ -81,10 +81,11 @@ def _check_fraction(validation: str | None, fraction: float | None) -> float:
 
 @dataclass
 class _Batch:
-    """Documents that are encoded together."""
+    """Documents, or pieces of long ones, that are encoded together; `ends`: a document ends here."""
 
     splits: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    ends: list[bool] = field(default_factory=list)
     size: float = 0.0
 
 
@@ -117,17 +118,20 @@ class Corpus:
             if split == "train":
                 yield document.text
 
-    def batches(self) -> Iterator[_Batch]:
+    def batches(self, pieces_of: Callable[[str], list[str]]) -> Iterator[_Batch]:
         """Documents in batches of about BATCH_CHARACTERS, cut by the documents alone."""
         batch, characters = _Batch(), 0
         for split, document in self.documents():
-            batch.splits.append(split)
-            batch.texts.append(document.text)
-            batch.size += document.size
-            characters += len(document.text)
-            if characters >= BATCH_CHARACTERS:
-                yield batch
-                batch, characters = _Batch(), 0
+            pieces = pieces_of(document.text)
+            for number, piece in enumerate(pieces, start=1):
+                batch.splits.append(split)
+                batch.texts.append(piece)
+                batch.ends.append(number == len(pieces))
+                batch.size += document.size / len(pieces)
+                characters += len(piece)
+                if characters >= BATCH_CHARACTERS:
+                    yield batch
+                    batch, characters = _Batch(), 0
         if batch.texts:
             yield batch
 
@@ -154,17 +158,26 @@ def _place_tokenizer(choice: str, folder: Path, corpus: Corpus, eod: str | None)
 class _SplitWriter:
     """One split's .bin and .idx through megatron-core's builder, and its counts."""
 
-    def __init__(self, folder: Path, name: str, storage: ModuleType, dtype: type[np.number]) -> None:
+    def __init__(
+        self, folder: Path, name: str, storage: ModuleType, dtype: type[np.number], eod_id: int
+    ) -> None:
         self._bin, self._idx = folder / f"{name}.bin", folder / f"{name}.idx"
         self._builder = storage.IndexedDatasetBuilder(str(self._bin), dtype=dtype)
+        self._end = np.array([eod_id])
+        self._pieces: list[np.ndarray] = []  # of the document that has not ended yet
         self.documents = self.tokens = self.characters = self.text_bytes = 0
 
-    def add(self, text: str, ids: np.ndarray) -> None:
-        self._builder.add_document(ids, [len(ids)])
-        self.documents += 1
-        self.tokens += len(ids)
+    def add(self, text: str, ids: np.ndarray, ends: bool) -> None:
+        """Append a piece of a document; with `ends`, the end-of-document id and a boundary too."""
+        self._pieces.append(ids)
         self.characters += len(text)
         self.text_bytes += len(text.encode("utf-8"))
+        if ends:
+            document = np.concatenate([*self._pieces, self._end])
+            self._pieces = []
+            self._builder.add_document(document, [len(document)])
+            self.documents += 1
+            self.tokens += len(document)
 
     def finish(self) -> SplitRecord:
         self._builder.finalize(str(self._idx))
@@ -186,10 +199,10 @@ def _write_tokens(folder: Path, corpus: Corpus, tokenizer: Tokenizer, workers: i
     eod_id = tokenizer.eod_id
     storage = _megatron_storage()
     dtype = storage.DType.optimal_dtype(tokenizer.vocab_size)
-    writers = {name: _SplitWriter(folder, name, storage, dtype) for name in SPLITS}
-    for batch, encoded in encode_in_order(corpus.batches(), tokenizer, workers):
-        for split, text, ids in zip(batch.splits, batch.texts, encoded, strict=True):
-            writers[split].add(text, ids)
+    writers = {name: _SplitWriter(folder, name, storage, dtype, eod_id) for name in SPLITS}
+    for batch, encoded in encode_in_order(corpus.batches(tokenizer.pieces), tokenizer, workers):
+        for split, text, ids, ends in zip(batch.splits, batch.texts, encoded, batch.ends, strict=True):
+            writers[split].add(text, ids, ends)
         corpus.progress("tokenising", batch.size, corpus.size)
     documents = sum(writer.documents for writer in writers.values())
     for name, writer in writers.items():

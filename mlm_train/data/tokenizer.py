@@ -1,7 +1,9 @@
 """One Tokenizer over SentencePiece models and Hugging Face tokenizer.json files."""
 
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +14,8 @@ from mlm_train.errors import UserError
 Kind = Literal["sentencepiece", "huggingface"]
 FILE_OF_KIND: dict[Kind, str] = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json"}
 USUAL_END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>")
+PIECE_CHARACTERS = 1 << 20
+_CUT = re.compile(r"(?<=\S)\n(?=\S)")
 
 
 class Backend(Protocol):
@@ -79,6 +83,28 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts."""
         return self._backend.encode_batch(list(texts))
+
+    def pieces(self, text: str) -> list[str]:
+        """A long text cut into parts of about PIECE_CHARACTERS whose ids, joined, are the text's.
+
+        SentencePiece needs some 60 bytes a character, so a text of gigabytes must not be encoded at
+        once. Cuts are after a single line end between visible characters, where the usual splitting
+        patterns cut too (in runs of white space they look ahead). Tokenizers that encode "a\\nb"
+        unlike "a\\n" and "b" (a space is put before every text) get one piece.
+        """
+        if len(text) <= PIECE_CHARACTERS or not self._may_cut:
+            return [text]
+        cuts = [0]
+        while match := _CUT.search(text, cuts[-1] + PIECE_CHARACTERS):
+            cuts.append(match.end())
+        return [text[start:stop] for start, stop in itertools.pairwise([*cuts, len(text)])]
+
+    @cached_property
+    def _may_cut(self) -> bool:
+        return all(
+            self.encode(f"{before}\n{after}") == self.encode(f"{before}\n") + self.encode(after)
+            for before, after in itertools.product(("a", "1", ".", "é"), ("b", "B", "1", "(", "é"))
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids."""

@@ -53,6 +53,12 @@ def test_output_does_not_depend_on_workers(corpus, tmp_path, monkeypatch):
     assert PreparedData.open(tmp_path / "1").vocab_size == 500
 
 
+def test_long_documents_are_encoded_in_pieces(prepared, corpus, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlm_train.data.tokenizer.PIECE_CHARACTERS", 1000)
+    prepare([str(corpus)], tmp_path / "out", str(model))
+    assert PreparedData.open(tmp_path / "out").fingerprint == prepared.fingerprint
+
+
 def test_tokenizer_json_with_workers_and_chosen_end(corpus, tokenizer_json, tmp_path):
     prepare([str(corpus)], tmp_path / "a", str(tokenizer_json), workers=2, eod="<|other|>")
     data = PreparedData.open(tmp_path / "a")

@@ -34,6 +34,36 @@ def test_every_text_survives(kind, request, texts):
     assert tokenizer.encode_batch(AWKWARD) == [tokenizer.encode(text) for text in AWKWARD]
 
 
+@pytest.mark.parametrize("kind", ["model", "tokenizer_json"])
+def test_pieces_of_a_long_text_have_its_ids(kind, request, texts, monkeypatch):
+    monkeypatch.setattr("mlm_train.data.tokenizer.PIECE_CHARACTERS", 300)
+    tokenizer = Tokenizer.load(request.getfixturevalue(kind))
+    text = "".join(texts[:5]) + "".join(AWKWARD) * 20
+    pieces = tokenizer.pieces(text)
+    assert len(pieces) > 10 and "".join(pieces) == text
+    assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+
+
+def test_no_pieces_where_a_space_is_put_before_every_text(texts, tmp_path, monkeypatch):
+    from sentencepiece import SentencePieceTrainer
+
+    monkeypatch.setattr("mlm_train.data.tokenizer.PIECE_CHARACTERS", 300)
+    (tmp_path / "corpus.txt").write_text("\n".join(texts[:5]), encoding="utf-8")
+    prefix = str(tmp_path / "prefixed")
+    SentencePieceTrainer.train(
+        input=tmp_path / "corpus.txt",
+        model_prefix=prefix,
+        vocab_size=500,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    tokenizer = Tokenizer.load(f"{prefix}.model")
+    text = "a few words\n" * 100
+    assert tokenizer.pieces(text) == [text]
+
+
 def test_training_is_deterministic_and_has_the_size_asked_for(texts, model):
     assert train_sentencepiece(texts, 700, None) == model.read_bytes()
     tokenizer = Tokenizer.load(model)
