@@ -1,10 +1,14 @@
 """Writing files so that a kill or a full disk never leaves half of one under its final name."""
 
 import hashlib
+import json
 import os
+import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mlm_train.errors import UserError
 
@@ -17,10 +21,32 @@ def sha256_of(path: Path) -> str:
 
 def refuse_used(path: Path) -> None:
     """UserError when an output folder exists and holds something: nothing is overwritten."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file; give a new folder")
-    if path.is_dir() and any(path.iterdir()):
-        raise UserError(f"{path} is not empty; give a new folder, or remove it")
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists already and nothing is overwritten; remove it or name a new folder")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A temporary sibling of `output` to write into; renamed to `output` when the block ends well.
+
+    An error removes it; a killed process leaves only `NAME.partial-*` behind, never `output`.
+    Raises UserError if `output` exists and is not an empty folder, or cannot be written.
+    """
+    output = output.absolute()
+    refuse_used(output)
+    partial = output.with_name(f"{output.name}.partial-{uuid.uuid4().hex[:8]}")
+    with writing(output):
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            for path in (*partial.iterdir(), partial):
+                sync(path)
+            partial.rename(output)
+            sync(output.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
@@ -44,6 +70,11 @@ def write_text(path: Path, text: str) -> None:
     sync(draft)
     draft.rename(path)
     sync(path.parent)
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """write_text of a JSON value."""
+    write_text(path, json.dumps(tree, indent=1) + "\n")
 
 
 @contextmanager

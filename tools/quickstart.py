@@ -55,9 +55,7 @@ class Road:
 
     def ask(self, *words: object) -> dict[str, Any]:
         """Run a command with --json and read what it prints."""
-        done = subprocess.run(
-            self.command(*words, "--json"), cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
+        done = subprocess.run(self.command(*words, "--json"), cwd=ROOT, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise SystemExit(f"quickstart: the command above failed with exit code {done.returncode}")
         return json.loads(done.stdout)
@@ -106,7 +104,8 @@ class Road:
         ranks = [
             child
             for child in psutil.Process(launch.pid).children(recursive=True)
-            if "pretrain" in child.cmdline() and "mlm_train" in child.cmdline()
+            if "pretrain" in child.cmdline()
+            and "mlm_train" in child.cmdline()
             and "torch.distributed.run" not in child.cmdline()
         ]
         os.kill(ranks[-1].pid, signal.SIGKILL)
@@ -139,46 +138,52 @@ class Road:
 
     def show(self) -> None:
         """The closing table."""
+        found, computed = self.results["evaluation"], self.results["computed"]
+        looked_up, verified = self.results["looked_up"], self.results["verified"]
+        loss, speed, distinct = (
+            self.series(tag) for tag in ("train/loss", "speed/tokens_per_second", "data/distinct_ratio_step")
+        )
+        index = json.loads((self.tol / "tol.index.json").read_text(encoding="utf-8"))
+        partitions = index["partitions"]
+        size = sum(partition["bytes"] for partition in partitions)
+        rows = {
+            "training loss, first and last step": f"{loss[0]:.3f} -> {loss[-1]:.3f}",
+            "killed (one rank, kill -9) and resumed": self.results["killed"],
+            "validation perplexity, MemoryLLM": f"{found['perplexity']:.2f}",
+            "validation perplexity, bigram": f"{found['bigram']:.2f}",
+            "validation perplexity, unigram": f"{found['unigram']:.2f}",
+            "training speed": f"{statistics.median(speed):,.0f} tokens/s on {PROCESSES} processes",
+            "distinct ids / tokens (a rank's step)": f"{statistics.median(distinct):.3f}",
+            "ToL": f"{index['vocab_size']:,} rows, {size:,} bytes ({index['dtype']})",
+            "ToL partitions, built on Ray": f"{len(partitions)} in {self.results['tol_seconds']:.0f} s",
+            "largest error of a ToL number": f"{verified['max_abs_error']:.1e}",
+            "both generations agree": "yes" if computed["ids"] == looked_up["ids"] else "no",
+            "ms a token, FFN-M computed": f"{computed['decode_ms_per_token']:.2f}",
+            "ms a token, FFN-M looked up": f"{looked_up['decode_ms_per_token']:.2f}",
+            "watch it in TensorBoard": f".venv/bin/mlm-train monitor {self.run}",
+        }
+        table = Table(title="quickstart: what was measured", title_justify="left", show_header=False)
+        for name, value in rows.items():
+            table.add_row(name, value)
+        console.print(f"\n{PROMPT}{looked_up['text']}\n", markup=False, style="dim")
+        console.print(table)
+        if found["perplexity"] >= found["bigram"]:
+            raise SystemExit("quickstart: the model did not beat the bigram baseline")
+
+    def series(self, tag: str) -> list[float]:
+        """A TensorBoard tag of the run, read with TensorBoard's own reader."""
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         events = EventAccumulator(str(self.run / "tensorboard"))
         events.Reload()
-        series = {
-            tag: [event.value for event in events.Scalars(tag)]
-            for tag in ("train/loss", "speed/tokens_per_second", "data/distinct_ratio_step")
-        }
-        index = json.loads((self.tol / "tol.index.json").read_text())
-        result, computed, looked_up = self.results["evaluation"], self.results["computed"], self.results["looked_up"]
-        table = Table(title="quickstart: what was measured", title_justify="left", show_header=False)
-        rows = {
-            "training loss, first and last step": f"{series['train/loss'][0]:.3f} -> {series['train/loss'][-1]:.3f}",
-            "killed and resumed": self.results["killed"],
-            "validation perplexity, MemoryLLM": f"{result['perplexity']:.2f}",
-            "validation perplexity, bigram": f"{result['bigram']:.2f}",
-            "validation perplexity, unigram": f"{result['unigram']:.2f}",
-            "training speed": f"{statistics.median(series['speed/tokens_per_second']):,.0f} tokens/s "
-            f"on {PROCESSES} processes",
-            "distinct ids / tokens of a step, a rank": f"{statistics.median(series['data/distinct_ratio_step']):.3f}",
-            "ToL": f"{index['vocab_size']:,} rows, {sum(p['bytes'] for p in index['partitions']):,} bytes "
-            f"in {len(index['partitions'])} partitions ({index['dtype']})",
-            "largest error of a ToL row": f"{self.results['verified']['max_abs_error']:.1e}",
-            "both generations agree": "yes" if computed["ids"] == looked_up["ids"] else "no",
-            "ms a token, FFN-M computed": f"{computed['decode_ms_per_token']:.2f}",
-            "ms a token, FFN-M looked up": f"{looked_up['decode_ms_per_token']:.2f}",
-            "watch it": f"mlm-train monitor {self.run}",
-        }
-        for name, value in rows.items():
-            table.add_row(name, value)
-        console.print()
-        console.print(f"[bold]{PROMPT}[/bold]{looked_up['text']}", markup=True)
-        console.print(table)
-        if result["perplexity"] >= result["bigram"]:
-            raise SystemExit("quickstart: the model did not beat the bigram baseline")
+        return [event.value for event in events.Scalars(tag)]
 
 
 def main() -> None:
     """Walk the road."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/quickstart"))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     road = Road(parser.parse_args().folder)

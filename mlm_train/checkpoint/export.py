@@ -20,10 +20,18 @@ def export_checkpoint(source: Path, output: Path, dtype: str) -> Path:
     import torch
 
     folder = resolve(source)
-    config = config_of(open_checkpoint(folder)).model
+    manifest = open_checkpoint(folder)
+    config = config_of(manifest).model
     model = Transformer(config)
     load_weights(folder, model)
     run = folder.parent.parent
     tokenizers = [run / name for name in TOKENIZER_FILES if (run / name).is_file()]
-    write_folder(output, config, named_pieces(model), tokenizers, getattr(torch, dtype))
+    write_folder(
+        output,
+        config,
+        named_pieces(model),
+        tokenizers,
+        getattr(torch, dtype),
+        eos_token_id=manifest["data"]["eod_id"],
+    )
     return folder

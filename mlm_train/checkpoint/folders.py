@@ -7,8 +7,9 @@ The newest of them is what a run resumes from; `latest` repeats its name for peo
 import shutil
 from pathlib import Path
 
-from mlm_train.checkpoint.manifest import MANIFEST, sync_folder
+from mlm_train.checkpoint.manifest import MANIFEST
 from mlm_train.errors import UserError
+from mlm_train.files import sync, write_text
 
 LATEST = "latest"
 PARTIAL = ".partial-"
@@ -46,10 +47,8 @@ def commit(partial: Path, final: Path, keep: int) -> None:
     """Turn a written folder into the newest checkpoint, point `latest` at it, drop the oldest."""
     root = final.parent
     partial.rename(final)
-    sync_folder(root)
-    pointer = root / f".{LATEST}"
-    pointer.write_text(final.name + "\n", encoding="utf-8")
-    pointer.replace(root / LATEST)
+    sync(root)
+    write_text(root / LATEST, final.name + "\n")
     for old in committed(root)[:-keep]:
         shutil.rmtree(old)
     for leftover in root.glob(f"{PARTIAL}*"):

@@ -1,7 +1,6 @@
 """Exports: a Hugging Face folder of config.json and safetensors weights. No pickle is read or written."""
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 from mlm_train.checkpoint.hf_config import config_json, read_config, read_json
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
-from mlm_train.files import refuse_used, sha256_of, sync, writing
+from mlm_train.files import new_folder, sha256_of, write_json
 from mlm_train.model.logical import named_pieces, pieces
 from mlm_train.model.rope import RotaryEmbedding
 from mlm_train.model.transformer import Transformer
@@ -60,29 +59,17 @@ def write_folder(
     non-empty folder, a missing tokenizer file, a full disk, and tensors that do not fit the config.
     """
     path = Path(path)
-    refuse_used(path)
     copies = [Path(file) for file in tokenizer_files]
     for file in copies:
         if not file.is_file():
             raise UserError(f"tokenizer file {file} does not exist; give the path of a file")
-    draft = path.absolute().with_name(f".{path.absolute().name}.unfinished")
     pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
-    with writing(path):
-        shutil.rmtree(draft, ignore_errors=True)  # of a killed export: never under a final name
-        draft.mkdir(parents=True)
-        try:
-            _write_weights(draft, _checked(pairs, config), dtype, shard_bytes)
-            tree = config_json(config, str(dtype).removeprefix("torch."), eos_token_id)
-            _write_json(draft / "config.json", tree)
-            for file in copies:
-                shutil.copyfile(file, draft / file.name)
-            for file in draft.iterdir():
-                sync(file)
-            draft.rename(path)
-            sync(draft.parent)
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
+    with new_folder(path) as draft:
+        _write_weights(draft, _checked(pairs, config), dtype, shard_bytes)
+        tree = config_json(config, str(dtype).removeprefix("torch."), eos_token_id)
+        write_json(draft / "config.json", tree)
+        for file in copies:
+            shutil.copyfile(file, draft / file.name)
 
 
 def _checked(pairs: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -133,11 +120,7 @@ def _write_weights(
         final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"shard-{number}").rename(folder / final)
         weight_map |= dict.fromkeys(names, final)
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _write_json(file: Path, tree: dict[str, Any]) -> None:
-    file.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 class FolderTensors:

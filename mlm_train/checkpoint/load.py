@@ -41,7 +41,7 @@ def check_fits(folder: Path, manifest: dict[str, Any], config: Config, fingerpri
                 f"{section}.{field}={new} but checkpoint {folder} was written with {old}: "
                 f"its place in the data would be wrong; set {section}.{field}={old} or another train.output"
             )
-    if manifest["data_fingerprint"] != fingerprint:
+    if manifest["data"]["fingerprint"] != fingerprint:
         raise UserError(
             f"data.path={config.data.path} is not the data of checkpoint {folder} (fingerprints differ): "
             "use that data, another train.output, or checkpoint.warm_start"

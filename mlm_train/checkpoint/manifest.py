@@ -1,50 +1,21 @@
 """The manifest: what a committed folder holds, file by file. Written last, checked first."""
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mlm_train.errors import UserError
+from mlm_train.files import sha256_of, sync
 
 MANIFEST = "manifest.json"
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_file(folder: Path, name: str) -> dict[str, Any]:
     """The manifest's entry of one file; the file is flushed to disk first."""
     path = folder / name
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return {"file": name, "bytes": path.stat().st_size, "sha256": hash_file(path)}
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names created or renamed in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all: a temporary file, flushed, then renamed."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
+    sync(path)
+    return {"file": name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def read_manifest(folder: Path, kind: str, version: int) -> dict[str, Any]:
@@ -78,7 +49,7 @@ def verify_files(folder: Path, entries: Iterable[dict[str, Any]], hashes: bool =
                 f"{path} is damaged: {size} bytes instead of {entry['bytes']}; "
                 f"delete {folder} to fall back to an older one"
             )
-        if hashes and hash_file(path) != entry["sha256"]:
+        if hashes and sha256_of(path) != entry["sha256"]:
             raise UserError(
                 f"{path} is damaged: its checksum differs; delete {folder} to fall back to an older one"
             )

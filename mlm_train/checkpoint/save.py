@@ -12,8 +12,9 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from mlm_train import __version__
 from mlm_train.checkpoint.folders import PARTIAL, commit, step_folder
-from mlm_train.checkpoint.manifest import MANIFEST, describe_file, write_json
+from mlm_train.checkpoint.manifest import MANIFEST, describe_file
 from mlm_train.config import Config
+from mlm_train.files import write_json
 from mlm_train.model.logical import pieces
 from mlm_train.parallel.engine import Engine
 from mlm_train.parallel.optimizer_state import gather_state, optimizer_steps
@@ -34,10 +35,16 @@ def logical_state(engine: Engine) -> dict[str, Tensor]:
 
 
 def save_checkpoint(
-    root: Path, engine: Engine, runtime: Runtime, config: Config, progress: dict[str, Any], fingerprint: str
+    root: Path,
+    engine: Engine,
+    runtime: Runtime,
+    config: Config,
+    progress: dict[str, Any],
+    data: dict[str, Any],
 ) -> Path:
     """Write and commit the checkpoint of `progress["step"]`; every rank calls it. Returns its folder.
 
+    `data` names what was trained on: `fingerprint`, and `eod_id` for exports.
     A kill at any moment leaves the older checkpoints as they were: the new folder has another name
     until its manifest is on disk.
     """
@@ -54,7 +61,7 @@ def save_checkpoint(
             "version": VERSION,
             "tool": f"mlm-train {__version__}",
             "progress": progress | {"optimizer_steps": optimizer_steps(engine)},
-            "data_fingerprint": fingerprint,
+            "data": data,
             "config": config.model_dump(mode="json", exclude_none=True),
             "world": runtime.topology.world,
             "files": entries,

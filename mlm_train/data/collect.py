@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlm_train.data.folder import new_folder, text_fraction
+from mlm_train.data.fraction import text_fraction
 from mlm_train.errors import UserError
+from mlm_train.files import new_folder
 
 SUFFIXES = (".py", ".md", ".rst", ".txt")
 NOT_CORPUS = ("site-packages", "dist-packages", "__pycache__")

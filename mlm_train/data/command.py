@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlm_train.arguments import add_action
+
 if TYPE_CHECKING:
     from mlm_train.data.prepare import Progress
 
@@ -43,28 +45,15 @@ example:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the three subcommands."""
     commands = parser.add_subparsers(dest="data_command", metavar="collect|prepare|inspect", required=True)
-    _add_collect(_add_command(commands, "collect", "gather a text corpus from this machine", COLLECT_HELP))
-    _add_prepare(_add_command(commands, "prepare", "tokenise text into a data folder", PREPARE_HELP))
-    _add_inspect(_add_command(commands, "inspect", "show what a data folder holds", INSPECT_HELP))
+    _add_collect(add_action(commands, "collect", "gather a text corpus from this machine", COLLECT_HELP))
+    _add_prepare(add_action(commands, "prepare", "tokenise text into a data folder", PREPARE_HELP))
+    _add_inspect(add_action(commands, "inspect", "show what a data folder holds", INSPECT_HELP))
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the chosen subcommand."""
     {"collect": _run_collect, "prepare": _run_prepare, "inspect": _run_inspect}[args.data_command](args)
     return 0
-
-
-def _add_command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, summary: str, text: str
-) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name, help=summary, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    # Also accepted here; SUPPRESS keeps `mlm-train data --debug NAME` from being reset.
-    parser.add_argument(
-        "--debug", action="store_true", default=argparse.SUPPRESS, help="show a traceback for errors"
-    )
-    return parser
 
 
 def _add_collect(parser: argparse.ArgumentParser) -> None:

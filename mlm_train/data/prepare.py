@@ -12,7 +12,7 @@ import numpy as np
 
 from mlm_train.data.documents import SPLITS, Document, Source, find_sources
 from mlm_train.data.encode import encode_in_order
-from mlm_train.data.folder import new_folder, sha256_of, text_fraction
+from mlm_train.data.fraction import text_fraction
 from mlm_train.data.prepared import (
     MANIFEST,
     FileRecord,
@@ -24,6 +24,7 @@ from mlm_train.data.prepared import (
 from mlm_train.data.tokenizer import FILE_OF_KIND, Tokenizer, tokenizer_of
 from mlm_train.data.train_tokenizer import train_sentencepiece
 from mlm_train.errors import UserError
+from mlm_train.files import new_folder, sha256_of
 
 DEFAULT_VALIDATION_FRACTION = 0.02
 BATCH_CHARACTERS = 1 << 18

@@ -19,8 +19,8 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mlm_train.data.folder import sha256_of
 from mlm_train.errors import UserError
+from mlm_train.files import sha256_of
 
 MANIFEST = "manifest.json"
 INDEX_HEADER = np.dtype(

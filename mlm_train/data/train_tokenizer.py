@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterable, Iterator
 
-from mlm_train.data.folder import text_fraction
+from mlm_train.data.fraction import text_fraction
 from mlm_train.errors import UserError
 
 MAX_TRAINING_BYTES = 100_000_000

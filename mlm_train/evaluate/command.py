@@ -131,7 +131,7 @@ def _baselines(
     from mlm_train.evaluate.baselines import BigramCounts
 
     manifest = open_checkpoint(resolve(Path(args.baselines)), hashes=False)
-    if manifest["data_fingerprint"] != data.fingerprint:
+    if manifest["data"]["fingerprint"] != data.fingerprint:
         raise UserError(f"--baselines {args.baselines} was not trained on {args.data} (fingerprints differ)")
     config = config_of(manifest)
     trained = Samples(data.split("train"), config.data.sequence_length, config.train.seed)

@@ -4,6 +4,8 @@ import argparse
 import json
 import sys
 
+from mlm_train.arguments import add_action
+
 HELP = """Build and verify token-wise lookups (ToL): FFN-M's output for every token of the vocabulary.
 
 examples:
@@ -32,7 +34,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `build` and `verify`."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    build = _action(actions, "build", "compute FFN-M for every token", _BUILD_HELP)
+    build = add_action(actions, "build", "compute FFN-M for every token", _BUILD_HELP)
     build.add_argument("model", metavar="MODEL", help="folder written by `mlm-train export`")
     build.add_argument("--output", metavar="DIR", required=True, help="folder to write; new or unfinished")
     build.add_argument(
@@ -51,24 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, metavar="N", default=2, help="single-threaded processes (default %(default)s)"
     )
     build.add_argument("--ray-address", metavar="A", help="use a running Ray cluster, such as auto")
-    verify = _action(actions, "verify", "check a ToL folder", _VERIFY_HELP)
+    verify = add_action(actions, "verify", "check a ToL folder", _VERIFY_HELP)
     verify.add_argument("folder", metavar="DIR", help="folder written by `mlm-train tol build`")
     verify.add_argument("--model", metavar="MODEL", help="the export it was built from: recompute its rows")
     verify.add_argument("--sample", type=int, metavar="N", help="recompute N random rows instead of all")
     verify.add_argument("--json", action="store_true", help="write one JSON object instead of a line")
-
-
-def _action(
-    actions: argparse._SubParsersAction, name: str, summary: str, text: str
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = actions.add_parser(
-        name, help=summary, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    # Without a default of its own, so that `tol --debug build` counts too.
-    parser.add_argument(
-        "--debug", action="store_true", default=argparse.SUPPRESS, help="show a traceback for errors"
-    )
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:

@@ -56,7 +56,6 @@ def save(run: Run, progress: Progress) -> None:
     """Commit a checkpoint; said only once it is on disk."""
     started = time.perf_counter()
     root = Path(run.config.train.output) / "checkpoints"
-    folder = save_checkpoint(
-        root, run.trainer.engine, run.runtime, run.config, progress.as_dict(), run.data.fingerprint
-    )
+    data = {"fingerprint": run.data.fingerprint, "eod_id": run.data.eod_id}
+    folder = save_checkpoint(root, run.trainer.engine, run.runtime, run.config, progress.as_dict(), data)
     run.monitor.committed(folder, time.perf_counter() - started)

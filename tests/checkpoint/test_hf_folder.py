@@ -184,7 +184,7 @@ def test_broken_files(tmp_path: Path) -> None:
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     model = random_model()
     folder = write(tmp_path / "export", model)
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="nothing is overwritten"):
         write(folder, model)
     (tmp_path / "empty").mkdir()
     write(tmp_path / "empty", model)

@@ -145,7 +145,7 @@ def test_nothing_is_overwritten(corpus, model, tmp_path):
     (tmp_path / "file").write_text("kept")
     with pytest.raises(UserError, match="exists already"):
         prepare([str(corpus)], tmp_path / "file", str(model))
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match="cannot be written"):
         prepare([str(corpus)], tmp_path / "file" / "below", str(model))
     assert (tmp_path / "file").read_text() == "kept"
 

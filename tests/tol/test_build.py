@@ -137,7 +137,7 @@ def test_unfinished_builds(tables: dict[str, Path], exported: Path, tmp_path: Pa
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x01")
     build_tol(exported, output, partitions=3)
     assert digests(output) == before
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="nothing is overwritten"):
         build_tol(exported, output, partitions=3)
 
 
@@ -192,7 +192,7 @@ def test_bad_input(
         build_tol(exported, tmp_path / "busy")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.txt").touch()
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="nothing is overwritten"):
         build_tol(exported, tmp_path / "used")
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100))
