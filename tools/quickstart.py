@@ -8,7 +8,9 @@ done again. Ends in a table of what was measured.
 
 import argparse
 import json
+import logging
 import os
+import shlex
 import signal
 import statistics
 import subprocess
@@ -23,7 +25,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 PROCESSES = 2
-PROMPT = "def __init__(self, "
+PROMPT = "class TestCase(unittest.TestCase):\n    def test_"
 NEW_TOKENS = 48
 
 console = Console(highlight=False, soft_wrap=True)
@@ -43,9 +45,9 @@ class Road:
 
     def command(self, *words: object) -> list[str]:
         """An `mlm-train` command line, shown to the user."""
-        words = tuple(str(word) for word in words)
-        console.print(f"\n[bold]$ mlm-train {' '.join(words)}[/bold]", markup=True)
-        return [sys.executable, "-m", "mlm_train", *words]  # type: ignore[list-item]
+        line = [str(word) for word in words]
+        console.print(f"\n$ mlm-train {shlex.join(line)}", markup=False, style="bold")
+        return [sys.executable, "-m", "mlm_train", *line]
 
     def do(self, *words: object) -> None:
         """Run a command; end where it fails."""
@@ -129,7 +131,7 @@ class Road:
         """Build the ToL on Ray, verify every row against the weights, generate both ways."""
         if not (self.tol / "tol.index.json").exists():
             started = time.perf_counter()
-            self.do("tol", "build", self.export, "--output", self.tol, "--dtype", "float32",
+            self.do("tol", "build", self.export, "--output", self.tol, "--dtype", "bfloat16",
                     "--partitions", 4, "--workers", 2)  # fmt: skip
             self.keep(tol_seconds=time.perf_counter() - started)
         self.keep(verified=self.ask("tol", "verify", self.tol, "--model", self.export))
@@ -170,13 +172,15 @@ class Road:
         if found["perplexity"] >= found["bigram"]:
             raise SystemExit("quickstart: the model did not beat the bigram baseline")
 
-    def series(self, tag: str) -> list[float]:
-        """A TensorBoard tag of the run, read with TensorBoard's own reader."""
+    def series(self, *tags: str) -> list[list[float]]:
+        """TensorBoard tags of the run, read with TensorBoard's own reader."""
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+        # It remarks that the killed run's steps after its checkpoint are gone, as they should be.
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)
         events = EventAccumulator(str(self.run / "tensorboard"))
         events.Reload()
-        return [event.value for event in events.Scalars(tag)]
+        return [[event.value for event in events.Scalars(tag)] for tag in tags]
 
 
 def main() -> None:

@@ -38,17 +38,19 @@ def step_batches(
 def evaluation_batches(
     samples: "Samples", count: int, micro_batch: int, topology: Topology
 ) -> list[MicroBatch]:
-    """This rank's share of the first `count` samples; every rank gets as many, of one shape.
+    """This rank's share of `count` samples spread evenly over a split, always the same ones.
 
-    What is missing in the last ones is padded with label -100.
+    Every rank gets as many micro-batches, all of one shape; what is missing in the last ones is padded
+    with label -100.
     """
+    chosen = [index * samples.samples_per_epoch // count for index in range(count)]
     stride = micro_batch * topology.data
     batches = []
     for start in range(topology.data_rank * micro_batch, -(-count // stride) * stride, stride):
-        present = min(micro_batch, max(0, count - start))
+        present = chosen[start : start + micro_batch]
         ids = torch.zeros(micro_batch, samples.sequence_length, dtype=torch.int64)
         labels = torch.full_like(ids, IGNORED)
         if present:
-            ids[:present], labels[:present] = samples.batch(start, present)
+            ids[: len(present)], labels[: len(present)] = samples.batch_of(present)
         batches.append(MicroBatch(ids, labels))
     return batches

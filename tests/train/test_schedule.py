@@ -12,6 +12,7 @@ MICRO = Path(__file__).resolve().parents[2] / "configs" / "micro.yaml"
 
 def config(*overrides: str) -> Config:
     base = ["optimizer.lr=1.0", "schedule.min_lr=0.1", "schedule.warmup_steps=10", "train.steps=110"]
+    base.append("train.global_batch=32")
     return load_config(MICRO, [*base, *overrides])
 
 
