@@ -142,9 +142,8 @@ class Road:
         """The closing table."""
         found, computed = self.results["evaluation"], self.results["computed"]
         looked_up, verified = self.results["looked_up"], self.results["verified"]
-        loss, speed, distinct = (
-            self.series(tag) for tag in ("train/loss", "speed/tokens_per_second", "data/distinct_ratio_step")
-        )
+        tags = ("train/loss", "speed/tokens_per_second", "data/distinct_ratio_step")
+        loss, speed, distinct = self.series(*tags)
         index = json.loads((self.tol / "tol.index.json").read_text(encoding="utf-8"))
         partitions = index["partitions"]
         size = sum(partition["bytes"] for partition in partitions)
