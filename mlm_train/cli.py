@@ -61,7 +61,7 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
         )
         sub.add_argument("--debug", action="store_true", help="show a traceback for errors")
         module.add_arguments(sub)
-        sub.set_defaults(run=module.run)
+        sub.set_defaults(handler=module.run)
     return parser
 
 
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     chosen = next((word for word in argv if not word.startswith("-")), None)
     args = build_parser(chosen).parse_args(argv)
     try:
-        code = args.run(args)
+        code = args.handler(args)
     except UserError as error:
         if args.debug:
             traceback.print_exc()

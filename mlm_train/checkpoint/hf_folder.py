@@ -166,16 +166,18 @@ class FolderTensors:
             raise UserError(f"{self.path}: tensor {name} is missing; export the model again")
         return self._file_of[name].get_slice(name)
 
-    def check(self, config: ModelConfig) -> None:
-        """UserError naming the first tensor that is missing, surplus or of another shape."""
-        expected = expected_shapes(config)
-        for name, shape in expected.items():
+    def check(self, config: ModelConfig, with_memory: bool = True) -> None:
+        """UserError naming the first tensor that is missing, surplus or of another shape.
+
+        `with_memory=False`: FFN-M may be there or not.
+        """
+        for name, shape in expected_shapes(config, with_memory).items():
             if self.shape(name) != shape:
                 found = list(self.shape(name))
                 raise UserError(
                     f"{self.path}: tensor {name} has shape {found}, not {list(shape)} as the config says"
                 )
-        surplus = sorted(self._file_of.keys() - expected.keys())
+        surplus = sorted(self._file_of.keys() - expected_shapes(config).keys())
         if surplus:
             raise UserError(f"{self.path}: tensor {surplus[0]} does not belong to a {config.kind} model")
 
@@ -226,7 +228,7 @@ def fill_model(path: str | Path, model: Transformer) -> None:
     """
     parameters = dict(model.named_parameters())
     with open_tensors(path) as tensors:
-        tensors.check(model.config)
+        tensors.check(model.config, model.with_memory)
         for piece in pieces(model):
             piece.of(parameters[piece.parameter]).copy_(tensors.tensor(piece.name))
 

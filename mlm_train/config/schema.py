@@ -91,9 +91,7 @@ class TrainConfig(Section):
     seed: int = Field(1234, ge=0, description="of the initial weights and of the sample order")
     z_loss: float = Field(1e-6, ge=0, description="weight of the mean squared log-sum-exp")
     evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
-    evaluate_samples: int = Field(
-        64, ge=1, description="validation sequences, spread evenly"
-    )
+    evaluate_samples: int = Field(64, ge=1, description="validation sequences, spread evenly")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where it is")
     stop_after: int | None = Field(
         None, ge=1, description="end cleanly after this many steps of this launch, with a checkpoint"

@@ -19,7 +19,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, with_memory: bool = True) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.with_memory = config, with_memory
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rotary = RotaryEmbedding(config.attention_head_dim, config.rope_theta)
         self.layers = nn.ModuleList(
