@@ -6,11 +6,12 @@ imported, so `mlm-train --help` answers at once.
 
 import argparse
 import importlib
+import os
 import sys
 import traceback
 
 from mlm_train import __version__
-from mlm_train.errors import UserError
+from mlm_train.errors import SharedUserError, UserError
 from mlm_train.quiet import hush_libraries
 
 COMMANDS = {
@@ -76,7 +77,9 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         if args.debug:
             traceback.print_exc()
-        print(f"mlm-train: {error}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0 or not isinstance(error, SharedUserError):
+            print(f"mlm-train: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("mlm-train: stopped by the user", file=sys.stderr)

@@ -1,5 +1,9 @@
-"""The one exception a user is meant to read."""
+"""The exceptions a user is meant to read."""
 
 
 class UserError(Exception):
     """Bad input or a broken file: one line that names the thing and the fix; exit code 2."""
+
+
+class SharedUserError(UserError):
+    """A UserError that every rank of a run raises alike; the leading rank alone prints it."""

@@ -103,13 +103,8 @@ class Road:
             time.sleep(0.2)
         time.sleep(2)  # some steps further, so that work is really lost
         step = pointer.read_text().strip()
-        ranks = [
-            child
-            for child in psutil.Process(launch.pid).children(recursive=True)
-            if "pretrain" in child.cmdline()
-            and "mlm_train" in child.cmdline()
-            and "torch.distributed.run" not in child.cmdline()
-        ]
+        children = psutil.Process(launch.pid).children(recursive=True)
+        ranks = [child for child in children if "pretrain" in child.cmdline()]
         os.kill(ranks[-1].pid, signal.SIGKILL)
         code = launch.wait()
         if code == 0:

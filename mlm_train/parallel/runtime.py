@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mlm_train.config import Config
-from mlm_train.errors import UserError
+from mlm_train.errors import SharedUserError, UserError
 from mlm_train.parallel.topology import Topology
 
 Result = TypeVar("Result")
@@ -61,7 +61,7 @@ class Runtime:
                 outcome[1] = str(error)
         dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
-            raise UserError(outcome[1])
+            raise SharedUserError(outcome[1])
         return outcome[0]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_train.config import Config, dump_config, load_config
-from mlm_train.errors import UserError
+from mlm_train.errors import SharedUserError, UserError
 
 if TYPE_CHECKING:
     from mlm_train.data.prepared import PreparedData
@@ -37,7 +37,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, then train."""
-    from mlm_train.parallel.runtime import global_rank, world_size
+    from mlm_train.parallel.runtime import world_size
 
     try:
         config = load_config(args.config, args.overrides)
@@ -46,10 +46,8 @@ def run(args: argparse.Namespace) -> int:
         from mlm_train.train.setup import preflight
 
         data, checkpoint = preflight(config, world_size())
-    except UserError:
-        if global_rank() != 0:  # every rank found the same; one says it
-            raise SystemExit(2) from None
-        raise
+    except UserError as error:
+        raise SharedUserError(str(error)) from error  # every rank finds the same
     return _train(config, data, checkpoint)
 
 

@@ -1,15 +1,12 @@
-"""`mlm-train launch`: pretrain on several processes of this machine, through torchrun."""
+"""`mlm-train launch`: pretrain on several processes of this machine, through torchrun's agent."""
 
 import argparse
-import os
-import subprocess
-import sys
 
 from mlm_train.config import load_config
 from mlm_train.errors import UserError
 from mlm_train.train.command import add_config_arguments
 
-HELP = """Start pretrain on several processes of this machine (torchrun with sensible settings).
+HELP = """Start pretrain on several processes of this machine (torchrun's agent, with sensible settings).
 Everything is checked before the first process starts.
 
 example:
@@ -23,24 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check, then hand over to torchrun; its exit code."""
+    """Check, then run the ranks; their exit code."""
     if args.nproc < 1:
         raise UserError(f"--nproc {args.nproc}: give at least 1")
     from mlm_train.train.setup import preflight
 
     preflight(load_config(args.config, args.overrides), args.nproc)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",  # a free port of its own, on loopback
-        f"--nproc-per-node={args.nproc}",
-        "-m",
-        "mlm_train",
-        "pretrain",
-        args.config,
-        *args.overrides,
-    ]
-    threads = max(1, (os.cpu_count() or 1) // args.nproc)
-    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
-    return subprocess.call(command, env=environment)
+    from mlm_train.parallel.launch import launch_ranks
+
+    return launch_ranks(["pretrain", args.config, *args.overrides], args.nproc)

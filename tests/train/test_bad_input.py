@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlm_train.parallel import runtime
-from tests.commands import TINY, mlm_train, refused
+from tests.commands import TINY, mlm_train, refused, start
 
 CONFIG = "configs/micro.yaml"
 
@@ -136,6 +136,18 @@ def test_damaged_checkpoint(trained: Path, data: Path, tmp_path: Path, how: str,
     assert (run / "checkpoints" / "step-00000004").is_dir()
 
 
+def test_ranks_that_find_damage_end_the_launch_with_one_line(
+    trained: Path, data: Path, tmp_path: Path
+) -> None:
+    run = copy_of(trained, tmp_path)
+    damaged(run, "flipped")
+    launch = start("launch", "--nproc", 2, *pretrain(data, run, "train.steps=4")[1:])
+    output, _ = launch.communicate(timeout=120)
+    assert launch.returncode == 2, output
+    lines = [line for line in output.splitlines() if line.startswith("mlm-train: ")]
+    assert len(lines) == 1 and "checksum differs" in lines[0] and "Traceback" not in output
+
+
 def test_manifest_that_points_outside_is_refused(trained: Path, data: Path, tmp_path: Path) -> None:
     run = copy_of(trained, tmp_path)
     path = run / "checkpoints" / "step-00000002" / "manifest.json"
@@ -164,11 +176,11 @@ def test_export_and_evaluate_refuse(trained: Path, data: Path, corpus: Path, tmp
 def test_warm_start_takes_the_weights_alone(trained: Path, data: Path, tmp_path: Path) -> None:
     export = tmp_path / "export"
     mlm_train("export", trained, "--output", export)
-    for number, start in enumerate((trained, export)):
+    for number, origin in enumerate((trained, export)):
         run = tmp_path / f"warm-{number}"
         # No step is large enough to move the weights: what comes out is what went in.
         still = ("optimizer.lr=1e-30", "schedule.warmup_steps=0", "schedule.min_lr=0", "train.steps=1")
-        mlm_train(*pretrain(data, run, f"checkpoint.warm_start={start}", *still))
+        mlm_train(*pretrain(data, run, f"checkpoint.warm_start={origin}", *still))
         runtime.stop()
         again = tmp_path / f"again-{number}"
         mlm_train("export", run, "--output", again)
