@@ -1,12 +1,12 @@
 """Typed configuration: the schema, and YAML with dotted overrides."""
 
 from mlm_train.config.load import dump_config, load_config
+from mlm_train.config.model import ModelConfig
 from mlm_train.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
     MemoryConfig,
-    ModelConfig,
     MonitorConfig,
     OptimizerConfig,
     ParallelConfig,

@@ -7,20 +7,6 @@ from pydantic import Field, model_validator
 from mlm_train.config.model import ModelConfig
 from mlm_train.config.section import Section, blame
 
-__all__ = [
-    "CheckpointConfig",
-    "Config",
-    "DataConfig",
-    "MemoryConfig",
-    "ModelConfig",
-    "MonitorConfig",
-    "OptimizerConfig",
-    "ParallelConfig",
-    "Ramp",
-    "ScheduleConfig",
-    "TrainConfig",
-]
-
 
 class DataConfig(Section):
     """What is read."""

@@ -17,7 +17,8 @@ STEPS = 8
 def words(data: Path, output: Path, *more: str) -> list[str]:
     return [
         CONFIG, *TINY, f"data.path={data}", f"train.output={output}", f"train.steps={STEPS}",
-        "train.evaluate_every=4", "checkpoint.every=2", *more,
+        "train.evaluate_every=4", "checkpoint.every=2",
+        "train.ramp={start: 4, increment: 4, samples: 12}", *more,
     ]  # fmt: skip
 
 
@@ -89,6 +90,9 @@ def test_tensorboard_and_log_hold_what_a_user_looks_for(unbroken: Path) -> None:
     assert scalars(unbroken, "validation/loss").keys() == {4, 8}
     losses = list(scalars(unbroken, "train/loss").values())
     assert losses[-1] < losses[0]
+    batches = list(scalars(unbroken, "train/global_batch").values())
+    assert batches == [4, 4, 4, 8, 8, 8, 8, 8]
+    assert scalars(unbroken, "train/tokens")[STEPS] == 32 * sum(batches)
     log = (unbroken / "train.log").read_text()
     assert log.count("| loss") == STEPS + 2 and "committed" in log
     kept = sorted(path.name for path in (unbroken / "checkpoints").iterdir())
