@@ -77,9 +77,10 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         if args.debug:
             traceback.print_exc()
-        rank = int(os.environ.get("RANK", "0"))
-        if rank == 0 or not isinstance(error, SharedUserError):
-            print(f"mlm-train: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        speaks = os.environ.get("LOCAL_RANK", rank) == "0"
+        if speaks or not isinstance(error, SharedUserError):
+            print(f"mlm-train: {'' if speaks else f'[rank {rank}] '}{error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("mlm-train: stopped by the user", file=sys.stderr)

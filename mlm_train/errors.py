@@ -6,4 +6,4 @@ class UserError(Exception):
 
 
 class SharedUserError(UserError):
-    """A UserError that every rank of a run raises alike; the leading rank alone prints it."""
+    """A UserError that every rank of a run raises alike; one rank a machine prints it."""

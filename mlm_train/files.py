@@ -1,5 +1,6 @@
 """Writing files so that a kill or a full disk never leaves half of one under its final name."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -75,6 +76,27 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, tree: Any) -> None:
     """write_text of a JSON value."""
     write_text(path, json.dumps(tree, indent=1) + "\n")
+
+
+@contextmanager
+def locked(folder: Path, doing: str) -> Iterator[None]:
+    """Hold a folder for one process at a time; the lock goes with the process, however it ends.
+
+    Raises UserError where another process holds it; `doing` says what that one does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{folder} is {doing} by another process; wait for it or name another") from None
+    except OSError:
+        pass  # some shared file systems have no locks; unfinished files have names of their own anyway
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def main(requirements: str) -> None:
     """Install everything."""
     if sys.version_info[:2] != (3, 11):
         raise SystemExit(f"install.py: Python 3.11 is needed, this is {sys.version.split()[0]}")
-    if not (VENV / "bin" / "python").exists():
+    if not (VENV / "bin" / "pip").exists():
         print(f"creating {VENV}", flush=True)
         venv.create(VENV, with_pip=True)
     lines = (ROOT / requirements).read_text(encoding="utf-8").splitlines()
@@ -59,7 +59,13 @@ def main(requirements: str) -> None:
         index = CPU_INDEX
     choice = [] if index in ("", "default") else ["--index-url", index]
     print(f"installing {pin} ({index or 'default index'}) and the rest of {requirements}", flush=True)
-    pip("install", "--quiet", *choice, pin)
+    try:
+        pip("install", "--quiet", *choice, pin)
+    except subprocess.CalledProcessError:
+        if index != CPU_INDEX:
+            raise
+        print(f"{CPU_INDEX} cannot be used; taking the default build of {pin}", flush=True)
+        pip("install", "--quiet", pin)
     pip("install", "--quiet", "-r", str(ROOT / requirements))
     pip("install", "--quiet", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
 

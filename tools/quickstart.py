@@ -35,7 +35,8 @@ class Road:
     """The stages, each with the folder it leaves behind."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        folder = folder.resolve()  # the commands run in ROOT, whatever the caller's folder is
+        self.folder = folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
         self.text, self.data = folder / "text", folder / "data"
         self.run, self.export, self.tol = folder / "run", folder / "export", folder / "tol"
         self.results_file = folder / "results.json"
@@ -97,9 +98,12 @@ class Road:
 
     def _kill_a_rank_after_a_checkpoint(self, launch: "subprocess.Popen[bytes]") -> str:
         pointer = self.run / "checkpoints" / "latest"
-        while not pointer.is_file():
+        before = pointer.read_text() if pointer.is_file() else ""  # of an interrupted quickstart
+        while not pointer.is_file() or pointer.read_text() == before:
+            if launch.poll() == 0:
+                return "(it was finished already)"
             if launch.poll() is not None:
-                raise SystemExit("quickstart: training ended before its first checkpoint")
+                raise SystemExit("quickstart: training failed before it could be killed")
             time.sleep(0.2)
         time.sleep(2)  # some steps further, so that work is really lost
         step = pointer.read_text().strip()

@@ -1,9 +1,11 @@
 """Checkpoints of a run on disk: step-00000100/ folders, a `latest` pointer, keep-last-k.
 
-A folder is committed by one rename after its manifest is written, so every step-* folder is whole.
+A folder is committed by one rename after its manifest is written, and renamed away before it is
+deleted, so every step-* folder with a manifest is whole.
 The newest of them is what a run resumes from; `latest` repeats its name for people and scripts.
 """
 
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from mlm_train.files import sync, write_text
 
 LATEST = "latest"
 PARTIAL = ".partial-"
+NAME = re.compile(r"step-\d{8,}")
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -22,7 +25,9 @@ def step_folder(root: Path, step: int) -> Path:
 
 def committed(root: Path) -> list[Path]:
     """Committed checkpoints, oldest first."""
-    found = [path for path in root.glob("step-*") if (path / MANIFEST).is_file()]
+    found = [
+        path for path in root.glob("step-*") if NAME.fullmatch(path.name) and (path / MANIFEST).is_file()
+    ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -46,10 +51,24 @@ def resolve(path: Path) -> Path:
 def commit(partial: Path, final: Path, keep: int) -> None:
     """Turn a written folder into the newest checkpoint, point `latest` at it, drop the oldest."""
     root = final.parent
+    if final.exists():  # without a manifest, or the run would have resumed from it
+        _set_aside(final)
     partial.rename(final)
     sync(root)
     write_text(root / LATEST, final.name + "\n")
     for old in committed(root)[:-keep]:
-        shutil.rmtree(old)
+        _set_aside(old)
+    remove_partials(root)
+
+
+def _set_aside(folder: Path) -> None:
+    """Take a folder's name away before its files go: a kill in between leaves nothing half deleted."""
+    aside = folder.with_name(f"{PARTIAL}old-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+
+
+def remove_partials(root: Path) -> None:
+    """Delete what killed saves and deletions left. Only for the process that holds the run's lock."""
     for leftover in root.glob(f"{PARTIAL}*"):
         shutil.rmtree(leftover, ignore_errors=True)

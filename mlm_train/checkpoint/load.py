@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from mlm_train.checkpoint.manifest import read_manifest, verify_files
 from mlm_train.checkpoint.save import FORMAT, VERSION
+from mlm_train.checkpoint.tensors import read_tensors
 from mlm_train.config import Config
 from mlm_train.config.load import parse_config
 from mlm_train.errors import UserError
@@ -59,6 +58,16 @@ def check_same_model(folder: Path, written: Config, config: Config) -> None:
             )
 
 
+def check_steps(folder: Path, manifest: dict[str, Any], config: Config) -> None:
+    """Refuse a target that the run has passed."""
+    done = manifest["progress"]["step"]
+    if config.train.steps < done:
+        raise UserError(
+            f"train.steps={config.train.steps} but checkpoint {folder} is at step {done}: "
+            "ask for more steps, or name another train.output"
+        )
+
+
 def load_training_state(folder: Path, manifest: dict[str, Any], engine: Engine) -> None:
     """Fill weights, moments and RNG; every rank calls it. The manifest is verified already."""
     parameters = dict(engine.model.named_parameters())
@@ -72,7 +81,7 @@ def load_training_state(folder: Path, manifest: dict[str, Any], engine: Engine) 
         for piece in pieces(engine.model)
     }
     wanted["rng"] = torch.get_rng_state()
-    _read(folder, wanted)
+    read_tensors(folder, wanted)
     torch.set_rng_state(wanted["rng"])
     scatter_state(engine, whole, manifest["progress"]["optimizer_steps"])
 
@@ -83,20 +92,4 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     for name, weight in named_pieces(model):
         weight.fill_(float("nan"))
         wanted[f"weight/{name}"] = weight
-    _read(folder, wanted, alone=True)
-
-
-def _read(folder: Path, wanted: dict[str, Tensor], alone: bool = False) -> None:
-    """Read tensors into the ones given. Each was NaN before, so what is not read shows."""
-    try:
-        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
-    except dcp.api.CheckpointException as error:  # derives from BaseException
-        raise UserError(f"checkpoint {folder} cannot be read: {_first_cause(error)}") from None
-    for name, tensor in wanted.items():
-        if tensor.is_floating_point() and bool(tensor.isnan().any()):
-            raise UserError(f"checkpoint {folder}: {name} is incomplete or holds NaN; use an older one")
-
-
-def _first_cause(error: Any) -> str:
-    cause = next(iter(error.failures.values()))[0] if error.failures else error
-    return str(cause).splitlines()[0]
+    read_tensors(folder, wanted, alone=True)

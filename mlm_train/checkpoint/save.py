@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from mlm_train import __version__
 from mlm_train.checkpoint.folders import PARTIAL, commit, step_folder
 from mlm_train.checkpoint.manifest import MANIFEST, describe_file
+from mlm_train.checkpoint.tensors import write_tensors
 from mlm_train.config import Config
+from mlm_train.errors import UserError
 from mlm_train.files import write_json
 from mlm_train.model.logical import pieces
 from mlm_train.parallel.engine import Engine
@@ -51,11 +50,10 @@ def save_checkpoint(
     final = step_folder(root, progress["step"])
     partial = root / f"{PARTIAL}{final.name}"
     runtime.everywhere(lambda: _fresh(partial))
-    state = logical_state(engine)
-    state["rng"] = torch.get_rng_state()
-    dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
-    entries = _describe_together(partial, runtime)
-    if runtime.leads:
+    try:
+        state = logical_state(engine)
+        state["rng"] = torch.get_rng_state()
+        write_tensors(partial, state)
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -64,12 +62,19 @@ def save_checkpoint(
             "data": data,
             "config": config.model_dump(mode="json", exclude_none=True),
             "world": runtime.topology.world,
-            "files": entries,
+            "files": _describe_together(partial, runtime),
         }
-        write_json(partial / MANIFEST, manifest)
-        commit(partial, final, config.checkpoint.keep)
-    runtime.barrier()
+        runtime.everywhere(lambda: _finish(partial, manifest, final, config.checkpoint.keep))
+    except UserError:
+        runtime.everywhere(lambda: shutil.rmtree(partial, ignore_errors=True))
+        raise
     return final
+
+
+def _finish(partial: Path, manifest: dict[str, Any], final: Path, keep: int) -> None:
+    """The manifest, then the name."""
+    write_json(partial / MANIFEST, manifest)
+    commit(partial, final, keep)
 
 
 def _fresh(partial: Path) -> None:
@@ -80,10 +85,7 @@ def _fresh(partial: Path) -> None:
 
 def _describe_together(folder: Path, runtime: Runtime) -> list[dict[str, Any]]:
     """Sizes and checksums of all files, each rank hashing its share."""
-    runtime.barrier()
-    names = sorted(path.name for path in folder.iterdir())
-    world = runtime.topology.world
-    mine = [describe_file(folder, name) for name in names[runtime.topology.rank :: world]]
-    shares: list[Any] = [None] * world
-    dist.all_gather_object(shares, mine)
+    names = runtime.everywhere(lambda: sorted(path.name for path in folder.iterdir()))
+    mine = names[runtime.topology.rank :: runtime.topology.world]
+    shares = runtime.together(lambda: [describe_file(folder, name) for name in mine])
     return sorted((entry for share in shares for entry in share), key=lambda entry: entry["file"])

@@ -1,6 +1,6 @@
 """Typed configuration: the schema, and YAML with dotted overrides."""
 
-from mlm_train.config.load import dump_config, load_config
+from mlm_train.config.load import changed_fields, dump_config, load_config
 from mlm_train.config.model import ModelConfig
 from mlm_train.config.schema import (
     CheckpointConfig,
@@ -27,6 +27,7 @@ __all__ = [
     "Ramp",
     "ScheduleConfig",
     "TrainConfig",
+    "changed_fields",
     "dump_config",
     "load_config",
 ]

@@ -41,6 +41,18 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
 
 
+def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted name -> (old, new) of every field in which two configs differ."""
+    changed = {}
+    trees = [config.model_dump(mode="json") for config in (old, new)]
+    for section in Config.model_fields:
+        before, after = ({} if tree[section] is None else tree[section] for tree in trees)
+        for name in dict.fromkeys([*before, *after]):
+            if before.get(name) != after.get(name):
+                changed[f"{section}.{name}"] = (before.get(name), after.get(name))
+    return changed
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file whose top level is a mapping."""
     try:

@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from mlm_train.config.section import Section, blame
 
@@ -115,14 +115,6 @@ class ModelConfig(Section):
                 f"needs one number, or {self.num_hidden_layers} of them (model.num_hidden_layers)",
             )
         self._fill("memory_scale", scale)
-
-    @field_validator("memory_scale")
-    @classmethod
-    def _finite(cls, value: float | list[float] | None) -> float | list[float] | None:
-        for number in value if isinstance(value, list) else [value or 0.0]:
-            if not abs(number) < 1e6:
-                raise ValueError("needs finite numbers")
-        return value
 
     @property
     def kv_heads(self) -> int:

@@ -1,6 +1,6 @@
 """The typed schema of a run: one YAML, nine sections. Units stand in the descriptions."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -20,7 +20,7 @@ class ParallelConfig(Section):
 
     tensor: int = Field(1, ge=1, description="ranks that share each layer")
     pipeline: int = Field(1, ge=1, description="stages that share the layers")
-    timeout: float = Field(600.0, gt=0, description="seconds a collective may take before a rank fails")
+    timeout: float = Field(600.0, gt=0, le=86400, description="longest wait of a collective, seconds")
 
 
 class MemoryConfig(Section):
@@ -33,11 +33,14 @@ class MemoryConfig(Section):
     )
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Section):
     """AdamW with global clipping."""
 
     lr: float = Field(1e-4, gt=0, description="peak learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="decay of the two moments")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="decay of the two moments")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay; none on norms")
     decay_embeddings: bool = Field(True, description="whether embedding and head decay too")
@@ -52,7 +55,7 @@ class ScheduleConfig(Section):
     )
     warmup_steps: int = Field(0, ge=0, description="linear warm-up from 0, steps")
     decay_steps: int | None = Field(None, ge=1, description="wsd: length of the last decay, steps")
-    min_lr: float = Field(0.0, ge=0, description="learning rate at the end")
+    min_lr: float = Field(0.0, ge=0, description="learning rate after the last step")
 
 
 class Ramp(Section):
@@ -74,7 +77,7 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: autocast of the compute; weights and gradients stay fp32"
     )
-    seed: int = Field(1234, ge=0, description="of the initial weights and of the sample order")
+    seed: int = Field(1234, ge=0, lt=2**63, description="of the initial weights and of the sample order")
     z_loss: float = Field(1e-6, ge=0, description="weight of the mean squared log-sum-exp")
     evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
     evaluate_samples: int = Field(64, ge=1, description="validation sequences, spread evenly")
@@ -87,7 +90,7 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     """What survives."""
 
-    every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
+    every: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
     resume: bool = Field(True, description="continue from the newest checkpoint of train.output")
     warm_start: str | None = Field(

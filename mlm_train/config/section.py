@@ -10,7 +10,7 @@ from mlm_train.errors import UserError
 class Section(BaseModel):
     """A frozen group of fields. Unknown keys are refused (load.py names the nearest one)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
     def _fill(self, name: str, value: Any) -> None:
         """Set a derived field while validating a frozen section."""

@@ -10,6 +10,7 @@ from mlm_train.errors import UserError
 from mlm_train.files import sha256_of
 
 if TYPE_CHECKING:
+    from mlm_train.config import ModelConfig
     from mlm_train.data.prepared import PreparedData
     from mlm_train.data.samples import Samples
 
@@ -76,7 +77,8 @@ def _perplexities(args: argparse.Namespace) -> dict[str, Any]:
     data = PreparedData.open(args.data)
     config = read_config(folder)
     check_tokenizer(folder, data)
-    length = args.sequence_length or config.max_position_embeddings
+    length = config.max_position_embeddings if args.sequence_length is None else args.sequence_length
+    _check_numbers(args, length, config, data)
     samples, count = _windows(data, args.split, length, args.samples)
     source: MemorySource | None = None
     model = load_model(folder, with_memory=args.tol is None)
@@ -99,6 +101,25 @@ def _perplexities(args: argparse.Namespace) -> dict[str, Any]:
     if args.baselines:
         result |= _baselines(args, data, samples, count)
     return result
+
+
+def _check_numbers(
+    args: argparse.Namespace, length: int, config: "ModelConfig", data: "PreparedData"
+) -> None:
+    for name in ("sequence_length", "samples", "micro_batch"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give at least 1")
+    if length > config.max_position_embeddings:
+        raise UserError(
+            f"--sequence-length {length} is longer than the model's "
+            f"max_position_embeddings={config.max_position_embeddings}"
+        )
+    if data.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{args.data} has {data.vocab_size} ids and {args.model} knows {config.vocab_size}: "
+            "prepare the data with the model's tokenizer"
+        )
 
 
 def check_tokenizer(folder: Path, data: "PreparedData") -> None:

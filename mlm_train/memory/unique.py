@@ -29,6 +29,8 @@ class Unique:
         rows = x0.flatten(0, -2)[first]
 
         def read(layer: int) -> Tensor:
-            return self.blocks[layer].ffn_m(rows).index_select(0, inverse).view(x0.shape)
+            # In x0's dtype before the gather: its backward then sums in fp32 under bf16 autocast too.
+            memory = self.blocks[layer].ffn_m(rows).to(x0.dtype)
+            return memory.index_select(0, inverse).view(x0.shape)
 
         return read

@@ -24,8 +24,12 @@ from mlm_train.parallel.runtime import Runtime
 class Monitor:
     """Shows a run. On ranks that do not lead, every method is silent."""
 
-    def __init__(self, config: Config, runtime: Runtime, progress: Progress, peak_flops: float) -> None:
-        self.config, self.runtime, self.peak_flops = config, runtime, peak_flops
+    def __init__(self, config: Config, runtime: Runtime, progress: Progress) -> None:
+        self.config, self.runtime = config, runtime
+        peak = config.monitor.peak_tflops
+        self.peak_flops = (
+            measured_peak_flops(runtime.device, config.train.precision) if peak is None else peak * 1e12
+        )
         self.recent: deque[float] = deque(maxlen=50)
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.log = None
@@ -45,18 +49,6 @@ class Monitor:
             self.bar = Bar(*columns, console=self.console)
             self.task = self.bar.add_task("train", total=config.train.steps, completed=progress.step)
             self.bar.start()
-
-    @classmethod
-    def build(cls, config: Config, runtime: Runtime, progress: Progress, resumed: Path | None) -> "Monitor":
-        """A monitor that has said where the run starts."""
-        peak = config.monitor.peak_tflops
-        flops = (
-            peak * 1e12 if peak is not None else measured_peak_flops(runtime.device, config.train.precision)
-        )
-        monitor = cls(config, runtime, progress, flops)
-        start = f"resumed from {resumed} at step {progress.step}" if resumed else "started a new run"
-        monitor.say(f"{start} | {runtime.topology.world} processes on {runtime.device.type}")
-        return monitor
 
     def say(self, line: str) -> None:
         """One line on the terminal and in train.log."""

@@ -37,7 +37,7 @@ def _moment(zero: Any, slice_: Tensor, key: str) -> Tensor:
 
 
 def gather_state(engine: Engine) -> dict[str, dict[str, Tensor]]:
-    """STATE key -> parameter name -> whole fp32 tensor; one all-gather per group and key."""
+    """STATE key -> parameter name -> whole fp32 tensor in host memory; one all-gather per group and key."""
     zero = engine.zero.optimizer
     whole: dict[str, dict[str, Tensor]] = {key: {} for key in STATE}
     for slice_, members, group in _groups(zero):
@@ -45,6 +45,7 @@ def gather_state(engine: Engine) -> dict[str, dict[str, Tensor]]:
             mine = _moment(zero, slice_, key)
             flat = mine.new_empty(mine.numel() * dist.get_world_size(group))
             dist.all_gather_into_tensor(flat, mine.contiguous(), group=group)
+            flat = flat.cpu()  # a device has no room for all of it
             for name, parameter, offset in members:
                 whole[key][name] = flat[offset : offset + parameter.numel()].view(parameter.shape)
     return whole

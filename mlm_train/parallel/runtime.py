@@ -1,6 +1,7 @@
 """The processes of a run: rank and device, process groups, the few collectives of the loop."""
 
 import os
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +21,11 @@ Result = TypeVar("Result")
 def world_size() -> int:
     """Processes of this launch, as torchrun says; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """Those of them on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def global_rank() -> int:
@@ -52,23 +58,58 @@ class Runtime:
         dist.barrier()
 
     def everywhere(self, work: Callable[[], Result]) -> Result:
-        """Run `work` on the leading rank; its result, or its UserError, on every rank."""
-        outcome: list[Any] = [None, None]
-        if self.leads:
-            try:
-                outcome[0] = work()
-            except UserError as error:
-                outcome[1] = str(error)
+        """Run `work` on the leading rank; its result, or its failure, on every rank."""
+        outcome = [_attempt(work)] if self.leads else [None]
         dist.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise SharedUserError(outcome[1])
-        return outcome[0]
+        assert outcome[0] is not None
+        return outcome[0].result()
+
+    def together(self, work: Callable[[], Result]) -> list[Result]:
+        """Run `work` on every rank; all results in the order of ranks, or the first failure, on each."""
+        outcomes: list[Any] = [None] * self.topology.world
+        dist.all_gather_object(outcomes, _attempt(work))
+        return [outcome.result() for outcome in outcomes]
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a rank's work came to, in a form that travels."""
+
+    value: Any = None
+    user_error: str | None = None
+    failure: str | None = None
+
+    def result(self) -> Any:
+        """The value; or the failure, raised on every rank alike, so that none waits for another."""
+        if self.user_error is not None:
+            raise SharedUserError(self.user_error)
+        if self.failure is not None:
+            raise RuntimeError(self.failure)
+        return self.value
+
+
+def _attempt(work: Callable[[], Any]) -> _Outcome:
+    try:
+        return _Outcome(work())
+    except UserError as error:
+        return _Outcome(user_error=str(error))
+    except OSError as error:
+        return _Outcome(user_error=f"{error.filename or 'a file'}: {error.strerror or error}")
+    except Exception:
+        return _Outcome(failure=f"rank {global_rank()} failed:\n{traceback.format_exc()}")
+
+
+def check_device(choice: str, local_processes: int) -> None:
+    """UserError where this machine lacks the devices that config field train.device asks for."""
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device=cuda: torch finds no CUDA device here; set train.device=cpu")
+    devices = torch.cuda.device_count()
+    if choice != "cpu" and 0 < devices < local_processes:
+        raise UserError(f"{local_processes} processes here, but {devices} CUDA devices: start fewer")
 
 
 def pick_device(choice: str) -> torch.device:
-    """The device of config field train.device on this rank."""
-    if choice == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device=cuda: torch finds no CUDA device here; set train.device=cpu")
+    """The device of config field train.device on this rank: auto takes CUDA where it is."""
     if choice == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

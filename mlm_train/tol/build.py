@@ -13,7 +13,7 @@ from mlm_train import __version__
 from mlm_train.checkpoint.hf_folder import fingerprint, open_tensors, read_config
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
-from mlm_train.files import writing
+from mlm_train.files import locked, writing
 from mlm_train.model.counts import count_parameters
 from mlm_train.tol.cluster import ray_cluster
 from mlm_train.tol.compute import (
@@ -37,7 +37,7 @@ from mlm_train.tol.format import (
     write_partition,
 )
 from mlm_train.tol.progress import ByteProgress
-from mlm_train.tol.state import STATE, Plan, State, begin, locked, remove_drafts
+from mlm_train.tol.state import STATE, Plan, State, begin, remove_drafts
 
 CHUNK_ROWS = 2048
 _PARTITION_BYTES = 512 * 2**20
@@ -69,7 +69,7 @@ def build_tol(
     if workers < 1:
         raise UserError(f"--workers {workers}: give at least 1")
     plan = _plan(config, fingerprint(model), dtype, partitions, chunk_rows)
-    with writing(output), locked(output):
+    with writing(output), locked(output, "being built"):
         state = begin(output, plan)
         _check_space(output, sum(map(plan.bytes, state.missing)))
         if state.missing:

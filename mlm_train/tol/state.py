@@ -1,10 +1,6 @@
 """An unfinished build: its plan, and the partitions that are committed. tol.build.json, next to them."""
 
-import fcntl
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -57,24 +53,6 @@ class State(BaseModel):
     def save(self, output: Path) -> None:
         """Commit: what `done` names is never made again."""
         write_text(output / STATE, json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
-
-
-@contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """One build a folder at a time; the lock goes with the process, however it ends."""
-    output.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(output, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"{output} is being built by another process; wait for it") from None
-    except OSError:
-        pass  # some shared file systems have no locks; attempts use file names of their own anyway
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def begin(output: Path, plan: Plan) -> State:

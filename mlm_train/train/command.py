@@ -1,14 +1,9 @@
 """`mlm-train pretrain`: train a model from a config."""
 
 import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlm_train.config import Config, dump_config, load_config
 from mlm_train.errors import SharedUserError, UserError
-
-if TYPE_CHECKING:
-    from mlm_train.data.prepared import PreparedData
 
 HELP = """Train a model. One process by itself; every rank of a torchrun when started by it.
 A run continues from the newest checkpoint in train.output by itself.
@@ -37,18 +32,25 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, then train."""
-    from mlm_train.parallel.runtime import world_size
+    from mlm_train.parallel.runtime import local_world_size, world_size
 
     try:
         config = load_config(args.config, args.overrides)
         if args.dry_run:
             return _dry_run(config, args.world or world_size())
-        from mlm_train.train.setup import preflight
+        from mlm_train.train.preflight import preflight
 
-        data, checkpoint = preflight(config, world_size())
+        data = preflight(config, world_size(), local_world_size())
     except UserError as error:
         raise SharedUserError(str(error)) from error  # every rank finds the same
-    return _train(config, data, checkpoint)
+    from mlm_train.train.loop import train
+    from mlm_train.train.setup import opened_run
+
+    with opened_run(config, data) as run:
+        if run.runtime.leads:
+            print(dump_config(config), flush=True)
+        train(run)
+    return 0
 
 
 def _dry_run(config: Config, world: int) -> int:
@@ -61,21 +63,4 @@ def _dry_run(config: Config, world: int) -> int:
     topology.check_batch(config)
     print(dump_config(config))
     print_plan(config, topology, Console())
-    return 0
-
-
-def _train(config: Config, data: "PreparedData", checkpoint: Path | None) -> int:
-    from mlm_train.parallel import runtime as processes
-    from mlm_train.train.loop import train
-    from mlm_train.train.setup import build_run
-
-    runtime = processes.start(config)
-    if runtime.leads:
-        print(dump_config(config), flush=True)
-    run = build_run(config, runtime, data, checkpoint)
-    try:
-        train(run)
-    finally:
-        run.monitor.close()
-    processes.stop()
     return 0

@@ -23,9 +23,10 @@ def run(args: argparse.Namespace) -> int:
     """Check, then run the ranks; their exit code."""
     if args.nproc < 1:
         raise UserError(f"--nproc {args.nproc}: give at least 1")
-    from mlm_train.train.setup import preflight
+    from mlm_train.train.preflight import preflight
 
-    preflight(load_config(args.config, args.overrides), args.nproc)
+    preflight(load_config(args.config, args.overrides), args.nproc, args.nproc)
     from mlm_train.parallel.launch import launch_ranks
 
-    return launch_ranks(["pretrain", args.config, *args.overrides], args.nproc)
+    debug = ["--debug"] if args.debug else []
+    return launch_ranks(["pretrain", *debug, args.config, *args.overrides], args.nproc)

@@ -1,13 +1,16 @@
 """The main loop."""
 
+import math
 import time
 from pathlib import Path
 
 from mlm_train.checkpoint.save import save_checkpoint
+from mlm_train.errors import SharedUserError
 from mlm_train.monitor.report import Evaluation, Progress, StepReport
 from mlm_train.train.batches import evaluation_batches, step_batches
 from mlm_train.train.schedule import global_batch_at, learning_rate
 from mlm_train.train.setup import Run
+from mlm_train.train.step import StepResult
 
 
 def train(run: Run) -> Progress:
@@ -26,6 +29,7 @@ def train(run: Run) -> Progress:
         result = run.trainer.step(batches, lr)
         progress = progress.after(size, result.tokens)
         run.monitor.step(StepReport(progress, lr, size, result, data_seconds))
+        _refuse_divergence(progress.step, result)
         if _due(progress.step, config.train.evaluate_every, config.train.steps):
             evaluate(run, progress)
         if _due(progress.step, config.checkpoint.every, last):
@@ -34,6 +38,15 @@ def train(run: Run) -> Progress:
     if saved < progress.step:
         save(run, progress)
     return progress
+
+
+def _refuse_divergence(step: int, result: StepResult) -> None:
+    """End before anything of a diverged step is saved; the committed checkpoints stay."""
+    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        raise SharedUserError(
+            f"step {step} diverged (loss {result.loss}, gradient norm {result.grad_norm}); committed "
+            "checkpoints are kept: lower optimizer.lr or lengthen schedule.warmup_steps, and start again"
+        )
 
 
 def _due(step: int, every: int, last: int) -> bool:

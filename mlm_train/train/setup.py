@@ -1,34 +1,26 @@
-"""Builds a run from its config, in an order that refuses bad input before anything is allocated."""
+"""Builds a run from its config, and takes it down again."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from mlm_train.checkpoint.folders import newest, resolve
-from mlm_train.checkpoint.load import (
-    check_fits,
-    check_same_model,
-    config_of,
-    load_training_state,
-    load_weights,
-    open_checkpoint,
-)
-from mlm_train.config import Config, dump_config
+from mlm_train.checkpoint.folders import remove_partials
+from mlm_train.checkpoint.load import config_of, load_training_state, load_weights, open_checkpoint
+from mlm_train.config import Config, changed_fields, dump_config
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
-from mlm_train.errors import UserError
+from mlm_train.files import locked, write_text, writing
 from mlm_train.memory import make_source
 from mlm_train.model.logical import initialise
 from mlm_train.model.transformer import Transformer
 from mlm_train.monitor.monitor import Monitor
 from mlm_train.monitor.report import Progress
+from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.engine import Engine
-from mlm_train.parallel.runtime import Runtime
-from mlm_train.parallel.topology import Topology
+from mlm_train.train.preflight import LOG, Resumed, find_checkpoint, warm_start_source
 from mlm_train.train.step import Trainer
-
-VALIDATION = "validation"
 
 
 @dataclass
@@ -36,7 +28,7 @@ class Run:
     """Everything a training loop needs."""
 
     config: Config
-    runtime: Runtime
+    runtime: processes.Runtime
     data: PreparedData
     samples: Samples
     validation: Samples
@@ -45,76 +37,62 @@ class Run:
     monitor: Monitor
 
 
-def preflight(config: Config, world: int) -> tuple[PreparedData, Path | None]:
-    """All checks that need no process group: layout, data, output folder, checkpoint to resume.
+@contextmanager
+def opened_run(config: Config, data: PreparedData) -> Iterator[Run]:
+    """A run on all ranks, its output folder locked by the leading one until the end.
 
-    Returns the opened data and the checkpoint folder to resume from, if any. Raises UserError.
+    The process groups are left only after a clean end: a rank that fails must not wait for the others.
     """
-    topology = Topology.of(config.parallel, world)
-    topology.check_batch(config)
-    data = PreparedData.open(config.data.path)
-    if data.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size={config.model.vocab_size} is smaller than the {data.vocab_size} ids of "
-            f"{config.data.path}: set model.vocab_size={data.vocab_size}"
-        )
-    for split in ("train", VALIDATION):
-        Samples(data.split(split), config.data.sequence_length, None)
-    output = Path(config.train.output)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"train.output={output} is a file: name a folder")
-    checkpoint = newest(output / "checkpoints")
-    if not config.checkpoint.resume:
-        if output.exists() and any(output.iterdir()):
-            raise UserError(
-                f"train.output={output} exists and checkpoint.resume=false: nothing is overwritten; "
-                "name another folder"
-            )
-        checkpoint = None
-    if checkpoint is not None:
-        check_fits(checkpoint, open_checkpoint(checkpoint, hashes=False), config, data.fingerprint)
-    elif config.checkpoint.warm_start is not None:
-        warm_start_source(config)
-    return data, checkpoint
+    runtime = processes.start(config)
+    with ExitStack() as stack:
+
+        def claim() -> Resumed | None:
+            output = Path(config.train.output)
+            with writing(output):
+                stack.enter_context(locked(output, "being trained"))
+                found = find_checkpoint(config, data)
+                _describe_run(output, config, data)
+            return found
+
+        resumed = runtime.everywhere(claim)
+        run = _build(config, runtime, data, resumed)
+        stack.callback(run.monitor.close)
+        _say_start(run, resumed)
+        yield run
+    processes.stop()
 
 
-def warm_start_source(config: Config) -> Path:
-    """The folder of checkpoint.warm_start, a checkpoint or an export of the same model."""
-    path = Path(config.checkpoint.warm_start or "")
-    if (path / "config.json").is_file():
-        return path
-    folder = resolve(path)
-    check_same_model(folder, config_of(open_checkpoint(folder, hashes=False)), config)
-    return folder
+def _describe_run(output: Path, config: Config, data: PreparedData) -> None:
+    """The run's folder explains itself: log, resolved config, tokenizer; leftovers of a kill go."""
+    (output / LOG).touch()
+    write_text(output / "config.yaml", dump_config(config))
+    tokenizer = data.manifest.tokenizer.file
+    shutil.copyfile(data.path / tokenizer, output / tokenizer)
+    remove_partials(output / "checkpoints")
 
 
-def build_run(config: Config, runtime: Runtime, data: PreparedData, checkpoint: Path | None) -> Run:
+def _build(config: Config, runtime: processes.Runtime, data: PreparedData, resumed: Resumed | None) -> Run:
     """Allocate model and optimizer, load what is to be loaded. Every rank calls it."""
     length, seed = config.data.sequence_length, config.train.seed
-    manifest: dict[str, Any] | None = None
-    if checkpoint is not None:
-        manifest = runtime.everywhere(lambda: open_checkpoint(checkpoint))
     model = Transformer(config.model)
-    if manifest is None:
+    if resumed is None:
         _first_weights(model, config)
     model.to(runtime.device)
     engine = Engine(model, config.optimizer, runtime)
     progress = Progress()
-    if checkpoint is not None and manifest is not None:
-        load_training_state(checkpoint, manifest, engine)
-        progress = Progress.from_dict(manifest["progress"])
-    if runtime.leads:
-        _prepare_output(config, data)
+    if resumed is not None:
+        load_training_state(resumed.folder, resumed.manifest, engine)
+        progress = Progress.from_dict(resumed.manifest["progress"])
     source = make_source(config.memory.mode, model.memory_blocks()) if config.memory else None
     return Run(
         config=config,
         runtime=runtime,
         data=data,
         samples=Samples(data.split("train"), length, seed),
-        validation=Samples(data.split(VALIDATION), length, None),
+        validation=Samples(data.split("validation"), length, None),
         trainer=Trainer(engine, source, runtime, config.train.precision, config.train.z_loss),
         progress=progress,
-        monitor=Monitor.build(config, runtime, progress, checkpoint),
+        monitor=Monitor(config, runtime, progress),
     )
 
 
@@ -133,10 +111,11 @@ def _first_weights(model: Transformer, config: Config) -> None:
         load_weights(folder, model)
 
 
-def _prepare_output(config: Config, data: PreparedData) -> None:
-    """The run's folder explains itself: resolved config and tokenizer."""
-    output = Path(config.train.output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    tokenizer = data.manifest.tokenizer.file
-    shutil.copyfile(data.path / tokenizer, output / tokenizer)
+def _say_start(run: Run, resumed: Resumed | None) -> None:
+    topology, device = run.runtime.topology, run.runtime.device.type
+    start = "started a new run"
+    if resumed is not None:
+        start = f"resumed from {resumed.folder} at step {run.progress.step}"
+        for field, (old, new) in changed_fields(config_of(resumed.manifest), run.config).items():
+            run.monitor.say(f"changed since that checkpoint: {field} {old} -> {new}")
+    run.monitor.say(f"{start} | {topology.world} processes on {device}")

@@ -81,6 +81,10 @@ def test_overrides_are_yaml_values() -> None:
         ("schedule.min_lr=1", "above optimizer.lr"),
         ("parallel.tensor=2", "parallel.tensor=2"),
         ("model=3", "model is a section"),
+        ("optimizer.lr=.inf", "finite number"),
+        ("train.z_loss=.nan", "finite number"),
+        ("optimizer.betas=[1.5, 2]", "optimizer.betas.0=1.5"),
+        ("train.seed=99999999999999999999", "train.seed=99999999999999999999"),
     ],
 )
 def test_mistakes_get_one_clear_line(override: str, words: str) -> None:

@@ -20,12 +20,13 @@ import torch
 from safetensors.torch import load_file
 
 from mlm_train.errors import UserError
+from mlm_train.files import locked
 from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.tol.build import build_tol
 from mlm_train.tol.cluster import _check_reachable
 from mlm_train.tol.format import INDEX, TORCH_DTYPE, read_index
-from mlm_train.tol.state import STATE, locked
+from mlm_train.tol.state import STATE
 from tests.tol.conftest import export, random_model
 
 
@@ -186,7 +187,7 @@ def test_bad_input(
         *(p.file for p in index.partitions),
     }
     with (
-        locked(tmp_path / "busy"),
+        locked(tmp_path / "busy", "being built"),
         pytest.raises(UserError, match="another process"),
     ):
         build_tol(exported, tmp_path / "busy")

@@ -1,14 +1,19 @@
 """Every mistake a user can make before or at the start of training: one line, exit 2, nothing lost."""
 
 import json
+import resource
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mlm_train.parallel import runtime
-from tests.commands import TINY, mlm_train, refused, start
+from tests.commands import ROOT, TINY, mlm_train, refused, start
 
 CONFIG = "configs/micro.yaml"
 
@@ -93,6 +98,93 @@ def test_checkpoint_of_other_data(trained: Path, corpus: Path, tmp_path: Path) -
     other = tmp_path / "other"
     mlm_train("data", "prepare", "--input", corpus, "--output", other, "--tokenizer", "train:400")
     assert "fingerprints differ" in refused(*pretrain(other, trained, "train.steps=4"))
+
+
+def test_output_folders_that_are_no_runs(trained: Path, data: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "config.yaml").write_text("mine")
+    for folder in (mine, data):
+        before = snapshot(folder)
+        assert "holds other files" in refused(*pretrain(data, folder))
+        assert snapshot(folder) == before
+    assert "cannot be written" in refused(*pretrain(data, Path("/proc/run")))
+    assert "is at step 2" in refused(*pretrain(data, trained, "train.steps=1", "schedule.warmup_steps=0"))
+
+
+def test_folders_that_people_and_kills_leave_do_no_harm(trained: Path, data: Path, tmp_path: Path) -> None:
+    run = copy_of(trained, tmp_path)
+    checkpoints = run / "checkpoints"
+    shutil.copytree(checkpoints / "step-00000002", checkpoints / "step-00000002.good")
+    (checkpoints / "step-00000003").mkdir()  # a deletion or a save, killed half way
+    (checkpoints / "step-00000003" / "shard-00001").write_bytes(b"x")
+    (checkpoints / ".partial-step-00000009").mkdir()
+    mlm_train(*pretrain(data, run, "train.steps=3"))
+    runtime.stop()
+    names = sorted(path.name for path in checkpoints.iterdir())
+    assert names == ["latest", "step-00000002", "step-00000002.good", "step-00000003"]
+    mlm_train("export", run, "--output", tmp_path / "export")
+
+
+def test_divergence_ends_the_run_and_keeps_the_checkpoints(trained: Path, data: Path, tmp_path: Path) -> None:
+    run = copy_of(trained, tmp_path)
+    before = snapshot(run / "checkpoints")
+    wild = ("optimizer.lr=1e30", "schedule.warmup_steps=0", "train.steps=9", "checkpoint.every=1")
+    command = [sys.executable, "-m", "mlm_train", *pretrain(data, run, *wild)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "diverged" in done.stderr.splitlines()[-1]
+    assert "changed since that checkpoint: optimizer.lr" in done.stderr
+    kept = snapshot(run / "checkpoints")
+    assert {name: kept.get(name) for name in before if "00000002" in name} == {
+        name: contents for name, contents in before.items() if "00000002" in name
+    }
+
+
+def test_a_disk_that_takes_no_more_keeps_what_is_committed(trained: Path, data: Path, tmp_path: Path) -> None:
+    run = copy_of(trained, tmp_path)
+    before = snapshot(run / "checkpoints")
+
+    def small_files() -> None:
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (100_000, 100_000)
+        )  # a write beyond fails as on a full disk
+
+    command = [sys.executable, "-m", "mlm_train", *pretrain(data, run, "train.steps=4")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=small_files)
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert snapshot(run / "checkpoints") == before
+    mlm_train(*pretrain(data, run, "train.steps=4"))
+    assert (run / "checkpoints" / "step-00000004").is_dir()
+
+
+def test_two_runs_on_one_folder(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = start(*pretrain(data, run, "train.steps=2000", "checkpoint.every=0"))
+    try:
+        while not (run / "config.yaml").is_file():
+            assert first.poll() is None, first.communicate()[0]
+            time.sleep(0.05)
+        before = (run / "config.yaml").read_bytes()
+        assert "being trained by another process" in refused(*pretrain(data, run, "optimizer.lr=0.5"))
+        assert (run / "config.yaml").read_bytes() == before and first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
+
+
+def test_a_terminated_launch_leaves_no_rank_behind(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launch = start("launch", "--nproc", 2, *pretrain(data, run, "train.steps=2000")[1:])
+    while not (run / "config.yaml").is_file():
+        assert launch.poll() is None, launch.communicate()[0]
+        time.sleep(0.05)
+    ranks = psutil.Process(launch.pid).children(recursive=True)
+    launch.terminate()
+    output, _ = launch.communicate(timeout=90)
+    assert launch.returncode == 128 + 15 and "ended by SIGTERM" in output
+    _, alive = psutil.wait_procs(ranks, timeout=20)
+    assert not alive
 
 
 def test_output_that_exists_without_resume(trained: Path, data: Path, tmp_path: Path) -> None:
