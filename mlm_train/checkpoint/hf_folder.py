@@ -17,7 +17,6 @@ from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.files import new_folder, sha256_of, write_json
 from mlm_train.model.logical import named_pieces, pieces
-from mlm_train.model.rope import RotaryEmbedding
 from mlm_train.model.transformer import Transformer
 
 __all__ = [
@@ -214,8 +213,6 @@ def load_model(path: str | Path, with_memory: bool = True, dtype: torch.dtype = 
     with torch.device("meta"):
         model = Transformer(config, with_memory)
     model.to(dtype).to_empty(device="cpu").requires_grad_(False)
-    # A buffer that no export holds; it stays fp32, as angles of far positions need it.
-    model.rotary = RotaryEmbedding(config.attention_head_dim, config.rope_theta)
     fill_model(path, model)
     return model.eval()
 
@@ -230,7 +227,7 @@ def fill_model(path: str | Path, model: Transformer) -> None:
     with open_tensors(path) as tensors:
         tensors.check(model.config, model.with_memory)
         for piece in pieces(model):
-            piece.of(parameters[piece.parameter]).copy_(tensors.tensor(piece.name))
+            piece.of(parameters[piece.parameter]).copy_(piece.cut(tensors.tensor(piece.name)))
 
 
 def fingerprint(path: str | Path) -> str:

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from mlm_train.checkpoint.manifest import read_manifest, verify_files
 from mlm_train.checkpoint.save import FORMAT, VERSION
-from mlm_train.checkpoint.tensors import read_tensors
+from mlm_train.checkpoint.tensors import LogicalPart, read_tensors
 from mlm_train.config import Config
 from mlm_train.config.load import parse_config
 from mlm_train.errors import UserError
-from mlm_train.model.logical import named_pieces, pieces
+from mlm_train.model.logical import pieces
 from mlm_train.parallel.engine import Engine
 from mlm_train.parallel.optimizer_state import STATE, scatter_state
 
@@ -72,14 +72,14 @@ def load_training_state(folder: Path, manifest: dict[str, Any], engine: Engine) 
     """Fill weights, moments and RNG; every rank calls it. The manifest is verified already."""
     parameters = dict(engine.model.named_parameters())
     whole = {
-        key: {name: torch.full(p.shape, float("nan"), dtype=torch.float32) for name, p in parameters.items()}
+        key: {name: torch.zeros(p.shape, dtype=torch.float32) for name, p in parameters.items()}
         for key in STATE
     }
-    wanted: dict[str, Tensor] = {
-        f"{key}/{piece.name}": piece.of(whole[key][piece.parameter])
-        for key in STATE
-        for piece in pieces(engine.model)
-    }
+    wanted: dict[str, Tensor] = {}
+    for key in STATE:
+        for piece in pieces(engine.model):
+            target = piece.of(whole[key][piece.parameter]).fill_(float("nan"))
+            wanted[f"{key}/{piece.name}"] = LogicalPart.of(piece, target)
     wanted["rng"] = torch.get_rng_state()
     read_tensors(folder, wanted)
     torch.set_rng_state(wanted["rng"])
@@ -87,9 +87,10 @@ def load_training_state(folder: Path, manifest: dict[str, Any], engine: Engine) 
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Fill a model's weights in place from a checkpoint; needs no processes."""
-    wanted = {}
-    for name, weight in named_pieces(model):
-        weight.fill_(float("nan"))
-        wanted[f"weight/{name}"] = weight
+    """Fill a model's weights, or this rank's share of them, from a checkpoint; needs no processes."""
+    parameters = dict(model.named_parameters())
+    wanted: dict[str, Tensor] = {}
+    for piece in pieces(model):
+        target = piece.of(parameters[piece.parameter].detach()).fill_(float("nan"))
+        wanted[f"weight/{piece.name}"] = LogicalPart.of(piece, target)
     read_tensors(folder, wanted, alone=True)

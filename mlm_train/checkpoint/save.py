@@ -10,7 +10,7 @@ from torch import Tensor
 from mlm_train import __version__
 from mlm_train.checkpoint.folders import PARTIAL, commit, step_folder
 from mlm_train.checkpoint.manifest import MANIFEST, describe_file
-from mlm_train.checkpoint.tensors import write_tensors
+from mlm_train.checkpoint.tensors import LogicalPart, write_tensors
 from mlm_train.config import Config
 from mlm_train.errors import UserError
 from mlm_train.files import write_json
@@ -27,7 +27,7 @@ def logical_state(engine: Engine) -> dict[str, Tensor]:
     """`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` for every logical tensor, fp32."""
     whole = gather_state(engine)
     return {
-        f"{key}/{piece.name}": piece.of(tensors[piece.parameter]).contiguous()
+        f"{key}/{piece.name}": LogicalPart.of(piece, piece.of(tensors[piece.parameter]).contiguous())
         for key, tensors in whole.items()
         for piece in pieces(engine.model)
     }

@@ -6,17 +6,54 @@ Its Hugging Face storage holds no pickle and no index: the manifest beside the f
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from mlm_train.errors import SharedUserError, UserError
+from mlm_train.model.logical import Piece
+
+
+class LogicalPart(Tensor):
+    """A part of a logical tensor that knows its place: what torch.distributed.checkpoint asks of a shard."""
+
+    whole: torch.Size
+    offset: torch.Size
+
+    @staticmethod
+    def of(piece: Piece, local: Tensor) -> Tensor:
+        """`local`, the piece of a logical tensor; plain where it is the whole of it."""
+        if local.shape == piece.shape:
+            return local
+        part = local.as_subclass(LogicalPart)
+        part.whole, part.offset = piece.shape, torch.Size(piece.offset)
+        return part
+
+    def size(self, *dim: int) -> Any:  # type: ignore[override]
+        """Of the whole, as the reader wants it."""
+        return self.whole[dim[0]] if dim else self.whole
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(self.offset, self.as_subclass(Tensor).shape)]
+
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        plain = self.as_subclass(Tensor)
+        data = TensorWriteData(
+            self.__create_chunk_list__()[0], TensorProperties.create_from_tensor(plain), self.whole
+        )
+        return [WriteItem(MetadataIndex(name, self.offset), WriteItemType.SHARD, tensor_data=data)]
+
+    def __get_tensor_shard__(self, _: object) -> Tensor:
+        return self.as_subclass(Tensor)
 
 
 def write_tensors(folder: Path, state: dict[str, Tensor]) -> None:
-    """Write tensors that every rank holds alike, each once; every rank calls it.
+    """Write tensors and LogicalParts; what several ranks hold alike is written once.
 
-    Raises UserError on every rank where one could not write.
+    Every rank calls it. Raises UserError on every rank where one could not write.
     """
     try:
         dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
@@ -27,7 +64,7 @@ def write_tensors(folder: Path, state: dict[str, Tensor]) -> None:
 
 
 def read_tensors(folder: Path, wanted: dict[str, Tensor], alone: bool = False) -> None:
-    """Read tensors into the ones given, which held NaN before, so that what is not read shows.
+    """Read into the tensors and LogicalParts given, which held NaN before: what is not read shows.
 
     `alone`: on this process, without process groups. Raises UserError.
     """
@@ -36,7 +73,7 @@ def read_tensors(folder: Path, wanted: dict[str, Tensor], alone: bool = False) -
     except dcp.api.CheckpointException as error:
         raise UserError(f"checkpoint {folder} cannot be read: {_cause(error)}") from None
     for name, tensor in wanted.items():
-        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+        if tensor.is_floating_point() and bool(tensor.as_subclass(Tensor).isnan().any()):
             raise UserError(f"checkpoint {folder}: {name} is incomplete or holds NaN; use an older one")
 
 

@@ -133,14 +133,24 @@ class Config(Section):
                 self.data.sequence_length,
                 f"is longer than model.max_position_embeddings={self.model.max_position_embeddings}",
             )
-        for axis in ("tensor", "pipeline"):
-            if getattr(self.parallel, axis) != 1:
-                blame(
-                    f"parallel.{axis}",
-                    getattr(self.parallel, axis),
-                    "this version trains with data parallelism only; set it to 1",
-                )
+        self._check_parallel()
         return self
+
+    def _check_parallel(self) -> None:
+        tensor, heads, kv_heads = (
+            self.parallel.tensor,
+            self.model.num_attention_heads,
+            self.model.kv_heads,
+        )
+        if heads % tensor or kv_heads % tensor:
+            fitting = [str(n) for n in range(1, kv_heads + 1) if kv_heads % n == 0 and heads % n == 0]
+            blame(
+                "parallel.tensor",
+                tensor,
+                f"must divide {heads} attention and {kv_heads} key-value heads: {', '.join(fitting)} do",
+            )
+        if self.parallel.pipeline != 1:
+            blame("parallel.pipeline", self.parallel.pipeline, "this version has no pipeline; set it to 1")
 
     def _check_memory(self) -> None:
         if self.model.has_memory and self.memory is None:

@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from mlm_train.model.logical import Part
+
 
 class FusedLinear(nn.Linear):
     """Products of one input stacked along the output: one matmul instead of several.
@@ -13,3 +15,11 @@ class FusedLinear(nn.Linear):
     def __init__(self, in_features: int, parts: dict[str, int]) -> None:
         super().__init__(in_features, sum(parts.values()), bias=False)
         self.parts = parts
+
+    def logical_parts(self) -> list[Part]:
+        """One part a product."""
+        found, start = [], 0
+        for name, rows in self.parts.items():
+            found.append(Part(name, 0, start, rows, 0, rows))
+            start += rows
+        return found

@@ -1,48 +1,79 @@
 """Logical tensors: the names and shapes that the world outside the running model knows.
 
-Parameters may be fused (q, k and v in one weight). Initialisation, checkpoints, exports and parity
-tests speak of the unfused tensors by their export names (`model.layers.0.self_attn.q_proj.weight`).
+Parameters may be fused (q, k and v in one weight) and may hold a part of a tensor only (parallel/ cuts
+them, with padding). Initialisation, checkpoints, exports and parity tests speak of the whole, unfused
+tensors by their export names (`model.layers.0.self_attn.q_proj.weight`).
 """
 
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from mlm_train.config import ModelConfig
-from mlm_train.model.linear import FusedLinear
+
+
+class Part(NamedTuple):
+    """A run of indices of a module's weight along one dimension, and where it lies in a logical tensor."""
+
+    name: str | None  # of the logical tensor's module, beside this one; None: this module's own name
+    dim: int
+    start: int  # first index in the weight
+    length: int  # indices that hold something; padding may follow
+    offset: int  # first index in the logical tensor
+    total: int  # size of the logical tensor along dim
+
+
+@runtime_checkable
+class HasParts(Protocol):
+    """A module whose weight is not simply one whole logical tensor."""
+
+    def logical_parts(self) -> list[Part]:
+        """The parts of `weight`, in the order they lie in it."""
+        ...
 
 
 class Piece(NamedTuple):
-    """Rows [start, stop) of a parameter that make one logical tensor."""
+    """What a parameter holds of one logical tensor."""
 
     name: str
     parameter: str
-    start: int
-    stop: int
+    local: tuple[slice, ...]  # where it lies in the parameter
+    offset: tuple[int, ...]  # where it lies in the logical tensor
+    shape: torch.Size  # of the whole logical tensor
 
     def of(self, whole: Tensor) -> Tensor:
         """The piece as a view of the parameter, or of a tensor of its shape (a gradient, a moment)."""
-        return whole[self.start : self.stop]
+        return whole[self.local]
+
+    def cut(self, logical: Tensor) -> Tensor:
+        """The same piece as a view of the whole logical tensor."""
+        lengths = (here.stop - here.start for here in self.local)
+        return logical[tuple(slice(o, o + n) for o, n in zip(self.offset, lengths, strict=True))]
 
 
 def pieces(model: nn.Module) -> Iterator[Piece]:
-    """Every logical tensor of a Transformer, in the order of its parameters."""
+    """Every piece of a logical tensor that a Transformer holds, in the order of its parameters."""
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         owner_name, _, leaf = name.rpartition(".")
         owner = modules[owner_name]
-        if not isinstance(owner, FusedLinear):
-            yield Piece(_export_name(name), name, 0, parameter.shape[0])
-            continue
-        prefix = owner_name.rpartition(".")[0]
-        start = 0
-        for part, rows in owner.parts.items():
-            yield Piece(_export_name(f"{prefix}.{part}.{leaf}"), name, start, start + rows)
-            start += rows
+        rows = parameter.shape[0]
+        parts = owner.logical_parts() if isinstance(owner, HasParts) else [Part(None, 0, 0, rows, 0, rows)]
+        for part in parts:
+            if not part.length:
+                continue
+            prefix = owner_name if part.name is None else f"{owner_name.rpartition('.')[0]}.{part.name}"
+            local = [slice(0, size) for size in parameter.shape]
+            local[part.dim] = slice(part.start, part.start + part.length)
+            offset, shape = [0] * parameter.dim(), list(parameter.shape)
+            offset[part.dim], shape[part.dim] = part.offset, part.total
+            yield Piece(
+                _export_name(f"{prefix}.{leaf}"), name, tuple(local), tuple(offset), torch.Size(shape)
+            )
 
 
 def _export_name(name: str) -> str:
@@ -51,7 +82,7 @@ def _export_name(name: str) -> str:
 
 
 def named_pieces(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Export name -> view of the weight that a Transformer holds."""
+    """Export name -> view of what a Transformer holds of that weight."""
     parameters = dict(model.named_parameters())
     for piece in pieces(model):
         yield piece.name, piece.of(parameters[piece.parameter].detach())
@@ -72,7 +103,12 @@ def draw(config: ModelConfig, seed: int, name: str, shape: torch.Size) -> Tensor
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
+@torch.no_grad()
 def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill a Transformer's weights in place, tensor by tensor."""
-    for name, weight in named_pieces(model):
-        weight.copy_(draw(config, seed, name, weight.shape))
+    """Fill a Transformer's weights in place, tensor by tensor; padding becomes zero."""
+    parameters = dict(model.named_parameters())
+    for parameter in parameters.values():
+        parameter.zero_()
+    for piece in pieces(model):
+        whole = draw(config, seed, piece.name, piece.shape)
+        piece.of(parameters[piece.parameter]).copy_(piece.cut(whole))

@@ -1,25 +1,17 @@
 """Rotary position embedding, half-rotation form (arXiv 2104.09864, as Llama arranges it)."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
-class RotaryEmbedding(nn.Module):
-    """cos and sin of positions; angles are computed in fp32 whatever the compute dtype."""
-
-    inverse_frequency: Tensor
-
-    def __init__(self, head_dim: int, theta: float) -> None:
-        super().__init__()
-        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        self.register_buffer("inverse_frequency", 1.0 / theta**exponent, persistent=False)
-
-    def forward(self, start: int, length: int) -> tuple[Tensor, Tensor]:
-        """cos, sin of positions start .. start+length-1, each [length, head_dim]."""
-        device = self.inverse_frequency.device
-        positions = torch.arange(start, start + length, device=device, dtype=torch.float32)
-        angles = torch.outer(positions, self.inverse_frequency.float()).repeat(1, 2)
-        return angles.cos(), angles.sin()
+def rotary_angles(
+    head_dim: int, theta: float, start: int, length: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos, sin of positions start .. start+length-1, each [length, head_dim], always in fp32."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    positions = torch.arange(start, start + length, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, 1.0 / theta**exponent).repeat(1, 2)
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

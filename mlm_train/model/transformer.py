@@ -6,8 +6,16 @@ from torch import Tensor, nn
 from mlm_train.config import ModelConfig
 from mlm_train.model.attention import KeyValueCache
 from mlm_train.model.block import BaseBlock, MemoryBlock
-from mlm_train.model.rope import RotaryEmbedding
+from mlm_train.model.rope import rotary_angles
 from mlm_train.model.source import MemorySource
+
+
+class TokenEmbedding(nn.Embedding):
+    """x0 of a token; the head too, where it is tied."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., hidden] -> logits [..., vocabulary]."""
+        return F.linear(hidden, self.weight)
 
 
 class Transformer(nn.Module):
@@ -20,8 +28,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, with_memory: bool = True) -> None:
         super().__init__()
         self.config, self.with_memory = config, with_memory
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.rotary = RotaryEmbedding(config.attention_head_dim, config.rope_theta)
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             MemoryBlock(config, layer, with_memory) if config.has_memory else BaseBlock(config, layer)
             for layer in range(config.num_hidden_layers)
@@ -44,15 +51,16 @@ class Transformer(nn.Module):
         """ids int64 [batch, sequence] -> the last hidden state, normed [batch, sequence, hidden]."""
         x = x0 = self.embed_tokens(ids)
         read = source.open(ids, x0) if source is not None else None
-        rope = self.rotary(cache.length if cache is not None else 0, ids.shape[1])
+        start = cache.length if cache is not None else 0
+        config = self.config
+        rope = rotary_angles(config.attention_head_dim, config.rope_theta, start, ids.shape[1], x.device)
         for block in self.layers:
             x = block(x, rope, read, cache)
         return self.norm(x)
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden [..., hidden] -> logits [..., vocabulary]."""
-        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(hidden, weight)
+        return self.embed_tokens.logits(hidden) if self.lm_head is None else self.lm_head(hidden)
 
     def forward(
         self,

@@ -18,6 +18,7 @@ from mlm_train.model.transformer import Transformer
 from mlm_train.monitor.monitor import Monitor
 from mlm_train.monitor.report import Progress
 from mlm_train.parallel import runtime as processes
+from mlm_train.parallel.build import build_model, loss_of
 from mlm_train.parallel.engine import Engine
 from mlm_train.train.preflight import LOG, Resumed, find_checkpoint, warm_start_source
 from mlm_train.train.step import Trainer
@@ -74,10 +75,9 @@ def _describe_run(output: Path, config: Config, data: PreparedData) -> None:
 def _build(config: Config, runtime: processes.Runtime, data: PreparedData, resumed: Resumed | None) -> Run:
     """Allocate model and optimizer, load what is to be loaded. Every rank calls it."""
     length, seed = config.data.sequence_length, config.train.seed
-    model = Transformer(config.model)
+    model = build_model(config.model, runtime)
     if resumed is None:
         _first_weights(model, config)
-    model.to(runtime.device)
     engine = Engine(model, config.optimizer, runtime)
     progress = Progress()
     if resumed is not None:
@@ -90,7 +90,14 @@ def _build(config: Config, runtime: processes.Runtime, data: PreparedData, resum
         data=data,
         samples=Samples(data.split("train"), length, seed),
         validation=Samples(data.split("validation"), length, None),
-        trainer=Trainer(engine, source, runtime, config.train.precision, config.train.z_loss),
+        trainer=Trainer(
+            engine,
+            source,
+            runtime,
+            config.train.precision,
+            config.train.z_loss,
+            loss_of(config.model, runtime),
+        ),
         progress=progress,
         monitor=Monitor(config, runtime, progress),
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 from mlm_train.model.loss import LossSums, count_labels, loss_sums
 from mlm_train.model.source import MemorySource
 from mlm_train.model.transformer import Transformer
+from mlm_train.parallel.build import Loss
 from mlm_train.parallel.engine import Engine
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.train.batches import MicroBatch
@@ -37,17 +38,18 @@ class Trainer:
         runtime: Runtime,
         precision: str,
         z_loss: float,
+        loss: Loss = loss_sums,
     ) -> None:
         assert isinstance(engine.model, Transformer)
         self.model, self.engine, self.source, self.runtime = engine.model, engine, source, runtime
-        self.z_loss = z_loss
+        self.z_loss, self.loss = z_loss, loss
         self.autocast = torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
     def _sums(self, batch: MicroBatch) -> LossSums:
         ids, labels = (tensor.to(self.runtime.device, non_blocking=True) for tensor in batch)
         with self.autocast:
             logits = self.model(ids, self.source)
-        return loss_sums(logits, labels)
+        return self.loss(logits, labels)
 
     def backward(self, batches: Sequence[MicroBatch]) -> tuple[Tensor, float]:
         """Accumulate gradients of DP/N * sum(CE + z * lse^2); the summed CE of this rank, and N.

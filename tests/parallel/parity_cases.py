@@ -1,13 +1,16 @@
 """What the ranks of the parity test run: cases of config against the one-process reference."""
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from mlm_train.config import Config
 from mlm_train.memory import make_source
-from mlm_train.model.logical import initialise, named_pieces
+from mlm_train.model.logical import initialise, named_pieces, pieces
 from mlm_train.model.loss import count_labels, loss_sums
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
+from mlm_train.parallel.build import build_model, loss_of
 from mlm_train.parallel.engine import Engine
 from mlm_train.train.batches import MicroBatch
 from mlm_train.train.schedule import learning_rate
@@ -47,7 +50,8 @@ def run_case(model: dict, mode: str | None, micro_batch: int, **sections: dict) 
         result = trainer.step(batches, learning_rate(config, step))
         error["loss"] = max(error["loss"], abs(result.loss / reference["losses"][step] - 1))
         error["norm"] = max(error["norm"], abs(result.grad_norm / reference["norms"][step] - 1))
-    error["weights"] = relative_error(dict(named_pieces(trainer.model)), reference["weights"])
+    weights = assembled(trainer.model, dict(named_pieces(trainer.model)))
+    error["weights"] = relative_error(weights, reference["weights"])
     return error
 
 
@@ -59,10 +63,30 @@ def _network(config: Config) -> Transformer:
 
 
 def _trainer(config: Config, mode: str | None, runtime: processes.Runtime) -> Trainer:
-    network = _network(config)
+    whole = dict(named_pieces(_network(config)))
+    network = build_model(config.model, runtime)
+    with torch.no_grad():
+        parameters = dict(network.named_parameters())
+        for parameter in parameters.values():
+            parameter.zero_()
+        for piece in pieces(network):
+            piece.of(parameters[piece.parameter]).copy_(piece.cut(whole[piece.name]))
     source = make_source(mode, network.memory_blocks()) if mode else None
     engine = Engine(network, config.optimizer, runtime)
-    return Trainer(engine, source, runtime, config.train.precision, config.train.z_loss)
+    loss = loss_of(config.model, runtime)
+    return Trainer(engine, source, runtime, config.train.precision, config.train.z_loss, loss)
+
+
+def assembled(model: Transformer, held: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whole logical tensors from what each rank holds of them, on every rank."""
+    mine = [(piece.name, piece.shape, piece.offset, held[piece.name].contiguous()) for piece in pieces(model)]
+    shares: list = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, mine)
+    whole: dict[str, Tensor] = {}
+    for name, shape, offset, part in (entry for share in shares for entry in share):
+        target = whole.setdefault(name, torch.full(shape, float("nan"), dtype=part.dtype))
+        target[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))] = part
+    return whole
 
 
 def my_batches(runtime: processes.Runtime, step: int, micro_batch: int) -> list[MicroBatch]:
@@ -84,7 +108,7 @@ def _first_gradients(trainer: Trainer, batches: list[MicroBatch], reference: dic
     trainer.engine.zero.zero_grad()
     for parameter in trainer.model.parameters():
         parameter.grad = None
-    return relative_error(mine, reference)
+    return relative_error(assembled(trainer.model, mine), reference)
 
 
 def run_bf16_cases(model: dict, modes: list[str], micro_batch: int, seeds: int) -> dict[str, float]:

@@ -36,12 +36,30 @@ def cases() -> dict[str, dict]:
     return found
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_parity_with_one_process(world: int) -> None:
-    named = cases()
+# Sizes that neither 2 nor 4 divides: padding of vocabulary, FFN, FFN-C and FFN-M.
+ODD = {"vocab_size": 97, "intermediate_size": 45, "num_key_value_heads": 4}
+
+
+def tensor_cases(tensor: int) -> dict[str, dict]:
+    """The cases at a tensor-parallel size, with even and odd dimensions."""
+    found = {}
+    for name, case in cases().items():
+        if case["model"].get("num_key_value_heads", 4) % tensor == 0:
+            found[f"TP{tensor} {name}"] = case | {"parallel": {"tensor": tensor}}
+        odd = case["model"] | ODD
+        if odd["kind"] == "flex":
+            odd = {key: value for key, value in odd.items() if key != "flex_beta"}
+            odd["compute_intermediate_size"] = 21
+        found[f"TP{tensor} odd {name}"] = case | {"parallel": {"tensor": tensor}, "model": odd}
+    return found
+
+
+@pytest.mark.parametrize(("world", "tensor"), [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)])
+def test_parity_with_one_process(world: int, tensor: int) -> None:
+    named = cases() if tensor == 1 else tensor_cases(tensor)
     results = run_on_ranks("tests.parallel.parity_cases:run_cases", world, cases=list(named.values()))
     worst = {key: max(result[key] for result in results) for key in results[0]}
-    print(f"world {world}: {len(results)} cases, worst errors {worst}")
+    print(f"world {world}, TP {tensor}: {len(results)} cases, worst errors {worst}")
     for name, error in zip(named, results, strict=True):
         assert error["loss"] <= 1e-5, (name, error)
         assert error["norm"] <= 1e-5, (name, error)
