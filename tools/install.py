@@ -38,9 +38,8 @@ def default_is_cuda(pin: str) -> bool:
 
     pip reads the wheel's metadata only; nothing is downloaded for this.
     """
-    report = json.loads(
-        pip("install", "--dry-run", "--no-deps", "--quiet", "--report", "-", pin, capture=True)
-    )
+    question = ("--dry-run", "--ignore-installed", "--no-deps", "--quiet", "--report", "-", pin)
+    report = json.loads(pip("install", *question, capture=True))
     needs = report["install"][0]["metadata"].get("requires_dist", [])
     return any(need.startswith(("nvidia-", "cuda-")) for need in needs)
 
