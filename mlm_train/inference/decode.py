@@ -75,7 +75,7 @@ class Decoder:
         return self._steps(list(ids), max_new_tokens, draw, stop_id)
 
     def _steps(self, ids: list[int], count: int, draw: "_Draw", stop_id: int | None) -> Iterator[int]:
-        weight = self.model.embed_tokens.weight
+        weight = next(self.model.parameters())
         cache = KVCache(self.model.config, len(ids) + count, 1, weight.dtype, weight.device)
         start = time.perf_counter()
         for chunk in torch.tensor([ids], device=weight.device).split(PREFILL_CHUNK, dim=1):

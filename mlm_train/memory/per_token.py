@@ -1,6 +1,6 @@
 """FFN-M at every position: the paper's way, and the reference."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from mlm_train.model.source import MemoryReader
 class PerToken:
     """A memory source that computes FFN_M(N_m(x0)) for each position."""
 
-    def __init__(self, blocks: Sequence[MemoryBlock]) -> None:
+    def __init__(self, blocks: Mapping[int, MemoryBlock]) -> None:
         self.blocks = blocks
 
     def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:

@@ -1,6 +1,6 @@
 """FFN-M once per distinct token of a micro-batch, then gathered to the positions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ class Unique:
     sum reaches the embedding row through the id's first position.
     """
 
-    def __init__(self, blocks: Sequence[MemoryBlock]) -> None:
+    def __init__(self, blocks: Mapping[int, MemoryBlock]) -> None:
         self.blocks = blocks
 
     def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:

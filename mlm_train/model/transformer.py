@@ -1,5 +1,7 @@
 """The whole model: embedding, blocks, final norm, head."""
 
+from collections.abc import Iterable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -7,7 +9,7 @@ from mlm_train.config import ModelConfig
 from mlm_train.model.attention import KeyValueCache
 from mlm_train.model.block import BaseBlock, MemoryBlock
 from mlm_train.model.rope import rotary_angles
-from mlm_train.model.source import MemorySource
+from mlm_train.model.source import MemoryReader, MemorySource
 
 
 class TokenEmbedding(nn.Embedding):
@@ -19,28 +21,62 @@ class TokenEmbedding(nn.Embedding):
 
 
 class Transformer(nn.Module):
-    """base, memory or flex (arXiv 2602.00398, equations 1 to 4).
+    """base, memory or flex (arXiv 2602.00398, equations 1 to 4), or some consecutive layers of one.
 
-    memory and flex need a memory source at each call. `with_memory=False` builds them without
-    FFN-M's weights, for serving from a ToL.
+    memory and flex need a memory source at each call. `with_memory=False` builds them without FFN-M's
+    weights, for serving from a ToL. A part has the layers given; `embeds` and `heads` say whether it
+    begins with the embedding and ends with final norm and head. Its weights keep the whole's names.
     """
 
-    def __init__(self, config: ModelConfig, with_memory: bool = True) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        with_memory: bool = True,
+        layers: Iterable[int] | None = None,
+        embeds: bool = True,
+        heads: bool = True,
+    ) -> None:
         super().__init__()
         self.config, self.with_memory = config, with_memory
-        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            MemoryBlock(config, layer, with_memory) if config.has_memory else BaseBlock(config, layer)
-            for layer in range(config.num_hidden_layers)
-        )
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.embed_tokens: TokenEmbedding | None = None
+        self.norm: nn.RMSNorm | None = None
         self.lm_head: nn.Linear | None = None
-        if not config.tie_word_embeddings:
+        if embeds or (heads and config.tie_word_embeddings):
+            self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
+        numbers = range(config.num_hidden_layers) if layers is None else layers
+        self.layers = nn.ModuleDict({str(layer): self._block(layer) for layer in numbers})
+        if heads:
+            self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if heads and not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def memory_blocks(self) -> list[MemoryBlock]:
-        """The blocks that have FFN-M: what a training source computes with."""
-        return [block for block in self.layers if isinstance(block, MemoryBlock)]
+    def _block(self, layer: int) -> nn.Module:
+        if self.config.has_memory:
+            return MemoryBlock(self.config, layer, self.with_memory)
+        return BaseBlock(self.config, layer)
+
+    def memory_blocks(self) -> dict[int, MemoryBlock]:
+        """Layer -> block, of the layers that have FFN-M: what a training source computes with."""
+        return {block.layer: block for block in self.layers.values() if isinstance(block, MemoryBlock)}
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids int64 [...] -> x0 [..., hidden]."""
+        assert self.embed_tokens is not None
+        return self.embed_tokens(ids)
+
+    def run_layers(
+        self,
+        x: Tensor,
+        read: MemoryReader | None,
+        layers: Iterable[int] | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Residual stream [batch, sequence, hidden] through these layers (default: all that are here)."""
+        config, start = self.config, cache.length if cache is not None else 0
+        rope = rotary_angles(config.attention_head_dim, config.rope_theta, start, x.shape[1], x.device)
+        for layer in self.layers if layers is None else map(str, layers):
+            x = self.layers[layer](x, rope, read, cache)
+        return x
 
     def hidden(
         self,
@@ -49,18 +85,18 @@ class Transformer(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """ids int64 [batch, sequence] -> the last hidden state, normed [batch, sequence, hidden]."""
-        x = x0 = self.embed_tokens(ids)
+        x0 = self.embed(ids)
         read = source.open(ids, x0) if source is not None else None
-        start = cache.length if cache is not None else 0
-        config = self.config
-        rope = rotary_angles(config.attention_head_dim, config.rope_theta, start, ids.shape[1], x.device)
-        for block in self.layers:
-            x = block(x, rope, read, cache)
+        x = self.run_layers(x0, read, cache=cache)
+        assert self.norm is not None
         return self.norm(x)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """hidden [..., hidden] -> logits [..., vocabulary]."""
-        return self.embed_tokens.logits(hidden) if self.lm_head is None else self.lm_head(hidden)
+        """hidden, normed [..., hidden] -> logits [..., vocabulary]."""
+        if self.lm_head is not None:
+            return self.lm_head(hidden)
+        assert self.embed_tokens is not None
+        return self.embed_tokens.logits(hidden)
 
     def forward(
         self,

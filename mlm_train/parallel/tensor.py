@@ -149,7 +149,9 @@ def shard(model: Transformer, group: TensorGroup) -> None:
             replacement = _sharded(name, child, group)
             if replacement is not None:
                 setattr(module, name, replacement)
-    model.embed_tokens = VocabEmbedding(config.vocab_size, config.hidden_size, group)  # type: ignore[assignment]
+    if model.embed_tokens is not None:
+        embedding = VocabEmbedding(config.vocab_size, config.hidden_size, group)
+        model.embed_tokens = embedding  # type: ignore[assignment]
 
 
 def _sharded(name: str, child: nn.Module, group: TensorGroup) -> nn.Module | None:

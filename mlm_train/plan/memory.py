@@ -4,10 +4,12 @@ Weights, gradients and optimizer are exact; activations are an estimate of what 
 micro-batch, since one micro-batch lives at a time.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from mlm_train.config import Config
-from mlm_train.model.counts import count_parameters
+from mlm_train.parallel.build import shapes_of
+from mlm_train.parallel.tensor import TensorGroup
 from mlm_train.parallel.topology import Topology
 
 FP32 = 4
@@ -29,22 +31,34 @@ class RankMemory(NamedTuple):
 
 def rank_memory(config: Config, topology: Topology) -> RankMemory:
     """Bytes a rank needs for a training step."""
-    weights = count_parameters(config.model).stored * FP32
+    weights = rank_elements(config, topology) * FP32
     # ZeRO-1 keeps an fp32 copy and two moments of this rank's share.
     optimizer = -(-3 * weights // topology.data)
-    return RankMemory(weights, weights, optimizer, activation_bytes(config))
+    return RankMemory(weights, weights, optimizer, activation_bytes(config, topology.tensor))
 
 
-def activation_bytes(config: Config) -> int:
+def rank_elements(config: Config, topology: Topology) -> int:
+    """Parameters of the fullest rank, padding of tensor parallelism included."""
+    found = []
+    for stage in range(topology.pipeline):
+        rank = replace(topology, rank=stage * topology.tensor * topology.data)
+        model = shapes_of(config, rank, TensorGroup(topology.tensor, 0))
+        found.append(sum(parameter.numel() for parameter in model.parameters()))
+    return max(found)
+
+
+def activation_bytes(config: Config, tensor: int = 1) -> int:
     """Estimate of what a micro-batch keeps for its backward pass.
 
-    Elements a token and layer: residual, norms and attention about 8 hidden; a SwiGLU keeps its two
-    products, the activation and their product, 4 keys each. The head keeps logits twice in fp32.
+    Elements a token and layer: residual and norms about 4 hidden, attention another 4; a SwiGLU keeps its
+    two products, the activation and their product, 4 keys each. The head keeps logits twice in fp32.
+    Tensor parallelism divides all but residual and norms.
     """
     model, tokens = config.model, config.train.micro_batch * config.data.sequence_length
     compute = 2 if config.train.precision == "bf16" else FP32
     ffn = 4 * model.intermediate_size
     if model.kind == "flex":
         ffn += (4 if model.compute_form == "swiglu" else 1) * (model.compute_intermediate_size or 0)
-    layer = compute * (8 * model.hidden_size + ffn) + FP32 * 2 * model.hidden_size
-    return tokens * (model.num_hidden_layers * layer + 2 * FP32 * model.vocab_size)
+    layer = compute * (4 * model.hidden_size + (4 * model.hidden_size + ffn) // tensor)
+    layer += FP32 * 2 * model.hidden_size
+    return tokens * (model.num_hidden_layers * layer + 2 * FP32 * model.vocab_size // tensor)

@@ -12,13 +12,12 @@ from mlm_train.config import Config, changed_fields, dump_config
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
 from mlm_train.files import locked, write_text, writing
-from mlm_train.memory import make_source
 from mlm_train.model.logical import initialise
 from mlm_train.model.transformer import Transformer
 from mlm_train.monitor.monitor import Monitor
 from mlm_train.monitor.report import Progress
 from mlm_train.parallel import runtime as processes
-from mlm_train.parallel.build import build_model, loss_of
+from mlm_train.parallel.build import build_executor, build_model
 from mlm_train.parallel.engine import Engine
 from mlm_train.train.preflight import LOG, Resumed, find_checkpoint, warm_start_source
 from mlm_train.train.step import Trainer
@@ -75,7 +74,7 @@ def _describe_run(output: Path, config: Config, data: PreparedData) -> None:
 def _build(config: Config, runtime: processes.Runtime, data: PreparedData, resumed: Resumed | None) -> Run:
     """Allocate model and optimizer, load what is to be loaded. Every rank calls it."""
     length, seed = config.data.sequence_length, config.train.seed
-    model = build_model(config.model, runtime)
+    model = build_model(config, runtime)
     if resumed is None:
         _first_weights(model, config)
     engine = Engine(model, config.optimizer, runtime)
@@ -83,21 +82,13 @@ def _build(config: Config, runtime: processes.Runtime, data: PreparedData, resum
     if resumed is not None:
         load_training_state(resumed.folder, resumed.manifest, engine)
         progress = Progress.from_dict(resumed.manifest["progress"])
-    source = make_source(config.memory.mode, model.memory_blocks()) if config.memory else None
     return Run(
         config=config,
         runtime=runtime,
         data=data,
         samples=Samples(data.split("train"), length, seed),
         validation=Samples(data.split("validation"), length, None),
-        trainer=Trainer(
-            engine,
-            source,
-            runtime,
-            config.train.precision,
-            config.train.z_loss,
-            loss_of(config.model, runtime),
-        ),
+        trainer=Trainer(engine, build_executor(model, config, runtime), runtime),
         progress=progress,
         monitor=Monitor(config, runtime, progress),
     )

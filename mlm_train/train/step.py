@@ -7,11 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlm_train.model.loss import LossSums, count_labels, loss_sums
-from mlm_train.model.source import MemorySource
-from mlm_train.model.transformer import Transformer
-from mlm_train.parallel.build import Loss
+from mlm_train.model.loss import count_labels
 from mlm_train.parallel.engine import Engine
+from mlm_train.parallel.execution import Executor
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.train.batches import MicroBatch
 
@@ -31,41 +29,18 @@ class StepResult:
 class Trainer:
     """Runs micro-batches through model and engine, with one loss normalisation for all layouts."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        source: MemorySource | None,
-        runtime: Runtime,
-        precision: str,
-        z_loss: float,
-        loss: Loss = loss_sums,
-    ) -> None:
-        assert isinstance(engine.model, Transformer)
-        self.model, self.engine, self.source, self.runtime = engine.model, engine, source, runtime
-        self.z_loss, self.loss = z_loss, loss
-        self.autocast = torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-
-    def _sums(self, batch: MicroBatch) -> LossSums:
-        ids, labels = (tensor.to(self.runtime.device, non_blocking=True) for tensor in batch)
-        with self.autocast:
-            logits = self.model(ids, self.source)
-        return self.loss(logits, labels)
+    def __init__(self, engine: Engine, executor: Executor, runtime: Runtime) -> None:
+        self.engine, self.executor, self.runtime = engine, executor, runtime
 
     def backward(self, batches: Sequence[MicroBatch]) -> tuple[Tensor, float]:
-        """Accumulate gradients of DP/N * sum(CE + z * lse^2); the summed CE of this rank, and N.
+        """Accumulate gradients of DP/N * sum(CE + z * lse^2); this data-parallel rank's CE, and N.
 
         N counts the valid labels of the whole step over all ranks, so masks of any shape give one
         process's gradients; the factor DP undoes the engine's average over data parallel.
         """
         labels = self._everywhere([float(sum(count_labels(batch.labels) for batch in batches))])[0]
-        scale = self.runtime.topology.data / max(labels, 1.0)
-        total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
-        self.model.train()
         with self.engine.accumulating():
-            for batch in batches:
-                sums = self._sums(batch)
-                ((sums.cross_entropy + self.z_loss * sums.z) * scale).backward()
-                total += sums.cross_entropy.detach()
+            total = self.executor.backward(batches, self.runtime.topology.data / max(labels, 1.0))
         return total, labels
 
     def step(self, batches: Sequence[MicroBatch], lr: float) -> StepResult:
@@ -87,13 +62,9 @@ class Trainer:
             seconds=time.perf_counter() - started,
         )
 
-    @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:
         """Mean cross-entropy over the valid labels of all ranks' batches."""
-        self.model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
-        for batch in batches:
-            total += self._sums(batch).cross_entropy
+        total = self.executor.evaluate(batches)
         labels = sum(count_labels(batch.labels) for batch in batches)
         loss, count = self._everywhere([total.item(), float(labels)])
         return loss / max(count, 1.0)

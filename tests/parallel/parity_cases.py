@@ -10,7 +10,7 @@ from mlm_train.model.logical import initialise, named_pieces, pieces
 from mlm_train.model.loss import count_labels, loss_sums
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
-from mlm_train.parallel.build import build_model, loss_of
+from mlm_train.parallel.build import build_executor, build_model
 from mlm_train.parallel.engine import Engine
 from mlm_train.train.batches import MicroBatch
 from mlm_train.train.schedule import learning_rate
@@ -40,8 +40,8 @@ def run_case(model: dict, mode: str | None, micro_batch: int, **sections: dict) 
     train = sections.pop("train", {}) | {"micro_batch": micro_batch}
     config = tiny_config(model, train=train, **sections)
     runtime = processes.start(config)
-    trainer = _trainer(config, mode, runtime)
-    reference = train_reference(config, STEPS)
+    trainer = _trainer(config, runtime)
+    reference = _reference(config)
     error = {"loss": 0.0, "norm": 0.0}
     for step in range(STEPS):
         batches = my_batches(runtime, step, micro_batch)
@@ -50,9 +50,20 @@ def run_case(model: dict, mode: str | None, micro_batch: int, **sections: dict) 
         result = trainer.step(batches, learning_rate(config, step))
         error["loss"] = max(error["loss"], abs(result.loss / reference["losses"][step] - 1))
         error["norm"] = max(error["norm"], abs(result.grad_norm / reference["norms"][step] - 1))
-    weights = assembled(trainer.model, dict(named_pieces(trainer.model)))
+    weights = assembled(trainer.engine.model, dict(named_pieces(trainer.engine.model)))
     error["weights"] = relative_error(weights, reference["weights"])
     return error
+
+
+REFERENCES: dict[str, dict] = {}
+
+
+def _reference(config: Config) -> dict:
+    """The one-process run of a config; cases that differ in layout, mode or micro-batch share it."""
+    key = repr((config.model, config.optimizer, config.schedule, config.train.z_loss))
+    if key not in REFERENCES:
+        REFERENCES[key] = train_reference(config, STEPS)
+    return REFERENCES[key]
 
 
 def _network(config: Config) -> Transformer:
@@ -62,19 +73,17 @@ def _network(config: Config) -> Transformer:
     return network
 
 
-def _trainer(config: Config, mode: str | None, runtime: processes.Runtime) -> Trainer:
+def _trainer(config: Config, runtime: processes.Runtime) -> Trainer:
     whole = dict(named_pieces(_network(config)))
-    network = build_model(config.model, runtime)
+    network = build_model(config, runtime)
     with torch.no_grad():
         parameters = dict(network.named_parameters())
         for parameter in parameters.values():
             parameter.zero_()
         for piece in pieces(network):
             piece.of(parameters[piece.parameter]).copy_(piece.cut(whole[piece.name]))
-    source = make_source(mode, network.memory_blocks()) if mode else None
     engine = Engine(network, config.optimizer, runtime)
-    loss = loss_of(config.model, runtime)
-    return Trainer(engine, source, runtime, config.train.precision, config.train.z_loss, loss)
+    return Trainer(engine, build_executor(network, config, runtime), runtime)
 
 
 def assembled(model: Transformer, held: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -103,12 +112,12 @@ def _first_gradients(trainer: Trainer, batches: list[MicroBatch], reference: dic
     runtime = trainer.runtime
     mine = {
         name: runtime.sum_over_data(gradient) / runtime.topology.data
-        for name, gradient in logical_gradients(trainer.model).items()
+        for name, gradient in logical_gradients(trainer.engine.model).items()
     }
     trainer.engine.zero.zero_grad()
-    for parameter in trainer.model.parameters():
+    for parameter in trainer.engine.model.parameters():
         parameter.grad = None
-    return relative_error(assembled(trainer.model, mine), reference)
+    return relative_error(assembled(trainer.engine.model, mine), reference)
 
 
 def run_bf16_cases(model: dict, modes: list[str], micro_batch: int, seeds: int) -> dict[str, float]:
@@ -120,7 +129,7 @@ def run_bf16_cases(model: dict, modes: list[str], micro_batch: int, seeds: int) 
         runtime = processes.start(config)
         reference = train_reference(config, 1)["gradients"]
         for mode in modes:
-            trainer = _trainer(config, mode, runtime)
+            trainer = _trainer(tiny_config(model, memory={"mode": mode}, **sections), runtime)
             batches = my_batches(runtime, 0, micro_batch)
             distances[mode].append(_first_gradients(trainer, batches, reference))
         distances["alone"].append(_alone_bf16(config, reference))

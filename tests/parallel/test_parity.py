@@ -54,6 +54,45 @@ def tensor_cases(tensor: int) -> dict[str, dict]:
     return found
 
 
+def pipeline_cases(tensor: int, pipeline: int) -> dict[str, dict]:
+    """Models x transports x schedules: uneven layers, tied heads, micro-batches that PP does not divide."""
+    found = {}
+    for name, model in MODELS.items():
+        has_memory = model["kind"] != "base"
+        if tensor > 1:
+            model = {**model, "vocab_size": 97, "intermediate_size": 45, "num_key_value_heads": 4}
+        model = model | {"num_hidden_layers": 5, "memory_scale": None}
+        modes = ("per_token", "unique") if has_memory else (None,)
+        for number, transport in enumerate(("broadcast", "relay", "replicate") if has_memory else (None,)):
+            for schedule in ("gpipe", "1f1b", "interleaved_1f1b"):
+                if schedule == "interleaved_1f1b" and pipeline > 2:
+                    continue
+                layout = {"tensor": tensor, "pipeline": pipeline, "schedule": schedule}
+                if transport:
+                    layout["x0_transport"] = transport
+                if schedule == "interleaved_1f1b":
+                    layout["virtual_stages"] = 2
+                elif schedule == "1f1b":
+                    layout["layers_per_stage"] = {2: [4, 1], 4: [1, 2, 1, 1]}[pipeline]
+                case = {"model": model, "mode": modes[number % len(modes)], "micro_batch": 1}
+                title = f"TP{tensor} PP{pipeline} {name} / {transport} / {schedule} / {case['mode']}"
+                found[title] = case | {"parallel": layout}
+    return found
+
+
+@pytest.mark.parametrize(("world", "tensor", "pipeline"), [(2, 1, 2), (4, 1, 4), (4, 2, 2), (4, 1, 2)])
+def test_pipeline_parity_with_one_process(world: int, tensor: int, pipeline: int) -> None:
+    named = pipeline_cases(tensor, pipeline)
+    results = run_on_ranks(
+        "tests.parallel.parity_cases:run_cases", world, timeout=900, cases=list(named.values())
+    )
+    worst = {key: max(result[key] for result in results) for key in results[0]}
+    print(f"world {world}, TP {tensor}, PP {pipeline}: {len(results)} cases, worst errors {worst}")
+    for name, error in zip(named, results, strict=True):
+        assert max(error["loss"], error["norm"], error["gradients"]) <= 1e-5, (name, error)
+        assert error["weights"] <= 1e-4, (name, error)
+
+
 @pytest.mark.parametrize(("world", "tensor"), [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)])
 def test_parity_with_one_process(world: int, tensor: int) -> None:
     named = cases() if tensor == 1 else tensor_cases(tensor)

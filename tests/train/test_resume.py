@@ -40,15 +40,33 @@ def same_losses(run: Path, other: Path, tolerance: float = 2e-5) -> None:
             assert values[step] == pytest.approx(value, rel=tolerance), (tag, step)
 
 
-@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
-def test_resumes_on_another_number_of_processes(
-    unbroken: Path, data: Path, tmp_path: Path, first: int, second: int
+# Processes and tensor-parallel size before and after; what is left is data parallel.
+MOVES = [((2, 1), (1, 1)), ((1, 1), (2, 2)), ((4, 2), (2, 1))]
+
+
+@pytest.mark.parametrize(("before", "after"), MOVES)
+def test_resumes_in_another_layout(
+    unbroken: Path, data: Path, tmp_path: Path, before: tuple[int, int], after: tuple[int, int]
 ) -> None:
     run = tmp_path / "moved"
-    finished("launch", "--nproc", first, *words(data, run, "train.stop_after=5"))
-    output = finished("launch", "--nproc", second, *words(data, run))
+    for (world, tensor), more in ((before, ["train.stop_after=5"]), (after, [])):
+        layout = f"parallel.tensor={tensor}"
+        output = finished("launch", "--nproc", world, *words(data, run, layout, *more))
     assert "resumed from" in output and "at step 5" in output
     same_losses(run, unbroken)
+
+
+def test_every_layout_starts_from_the_same_weights(data: Path, tmp_path: Path) -> None:
+    """Initialisation and export know no layout: the files are equal to the bit."""
+    odd = ("model.intermediate_size=45", "optimizer.lr=1e-30", "schedule.min_lr=0", "train.steps=1")
+    exports = []
+    for world, tensor in ((1, 1), (2, 2), (4, 4)):
+        run, export = tmp_path / f"run-{tensor}", tmp_path / f"export-{tensor}"
+        still = words(data, run, *odd, "schedule.warmup_steps=0", f"parallel.tensor={tensor}")
+        finished("launch", "--nproc", world, *still)
+        mlm_train("export", run, "--output", export)
+        exports.append((export / "model.safetensors").read_bytes())
+    assert exports[0] == exports[1] == exports[2]
 
 
 def test_a_killed_rank_costs_only_the_work_since_the_last_checkpoint(

@@ -1,0 +1,195 @@
+"""Pipeline parallelism through torch.distributed.pipelining, with x0 at every stage.
+
+A stage's shapes are given and never inferred (inference would run an extra forward and backward), the
+loss is computed inside the last stage, so that no two micro-batches' logits live together, and we scale
+it ourselves.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+)
+
+from mlm_train.config import Config
+from mlm_train.model.loss import IGNORED
+from mlm_train.model.source import MemorySource
+from mlm_train.model.transformer import Transformer
+from mlm_train.parallel.execution import Batch, Loss
+from mlm_train.parallel.runtime import Runtime
+from mlm_train.parallel.stages import StageSpan, my_spans
+from mlm_train.parallel.x0 import TRANSPORTS, Relay, X0Channel
+
+SCHEDULES: dict[str, Any] = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "interleaved_1f1b": ScheduleInterleaved1F1B,
+}
+
+
+class Stage(nn.Module):
+    """Some layers of the model as a pipeline stage; micro-batches go through it."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        span: StageSpan,
+        channel: X0Channel,
+        source: MemorySource | None,
+        loss: Loss,
+        precision: torch.autocast,
+        z_loss: float,
+    ) -> None:
+        super().__init__()
+        self.model, self.span, self.channel, self.source = model, span, channel, source
+        self.loss, self.precision, self.z_loss = loss, precision, z_loss
+        self.scale = 1.0
+        self.total: Tensor | None = None  # summed CE of the step, on the last stage
+
+    def forward(self, *received: Tensor, ids: Tensor, labels: Tensor, index: Tensor) -> Any:
+        """First stage: gets ids, which it also gets by name. Others: hidden [, x0]. Last: the loss, [1]."""
+        with self.precision:
+            if self.span.first:
+                x = x0 = self.channel.x0(ids, index)
+            else:
+                x = received[0]
+                x0 = received[1] if self.channel.relays else None  # type: ignore[assignment]
+                if x0 is None and self.source is not None:
+                    x0 = self.channel.x0(ids, index)
+            read = self.source.open(ids, x0) if self.source is not None and x0 is not None else None
+            x = self.model.run_layers(x, read, self.span.layers)
+            if not self.span.last:
+                return (x, x0) if self.channel.relays else x
+            assert self.model.norm is not None
+            logits = self.model.head(self.model.norm(x))
+        sums = self.loss(logits, labels)
+        found = sums.cross_entropy.detach().double()
+        self.total = found if self.total is None else self.total + found
+        return ((sums.cross_entropy + self.z_loss * sums.z) * self.scale).view(1)
+
+
+class Pipeline:
+    """An executor over this rank's stages."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        config: Config,
+        runtime: Runtime,
+        source: MemorySource | None,
+        loss: Loss,
+        precision: torch.autocast,
+    ) -> None:
+        from megatron.core import parallel_state
+
+        self.model, self.config, self.runtime = model, config, runtime
+        self.group = parallel_state.get_pipeline_model_parallel_group()
+        self.spans = my_spans(config, runtime.topology)
+        # Without FFN-M only the first stage embeds, and nothing but the hidden state travels.
+        transport = TRANSPORTS[config.parallel.x0_transport or "broadcast"] if source else Relay
+        self.channel: X0Channel = transport(model, self.group, runtime.device)
+        self.channel.relays = self.channel.relays and source is not None
+        parts = (self.channel, source, loss, precision, config.train.z_loss)
+        self.stages = [Stage(model, span, *parts) for span in self.spans]
+        self.schedules: dict[int, Any] = {}
+
+    def _schedule(self, micro_batches: int) -> Any:
+        """The schedule for a number of micro-batches; a batch ramp has several."""
+        if micro_batches not in self.schedules:
+            kind = SCHEDULES[self.config.parallel.schedule or "1f1b"]
+            stages = [self._pipeline_stage(stage) for stage in self.stages]
+            several = kind is ScheduleInterleaved1F1B
+            self.schedules[micro_batches] = kind(
+                stages if several else stages[0],
+                micro_batches,
+                loss_fn=lambda out, _: out.sum(),
+                scale_grads=False,
+            )
+        return self.schedules[micro_batches]
+
+    def _pipeline_stage(self, stage: Stage) -> PipelineStage:
+        topology, config = self.runtime.topology, self.config
+        shape = (config.train.micro_batch, config.data.sequence_length)
+        ids = torch.zeros(shape, dtype=torch.int64, device=self.runtime.device)
+        hidden = torch.empty(*shape, config.model.hidden_size, device=self.runtime.device)
+        carried = tuple(
+            torch.empty_like(hidden).requires_grad_() for _ in range(2 if self.channel.relays else 1)
+        )
+        count = topology.pipeline * len(self.stages)
+        return PipelineStage(
+            stage,
+            stage.span.number,
+            count,
+            self.runtime.device,
+            input_args=(ids,) if stage.span.first else carried,
+            output_args=(torch.empty(1, device=ids.device).requires_grad_(),) if stage.span.last else carried,
+            group=self.group,
+        )
+
+    def _run(self, batches: Sequence[Batch], training: bool, scale: float) -> Tensor:
+        """All micro-batches through the schedule; the summed CE, on every rank of the pipeline."""
+        device = self.runtime.device
+        ids, labels = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
+        index = self.channel.begin(ids) if self.model.config.has_memory or self._first else ids
+        for stage in self.stages:
+            stage.train(training)
+            stage.scale, stage.total = scale, None
+        schedule = self._schedule(len(batches))
+        call = schedule.step if training else schedule.eval
+        arguments = {"ids": ids, "labels": labels, "index": index, "return_outputs": False}
+        if self._last:
+            arguments |= {"target": labels, "losses": []}
+        call(*((ids,) if self._first else ()), **arguments)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        if self._last and self.stages[-1].total is not None:
+            total += self.stages[-1].total
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
+        """The schedule, then x0's gradient to the embedding, then the tied head's."""
+        total = self._run(batches, True, scale)
+        self.channel.finish()
+        self._sum_tied()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        """Through the same stages, with as many micro-batches at a time as in training."""
+        topology, train = self.runtime.topology, self.config.train
+        usual = train.global_batch // (train.micro_batch * topology.data)
+        ids, labels = batches[0]
+        empty = (torch.zeros_like(ids), torch.full_like(labels, IGNORED))
+        total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        for start in range(0, len(batches), usual):
+            some = list(batches[start : start + usual])
+            total += self._run(some + [empty] * (usual - len(some)), False, 1.0)
+        return total
+
+    @property
+    def _first(self) -> bool:
+        return self.spans[0].first
+
+    @property
+    def _last(self) -> bool:
+        return self.spans[-1].last
+
+    def _sum_tied(self) -> None:
+        """A tied head is a copy of the embedding on the last stage: both need the sum of gradients."""
+        tied = self.model.config.tie_word_embeddings and (self._first or self._last)
+        if not tied or self.config.parallel.x0_transport == "replicate":
+            return  # replicate has summed over all stages
+        from megatron.core import parallel_state
+
+        assert self.model.embed_tokens is not None
+        weight = self.model.embed_tokens.weight
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        dist.all_reduce(weight.grad, group=parallel_state.get_embedding_group())

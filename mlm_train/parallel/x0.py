@@ -1,0 +1,145 @@
+"""The x0 channel: every pipeline stage gets x0 for its FFN-M and owes its gradient to the embedding.
+
+Three transports behind one interface. `broadcast`: the step's distinct rows travel once, each stage
+looks x0 up and sums its gradient in a table of the same shape, one reduce brings it back. `relay`: x0
+rides with the hidden state from stage to stage. `replicate`: every stage keeps the embedding.
+"""
+
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mlm_train.model.transformer import Transformer
+
+
+class X0Channel(Protocol):
+    """What a stage asks for x0. `relays`: whether stages pass x0 on as a second tensor."""
+
+    relays: bool
+
+    def begin(self, ids: Tensor) -> Tensor:
+        """Before a step: ids int64 [micro-batches * batch, sequence] -> an index of the same shape."""
+        ...
+
+    def x0(self, ids: Tensor, index: Tensor) -> Tensor:
+        """x0 [batch, sequence, hidden] of a micro-batch, with its gradient cared for."""
+        ...
+
+    def finish(self) -> None:
+        """After a step's backward passes: bring the gradient of x0 to the embedding."""
+        ...
+
+    def bytes_per_step(self, distinct: int, tokens: int) -> int:
+        """Bytes that cross between stages in a step, by formula, all stages together."""
+        ...
+
+
+class _Lookup(torch.autograd.Function):
+    """rows[index]; the backward adds into a table instead of allocating one a micro-batch."""
+
+    @staticmethod
+    def forward(ctx: Any, index: Tensor, rows: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.table = table
+        return rows[index]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        (index,) = ctx.saved_tensors
+        ctx.table.index_add_(0, index.reshape(-1), grad.reshape(-1, grad.shape[-1]).to(ctx.table.dtype))
+        return None, None, None
+
+
+class Broadcast:
+    """The step's rows: distinct ids of this data-parallel rank's step, once over the pipeline group."""
+
+    relays = False
+
+    def __init__(self, model: Transformer, group: Any, device: torch.device) -> None:
+        self.model, self.group, self.device = model, group, device
+        self.source = dist.get_global_rank(group, 0)
+        self.owns = dist.get_rank(group) == 0
+
+    def begin(self, ids: Tensor) -> Tensor:
+        distinct, index = ids.unique(return_inverse=True)
+        shape = (distinct.numel(), self.model.config.hidden_size)
+        rows = torch.empty(shape, dtype=torch.float32, device=self.device)
+        self.embedded: Tensor | None = None
+        if self.owns:
+            with torch.set_grad_enabled(torch.is_grad_enabled()):
+                self.embedded = self.model.embed(distinct)
+            rows.copy_(self.embedded.detach())
+        dist.broadcast(rows, self.source, group=self.group)
+        self.rows = rows.requires_grad_()  # nothing flows into it: it makes _Lookup's backward run
+        self.table = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        return index
+
+    def x0(self, ids: Tensor, index: Tensor) -> Tensor:
+        return _Lookup.apply(index, self.rows, self.table)
+
+    def finish(self) -> None:
+        dist.reduce(self.table, self.source, group=self.group)
+        if self.owns:
+            assert self.embedded is not None
+            self.embedded.backward(self.table)
+
+    def bytes_per_step(self, distinct: int, tokens: int) -> int:
+        others = dist.get_world_size(self.group) - 1
+        return 2 * 4 * distinct * self.model.config.hidden_size * others
+
+
+class Relay:
+    """x0 beside the hidden state: the plain way, and the oracle."""
+
+    relays = True
+
+    def __init__(self, model: Transformer, group: Any, device: torch.device) -> None:
+        self.model, self.group = model, group
+
+    def begin(self, ids: Tensor) -> Tensor:
+        return ids
+
+    def x0(self, ids: Tensor, index: Tensor) -> Tensor:
+        return self.model.embed(ids)  # asked on the first stage alone
+
+    def finish(self) -> None:
+        pass
+
+    def bytes_per_step(self, distinct: int, tokens: int) -> int:
+        others = dist.get_world_size(self.group) - 1
+        return 2 * 4 * tokens * self.model.config.hidden_size * others
+
+
+class Replicate:
+    """Every stage embeds; the embedding's gradients are summed over the pipeline group."""
+
+    relays = False
+
+    def __init__(self, model: Transformer, group: Any, device: torch.device) -> None:
+        self.model, self.group = model, group
+
+    def begin(self, ids: Tensor) -> Tensor:
+        return ids
+
+    def x0(self, ids: Tensor, index: Tensor) -> Tensor:
+        return self.model.embed(ids)
+
+    def finish(self) -> None:
+        assert self.model.embed_tokens is not None
+        weight = self.model.embed_tokens.weight
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        dist.all_reduce(weight.grad, group=self.group)
+
+    def bytes_per_step(self, distinct: int, tokens: int) -> int:
+        others = dist.get_world_size(self.group) - 1
+        return 2 * 4 * self.model.config.vocab_size * self.model.config.hidden_size * others
+
+
+TRANSPORTS: dict[str, type[Broadcast] | type[Relay] | type[Replicate]] = {
+    "broadcast": Broadcast,
+    "relay": Relay,
+    "replicate": Replicate,
+}
