@@ -5,7 +5,7 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: quickstart test check clean help
+.PHONY: quickstart test check parity clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -28,6 +28,9 @@ check: .venv/dev.stamp  ## style and types
 
 test: check  ## style, types and all tests
 	$(BIN)/python -m pytest
+
+parity: .venv/dev.stamp  ## compare every parallel layout with one process, write docs/parity.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.parallel.table
 
 clean:  ## remove the environment and everything that was run
 	rm -rf .venv runs build dist *.egg-info

@@ -24,9 +24,10 @@ class Topology:
         """The layout of a world. Raises UserError where the axes do not fit it."""
         model_ranks = parallel.tensor * parallel.pipeline
         if world % model_ranks:
+            fewer, more = world // model_ranks * model_ranks, (world // model_ranks + 1) * model_ranks
             raise UserError(
                 f"{world} processes cannot hold parallel.tensor={parallel.tensor} x "
-                f"parallel.pipeline={parallel.pipeline}: start a multiple of {model_ranks}"
+                f"parallel.pipeline={parallel.pipeline}: start {f'{fewer} or ' if fewer else ''}{more}"
             )
         return cls(world, rank, parallel.tensor, parallel.pipeline)
 
@@ -66,3 +67,34 @@ class Topology:
                     f"must be a multiple of train.micro_batch={train.micro_batch} x "
                     f"{self.data} data-parallel processes = {unit}; the nearest is {nearest}",
                 )
+        if self.pipeline > 1:
+            self._check_schedule(config)
+
+    def _check_schedule(self, config: Config) -> None:
+        """Refuse numbers of micro-batches that the schedule of torch.distributed.pipelining cannot take."""
+        train, schedule = config.train, config.parallel.schedule or "1f1b"
+        ramp = train.ramp
+        sizes = [train.global_batch]
+        if ramp is not None:
+            sizes += range(ramp.start, train.global_batch, ramp.increment)
+        unit = train.micro_batch * self.data
+        for size in sizes:
+            if takes(schedule, size // unit, self.pipeline):
+                continue
+            near = sorted(range(1, 2 * size // unit + 2 * self.pipeline), key=lambda n: abs(n - size // unit))
+            nearest = next(n for n in near if takes(schedule, n, self.pipeline)) * unit
+            blame(
+                "train.global_batch" if size == train.global_batch else "train.ramp",
+                size,
+                f"makes {size // unit} micro-batches, which parallel.schedule={schedule} cannot take with "
+                f"parallel.pipeline={self.pipeline}; the nearest batch it can is {nearest}",
+            )
+
+
+def takes(schedule: str, micro_batches: int, pipeline: int) -> bool:
+    """Whether a schedule can run that many micro-batches."""
+    if schedule == "1f1b":
+        return micro_batches >= pipeline
+    if schedule == "interleaved_1f1b":
+        return micro_batches % max(1, micro_batches // pipeline) == 0
+    return True

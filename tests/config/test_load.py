@@ -80,7 +80,9 @@ def test_overrides_are_yaml_values() -> None:
         ("schedule.warmup_steps=100000", "longer than train.steps"),
         ("schedule.min_lr=1", "above optimizer.lr"),
         ("parallel.tensor=3", "parallel.tensor=3: must divide 4 attention and 4"),
-        ("parallel.pipeline=2", "parallel.pipeline=2"),
+        ("parallel.pipeline=5", "makes 5 stages of 4 layers; at most 4 fits"),
+        ("parallel.schedule=gpipe", "only with parallel.pipeline above 1"),
+        ("parallel.x0_transport=relay", "only with parallel.pipeline above 1"),
         ("model=3", "model is a section"),
         ("optimizer.lr=.inf", "finite number"),
         ("train.z_loss=.nan", "finite number"),
@@ -92,6 +94,27 @@ def test_mistakes_get_one_clear_line(override: str, words: str) -> None:
     with pytest.raises(UserError) as error:
         load_config(CONFIGS / "micro.yaml", [override])
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["parallel.schedule=interleaved_1f1b"], "parallel.virtual_stages: goes with"),
+        (["parallel.virtual_stages=2"], "parallel.virtual_stages=2: goes with"),
+        (["parallel.layers_per_stage=[1, 2]"], "needs 2 numbers that add up to"),
+        (["parallel.layers_per_stage=[4, 0]"], "parallel.layers_per_stage.1=0"),
+        (["parallel.x0_transport=pigeon"], "parallel.x0_transport='pigeon'"),
+    ],
+)
+def test_pipelines_that_cannot_be(overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(CONFIGS / "micro.yaml", ["parallel.pipeline=2", *overrides])
+    assert words in str(error.value)
+
+
+def test_base_has_no_x0_to_send() -> None:
+    with pytest.raises(UserError, match="has no effect with model"):
+        load_config(CONFIGS / "base-1b.yaml", ["parallel.pipeline=2", "parallel.x0_transport=relay"])
 
 
 def test_files_that_are_no_config(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from mlm_train.train.batches import MicroBatch
 from mlm_train.train.schedule import learning_rate
 from mlm_train.train.step import Trainer
 from tests.parallel.reference import (
-    GLOBAL_BATCH,
     global_batch,
     logical_gradients,
     relative_error,
@@ -44,7 +43,7 @@ def run_case(model: dict, mode: str | None, micro_batch: int, **sections: dict) 
     reference = _reference(config)
     error = {"loss": 0.0, "norm": 0.0}
     for step in range(STEPS):
-        batches = my_batches(runtime, step, micro_batch)
+        batches = my_batches(runtime, step, config)
         if step == 0:
             error["gradients"] = _first_gradients(trainer, batches, reference["gradients"])
         result = trainer.step(batches, learning_rate(config, step))
@@ -60,7 +59,7 @@ REFERENCES: dict[str, dict] = {}
 
 def _reference(config: Config) -> dict:
     """The one-process run of a config; cases that differ in layout, mode or micro-batch share it."""
-    key = repr((config.model, config.optimizer, config.schedule, config.train.z_loss))
+    key = repr((config.model, config.optimizer, config.schedule, config.train.global_batch))
     if key not in REFERENCES:
         REFERENCES[key] = train_reference(config, STEPS)
     return REFERENCES[key]
@@ -98,11 +97,12 @@ def assembled(model: Transformer, held: dict[str, Tensor]) -> dict[str, Tensor]:
     return whole
 
 
-def my_batches(runtime: processes.Runtime, step: int, micro_batch: int) -> list[MicroBatch]:
+def my_batches(runtime: processes.Runtime, step: int, config: Config) -> list[MicroBatch]:
     """This rank's micro-batches of a global batch: contiguous rows, so masks differ by rank."""
-    share = GLOBAL_BATCH // runtime.topology.data
+    size, micro_batch = config.train.global_batch, config.train.micro_batch
+    share = size // runtime.topology.data
     mine = slice(runtime.topology.data_rank * share, (runtime.topology.data_rank + 1) * share)
-    pairs = zip(*(tensor[mine].split(micro_batch) for tensor in global_batch(step)), strict=True)
+    pairs = zip(*(tensor[mine].split(micro_batch) for tensor in global_batch(step, size)), strict=True)
     return [MicroBatch(*pair) for pair in pairs]
 
 
@@ -120,17 +120,20 @@ def _first_gradients(trainer: Trainer, batches: list[MicroBatch], reference: dic
     return relative_error(assembled(trainer.engine.model, mine), reference)
 
 
-def run_bf16_cases(model: dict, modes: list[str], micro_batch: int, seeds: int) -> dict[str, float]:
+def run_bf16_cases(
+    model: dict, modes: list[str], micro_batch: int, seeds: int, parallel: dict
+) -> dict[str, float]:
     """Median distance of bf16 gradients from fp32's: each mode in this layout, and one process alone."""
     distances: dict[str, list[float]] = {name: [] for name in [*modes, "alone"]}
     for seed in range(seeds):
-        sections = {"train": {"micro_batch": micro_batch, "precision": "bf16", "seed": seed}}
+        train = {"micro_batch": micro_batch, "precision": "bf16", "seed": seed}
+        sections = {"train": train, "parallel": parallel}
         config = tiny_config(model, memory={"mode": modes[0]}, **sections)
         runtime = processes.start(config)
         reference = train_reference(config, 1)["gradients"]
         for mode in modes:
             trainer = _trainer(tiny_config(model, memory={"mode": mode}, **sections), runtime)
-            batches = my_batches(runtime, 0, micro_batch)
+            batches = my_batches(runtime, 0, config)
             distances[mode].append(_first_gradients(trainer, batches, reference))
         distances["alone"].append(_alone_bf16(config, reference))
     return {name: float(torch.tensor(values).median()) for name, values in distances.items()}

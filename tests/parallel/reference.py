@@ -43,14 +43,14 @@ def tiny_config(model: dict, **sections: dict) -> Config:
     return parse_config(tree)
 
 
-def global_batch(step: int) -> tuple[Tensor, Tensor]:
+def global_batch(step: int, size: int = GLOBAL_BATCH) -> tuple[Tensor, Tensor]:
     """ids and labels of a step: repeated ids, and masks so unequal that half the rows are nearly empty."""
     generator = torch.Generator().manual_seed(step)
-    drawn = torch.randint(0, VOCABULARY, (2, GLOBAL_BATCH, LENGTH), generator=generator)
+    drawn = torch.randint(0, VOCABULARY, (2, size, LENGTH), generator=generator)
     ids = drawn.amin(0)  # low ids come often, as in text
-    labels = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, LENGTH), generator=generator)
-    keep = torch.linspace(0.02, 1.0, GLOBAL_BATCH).unsqueeze(1)
-    labels[torch.rand(GLOBAL_BATCH, LENGTH, generator=generator) > keep] = IGNORED
+    labels = torch.randint(0, VOCABULARY, (size, LENGTH), generator=generator)
+    keep = torch.linspace(0.02, 1.0, size).unsqueeze(1)
+    labels[torch.rand(size, LENGTH, generator=generator) > keep] = IGNORED
     return ids, labels
 
 
@@ -82,7 +82,7 @@ def train_reference(config: Config, steps: int) -> dict:
     )
     losses, norms, first = [], [], {}
     for step in range(steps):
-        ids, labels = global_batch(step)
+        ids, labels = global_batch(step, config.train.global_batch)
         logits = model(ids, source)
         valid = labels != IGNORED
         lse = logits.logsumexp(-1)[valid]

@@ -6,6 +6,7 @@ import pytest
 
 from mlm_train.config import ParallelConfig, load_config
 from mlm_train.errors import UserError
+from mlm_train.parallel.stages import balanced
 from mlm_train.parallel.topology import Topology
 
 MICRO = Path(__file__).resolve().parents[2] / "configs" / "micro.yaml"
@@ -19,8 +20,80 @@ def test_ranks_fill_the_grid_exactly_once(tensor: int, pipeline: int, world: int
     assert len(places) == world and ranks[0].data == world // (tensor * pipeline)
 
 
+def test_every_world_to_4096_is_judged_without_processes() -> None:
+    for world in range(1, 4097):
+        for tensor, pipeline in ((1, 1), (2, 4), (8, 2), (3, 5)):
+            parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
+            if world % (tensor * pipeline):
+                with pytest.raises(UserError, match="start"):
+                    Topology.of(parallel, world)
+            else:
+                last = Topology.of(parallel, world, world - 1)
+                assert (last.tensor_rank, last.pipeline_rank) == (tensor - 1, pipeline - 1)
+                assert last.data_rank == last.data - 1
+
+
+def test_groups_are_megatrons(tmp_path: Path) -> None:
+    """Our ranks along each axis are those of megatron-core's own generator."""
+    from megatron.core.parallel_state import RankGenerator
+
+    ours = [Topology.of(ParallelConfig(tensor=2, pipeline=4), 32, rank) for rank in range(32)]
+    theirs = RankGenerator(tp=2, ep=1, dp=4, pp=4, cp=1, order="tp-cp-ep-dp-pp")
+    for axis, place in (("tp", "tensor_rank"), ("dp", "data_rank"), ("pp", "pipeline_rank")):
+        for group in theirs.get_ranks(axis):
+            assert [getattr(ours[rank], place) for rank in group] == list(range(len(group)))
+
+
+PIPELINE = ["parallel.pipeline=2", "train.micro_batch=1"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            [*PIPELINE, "train.global_batch=1"],
+            "1f1b cannot take with parallel.pipeline=2; the nearest batch it can is 2",
+        ),
+        (
+            [
+                *PIPELINE,
+                "parallel.schedule=interleaved_1f1b",
+                "parallel.virtual_stages=2",
+                "train.global_batch=5",
+            ],
+            "5 micro-batches, which parallel.schedule=interleaved_1f1b cannot take",
+        ),
+        (
+            [
+                "parallel.pipeline=4",
+                "train.micro_batch=1",
+                "train.ramp={start: 2, increment: 2, samples: 64}",
+            ],
+            "train.ramp=2: makes 2 micro-batches",
+        ),
+    ],
+)
+def test_micro_batch_counts_that_a_schedule_cannot_take(overrides: list[str], words: str) -> None:
+    config = load_config(MICRO, overrides)
+    with pytest.raises(UserError) as error:
+        Topology.of(config.parallel, config.parallel.pipeline).check_batch(config)
+    assert words in str(error.value)
+
+
+def test_stages_are_balanced_with_the_head_counted() -> None:
+    model = load_config(MICRO, ["model.num_hidden_layers=8"]).model
+    for stages in range(1, 9):
+        sizes = balanced(model, stages)
+        assert len(sizes) == stages and sum(sizes) == 8 and min(sizes) >= 1
+    assert balanced(model, 1) == [8]
+    # A vocabulary so large that the head costs as much as six layers leaves the last stage one layer.
+    layer = 4 * 192 * 192 + 3 * 192 * 512
+    heavy = load_config(MICRO, ["model.num_hidden_layers=8", f"model.vocab_size={6 * layer // 192}"]).model
+    assert balanced(heavy, 2) == [7, 1]
+
+
 def test_world_that_does_not_fit() -> None:
-    with pytest.raises(UserError, match="a multiple of 4"):
+    with pytest.raises(UserError, match="start 4 or 8"):
         Topology.of(ParallelConfig(tensor=2, pipeline=2), 6)
 
 
