@@ -108,7 +108,7 @@ def _pipeline_cases(layout: Layout) -> dict[str, Case]:
     schedules = ("interleaved_1f1b",) if layout.virtual > 1 else ("1f1b", "gpipe")
     stages = layout.pipeline * layout.virtual
     # Micro-batches a step: divided by the pipeline's size or not.
-    counts = cycle((8, 3) if layout.virtual > 1 else (8, 7, 5) if layout.data == 1 else (4, 3))
+    counts = cycle((8, 3) if layout.virtual > 1 else (8, 7, 9) if layout.data == 1 else (4, 3))
     for name, model in MODELS.items():
         has_memory = model["kind"] != "base"
         for transport in ("broadcast", "relay", "replicate") if has_memory else (None,):

@@ -106,7 +106,11 @@ def relative_error(values: dict[str, Tensor], reference: dict[str, Tensor]) -> f
     """Contract metric: the worst ||g - r|| / ||r||, floor 1e-6 of the norm of all."""
     assert values.keys() == reference.keys()
     floor = 1e-6 * float(torch.stack([r.double().norm() for r in reference.values()]).norm())
-    return max(
-        float((values[name].double() - r.double()).norm() / r.double().norm().clamp_min(floor))
-        for name, r in reference.items()
+    errors = torch.stack(
+        [
+            (values[name].double() - r.double()).norm() / r.double().norm().clamp_min(floor)
+            for name, r in reference.items()
+        ]
     )
+    assert errors.isfinite().all(), "a slice is missing or not finite"
+    return float(errors.max())

@@ -1,6 +1,6 @@
 """`make parity`: run the whole matrix, print its table, write docs/parity.md."""
 
-import platform
+import os
 import time
 from pathlib import Path
 
@@ -12,13 +12,15 @@ from tests.ranks import ROOT, run_on_ranks
 Errors = dict[str, float]
 
 HEAD = """# Parity with one process
-Written by `make parity`. Every case trains three AdamW steps with global clipping and z-loss, on micro-batches
-whose masks differ wildly by rank, and is compared with a plain float64 model on one process that knows no engine,
-micro-batch or layout. Errors are the largest of a layout's cases: loss and gradient norm relative, over three steps;
-gradients of the first step and weights after the third as ||x - r|| / ||r|| of the worst logical tensor, with a
-floor of 1e-6 of the norm of all. The limits are 1e-5 for loss, norm and gradients, 1e-4 for weights.
+Written by `make parity`. Every case trains three AdamW steps with global clipping and z-loss, on
+micro-batches whose masks differ wildly by rank, and is compared with a plain float64 model on one process
+that knows no engine, micro-batch or layout. Errors are the largest of a layout's cases: loss and gradient
+norm relative, over three steps; gradients of the first step and weights after the third as
+||x - r|| / ||r|| of the worst logical tensor, with a floor of 1e-6 of the norm of all. The limits are
+1e-5 for loss, norm and gradients, 1e-4 for weights.
 
 """
+FIGURES = ("loss", "norm", "gradients", "weights")
 
 
 def run_layout(layout: Layout) -> dict[str, Errors]:
@@ -33,27 +35,18 @@ def run_layout(layout: Layout) -> dict[str, Errors]:
 def main() -> None:
     """Run everything; the table goes to the terminal and to docs/parity.md."""
     started = time.perf_counter()
-    lines = [
-        "| layout | processes | cases | loss | norm | gradients | weights |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = [f"| layout | processes | cases | {' | '.join(FIGURES)} |", "|---|---|---|---|---|---|---|"]
     details: list[str] = []
     for layout in LAYOUTS:
         results = run_layout(layout)
-        worst = {
-            key: max(error[key] for error in results.values())
-            for key in ("loss", "norm", "gradients", "weights")
-        }
-        figures = " | ".join(f"{value:.1e}" for value in worst.values())
+        worst = [max(error[key] for error in results.values()) for key in FIGURES]
+        figures = " | ".join(f"{value:.1e}" for value in worst)
         lines.append(f"| {layout} | {layout.world} | {len(results)} | {figures} |")
         print(lines[-1], flush=True)
         details += ["", f"## {layout}", ""]
         details += [f"- {name}: gradients {error['gradients']:.1e}" for name, error in results.items()]
     minutes = (time.perf_counter() - started) / 60
-    where = (
-        f"\nRun on {platform.processor() or platform.machine()} CPU, torch {torch.__version__}, gloo, fp32; "
-    )
-    where += f"{minutes:.1f} minutes on 2 cores.\n"
+    where = f"\nCPU, gloo, fp32, torch {torch.__version__}, {os.cpu_count()} cores: {minutes:.1f} minutes.\n"
     text = HEAD + "\n".join(lines) + "\n" + where + "\n".join(details) + "\n"
     (Path(ROOT) / "docs" / "parity.md").write_text(text, encoding="utf-8")
     print(where.strip())

@@ -1,4 +1,4 @@
-"""Contract 5: every layout, transport, schedule and FFN-M mode gives the loss and gradients of one process."""
+"""Contract 5: every layout, transport, schedule and mode gives one process's loss and gradients."""
 
 import pytest
 

@@ -45,6 +45,8 @@ def test_groups_are_megatrons(tmp_path: Path) -> None:
 
 
 PIPELINE = ["parallel.pipeline=2", "train.micro_batch=1"]
+INTERLEAVED = ["parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=2"]
+RAMP = "train.ramp={start: 2, increment: 2, samples: 64}"
 
 
 @pytest.mark.parametrize(

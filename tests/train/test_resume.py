@@ -17,7 +17,7 @@ STEPS = 8
 def words(data: Path, output: Path, *more: str) -> list[str]:
     return [
         CONFIG, *TINY, f"data.path={data}", f"train.output={output}", f"train.steps={STEPS}",
-        "train.evaluate_every=4", "checkpoint.every=2",
+        "train.evaluate_every=4", "checkpoint.every=2", "model.num_hidden_layers=4",
         "train.ramp={start: 4, increment: 4, samples: 12}", *more,
     ]  # fmt: skip
 
@@ -40,33 +40,54 @@ def same_losses(run: Path, other: Path, tolerance: float = 2e-5) -> None:
             assert values[step] == pytest.approx(value, rel=tolerance), (tag, step)
 
 
-# Processes and tensor-parallel size before and after; what is left is data parallel.
-MOVES = [((2, 1), (1, 1)), ((1, 1), (2, 2)), ((4, 2), (2, 1))]
+ALONE = (1, ())
+DP2 = (2, ())
+TP2 = (2, ("parallel.tensor=2",))
+PP2 = (2, ("parallel.pipeline=2", "train.micro_batch=1"))
+PP2_REPLICATED = (2, (*PP2[1], "parallel.x0_transport=replicate", "parallel.schedule=gpipe"))
+TP2_PP2 = (4, ("parallel.tensor=2", *PP2[1]))
+PP2_INTERLEAVED = (2, (*PP2[1], "parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=2"))
+# Where a run starts, and where it goes on; tied and untied heads.
+MOVES = {
+    "DP2 to one": (DP2, ALONE, False),
+    "one to TP2 PP2": (ALONE, TP2_PP2, False),
+    "TP2 PP2 to PP2 replicated": (TP2_PP2, PP2_REPLICATED, True),
+    "PP2 interleaved to TP2": (PP2_INTERLEAVED, TP2, True),
+}
 
 
-@pytest.mark.parametrize(("before", "after"), MOVES)
+@pytest.fixture(scope="module")
+def unbroken_tied(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a tied head, on one process."""
+    run = tmp_path_factory.mktemp("runs") / "tied"
+    finished("launch", "--nproc", 1, *words(data, run, "model.tie_word_embeddings=true"))
+    return run
+
+
+@pytest.mark.parametrize("move", MOVES)
 def test_resumes_in_another_layout(
-    unbroken: Path, data: Path, tmp_path: Path, before: tuple[int, int], after: tuple[int, int]
+    unbroken: Path, unbroken_tied: Path, data: Path, tmp_path: Path, move: str
 ) -> None:
+    before, after, tied = MOVES[move]
     run = tmp_path / "moved"
-    for (world, tensor), more in ((before, ["train.stop_after=5"]), (after, [])):
-        layout = f"parallel.tensor={tensor}"
-        output = finished("launch", "--nproc", world, *words(data, run, layout, *more))
+    for (world, layout), more in ((before, ["train.stop_after=5"]), (after, [])):
+        head = f"model.tie_word_embeddings={str(tied).lower()}"
+        output = finished("launch", "--nproc", world, *words(data, run, head, *layout, *more))
     assert "resumed from" in output and "at step 5" in output
-    same_losses(run, unbroken)
+    same_losses(run, unbroken_tied if tied else unbroken)
 
 
 def test_every_layout_starts_from_the_same_weights(data: Path, tmp_path: Path) -> None:
     """Initialisation and export know no layout: the files are equal to the bit."""
     odd = ("model.intermediate_size=45", "optimizer.lr=1e-30", "schedule.min_lr=0", "train.steps=1")
     exports = []
-    for world, tensor in ((1, 1), (2, 2), (4, 4)):
-        run, export = tmp_path / f"run-{tensor}", tmp_path / f"export-{tensor}"
-        still = words(data, run, *odd, "schedule.warmup_steps=0", f"parallel.tensor={tensor}")
+    for number, (world, layout) in enumerate((ALONE, TP2_PP2)):
+        run, export = tmp_path / f"run-{number}", tmp_path / f"export-{number}"
+        still = words(data, run, *odd, "schedule.warmup_steps=0", *layout)
         finished("launch", "--nproc", world, *still)
         mlm_train("export", run, "--output", export)
         exports.append((export / "model.safetensors").read_bytes())
-    assert exports[0] == exports[1] == exports[2]
+    assert exports[0] == exports[1]
 
 
 def test_a_killed_rank_costs_only_the_work_since_the_last_checkpoint(
