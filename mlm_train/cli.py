@@ -23,6 +23,7 @@ COMMANDS = {
     "generate": "mlm_train.inference.command",
     "evaluate": "mlm_train.evaluate.command",
     "monitor": "mlm_train.monitor.command",
+    "bench": "mlm_train.bench.command",
     "doctor": "mlm_train.doctor",
 }
 SUMMARY = {
@@ -34,6 +35,7 @@ SUMMARY = {
     "generate": "continue a prompt, with FFN-M computed or looked up",
     "evaluate": "perplexity of an exported model, or its logits",
     "monitor": "show a run in TensorBoard",
+    "bench": "measure this machine, with what is moved counted",
     "doctor": "say what this machine can run",
 }
 

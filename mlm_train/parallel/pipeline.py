@@ -94,7 +94,9 @@ class Pipeline:
         self.spans = my_spans(config, runtime.topology)
         # Without FFN-M only the first stage embeds, and nothing but the hidden state travels.
         transport = TRANSPORTS[config.parallel.x0_transport or "broadcast"] if source else Relay
-        self.channel: X0Channel = transport(model, self.group, runtime.device)
+        self.channel: X0Channel = transport(
+            model, self.group, runtime.device, runtime.topology.pipeline * len(self.spans)
+        )
         self.channel.relays = self.channel.relays and source is not None
         parts = (self.channel, source, loss, precision, config.train.z_loss)
         self.stages = [Stage(model, span, *parts) for span in self.spans]

@@ -15,7 +15,11 @@ from mlm_train.model.transformer import Transformer
 
 
 class X0Channel(Protocol):
-    """What a stage asks for x0. `relays`: whether stages pass x0 on as a second tensor."""
+    """What a stage asks for x0. `relays`: whether stages pass x0 on as a second tensor.
+
+    Made from this rank's model, the pipeline group, the device, and the stages of the whole pipeline,
+    virtual ones counted.
+    """
 
     relays: bool
 
@@ -32,7 +36,11 @@ class X0Channel(Protocol):
         ...
 
     def bytes_per_step(self, distinct: int, tokens: int) -> int:
-        """Bytes that cross between stages in a step, by formula, all stages together."""
+        """Payload bytes that cross between stages in a training step for x0's sake, by formula.
+
+        `distinct`: distinct ids of the step on this data-parallel rank; `tokens`: its positions. All
+        stages of one pipeline together. Convention: parallel/traffic.py.
+        """
         ...
 
 
@@ -57,7 +65,7 @@ class Broadcast:
 
     relays = False
 
-    def __init__(self, model: Transformer, group: Any, device: torch.device) -> None:
+    def __init__(self, model: Transformer, group: Any, device: torch.device, stages: int) -> None:
         self.model, self.group, self.device = model, group, device
         self.source = dist.get_global_rank(group, 0)
         self.owns = dist.get_rank(group) == 0
@@ -95,8 +103,8 @@ class Relay:
 
     relays = True
 
-    def __init__(self, model: Transformer, group: Any, device: torch.device) -> None:
-        self.model, self.group = model, group
+    def __init__(self, model: Transformer, group: Any, device: torch.device, stages: int) -> None:
+        self.model, self.boundaries = model, stages - 1
 
     def begin(self, ids: Tensor) -> Tensor:
         return ids
@@ -108,8 +116,8 @@ class Relay:
         pass
 
     def bytes_per_step(self, distinct: int, tokens: int) -> int:
-        others = dist.get_world_size(self.group) - 1
-        return 2 * 4 * tokens * self.model.config.hidden_size * others
+        # Every boundary between stages is crossed, of which a rank with virtual stages has several.
+        return 2 * 4 * tokens * self.model.config.hidden_size * self.boundaries
 
 
 class Replicate:
@@ -117,7 +125,7 @@ class Replicate:
 
     relays = False
 
-    def __init__(self, model: Transformer, group: Any, device: torch.device) -> None:
+    def __init__(self, model: Transformer, group: Any, device: torch.device, stages: int) -> None:
         self.model, self.group = model, group
 
     def begin(self, ids: Tensor) -> Tensor:

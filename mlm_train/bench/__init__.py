@@ -1,0 +1,1 @@
+"""Benchmarks: alternated runs, medians, and the machine beside every figure."""

@@ -1,0 +1,162 @@
+"""What the ranks of `bench x0` run: the same steps through each transport, counted, then timed."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from mlm_train.config import Config
+from mlm_train.config.load import parse_config
+from mlm_train.data.prepared import PreparedData
+from mlm_train.data.samples import Samples
+from mlm_train.model.logical import initialise
+from mlm_train.model.loss import count_labels
+from mlm_train.model.transformer import Transformer
+from mlm_train.parallel import runtime as processes
+from mlm_train.parallel.build import build_executor, build_model
+from mlm_train.parallel.pipeline import Pipeline
+from mlm_train.parallel.traffic import Traffic
+from mlm_train.parallel.x0 import TRANSPORTS
+from mlm_train.train.batches import MicroBatch, step_batches
+
+# 2560 tokens a step: not the vocabulary, so that no two formulas give one number.
+LAYERS, HIDDEN, VOCABULARY, LENGTH = 8, 128, 2048, 160
+MICRO_BATCH, MICRO_BATCHES = 2, 8
+VIRTUAL = 2  # stages a rank, with interleaved_1f1b
+COUNTED = 2  # steps counted before any is timed: the first one could move more than those after it
+SEED = 1234
+
+Step = Callable[[int], list[MicroBatch]]
+
+
+def make_config(stages: int, schedule: str, vocabulary: int, transport: str | None) -> Config:
+    """The model measured; transport None: the same without FFN-M, whose stages need no x0."""
+    parallel = {"pipeline": stages, "schedule": schedule}
+    if schedule == "interleaved_1f1b":
+        parallel["virtual_stages"] = VIRTUAL
+    model = {
+        "kind": "base" if transport is None else "memory",
+        "vocab_size": vocabulary,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "intermediate_size": 344,
+    }
+    train = {"output": "none", "steps": 1, "micro_batch": MICRO_BATCH, "device": "cpu"}
+    tree: dict[str, Any] = {
+        "model": model,
+        "data": {"path": "none", "sequence_length": LENGTH},
+        "parallel": parallel,
+        "train": train | {"global_batch": MICRO_BATCH * MICRO_BATCHES},
+    }
+    if transport is not None:
+        parallel["x0_transport"] = transport
+        tree["memory"] = {"mode": "unique"}
+    return parse_config(tree)
+
+
+@dataclass
+class Candidate:
+    """A way to train, and its latest mean cross-entropy."""
+
+    model: Transformer
+    executor: Pipeline
+    runtime: processes.Runtime
+    loss: float = 0.0
+
+    @classmethod
+    def build(cls, config: Config) -> "Candidate":
+        """On all ranks; every candidate has the same weights."""
+        runtime = processes.start(config)
+        model = build_model(config, runtime)
+        initialise(model, config.model, SEED)
+        executor = build_executor(model, config, runtime)
+        assert isinstance(executor, Pipeline)
+        return cls(model, executor, runtime)
+
+    def step(self, batches: list[MicroBatch]) -> float:
+        """Forward and backward of a step; seconds, of the slowest rank."""
+        self.model.zero_grad()
+        labels = sum(count_labels(batch.labels) for batch in batches)
+        self.runtime.barrier()
+        started = time.perf_counter()
+        total = self.executor.backward(batches, 1.0 / labels)
+        seconds = time.perf_counter() - started
+        self.loss = total.item() / labels
+        return max(self.runtime.together(lambda: seconds))
+
+    def moved(self, batches: list[MicroBatch]) -> int:
+        """Payload bytes that a step moves between all ranks."""
+        self.model.zero_grad()
+        labels = sum(count_labels(batch.labels) for batch in batches)
+        with Traffic() as traffic:
+            total = self.executor.backward(batches, 1.0 / labels)
+        self.loss = total.item() / labels
+        return sum(self.runtime.together(lambda: traffic.bytes))
+
+
+def work(order_file: str) -> int:
+    """A rank: measures what `order_file` asks for; the first one writes the result beside it."""
+    order = json.loads(Path(order_file).read_text(encoding="utf-8"))
+    data = PreparedData.open(order["data"]) if order["data"] else None
+    vocabulary = data.vocab_size if data is not None else VOCABULARY
+    candidates = {
+        name: Candidate.build(make_config(order["stages"], order["schedule"], vocabulary, name))
+        for name in (None, *TRANSPORTS)
+    }
+    runtime = candidates[None].runtime
+    result = _measure(candidates, _steps(data, runtime), order["runs"])
+    if runtime.leads:
+        Path(order_file).with_name("result.json").write_text(json.dumps(result), encoding="utf-8")
+    runtime.barrier()
+    processes.stop()
+    return 0
+
+
+def _measure(candidates: dict[str | None, Candidate], batches_of: Step, runs: int) -> dict[str, Any]:
+    """First the counted steps, then the timed ones, the transports in turn."""
+    found: dict[str, Any] = {
+        name: {"counted": [], "formula": [], "losses": [], "seconds": []} for name in TRANSPORTS
+    }
+    hidden, distinct, tokens = [], [], 0
+    for step in range(COUNTED):
+        batches = batches_of(step)
+        ids = torch.cat([batch.ids for batch in batches])
+        distinct.append(ids.unique().numel())
+        tokens = ids.numel()
+        hidden.append(candidates[None].moved(batches))
+        for name, figures in found.items():
+            figures["counted"].append(candidates[name].moved(batches) - hidden[-1])
+            channel = candidates[name].executor.channel
+            figures["formula"].append(channel.bytes_per_step(distinct[-1], tokens))
+            figures["losses"].append(candidates[name].loss)
+    quiet = not candidates[None].runtime.leads
+    console = Console(stderr=True)
+    for run in track(range(runs), "timing", console=console, transient=True, disable=quiet):
+        batches = batches_of(COUNTED + run)
+        for name, figures in found.items():
+            figures["seconds"].append(candidates[name].step(batches))
+    return {"transports": found, "without_x0": hidden, "distinct": distinct, "tokens": tokens}
+
+
+def _steps(data: PreparedData | None, runtime: processes.Runtime) -> Step:
+    """Step number -> its micro-batches: prepared text, or ids whose k-th is drawn in proportion to 1/k."""
+    size = MICRO_BATCH * MICRO_BATCHES
+    if data is not None:
+        samples = Samples(data.split("train"), LENGTH, SEED)
+        return lambda step: step_batches(samples, step * size, size, MICRO_BATCH, runtime.topology)
+    weights = 1.0 / torch.arange(1, VOCABULARY + 1)
+
+    def drawn(step: int) -> list[MicroBatch]:
+        generator = torch.Generator().manual_seed(SEED + step)
+        ids = weights.multinomial(size * (LENGTH + 1), True, generator=generator).view(size, -1)
+        pairs = zip(ids[:, :-1].split(MICRO_BATCH), ids[:, 1:].split(MICRO_BATCH), strict=True)
+        return [MicroBatch(*pair) for pair in pairs]
+
+    return drawn
