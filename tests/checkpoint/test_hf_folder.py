@@ -52,7 +52,7 @@ def write(path: Path, model: Transformer, **options: Any) -> Path:
 
 
 def logits(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
-    return model(ids, make_source("unique", model.layers) if model.config.has_memory else None)
+    return model(ids, make_source("unique", model.memory_blocks()) if model.config.has_memory else None)
 
 
 IDS = torch.arange(60).view(2, 30) * 31 % 97

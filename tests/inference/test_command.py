@@ -23,7 +23,9 @@ def folders(tmp_path: Path) -> tuple[str, str]:
     export, tol = tmp_path / "export", tmp_path / "tol"
     write_folder(export, model.config, named_pieces(model))
     tol.mkdir()
-    table = torch.stack([block.ffn_m(model.embed_tokens.weight) for block in model.memory_blocks()], dim=1)
+    table = torch.stack(
+        [block.ffn_m(model.embed_tokens.weight) for block in model.memory_blocks().values()], dim=1
+    )
     parts = [
         write_partition(
             tol / f"{start}.safetensors", (start, stop), 3, 32, torch.float32, [table[start:stop]]

@@ -56,7 +56,7 @@ def test_rows_are_ffn_m(tables: dict[str, Path], model: Transformer, dtype: str)
         parts.append(load_file(file)["rows"])
     table = torch.cat(parts)
     x0 = model.embed_tokens.weight
-    true = torch.stack([block.ffn_m(x0) for block in model.layers], dim=1)
+    true = torch.stack([block.ffn_m(x0) for block in model.memory_blocks().values()], dim=1)
     assert true.abs().mean() > 0.1
     assert table.dtype == TORCH_DTYPE[dtype] and table.shape == (601, 3, 32)
     info = torch.finfo(TORCH_DTYPE[dtype])
@@ -156,7 +156,7 @@ def test_bad_input(
         dict(named_pieces(model))[name][5, 2] = float("nan")
         export(tmp_path / name, model)
     large = random_model()
-    large.layers[2].memory_mlp.down_proj.weight.mul_(1e6)
+    large.memory_blocks()[2].memory_mlp.down_proj.weight.mul_(1e6)
     export(tmp_path / "large", large)
     cases = (
         (tmp_path / "none", {}, "does not exist"),

@@ -25,13 +25,15 @@ def test_lookup_equals_compute(
     tables: dict[str, Path], exported: Path, model: Transformer, dtype: str, limit: float, in_memory: bool
 ) -> None:
     served = load_model(exported, with_memory=False)
-    computed = model(IDS, make_source("per_token", model.layers))
+    computed = model(IDS, make_source("per_token", model.memory_blocks()))
     looked_up = served(IDS, TolSource.open_folder(tables[dtype], served.config, in_memory))
     assert (looked_up - computed).abs().max() <= limit * computed.abs().max()
 
 
 def test_dropped_layer_reads_as_zeros(model: Transformer, tables: dict[str, Path], tmp_path: Path) -> None:
-    table = torch.stack([model.layers[layer].ffn_m(model.embed_tokens.weight) for layer in (0, 2)], dim=1)
+    table = torch.stack(
+        [model.memory_blocks()[layer].ffn_m(model.embed_tokens.weight) for layer in (0, 2)], dim=1
+    )
     path = tmp_path / "rows.safetensors"
     partition = write_partition(path, (0, 601), 2, 32, torch.float32, table.split(100))
     index = read_index(tables["float32"])
