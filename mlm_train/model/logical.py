@@ -105,10 +105,8 @@ def draw(config: ModelConfig, seed: int, name: str, shape: torch.Size) -> Tensor
 
 @torch.no_grad()
 def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill a Transformer's weights in place, tensor by tensor; padding becomes zero."""
+    """Fill a Transformer's weights in place, tensor by tensor; padding is left as it is."""
     parameters = dict(model.named_parameters())
-    for parameter in parameters.values():
-        parameter.zero_()
     for piece in pieces(model):
         whole = draw(config, seed, piece.name, piece.shape)
         piece.of(parameters[piece.parameter]).copy_(piece.cut(whole))

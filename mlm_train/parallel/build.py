@@ -42,10 +42,13 @@ def shapes_of(config: Config, topology: Topology, group: TensorGroup) -> Transfo
 
 
 def build_model(config: Config, runtime: Runtime) -> Transformer:
-    """This rank's share of the model on its device; the weights are not filled yet."""
+    """This rank's share of the model on its device: zeros, which the padding stays, to be filled next."""
     group = tensor_group(runtime)
     model = shapes_of(config, runtime.topology, group)
     model.to_empty(device=runtime.device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
     mark_for_clipping(model, group)
     if model.embed_tokens is not None and runtime.topology.pipeline_rank > 0:
         # A copy (tied head, or replicate): the first stage's counts in the gradient norm.

@@ -76,8 +76,7 @@ class Broadcast:
         rows = torch.empty(shape, dtype=torch.float32, device=self.device)
         self.embedded: Tensor | None = None
         if self.owns:
-            with torch.set_grad_enabled(torch.is_grad_enabled()):
-                self.embedded = self.model.embed(distinct)
+            self.embedded = self.model.embed(distinct)
             rows.copy_(self.embedded.detach())
         dist.broadcast(rows, self.source, group=self.group)
         self.rows = rows.requires_grad_()  # nothing flows into it: it makes _Lookup's backward run

@@ -17,7 +17,6 @@ def train(run: Run) -> Progress:
     """Train to train.steps (or stop_after), evaluating and saving on the way. Returns the last state."""
     config, progress = run.config, run.progress
     last = min(config.train.steps, progress.step + (config.train.stop_after or config.train.steps))
-    saved = progress.step
     while progress.step < last:
         started = time.perf_counter()
         size = global_batch_at(config.train, progress.samples)
@@ -34,9 +33,6 @@ def train(run: Run) -> Progress:
             evaluate(run, progress)
         if _due(progress.step, config.checkpoint.every, last):
             save(run, progress)
-            saved = progress.step
-    if saved < progress.step:
-        save(run, progress)
     return progress
 
 

@@ -77,8 +77,6 @@ def _trainer(config: Config, runtime: processes.Runtime) -> Trainer:
     network = build_model(config, runtime)
     with torch.no_grad():
         parameters = dict(network.named_parameters())
-        for parameter in parameters.values():
-            parameter.zero_()
         for piece in pieces(network):
             piece.of(parameters[piece.parameter]).copy_(piece.cut(whole[piece.name]))
     engine = Engine(network, config.optimizer, runtime)
