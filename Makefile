@@ -18,7 +18,7 @@ help:  ## this list
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-quickstart: .venv/runtime.stamp  ## the whole road on two CPU processes, in minutes
+quickstart: .venv/runtime.stamp  ## the whole road on four CPU processes, in minutes
 	$(BIN)/python tools/quickstart.py
 
 check: .venv/dev.stamp  ## style and types

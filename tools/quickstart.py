@@ -1,4 +1,4 @@
-"""The whole road on two CPU processes: text, tokenizer, training with a kill, export, ToL, generation.
+"""The whole road on four CPU processes, TP2 x PP2: text, tokenizer, training with a kill, export, ToL.
 
 usage: .venv/bin/python tools/quickstart.py [--folder runs/quickstart]
 
@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-PROCESSES = 2
+PROCESSES = 4
+LAYOUT = ("parallel.tensor=2", "parallel.pipeline=2", "train.micro_batch=4")
 PROMPT = "class TestCase(unittest.TestCase):\n    def test_"
 NEW_TOKENS = 48
 
@@ -83,7 +84,7 @@ class Road:
         """Train; kill a rank with SIGKILL once a checkpoint is on disk; start again and finish."""
         words = (
             "launch", "--nproc", PROCESSES, "configs/micro.yaml",
-            f"data.path={self.data}", f"train.output={self.run}",
+            f"data.path={self.data}", f"train.output={self.run}", *LAYOUT,
         )  # fmt: skip
         if "trained" in self.results:
             return
@@ -152,7 +153,7 @@ class Road:
             "validation perplexity, MemoryLLM": f"{found['perplexity']:.2f}",
             "validation perplexity, bigram": f"{found['bigram']:.2f}",
             "validation perplexity, unigram": f"{found['unigram']:.2f}",
-            "training speed": f"{statistics.median(speed):,.0f} tokens/s on {PROCESSES} processes",
+            "training speed": f"{statistics.median(speed):,.0f} tokens/s on {PROCESSES} processes, TP2 x PP2",
             "distinct ids / tokens (a rank's step)": f"{statistics.median(distinct):.3f}",
             "ToL": f"{index['vocab_size']:,} rows, {size:,} bytes ({index['dtype']})",
             "ToL partitions, built on Ray": f"{len(partitions)} in {self.results['tol_seconds']:.0f} s",

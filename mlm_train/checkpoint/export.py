@@ -5,10 +5,9 @@ from pathlib import Path
 from mlm_train.checkpoint.folders import resolve
 from mlm_train.checkpoint.hf_folder import write_folder
 from mlm_train.checkpoint.load import config_of, load_weights, open_checkpoint
+from mlm_train.data.tokenizer import FILE_OF_KIND
 from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
-
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 
 def export_checkpoint(source: Path, output: Path, dtype: str) -> Path:
@@ -25,7 +24,7 @@ def export_checkpoint(source: Path, output: Path, dtype: str) -> Path:
     model = Transformer(config)
     load_weights(folder, model)
     run = folder.parent.parent
-    tokenizers = [run / name for name in TOKENIZER_FILES if (run / name).is_file()]
+    tokenizers = [run / name for name in FILE_OF_KIND.values() if (run / name).is_file()]
     write_folder(
         output,
         config,

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlm_train.data.tokenizer import FILE_OF_KIND
 from mlm_train.errors import UserError
 from mlm_train.files import sha256_of
 
@@ -125,7 +126,7 @@ def _check_numbers(
 def check_tokenizer(folder: Path, data: "PreparedData") -> None:
     """Refuse data whose ids come from another tokenizer than the export's own."""
     name, expected = data.manifest.tokenizer.file, data.manifest.tokenizer.sha256
-    kinds = [folder / file for file in ("tokenizer.model", "tokenizer.json") if (folder / file).is_file()]
+    kinds = [folder / file for file in FILE_OF_KIND.values() if (folder / file).is_file()]
     if kinds and (kinds[0].name != name or sha256_of(kinds[0]) != expected):
         raise UserError(
             f"{kinds[0]} is not the tokenizer of {data.path} (hashes differ): "

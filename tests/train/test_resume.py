@@ -88,6 +88,17 @@ def test_every_layout_starts_from_the_same_weights(data: Path, tmp_path: Path) -
         mlm_train("export", run, "--output", export)
         exports.append((export / "model.safetensors").read_bytes())
     assert exports[0] == exports[1]
+    # A warm start fills every layout's padding with zeros: the same first loss, the same weights after.
+    losses = []
+    for world, layout in (ALONE, TP2_PP2):
+        run, export = tmp_path / f"warm-{world}", tmp_path / f"warm-export-{world}"
+        warm = (f"checkpoint.warm_start={tmp_path / 'export-0'}", "train.seed=5", "train.z_loss=0")
+        still = words(data, run, *odd, "schedule.warmup_steps=0", *warm, *layout)
+        finished("launch", "--nproc", world, *still)
+        mlm_train("export", run, "--output", export)
+        assert (export / "model.safetensors").read_bytes() == exports[0]
+        losses.append(scalars(run, "train/loss")[1])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_a_killed_rank_costs_only_the_work_since_the_last_checkpoint(
