@@ -46,8 +46,9 @@ class Attention(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """x [batch, sequence, hidden] -> the same shape; a cache adds the tokens before."""
-        batch, length, _ = x.shape
-        qkv = self.qkv_proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        qkv = self.qkv_proj(x)
+        batch, length, _ = qkv.shape
+        qkv = qkv.view(batch, length, -1, self.head_dim).transpose(1, 2)
         query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         query, key = rotate(query, *rope), rotate(key, *rope)
         mask = None

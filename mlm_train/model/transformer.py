@@ -15,6 +15,10 @@ from mlm_train.model.source import MemoryReader, MemorySource
 class TokenEmbedding(nn.Embedding):
     """x0 of a token; the head too, where it is tied."""
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """ids int64 [...] -> their rows [..., hidden]."""
+        return self(ids)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., hidden] -> logits [..., vocabulary]."""
         return F.linear(hidden, self.weight)
@@ -64,16 +68,25 @@ class Transformer(nn.Module):
         assert self.embed_tokens is not None
         return self.embed_tokens(ids)
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """ids int64 [...] -> their embeddings [..., hidden], whole on every rank that shares them."""
+        assert self.embed_tokens is not None
+        return self.embed_tokens.rows(ids)
+
     def run_layers(
         self,
         x: Tensor,
         read: MemoryReader | None,
+        length: int,
         layers: Iterable[int] | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """Residual stream [batch, sequence, hidden] through these layers (default: all that are here)."""
+        """Residual stream [batch, sequence, hidden] through these layers (default: all that are here).
+
+        `length` is the sequence's: of the stream only a share may be here.
+        """
         config, start = self.config, cache.length if cache is not None else 0
-        rope = rotary_angles(config.attention_head_dim, config.rope_theta, start, x.shape[1], x.device)
+        rope = rotary_angles(config.attention_head_dim, config.rope_theta, start, length, x.device)
         for layer in self.layers if layers is None else map(str, layers):
             x = self.layers[layer](x, rope, read, cache)
         return x
@@ -87,7 +100,7 @@ class Transformer(nn.Module):
         """ids int64 [batch, sequence] -> the last hidden state, normed [batch, sequence, hidden]."""
         x0 = self.embed(ids)
         read = source.open(ids, x0) if source is not None else None
-        x = self.run_layers(x0, read, cache=cache)
+        x = self.run_layers(x0, read, ids.shape[1], cache=cache)
         assert self.norm is not None
         return self.norm(x)
 

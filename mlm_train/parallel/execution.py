@@ -9,6 +9,8 @@ from torch import Tensor
 from mlm_train.model.loss import LossSums
 from mlm_train.model.source import MemorySource
 from mlm_train.model.transformer import Transformer
+from mlm_train.parallel.mappings import TensorGroup
+from mlm_train.parallel.tensor import sum_replicated
 
 Loss = Callable[[Tensor, Tensor], LossSums]
 Batch = tuple[Tensor, Tensor]  # ids and labels, int64 [batch, sequence]
@@ -32,13 +34,14 @@ class Sequential:
     def __init__(
         self,
         model: Transformer,
+        tensor: TensorGroup,
         source: MemorySource | None,
         loss: Loss,
         precision: torch.autocast,
         z_loss: float,
         device: torch.device,
     ) -> None:
-        self.model, self.source, self.loss = model, source, loss
+        self.model, self.tensor, self.source, self.loss = model, tensor, source, loss
         self.precision, self.z_loss, self.device = precision, z_loss, device
 
     def _sums(self, batch: Batch) -> LossSums:
@@ -55,6 +58,7 @@ class Sequential:
             sums = self._sums(batch)
             ((sums.cross_entropy + self.z_loss * sums.z) * scale).backward()
             total += sums.cross_entropy.detach()
+        sum_replicated(self.model, self.tensor)
         return total
 
     @torch.no_grad()

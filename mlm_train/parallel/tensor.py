@@ -6,8 +6,6 @@ which is exact: a padded key of an FFN gives 0 and gets no gradient, padded word
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,56 +17,7 @@ from mlm_train.model.linear import FusedLinear
 from mlm_train.model.logical import Part
 from mlm_train.model.loss import IGNORED, LossSums
 from mlm_train.model.transformer import Transformer
-
-
-@dataclass(frozen=True)
-class TensorGroup:
-    """The ranks that share each layer. `handle` is None where only shapes are wanted."""
-
-    size: int
-    rank: int
-    handle: Any = None
-
-    def part(self, name: str | None, dim: int, start: int, total: int) -> Part:
-        """This rank's share of `total` indices, at `start` of the local weight."""
-        share = self.share(total)
-        offset = min(self.rank * share, total)
-        return Part(name, dim, start, min(share, total - offset), offset, total)
-
-    def share(self, total: int) -> int:
-        """Indices a rank holds, padding included."""
-        return -(-total // self.size)
-
-
-class _Enter(torch.autograd.Function):
-    """Before a column product: identity forward, sum of the ranks' gradients backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: TensorGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _sum(grad, ctx.group), None
-
-
-class _Leave(torch.autograd.Function):
-    """After a row product: sum of the ranks' parts forward, identity backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: TensorGroup) -> Tensor:
-        return _sum(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-def _sum(x: Tensor, group: TensorGroup) -> Tensor:
-    x = x.clone(memory_format=torch.contiguous_format)  # all_reduce writes in place
-    dist.all_reduce(x, group=group.handle)
-    return x
+from mlm_train.parallel.mappings import TensorGroup
 
 
 class ColumnLinear(nn.Module):
@@ -82,8 +31,8 @@ class ColumnLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(sum(map(group.share, parts.values())), in_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in], alike on all ranks -> [..., this rank's out]."""
-        return F.linear(_Enter.apply(x, self.group), self.weight)
+        """x [..., positions here, in] -> [..., positions, this rank's out]."""
+        return F.linear(self.group.enter(x), self.weight)
 
     def logical_parts(self) -> list[Part]:
         """One part a product."""
@@ -103,8 +52,8 @@ class RowLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, group.share(in_features)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., this rank's in] -> [..., out], alike on all ranks."""
-        return _Leave.apply(F.linear(x, self.weight), self.group)
+        """x [..., positions, this rank's in] -> [..., positions here, out]."""
+        return self.group.leave(F.linear(x, self.weight))
 
     def logical_parts(self) -> list[Part]:
         """Columns of one tensor."""
@@ -119,16 +68,23 @@ class VocabEmbedding(nn.Module):
         self.vocab_size, self.group = vocab_size, group
         self.weight = nn.Parameter(torch.empty(group.share(vocab_size), hidden_size))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids int64 [...] -> x0 [..., hidden], alike on all ranks."""
+    def _partial(self, ids: Tensor) -> Tensor:
+        """The rows of the ids that are here, zeros for the others."""
         local = ids - self.logical_parts()[0].offset
         here = (local >= 0) & (local < self.weight.shape[0])
-        rows = F.embedding(local.where(here, 0), self.weight)
-        return _Leave.apply(rows * here.unsqueeze(-1), self.group)
+        return F.embedding(local.where(here, 0), self.weight) * here.unsqueeze(-1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids int64 [batch, positions] -> x0 [batch, positions here, hidden]."""
+        return self.group.leave(self._partial(ids))
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """ids int64 [...] -> their rows [..., hidden], alike on all ranks; so must their gradient be."""
+        return self.group.sum(self._partial(ids))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., hidden] -> logits of this rank's words [..., share of the vocabulary]."""
-        return F.linear(_Enter.apply(hidden, self.group), self.weight)
+        """hidden [..., positions here, hidden] -> logits [..., positions, share of the vocabulary]."""
+        return F.linear(self.group.enter(hidden), self.weight)
 
     def logical_parts(self) -> list[Part]:
         """Rows of one tensor."""
@@ -175,6 +131,23 @@ def mark_for_clipping(model: nn.Module, group: TensorGroup) -> None:
             parameter.model_parallel = group.rank == 0  # type: ignore[attr-defined]
 
 
+def sum_replicated(model: nn.Module, group: TensorGroup) -> None:
+    """Sum the gradients of weights that every rank holds, once a step, where each saw its positions only."""
+    if group.positions == 1:
+        return
+    cut = {id(module.weight) for module in model.modules() if isinstance(module, SHARDED)}
+    gradients = []
+    for parameter in model.parameters():
+        if id(parameter) not in cut:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+    if gradients:
+        summed = group.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, total in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))
+
+
 def parallel_loss_sums(logits: Tensor, labels: Tensor, vocab_size: int, group: TensorGroup) -> LossSums:
     """model/loss.py's loss_sums where each rank holds the logits of its words.
 
@@ -187,11 +160,10 @@ def parallel_loss_sums(logits: Tensor, labels: Tensor, vocab_size: int, group: T
     if part.length < logits.shape[-1]:  # padded words
         padded = torch.arange(logits.shape[-1], device=logits.device) >= part.length
         logits = logits.masked_fill(padded, -torch.inf)
-    top = logits.detach().amax(-1)
-    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group.handle)
-    lse = _Leave.apply((logits - top.unsqueeze(-1)).exp().sum(-1), group).log() + top
+    top = group.all_reduce(logits.detach().amax(-1), op=dist.ReduceOp.MAX)
+    lse = group.sum((logits - top.unsqueeze(-1)).exp().sum(-1)).log() + top
     local = labels - part.offset
     here = (local >= 0) & (local < part.length)
     found = logits.gather(-1, local.where(here, 0).unsqueeze(-1)).squeeze(-1)
-    target = _Leave.apply(found.masked_fill(~here, 0.0), group)
+    target = group.sum(found.masked_fill(~here, 0.0))
     return LossSums(((lse - target) * valid).sum(), (lse.square() * valid).sum())

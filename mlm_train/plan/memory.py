@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from mlm_train.config import Config
 from mlm_train.parallel.build import shapes_of
-from mlm_train.parallel.tensor import TensorGroup
+from mlm_train.parallel.mappings import TensorGroup
 from mlm_train.parallel.topology import Topology
 
 FP32 = 4

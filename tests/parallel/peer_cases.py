@@ -53,7 +53,7 @@ def _run_case(model: dict) -> dict[str, float]:
     weights = dict(named_pieces(whole))
 
     network = build_model(config, runtime)
-    group = tensor_group(runtime)
+    group = tensor_group(config, runtime)
     with torch.no_grad():
         parameters = dict(network.named_parameters())
         for piece in pieces(network):
