@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from mlm_train.config.model import ModelConfig
-from mlm_train.config.parallel import ParallelConfig, check_parallel
+from mlm_train.config.parallel import ZERO_BUBBLE, ParallelConfig, check_parallel
 from mlm_train.config.section import Section, blame
 
 
@@ -59,6 +59,9 @@ class Ramp(Section):
     samples: int = Field(ge=1, description="sequences after which the full batch is reached")
 
 
+Recompute = Literal["none", "selective", "full"]
+
+
 class TrainConfig(Section):
     """How long, how much at once, in which precision."""
 
@@ -69,6 +72,11 @@ class TrainConfig(Section):
     ramp: Ramp | None = Field(None, description="optional growth of the global batch")
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: autocast of the compute; weights and gradients stay fp32"
+    )
+    recompute: Recompute | list[Recompute] = Field(
+        "none",
+        description="activations computed again in the backward pass; selective: attention between its "
+        "products, full: whole layers, FFN-M apart. A list has one a pipeline stage",
     )
     seed: int = Field(1234, ge=0, lt=2**63, description="of the initial weights and of the sample order")
     z_loss: float = Field(1e-6, ge=0, description="weight of the mean squared log-sum-exp")
@@ -127,7 +135,20 @@ class Config(Section):
                 f"is longer than model.max_position_embeddings={self.model.max_position_embeddings}",
             )
         check_parallel(self.parallel, self.model, self.data.sequence_length)
+        self._check_recompute()
         return self
+
+    def _check_recompute(self) -> None:
+        recompute, parallel = self.train.recompute, self.parallel
+        if isinstance(recompute, list) and len(recompute) != parallel.stages:
+            blame("train.recompute", recompute, f"needs one for all stages, or a list of {parallel.stages}")
+        if parallel.order in ZERO_BUBBLE and "full" in (recompute, *recompute):
+            blame(
+                "train.recompute",
+                recompute,
+                f"with parallel.schedule={parallel.order} each weight of a layer would run the layer's forward "
+                "again: use selective, or parallel.schedule=1f1b",
+            )
 
     def _check_memory(self) -> None:
         if self.model.has_memory and self.memory is None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mlm_train.config import ModelConfig
 from mlm_train.model.attention import KeyValueCache
-from mlm_train.model.block import BaseBlock, MemoryBlock
+from mlm_train.model.block import BaseBlock, Block, MemoryBlock
 from mlm_train.model.rope import rotary_angles
 from mlm_train.model.source import MemoryReader, MemorySource
 
@@ -58,6 +58,12 @@ class Transformer(nn.Module):
         if self.config.has_memory:
             return MemoryBlock(self.config, layer, self.with_memory)
         return BaseBlock(self.config, layer)
+
+    def block(self, layer: int) -> Block:
+        """A layer by its number in the whole model."""
+        block = self.layers[str(layer)]
+        assert isinstance(block, Block)
+        return block
 
     def memory_blocks(self) -> dict[int, MemoryBlock]:
         """Layer -> block, of the layers that have FFN-M: what a training source computes with."""

@@ -62,6 +62,11 @@ def build_executor(model: Transformer, config: Config, runtime: Runtime) -> Exec
     group = tensor_group(config, runtime)
     source = make_source(config.memory.mode, model.memory_blocks(), group) if config.memory else None
     loss: Loss = loss_sums
+    for span in my_spans(config, runtime.topology):
+        recompute = config.train.recompute
+        extent = recompute if isinstance(recompute, str) else recompute[span.number]
+        for layer in span.layers:
+            model.block(layer).set_recompute(extent)
     if group.size > 1:
         loss = partial(parallel_loss_sums, vocab_size=config.model.vocab_size, group=group)
     bf16 = config.train.precision == "bf16"
