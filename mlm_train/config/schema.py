@@ -79,6 +79,9 @@ class TrainConfig(Section):
         "products, full: whole layers, FFN-M apart. A list has one a pipeline stage",
     )
     seed: int = Field(1234, ge=0, lt=2**63, description="of the initial weights and of the sample order")
+    deterministic: bool = Field(
+        False, description="kernels that give the same bits again on CUDA too; slower (docs/run.md)"
+    )
     z_loss: float = Field(1e-6, ge=0, description="weight of the mean squared log-sum-exp")
     evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
     evaluate_samples: int = Field(64, ge=1, description="validation sequences, spread evenly")

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlm_train.config import Config
+from mlm_train.config import Config, TrainConfig
 from mlm_train.errors import SharedUserError, UserError
 from mlm_train.parallel.topology import Topology
 
@@ -121,6 +121,7 @@ def start(config: Config) -> Runtime:
     """Join the other ranks: gloo on CPU, NCCL on CUDA, megatron-core's groups over them."""
     topology = Topology.of(config.parallel, world_size(), global_rank())
     topology.check_batch(config)
+    _make_repeatable(config.train)
     device = pick_device(config.train.device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=config.parallel.timeout)
@@ -134,6 +135,14 @@ def start(config: Config) -> Runtime:
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(topology.tensor, topology.pipeline)
     return Runtime(topology, device)
+
+
+def _make_repeatable(train: TrainConfig) -> None:
+    """Seed what libraries may draw, and the kernels train.deterministic asks for."""
+    torch.manual_seed(train.seed)
+    if train.deterministic:  # cuBLAS reads its variable when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(train.deterministic)
 
 
 def stop() -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mlm_train.memory.rows import add_rows
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel.mappings import TensorGroup
 
@@ -57,7 +58,7 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
         (index,) = ctx.saved_tensors
-        ctx.table.index_add_(0, index.reshape(-1), grad.reshape(-1, grad.shape[-1]).to(ctx.table.dtype))
+        add_rows(ctx.table, index.reshape(-1), grad.reshape(-1, grad.shape[-1]))
         return None, None, None
 
 

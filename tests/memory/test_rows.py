@@ -1,0 +1,65 @@
+"""Sums into rows, and training that gives the same bits again."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mlm_train.memory.rows import add_rows
+from tests.commands import TINY, finished, scalars
+
+
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_sorted_segments_are_the_plain_sum(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    index = torch.randint(0, rows, (500,), generator=generator)
+    index[index == 3] = 0  # rows that nobody asks for
+    values = torch.randn(500, 16, generator=generator)
+    start = torch.randn(rows, 16, generator=generator)
+    plain, sorted_ = start.clone(), start.clone()
+    add_rows(plain, index, values)
+    torch.use_deterministic_algorithms(True)
+    try:
+        add_rows(sorted_, index, values.bfloat16().float())
+        again = start.clone()
+        add_rows(again, index, values.bfloat16())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(sorted_, again, rtol=0, atol=0)
+    exact = start.double().index_add(0, index, values.double())
+    torch.testing.assert_close(plain.double(), exact, rtol=1e-5, atol=1e-5)
+    exact = start.double().index_add(0, index, values.bfloat16().double())
+    torch.testing.assert_close(sorted_.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+LAYOUTS = {
+    "DP2": (2, ("train.precision=bf16", "train.recompute=full")),
+    "TP2 SP x PP2, ZeRO-2": (
+        4, ("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "train.micro_batch=1")
+    ),
+    "PP2 zbv": (2, ("parallel.pipeline=2", "parallel.schedule=zbv", "train.micro_batch=1")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_runs_are_equal_to_the_bit(layout: str, data: Path, tmp_path: Path) -> None:
+    world, words = LAYOUTS[layout]
+    found = []
+    for deterministic in (True, True, False, False):
+        run = tmp_path / str(len(found))
+        finished(
+            "launch", "--nproc", world, "configs/micro.yaml", *TINY, f"data.path={data}",
+            f"train.output={run}", "train.steps=3", "train.evaluate_every=0", "checkpoint.every=0",
+            "model.num_hidden_layers=4", f"train.deterministic={str(deterministic).lower()}", *words,
+        )  # fmt: skip
+        tensors = {}
+        for path in sorted(run.glob("checkpoints/step-*/*.safetensors")):
+            tensors |= {(path.name, name): value for name, value in load_file(path).items()}
+        found.append((scalars(run, "train/loss"), scalars(run, "train/grad_norm"), tensors))
+    for one, other in (found[:2], found[2:]):
+        assert one[:2] == other[:2] and one[2].keys() == other[2].keys()
+        different = [name for name, value in one[2].items() if not value.equal(other[2][name])]
+        assert one[2]
+        assert different == []
+    assert found[0][0] == pytest.approx(found[2][0], rel=1e-5)
