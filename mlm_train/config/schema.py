@@ -34,6 +34,12 @@ class ParallelConfig(Section):
         description="how x0 reaches the pipeline's stages: the step's distinct rows once (default), "
         "beside the hidden state, or an embedding on every stage",
     )
+    zero: Literal[0, 1, 2, 3] = Field(
+        1,
+        description="what the data-parallel ranks share instead of copying (ZeRO): 0 nothing, 1 the "
+        "optimizer, 2 gradients too, 3 weights too (without a pipeline)",
+    )
+    context: int = Field(1, exclude=True, description="only 1: there is no context parallelism")
     timeout: float = Field(600.0, gt=0, le=86400, description="longest wait of a collective, seconds")
 
 
@@ -163,6 +169,13 @@ class Config(Section):
                 tensor,
                 f"must divide {heads} attention and {kv_heads} key-value heads: {', '.join(fitting)} do",
             )
+        if self.parallel.context != 1:
+            blame(
+                "parallel.context",
+                self.parallel.context,
+                "context parallelism is not part of mlm_train; "
+                "use parallel.tensor with parallel.sequence for long sequences",
+            )
         self._check_pipeline()
 
     def _check_pipeline(self) -> None:
@@ -173,6 +186,14 @@ class Config(Section):
                     value = getattr(parallel, name)
                     blame(f"parallel.{name}", value, "has an effect only with parallel.pipeline above 1")
             return
+        if parallel.zero == 3:
+            blame(
+                "parallel.zero",
+                parallel.zero,
+                f"does not work with parallel.pipeline={parallel.pipeline} (it gathers weights in each "
+                "forward and backward pass, in an order that a pipeline's stages break): set "
+                "parallel.zero=2, or parallel.pipeline=1",
+            )
         if parallel.x0_transport is not None and not self.model.has_memory:
             blame("parallel.x0_transport", parallel.x0_transport, "has no effect with model.kind=base")
         interleaved = parallel.schedule == "interleaved_1f1b"

@@ -1,8 +1,10 @@
 """A model's share on this rank, and what runs micro-batches through it."""
 
 from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
 
 from mlm_train.config import Config
 from mlm_train.memory import make_source
@@ -52,12 +54,16 @@ def build_model(config: Config, runtime: Runtime) -> Transformer:
     mark_for_clipping(model, group)
     if model.embed_tokens is not None and runtime.topology.pipeline_rank > 0:
         # A copy (tied head, or replicate): the first stage's counts in the gradient norm.
-        model.embed_tokens.weight.ds_pipe_replicated = True  # type: ignore[attr-defined]
+        weight: Any = model.embed_tokens.weight
+        weight.ds_pipe_replicated = True
+        weight.model_parallel = weight.tensor_model_parallel = False  # what stage 0 looks at
     return model
 
 
-def build_executor(model: Transformer, config: Config, runtime: Runtime) -> Executor:
-    """What trains and evaluates this layout."""
+def build_executor(
+    model: Transformer, config: Config, runtime: Runtime, entry: nn.Module | None = None
+) -> Executor:
+    """What trains and evaluates this layout. `entry`: what to call in the model's place (Engine.entry)."""
     source = make_source(config.memory.mode, model.memory_blocks()) if config.memory else None
     group = tensor_group(runtime)
     loss: Loss = loss_sums
@@ -67,4 +73,4 @@ def build_executor(model: Transformer, config: Config, runtime: Runtime) -> Exec
     precision = torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=bf16)
     if runtime.topology.pipeline > 1:
         return Pipeline(model, config, runtime, source, loss, precision)
-    return Sequential(model, source, loss, precision, config.train.z_loss, runtime.device)
+    return Sequential(entry or model, source, loss, precision, config.train.z_loss, runtime.device)

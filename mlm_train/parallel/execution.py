@@ -4,11 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlm_train.model.loss import LossSums
 from mlm_train.model.source import MemorySource
-from mlm_train.model.transformer import Transformer
 
 Loss = Callable[[Tensor, Tensor], LossSums]
 Batch = tuple[Tensor, Tensor]  # ids and labels, int64 [batch, sequence]
@@ -27,11 +26,11 @@ class Executor(Protocol):
 
 
 class Sequential:
-    """All layers on this rank: one micro-batch after the other."""
+    """All layers on this rank: one micro-batch after the other. `model`: the Transformer, or its entry."""
 
     def __init__(
         self,
-        model: Transformer,
+        model: nn.Module,
         source: MemorySource | None,
         loss: Loss,
         precision: torch.autocast,
