@@ -190,8 +190,8 @@ class Config(Section):
             blame(
                 "parallel.zero",
                 parallel.zero,
-                f"does not work with parallel.pipeline={parallel.pipeline} (it gathers weights in each "
-                "forward and backward pass, in an order that a pipeline's stages break): set "
+                f"does not go with parallel.pipeline={parallel.pipeline} (every micro-batch would gather all "
+                "weights twice, gradients would stay whole, and a tied head would find no weight): set "
                 "parallel.zero=2, or parallel.pipeline=1",
             )
         if parallel.x0_transport is not None and not self.model.has_memory:

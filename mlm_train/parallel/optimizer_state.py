@@ -49,8 +49,8 @@ def _flats(engine: Engine) -> Iterator[_Flat]:
     zero, names = engine.zero.optimizer, engine.zero.param_names
     if engine.stage == 0:
         for name, parameter in engine.model.named_parameters():
-            whole = _Run(0, parameter.numel(), 0)
-            yield _Flat(parameter.detach().view(-1), None, {name: lambda _, whole=whole: whole})
+            members = {name: _cut_evenly(0, parameter.numel(), parameter.numel())}
+            yield _Flat(parameter.detach().view(-1), None, members)
     elif engine.stage < 3:
         for i, slice_ in enumerate(zero.single_partition_of_fp32_groups):
             places = zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True)
@@ -76,7 +76,7 @@ def _cut_anywhere(offset: int, numel: int, share: int) -> Callable[[int], _Run]:
 
 
 def _cut_evenly(place: int, numel: int, part: int) -> Callable[[int], _Run]:
-    """Stage 3: each parameter cut into parts, the last one padded."""
+    """Stage 3: each parameter cut into parts, the last one padded. Stage 0: one part."""
 
     def run(rank: int) -> _Run:
         start = min(rank * part, numel)

@@ -48,6 +48,7 @@ class Layout(NamedTuple):
 LAYOUTS = [
     Layout(1, 1, 1),
     Layout(1, 1, 2),
+    Layout(1, 1, 4),
     Layout(2, 1, 1),
     Layout(1, 2, 1),
     Layout(1, 2, 1, virtual=2),
@@ -62,7 +63,25 @@ LAYOUTS = [
 
 def cases_of(layout: Layout) -> dict[str, Case]:
     """Name -> case, for tests/parallel/parity_cases.py."""
-    return _flat_cases(layout) if layout.pipeline == 1 else _pipeline_cases(layout)
+    found = _flat_cases(layout) if layout.pipeline == 1 else _pipeline_cases(layout)
+    return found | _zero_cases(layout, found)
+
+
+def _zero_cases(layout: Layout, found: dict[str, Case]) -> dict[str, Case]:
+    """Some of a layout's cases again under every other ZeRO stage, tied and untied heads by turns."""
+    stages = (0, 2, 3) if layout.pipeline == 1 else (0, 2)
+    several = 2 if layout.pipeline == 1 else 3
+    by_head = {tied: [name for name in found if (" tied" in name) == tied] for tied in (False, True)}
+    chosen: dict[str, Case] = {}
+    for i, stage in enumerate(stages):
+        for j in range(several):
+            names = by_head[(i + j) % 2 == 0]
+            name = names[(5 * i + 3 * j) % len(names)]
+            case = found[name] | {"parallel": found[name]["parallel"] | {"zero": stage}}
+            if stage == 3:  # cuts each tensor, whatever the layout
+                case["model"] = case["model"] | ODD
+            chosen[f"{name} / ZeRO-{stage}"] = case
+    return chosen
 
 
 def _model(model: Case, layout: Layout, odd: bool, layers: int) -> Case:
