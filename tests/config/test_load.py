@@ -84,7 +84,10 @@ def test_overrides_are_yaml_values() -> None:
         ("parallel.schedule=gpipe", "only with parallel.pipeline above 1"),
         ("parallel.x0_transport=relay", "only with parallel.pipeline above 1"),
         ("parallel.zero=4", "parallel.zero=4: input should be 0, 1, 2 or 3"),
-        ("parallel.context=2", "parallel.context=2: context parallelism is not part of mlm_train; use parall"),
+        (
+            "parallel.context=2",
+            "parallel.context=2: context parallelism is not part of mlm_train; use parall",
+        ),
         ("parallel.context=0", "parallel.context=0: context parallelism"),
         ("model=3", "model is a section"),
         ("optimizer.lr=.inf", "finite number"),

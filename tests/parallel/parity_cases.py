@@ -39,7 +39,7 @@ def run_case(model: dict, mode: str | None, micro_batch: int, **sections: dict) 
     train = sections.pop("train", {}) | {"micro_batch": micro_batch}
     config = tiny_config(model, train=train, **sections)
     runtime = processes.start(config)
-    trainer = _trainer(config, runtime)
+    trainer = make_trainer(config, runtime)
     reference = _reference(config)
     error = {"loss": 0.0, "norm": 0.0}
     for step in range(STEPS):
@@ -72,7 +72,8 @@ def _network(config: Config) -> Transformer:
     return network
 
 
-def _trainer(config: Config, runtime: processes.Runtime) -> Trainer:
+def make_trainer(config: Config, runtime: processes.Runtime) -> Trainer:
+    """A fresh trainer of a config, with sharpened weights."""
     whole = dict(named_pieces(_network(config)))
     network = build_model(config, runtime)
     with torch.no_grad():
@@ -144,7 +145,7 @@ def run_bf16_cases(
         runtime = processes.start(config)
         reference = train_reference(config, 1)["gradients"]
         for mode in modes:
-            trainer = _trainer(tiny_config(model, memory={"mode": mode}, **sections), runtime)
+            trainer = make_trainer(tiny_config(model, memory={"mode": mode}, **sections), runtime)
             batches = my_batches(runtime, 0, config)
             distances[mode].append(_first_gradients(trainer, batches, reference))
         distances["alone"].append(_alone_bf16(config, reference))

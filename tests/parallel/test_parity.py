@@ -58,7 +58,7 @@ def test_every_layout_meets_every_zero_stage_it_can_have(layout: Layout) -> None
 
 
 def test_bf16_is_no_further_from_fp32_than_one_process() -> None:
-    for parallel in ({}, {"tensor": 2}, {"pipeline": 2}):
+    for parallel in ({}, {"tensor": 2, "zero": 0}, {"pipeline": 2, "zero": 2}, {"zero": 3}):
         distance = run_on_ranks(
             "tests.parallel.parity_cases:run_bf16_cases",
             2,
