@@ -145,9 +145,13 @@ class Engine:
             yield
             self.zero.optimizer.finalize_gradient_accumulation_boundary()
             return
-        with self.zero.coalesce_grad_reduction() if self.stage else self.zero.no_sync():
-            yield
-        if not self.stage:
+        with self.zero.coalesce_grad_reduction() if self.stage >= 2 else self.zero.no_sync():
+            try:
+                yield
+            except BaseException:
+                self.zero.zero_grad()  # nothing to reduce on the way out: the other ranks may never come
+                raise
+        if self.stage < 2:
             self.zero.set_gradient_accumulation_boundary(True)
             self.zero.allreduce_gradients()
 

@@ -40,3 +40,15 @@ def test_every_stage_reports_the_norm_without_clipping() -> None:
 def test_every_stage_says_that_gradients_are_not_finite() -> None:
     norms = run_on_ranks("tests.parallel.zero_cases:refuse_an_update", 2, stages=STAGES)
     assert not any(math.isfinite(norm) for norm in norms), norms
+
+
+def test_the_suite_sees_a_copy_of_the_embedding_counted_twice() -> None:
+    case = {
+        "model": {"kind": "memory", "tie_word_embeddings": True},
+        "mode": "unique",
+        "micro_batch": 1,
+        "train": {"global_batch": 4},
+    }
+    cases = [case | {"parallel": {"pipeline": 2, "zero": stage}} for stage in (0, 2)]
+    for error in run_on_ranks("tests.parallel.zero_cases:run_counting_copies_twice", 2, cases=cases):
+        assert error["norm"] > 1e-2, error

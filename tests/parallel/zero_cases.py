@@ -9,7 +9,7 @@ from mlm_train.config import Config
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.engine import Engine
 from mlm_train.plan.memory import rank_memory
-from tests.parallel.parity_cases import make_trainer, my_batches
+from tests.parallel.parity_cases import make_trainer, my_batches, run_cases
 from tests.parallel.reference import tiny_config
 
 
@@ -75,3 +75,20 @@ def _refused(config: Config) -> float:
 
     trainer.executor.loss = broken  # type: ignore[attr-defined]
     return trainer.step(my_batches(runtime, 1, config), 1e-3).grad_norm
+
+
+def run_counting_copies_twice(cases: list[dict]) -> list[dict[str, float]]:
+    """The cases with a mutation: a copy of the embedding on a later stage is as good as the first."""
+    honest = Engine.__init__
+
+    def careless(self: Engine, model: Any, config: Config, runtime: processes.Runtime) -> None:
+        if runtime.topology.pipeline_rank > 0:
+            model.embed_tokens.weight.ds_pipe_replicated = False
+            model.embed_tokens.weight.model_parallel = True
+        honest(self, model, config, runtime)
+
+    Engine.__init__ = careless  # type: ignore[method-assign]
+    try:
+        return run_cases(cases)
+    finally:
+        Engine.__init__ = honest  # type: ignore[method-assign]
