@@ -1,8 +1,8 @@
 """Bytes a rank needs, by formula.
 
-Weights, gradients and optimizer are exact, but for ZeRO's padding (a few elements a tensor). Buckets are a
-bound on what ZeRO-2 and 3 hold whole for a moment; activations are an estimate of what autograd keeps for
-one micro-batch, since one micro-batch lives at a time.
+Weights, gradients and optimizer are exact, but for ZeRO's padding (a few elements a tensor). Buckets are an
+estimate of what ZeRO-2 and 3 hold whole for a moment; activations are one of what autograd keeps for one
+micro-batch, since one micro-batch lives at a time.
 """
 
 from dataclasses import replace

@@ -15,9 +15,9 @@ def print_plan(config: Config, topology: Topology, console: Console) -> None:
     console.print(_run(config, topology))
     memory = rank_memory(config, topology)
     table = Table(f"memory per rank, ZeRO-{config.parallel.zero}", "GiB", title_justify="left")
-    notes = {"buckets": " (at most)", "activations": " (estimate)"}
+    estimated = ("buckets", "activations")
     for name, size in zip(memory._fields, memory, strict=True):
-        table.add_row(name + notes.get(name, ""), f"{size / 2**30:.3f}")
+        table.add_row(name + " (estimate)" * (name in estimated), f"{size / 2**30:.3f}")
     table.add_row("total", f"{memory.total / 2**30:.3f}")
     console.print(table)
 
