@@ -70,14 +70,13 @@ def check_steps(folder: Path, manifest: dict[str, Any], config: Config) -> None:
 
 def load_training_state(folder: Path, manifest: dict[str, Any], engine: Engine) -> None:
     """Fill weights, moments and RNG; every rank calls it. The manifest is verified already."""
-    parameters = dict(engine.model.named_parameters())
     whole = {
-        key: {name: torch.zeros(p.shape, dtype=torch.float32) for name, p in parameters.items()}
+        key: {name: torch.zeros(shape, dtype=torch.float32) for name, shape in engine.shapes.items()}
         for key in STATE
     }
     wanted: dict[str, Tensor] = {}
     for key in STATE:
-        for piece in pieces(engine.model):
+        for piece in engine.pieces:
             target = piece.of(whole[key][piece.parameter]).fill_(float("nan"))
             wanted[f"{key}/{piece.name}"] = LogicalPart.of(piece, target)
     wanted["rng"] = torch.get_rng_state()

@@ -14,7 +14,6 @@ from mlm_train.checkpoint.tensors import LogicalPart, write_tensors
 from mlm_train.config import Config
 from mlm_train.errors import UserError
 from mlm_train.files import write_json
-from mlm_train.model.logical import pieces
 from mlm_train.parallel.engine import Engine
 from mlm_train.parallel.optimizer_state import gather_state, optimizer_steps
 from mlm_train.parallel.runtime import Runtime
@@ -24,12 +23,13 @@ VERSION = 1
 
 
 def logical_state(engine: Engine) -> dict[str, Tensor]:
-    """`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` for every logical tensor, fp32."""
+    """`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` of the logical tensors this rank writes, fp32."""
     whole = gather_state(engine)
     return {
         f"{key}/{piece.name}": LogicalPart.of(piece, piece.of(tensors[piece.parameter]).contiguous())
         for key, tensors in whole.items()
-        for piece in pieces(engine.model)
+        for piece in engine.pieces
+        if piece.parameter in tensors
     }
 
 

@@ -38,6 +38,12 @@ class ParallelConfig(Section):
         description="how x0 reaches the pipeline's stages: the step's distinct rows once (default), "
         "beside the hidden state (default of zero-bubble schedules), or an embedding on every stage",
     )
+    zero: Literal[0, 1, 2, 3] = Field(
+        1,
+        description="what the data-parallel ranks share instead of copying (ZeRO): 0 nothing, 1 the "
+        "optimizer, 2 gradients too, 3 weights too (without a pipeline)",
+    )
+    context: int = Field(1, exclude=True, description="only 1: there is no context parallelism")
     timeout: float = Field(600.0, gt=0, le=86400, description="longest wait of a collective, seconds")
 
     @property
@@ -63,6 +69,13 @@ class ParallelConfig(Section):
 
 def check_parallel(parallel: ParallelConfig, model: ModelConfig, sequence_length: int) -> None:
     """Refuse a layout that does not fit the model; the world size comes in parallel/topology.py."""
+    if parallel.context != 1:
+        blame(
+            "parallel.context",
+            parallel.context,
+            "context parallelism is not part of mlm_train; "
+            "use parallel.tensor with parallel.sequence for long sequences",
+        )
     _check_tensor(parallel, model, sequence_length)
     if parallel.pipeline == 1:
         for name in ("virtual_stages", "schedule", "layers_per_stage", "x0_transport"):
@@ -70,6 +83,14 @@ def check_parallel(parallel: ParallelConfig, model: ModelConfig, sequence_length
                 value = getattr(parallel, name)
                 blame(f"parallel.{name}", value, "has an effect only with parallel.pipeline above 1")
         return
+    if parallel.zero == 3:
+        blame(
+            "parallel.zero",
+            parallel.zero,
+            f"does not go with parallel.pipeline={parallel.pipeline} (every micro-batch would gather all "
+            "weights twice, gradients would stay whole, and a tied head would find no weight): set "
+            "parallel.zero=2, or parallel.pipeline=1",
+        )
     _check_schedule(parallel, model)
     _check_stages(parallel, model)
 

@@ -1,8 +1,11 @@
 """A model's share on this rank, and what runs micro-batches through it."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
 
 from mlm_train.config import Config
 from mlm_train.memory import make_source
@@ -13,7 +16,13 @@ from mlm_train.parallel.mappings import TensorGroup
 from mlm_train.parallel.pipeline import Pipeline
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.parallel.stages import my_spans
-from mlm_train.parallel.tensor import mark_for_clipping, parallel_loss_sums, shard
+from mlm_train.parallel.tensor import (
+    mark_for_clipping,
+    parallel_loss_sums,
+    shard,
+    sum_replicated,
+    sum_replicated_each_pass,
+)
 from mlm_train.parallel.topology import Topology
 
 
@@ -53,12 +62,16 @@ def build_model(config: Config, runtime: Runtime) -> Transformer:
     mark_for_clipping(model, group)
     if model.embed_tokens is not None and runtime.topology.pipeline_rank > 0:
         # A copy (tied head, or replicate): the first stage's counts in the gradient norm.
-        model.embed_tokens.weight.ds_pipe_replicated = True  # type: ignore[attr-defined]
+        weight: Any = model.embed_tokens.weight
+        weight.ds_pipe_replicated = True
+        weight.model_parallel = weight.tensor_model_parallel = False  # what stage 0 looks at
     return model
 
 
-def build_executor(model: Transformer, config: Config, runtime: Runtime) -> Executor:
-    """What trains and evaluates this layout."""
+def build_executor(
+    model: Transformer, config: Config, runtime: Runtime, entry: nn.Module | None = None
+) -> Executor:
+    """What trains and evaluates this layout. `entry`: what to call in the model's place (Engine.entry)."""
     group = tensor_group(config, runtime)
     source = make_source(config.memory.mode, model.memory_blocks(), group) if config.memory else None
     loss: Loss = loss_sums
@@ -73,4 +86,13 @@ def build_executor(model: Transformer, config: Config, runtime: Runtime) -> Exec
     precision = torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=bf16)
     if runtime.topology.pipeline > 1:
         return Pipeline(model, config, runtime, group, source, loss, precision)
-    return Sequential(model, group, source, loss, precision, config.train.z_loss, runtime.device)
+    # With ZeRO 2 and 3 a pass's gradients are gone when the next begins: the norms' are summed in it.
+    sum_norms: Callable[[], None] = partial(sum_replicated, model, group)
+    if config.parallel.zero >= 2:
+        sum_replicated_each_pass(model, group)
+        sum_norms = _nothing
+    return Sequential(entry or model, source, loss, precision, config.train.z_loss, runtime.device, sum_norms)
+
+
+def _nothing() -> None:
+    """What is left to do after a step's backward passes where each has done it."""

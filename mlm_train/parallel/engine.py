@@ -1,10 +1,11 @@
-"""The optimizer over data parallel: DeepSpeed ZeRO-1 around AdamW, gradients set by us.
+"""The optimizer over data parallel: DeepSpeed ZeRO around AdamW, gradients scaled by us.
 
 DeepSpeed sees one micro-batch a step: we accumulate and scale the loss ourselves (fp32 gradients,
-one global label count), then ask it to reduce, clip and step.
+one global label count), and it reduces, clips and steps.
 """
 
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mlm_train.config import OptimizerConfig
+from mlm_train.config import Config, OptimizerConfig
+from mlm_train.model.logical import pieces
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.quiet import silenced
+
+BUCKET = 50_000_000  # elements gathered ahead, or reduced together
 
 
 def _load_deepspeed(device: torch.device) -> Any:
@@ -75,40 +79,96 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     return [group for group in groups if group["params"]]
 
 
-class Engine:
-    """Gradients in, updated weights out, on every rank alike."""
+def _zero_section(stage: int, model: nn.Module) -> dict[str, Any]:
+    """DeepSpeed's settings of a ZeRO stage."""
+    section = {"stage": stage, "contiguous_gradients": False, "overlap_comm": False}
+    if stage >= 2:
+        # Whole gradients wait in a bucket until they are reduced: its default would hold a small model's.
+        section["reduce_bucket_size"] = BUCKET
+    if stage == 3:
+        sizes = [(parameter.dim(), parameter.numel()) for parameter in model.parameters()]
+        section |= {
+            # Norms stay whole: gathering them costs more than it saves.
+            "stage3_param_persistence_threshold": max((n for dim, n in sizes if dim == 1), default=0),
+            # A gathered weight goes after its use: the default keeps those of a model up to 1e9 parameters.
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": BUCKET,
+            # It would replace torch.nn.functional.linear for the whole process.
+            "memory_efficient_linear": False,
+        }
+    return section
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, runtime: Runtime) -> None:
+
+class Engine:
+    """Gradients in, updated weights out, on every rank alike.
+
+    `entry` is what to call in the model's place. `pieces` and `shapes` describe the model's parameters:
+    stage 3 leaves nothing but this rank's part in them, and their own shape is gone.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, runtime: Runtime) -> None:
         deepspeed = _load_deepspeed(runtime.device)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps
-        )
+        self.model, self.stage, self.clip = model, config.parallel.zero, config.optimizer.clip
+        self.pieces = list(pieces(model))
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        # A pipeline brings gradients from outside its schedule (x0, tied head): all are reduced at its end.
+        self.reduces_each_pass = self.stage >= 2 and runtime.topology.pipeline == 1
+        self.groups = _groups_for_deepspeed(runtime)
+        options = config.optimizer
+        # Stage 3 cuts the weights here, so each rank holds its whole share of the model once, at the start.
         self.zero, *_ = deepspeed.initialize(
             model=model,
-            optimizer=optimizer,
-            mpu=_groups_for_deepspeed(runtime),
+            optimizer=torch.optim.AdamW(
+                parameter_groups(model, options), lr=options.lr, betas=options.betas, eps=options.eps
+            ),
+            mpu=self.groups,
             config={
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
-                "gradient_clipping": config.clip,
-                "zero_optimization": {"stage": 1, "contiguous_gradients": False, "overlap_comm": False},
+                "gradient_clipping": self.clip if self.stage else 0.0,
+                "zero_optimization": _zero_section(self.stage, model),
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 10**9,
             },
         )
-        self.model = model
+        self.entry: nn.Module = self.zero if self.reduces_each_pass else model
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
-        """Backward passes inside add to the gradients of this rank; nothing is sent."""
-        with self.zero.no_sync():
+        """Backward passes inside add up; at the end their sum has been averaged over data parallel.
+
+        Stages 2 and 3 reduce each pass as it comes, so that no rank ever holds all gradients; the others,
+        and stage 2 with a pipeline, send nothing until the end.
+        """
+        if self.reduces_each_pass:
+            self.zero.set_gradient_accumulation_boundary(False)
             yield
+            self.zero.optimizer.finalize_gradient_accumulation_boundary()
+            return
+        with self.zero.coalesce_grad_reduction() if self.stage >= 2 else self.zero.no_sync():
+            try:
+                yield
+            except BaseException:
+                self.zero.zero_grad()  # nothing to reduce on the way out: the other ranks may never come
+                raise
+        if self.stage < 2:
+            self.zero.set_gradient_accumulation_boundary(True)
+            self.zero.allreduce_gradients()
 
     def step(self, lr: float) -> float:
-        """Average gradients over data parallel, clip globally, update; the norm before clipping."""
+        """Clip globally, update; the gradient norm before clipping, infinite where nothing was updated."""
         for group in self.zero.optimizer.param_groups:
             group["lr"] = lr
+        norm = None if self.stage else self._clip()
         self.zero.set_gradient_accumulation_boundary(True)
-        self.zero.allreduce_gradients()
         self.zero.step()
-        return float(self.zero.get_global_grad_norm())
+        if norm is None:
+            # Stage 3 keeps an older norm where it refuses the update.
+            norm = float(self.zero.get_global_grad_norm()) if self.zero.was_step_applied() else math.inf
+        return norm
+
+    def _clip(self) -> float:
+        """Stage 0: DeepSpeed's own clipping of plain gradients, whose norm its engine would not tell."""
+        from deepspeed.runtime.utils import clip_grad_norm_
+
+        return float(clip_grad_norm_(self.model.parameters(), self.clip or math.inf, mpu=self.groups))

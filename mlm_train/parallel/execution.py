@@ -4,13 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlm_train.model.loss import LossSums
 from mlm_train.model.source import MemorySource
-from mlm_train.model.transformer import Transformer
-from mlm_train.parallel.mappings import TensorGroup
-from mlm_train.parallel.tensor import sum_replicated
 
 Loss = Callable[[Tensor, Tensor], LossSums]
 Batch = tuple[Tensor, Tensor]  # ids and labels, int64 [batch, sequence]
@@ -29,19 +26,19 @@ class Executor(Protocol):
 
 
 class Sequential:
-    """All layers on this rank: one micro-batch after the other."""
+    """All layers on this rank: one micro-batch after the other. `model`: the Transformer, or its entry."""
 
     def __init__(
         self,
-        model: Transformer,
-        tensor: TensorGroup,
+        model: nn.Module,
         source: MemorySource | None,
         loss: Loss,
         precision: torch.autocast,
         z_loss: float,
         device: torch.device,
+        after_backward: Callable[[], None],
     ) -> None:
-        self.model, self.tensor, self.source, self.loss = model, tensor, source, loss
+        self.model, self.source, self.loss, self.after_backward = model, source, loss, after_backward
         self.precision, self.z_loss, self.device = precision, z_loss, device
 
     def _sums(self, batch: Batch) -> LossSums:
@@ -58,7 +55,7 @@ class Sequential:
             sums = self._sums(batch)
             ((sums.cross_entropy + self.z_loss * sums.z) * scale).backward()
             total += sums.cross_entropy.detach()
-        sum_replicated(self.model, self.tensor)
+        self.after_backward()
         return total
 
     @torch.no_grad()

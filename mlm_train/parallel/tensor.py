@@ -131,21 +131,31 @@ def mark_for_clipping(model: nn.Module, group: TensorGroup) -> None:
             parameter.model_parallel = group.rank == 0  # type: ignore[attr-defined]
 
 
-def sum_replicated(model: nn.Module, group: TensorGroup) -> None:
-    """Sum the gradients of weights that every rank holds, once a step, where each saw its positions only."""
-    if group.positions == 1:
-        return
+def _replicated(model: nn.Module) -> list[nn.Parameter]:
+    """Weights that every rank of a tensor group holds: the norms'."""
     cut = {id(module.weight) for module in model.modules() if isinstance(module, SHARDED)}
-    gradients = []
-    for parameter in model.parameters():
-        if id(parameter) not in cut:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-    if gradients:
-        summed = group.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, total in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(total.view_as(gradient))
+    return [parameter for parameter in model.parameters() if id(parameter) not in cut]
+
+
+def sum_replicated(model: nn.Module, group: TensorGroup) -> None:
+    """Under sequence parallelism each rank saw its own positions: sum the norms' gradients, once a step."""
+    parameters = _replicated(model) if group.positions > 1 else []
+    if not parameters:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    summed = group.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, total in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(total.view_as(gradient))
+
+
+def sum_replicated_each_pass(model: nn.Module, group: TensorGroup) -> None:
+    """The same in every backward pass, for an engine that takes gradients away as they come."""
+    if group.positions > 1:
+        for parameter in _replicated(model):
+            parameter.register_hook(group.all_reduce)
 
 
 def parallel_loss_sums(logits: Tensor, labels: Tensor, vocab_size: int, group: TensorGroup) -> LossSums:

@@ -1,6 +1,7 @@
 """Bytes a rank needs, by formula.
 
-Weights, gradients and optimizer are exact; activations are an estimate of what autograd keeps for one
+Weights, gradients and optimizer are exact, but for ZeRO's padding (a few elements a tensor). Buckets are an
+estimate of what ZeRO-2 and 3 hold whole for a moment; activations are one of what autograd keeps for one
 micro-batch, since one micro-batch lives at a time.
 """
 
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 from mlm_train.config import Config
 from mlm_train.parallel.build import shapes_of
+from mlm_train.parallel.engine import BUCKET
 from mlm_train.parallel.mappings import TensorGroup
 from mlm_train.parallel.topology import Topology
 
@@ -21,6 +23,7 @@ class RankMemory(NamedTuple):
     weights: int
     gradients: int
     optimizer: int
+    buckets: int
     activations: int
 
     @property
@@ -31,10 +34,28 @@ class RankMemory(NamedTuple):
 
 def rank_memory(config: Config, topology: Topology) -> RankMemory:
     """Bytes a rank needs for a training step."""
-    weights = rank_elements(config, topology) * FP32
-    # ZeRO-1 keeps an fp32 copy and two moments of this rank's share.
-    optimizer = -(-3 * weights // topology.data)
-    return RankMemory(weights, weights, optimizer, activation_bytes(config, topology.tensor))
+    elements = rank_elements(config, topology)
+    state = state_bytes(config.parallel.zero, elements, topology)
+    return RankMemory(*state, activation_bytes(config, topology.tensor))
+
+
+def state_bytes(zero: int, elements: int, topology: Topology) -> tuple[int, int, int, int]:
+    """Weights, gradients, optimizer and buckets of a rank whose model share has so many elements.
+
+    The optimizer has two moments, and from stage 1 on its own copy of the weights of its part too. A
+    pipeline's gradients stay whole until the end of the step (parallel/engine.py).
+    """
+    whole, part = elements * FP32, -(-elements // topology.data) * FP32
+    cuts_gradients = zero == 3 or (zero == 2 and topology.pipeline == 1)
+    # One bucket of gradients on their way, and of weights gathered ahead.
+    bucket = min(elements, BUCKET) * FP32
+    buckets = bucket * (cuts_gradients + (zero == 3))
+    return (
+        part if zero == 3 else whole,
+        part if cuts_gradients else whole,
+        3 * part if zero else 2 * whole,
+        buckets,
+    )
 
 
 def rank_elements(config: Config, topology: Topology) -> int:

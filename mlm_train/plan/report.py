@@ -14,9 +14,10 @@ def print_plan(config: Config, topology: Topology, console: Console) -> None:
     console.print(_shapes(config))
     console.print(_run(config, topology))
     memory = rank_memory(config, topology)
-    table = Table("memory per rank", "GiB", title_justify="left")
+    table = Table(f"memory per rank, ZeRO-{config.parallel.zero}", "GiB", title_justify="left")
+    estimated = ("buckets", "activations")
     for name, size in zip(memory._fields, memory, strict=True):
-        table.add_row(name + (" (estimate)" if name == "activations" else ""), f"{size / 2**30:.3f}")
+        table.add_row(name + " (estimate)" * (name in estimated), f"{size / 2**30:.3f}")
     table.add_row("total", f"{memory.total / 2**30:.3f}")
     console.print(table)
 

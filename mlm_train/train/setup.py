@@ -77,7 +77,7 @@ def _build(config: Config, runtime: processes.Runtime, data: PreparedData, resum
     model = build_model(config, runtime)
     if resumed is None:
         _first_weights(model, config)
-    engine = Engine(model, config.optimizer, runtime)
+    engine = Engine(model, config, runtime)
     progress = Progress()
     if resumed is not None:
         load_training_state(resumed.folder, resumed.manifest, engine)
@@ -88,7 +88,7 @@ def _build(config: Config, runtime: processes.Runtime, data: PreparedData, resum
         data=data,
         samples=Samples(data.split("train"), length, seed),
         validation=Samples(data.split("validation"), length, None),
-        trainer=Trainer(engine, build_executor(model, config, runtime), runtime),
+        trainer=Trainer(engine, build_executor(model, config, runtime, engine.entry), runtime),
         progress=progress,
         monitor=Monitor(config, runtime, progress),
     )

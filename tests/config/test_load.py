@@ -83,6 +83,12 @@ def test_overrides_are_yaml_values() -> None:
         ("parallel.pipeline=5", "makes 5 stages of 4 layers; at most 4 fits"),
         ("parallel.schedule=gpipe", "only with parallel.pipeline above 1"),
         ("parallel.x0_transport=relay", "only with parallel.pipeline above 1"),
+        ("parallel.zero=4", "parallel.zero=4: input should be 0, 1, 2 or 3"),
+        (
+            "parallel.context=2",
+            "parallel.context=2: context parallelism is not part of mlm_train; use parall",
+        ),
+        ("parallel.context=0", "parallel.context=0: context parallelism"),
         ("model=3", "model is a section"),
         ("optimizer.lr=.inf", "finite number"),
         ("train.z_loss=.nan", "finite number"),
@@ -103,6 +109,8 @@ def test_mistakes_get_one_clear_line(override: str, words: str) -> None:
         (["parallel.virtual_stages=2"], "parallel.virtual_stages=2: goes with"),
         (["parallel.layers_per_stage=[1, 2]"], "needs 2 numbers that add up to"),
         (["parallel.layers_per_stage=[4, 0]"], "parallel.layers_per_stage.1=0"),
+        (["parallel.zero=3"], "parallel.zero=3: does not go with parallel.pipeline=2"),
+        (["parallel.zero=3"], "set parallel.zero=2, or parallel.pipeline=1"),
         (["parallel.x0_transport=pigeon"], "parallel.x0_transport='pigeon'"),
     ],
 )
@@ -110,6 +118,11 @@ def test_pipelines_that_cannot_be(overrides: list[str], words: str) -> None:
     with pytest.raises(UserError) as error:
         load_config(CONFIGS / "micro.yaml", ["parallel.pipeline=2", *overrides])
     assert words in str(error.value)
+
+
+def test_context_of_one_says_nothing() -> None:
+    config = load_config(CONFIGS / "micro.yaml", ["parallel.context=1", "parallel.zero=3"])
+    assert "context" not in dump_config(config) and "zero: 3" in dump_config(config)
 
 
 def test_base_has_no_x0_to_send() -> None:

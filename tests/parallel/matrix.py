@@ -42,7 +42,7 @@ def _modes(model: Case) -> tuple[str | None, ...]:
 def _flat_cases(layout: Layout) -> dict[str, Case]:
     found: dict[str, Case] = {}
     parallel = {"tensor": layout.tensor}
-    sizes = cycle((1, 4, 2))
+    sizes = cycle([size for size in (1, 4, 2) if size * layout.data <= 8])  # of eight sequences
     for name, model in MODELS.items():
         for mode in _modes(model):
             for odd in (False, True) if layout.tensor > 1 else (False,):

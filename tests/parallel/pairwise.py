@@ -20,6 +20,7 @@ Choice = tuple[tuple[str, Any], ...]
 LAYOUTS = [
     Layout(1, 1, 1),
     Layout(1, 1, 2),
+    Layout(1, 1, 4),
     Layout(2, 1, 1),
     Layout(1, 2, 1),
     Layout(1, 2, 1, virtual=2),

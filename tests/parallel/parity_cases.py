@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mlm_train.config import Config
 from mlm_train.memory import make_source
-from mlm_train.model.logical import initialise, named_pieces, pieces
+from mlm_train.model.logical import Piece, initialise, named_pieces, pieces
 from mlm_train.model.loss import count_labels, loss_sums
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
@@ -39,7 +39,7 @@ def run_case(model: dict, mode: str | None, micro_batch: int, **sections: dict) 
     train = sections.pop("train", {}) | {"micro_batch": micro_batch}
     config = tiny_config(model, train=train, **sections)
     runtime = processes.start(config)
-    trainer = _trainer(config, runtime)
+    trainer = make_trainer(config, runtime)
     reference = _reference(config)
     error = {"loss": 0.0, "norm": 0.0}
     for step in range(STEPS):
@@ -49,7 +49,7 @@ def run_case(model: dict, mode: str | None, micro_batch: int, **sections: dict) 
         result = trainer.step(batches, learning_rate(config, step))
         error["loss"] = max(error["loss"], abs(result.loss / reference["losses"][step] - 1))
         error["norm"] = max(error["norm"], abs(result.grad_norm / reference["norms"][step] - 1))
-    weights = assembled(trainer.engine.model, dict(named_pieces(trainer.engine.model)))
+    weights = assembled(trainer.engine.pieces, whole_weights(trainer.engine))
     error["weights"] = relative_error(weights, reference["weights"])
     return error
 
@@ -72,20 +72,40 @@ def _network(config: Config) -> Transformer:
     return network
 
 
-def _trainer(config: Config, runtime: processes.Runtime) -> Trainer:
+def make_trainer(config: Config, runtime: processes.Runtime) -> Trainer:
+    """A fresh trainer of a config, with sharpened weights."""
     whole = dict(named_pieces(_network(config)))
     network = build_model(config, runtime)
     with torch.no_grad():
         parameters = dict(network.named_parameters())
         for piece in pieces(network):
             piece.of(parameters[piece.parameter]).copy_(piece.cut(whole[piece.name]))
-    engine = Engine(network, config.optimizer, runtime)
-    return Trainer(engine, build_executor(network, config, runtime), runtime)
+    engine = Engine(network, config, runtime)
+    return Trainer(engine, build_executor(network, config, runtime, engine.entry), runtime)
 
 
-def assembled(model: Transformer, held: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Whole logical tensors from what each rank holds of them, on every rank."""
-    mine = [(piece.name, piece.shape, piece.offset, held[piece.name].contiguous()) for piece in pieces(model)]
+def whole_weights(engine: Engine) -> dict[str, Tensor]:
+    """The model's own weights (not the optimizer's copy) by parameter, gathered where ZeRO-3 cut them."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(list(engine.model.parameters()), enabled=engine.stage == 3):
+        return {name: parameter.detach().clone() for name, parameter in engine.model.named_parameters()}
+
+
+def whole_gradients(engine: Engine) -> dict[str, Tensor]:
+    """The averaged gradients by parameter, from whichever ranks they were reduced to."""
+    from deepspeed.utils import safe_get_full_grad
+
+    read = (lambda parameter: parameter.grad) if engine.stage == 0 else safe_get_full_grad
+    return {name: read(parameter).clone() for name, parameter in engine.model.named_parameters()}
+
+
+def assembled(held: list[Piece], values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whole logical tensors from what each rank holds of them in its parameters, on every rank."""
+    mine = [
+        (piece.name, piece.shape, piece.offset, piece.of(values[piece.parameter]).contiguous())
+        for piece in held
+    ]
     shares: list = [None] * dist.get_world_size()
     dist.all_gather_object(shares, mine)
     whole: dict[str, Tensor] = {}
@@ -105,17 +125,12 @@ def my_batches(runtime: processes.Runtime, step: int, config: Config) -> list[Mi
 
 
 def _first_gradients(trainer: Trainer, batches: list[MicroBatch], reference: dict) -> float:
-    """Backward alone, summed over ranks by hand, compared; then the gradients are dropped."""
+    """Backward alone, compared; then the gradients are dropped."""
     trainer.backward(batches)
-    runtime = trainer.runtime
-    mine = {
-        name: runtime.sum_over_data(gradient) / runtime.topology.data
-        for name, gradient in logical_gradients(trainer.engine.model).items()
-    }
-    trainer.engine.zero.zero_grad()
-    for parameter in trainer.engine.model.parameters():
-        parameter.grad = None
-    return relative_error(assembled(trainer.engine.model, mine), reference)
+    engine = trainer.engine
+    mine = assembled(engine.pieces, whole_gradients(engine))
+    engine.zero.optimizer.zero_grad()
+    return relative_error(mine, reference)
 
 
 def run_bf16_cases(
@@ -130,7 +145,7 @@ def run_bf16_cases(
         runtime = processes.start(config)
         reference = train_reference(config, 1)["gradients"]
         for mode in modes:
-            trainer = _trainer(tiny_config(model, memory={"mode": mode}, **sections), runtime)
+            trainer = make_trainer(tiny_config(model, memory={"mode": mode}, **sections), runtime)
             batches = my_batches(runtime, 0, config)
             distances[mode].append(_first_gradients(trainer, batches, reference))
         distances["alone"].append(_alone_bf16(config, reference))

@@ -92,7 +92,9 @@ def train_reference(config: Config, steps: int) -> dict:
         (loss + config.train.z_loss * lse.square().mean()).backward()
         if step == 0:
             first = logical_gradients(model)
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)))
+        norms.append(
+            float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip or torch.inf))
+        )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         optimizer.step()

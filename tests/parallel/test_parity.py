@@ -41,13 +41,24 @@ def test_the_matrix_meets_every_value_of_every_axis() -> None:
         "odd": (True, False),
         "divided": (True, False),
         "uneven": (True, False),
+        "zero": (0, 2),
     }.items():
         for value in values:
             assert (axis, value) in met, (axis, value)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_layout_meets_every_zero_stage_it_can_have(layout: Layout) -> None:
+    cases = cases_of(layout).values()
+    met = {
+        (case["parallel"].get("zero", 1), case["model"].get("tie_word_embeddings", False)) for case in cases
+    }
+    stages = (0, 1, 2, 3) if layout.pipeline == 1 else (0, 1, 2)
+    assert met == {(stage, tied) for stage in stages for tied in (False, True)}
+
+
 def test_bf16_is_no_further_from_fp32_than_one_process() -> None:
-    for parallel in ({}, {"tensor": 2}, {"pipeline": 2}):
+    for parallel in ({}, {"tensor": 2, "zero": 0}, {"pipeline": 2, "zero": 2}, {"zero": 3}):
         distance = run_on_ranks(
             "tests.parallel.parity_cases:run_bf16_cases",
             2,

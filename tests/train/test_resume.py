@@ -47,12 +47,24 @@ PP2 = (2, ("parallel.pipeline=2", "train.micro_batch=1"))
 PP2_REPLICATED = (2, (*PP2[1], "parallel.x0_transport=replicate", "parallel.schedule=gpipe"))
 TP2_PP2 = (4, ("parallel.tensor=2", *PP2[1]))
 PP2_INTERLEAVED = (2, (*PP2[1], "parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=2"))
+
+
+def zero(stage: int, layout: tuple[int, tuple[str, ...]]) -> tuple[int, tuple[str, ...]]:
+    """A layout with another ZeRO stage."""
+    return layout[0], (*layout[1], f"parallel.zero={stage}")
+
+
+ZERO_3 = zero(3, DP2)
 # Where a run starts, and where it goes on; tied and untied heads.
 MOVES = {
     "DP2 to one": (DP2, ALONE, False),
     "one to TP2 PP2": (ALONE, TP2_PP2, False),
     "TP2 PP2 to PP2 replicated": (TP2_PP2, PP2_REPLICATED, True),
     "PP2 interleaved to TP2": (PP2_INTERLEAVED, TP2, True),
+    "ZeRO-2 PP2 to ZeRO-3": (zero(2, PP2), ZERO_3, False),
+    "ZeRO-3 to ZeRO-0 one": (ZERO_3, zero(0, ALONE), True),
+    "ZeRO-1 to ZeRO-2": (DP2, zero(2, DP2), False),
+    "ZeRO-0 TP2 to ZeRO-3": (zero(0, TP2), ZERO_3, True),
 }
 
 
@@ -81,16 +93,16 @@ def test_every_layout_starts_from_the_same_weights(data: Path, tmp_path: Path) -
     """Initialisation and export know no layout: the files are equal to the bit."""
     odd = ("model.intermediate_size=45", "optimizer.lr=1e-30", "schedule.min_lr=0", "train.steps=1")
     exports = []
-    for number, (world, layout) in enumerate((ALONE, TP2_PP2)):
+    for number, (world, layout) in enumerate((ALONE, TP2_PP2, ZERO_3)):
         run, export = tmp_path / f"run-{number}", tmp_path / f"export-{number}"
         still = words(data, run, *odd, "schedule.warmup_steps=0", *layout)
         finished("launch", "--nproc", world, *still)
         mlm_train("export", run, "--output", export)
         exports.append((export / "model.safetensors").read_bytes())
-    assert exports[0] == exports[1]
+    assert exports[0] == exports[1] == exports[2]
     # A warm start fills every layout's padding with zeros: the same first loss, the same weights after.
     losses = []
-    for world, layout in (ALONE, TP2_PP2):
+    for world, layout in (ALONE, TP2_PP2, ZERO_3):
         run, export = tmp_path / f"warm-{world}", tmp_path / f"warm-export-{world}"
         warm = (f"checkpoint.warm_start={tmp_path / 'export-0'}", "train.seed=5", "train.z_loss=0")
         still = words(data, run, *odd, "schedule.warmup_steps=0", *warm, *layout)
@@ -98,7 +110,7 @@ def test_every_layout_starts_from_the_same_weights(data: Path, tmp_path: Path) -
         mlm_train("export", run, "--output", export)
         assert (export / "model.safetensors").read_bytes() == exports[0]
         losses.append(scalars(run, "train/loss")[1])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
 def test_a_killed_rank_costs_only_the_work_since_the_last_checkpoint(

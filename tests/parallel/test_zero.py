@@ -1,0 +1,54 @@
+"""ZeRO: what each stage keeps on a rank, the gradient norm without clipping and of a broken step."""
+
+import math
+
+import pytest
+
+from tests.ranks import run_on_ranks
+
+STAGES = [0, 1, 2, 3]
+
+
+def test_each_stage_keeps_what_the_plan_says() -> None:
+    counted = run_on_ranks("tests.parallel.zero_cases:count_bytes", 2, stages=STAGES)
+    whole = counted[0]["held"]["weights"]
+    tensor = 2 * 4 * 48 * 32  # the largest tensor: one that two ranks share is whole on both
+    for stage, bytes_ in zip(STAGES, counted, strict=True):
+        held, planned = bytes_["held"], bytes_["planned"]
+        print(stage, held, planned)
+        assert held["weights"] == pytest.approx(planned["weights"], rel=0.02), stage
+        assert held["optimizer"] == pytest.approx(planned["optimizer"], rel=0.02), stage
+        spare = tensor if stage == 2 else 0.02 * whole
+        assert abs(held["gradients"] - planned["gradients"]) <= spare, stage
+    planned = [bytes_["planned"] for bytes_ in counted]
+    assert [p["weights"] / whole for p in planned] == pytest.approx([1, 1, 1, 0.5], rel=0.01)
+    assert [p["gradients"] / whole for p in planned] == pytest.approx([1, 1, 0.5, 0.5], rel=0.01)
+    assert [p["optimizer"] / whole for p in planned] == pytest.approx([2, 1.5, 1.5, 1.5], rel=0.01)
+
+
+def test_every_stage_reports_the_norm_without_clipping() -> None:
+    optimizer = {"lr": 1e-2, "clip": 0.0}
+    case = {"model": {"kind": "memory"}, "mode": "unique", "micro_batch": 2, "optimizer": optimizer}
+    cases = [case | {"parallel": {"zero": stage}} for stage in STAGES]
+    for stage, error in zip(
+        STAGES, run_on_ranks("tests.parallel.parity_cases:run_cases", 2, cases=cases), strict=True
+    ):
+        assert max(error["loss"], error["norm"], error["gradients"]) <= 1e-5, (stage, error)
+        assert error["weights"] <= 1e-4, (stage, error)
+
+
+def test_every_stage_says_that_gradients_are_not_finite() -> None:
+    norms = run_on_ranks("tests.parallel.zero_cases:refuse_an_update", 2, stages=STAGES)
+    assert not any(math.isfinite(norm) for norm in norms), norms
+
+
+def test_the_suite_sees_a_copy_of_the_embedding_counted_twice() -> None:
+    case = {
+        "model": {"kind": "memory", "tie_word_embeddings": True},
+        "mode": "unique",
+        "micro_batch": 1,
+        "train": {"global_batch": 4},
+    }
+    cases = [case | {"parallel": {"pipeline": 2, "zero": stage}} for stage in (0, 2)]
+    for error in run_on_ranks("tests.parallel.zero_cases:run_counting_copies_twice", 2, cases=cases):
+        assert error["norm"] > 1e-2, error

@@ -1,0 +1,94 @@
+"""What the ranks of the ZeRO tests run: what each stage keeps, counted on the live engine."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlm_train.config import Config
+from mlm_train.parallel import runtime as processes
+from mlm_train.parallel.engine import Engine
+from mlm_train.plan.memory import rank_memory
+from tests.parallel.parity_cases import make_trainer, my_batches, run_cases
+from tests.parallel.reference import tiny_config
+
+
+def count_bytes(stages: list[int]) -> list[dict[str, dict[str, int]]]:
+    """Per stage what this rank holds between two micro-batches of a second step, beside the plan's."""
+    return [_count(stage) for stage in stages]
+
+
+def _count(stage: int) -> dict[str, dict[str, int]]:
+    config = tiny_config({"kind": "memory", "tie_word_embeddings": True}, parallel={"zero": stage})
+    runtime = processes.start(config)
+    trainer = make_trainer(config, runtime)
+    trainer.step(my_batches(runtime, 0, config), 1e-3)
+    found: list[dict[str, int]] = []
+    trainer.engine.model.register_forward_pre_hook(
+        lambda *_: found.append(_held(trainer.engine)), prepend=True
+    )
+    trainer.backward(my_batches(runtime, 1, config))
+    assert len(found) > 1, "it takes two micro-batches to see gradients wait"
+    return {"held": found[1], "planned": rank_memory(config, runtime.topology)._asdict()}
+
+
+def _held(engine: Engine) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer on this rank."""
+    zero, parameters = engine.zero.optimizer, list(engine.model.parameters())
+    weights = [parameter.data for parameter in parameters]
+    gradients = [parameter.grad for parameter in parameters]
+    state = [value for entry in engine.zero.basic_optimizer.state.values() for value in entry.values()]
+    if engine.stage in (1, 2):
+        state += zero.single_partition_of_fp32_groups
+        gradients += [g for group in zero.all_grad_tensors.values() for g in group or []]
+    if engine.stage == 3:
+        weights += [parameter.ds_tensor for parameter in parameters]
+        state += zero.fp32_partitioned_groups_flat
+        gradients += zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.values()
+    return {
+        "weights": _bytes(weights),
+        "gradients": _bytes(gradients),
+        "optimizer": _bytes(value for value in state if value.dim()),
+    }
+
+
+def _bytes(tensors: Any) -> int:
+    """Of the storages behind them, each counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t is not None}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def refuse_an_update(stages: list[int]) -> list[float]:
+    """The norm that each stage reports for a step whose gradients are not finite, after a good step."""
+    return [_refused(tiny_config({"kind": "base"}, parallel={"zero": stage})) for stage in stages]
+
+
+def _refused(config: Config) -> float:
+    runtime = processes.start(config)
+    trainer = make_trainer(config, runtime)
+    trainer.step(my_batches(runtime, 0, config), 1e-3)
+    honest = trainer.executor.loss  # type: ignore[attr-defined]
+
+    def broken(logits: Tensor, labels: Tensor) -> Any:
+        sums = honest(logits, labels)
+        return type(sums)(sums.cross_entropy * torch.inf, sums.z)
+
+    trainer.executor.loss = broken  # type: ignore[attr-defined]
+    return trainer.step(my_batches(runtime, 1, config), 1e-3).grad_norm
+
+
+def run_counting_copies_twice(cases: list[dict]) -> list[dict[str, float]]:
+    """The cases with a mutation: a copy of the embedding on a later stage is as good as the first."""
+    honest = Engine.__init__
+
+    def careless(self: Engine, model: Any, config: Config, runtime: processes.Runtime) -> None:
+        if runtime.topology.pipeline_rank > 0:
+            model.embed_tokens.weight.ds_pipe_replicated = False
+            model.embed_tokens.weight.model_parallel = True
+        honest(self, model, config, runtime)
+
+    Engine.__init__ = careless  # type: ignore[method-assign]
+    try:
+        return run_cases(cases)
+    finally:
+        Engine.__init__ = honest  # type: ignore[method-assign]
