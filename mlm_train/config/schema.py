@@ -93,6 +93,11 @@ class TrainConfig(Section):
     )
     seed: int = Field(1234, ge=0, lt=2**63, description="of the initial weights and of the sample order")
     z_loss: float = Field(1e-6, ge=0, description="weight of the mean squared log-sum-exp")
+    loss_chunk: int | None = Field(
+        None,
+        ge=1,
+        description="tokens whose logits exist at a time; default: as many as fit in 128 MiB in fp32",
+    )
     evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
     evaluate_samples: int = Field(64, ge=1, description="validation sequences, spread evenly")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where it is")

@@ -1,18 +1,17 @@
 """A model's share on this rank, and what runs micro-batches through it."""
 
-from functools import partial
-
 import torch
+from torch import Tensor
 
 from mlm_train.config import Config
 from mlm_train.memory import make_source
-from mlm_train.model.loss import loss_sums
+from mlm_train.model.loss import Words, head_loss
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel.execution import Executor, Loss, Sequential
 from mlm_train.parallel.pipeline import Pipeline
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.parallel.stages import my_spans
-from mlm_train.parallel.tensor import TensorGroup, mark_for_clipping, parallel_loss_sums, shard
+from mlm_train.parallel.tensor import GroupWords, TensorGroup, enter, mark_for_clipping, shard
 from mlm_train.parallel.topology import Topology
 
 
@@ -56,15 +55,28 @@ def build_model(config: Config, runtime: Runtime) -> Transformer:
     return model
 
 
+def build_loss(config: Config, group: TensorGroup) -> Loss:
+    """The loss of a normed hidden state, the head's product included, over this rank's words."""
+    train, vocab_size = config.train, config.model.vocab_size
+    cut = group.size > 1
+    words = GroupWords.of(vocab_size, group) if cut else Words(0, vocab_size)
+
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        if cut:  # each rank's words cause a part of its gradient
+            hidden = enter(hidden, group)
+        return head_loss(
+            hidden, weight, labels, scale=scale, z_loss=train.z_loss, words=words, chunk=train.loss_chunk
+        )
+
+    return loss
+
+
 def build_executor(model: Transformer, config: Config, runtime: Runtime) -> Executor:
     """What trains and evaluates this layout."""
     source = make_source(config.memory.mode, model.memory_blocks()) if config.memory else None
-    group = tensor_group(runtime)
-    loss: Loss = loss_sums
-    if group.size > 1:
-        loss = partial(parallel_loss_sums, vocab_size=config.model.vocab_size, group=group)
+    loss = build_loss(config, tensor_group(runtime))
     bf16 = config.train.precision == "bf16"
     precision = torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=bf16)
     if runtime.topology.pipeline > 1:
         return Pipeline(model, config, runtime, source, loss, precision)
-    return Sequential(model, source, loss, precision, config.train.z_loss, runtime.device)
+    return Sequential(model, source, loss, precision, runtime.device)

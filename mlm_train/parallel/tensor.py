@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mlm_train.model.attention import Attention
 from mlm_train.model.linear import FusedLinear
 from mlm_train.model.logical import Part
-from mlm_train.model.loss import IGNORED, LossSums
+from mlm_train.model.loss import Words
 from mlm_train.model.transformer import Transformer
 
 
@@ -126,10 +126,6 @@ class VocabEmbedding(nn.Module):
         rows = F.embedding(local.where(here, 0), self.weight)
         return _Leave.apply(rows * here.unsqueeze(-1), self.group)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., hidden] -> logits of this rank's words [..., share of the vocabulary]."""
-        return F.linear(_Enter.apply(hidden, self.group), self.weight)
-
     def logical_parts(self) -> list[Part]:
         """Rows of one tensor."""
         return [self.group.part(None, 0, 0, self.vocab_size)]
@@ -175,23 +171,29 @@ def mark_for_clipping(model: nn.Module, group: TensorGroup) -> None:
             parameter.model_parallel = group.rank == 0  # type: ignore[attr-defined]
 
 
-def parallel_loss_sums(logits: Tensor, labels: Tensor, vocab_size: int, group: TensorGroup) -> LossSums:
-    """model/loss.py's loss_sums where each rank holds the logits of its words.
+@dataclass(frozen=True)
+class GroupWords(Words):
+    """The words whose head rows a rank of the group holds."""
 
-    logits [batch, sequence, share of the vocabulary]; labels int64 [batch, sequence]. The whole logits
-    never exist: only a maximum and two sums a position travel.
-    """
-    part = group.part(None, 0, 0, vocab_size)
-    valid = labels != IGNORED
-    logits = logits.float()
-    if part.length < logits.shape[-1]:  # padded words
-        padded = torch.arange(logits.shape[-1], device=logits.device) >= part.length
-        logits = logits.masked_fill(padded, -torch.inf)
-    top = logits.detach().amax(-1)
-    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group.handle)
-    lse = _Leave.apply((logits - top.unsqueeze(-1)).exp().sum(-1), group).log() + top
-    local = labels - part.offset
-    here = (local >= 0) & (local < part.length)
-    found = logits.gather(-1, local.where(here, 0).unsqueeze(-1)).squeeze(-1)
-    target = _Leave.apply(found.masked_fill(~here, 0.0), group)
-    return LossSums(((lse - target) * valid).sum(), (lse.square() * valid).sum())
+    group: TensorGroup
+
+    @classmethod
+    def of(cls, vocab_size: int, group: TensorGroup) -> "GroupWords":
+        """This rank's share of the vocabulary."""
+        part = group.part(None, 0, 0, vocab_size)
+        return cls(part.offset, part.length, group)
+
+    def maximum(self, x: Tensor) -> Tensor:
+        """Over the group, in place."""
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group.handle)
+        return x
+
+    def total(self, x: Tensor) -> Tensor:
+        """Over the group, in place."""
+        dist.all_reduce(x, group=self.group.handle)
+        return x
+
+
+def enter(x: Tensor, group: TensorGroup) -> Tensor:
+    """x, alike on all ranks, into a computation of which each rank does a part: gradients are summed."""
+    return _Enter.apply(x, group)
