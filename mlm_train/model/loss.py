@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100
-CHUNK_BYTES = 2**27  # of a chunk's logits in fp32; larger ones were not faster
-GRADIENT_ROWS = 2**14  # words whose weight gradient is one product; a temporary in bf16
+CHUNK_BYTES = 2**27  # of a chunk's logits in fp32
+GRADIENT_ROWS = (
+    2**11
+)  # words whose weight gradient is one product: in bf16 a temporary, small enough to stay in cache
 
 
 class LossSums(NamedTuple):
@@ -126,8 +127,9 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, settings: _Settings
     ) -> tuple[Tensor, Tensor]:
+        compute = _compute_dtype(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            work = _ChunkedHead(hidden, weight, _compute_dtype(hidden), settings)
+            work = _ChunkedHead(hidden, weight, compute, settings)
             rows = zip(
                 hidden.reshape(-1, hidden.shape[-1]).split(settings.chunk),
                 labels.reshape(-1).split(settings.chunk),

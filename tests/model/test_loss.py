@@ -76,7 +76,7 @@ def distances(found: Found, reference: Found) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("rows", [5, 2**14], ids=["blocks", "one block"])
+@pytest.mark.parametrize("rows", [5, 2**11], ids=["blocks", "one block"])
 @pytest.mark.parametrize("chunk", [1, 4, 5, 21, 100, None])
 def test_equals_plain_in_float64(chunk: int | None, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "GRADIENT_ROWS", rows)
@@ -109,7 +109,7 @@ def test_bf16_autocast_is_no_further_from_float64_than_plain(
             theirs.append(distances(plain(hidden, weight, labels), reference))
     for name in Found._fields:
         median = [float(torch.tensor([d[name] for d in found]).median()) for found in (mine, theirs)]
-        assert median[1] > 1e-5, "the plain one must really compute in bf16"
+        assert min(median) > 1e-5, "both must really compute in bf16"
         assert median[0] <= 1.25 * median[1], (name, median)
 
 
