@@ -28,7 +28,7 @@ from mlm_train.model.loss import Words, head_loss, loss_sums
 WAYS = ("plain", "chunked")
 Z_LOSS, SEED = 1e-6, 1234
 AGREE = {"fp32": 1e-4, "bf16": 2e-2}  # relative, of loss and norms of gradients
-PLAIN_BYTES = 18  # about what the plain way needs a logit; a little above what was measured
+PLAIN_BYTES = 20  # what the plain way was measured to need a logit
 
 
 def bench_loss(order: dict[str, Any], runs: int, json_file: str | None) -> int:
