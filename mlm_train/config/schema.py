@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from mlm_train.config.model import ModelConfig
+from mlm_train.config.parallel import ZERO_BUBBLE, ParallelConfig, check_parallel
 from mlm_train.config.section import Section, blame
 
 
@@ -13,28 +14,6 @@ class DataConfig(Section):
 
     path: str = Field(description="folder written by `mlm-train data prepare`")
     sequence_length: int = Field(2048, ge=1, description="tokens a sequence")
-
-
-class ParallelConfig(Section):
-    """How the ranks share the work. The data-parallel size is world / (tensor * pipeline)."""
-
-    tensor: int = Field(1, ge=1, description="ranks that share each layer")
-    pipeline: int = Field(1, ge=1, description="ranks that share the layers, one after the other")
-    virtual_stages: int | None = Field(
-        None, ge=2, description="interleaved_1f1b: stages a pipeline rank holds"
-    )
-    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b"] | None = Field(
-        None, description="order of micro-batches in the pipeline; default 1f1b"
-    )
-    layers_per_stage: list[Annotated[int, Field(ge=1)]] | None = Field(
-        None, description="layers of each stage; default: balanced by cost, the head counted"
-    )
-    x0_transport: Literal["broadcast", "relay", "replicate"] | None = Field(
-        None,
-        description="how x0 reaches the pipeline's stages: the step's distinct rows once (default), "
-        "beside the hidden state, or an embedding on every stage",
-    )
-    timeout: float = Field(600.0, gt=0, le=86400, description="longest wait of a collective, seconds")
 
 
 class MemoryConfig(Section):
@@ -80,6 +59,9 @@ class Ramp(Section):
     samples: int = Field(ge=1, description="sequences after which the full batch is reached")
 
 
+Recompute = Literal["none", "selective", "full"]
+
+
 class TrainConfig(Section):
     """How long, how much at once, in which precision."""
 
@@ -90,6 +72,11 @@ class TrainConfig(Section):
     ramp: Ramp | None = Field(None, description="optional growth of the global batch")
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: autocast of the compute; weights and gradients stay fp32"
+    )
+    recompute: Recompute | list[Recompute] = Field(
+        "none",
+        description="activations computed again in the backward pass; selective: attention between its "
+        "products, full: whole layers, FFN-M apart. A list has one a pipeline stage",
     )
     seed: int = Field(1234, ge=0, lt=2**63, description="of the initial weights and of the sample order")
     z_loss: float = Field(1e-6, ge=0, description="weight of the mean squared log-sum-exp")
@@ -152,55 +139,20 @@ class Config(Section):
                 self.data.sequence_length,
                 f"is longer than model.max_position_embeddings={self.model.max_position_embeddings}",
             )
-        self._check_parallel()
+        check_parallel(self.parallel, self.model, self.data.sequence_length)
+        self._check_recompute()
         return self
 
-    def _check_parallel(self) -> None:
-        tensor, heads, kv_heads = (
-            self.parallel.tensor,
-            self.model.num_attention_heads,
-            self.model.kv_heads,
-        )
-        if heads % tensor or kv_heads % tensor:
-            fitting = [str(n) for n in range(1, kv_heads + 1) if kv_heads % n == 0 and heads % n == 0]
+    def _check_recompute(self) -> None:
+        recompute, parallel = self.train.recompute, self.parallel
+        if isinstance(recompute, list) and len(recompute) != parallel.stages:
+            blame("train.recompute", recompute, f"needs one for all stages, or a list of {parallel.stages}")
+        if parallel.order in ZERO_BUBBLE and "full" in (recompute, *recompute):
             blame(
-                "parallel.tensor",
-                tensor,
-                f"must divide {heads} attention and {kv_heads} key-value heads: {', '.join(fitting)} do",
-            )
-        self._check_pipeline()
-
-    def _check_pipeline(self) -> None:
-        parallel, layers = self.parallel, self.model.num_hidden_layers
-        if parallel.pipeline == 1:
-            for name in ("virtual_stages", "schedule", "layers_per_stage", "x0_transport"):
-                if getattr(parallel, name) is not None:
-                    value = getattr(parallel, name)
-                    blame(f"parallel.{name}", value, "has an effect only with parallel.pipeline above 1")
-            return
-        if parallel.x0_transport is not None and not self.model.has_memory:
-            blame("parallel.x0_transport", parallel.x0_transport, "has no effect with model.kind=base")
-        interleaved = parallel.schedule == "interleaved_1f1b"
-        if interleaved != (parallel.virtual_stages is not None):
-            blame(
-                "parallel.virtual_stages",
-                parallel.virtual_stages,
-                "goes with parallel.schedule=interleaved_1f1b, and that with it",
-            )
-        stages = parallel.pipeline * (parallel.virtual_stages or 1)
-        if stages > layers:
-            fitting = layers // (parallel.virtual_stages or 1)
-            blame(
-                "parallel.pipeline",
-                parallel.pipeline,
-                f"makes {stages} stages of {layers} layers; at most {fitting} fits",
-            )
-        split = parallel.layers_per_stage
-        if split is not None and (len(split) != stages or sum(split) != layers):
-            blame(
-                "parallel.layers_per_stage",
-                split,
-                f"needs {stages} numbers that add up to model.num_hidden_layers={layers}",
+                "train.recompute",
+                recompute,
+                f"with parallel.schedule={parallel.order} each weight of a layer would run the layer's forward "
+                "again: use selective, or parallel.schedule=1f1b",
             )
 
     def _check_memory(self) -> None:

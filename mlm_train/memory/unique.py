@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mlm_train.model.block import MemoryBlock
-from mlm_train.model.source import MemoryReader
+from mlm_train.model.source import MemoryReader, Positions
 
 
 class Unique:
@@ -16,21 +17,26 @@ class Unique:
     sum reaches the embedding row through the id's first position.
     """
 
-    def __init__(self, blocks: Mapping[int, MemoryBlock]) -> None:
-        self.blocks = blocks
+    def __init__(self, blocks: Mapping[int, MemoryBlock], positions: Positions) -> None:
+        self.blocks, self.positions = blocks, positions
 
     def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
-        """ids int64 [batch, sequence]; x0 [batch, sequence, hidden]."""
-        flat = ids.reshape(-1)
-        distinct, inverse = flat.unique(return_inverse=True)
-        positions = torch.arange(flat.numel(), device=flat.device)
-        first = torch.full_like(distinct, flat.numel())
-        first.scatter_reduce_(0, inverse, positions, "amin")
-        rows = x0.flatten(0, -2)[first]
+        """ids int64 [batch, sequence], all; x0 [batch, positions here, hidden].
+
+        Where positions are cut over ranks, so are the distinct rows: each computes its share.
+        """
+        distinct, inverse = ids.unique(return_inverse=True)
+        places = torch.arange(ids.numel(), device=ids.device)
+        first = torch.full_like(distinct, ids.numel())
+        first.scatter_reduce_(0, inverse.flatten(), places, "amin")
+        # Ranks get shares of one size: rows that nobody looks up fill the last.
+        first = F.pad(first, (0, -first.numel() % self.positions.positions))
+        rows = self.positions.mine(self.positions.whole(x0).flatten(0, -2)[first], 0)
+        index = self.positions.mine(inverse, 1)
 
         def read(layer: int) -> Tensor:
             # In x0's dtype before the gather: its backward then sums in fp32 under bf16 autocast too.
-            memory = self.blocks[layer].ffn_m(rows).to(x0.dtype)
-            return memory.index_select(0, inverse).view(x0.shape)
+            memory = self.positions.whole(self.blocks[layer].ffn_m(rows).to(x0.dtype))
+            return memory.index_select(0, index.flatten()).view(x0.shape)
 
         return read

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mlm_train.config import ModelConfig
 from mlm_train.model.linear import FusedLinear
+from mlm_train.model.recompute import recomputed
 from mlm_train.model.rope import rotate
 
 
@@ -37,6 +38,7 @@ class Attention(nn.Module):
             config.hidden_size, {"q_proj": width, "k_proj": kv_width, "v_proj": kv_width}
         )
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.recompute = False  # what lies between the two products, in the backward pass
 
     def forward(
         self,
@@ -46,8 +48,21 @@ class Attention(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """x [batch, sequence, hidden] -> the same shape; a cache adds the tokens before."""
-        batch, length, _ = x.shape
-        qkv = self.qkv_proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        qkv = self.qkv_proj(x)
+        if self.recompute and cache is None:
+            return self.o_proj(recomputed(self._attend, qkv, rope))
+        return self.o_proj(self._attend(qkv, rope, layer, cache))
+
+    def _attend(
+        self,
+        qkv: Tensor,
+        rope: tuple[Tensor, Tensor],
+        layer: int = 0,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """qkv [batch, sequence, all heads * head_dim] -> the query heads' sums, side by side."""
+        batch, length, _ = qkv.shape
+        qkv = qkv.view(batch, length, -1, self.head_dim).transpose(1, 2)
         query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         query, key = rotate(query, *rope), rotate(key, *rope)
         mask = None
@@ -55,7 +70,7 @@ class Attention(nn.Module):
             past = cache.length
             key, value = cache.append(layer, key, value)
             if past and length > 1:
-                ones = torch.ones(length, past + length, dtype=torch.bool, device=x.device)
+                ones = torch.ones(length, past + length, dtype=torch.bool, device=qkv.device)
                 mask = ones.tril(past)
         out = F.scaled_dot_product_attention(
             query,
@@ -65,4 +80,4 @@ class Attention(nn.Module):
             is_causal=mask is None and length > 1,
             enable_gqa=self.heads != self.kv_heads,
         )
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+        return out.transpose(1, 2).reshape(batch, length, -1)

@@ -1,21 +1,43 @@
 """One layer of each kind."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from mlm_train.config import ModelConfig
+from mlm_train.config.schema import Recompute
 from mlm_train.model.attention import Attention, KeyValueCache
 from mlm_train.model.feedforward import LinearFFN, SwiGLU
+from mlm_train.model.recompute import recomputed
 from mlm_train.model.source import MemoryReader
 
 
-class BaseBlock(nn.Module):
-    """Llama: y = x + Attn(N1(x)); x' = y + FFN(N2(y))."""
+class Block(nn.Module):
+    """What the layers of all kinds share: their number and what they recompute in the backward pass."""
+
+    recompute: Recompute = "none"
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config)
+
+    def set_recompute(self, extent: Recompute) -> None:
+        """none: keep everything; selective: not attention's scores; full: a layer's inputs only."""
+        self.recompute = extent
+        self.self_attn.recompute = extent == "selective"
+
+    def _run(self, function: Callable[..., Tensor], *args: object) -> Tensor:
+        """A region that full recomputation runs again."""
+        return recomputed(function, *args) if self.recompute == "full" else function(*args)
+
+
+class BaseBlock(Block):
+    """Llama: y = x + Attn(N1(x)); x' = y + FFN(N2(y))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
@@ -27,22 +49,24 @@ class BaseBlock(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """x [batch, sequence, hidden] -> the same shape. `read` is not used."""
+        return self._run(self._layer, x, rope, cache)
+
+    def _layer(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
         y = x + self.self_attn(self.input_layernorm(x), rope, self.layer, cache)
         return y + self.mlp(self.post_attention_layernorm(y))
 
 
-class MemoryBlock(nn.Module):
+class MemoryBlock(Block):
     """x' = x + Attn(N(x)) [+ FFN_C(N_c(x))] + alpha * m, with m from a memory source.
 
     `with_memory=False` leaves FFN-M's weights out: the source is then a ToL.
     """
 
     def __init__(self, config: ModelConfig, layer: int, with_memory: bool = True) -> None:
-        super().__init__()
+        super().__init__(config, layer)
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.layer, self.alpha = layer, config.alpha(layer)
+        self.alpha = config.alpha(layer)
         self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
-        self.self_attn = Attention(config)
         self.compute_mlp: nn.Module | None = None
         if config.kind == "flex":
             form = SwiGLU if config.compute_form == "swiglu" else LinearFFN
@@ -56,6 +80,9 @@ class MemoryBlock(nn.Module):
 
     def ffn_m(self, x0: Tensor) -> Tensor:
         """FFN_M(N_m(x0)): the one function that trains, builds the ToL and serves. [..., hidden]."""
+        return self._run(self._ffn_m, x0)
+
+    def _ffn_m(self, x0: Tensor) -> Tensor:
         return self.memory_mlp(self.memory_layernorm(x0))
 
     def forward(
@@ -65,12 +92,17 @@ class MemoryBlock(nn.Module):
         read: MemoryReader,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """x [batch, sequence, hidden] -> the same shape."""
-        y = x + self.self_attn(self.input_layernorm(x), rope, self.layer, cache)
-        if self.compute_mlp is not None:
-            context = y if self.after_attention else x
-            y = y + self.compute_mlp(self.compute_layernorm(context))
+        """x [batch, sequence, hidden] -> the same shape. The lookup lies outside what is recomputed."""
+        y = self._run(self._context, x, rope, cache)
         if self.alpha == 0.0 and not self.training:
             return y  # a dropped layer reads nothing; in training it still gets its zero gradient
         memory = read(self.layer)
         return y + (memory if self.alpha == 1.0 else self.alpha * memory)
+
+    def _context(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
+        """x + Attn(N(x)) [+ FFN_C(N_c(x))]: what depends on the tokens before."""
+        y = x + self.self_attn(self.input_layernorm(x), rope, self.layer, cache)
+        if self.compute_mlp is None:
+            return y
+        context = y if self.after_attention else x
+        return y + self.compute_mlp(self.compute_layernorm(context))

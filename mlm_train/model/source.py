@@ -24,3 +24,20 @@ class MemorySource(Protocol):
     def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
         """`ids` int64 [batch, sequence]; `x0` their embeddings [batch, sequence, hidden]."""
         ...
+
+
+class Positions:
+    """Which positions of a micro-batch are on this process: all, but for sequence parallelism's.
+
+    parallel/mappings.py has one that cuts them over ranks.
+    """
+
+    positions = 1  # processes they are cut over
+
+    def whole(self, x: Tensor) -> Tensor:
+        """x [..., positions here, hidden] -> all positions."""
+        return x
+
+    def mine(self, x: Tensor, dim: int) -> Tensor:
+        """x with all positions along `dim` -> with those that are here."""
+        return x

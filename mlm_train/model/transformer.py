@@ -8,9 +8,17 @@ from torch import Tensor, nn
 
 from mlm_train.config import ModelConfig
 from mlm_train.model.attention import KeyValueCache
-from mlm_train.model.block import BaseBlock, MemoryBlock
+from mlm_train.model.block import BaseBlock, Block, MemoryBlock
 from mlm_train.model.rope import rotary_angles
 from mlm_train.model.source import MemoryReader, MemorySource
+
+
+class TokenEmbedding(nn.Embedding):
+    """x0 of a token; its weight is the head's too, where they are tied."""
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """ids int64 [...] -> their rows [..., hidden]."""
+        return self(ids)
 
 
 class Transformer(nn.Module):
@@ -31,11 +39,11 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.with_memory = config, with_memory
-        self.embed_tokens: nn.Embedding | None = None
+        self.embed_tokens: TokenEmbedding | None = None
         self.norm: nn.RMSNorm | None = None
         self.lm_head: nn.Linear | None = None
         if embeds or (heads and config.tie_word_embeddings):
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
         numbers = range(config.num_hidden_layers) if layers is None else layers
         self.layers = nn.ModuleDict({str(layer): self._block(layer) for layer in numbers})
         if heads:
@@ -48,6 +56,12 @@ class Transformer(nn.Module):
             return MemoryBlock(self.config, layer, self.with_memory)
         return BaseBlock(self.config, layer)
 
+    def block(self, layer: int) -> Block:
+        """A layer by its number in the whole model."""
+        block = self.layers[str(layer)]
+        assert isinstance(block, Block)
+        return block
+
     def memory_blocks(self) -> dict[int, MemoryBlock]:
         """Layer -> block, of the layers that have FFN-M: what a training source computes with."""
         return {block.layer: block for block in self.layers.values() if isinstance(block, MemoryBlock)}
@@ -57,16 +71,25 @@ class Transformer(nn.Module):
         assert self.embed_tokens is not None
         return self.embed_tokens(ids)
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """ids int64 [...] -> their embeddings [..., hidden], whole on every rank that shares them."""
+        assert self.embed_tokens is not None
+        return self.embed_tokens.rows(ids)
+
     def run_layers(
         self,
         x: Tensor,
         read: MemoryReader | None,
+        length: int,
         layers: Iterable[int] | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """Residual stream [batch, sequence, hidden] through these layers (default: all that are here)."""
+        """Residual stream [batch, sequence, hidden] through these layers (default: all that are here).
+
+        `length` is the sequence's: of the stream only a share may be here.
+        """
         config, start = self.config, cache.length if cache is not None else 0
-        rope = rotary_angles(config.attention_head_dim, config.rope_theta, start, x.shape[1], x.device)
+        rope = rotary_angles(config.attention_head_dim, config.rope_theta, start, length, x.device)
         for layer in self.layers if layers is None else map(str, layers):
             x = self.layers[layer](x, rope, read, cache)
         return x
@@ -80,7 +103,7 @@ class Transformer(nn.Module):
         """ids int64 [batch, sequence] -> the last hidden state, normed [batch, sequence, hidden]."""
         x0 = self.embed(ids)
         read = source.open(ids, x0) if source is not None else None
-        x = self.run_layers(x0, read, cache=cache)
+        x = self.run_layers(x0, read, ids.shape[1], cache=cache)
         assert self.norm is not None
         return self.norm(x)
 

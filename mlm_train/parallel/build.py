@@ -8,26 +8,27 @@ from mlm_train.memory import make_source
 from mlm_train.model.loss import Words, head_loss
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel.execution import Executor, Loss, Sequential
+from mlm_train.parallel.mappings import TensorGroup
 from mlm_train.parallel.pipeline import Pipeline
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.parallel.stages import my_spans
-from mlm_train.parallel.tensor import GroupWords, TensorGroup, enter, mark_for_clipping, shard
+from mlm_train.parallel.tensor import GroupWords, mark_for_clipping, shard
 from mlm_train.parallel.topology import Topology
 
 
-def tensor_group(runtime: Runtime) -> TensorGroup:
+def tensor_group(config: Config, runtime: Runtime) -> TensorGroup:
     """The ranks that share this rank's layers."""
     from megatron.core import parallel_state
 
     topology = runtime.topology
     handle = parallel_state.get_tensor_model_parallel_group()
-    return TensorGroup(topology.tensor, topology.tensor_rank, handle)
+    return TensorGroup(topology.tensor, topology.tensor_rank, handle, config.parallel.sequence)
 
 
 def shapes_of(config: Config, topology: Topology, group: TensorGroup) -> Transformer:
     """This rank's share of the model, without storage: its layers, its part of each of them."""
     spans = my_spans(config, topology)
-    replicated = config.parallel.x0_transport == "replicate"
+    replicated = config.parallel.transport == "replicate"
     with torch.device("meta"):
         model = Transformer(
             config.model,
@@ -42,7 +43,7 @@ def shapes_of(config: Config, topology: Topology, group: TensorGroup) -> Transfo
 
 def build_model(config: Config, runtime: Runtime) -> Transformer:
     """This rank's share of the model on its device: zeros, which the padding stays, to be filled next."""
-    group = tensor_group(runtime)
+    group = tensor_group(config, runtime)
     model = shapes_of(config, runtime.topology, group)
     model.to_empty(device=runtime.device)
     with torch.no_grad():
@@ -63,7 +64,7 @@ def build_loss(config: Config, group: TensorGroup) -> Loss:
 
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         if cut:  # each rank's words cause a part of its gradient
-            hidden = enter(hidden, group)
+            hidden = group.enter(hidden)
         return head_loss(
             hidden, weight, labels, scale=scale, z_loss=train.z_loss, words=words, chunk=train.loss_chunk
         )
@@ -73,10 +74,16 @@ def build_loss(config: Config, group: TensorGroup) -> Loss:
 
 def build_executor(model: Transformer, config: Config, runtime: Runtime) -> Executor:
     """What trains and evaluates this layout."""
-    source = make_source(config.memory.mode, model.memory_blocks()) if config.memory else None
-    loss = build_loss(config, tensor_group(runtime))
+    group = tensor_group(config, runtime)
+    source = make_source(config.memory.mode, model.memory_blocks(), group) if config.memory else None
+    for span in my_spans(config, runtime.topology):
+        recompute = config.train.recompute
+        extent = recompute if isinstance(recompute, str) else recompute[span.number]
+        for layer in span.layers:
+            model.block(layer).set_recompute(extent)
+    loss = build_loss(config, group)
     bf16 = config.train.precision == "bf16"
     precision = torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=bf16)
     if runtime.topology.pipeline > 1:
-        return Pipeline(model, config, runtime, source, loss, precision)
-    return Sequential(model, source, loss, precision, runtime.device)
+        return Pipeline(model, config, runtime, group, source, loss, precision)
+    return Sequential(model, group, source, loss, precision, runtime.device)

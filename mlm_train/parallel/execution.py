@@ -8,6 +8,8 @@ from torch import Tensor
 
 from mlm_train.model.source import MemorySource
 from mlm_train.model.transformer import Transformer
+from mlm_train.parallel.mappings import TensorGroup
+from mlm_train.parallel.tensor import sum_replicated
 
 # (hidden, normed [..., hidden]; head weight [words here, hidden]; labels [...]; scale) -> scalars:
 # the objective scale * sum(CE + z * lse^2), to be the root of a backward pass, and the sum of CE, detached.
@@ -33,12 +35,13 @@ class Sequential:
     def __init__(
         self,
         model: Transformer,
+        tensor: TensorGroup,
         source: MemorySource | None,
         loss: Loss,
         precision: torch.autocast,
         device: torch.device,
     ) -> None:
-        self.model, self.source, self.loss = model, source, loss
+        self.model, self.tensor, self.source, self.loss = model, tensor, source, loss
         self.precision, self.device = precision, device
 
     def _loss(self, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
@@ -57,6 +60,7 @@ class Sequential:
             objective, cross_entropy = self._loss(batch, scale)
             objective.backward()
             total += cross_entropy
+        sum_replicated(self.model, self.tensor)
         return total
 
     @torch.no_grad()

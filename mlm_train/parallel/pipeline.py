@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
+    ScheduleDualPipeV,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
 )
 
 from mlm_train.config import Config
@@ -22,14 +25,19 @@ from mlm_train.model.loss import IGNORED
 from mlm_train.model.source import MemorySource
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel.execution import Batch, Loss
+from mlm_train.parallel.mappings import TensorGroup
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.parallel.stages import StageSpan, my_spans
+from mlm_train.parallel.tensor import sum_replicated
 from mlm_train.parallel.x0 import TRANSPORTS, Relay, X0Channel
 
 SCHEDULES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,
     "1f1b": Schedule1F1B,
     "interleaved_1f1b": ScheduleInterleaved1F1B,
+    "zbv": ScheduleZBVZeroBubble,
+    "interleaved_zero_bubble": ScheduleInterleavedZeroBubble,
+    "dualpipe_v": ScheduleDualPipeV,
 }
 
 
@@ -62,7 +70,7 @@ class Stage(nn.Module):
                 if x0 is None and self.source is not None:
                     x0 = self.channel.x0(ids, index)
             read = self.source.open(ids, x0) if self.source is not None and x0 is not None else None
-            x = self.model.run_layers(x, read, self.span.layers)
+            x = self.model.run_layers(x, read, ids.shape[1], self.span.layers)
             if not self.span.last:
                 return (x, x0) if self.channel.relays else x
             assert self.model.norm is not None
@@ -79,20 +87,19 @@ class Pipeline:
         model: Transformer,
         config: Config,
         runtime: Runtime,
+        tensor: TensorGroup,
         source: MemorySource | None,
         loss: Loss,
         precision: torch.autocast,
     ) -> None:
         from megatron.core import parallel_state
 
-        self.model, self.config, self.runtime = model, config, runtime
+        self.model, self.config, self.runtime, self.tensor = model, config, runtime, tensor
         self.group = parallel_state.get_pipeline_model_parallel_group()
         self.spans = my_spans(config, runtime.topology)
         # Without FFN-M only the first stage embeds, and nothing but the hidden state travels.
-        transport = TRANSPORTS[config.parallel.x0_transport or "broadcast"] if source else Relay
-        self.channel: X0Channel = transport(
-            model, self.group, runtime.device, runtime.topology.pipeline * len(self.spans)
-        )
+        transport = TRANSPORTS[config.parallel.transport] if source else Relay
+        self.channel: X0Channel = transport(model, self.group, tensor, runtime.device, config.parallel.stages)
         self.channel.relays = self.channel.relays and source is not None
         parts = (self.channel, source, loss, precision)
         self.stages = [Stage(model, span, *parts) for span in self.spans]
@@ -101,11 +108,10 @@ class Pipeline:
     def _schedule(self, micro_batches: int) -> Any:
         """The schedule for a number of micro-batches; a batch ramp has several."""
         if micro_batches not in self.schedules:
-            kind = SCHEDULES[self.config.parallel.schedule or "1f1b"]
+            kind = SCHEDULES[self.config.parallel.order]
             stages = [self._pipeline_stage(stage) for stage in self.stages]
-            several = kind is ScheduleInterleaved1F1B
             self.schedules[micro_batches] = kind(
-                stages if several else stages[0],
+                stages if len(stages) > 1 else stages[0],
                 micro_batches,
                 loss_fn=lambda out, _: out.sum(),
                 scale_grads=False,
@@ -113,18 +119,18 @@ class Pipeline:
         return self.schedules[micro_batches]
 
     def _pipeline_stage(self, stage: Stage) -> PipelineStage:
-        topology, config = self.runtime.topology, self.config
-        shape = (config.train.micro_batch, config.data.sequence_length)
-        ids = torch.zeros(shape, dtype=torch.int64, device=self.runtime.device)
-        hidden = torch.empty(*shape, config.model.hidden_size, device=self.runtime.device)
+        config = self.config
+        batch, length = config.train.micro_batch, config.data.sequence_length
+        ids = torch.zeros(batch, length, dtype=torch.int64, device=self.runtime.device)
+        here = (batch, length // self.tensor.positions, config.model.hidden_size)
+        hidden = torch.empty(here, device=self.runtime.device)
         carried = tuple(
             torch.empty_like(hidden).requires_grad_() for _ in range(2 if self.channel.relays else 1)
         )
-        count = topology.pipeline * len(self.stages)
         return PipelineStage(
             stage,
             stage.span.number,
-            count,
+            config.parallel.stages,
             self.runtime.device,
             input_args=(ids,) if stage.span.first else carried,
             output_args=(torch.empty(1, device=ids.device).requires_grad_(),) if stage.span.last else carried,
@@ -152,10 +158,11 @@ class Pipeline:
         return total
 
     def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
-        """The schedule, then x0's gradient to the embedding, then the tied head's."""
+        """The schedule, then x0's gradient to the embedding, then the tied head's and the norms'."""
         total = self._run(batches, True, scale)
         self.channel.finish()
         self._sum_tied()
+        sum_replicated(self.model, self.tensor)
         return total
 
     @torch.no_grad()
@@ -182,8 +189,8 @@ class Pipeline:
     def _sum_tied(self) -> None:
         """A tied head is a copy of the embedding on the last stage: both need the sum of gradients."""
         tied = self.model.config.tie_word_embeddings and (self._first or self._last)
-        if not tied or self.config.parallel.x0_transport == "replicate":
-            return  # replicate has summed over all stages
+        if not tied or (self._first and self._last) or self.config.parallel.transport == "replicate":
+            return  # one weight for both ends (in a V), or summed over all stages already
         from megatron.core import parallel_state
 
         assert self.model.embed_tokens is not None

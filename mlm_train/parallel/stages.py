@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlm_train.config import Config, ModelConfig
+from mlm_train.config.parallel import V_SHAPED
 from mlm_train.model.counts import count_parameters
 from mlm_train.parallel.topology import Topology
 
@@ -47,7 +48,7 @@ def balanced(config: ModelConfig, stages: int) -> list[int]:
 def all_spans(config: Config) -> list[StageSpan]:
     """Every stage of the pipeline, in order."""
     parallel = config.parallel
-    count = parallel.pipeline * (parallel.virtual_stages or 1)
+    count = parallel.stages
     sizes: Sequence[int] = parallel.layers_per_stage or balanced(config.model, count)
     spans, start = [], 0
     for number, size in enumerate(sizes):
@@ -57,5 +58,12 @@ def all_spans(config: Config) -> list[StageSpan]:
 
 
 def my_spans(config: Config, topology: Topology) -> list[StageSpan]:
-    """The stages of this rank: every pipeline-size-th one (arXiv 2104.04473, interleaved)."""
-    return all_spans(config)[topology.pipeline_rank :: topology.pipeline]
+    """The stages of this rank: every pipeline-size-th one (arXiv 2104.04473, interleaved).
+
+    In a V (arXiv 2401.10241, section 6) the stages go down the ranks and up again, so the first rank
+    holds both ends.
+    """
+    spans, rank = all_spans(config), topology.pipeline_rank
+    if config.parallel.order in V_SHAPED:
+        return [spans[rank], spans[-1 - rank]]
+    return spans[rank :: topology.pipeline]

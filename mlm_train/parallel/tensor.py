@@ -7,7 +7,6 @@ which is exact: a padded key of an FFN gives 0 and gets no gradient, padded word
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,56 +18,7 @@ from mlm_train.model.linear import FusedLinear
 from mlm_train.model.logical import Part
 from mlm_train.model.loss import Words
 from mlm_train.model.transformer import Transformer
-
-
-@dataclass(frozen=True)
-class TensorGroup:
-    """The ranks that share each layer. `handle` is None where only shapes are wanted."""
-
-    size: int
-    rank: int
-    handle: Any = None
-
-    def part(self, name: str | None, dim: int, start: int, total: int) -> Part:
-        """This rank's share of `total` indices, at `start` of the local weight."""
-        share = self.share(total)
-        offset = min(self.rank * share, total)
-        return Part(name, dim, start, min(share, total - offset), offset, total)
-
-    def share(self, total: int) -> int:
-        """Indices a rank holds, padding included."""
-        return -(-total // self.size)
-
-
-class _Enter(torch.autograd.Function):
-    """Before a column product: identity forward, sum of the ranks' gradients backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: TensorGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _sum(grad, ctx.group), None
-
-
-class _Leave(torch.autograd.Function):
-    """After a row product: sum of the ranks' parts forward, identity backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: TensorGroup) -> Tensor:
-        return _sum(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-def _sum(x: Tensor, group: TensorGroup) -> Tensor:
-    x = x.clone(memory_format=torch.contiguous_format)  # all_reduce writes in place
-    dist.all_reduce(x, group=group.handle)
-    return x
+from mlm_train.parallel.mappings import TensorGroup
 
 
 class ColumnLinear(nn.Module):
@@ -82,8 +32,8 @@ class ColumnLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(sum(map(group.share, parts.values())), in_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in], alike on all ranks -> [..., this rank's out]."""
-        return F.linear(_Enter.apply(x, self.group), self.weight)
+        """x [..., positions here, in] -> [..., positions, this rank's out]."""
+        return F.linear(self.group.enter(x), self.weight)
 
     def logical_parts(self) -> list[Part]:
         """One part a product."""
@@ -103,8 +53,8 @@ class RowLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, group.share(in_features)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., this rank's in] -> [..., out], alike on all ranks."""
-        return _Leave.apply(F.linear(x, self.weight), self.group)
+        """x [..., positions, this rank's in] -> [..., positions here, out]."""
+        return self.group.leave(F.linear(x, self.weight))
 
     def logical_parts(self) -> list[Part]:
         """Columns of one tensor."""
@@ -119,12 +69,19 @@ class VocabEmbedding(nn.Module):
         self.vocab_size, self.group = vocab_size, group
         self.weight = nn.Parameter(torch.empty(group.share(vocab_size), hidden_size))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids int64 [...] -> x0 [..., hidden], alike on all ranks."""
+    def _partial(self, ids: Tensor) -> Tensor:
+        """The rows of the ids that are here, zeros for the others."""
         local = ids - self.logical_parts()[0].offset
         here = (local >= 0) & (local < self.weight.shape[0])
-        rows = F.embedding(local.where(here, 0), self.weight)
-        return _Leave.apply(rows * here.unsqueeze(-1), self.group)
+        return F.embedding(local.where(here, 0), self.weight) * here.unsqueeze(-1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids int64 [batch, positions] -> x0 [batch, positions here, hidden]."""
+        return self.group.leave(self._partial(ids))
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """ids int64 [...] -> their rows [..., hidden], alike on all ranks; so must their gradient be."""
+        return self.group.sum(self._partial(ids))
 
     def logical_parts(self) -> list[Part]:
         """Rows of one tensor."""
@@ -171,6 +128,23 @@ def mark_for_clipping(model: nn.Module, group: TensorGroup) -> None:
             parameter.model_parallel = group.rank == 0  # type: ignore[attr-defined]
 
 
+def sum_replicated(model: nn.Module, group: TensorGroup) -> None:
+    """Sum the gradients of weights that every rank holds, once a step, where each saw its positions only."""
+    if group.positions == 1:
+        return
+    cut = {id(module.weight) for module in model.modules() if isinstance(module, SHARDED)}
+    gradients = []
+    for parameter in model.parameters():
+        if id(parameter) not in cut:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+    if gradients:
+        summed = group.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, total in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))
+
+
 @dataclass(frozen=True)
 class GroupWords(Words):
     """The words whose head rows a rank of the group holds."""
@@ -184,16 +158,9 @@ class GroupWords(Words):
         return cls(part.offset, part.length, group)
 
     def maximum(self, x: Tensor) -> Tensor:
-        """Over the group, in place."""
-        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group.handle)
-        return x
+        """Over the group."""
+        return self.group.all_reduce(x, dist.ReduceOp.MAX)
 
     def total(self, x: Tensor) -> Tensor:
-        """Over the group, in place."""
-        dist.all_reduce(x, group=self.group.handle)
-        return x
-
-
-def enter(x: Tensor, group: TensorGroup) -> Tensor:
-    """x, alike on all ranks, into a computation of which each rank does a part: gradients are summed."""
-    return _Enter.apply(x, group)
+        """Over the group."""
+        return self.group.all_reduce(x)

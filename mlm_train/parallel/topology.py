@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from mlm_train.config import Config, ParallelConfig
+from mlm_train.config.parallel import INTERLEAVED
 from mlm_train.config.section import blame
 from mlm_train.errors import UserError
 
@@ -72,7 +73,7 @@ class Topology:
 
     def _check_schedule(self, config: Config) -> None:
         """Refuse numbers of micro-batches that the schedule of torch.distributed.pipelining cannot take."""
-        train, schedule = config.train, config.parallel.schedule or "1f1b"
+        train, schedule = config.train, config.parallel.order
         ramp = train.ramp
         sizes = [train.global_batch]
         if ramp is not None:
@@ -95,6 +96,8 @@ def takes(schedule: str, micro_batches: int, pipeline: int) -> bool:
     """Whether a schedule can run that many micro-batches."""
     if schedule == "1f1b":
         return micro_batches >= pipeline
-    if schedule == "interleaved_1f1b":
+    if schedule in INTERLEAVED:
         return micro_batches % max(1, micro_batches // pipeline) == 0
+    if schedule == "dualpipe_v":
+        return micro_batches >= 2 * pipeline
     return True

@@ -12,13 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mlm_train.model.transformer import Transformer
+from mlm_train.parallel.mappings import TensorGroup
 
 
 class X0Channel(Protocol):
     """What a stage asks for x0. `relays`: whether stages pass x0 on as a second tensor.
 
-    Made from this rank's model, the pipeline group, the device, and the stages of the whole pipeline,
-    virtual ones counted.
+    Made from this rank's model, the pipeline group and the tensor group, the device, and the stages of
+    the whole pipeline, virtual ones counted.
     """
 
     relays: bool
@@ -28,7 +29,7 @@ class X0Channel(Protocol):
         ...
 
     def x0(self, ids: Tensor, index: Tensor) -> Tensor:
-        """x0 [batch, sequence, hidden] of a micro-batch, with its gradient cared for."""
+        """x0 [batch, positions here, hidden] of a micro-batch, with its gradient cared for."""
         ...
 
     def finish(self) -> None:
@@ -65,8 +66,10 @@ class Broadcast:
 
     relays = False
 
-    def __init__(self, model: Transformer, group: Any, device: torch.device, stages: int) -> None:
-        self.model, self.group, self.device = model, group, device
+    def __init__(
+        self, model: Transformer, group: Any, tensor: TensorGroup, device: torch.device, stages: int
+    ) -> None:
+        self.model, self.group, self.tensor, self.device = model, group, tensor, device
         self.source = dist.get_global_rank(group, 0)
         self.owns = dist.get_rank(group) == 0
 
@@ -76,7 +79,7 @@ class Broadcast:
         rows = torch.empty(shape, dtype=torch.float32, device=self.device)
         self.embedded: Tensor | None = None
         if self.owns:
-            self.embedded = self.model.embed(distinct)
+            self.embedded = self.model.rows(distinct)
             rows.copy_(self.embedded.detach())
         dist.broadcast(rows, self.source, group=self.group)
         self.rows = rows.requires_grad_()  # nothing flows into it: it makes _Lookup's backward run
@@ -84,13 +87,15 @@ class Broadcast:
         return index
 
     def x0(self, ids: Tensor, index: Tensor) -> Tensor:
-        return _Lookup.apply(index, self.rows, self.table)
+        return _Lookup.apply(self.tensor.mine(index, 1), self.rows, self.table)
 
     def finish(self) -> None:
         dist.reduce(self.table, self.source, group=self.group)
         if self.owns:
             assert self.embedded is not None
-            self.embedded.backward(self.table)
+            # Under sequence parallelism each rank saw the gradients of its own positions.
+            table = self.tensor.all_reduce(self.table) if self.tensor.positions > 1 else self.table
+            self.embedded.backward(table)
 
     def bytes_per_step(self, distinct: int, tokens: int) -> int:
         others = dist.get_world_size(self.group) - 1
@@ -102,7 +107,9 @@ class Relay:
 
     relays = True
 
-    def __init__(self, model: Transformer, group: Any, device: torch.device, stages: int) -> None:
+    def __init__(
+        self, model: Transformer, group: Any, tensor: TensorGroup, device: torch.device, stages: int
+    ) -> None:
         self.model, self.boundaries = model, stages - 1
 
     def begin(self, ids: Tensor) -> Tensor:
@@ -124,7 +131,9 @@ class Replicate:
 
     relays = False
 
-    def __init__(self, model: Transformer, group: Any, device: torch.device, stages: int) -> None:
+    def __init__(
+        self, model: Transformer, group: Any, tensor: TensorGroup, device: torch.device, stages: int
+    ) -> None:
         self.model, self.group = model, group
 
     def begin(self, ids: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from mlm_train.config import Config
 from mlm_train.model.loss import default_chunk
 from mlm_train.parallel.build import shapes_of
-from mlm_train.parallel.tensor import TensorGroup
+from mlm_train.parallel.mappings import TensorGroup
 from mlm_train.parallel.topology import Topology
 
 FP32 = 4

@@ -1,51 +1,17 @@
 """The parity matrix: which layouts and cases are compared with one process.
 
+A product of the axes that concern x0, and all pairs of all axes (pairwise.py).
 Not every combination: each layout meets every kind, transport, schedule, mode, tied and untied heads,
 uneven stages, dimensions that nothing divides, and micro-batch counts that the pipeline does not divide.
 """
 
 from itertools import cycle
-from typing import Any, NamedTuple
 
-Case = dict[str, Any]
+from tests.parallel.layouts import MODELS, Case, Layout, shaped
+from tests.parallel.pairwise import LAYOUTS as MIXED
+from tests.parallel.pairwise import pairwise
 
-MODELS: dict[str, Case] = {
-    "base": {"kind": "base"},
-    "base gqa tied": {"kind": "base", "num_key_value_heads": 2, "tie_word_embeddings": True},
-    "memory": {"kind": "memory"},
-    "memory tied alpha": {"kind": "memory", "tie_word_embeddings": True, "memory_scale": 0.5},
-    "flex": {"kind": "flex", "flex_beta": 2, "num_key_value_heads": 2},
-    "flex linear post tied": {
-        "kind": "flex",
-        "flex_beta": 2,
-        "compute_form": "linear",
-        "compute_input": "post_attention",
-        "tie_word_embeddings": True,
-    },
-}
-# Sizes that neither 2 nor 4 divides: padding of vocabulary, FFN, FFN-C and FFN-M.
-ODD = {"vocab_size": 97, "intermediate_size": 45}
-
-
-class Layout(NamedTuple):
-    """How many processes, and what they share."""
-
-    tensor: int
-    pipeline: int
-    data: int
-    virtual: int = 1
-
-    @property
-    def world(self) -> int:
-        """Processes."""
-        return self.tensor * self.pipeline * self.data
-
-    def __str__(self) -> str:
-        parts = {"TP": self.tensor, "PP": self.pipeline, "V": self.virtual, "DP": self.data}
-        return " ".join(f"{axis}{size}" for axis, size in parts.items() if size > 1) or "one process"
-
-
-LAYOUTS = [
+PRODUCT = [
     Layout(1, 1, 1),
     Layout(1, 1, 2),
     Layout(2, 1, 1),
@@ -60,22 +26,13 @@ LAYOUTS = [
 ]
 
 
+LAYOUTS = PRODUCT + [layout for layout in MIXED if layout not in PRODUCT]
+
+
 def cases_of(layout: Layout) -> dict[str, Case]:
     """Name -> case, for tests/parallel/parity_cases.py."""
-    return _flat_cases(layout) if layout.pipeline == 1 else _pipeline_cases(layout)
-
-
-def _model(model: Case, layout: Layout, odd: bool, layers: int) -> Case:
-    """A model of the layout: odd sizes under tensor parallelism, heads that it divides."""
-    model = model | {"num_hidden_layers": layers}
-    if layout.tensor > model.get("num_key_value_heads", 4):
-        model.pop("num_key_value_heads")
-    if odd:
-        model = model | ODD
-        if model["kind"] == "flex":
-            model.pop("flex_beta")
-            model["compute_intermediate_size"] = 21
-    return model
+    product = _flat_cases(layout) if layout.pipeline == 1 else _pipeline_cases(layout)
+    return (product if layout in PRODUCT else {}) | pairwise().get(layout, {})
 
 
 def _modes(model: Case) -> tuple[str | None, ...]:
@@ -92,7 +49,7 @@ def _flat_cases(layout: Layout) -> dict[str, Case]:
                 micro_batch = next(sizes)
                 title = f"{name}{', odd sizes' if odd else ''} / {mode} / micro-batch {micro_batch}"
                 found[title] = {
-                    "model": _model(model, layout, odd, 3),
+                    "model": shaped(model, layout, odd, 3),
                     "mode": mode,
                     "micro_batch": micro_batch,
                     "parallel": parallel,
@@ -135,7 +92,7 @@ def _pipeline_cases(layout: Layout) -> dict[str, Case]:
                     parallel["layers_per_stage"] = [1] * (stages - 2) + [2, 1]
                 title = f"{name} / {transport} / {schedule} / {mode} / {count} micro-batches"
                 found[title] = {
-                    "model": _model(model, layout, layout.tensor > 1, layers),
+                    "model": shaped(model, layout, layout.tensor > 1, layers),
                     "mode": mode,
                     "micro_batch": 1,
                     "parallel": parallel,

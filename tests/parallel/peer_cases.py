@@ -26,7 +26,7 @@ from mlm_train.model.rope import rotary_angles, rotate
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_loss, build_model, tensor_group
-from mlm_train.parallel.tensor import TensorGroup
+from mlm_train.parallel.mappings import TensorGroup
 from tests.parallel.parity_cases import assembled
 from tests.parallel.reference import global_batch, logical_gradients, relative_error, sharpen, tiny_config
 
@@ -53,7 +53,7 @@ def _run_case(model: dict) -> dict[str, float]:
     weights = dict(named_pieces(whole))
 
     network = build_model(config, runtime)
-    group = tensor_group(runtime)
+    group = tensor_group(config, runtime)
     with torch.no_grad():
         parameters = dict(network.named_parameters())
         for piece in pieces(network):
@@ -88,7 +88,7 @@ def _ours(config: Config, network: Transformer, ids: Tensor, labels: Tensor, gro
     objective, summed = network(ids, loss=lambda hidden, weight: loss(hidden, weight, labels, 1 / count))
     objective.backward()
     cross_entropy = float(summed) / count
-    return Result(cross_entropy, (float(objective) - cross_entropy) / z_loss, logical_gradients(network))
+    return Result(cross_entropy, (objective.item() - cross_entropy) / z_loss, logical_gradients(network))
 
 
 def _distances(peer: str, theirs: Result, ours: Result) -> dict[str, float]:

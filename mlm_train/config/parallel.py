@@ -1,0 +1,137 @@
+"""Config section `parallel`, and what it asks of the model."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mlm_train.config.model import ModelConfig
+from mlm_train.config.section import Section, blame
+
+Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "zbv", "interleaved_zero_bubble", "dualpipe_v"]
+INTERLEAVED = ("interleaved_1f1b", "interleaved_zero_bubble")
+V_SHAPED = ("zbv", "dualpipe_v")  # a rank holds stage r and, counted from the end, stage r
+ZERO_BUBBLE = ("zbv", "interleaved_zero_bubble", "dualpipe_v")  # weight gradients computed apart
+
+
+class ParallelConfig(Section):
+    """How the ranks share the work. The data-parallel size is world / (tensor * pipeline)."""
+
+    tensor: int = Field(1, ge=1, description="ranks that share each layer")
+    sequence: bool = Field(
+        False,
+        description="sequence parallelism: norms, residual and x0 cut along the sequence",
+    )
+    pipeline: int = Field(1, ge=1, description="ranks that share the layers, one after the other")
+    virtual_stages: int | None = Field(
+        None, ge=2, description="stages a pipeline rank holds; zbv and dualpipe_v have 2"
+    )
+    schedule: Schedule | None = Field(
+        None,
+        description="order of micro-batches in the pipeline; default 1f1b. Experimental: "
+        "interleaved_zero_bubble, dualpipe_v",
+    )
+    layers_per_stage: list[Annotated[int, Field(ge=1)]] | None = Field(
+        None, description="layers of each stage; default: balanced by cost, the head counted"
+    )
+    x0_transport: Literal["broadcast", "relay", "replicate"] | None = Field(
+        None,
+        description="how x0 reaches the pipeline's stages: the step's distinct rows once (default), "
+        "beside the hidden state (default of zero-bubble schedules), or an embedding on every stage",
+    )
+    timeout: float = Field(600.0, gt=0, le=86400, description="longest wait of a collective, seconds")
+
+    @property
+    def order(self) -> Schedule:
+        """The schedule, or its default."""
+        return self.schedule or "1f1b"
+
+    @property
+    def transport(self) -> str:
+        """The x0 transport, or the schedule's default."""
+        return self.x0_transport or ("relay" if self.order in ZERO_BUBBLE else "broadcast")
+
+    @property
+    def stages_per_rank(self) -> int:
+        """Stages a pipeline rank holds."""
+        return 2 if self.order in V_SHAPED else self.virtual_stages or 1
+
+    @property
+    def stages(self) -> int:
+        """Stages of the whole pipeline."""
+        return self.pipeline * self.stages_per_rank
+
+
+def check_parallel(parallel: ParallelConfig, model: ModelConfig, sequence_length: int) -> None:
+    """Refuse a layout that does not fit the model; the world size comes in parallel/topology.py."""
+    _check_tensor(parallel, model, sequence_length)
+    if parallel.pipeline == 1:
+        for name in ("virtual_stages", "schedule", "layers_per_stage", "x0_transport"):
+            if getattr(parallel, name) is not None:
+                value = getattr(parallel, name)
+                blame(f"parallel.{name}", value, "has an effect only with parallel.pipeline above 1")
+        return
+    _check_schedule(parallel, model)
+    _check_stages(parallel, model)
+
+
+def _check_tensor(parallel: ParallelConfig, model: ModelConfig, sequence_length: int) -> None:
+    tensor, heads, kv_heads = parallel.tensor, model.num_attention_heads, model.kv_heads
+    if heads % tensor or kv_heads % tensor:
+        fitting = [str(n) for n in range(1, kv_heads + 1) if kv_heads % n == 0 and heads % n == 0]
+        blame(
+            "parallel.tensor",
+            tensor,
+            f"must divide {heads} attention and {kv_heads} key-value heads: {', '.join(fitting)} do",
+        )
+    if not parallel.sequence:
+        return
+    if tensor == 1:
+        blame("parallel.sequence", True, "has an effect only with parallel.tensor above 1")
+    if sequence_length % tensor:
+        nearest = max(tensor, round(sequence_length / tensor) * tensor)
+        blame(
+            "data.sequence_length",
+            sequence_length,
+            f"must be a multiple of parallel.tensor={tensor} with parallel.sequence=true; "
+            f"the nearest is {nearest}",
+        )
+
+
+def _check_schedule(parallel: ParallelConfig, model: ModelConfig) -> None:
+    schedule, transport = parallel.order, parallel.x0_transport
+    if transport is not None and not model.has_memory:
+        blame("parallel.x0_transport", transport, "has no effect with model.kind=base")
+    if schedule in ZERO_BUBBLE and transport not in (None, "relay"):
+        blame(
+            "parallel.x0_transport",
+            transport,
+            f"does not go with parallel.schedule={schedule}, which computes weight gradients apart and "
+            "reaches only what hangs on a stage's input: use relay",
+        )
+    if schedule in V_SHAPED:
+        if parallel.virtual_stages not in (None, 2):
+            blame("parallel.virtual_stages", parallel.virtual_stages, f"parallel.schedule={schedule} has 2")
+    elif (schedule in INTERLEAVED) != (parallel.virtual_stages is not None):
+        blame(
+            "parallel.virtual_stages",
+            parallel.virtual_stages,
+            f"goes with parallel.schedule={' or '.join(INTERLEAVED)}, and that with it",
+        )
+
+
+def _check_stages(parallel: ParallelConfig, model: ModelConfig) -> None:
+    stages, layers = parallel.stages, model.num_hidden_layers
+    if stages > layers:
+        fitting = layers // parallel.stages_per_rank
+        blame(
+            "parallel.pipeline",
+            parallel.pipeline,
+            f"makes {stages} stages of {layers} layers; at most {fitting} fits",
+        )
+    split = parallel.layers_per_stage
+    if split is not None and (len(split) != stages or sum(split) != layers):
+        blame(
+            "parallel.layers_per_stage",
+            split,
+            f"needs {stages} numbers that add up to model.num_hidden_layers={layers}",
+        )

@@ -1,0 +1,53 @@
+"""What parity cases are made of: models, sizes that nothing divides, layouts."""
+
+from typing import Any, NamedTuple
+
+Case = dict[str, Any]
+
+MODELS: dict[str, Case] = {
+    "base": {"kind": "base"},
+    "base gqa tied": {"kind": "base", "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "memory": {"kind": "memory"},
+    "memory tied alpha": {"kind": "memory", "tie_word_embeddings": True, "memory_scale": 0.5},
+    "flex": {"kind": "flex", "flex_beta": 2, "num_key_value_heads": 2},
+    "flex linear post tied": {
+        "kind": "flex",
+        "flex_beta": 2,
+        "compute_form": "linear",
+        "compute_input": "post_attention",
+        "tie_word_embeddings": True,
+    },
+}
+# Sizes that neither 2 nor 4 divides: padding of vocabulary, FFN, FFN-C and FFN-M.
+ODD = {"vocab_size": 97, "intermediate_size": 45}
+
+
+class Layout(NamedTuple):
+    """How many processes, and what they share."""
+
+    tensor: int
+    pipeline: int
+    data: int
+    virtual: int = 1
+
+    @property
+    def world(self) -> int:
+        """Processes."""
+        return self.tensor * self.pipeline * self.data
+
+    def __str__(self) -> str:
+        parts = {"TP": self.tensor, "PP": self.pipeline, "V": self.virtual, "DP": self.data}
+        return " ".join(f"{axis}{size}" for axis, size in parts.items() if size > 1) or "one process"
+
+
+def shaped(model: Case, layout: Layout, odd: bool, layers: int) -> Case:
+    """A model of the layout: odd sizes under tensor parallelism, heads that it divides."""
+    model = model | {"num_hidden_layers": layers}
+    if layout.tensor > model.get("num_key_value_heads", 4):
+        model.pop("num_key_value_heads")
+    if odd:
+        model = model | ODD
+        if model["kind"] == "flex":
+            model.pop("flex_beta")
+            model["compute_intermediate_size"] = 21
+    return model

@@ -1,0 +1,134 @@
+"""Cases that between them hold every pair of choices that the config allows (an all-pairs design).
+
+A pool of random valid cases is drawn; the one that meets most pairs not met yet is taken until none is
+left. Which pairs the config refuses is thereby tested too: test_parity.py names them.
+"""
+
+import random
+from functools import cache
+from itertools import combinations
+from typing import Any
+
+from mlm_train.errors import UserError
+from mlm_train.parallel.topology import Topology
+from tests.parallel.layouts import MODELS, Case, Layout, shaped
+from tests.parallel.reference import tiny_config
+
+POOL = 4000
+Choice = tuple[tuple[str, Any], ...]
+
+LAYOUTS = [
+    Layout(1, 1, 1),
+    Layout(1, 1, 2),
+    Layout(2, 1, 1),
+    Layout(1, 2, 1),
+    Layout(1, 2, 1, virtual=2),
+    Layout(2, 1, 2),
+    Layout(2, 2, 1),
+    Layout(2, 2, 1, virtual=2),
+    Layout(1, 2, 2),
+    Layout(1, 2, 2, virtual=2),
+    Layout(2, 2, 2),
+]
+
+
+def _axes(layout: Layout, model: str) -> dict[str, tuple[Any, ...]]:
+    """The choices of every axis beside layout and model."""
+    memory, pipeline, tensor = MODELS[model]["kind"] != "base", layout.pipeline > 1, layout.tensor > 1
+    straight = ("gpipe", "1f1b")
+    virtual = ("interleaved_1f1b", "zbv", "interleaved_zero_bubble", "dualpipe_v")
+    return {
+        "mode": ("per_token", "unique") if memory else (None,),
+        "transport": ("broadcast", "relay", "replicate") if memory and pipeline else (None,),
+        "schedule": (virtual if layout.virtual > 1 else straight) if pipeline else (None,),
+        "sequence": (False, True) if tensor else (False,),
+        "odd": (False, True) if tensor else (False,),
+        "zero": (0, 1, 2, 3),
+        "recompute": ("none", "selective", "full"),
+        "chunk": (None, 5),
+        "micro_batches": (4, 3) if layout.data > 1 else (8, 7),
+    }
+
+
+def case_of(choice: Choice) -> Case:
+    """The case of a choice, for tests/parallel/parity_cases.py."""
+    c = dict(choice)
+    layout: Layout = c["layout"]
+    parallel: Case = {"tensor": layout.tensor, "pipeline": layout.pipeline, "zero": c["zero"]}
+    for key, name in (("schedule", "schedule"), ("transport", "x0_transport")):
+        if c[key] is not None:
+            parallel[name] = c[key]
+    if c["schedule"] in ("interleaved_1f1b", "interleaved_zero_bubble"):
+        parallel["virtual_stages"] = 2
+    if c["sequence"]:
+        parallel["sequence"] = True
+    # A wrong anchor or a weight's gradient counted twice shows with two layers a stage only.
+    layers = max(3, 2 * layout.pipeline * layout.virtual)
+    train: Case = {"global_batch": c["micro_batches"] * layout.data, "recompute": c["recompute"]}
+    if c["chunk"]:
+        train["loss_chunk"] = c["chunk"]
+    return {
+        "model": shaped(MODELS[c["model"]], layout, c["odd"], layers),
+        "mode": c["mode"],
+        "micro_batch": 1,
+        "parallel": parallel,
+        "train": train,
+    }
+
+
+def valid(choice: Choice) -> bool:
+    """Whether the config takes it."""
+    case, layout = case_of(choice), dict(choice)["layout"]
+    sections = {"parallel": case["parallel"], "train": case["train"] | {"micro_batch": 1}}
+    if case["mode"] is not None:
+        sections["memory"] = {"mode": case["mode"]}
+    try:
+        config = tiny_config(case["model"], **sections)
+        Topology.of(config.parallel, layout.world).check_batch(config)
+    except UserError:
+        return False
+    return True
+
+
+def pairs_of(choice: Choice) -> set[tuple[Any, Any]]:
+    """Every two choices of a case."""
+    return set(combinations(choice, 2))
+
+
+@cache
+def pool() -> tuple[list[Choice], set[tuple[Any, Any]]]:
+    """Random cases that the config takes, and the pairs of those it does not take that no valid case has."""
+    drawn, refused = random.Random(7), set()
+    found: list[Choice] = []
+    for _ in range(POOL):
+        layout, model = drawn.choice(LAYOUTS), drawn.choice(list(MODELS))
+        axes = _axes(layout, model)
+        rest = ((name, drawn.choice(values)) for name, values in axes.items())
+        choice = (("layout", layout), ("model", model), *rest)
+        if valid(choice):
+            found.append(choice)
+        else:
+            refused |= pairs_of(choice)
+    return found, refused - set().union(*map(pairs_of, found))
+
+
+@cache
+def pairwise() -> dict[Layout, dict[str, Case]]:
+    """Layout -> name -> case."""
+    candidates, _ = pool()
+    pairs = [pairs_of(choice) for choice in candidates]
+    missing, cases = set().union(*pairs), {layout: {} for layout in LAYOUTS}
+    while missing:
+        best = max(range(len(candidates)), key=lambda i: len(pairs[i] & missing))
+        missing -= pairs[best]
+        choice = candidates[best]
+        name = " / ".join(_word(key, value) for key, value in choice[1:] if value not in (None, False))
+        cases[choice[0][1]][name] = case_of(choice)
+    return cases
+
+
+def _word(key: str, value: Any) -> str:
+    """How a choice is named in docs/parity.md."""
+    named = {"zero": f"ZeRO-{value}", "chunk": f"loss of {value} tokens", "recompute": f"recompute {value}"}
+    named |= {"micro_batches": f"{value} micro-batches", "sequence": "SP", "odd": "odd sizes"}
+    return named.get(key, str(value))
