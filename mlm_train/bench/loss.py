@@ -143,7 +143,7 @@ def _alike(figures: dict[str, list[dict[str, float]]], limit: float) -> bool:
     """Whether loss and gradients of all runs agree: norms, since a process keeps its gradients."""
     for name in ("loss", "hidden_norm", "weight_norm"):
         values = [run[name] for way in WAYS for run in figures[way]]
-        if not max(values) - min(values) <= limit * max(values):  # not: NaN differs
+        if not all(abs(value - values[0]) <= limit * abs(values[0]) for value in values):  # NaN differs
             return False
     return True
 
