@@ -1,14 +1,19 @@
 """`mlm-train bench`: measure this machine."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from mlm_train.arguments import add_action
 from mlm_train.errors import UserError
 
+if TYPE_CHECKING:
+    from mlm_train.arguments import Actions
+
 HELP = """Measure this machine: alternated runs, medians.
 
-example:
-  mlm-train bench x0 --stages 2 4 --json x0.json"""
+examples:
+  mlm-train bench x0 --stages 2 4 --json x0.json
+  mlm-train bench loss --json loss.json"""
 
 _X0_HELP = """Count and time the three ways in which x0 reaches the stages of a pipeline.
 
@@ -23,10 +28,38 @@ examples:
   mlm-train bench x0 --stages 2 4 --runs 15 --data runs/quickstart/data --json x0.json
   mlm-train bench x0 --stages 2 --schedule interleaved_1f1b"""
 
+_LOSS_HELP = """Compare the chunked head and loss, which never holds all logits, with the plain one.
+
+Forward and backward over random inputs, the two ways in turn, every run a process of its own. Peak memory is
+the rise of the process's peak resident set above what it held before the run, less the weight's gradient.
+Exit code 1 if the losses or gradients of the two ways differ.
+
+examples:
+  mlm-train bench loss
+  mlm-train bench loss --vocabulary 32000 --tokens 2048 --precision fp32 --runs 5 --json loss.json"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `x0`."""
+    """Add `x0` and `loss`."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    _add_x0(actions)
+    loss = add_action(actions, "loss", "the head and its loss, chunked against plain", _LOSS_HELP)
+    for name, default, meaning in (
+        ("vocabulary", 128256, "words"),
+        ("hidden", 1024, "hidden size"),
+        ("tokens", 4096, "tokens"),
+    ):
+        loss.add_argument(
+            f"--{name}", type=int, metavar="N", default=default, help=f"{meaning} (default {default})"
+        )
+    loss.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="default bf16")
+    loss.add_argument("--chunk", type=int, metavar="N", help="tokens a chunk; default: as in training")
+    loss.add_argument("--runs", type=int, metavar="N", default=5, help="runs of each way (default 5)")
+    loss.add_argument("--json", metavar="FILE", help="write the figures there")
+    loss.add_argument("--worker", help=argparse.SUPPRESS)  # what a run's process is started with
+
+
+def _add_x0(actions: "Actions") -> None:
     x0 = add_action(actions, "x0", "the transports of x0 between pipeline stages", _X0_HELP)
     x0.add_argument(
         "--stages", type=int, nargs="+", metavar="S", default=[2, 4], help="pipeline ranks (default: 2 4)"
@@ -43,7 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0; 1 if a count differs from its formula."""
+    """0; 1 if a count differs from its formula, or two ways from each other."""
+    if args.action == "loss":
+        return _run_loss(args)
     if args.worker:
         from mlm_train.bench.x0_ranks import work
 
@@ -53,3 +88,15 @@ def run(args: argparse.Namespace) -> int:
     from mlm_train.bench.x0 import bench_x0
 
     return bench_x0(args.stages, args.runs, args.schedule, args.data, args.json)
+
+
+def _run_loss(args: argparse.Namespace) -> int:
+    """0; 1 if the two ways differ."""
+    from mlm_train.bench import loss
+
+    if args.worker:
+        return loss.work(args.worker)
+    if args.runs < 1:
+        raise UserError(f"--runs {args.runs}: give at least 1")
+    names = ("vocabulary", "hidden", "tokens", "precision", "chunk")
+    return loss.bench_loss({name: getattr(args, name) for name in names}, args.runs, args.json)

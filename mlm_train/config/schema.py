@@ -83,6 +83,11 @@ class TrainConfig(Section):
         False, description="kernels that give the same bits again on CUDA too; slower (docs/run.md)"
     )
     z_loss: float = Field(1e-6, ge=0, description="weight of the mean squared log-sum-exp")
+    loss_chunk: int | None = Field(
+        None,
+        ge=1,
+        description="tokens whose logits exist at a time; default: as many as fit in 128 MiB in fp32",
+    )
     evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
     evaluate_samples: int = Field(64, ge=1, description="validation sequences, spread evenly")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where it is")
@@ -149,7 +154,7 @@ class Config(Section):
             blame(
                 "train.recompute",
                 recompute,
-                f"with parallel.schedule={parallel.order} each weight of a layer would run the layer's forward "
+                f"with parallel.schedule={parallel.order} each weight of a layer would run its forward "
                 "again: use selective, or parallel.schedule=1f1b",
             )
 

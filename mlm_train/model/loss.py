@@ -1,10 +1,21 @@
-"""Cross-entropy with z-loss, as sums, so that one global count of labels normalises every layout."""
+"""Cross-entropy with z-loss, as sums, so that one global count of labels normalises every layout.
 
-from typing import NamedTuple
+`loss_sums` is the plain way, from logits. `head_loss` takes the head's product in as well and holds the
+logits of some tokens at a time; one function serves one process and a vocabulary cut over ranks.
+"""
 
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IGNORED = -100
+CHUNK_BYTES = 2**27  # of a chunk's logits in fp32
+GRADIENT_ROWS = (
+    2**11
+)  # words whose weight gradient is one product: in bf16 a temporary, small enough to stay in cache
 
 
 class LossSums(NamedTuple):
@@ -30,3 +41,201 @@ def loss_sums(logits: Tensor, labels: Tensor) -> LossSums:
 def count_labels(labels: Tensor) -> int:
     """Valid labels: the global sum of these is N of the loss."""
     return int((labels != IGNORED).sum())
+
+
+@dataclass(frozen=True)
+class Words:
+    """Which words of the vocabulary the rows of a head weight are: here all of them.
+
+    Row i is word `offset` + i; rows from `length` on are padding. The reductions join what the holders
+    of other words found; parallel/tensor.py has those of a tensor-parallel group.
+    """
+
+    offset: int
+    length: int
+
+    def maximum(self, x: Tensor) -> Tensor:
+        """Elementwise largest over all holders; may overwrite x."""
+        return x
+
+    def total(self, x: Tensor) -> Tensor:
+        """Elementwise sum over all holders; may overwrite x."""
+        return x
+
+
+def default_chunk(rows: int) -> int:
+    """Tokens whose logits of `rows` words fill CHUNK_BYTES in fp32; at least one."""
+    return max(1, CHUNK_BYTES // (4 * rows))
+
+
+def head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    scale: float,
+    z_loss: float,
+    words: Words,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The objective scale * (sum CE + z_loss * sum lse^2), and the sum of CE without gradient; scalars.
+
+    hidden [..., hidden], normed; weight [rows, hidden], the words of this rank; labels int64 [...], -100
+    is ignored. `chunk` tokens' logits exist at a time (default: default_chunk), the same on all ranks.
+
+    The gradients are computed here, in the forward pass, where the logits are. Hence the objective must
+    be the root of the backward pass: its incoming gradient is taken to be 1, `scale` is the place for
+    any factor. They are kept until the backward pass, which may run twice (retain_graph).
+
+    Where words are spread over ranks, each gets the part of the hidden state's gradient that its words
+    cause; the caller sums those.
+
+    Under autocast the products run in its dtype, all else in fp32; float64 stays float64.
+    """
+    wanted = torch.is_grad_enabled()
+    return _HeadLoss.apply(
+        hidden,
+        weight,
+        labels,
+        _Settings(
+            scale,
+            z_loss,
+            words,
+            chunk or default_chunk(weight.shape[0]),
+            wanted and hidden.requires_grad,
+            wanted and weight.requires_grad,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a call of head_loss asks for beside its tensors."""
+
+    scale: float
+    z_loss: float
+    words: Words
+    chunk: int
+    hidden_gradient: bool
+    weight_gradient: bool
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Forward computes loss and gradients by chunks of tokens; backward hands the gradients out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, settings: _Settings
+    ) -> tuple[Tensor, Tensor]:
+        compute = _compute_dtype(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            work = _ChunkedHead(hidden, weight, compute, settings)
+            rows = zip(
+                hidden.reshape(-1, hidden.shape[-1]).split(settings.chunk),
+                labels.reshape(-1).split(settings.chunk),
+                strict=True,
+            )
+            for number, (some, targets) in enumerate(rows):
+                work.add(number * settings.chunk, some, targets)
+        if work.hidden_gradient is not None or work.weight_gradient is not None:
+            ctx.save_for_backward(*work.gradients(hidden, weight))
+        cross_entropy = work.cross_entropy.to(work.exact)
+        objective = (settings.scale * (work.cross_entropy + settings.z_loss * work.z)).to(work.exact)
+        ctx.mark_non_differentiable(cross_entropy)
+        return objective, cross_entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden, weight = ctx.saved_tensors
+        return hidden, weight, None, None
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Of the products: autocast's where it is on, and not for float64, as autocast itself does."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
+
+
+class _ChunkedHead:
+    """The sums so far, the gradients so far, and two buffers for a chunk's logits, used again by each."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, compute: torch.dtype, settings: _Settings) -> None:
+        self.settings, self.compute = settings, compute
+        self.exact = torch.float64 if compute == torch.float64 else torch.float32
+        self.weight = weight.to(compute)
+        tokens, rows = min(settings.chunk, hidden.numel() // hidden.shape[-1]), weight.shape[0]
+        self.products = hidden.new_empty(tokens, rows, dtype=compute)
+        # In the precision of the softmax; where that is the products' own, one buffer does.
+        self.logits = (
+            self.products if compute == self.exact else hidden.new_empty(tokens, rows, dtype=self.exact)
+        )
+        self.cross_entropy = hidden.new_zeros((), dtype=torch.float64)
+        self.z = hidden.new_zeros((), dtype=torch.float64)
+        self.hidden_gradient = (
+            torch.empty_like(hidden, memory_format=torch.contiguous_format).view(-1, hidden.shape[-1])
+            if settings.hidden_gradient
+            else None
+        )
+        self.weight_gradient = (
+            torch.zeros_like(weight, dtype=self.exact) if settings.weight_gradient else None
+        )
+
+    def add(self, start: int, hidden: Tensor, labels: Tensor) -> None:
+        """A chunk: hidden [tokens, hidden], labels [tokens]; `start` is its first token."""
+        hidden = hidden.to(self.compute)
+        logits, labels_here, here = self._logits(hidden, labels)
+        words, scale, z_loss = self.settings.words, self.settings.scale, self.settings.z_loss
+        top = words.maximum(logits.amax(-1))
+        target = (logits.gather(-1, labels_here).squeeze(-1) - top).where(here, 0)
+        exponentials = logits.sub_(top.unsqueeze(-1)).exp_()
+        normaliser, target = words.total(torch.stack((exponentials.sum(-1), target)))
+        log, valid = normaliser.log(), (labels != IGNORED).to(logits.dtype)
+        lse = log + top
+        self.cross_entropy += ((log - target) * valid).sum(dtype=torch.float64)
+        self.z += (lse.square() * valid).sum(dtype=torch.float64)
+        if self.hidden_gradient is None and self.weight_gradient is None:
+            return
+        # d/dlogit of CE + z_loss * lse^2: softmax * (1 + 2 z_loss lse), less one at the target.
+        factor = scale * valid * (1 + 2 * z_loss * lse) / normaliser
+        gradient = exponentials.mul_(factor.unsqueeze(-1))
+        gradient.scatter_add_(-1, labels_here, (-scale * valid * here).unsqueeze(-1))
+        if self.products is not self.logits:
+            gradient = self.products[: len(hidden)].copy_(gradient)
+        self._add_gradients(start, gradient, hidden)
+
+    def _logits(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [tokens, rows], the labels' rows [tokens, 1] and whether they are among these words."""
+        words, tokens = self.settings.words, len(hidden)
+        logits = torch.mm(hidden, self.weight.t(), out=self.products[:tokens])
+        if self.products is not self.logits:
+            logits = self.logits[:tokens].copy_(logits)
+        logits[:, words.length :] = -torch.inf
+        rows = labels - words.offset
+        here = (rows >= 0) & (rows < words.length)
+        return logits, rows.where(here, 0).unsqueeze(-1), here
+
+    def _add_gradients(self, start: int, gradient: Tensor, hidden: Tensor) -> None:
+        """gradient [tokens, rows] of the logits, in the dtype of the products."""
+        if self.hidden_gradient is not None:
+            self.hidden_gradient[start : start + len(hidden)] = gradient @ self.weight
+        if self.weight_gradient is None:
+            return
+        blocks = zip(
+            self.weight_gradient.split(GRADIENT_ROWS), gradient.split(GRADIENT_ROWS, dim=1), strict=True
+        )
+        for total, block in blocks:
+            if total.dtype == block.dtype:
+                total.addmm_(block.t(), hidden)
+            else:  # no product of bf16 adds to fp32; by blocks the temporary is small
+                total.add_(block.t() @ hidden)
+
+    def gradients(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Of hidden and weight, in their dtypes."""
+        mine, theirs = self.hidden_gradient, self.weight_gradient
+        return (
+            None if mine is None else mine.view(hidden.shape),
+            None if theirs is None else theirs.to(weight.dtype),
+        )

@@ -1,6 +1,7 @@
 """The whole model: embedding, blocks, final norm, head."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,15 +14,11 @@ from mlm_train.model.source import MemoryReader, MemorySource
 
 
 class TokenEmbedding(nn.Embedding):
-    """x0 of a token; the head too, where it is tied."""
+    """x0 of a token; its weight is the head's too, where they are tied."""
 
     def rows(self, ids: Tensor) -> Tensor:
         """ids int64 [...] -> their rows [..., hidden]."""
         return self(ids)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., hidden] -> logits [..., vocabulary]."""
-        return F.linear(hidden, self.weight)
 
 
 class Transformer(nn.Module):
@@ -110,18 +107,27 @@ class Transformer(nn.Module):
         assert self.norm is not None
         return self.norm(x)
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's weight [vocabulary, hidden]; the embedding's, where they are tied."""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        assert head is not None
+        return head.weight
+
     def head(self, hidden: Tensor) -> Tensor:
         """hidden, normed [..., hidden] -> logits [..., vocabulary]."""
-        if self.lm_head is not None:
-            return self.lm_head(hidden)
-        assert self.embed_tokens is not None
-        return self.embed_tokens.logits(hidden)
+        return F.linear(hidden, self.head_weight)
 
     def forward(
         self,
         ids: Tensor,
         source: MemorySource | None = None,
         cache: KeyValueCache | None = None,
-    ) -> Tensor:
-        """ids int64 [batch, sequence] -> logits [batch, sequence, vocabulary]."""
-        return self.head(self.hidden(ids, source, cache))
+        loss: Callable[[Tensor, Tensor], Any] | None = None,
+    ) -> Any:
+        """ids int64 [batch, sequence] -> logits [batch, sequence, vocabulary].
+
+        With `loss`: loss(hidden, normed [batch, sequence, hidden], head weight [vocabulary, hidden]).
+        """
+        hidden = self.hidden(ids, source, cache)
+        return self.head(hidden) if loss is None else loss(hidden, self.head_weight)

@@ -5,11 +5,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mlm_train.config import Config
 from mlm_train.memory import make_source
-from mlm_train.model.loss import loss_sums
+from mlm_train.model.loss import Words, head_loss
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel.execution import Executor, Loss, Sequential
 from mlm_train.parallel.mappings import TensorGroup
@@ -17,8 +17,8 @@ from mlm_train.parallel.pipeline import Pipeline
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.parallel.stages import my_spans
 from mlm_train.parallel.tensor import (
+    GroupWords,
     mark_for_clipping,
-    parallel_loss_sums,
     shard,
     sum_replicated,
     sum_replicated_each_pass,
@@ -68,20 +68,34 @@ def build_model(config: Config, runtime: Runtime) -> Transformer:
     return model
 
 
+def build_loss(config: Config, group: TensorGroup) -> Loss:
+    """The loss of a normed hidden state, the head's product included, over this rank's words."""
+    train, vocab_size = config.train, config.model.vocab_size
+    cut = group.size > 1
+    words = GroupWords.of(vocab_size, group) if cut else Words(0, vocab_size)
+
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        if cut:  # each rank's words cause a part of its gradient
+            hidden = group.enter(hidden)
+        return head_loss(
+            hidden, weight, labels, scale=scale, z_loss=train.z_loss, words=words, chunk=train.loss_chunk
+        )
+
+    return loss
+
+
 def build_executor(
     model: Transformer, config: Config, runtime: Runtime, entry: nn.Module | None = None
 ) -> Executor:
     """What trains and evaluates this layout. `entry`: what to call in the model's place (Engine.entry)."""
     group = tensor_group(config, runtime)
     source = make_source(config.memory.mode, model.memory_blocks(), group) if config.memory else None
-    loss: Loss = loss_sums
     for span in my_spans(config, runtime.topology):
         recompute = config.train.recompute
         extent = recompute if isinstance(recompute, str) else recompute[span.number]
         for layer in span.layers:
             model.block(layer).set_recompute(extent)
-    if group.size > 1:
-        loss = partial(parallel_loss_sums, vocab_size=config.model.vocab_size, group=group)
+    loss = build_loss(config, group)
     bf16 = config.train.precision == "bf16"
     precision = torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=bf16)
     if runtime.topology.pipeline > 1:
@@ -91,7 +105,7 @@ def build_executor(
     if config.parallel.zero >= 2:
         sum_replicated_each_pass(model, group)
         sum_norms = _nothing
-    return Sequential(entry or model, source, loss, precision, config.train.z_loss, runtime.device, sum_norms)
+    return Sequential(entry or model, source, loss, precision, runtime.device, sum_norms)
 
 
 def _nothing() -> None:

@@ -6,10 +6,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from mlm_train.model.loss import LossSums
 from mlm_train.model.source import MemorySource
 
-Loss = Callable[[Tensor, Tensor], LossSums]
+# (hidden, normed [..., hidden]; head weight [words here, hidden]; labels [...]; scale) -> scalars:
+# the objective scale * sum(CE + z * lse^2), to be the root of a backward pass, and the sum of CE, detached.
+Loss = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 Batch = tuple[Tensor, Tensor]  # ids and labels, int64 [batch, sequence]
 
 
@@ -34,27 +35,28 @@ class Sequential:
         source: MemorySource | None,
         loss: Loss,
         precision: torch.autocast,
-        z_loss: float,
         device: torch.device,
         after_backward: Callable[[], None],
     ) -> None:
         self.model, self.source, self.loss, self.after_backward = model, source, loss, after_backward
-        self.precision, self.z_loss, self.device = precision, z_loss, device
+        self.precision, self.device = precision, device
 
-    def _sums(self, batch: Batch) -> LossSums:
+    def _loss(self, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
+        """Objective and summed CE. The head is used inside the model's forward, as all its weights are."""
         ids, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
         with self.precision:
-            logits = self.model(ids, self.source)
-        return self.loss(logits, labels)
+            return self.model(
+                ids, self.source, loss=lambda hidden, weight: self.loss(hidden, weight, labels, scale)
+            )
 
     def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
         """One after the other; gradients accumulate in fp32."""
         self.model.train()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
-            sums = self._sums(batch)
-            ((sums.cross_entropy + self.z_loss * sums.z) * scale).backward()
-            total += sums.cross_entropy.detach()
+            objective, cross_entropy = self._loss(batch, scale)
+            objective.backward()
+            total += cross_entropy
         self.after_backward()
         return total
 
@@ -64,5 +66,5 @@ class Sequential:
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
-            total += self._sums(batch).cross_entropy
+            total += self._loss(batch, 1.0)[1]
         return total

@@ -1,8 +1,7 @@
 """Pipeline parallelism through torch.distributed.pipelining, with x0 at every stage.
 
 A stage's shapes are given and never inferred (inference would run an extra forward and backward), the
-loss is computed inside the last stage, so that no two micro-batches' logits live together, and we scale
-it ourselves.
+loss is computed inside the last stage, gradients of the head included, and we scale it ourselves.
 """
 
 from collections.abc import Sequence
@@ -53,11 +52,10 @@ class Stage(nn.Module):
         source: MemorySource | None,
         loss: Loss,
         precision: torch.autocast,
-        z_loss: float,
     ) -> None:
         super().__init__()
         self.model, self.span, self.channel, self.source = model, span, channel, source
-        self.loss, self.precision, self.z_loss = loss, precision, z_loss
+        self.loss, self.precision = loss, precision
         self.scale = 1.0
         self.total: Tensor | None = None  # summed CE of the step, on the last stage
 
@@ -76,11 +74,9 @@ class Stage(nn.Module):
             if not self.span.last:
                 return (x, x0) if self.channel.relays else x
             assert self.model.norm is not None
-            logits = self.model.head(self.model.norm(x))
-        sums = self.loss(logits, labels)
-        found = sums.cross_entropy.detach().double()
-        self.total = found if self.total is None else self.total + found
-        return ((sums.cross_entropy + self.z_loss * sums.z) * self.scale).view(1)
+            objective, found = self.loss(self.model.norm(x), self.model.head_weight, labels, self.scale)
+        self.total = found.double() if self.total is None else self.total + found
+        return objective.view(1)
 
 
 class Pipeline:
@@ -105,7 +101,7 @@ class Pipeline:
         transport = TRANSPORTS[config.parallel.transport] if source else Relay
         self.channel: X0Channel = transport(model, self.group, tensor, runtime.device, config.parallel.stages)
         self.channel.relays = self.channel.relays and source is not None
-        parts = (self.channel, source, loss, precision, config.train.z_loss)
+        parts = (self.channel, source, loss, precision)
         self.stages = [Stage(model, span, *parts) for span in self.spans]
         self.schedules: dict[int, Any] = {}
 

@@ -6,6 +6,7 @@ which is exact: a padded key of an FFN gives 0 and gets no gradient, padded word
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from mlm_train.model.attention import Attention
 from mlm_train.model.linear import FusedLinear
 from mlm_train.model.logical import Part
-from mlm_train.model.loss import IGNORED, LossSums
+from mlm_train.model.loss import Words
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel.mappings import TensorGroup
 
@@ -81,10 +82,6 @@ class VocabEmbedding(nn.Module):
     def rows(self, ids: Tensor) -> Tensor:
         """ids int64 [...] -> their rows [..., hidden], alike on all ranks; so must their gradient be."""
         return self.group.sum(self._partial(ids))
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., positions here, hidden] -> logits [..., positions, share of the vocabulary]."""
-        return F.linear(self.group.enter(hidden), self.weight)
 
     def logical_parts(self) -> list[Part]:
         """Rows of one tensor."""
@@ -158,22 +155,22 @@ def sum_replicated_each_pass(model: nn.Module, group: TensorGroup) -> None:
             parameter.register_hook(group.all_reduce)
 
 
-def parallel_loss_sums(logits: Tensor, labels: Tensor, vocab_size: int, group: TensorGroup) -> LossSums:
-    """model/loss.py's loss_sums where each rank holds the logits of its words.
+@dataclass(frozen=True)
+class GroupWords(Words):
+    """The words whose head rows a rank of the group holds."""
 
-    logits [batch, sequence, share of the vocabulary]; labels int64 [batch, sequence]. The whole logits
-    never exist: only a maximum and two sums a position travel.
-    """
-    part = group.part(None, 0, 0, vocab_size)
-    valid = labels != IGNORED
-    logits = logits.float()
-    if part.length < logits.shape[-1]:  # padded words
-        padded = torch.arange(logits.shape[-1], device=logits.device) >= part.length
-        logits = logits.masked_fill(padded, -torch.inf)
-    top = group.all_reduce(logits.detach().amax(-1), op=dist.ReduceOp.MAX)
-    lse = group.sum((logits - top.unsqueeze(-1)).exp().sum(-1)).log() + top
-    local = labels - part.offset
-    here = (local >= 0) & (local < part.length)
-    found = logits.gather(-1, local.where(here, 0).unsqueeze(-1)).squeeze(-1)
-    target = group.sum(found.masked_fill(~here, 0.0))
-    return LossSums(((lse - target) * valid).sum(), (lse.square() * valid).sum())
+    group: TensorGroup
+
+    @classmethod
+    def of(cls, vocab_size: int, group: TensorGroup) -> "GroupWords":
+        """This rank's share of the vocabulary."""
+        part = group.part(None, 0, 0, vocab_size)
+        return cls(part.offset, part.length, group)
+
+    def maximum(self, x: Tensor) -> Tensor:
+        """Over the group."""
+        return self.group.all_reduce(x, dist.ReduceOp.MAX)
+
+    def total(self, x: Tensor) -> Tensor:
+        """Over the group."""
+        return self.group.all_reduce(x)

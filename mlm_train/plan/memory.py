@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from mlm_train.config import Config
+from mlm_train.model.loss import default_chunk
 from mlm_train.parallel.build import shapes_of
 from mlm_train.parallel.engine import BUCKET
 from mlm_train.parallel.mappings import TensorGroup
@@ -72,8 +73,9 @@ def activation_bytes(config: Config, tensor: int = 1) -> int:
     """Estimate of what a micro-batch keeps for its backward pass.
 
     Elements a token and layer: residual and norms about 4 hidden, attention another 4; a SwiGLU keeps its
-    two products, the activation and their product, 4 keys each. The head keeps logits twice in fp32.
-    Tensor parallelism divides all but residual and norms.
+    two products, the activation and their product, 4 keys each. Tensor parallelism divides all but
+    residual and norms. The head keeps a chunk's logits, the gradients of its weight and its input, and
+    a copy of the weight where it computes in bf16.
     """
     model, tokens = config.model, config.train.micro_batch * config.data.sequence_length
     compute = 2 if config.train.precision == "bf16" else FP32
@@ -82,4 +84,8 @@ def activation_bytes(config: Config, tensor: int = 1) -> int:
         ffn += (4 if model.compute_form == "swiglu" else 1) * (model.compute_intermediate_size or 0)
     layer = compute * (4 * model.hidden_size + (4 * model.hidden_size + ffn) // tensor)
     layer += FP32 * 2 * model.hidden_size
-    return tokens * (model.num_hidden_layers * layer + 2 * FP32 * model.vocab_size // tensor)
+    words = -(-model.vocab_size // tensor)
+    chunk = min(config.train.loss_chunk or default_chunk(words), tokens)
+    copied = 0 if compute == FP32 else compute
+    head = words * (chunk * (FP32 + copied) + model.hidden_size * (FP32 + copied))
+    return tokens * (model.num_hidden_layers * layer + FP32 * model.hidden_size) + head

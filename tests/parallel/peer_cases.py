@@ -25,8 +25,8 @@ from mlm_train.model.loss import IGNORED, LossSums, count_labels
 from mlm_train.model.rope import rotary_angles, rotate
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
-from mlm_train.parallel.build import build_model, tensor_group
-from mlm_train.parallel.tensor import parallel_loss_sums
+from mlm_train.parallel.build import build_loss, build_model, tensor_group
+from mlm_train.parallel.mappings import TensorGroup
 from tests.parallel.parity_cases import assembled
 from tests.parallel.reference import global_batch, logical_gradients, relative_error, sharpen, tiny_config
 
@@ -59,12 +59,7 @@ def _run_case(model: dict) -> dict[str, float]:
         for piece in pieces(network):
             piece.of(parameters[piece.parameter]).copy_(piece.cut(weights[piece.name]))
     ids, labels = _batch()
-    ours = _result(
-        parallel_loss_sums(network(ids), labels, config.model.vocab_size, group),
-        labels,
-        config,
-        lambda: logical_gradients(network),
-    )
+    ours = _ours(config, network, ids, labels, group)
     error = _distances("megatron", _megatron(config, weights), ours)
     ours = ours._replace(gradients=assembled(network, ours.gradients))
     if runtime.leads:
@@ -86,6 +81,14 @@ def _result(sums: LossSums, labels: Tensor, config: Config, gradients: Any) -> R
     count = count_labels(labels)
     ((sums.cross_entropy + config.train.z_loss * sums.z) / count).backward()
     return Result(float(sums.cross_entropy) / count, float(sums.z) / count, gradients())
+
+
+def _ours(config: Config, network: Transformer, ids: Tensor, labels: Tensor, group: TensorGroup) -> Result:
+    count, loss, z_loss = count_labels(labels), build_loss(config, group), config.train.z_loss
+    objective, summed = network(ids, loss=lambda hidden, weight: loss(hidden, weight, labels, 1 / count))
+    objective.backward()
+    cross_entropy = float(summed) / count
+    return Result(cross_entropy, (objective.item() - cross_entropy) / z_loss, logical_gradients(network))
 
 
 def _distances(peer: str, theirs: Result, ours: Result) -> dict[str, float]:
