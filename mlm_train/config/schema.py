@@ -96,6 +96,12 @@ class TrainConfig(Section):
     evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
     evaluate_samples: int = Field(64, ge=1, description="validation sequences, spread evenly")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where it is")
+    watchdog: float | None = Field(
+        None,
+        ge=0,
+        description="seconds without progress after which a run is reported as hung and ended; "
+        "default: half of parallel.timeout; 0: never",
+    )
     stop_after: int | None = Field(
         None, ge=1, description="end cleanly after this many steps of this launch, with a checkpoint"
     )
@@ -148,6 +154,9 @@ class Config(Section):
                 f"is longer than model.max_position_embeddings={self.model.max_position_embeddings}",
             )
         self._check_parallel()
+        if self.train.watchdog is not None and self.train.watchdog >= self.parallel.timeout:
+            fix = f"must be below parallel.timeout={self.parallel.timeout}, which ends a collective by itself"
+            blame("train.watchdog", self.train.watchdog, fix)
         return self
 
     def _check_parallel(self) -> None:

@@ -67,4 +67,4 @@ def build_executor(model: Transformer, config: Config, runtime: Runtime) -> Exec
     precision = torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=bf16)
     if runtime.topology.pipeline > 1:
         return Pipeline(model, config, runtime, source, loss, precision)
-    return Sequential(model, source, loss, precision, config.train.z_loss, runtime.device)
+    return Sequential(model, source, loss, precision, config.train.z_loss, runtime.device, runtime.place)

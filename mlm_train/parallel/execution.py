@@ -9,6 +9,7 @@ from torch import Tensor
 from mlm_train.model.loss import LossSums
 from mlm_train.model.source import MemorySource
 from mlm_train.model.transformer import Transformer
+from mlm_train.parallel.place import Place
 
 Loss = Callable[[Tensor, Tensor], LossSums]
 Batch = tuple[Tensor, Tensor]  # ids and labels, int64 [batch, sequence]
@@ -37,9 +38,10 @@ class Sequential:
         precision: torch.autocast,
         z_loss: float,
         device: torch.device,
+        place: Place,
     ) -> None:
         self.model, self.source, self.loss = model, source, loss
-        self.precision, self.z_loss, self.device = precision, z_loss, device
+        self.precision, self.z_loss, self.device, self.place = precision, z_loss, device, place
 
     def _sums(self, batch: Batch) -> LossSums:
         ids, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
@@ -51,8 +53,10 @@ class Sequential:
         """One after the other; gradients accumulate in fp32."""
         self.model.train()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            self.place.at("forward", None, number)
             sums = self._sums(batch)
+            self.place.at("backward", None, number)
             ((sums.cross_entropy + self.z_loss * sums.z) * scale).backward()
             total += sums.cross_entropy.detach()
         return total
@@ -62,6 +66,7 @@ class Sequential:
         """Forward alone."""
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            self.place.at("forward", None, number)
             total += self._sums(batch).cross_entropy
         return total
