@@ -32,12 +32,16 @@ def bounded(work: Callable[[], Answer], seconds: float) -> Answer | None:
 class Board:
     """Notes by key in the job's store, over a connection of our own: the main thread's may be in use.
 
-    Nothing here raises or waits for long. Once the store does not answer, the board is `lost`.
+    Nothing here raises or waits for long. Once the store does not answer, the board is `lost`, and what
+    was read before is what is known.
     """
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank, self.world = rank, world
         self.lost = False
+        self.known: dict[str, dict[str, Any]] = {}
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+        self.hosted_here = rank == 0 and not agent  # the store ends with this process
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
@@ -60,12 +64,15 @@ class Board:
 
     def read(self, key: str) -> dict[str, Any] | None:
         """The note, if there is one."""
-        return self._ask(lambda: json.loads(self.store.get(key)) if self.store.check([key]) else None)
+        note = self._ask(lambda: json.loads(self.store.get(key)) if self.store.check([key]) else None)
+        if note is not None:
+            self.known[key] = note
+        return self.known.get(key)
 
     def claim(self, key: str, note: dict[str, Any]) -> dict[str, Any]:
         """Leave a note that only the first rank can leave; that rank's. Ours, where the board is lost."""
         first = self._ask(lambda: json.loads(self.store.compare_set(key, "", json.dumps(note))))
-        return note if first is None else first
+        return self.known.get(key, note) if first is None else first
 
     def await_note(self, key: str, seconds: float) -> dict[str, Any] | None:
         """The note, waited for that long."""

@@ -19,8 +19,13 @@ EXIT_SECONDS = 60.0  # how long a failed rank may take to go
 
 
 def one_line(error: BaseException) -> str:
-    """Type and first line of a message."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+    """Type and first line of what began it: torch's pipeline wraps a stage's error in one of its own."""
+    cause = _cause(error)
+    return f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0][:300]}"
+
+
+def _cause(error: BaseException) -> BaseException:
+    return error if error.__cause__ is None else _cause(error.__cause__)
 
 
 def folder_of(output: Path, when: str) -> Path:
@@ -38,25 +43,28 @@ def _write(path: Path, text: str) -> int:
     return path.write_text(text, encoding="utf-8")
 
 
-def explain_failure(error: Exception, board: Board, place: str, output: Path) -> None:
+def explain_failure(error: Exception, board: Board, place: str, output: Path, linger: float) -> None:
     """Return where this rank failed first: its error goes on. Otherwise PeerFailure, one line.
 
     `place` says where the rank was, for the end of the traceback. The traceback of a rank that failed
-    later is kept in the run's folder.
+    later is kept in the run's folder. `linger`: seconds in which the others look at the board again.
     """
     if isinstance(error, SharedUserError | PeerFailure):
         return  # all ranks raise it alike; or it names the other rank already
     with contextlib.suppress(ValueError, OSError, AttributeError):  # stderr may be no file
         # Leaving a library that still waits for a peer must not keep a failed rank alive.
         faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True)
-    communication = isinstance(error, RuntimeError) and _COMMUNICATION.search(str(error))
-    lost = isinstance(error, RuntimeError) and _LOST.search(str(error))
+    cause = _cause(error)
+    lost = isinstance(cause, RuntimeError) and _LOST.search(str(cause))
+    communication = isinstance(cause, RuntimeError) and _COMMUNICATION.search(str(cause))
     if communication or lost:
         board.await_note(FAILED, RECORD_SECONDS)
     said = "lost the connection to another rank" if lost else one_line(error)
     first = board.claim(FAILED, {"rank": board.rank, "error": said, "when": now()})
     if first["rank"] == board.rank and not lost:
         error.add_note(f"on rank {board.rank} of {board.world}: {place}")
+        if board.hosted_here:
+            time.sleep(linger)  # the store ends with us: let the others read who failed
         return
     text = "".join(traceback.format_exception(error))
     path = folder_of(output, first["when"]) / f"rank-{board.rank:05}.traceback.txt"

@@ -25,6 +25,10 @@ class Testimony:
         """Whether the rank depends on others to go on."""
         return self.answers and (self.operation is not None or bool(self.pending))
 
+    def moves(self, limit: float) -> bool:
+        """Whether the rank is at work: in no communication, and got where it is not long ago."""
+        return self.answers and not self.waits and self.seconds < limit / 2
+
     @property
     def _where(self) -> str:
         operation = self.operation or (f"pending {', '.join(self.pending[:3])}" if self.pending else None)
@@ -58,21 +62,23 @@ class Testimony:
 def hang_report(testimonies: Sequence[Testimony], limit: float, ending: str) -> str:
     """Suspects first, one line each; then those who wait, grouped by place; then `ending`.
 
-    Suspects do not answer or are in no communication. Where every rank waits (collectives that do not
-    match), nobody is named: the groups show who waits where.
+    Suspects do not answer, or are in no communication for long. Where every rank waits (collectives that
+    do not match), nobody is named: the groups show who waits where.
     """
-    suspects = [testimony for testimony in testimonies if not testimony.waits]
+    moving = [testimony for testimony in testimonies if testimony.moves(limit)]
+    suspects = [testimony for testimony in testimonies if not testimony.waits and testimony not in moving]
     waiting: dict[str, list[Testimony]] = {}
     for testimony in testimonies:
         if testimony.waits:
             waiting.setdefault(testimony.shared_line(), []).append(testimony)
     lines = [f"mlm-train: watchdog: no progress for {limit:.0f} s"]
     lines += [f"  stuck:   {testimony.line()}" for testimony in suspects]
-    if not suspects:
+    if not suspects and not moving:
         lines.append("  every rank waits for another: collectives that do not match, or a lost message")
     for place, group in waiting.items():
         longest = max(testimony.seconds for testimony in group)
         lines.append(f"  waiting: {_ranks([t.rank for t in group])} for {longest:.0f} s, {place}")
+    lines += [f"  moving:  {testimony.line()}" for testimony in moving]
     return "\n".join([*lines, f"  {ending}"])
 
 

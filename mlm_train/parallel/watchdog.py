@@ -25,7 +25,7 @@ from mlm_train.parallel.place import Mark
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.parallel.stacks import flight_record, main_thread, pending, write_evidence
 
-FAILURE_GRACE = 5.0  # seconds a rank has to find by itself that another has failed
+FAILURE_GRACE = 10.0  # seconds a rank has to find by itself that another has failed
 
 
 @contextlib.contextmanager
@@ -43,7 +43,8 @@ def watched(config: Config, runtime: Runtime) -> Iterator[None]:
     except Exception as error:
         watchdog.stop()
         if board is not None:
-            explain_failure(error, board, watchdog.described(), Path(config.train.output))
+            output, linger = Path(config.train.output), watchdog.interval + 0.5
+            explain_failure(error, board, watchdog.described(), output, linger)
         raise
     finally:
         watchdog.stop()
@@ -71,7 +72,8 @@ class Watchdog(threading.Thread):
         self.output = Path(config.train.output)
         self.interval = min(5.0, self.usual / 8)
         self.ended = threading.Event()
-        self.awake = 0.0  # since when this process has been running without a pause
+        self.awake = self.heard = time.monotonic()  # running without a pause; neighbour's latest sign
+        self.neighbour: dict[str, Any] | None = None  # that sign
         self.stderr = os.dup(2)  # a library's import may have redirected the usual one
 
     def stop(self) -> None:
@@ -80,16 +82,22 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         """Look, and leave a sign of life, several times in the allowed time."""
-        looked = self.awake = time.monotonic()
+        try:
+            self._watch()
+        finally:
+            os.close(self.stderr)
+
+    def _watch(self) -> None:
+        looked = time.monotonic()
         while not self.ended.wait(self.interval):
             moment = time.monotonic()
             if moment - looked > 3 * self.interval + 1:
                 self.awake = moment  # the whole process was suspended: the main thread is not to blame
             looked = moment
-            if self._peers_ended():
+            if self.board is not None and self._peers_ended(self.board):
                 return
             limit = self.patient if self.place.mark.patient else self.usual
-            if self._age(self.place.mark) > limit:
+            if self._age(self.place.mark.since) > limit:
                 self._end_hung(limit)
 
     def described(self) -> str:
@@ -97,22 +105,27 @@ class Watchdog(threading.Thread):
         stage = self._stage(self.place.mark)
         return f"{'' if stage is None else f'stage {stage}, '}{self.place.mark}"
 
-    def _age(self, mark: Mark) -> float:
-        return time.monotonic() - max(mark.since, self.awake)
+    def _age(self, since: float) -> float:
+        return time.monotonic() - max(since, self.awake)
 
     def _stage(self, mark: Mark) -> int | None:
         if self.topology.pipeline == 1:
             return None
         return self.topology.pipeline_rank if mark.stage is None else mark.stage
 
-    def _peers_ended(self) -> bool:
+    def _peers_ended(self, board: Board) -> bool:
         """Leave a sign of life and read the others' word; True where this thread is to end."""
-        if self.board is None:
-            return False
-        self.board.post(f"alive/{self.topology.rank}", asdict(self._said()) | {"seconds": time.time()})
-        if (hung := self.board.read("hung")) is not None:
+        rank, world = self.topology.rank, self.topology.world
+        board.post(f"alive/{rank}", asdict(self._said()) | {"seconds": time.time()})
+        if (hung := board.read("hung")) is not None:
             self._end_hung(hung["limit"])
-        failed = self.board.read(FAILED)
+        # A stopped rank cannot speak for itself; that no thread of it moves is no question of patience.
+        sign = board.read(f"alive/{(rank + 1) % world}")
+        if sign != self.neighbour or board.lost:
+            self.neighbour, self.heard = sign, time.monotonic()
+        elif self._age(self.heard) > self.usual:
+            self._end_hung(self.usual)
+        failed = board.read(FAILED)
         if failed is None:
             return False
         if not self.ended.wait(FAILURE_GRACE):  # the main thread has not found out
@@ -124,7 +137,7 @@ class Watchdog(threading.Thread):
     def _said(self) -> Testimony:
         mark = self.place.mark
         return Testimony(
-            self.topology.rank, socket.gethostname(), self._stage(mark), str(mark), self._age(mark)
+            self.topology.rank, socket.gethostname(), self._stage(mark), str(mark), self._age(mark.since)
         )
 
     def _end_hung(self, limit: float) -> None:
@@ -148,11 +161,12 @@ class Watchdog(threading.Thread):
         bounded(lambda: (folder / "report.txt").write_text(f"{report}\n", encoding="utf-8"), 5)
         if board is not None:
             board.post("reported", {})
+            time.sleep(1.0)  # the store may end with this process: let the others read it
         self._exit(HUNG)
 
     def _testimonies(self, own: Testimony, seconds: float) -> list[Testimony]:
         """Everyone's, in the order of ranks; of those who stay silent, their last sign of life."""
-        if self.board is None:
+        if self.board is None or self.board.lost:
             return [own]
         end = time.monotonic() + seconds
         found = []
