@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 
 @dataclass(frozen=True)
-class Testimony:
+class Statement:
     """What one rank says, or, of a rank that does not answer, what it last said."""
 
     rank: int
@@ -53,32 +52,27 @@ class Testimony:
         stage = "" if self.stage is None else f"stage {self.stage}: "
         return f"{stage}{self.mark}, {self._where}"
 
-    @classmethod
-    def of(cls, note: dict[str, Any]) -> "Testimony":
-        """From a note on the board."""
-        return cls(**note)
 
-
-def hang_report(testimonies: Sequence[Testimony], limit: float, ending: str) -> str:
+def hang_report(statements: Sequence[Statement], limit: float, ending: str) -> str:
     """Suspects first, one line each; then those who wait, grouped by place; then `ending`.
 
     Suspects do not answer, or are in no communication for long. Where every rank waits (collectives that
     do not match), nobody is named: the groups show who waits where.
     """
-    moving = [testimony for testimony in testimonies if testimony.moves(limit)]
-    suspects = [testimony for testimony in testimonies if not testimony.waits and testimony not in moving]
-    waiting: dict[str, list[Testimony]] = {}
-    for testimony in testimonies:
-        if testimony.waits:
-            waiting.setdefault(testimony.shared_line(), []).append(testimony)
+    moving = [statement for statement in statements if statement.moves(limit)]
+    suspects = [statement for statement in statements if not statement.waits and statement not in moving]
+    waiting: dict[str, list[Statement]] = {}
+    for statement in statements:
+        if statement.waits:
+            waiting.setdefault(statement.shared_line(), []).append(statement)
     lines = [f"mlm-train: watchdog: no progress for {limit:.0f} s"]
-    lines += [f"  stuck:   {testimony.line()}" for testimony in suspects]
+    lines += [f"  stuck:   {statement.line()}" for statement in suspects]
     if not suspects and not moving:
         lines.append("  every rank waits for another: collectives that do not match, or a lost message")
     for place, group in waiting.items():
-        longest = max(testimony.seconds for testimony in group)
+        longest = max(statement.seconds for statement in group)
         lines.append(f"  waiting: {_ranks([t.rank for t in group])} for {longest:.0f} s, {place}")
-    lines += [f"  moving:  {testimony.line()}" for testimony in moving]
+    lines += [f"  moving:  {statement.line()}" for statement in moving]
     return "\n".join([*lines, f"  {ending}"])
 
 

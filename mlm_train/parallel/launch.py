@@ -33,7 +33,6 @@ def launch_ranks(arguments: Sequence[str], processes: int) -> int:
         rdzv_endpoint="localhost:0",  # a free port of its own, on loopback
         max_restarts=0,
         monitor_interval=0.2,
-        shutdown_timeout=5,  # seconds; a stopped process ends by SIGKILL alone
     )
     try:
         elastic_launch(config, sys.executable)("-m", "mlm_train", *arguments)

@@ -20,7 +20,7 @@ from mlm_train.config import Config
 from mlm_train.errors import HUNG
 from mlm_train.parallel.board import Board, bounded
 from mlm_train.parallel.failures import FAILED, explain_failure, folder_of, now
-from mlm_train.parallel.hang_report import Testimony, hang_report
+from mlm_train.parallel.hang_report import Statement, hang_report
 from mlm_train.parallel.place import Mark
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.parallel.stacks import flight_record, main_thread, pending, write_evidence
@@ -134,9 +134,9 @@ class Watchdog(threading.Thread):
             self._exit(1)
         return True
 
-    def _said(self) -> Testimony:
+    def _said(self) -> Statement:
         mark = self.place.mark
-        return Testimony(
+        return Statement(
             self.topology.rank, socket.gethostname(), self._stage(mark), str(mark), self._age(mark.since)
         )
 
@@ -144,19 +144,19 @@ class Watchdog(threading.Thread):
         """Say where this rank is; the first one to come here collects and reports; exit."""
         rank, board = self.topology.rank, self.board
         found, record = main_thread(), bounded(flight_record, 5)
-        testimony = replace(self._said(), pending=pending(record), **found._asdict())
+        statement = replace(self._said(), pending=pending(record), **found._asdict())
         claim: dict[str, Any] = {"rank": rank, "limit": limit, "when": now()}
         first = board.claim("hung", claim) if board is not None else claim
         folder = folder_of(self.output, first["when"])
-        bounded(lambda: write_evidence(folder, rank, testimony.line(), record), 5)
+        bounded(lambda: write_evidence(folder, rank, statement.line(), record), 5)
         wait = 2 * self.interval + 2
         if board is not None:
-            board.post(f"testimony/{rank}", asdict(testimony))
+            board.post(f"statement/{rank}", asdict(statement))
             if first["rank"] != rank and board.await_note("reported", wait + 5) is not None:
                 self._exit(HUNG)
-        testimonies = self._testimonies(testimony, wait)
+        statements = self._statements(statement, wait)
         ending = f"all ranks end with exit code {HUNG}; stacks of all threads: {folder}"
-        report = hang_report(testimonies, first["limit"], ending)
+        report = hang_report(statements, first["limit"], ending)
         self._say(report)
         bounded(lambda: (folder / "report.txt").write_text(f"{report}\n", encoding="utf-8"), 5)
         if board is not None:
@@ -164,18 +164,18 @@ class Watchdog(threading.Thread):
             time.sleep(1.0)  # the store may end with this process: let the others read it
         self._exit(HUNG)
 
-    def _testimonies(self, own: Testimony, seconds: float) -> list[Testimony]:
+    def _statements(self, own: Statement, seconds: float) -> list[Statement]:
         """Everyone's, in the order of ranks; of those who stay silent, their last sign of life."""
         if self.board is None or self.board.lost:
             return [own]
         end = time.monotonic() + seconds
         found = []
         for rank in range(self.topology.world):
-            note = self.board.await_note(f"testimony/{rank}", max(0.0, end - time.monotonic()))
+            note = self.board.await_note(f"statement/{rank}", max(0.0, end - time.monotonic()))
             if note is None and rank != own.rank:
-                note = self.board.read(f"alive/{rank}") or asdict(Testimony(rank, "?", None, "?", 0.0))
+                note = self.board.read(f"alive/{rank}") or asdict(Statement(rank, "?", None, "?", 0.0))
                 note |= {"answers": False, "seconds": time.time() - note["seconds"]}
-            found.append(own if note is None else Testimony(**note))
+            found.append(own if note is None else Statement(**note))
         return found
 
     def _say(self, text: str) -> None:

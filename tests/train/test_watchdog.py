@@ -25,7 +25,8 @@ PP2 = ("parallel.pipeline=2", "model.num_hidden_layers=4")
 def words(data: Path, run: Path, *more: str) -> list[str]:
     return [
         "pretrain", "configs/micro.yaml", *TINY, f"data.path={data}", f"train.output={run}", "train.steps=6",
-        "train.micro_batch=1", "checkpoint.every=1", f"train.watchdog={LIMIT}", "monitor.peak_tflops=1", *more,
+        "train.micro_batch=1", "checkpoint.every=1", f"train.watchdog={LIMIT}", "monitor.peak_tflops=1",
+        *more,
     ]  # fmt: skip
 
 
@@ -102,7 +103,7 @@ def test_a_stuck_rank_under_torchrun_and_then_a_merely_slow_one(data: Path, tmp_
     started = time.monotonic()
     slow = python([*TORCHRUN, *MISBEHAVE, "slow-data", "1", *words(data, run)])
     output, _ = slow.communicate(timeout=120)
-    assert slow.returncode == 0 and "at step 2" in output and "watchdog:" not in output, output
+    assert slow.returncode == 0 and "at step 2" in output and "no progress for" not in output, output
     assert time.monotonic() - started > 4 * SLOW_SECONDS > LIMIT
 
 
@@ -111,9 +112,13 @@ def test_a_stopped_rank_is_named_by_the_others(data: Path, tmp_path: Path) -> No
     launch = start("launch", "--nproc", 2, *words(data, run, "train.steps=5000", *PP2)[1:])
     ranks = ranks_of(launch, run)
     ranks[1].send_signal(signal.SIGSTOP)
-    output, _ = launch.communicate(timeout=LIMIT + 40)
+    while not list(run.glob("failures/*/report.txt")):
+        assert launch.poll() is None, launch.communicate()[0]
+        time.sleep(0.05)
+    ranks[1].send_signal(signal.SIGCONT)  # else torchrun's agent takes 30 s to see that SIGTERM does nothing
+    output, _ = launch.communicate(timeout=60)
     assert launch.returncode == 75, output
-    assert re.search(r"stuck: +rank 1 \(.*, stage 1\): does not answer \(stopped, .*\): (step|check)", output)
+    assert re.search(r"stuck: +rank 1 \(.*, stage 1\): does not answer \(stopped, ", output), output
     assert "stuck:   rank 0" not in output
     assert not psutil.wait_procs(ranks.values(), timeout=5)[1]
 
