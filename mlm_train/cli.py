@@ -11,7 +11,7 @@ import sys
 import traceback
 
 from mlm_train import __version__
-from mlm_train.errors import SharedUserError, UserError
+from mlm_train.errors import PeerFailure, SharedUserError, UserError
 from mlm_train.quiet import hush_libraries
 
 COMMANDS = {
@@ -69,7 +69,7 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command; exit 0, or 2 for bad input, 1 for a fault of ours, 130 for Ctrl-C."""
+    """Run a command; exit 0, or 2 for bad input, 1 for a fault of ours, 75 for a hang, 130 for Ctrl-C."""
     hush_libraries()
     argv = sys.argv[1:] if argv is None else argv
     chosen = next((word for word in argv if not word.startswith("-")), None)
@@ -84,6 +84,11 @@ def main(argv: list[str] | None = None) -> None:
         if speaks or not isinstance(error, SharedUserError):
             print(f"mlm-train: {'' if speaks else f'[rank {rank}] '}{error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except PeerFailure as failure:
+        if args.debug:
+            traceback.print_exc()
+        print(f"mlm-train: [rank {os.environ.get('RANK', '0')}] {failure}", file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("mlm-train: stopped by the user", file=sys.stderr)
         raise SystemExit(130) from None

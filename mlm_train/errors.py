@@ -7,3 +7,10 @@ class UserError(Exception):
 
 class SharedUserError(UserError):
     """A UserError that every rank of a run raises alike; one rank a machine prints it."""
+
+
+class PeerFailure(Exception):
+    """This rank stops because of another, whose failure is shown: one line; exit code 1."""
+
+
+HUNG = 75  # exit code of ranks that the watchdog ends (EX_TEMPFAIL of sysexits.h: starting again may help)

@@ -91,6 +91,12 @@ class TrainConfig(Section):
     evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
     evaluate_samples: int = Field(64, ge=1, description="validation sequences, spread evenly")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where it is")
+    watchdog: float | None = Field(
+        None,
+        ge=0,
+        description="seconds without progress after which a run is reported as hung and ended; "
+        "default: half of parallel.timeout; 0: never",
+    )
     stop_after: int | None = Field(
         None, ge=1, description="end cleanly after this many steps of this launch, with a checkpoint"
     )
@@ -144,6 +150,9 @@ class Config(Section):
             )
         check_parallel(self.parallel, self.model, self.data.sequence_length)
         self._check_recompute()
+        if self.train.watchdog is not None and self.train.watchdog >= self.parallel.timeout:
+            fix = f"must be below parallel.timeout={self.parallel.timeout}, which ends a collective by itself"
+            blame("train.watchdog", self.train.watchdog, fix)
         return self
 
     def _check_recompute(self) -> None:

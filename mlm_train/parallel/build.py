@@ -105,7 +105,7 @@ def build_executor(
     if config.parallel.zero >= 2:
         sum_replicated_each_pass(model, group)
         sum_norms = _nothing
-    return Sequential(entry or model, source, loss, precision, runtime.device, sum_norms)
+    return Sequential(entry or model, source, loss, precision, runtime.device, runtime.place, sum_norms)
 
 
 def _nothing() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mlm_train.model.source import MemorySource
+from mlm_train.parallel.place import Place
 
 # (hidden, normed [..., hidden]; head weight [words here, hidden]; labels [...]; scale) -> scalars:
 # the objective scale * sum(CE + z * lse^2), to be the root of a backward pass, and the sum of CE, detached.
@@ -36,10 +37,11 @@ class Sequential:
         loss: Loss,
         precision: torch.autocast,
         device: torch.device,
+        place: Place,
         after_backward: Callable[[], None],
     ) -> None:
         self.model, self.source, self.loss, self.after_backward = model, source, loss, after_backward
-        self.precision, self.device = precision, device
+        self.precision, self.device, self.place = precision, device, place
 
     def _loss(self, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
         """Objective and summed CE. The head is used inside the model's forward, as all its weights are."""
@@ -53,8 +55,10 @@ class Sequential:
         """One after the other; gradients accumulate in fp32."""
         self.model.train()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            self.place.at("forward", None, number)
             objective, cross_entropy = self._loss(batch, scale)
+            self.place.at("backward", None, number)
             objective.backward()
             total += cross_entropy
         self.after_backward()
@@ -65,6 +69,7 @@ class Sequential:
         """Forward alone."""
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            self.place.at("forward", None, number)
             total += self._loss(batch, 1.0)[1]
         return total

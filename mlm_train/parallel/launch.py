@@ -11,14 +11,16 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from mlm_train.errors import HUNG
+
 USER_ERROR = 2  # exit code of a rank that has said in one line what is wrong
 
 
 def launch_ranks(arguments: Sequence[str], processes: int) -> int:
     """Run `python -m mlm_train ARGUMENTS` on that many ranks; the exit code of the whole.
 
-    0; 2 where a rank found bad input and said so; otherwise 1, after a line that names the rank which
-    failed first. The others are ended.
+    0; 2 where a rank found bad input and said so; 75 where the watchdog ended a hang; otherwise 1, after
+    a line that names the rank which failed first. The others are ended.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -36,8 +38,8 @@ def launch_ranks(arguments: Sequence[str], processes: int) -> int:
         elastic_launch(config, sys.executable)("-m", "mlm_train", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode == USER_ERROR:
-            return USER_ERROR
+        if failure.exitcode in (USER_ERROR, HUNG):
+            return failure.exitcode
         print(f"mlm-train: rank {rank} failed first: {_reason(failure.exitcode)}", file=sys.stderr)
         return 1
     except SignalException as error:

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import (
-    PipelineStage,
     Schedule1F1B,
     ScheduleDualPipeV,
     ScheduleGPipe,
@@ -26,6 +25,7 @@ from mlm_train.model.source import MemorySource
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel.execution import Batch, Loss
 from mlm_train.parallel.mappings import TensorGroup
+from mlm_train.parallel.place import MarkedStage
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.parallel.stages import StageSpan, my_spans
 from mlm_train.parallel.tensor import sum_replicated
@@ -118,7 +118,7 @@ class Pipeline:
             )
         return self.schedules[micro_batches]
 
-    def _pipeline_stage(self, stage: Stage) -> PipelineStage:
+    def _pipeline_stage(self, stage: Stage) -> MarkedStage:
         config = self.config
         batch, length = config.train.micro_batch, config.data.sequence_length
         ids = torch.zeros(batch, length, dtype=torch.int64, device=self.runtime.device)
@@ -127,7 +127,8 @@ class Pipeline:
         carried = tuple(
             torch.empty_like(hidden).requires_grad_() for _ in range(2 if self.channel.relays else 1)
         )
-        return PipelineStage(
+        return MarkedStage(
+            self.runtime.place,
             stage,
             stage.span.number,
             config.parallel.stages,
@@ -139,6 +140,7 @@ class Pipeline:
 
     def _run(self, batches: Sequence[Batch], training: bool, scale: float) -> Tensor:
         """All micro-batches through the schedule; the summed CE, on every rank of the pipeline."""
+        self.runtime.place.at("x0")
         device = self.runtime.device
         ids, labels = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
         index = self.channel.begin(ids) if self.model.config.has_memory or self._first else ids
@@ -151,6 +153,7 @@ class Pipeline:
         if self._last:
             arguments |= {"target": labels, "losses": []}
         call(*((ids,) if self._first else ()), **arguments)
+        self.runtime.place.at("loss")
         total = torch.zeros((), dtype=torch.float64, device=device)
         if self._last and self.stages[-1].total is not None:
             total += self.stages[-1].total
@@ -160,6 +163,7 @@ class Pipeline:
     def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
         """The schedule, then x0's gradient to the embedding, then the tied head's and the norms'."""
         total = self._run(batches, True, scale)
+        self.runtime.place.at("gradient of x0")
         self.channel.finish()
         self._sum_tied()
         sum_replicated(self.model, self.tensor)

@@ -1,9 +1,8 @@
 """The processes of a run: rank and device, process groups, the few collectives of the loop."""
 
 import os
-import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -12,7 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mlm_train.config import Config, TrainConfig
-from mlm_train.errors import SharedUserError, UserError
+from mlm_train.errors import PeerFailure, SharedUserError, UserError
+from mlm_train.parallel.failures import one_line
+from mlm_train.parallel.place import Place
+from mlm_train.parallel.stacks import keep_flight_records
 from mlm_train.parallel.topology import Topology
 
 Result = TypeVar("Result")
@@ -39,6 +41,7 @@ class Runtime:
 
     topology: Topology
     device: torch.device
+    place: Place = field(default_factory=Place)  # where this rank is, for the watchdog
 
     @property
     def leads(self) -> bool:
@@ -59,15 +62,21 @@ class Runtime:
 
     def everywhere(self, work: Callable[[], Result]) -> Result:
         """Run `work` on the leading rank; its result, or its failure, on every rank."""
-        outcome = [_attempt(work)] if self.leads else [None]
-        dist.broadcast_object_list(outcome, src=0)
-        assert outcome[0] is not None
-        return outcome[0].result()
+        outcome, error = _attempt(work) if self.leads else (None, None)
+        outcomes = [outcome]
+        dist.broadcast_object_list(outcomes, src=0)
+        if error is not None:
+            raise error
+        assert outcomes[0] is not None
+        return outcomes[0].result()
 
     def together(self, work: Callable[[], Result]) -> list[Result]:
         """Run `work` on every rank; all results in the order of ranks, or the first failure, on each."""
         outcomes: list[Any] = [None] * self.topology.world
-        dist.all_gather_object(outcomes, _attempt(work))
+        outcome, error = _attempt(work)
+        dist.all_gather_object(outcomes, outcome)
+        if error is not None:
+            raise error
         return [outcome.result() for outcome in outcomes]
 
 
@@ -84,19 +93,21 @@ class _Outcome:
         if self.user_error is not None:
             raise SharedUserError(self.user_error)
         if self.failure is not None:
-            raise RuntimeError(self.failure)
+            raise PeerFailure(self.failure)
         return self.value
 
 
-def _attempt(work: Callable[[], Any]) -> _Outcome:
+def _attempt(work: Callable[[], Any]) -> tuple[_Outcome, Exception | None]:
+    """The outcome for all ranks, and a failure that this rank is to raise itself, with its traceback."""
     try:
-        return _Outcome(work())
+        return _Outcome(work()), None
     except UserError as error:
-        return _Outcome(user_error=str(error))
+        return _Outcome(user_error=str(error)), None
     except OSError as error:
-        return _Outcome(user_error=f"{error.filename or 'a file'}: {error.strerror or error}")
-    except Exception:
-        return _Outcome(failure=f"rank {global_rank()} failed:\n{traceback.format_exc()}")
+        return _Outcome(user_error=f"{error.filename or 'a file'}: {error.strerror or error}"), None
+    except Exception as error:
+        line = f"stopped, because rank {global_rank()} failed first: {one_line(error)}"
+        return _Outcome(failure=line), error
 
 
 def check_device(choice: str, local_processes: int) -> None:
@@ -126,6 +137,7 @@ def start(config: Config) -> Runtime:
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=config.parallel.timeout)
     if not dist.is_initialized():
+        keep_flight_records()
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:

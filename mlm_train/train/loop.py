@@ -15,9 +15,12 @@ from mlm_train.train.step import StepResult
 
 def train(run: Run) -> Progress:
     """Train to train.steps (or stop_after), evaluating and saving on the way. Returns the last state."""
-    config, progress = run.config, run.progress
+    config, progress, place = run.config, run.progress, run.runtime.place
+    first = progress.step
     last = min(config.train.steps, progress.step + (config.train.stop_after or config.train.steps))
     while progress.step < last:
+        place.enter(f"step {progress.step + 1}", patient=progress.step == first)
+        place.at("data")
         started = time.perf_counter()
         size = global_batch_at(config.train, progress.samples)
         batches = step_batches(
@@ -53,6 +56,7 @@ def _due(step: int, every: int, last: int) -> bool:
 def evaluate(run: Run, progress: Progress) -> float:
     """Loss on the fixed validation samples, on every rank; told to the monitor."""
     started = time.perf_counter()
+    run.runtime.place.enter(f"validation after step {progress.step}")
     train = run.config.train
     count = min(train.evaluate_samples, run.validation.samples_per_epoch)
     batches = evaluation_batches(run.validation, count, train.micro_batch, run.runtime.topology)
@@ -64,6 +68,7 @@ def evaluate(run: Run, progress: Progress) -> float:
 def save(run: Run, progress: Progress) -> None:
     """Commit a checkpoint; said only once it is on disk."""
     started = time.perf_counter()
+    run.runtime.place.enter(f"checkpoint of step {progress.step}", patient=True)
     root = Path(run.config.train.output) / "checkpoints"
     data = {"fingerprint": run.data.fingerprint, "eod_id": run.data.eod_id}
     folder = save_checkpoint(root, run.trainer.engine, run.runtime, run.config, progress.as_dict(), data)

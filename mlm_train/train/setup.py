@@ -19,6 +19,7 @@ from mlm_train.monitor.report import Progress
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_executor, build_model
 from mlm_train.parallel.engine import Engine
+from mlm_train.parallel.watchdog import watched
 from mlm_train.train.preflight import LOG, Resumed, find_checkpoint, warm_start_source
 from mlm_train.train.step import Trainer
 
@@ -44,7 +45,7 @@ def opened_run(config: Config, data: PreparedData) -> Iterator[Run]:
     The process groups are left only after a clean end: a rank that fails must not wait for the others.
     """
     runtime = processes.start(config)
-    with ExitStack() as stack:
+    with watched(config, runtime), ExitStack() as stack:
 
         def claim() -> Resumed | None:
             output = Path(config.train.output)

@@ -38,6 +38,7 @@ class Trainer:
         N counts the valid labels of the whole step over all ranks, so masks of any shape give one
         process's gradients; the factor DP undoes the engine's average over data parallel.
         """
+        self.runtime.place.at("count of labels")
         labels = self._everywhere([float(sum(count_labels(batch.labels) for batch in batches))])[0]
         with self.engine.accumulating():
             total = self.executor.backward(batches, self.runtime.topology.data / max(labels, 1.0))
@@ -47,7 +48,9 @@ class Trainer:
         """Train on this rank's micro-batches of one global batch."""
         started = time.perf_counter()
         total, labels = self.backward(batches)
+        self.runtime.place.at("optimizer step")
         grad_norm = self.engine.step(lr)
+        self.runtime.place.at("metrics")
         micro = sum(batch.ids.unique().numel() for batch in batches)
         whole = torch.cat([batch.ids.flatten() for batch in batches])
         loss, tokens, distinct_micro, distinct_step = self._everywhere(

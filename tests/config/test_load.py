@@ -72,6 +72,7 @@ def test_overrides_are_yaml_values() -> None:
         ("model.kind=base", "memory.mode='unique': has no effect with model.kind=base"),
         ("memory.mode=table", "memory.mode='table'"),
         ("data.sequence_length=100000", "longer than model.max_position_embeddings"),
+        ("train.watchdog=600", "must be below parallel.timeout=600.0"),
         ("train.micro_batch=5", "must be a multiple of train.micro_batch=5"),
         ("train.ramp={start: 16, increment: 8, samples: 64}", "must be below train.global_batch"),
         ("train.ramp={start: 8, increment: 7, samples: 64}", "must divide global_batch - start"),

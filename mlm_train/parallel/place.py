@@ -1,0 +1,74 @@
+"""Where a rank's main thread is: written by it at next to no cost, read by the watchdog's thread."""
+
+import time
+from typing import Any, NamedTuple
+
+from torch.distributed.pipelining import PipelineStage
+
+
+class Mark(NamedTuple):
+    """One place of the main thread, and since when it is there."""
+
+    task: str  # "step 3", "checkpoint of step 3", ...
+    patient: bool  # whether the task may take long
+    phase: str  # "data", "forward", ...
+    stage: int | None
+    micro_batch: int | None
+    since: float  # time.monotonic()
+
+    def __str__(self) -> str:
+        micro_batch = "" if self.micro_batch is None else f" of micro-batch {self.micro_batch}"
+        return f"{self.task}, {self.phase}{micro_batch}"
+
+
+class Place:
+    """The latest mark. Replacing it is one assignment: no lock, no system call."""
+
+    def __init__(self) -> None:
+        self.enter("start-up", patient=True)
+
+    def enter(self, task: str, patient: bool = False) -> None:
+        """Begin a task; `patient`: one that may rightly take long."""
+        self.mark = Mark(task, patient, "begin", None, None, time.monotonic())
+
+    def at(self, phase: str, stage: int | None = None, micro_batch: int | None = None) -> None:
+        """Go on to another phase of the task."""
+        task, patient, *_ = self.mark
+        self.mark = Mark(task, patient, phase, stage, micro_batch, time.monotonic())
+
+
+class MarkedStage(PipelineStage):
+    """A pipeline stage that marks which micro-batch it computes, or waits for."""
+
+    def __init__(self, place: Place, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.place = place
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        self.place.at("forward", self.stage_index, fwd_chunk_id)
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        self.place.at("waiting after forward", self.stage_index, fwd_chunk_id)
+        return output
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        self.place.at("backward", self.stage_index, bwd_chunk_id)
+        output = super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        self.place.at("waiting after backward", self.stage_index, bwd_chunk_id)
+        return output
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        self.place.at("weights' backward", self.stage_index, bwd_chunk_id)
+        output = super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+        self.place.at("waiting after weights' backward", self.stage_index, bwd_chunk_id)
+        return output
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[Any]:
+        return self._received(super().get_fwd_recv_ops(fwd_chunk_id), "activation", fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[Any]:
+        return self._received(super().get_bwd_recv_ops(bwd_chunk_id), "gradient", bwd_chunk_id)
+
+    def _received(self, operations: list[Any], what: str, micro_batch: int) -> list[Any]:
+        if operations:
+            self.place.at(f"receive {what}", self.stage_index, micro_batch)
+        return operations
