@@ -52,6 +52,7 @@ def run_case(model: dict, mode: str | None, micro_batch: int, **sections: dict) 
         error["norm"] = max(error["norm"], abs(result.grad_norm / reference["norms"][step] - 1))
     weights = assembled(trainer.engine.pieces, whole_weights(trainer.engine))
     error["weights"] = relative_error(weights, reference["weights"])
+    error["alone"] = reference["alone"]
     return error
 
 
@@ -59,10 +60,16 @@ REFERENCES: dict[str, dict] = {}
 
 
 def _reference(config: Config) -> dict:
-    """The one-process run of a config; cases that differ in layout, mode or micro-batch share it."""
+    """The one-process run of a config; cases that differ in layout, mode or micro-batch share it.
+
+    `alone` is how far one fp32 process's weights end from it: AdamW divides by gradients' own size, so a
+    model may be ill-conditioned, whatever the layout.
+    """
     key = repr((config.model, config.optimizer, config.schedule, config.train.global_batch))
     if key not in REFERENCES:
-        REFERENCES[key] = train_reference(config, STEPS)
+        found = train_reference(config, STEPS)
+        alone = train_reference(config, STEPS, torch.float32)
+        REFERENCES[key] = found | {"alone": relative_error(alone["weights"], found["weights"])}
     return REFERENCES[key]
 
 

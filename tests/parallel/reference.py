@@ -55,11 +55,15 @@ def global_batch(step: int, size: int = GLOBAL_BATCH) -> tuple[Tensor, Tensor]:
 
 
 def sharpen(model: Transformer) -> None:
-    """Make a fresh model's weights large enough that every part of it matters to the loss."""
+    """Make a fresh model's weights large enough that every part of it matters to the loss.
+
+    Less so in a deep one, where small differences would grow from layer to layer.
+    """
+    factor = 6.0 * min(1.0, 4 / model.config.num_hidden_layers)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                parameter.mul_(6.0 if "embed" not in name else 20.0)
+                parameter.mul_(factor if "embed" not in name else 20.0)
             else:
                 generator = torch.Generator().manual_seed(len(name))
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
@@ -71,9 +75,9 @@ def logical_gradients(model: Transformer) -> dict[str, Tensor]:
     return {piece.name: piece.of(parameters[piece.parameter].grad).clone() for piece in pieces(model)}
 
 
-def train_reference(config: Config, steps: int) -> dict:
+def train_reference(config: Config, steps: int, dtype: torch.dtype = torch.float64) -> dict:
     """Losses, norms, the first step's gradients and the weights at the end, in float64."""
-    model = Transformer(config.model).double()
+    model = Transformer(config.model).to(dtype)
     initialise(model, config.model, config.train.seed)
     sharpen(model)
     source = make_source("per_token", model.memory_blocks()) if config.model.has_memory else None

@@ -13,7 +13,7 @@ def test_parity_with_one_process(layout: Layout) -> None:
     assert len(results) >= len(MODELS)
     for name, error in results.items():
         assert max(error["loss"], error["norm"], error["gradients"]) <= 1e-5, (name, error)
-        assert error["weights"] <= 1e-4, (name, error)
+        assert error["weights"] <= max(1e-4, 2 * error["alone"]), (name, error)
 
 
 def test_the_matrix_meets_every_value_of_every_axis() -> None:
