@@ -37,7 +37,7 @@ def run_case(model: dict, mode: str | None, micro_batch: int, **sections: dict) 
     if mode is not None:
         sections = sections | {"memory": {"mode": mode}}
     # Micro-batches are 24, 48 or 96 tokens: every loss has several chunks, the last one smaller.
-    train = {"loss_chunk": 5} | sections.pop("train", {}) | {"micro_batch": micro_batch}
+    train = sections.pop("train", {}) | {"micro_batch": micro_batch}
     config = tiny_config(model, train=train, **sections)
     runtime = processes.start(config)
     trainer = make_trainer(config, runtime)
@@ -147,7 +147,7 @@ def run_bf16_cases(
     """Median distance of bf16 gradients from fp32's: each mode in this layout, and one process alone."""
     distances: dict[str, list[float]] = {name: [] for name in [*modes, "alone"]}
     for seed in range(seeds):
-        train = {"micro_batch": micro_batch, "precision": "bf16", "seed": seed, "loss_chunk": 5}
+        train = {"micro_batch": micro_batch, "precision": "bf16", "seed": seed, "loss_chunk": 13}
         sections = {"train": train, "parallel": parallel}
         config = tiny_config(model, memory={"mode": modes[0]}, **sections)
         runtime = processes.start(config)
