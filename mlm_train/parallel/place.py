@@ -62,6 +62,15 @@ class MarkedStage(PipelineStage):
         self.place.at("waiting after weights' backward", self.stage_index, bwd_chunk_id)
         return output
 
+    # Where a rank holds two neighbouring stages (zbv, dualpipe_v), torch hands gradients from one to the
+    # other in evaluation too, when there are none, and fails.
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        return super().get_local_bwd_output(mb_index) if self.has_backward else None
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[Any]:
         return self._received(super().get_fwd_recv_ops(fwd_chunk_id), "activation", fwd_chunk_id)
 

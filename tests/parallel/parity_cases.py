@@ -47,6 +47,7 @@ def run_case(model: dict, mode: str | None, micro_batch: int, **sections: dict) 
         batches = my_batches(runtime, step, config)
         if step == 0:
             error["gradients"] = _first_gradients(trainer, batches, reference["gradients"])
+            error["loss"] = abs(trainer.evaluate(batches) / reference["losses"][0] - 1)
         result = trainer.step(batches, learning_rate(config, step))
         error["loss"] = max(error["loss"], abs(result.loss / reference["losses"][step] - 1))
         error["norm"] = max(error["norm"], abs(result.grad_norm / reference["norms"][step] - 1))

@@ -23,7 +23,7 @@ norm relative, over three steps; gradients of the first step and weights after t
 Cases are a product of the axes that concern x0 (kind, transport, mode, tied heads, micro-batches) in most
 layouts, and between them every pair of choices of all axes that the config allows: layout, model, mode,
 transport, schedule, sequence parallelism, ZeRO stage, activation checkpointing, sizes that the tensor ranks
-do not divide, loss by chunks, micro-batch count. Pairs that it refuses are listed in tests/parallel/test_parity.py.
+do not divide, loss by chunks, micro-batch count. tests/parallel/test_parity.py lists the pairs it refuses.
 
 """
 FIGURES = ("loss", "norm", "gradients", "weights", "alone")
