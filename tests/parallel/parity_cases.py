@@ -1,14 +1,20 @@
 """What the ranks of the parity test run: cases of config against the one-process reference."""
 
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.pipelining import Schedule1F1B
 
 from mlm_train.config import Config
 from mlm_train.memory import make_source
 from mlm_train.model.logical import Piece, initialise, named_pieces, pieces
 from mlm_train.model.loss import count_labels, loss_sums
 from mlm_train.model.transformer import Transformer
+from mlm_train.parallel import pipeline, x0
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_executor, build_model
 from mlm_train.parallel.engine import Engine
@@ -172,11 +178,31 @@ def _alone_bf16(config: Config, reference: dict) -> float:
     return relative_error(logical_gradients(network), reference)
 
 
-def run_with_local_normalisation(cases: list[dict]) -> list[dict[str, float]]:
-    """The cases with a mutation: labels are counted on this rank alone."""
-    honest = Trainer._everywhere
-    Trainer._everywhere = lambda self, values: [v * self.runtime.topology.data for v in values]  # type: ignore
-    try:
-        return run_cases(cases)
-    finally:
-        Trainer._everywhere = honest  # type: ignore[method-assign]
+class _Forgetful(x0.Broadcast):
+    """Broadcast that takes each rank's own positions for all."""
+
+    def finish(self) -> None:
+        dist.reduce(self.table, self.source, group=self.group)
+        if self.owns and self.embedded is not None:
+            self.embedded.backward(self.table)
+
+
+MISTAKES: dict[str, Callable[[], Any]] = {
+    "labels counted on each rank alone": lambda: patch.object(
+        Trainer, "_everywhere", lambda self, values: [v * self.runtime.topology.data for v in values]
+    ),
+    "norms not summed over positions": lambda: patch("mlm_train.parallel.build.sum_replicated"),
+    "rows of x0 not summed over positions": lambda: patch.dict(x0.TRANSPORTS, broadcast=_Forgetful),
+    "gradients scaled by the schedule": lambda: patch.dict(
+        pipeline.SCHEDULES, {"1f1b": lambda *args, scale_grads, **rest: Schedule1F1B(*args, **rest)}
+    ),
+}
+
+
+def run_mistaken(cases: dict[str, dict]) -> dict[str, dict[str, float]]:
+    """Each case with a mistake in the code."""
+    found = {}
+    for mistake, case in cases.items():
+        with MISTAKES[mistake]():
+            found[mistake] = run_case(**case)
+    return found
