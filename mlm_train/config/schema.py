@@ -101,6 +101,10 @@ class TrainConfig(Section):
         None, ge=1, description="end cleanly after this many steps of this launch, with a checkpoint"
     )
 
+    def recompute_of(self, stage: int) -> Recompute:
+        """`recompute` of a pipeline stage."""
+        return self.recompute if isinstance(self.recompute, str) else self.recompute[stage]
+
 
 class CheckpointConfig(Section):
     """What survives."""

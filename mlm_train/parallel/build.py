@@ -91,10 +91,8 @@ def build_executor(
     group = tensor_group(config, runtime)
     source = make_source(config.memory.mode, model.memory_blocks(), group) if config.memory else None
     for span in my_spans(config, runtime.topology):
-        recompute = config.train.recompute
-        extent = recompute if isinstance(recompute, str) else recompute[span.number]
         for layer in span.layers:
-            model.block(layer).set_recompute(extent)
+            model.block(layer).set_recompute(config.train.recompute_of(span.number))
     loss = build_loss(config, group)
     bf16 = config.train.precision == "bf16"
     precision = torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=bf16)

@@ -90,6 +90,8 @@ def test_overrides_are_yaml_values() -> None:
             "parallel.context=2: context parallelism is not part of mlm_train; use parall",
         ),
         ("parallel.context=0", "parallel.context=0: context parallelism"),
+        ("parallel.sequence=true", "has an effect only with parallel.tensor above 1"),
+        ("train.loss_chunk=0", "train.loss_chunk=0"),
         ("model=3", "model is a section"),
         ("optimizer.lr=.inf", "finite number"),
         ("train.z_loss=.nan", "finite number"),
@@ -112,6 +114,13 @@ def test_mistakes_get_one_clear_line(override: str, words: str) -> None:
         (["parallel.layers_per_stage=[4, 0]"], "parallel.layers_per_stage.1=0"),
         (["parallel.zero=3"], "parallel.zero=3: does not go with parallel.pipeline=2"),
         (["parallel.zero=3"], "set parallel.zero=2, or parallel.pipeline=1"),
+        (["parallel.schedule=zbv", "parallel.x0_transport=broadcast"], "use relay"),
+        (["parallel.schedule=dualpipe_v", "parallel.virtual_stages=3"], "parallel.schedule=dualpipe_v has 2"),
+        (["parallel.schedule=interleaved_zero_bubble"], "parallel.virtual_stages: goes with"),
+        (["parallel.schedule=zbv", "train.recompute=full"], "use selective, or parallel.schedule=1f1b"),
+        (["parallel.schedule=zbv", "parallel.pipeline=3"], "makes 6 stages of 4 layers; at most 2 fits"),
+        (["train.recompute=[full, none, none]"], "needs one for all stages, or a list of 2"),
+        (["train.recompute=some"], "train.recompute"),
         (["parallel.x0_transport=pigeon"], "parallel.x0_transport='pigeon'"),
     ],
 )
@@ -124,6 +133,19 @@ def test_pipelines_that_cannot_be(overrides: list[str], words: str) -> None:
 def test_context_of_one_says_nothing() -> None:
     config = load_config(CONFIGS / "micro.yaml", ["parallel.context=1", "parallel.zero=3"])
     assert "context" not in dump_config(config) and "zero: 3" in dump_config(config)
+
+
+def test_sequences_that_the_ranks_cannot_share() -> None:
+    words = ["parallel.tensor=4", "parallel.sequence=true"]
+    load_config(CONFIGS / "micro.yaml", words)
+    with pytest.raises(UserError, match=r"multiple of parallel\.tensor=4 .* the nearest is 100"):
+        load_config(CONFIGS / "micro.yaml", [*words, "data.sequence_length=99"])
+
+
+def test_zero_bubble_takes_relay_by_itself() -> None:
+    words = ["parallel.pipeline=2", "parallel.schedule=zbv", "train.micro_batch=1"]
+    assert load_config(CONFIGS / "micro.yaml", words).parallel.transport == "relay"
+    assert load_config(CONFIGS / "micro.yaml", words[:1]).parallel.transport == "broadcast"
 
 
 def test_base_has_no_x0_to_send() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from mlm_train.config import ParallelConfig, load_config
 from mlm_train.errors import UserError
-from mlm_train.parallel.stages import balanced
+from mlm_train.parallel.stages import balanced, my_spans
 from mlm_train.parallel.topology import Topology
 
 MICRO = Path(__file__).resolve().parents[2] / "configs" / "micro.yaml"
@@ -66,6 +66,11 @@ RAMP = "train.ramp={start: 2, increment: 2, samples: 64}"
             "5 micro-batches, which parallel.schedule=interleaved_1f1b cannot take",
         ),
         (
+            [*PIPELINE, "parallel.schedule=dualpipe_v", "train.global_batch=3"],
+            "3 micro-batches, which parallel.schedule=dualpipe_v cannot take with parallel.pipeline=2; "
+            "the nearest batch it can is 4",
+        ),
+        (
             [
                 "parallel.pipeline=4",
                 "train.micro_batch=1",
@@ -92,6 +97,13 @@ def test_stages_are_balanced_with_the_head_counted() -> None:
     layer = 4 * 192 * 192 + 3 * 192 * 512
     heavy = load_config(MICRO, ["model.num_hidden_layers=8", f"model.vocab_size={6 * layer // 192}"]).model
     assert balanced(heavy, 2) == [7, 1]
+
+
+def test_a_v_goes_down_the_ranks_and_up_again() -> None:
+    config = load_config(MICRO, [*PIPELINE, "parallel.schedule=zbv", "model.num_hidden_layers=8"])
+    spans = [my_spans(config, Topology.of(config.parallel, 2, rank)) for rank in range(2)]
+    assert [[span.number for span in of_rank] for of_rank in spans] == [[0, 3], [1, 2]]
+    assert spans[0][0].first and spans[0][1].last
 
 
 def test_world_that_does_not_fit() -> None:
