@@ -62,9 +62,9 @@ def _flat_cases(layout: Layout) -> dict[str, Case]:
 
 def _micro_batches(layout: Layout) -> tuple[int, ...]:
     """Micro-batches a step: some that the pipeline's size divides, some that it does not."""
-    if layout.virtual > 1:
-        return (8, 3)
-    return (4, 3) if layout.data > 1 else (8, 7, 5)
+    if layout.data > 1 or layout.virtual > 1:
+        return (4, 3)
+    return (4, 5, 6) if layout.pipeline == 4 else (4, 3, 5)
 
 
 def _pipeline_cases(layout: Layout) -> dict[str, Case]:

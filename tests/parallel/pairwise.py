@@ -47,7 +47,7 @@ def _axes(layout: Layout, model: str) -> dict[str, tuple[Any, ...]]:
         "zero": (0, 1, 2, 3),
         "recompute": ("none", "selective", "full"),
         "chunk": (None, 5),
-        "micro_batches": (4, 3) if layout.data > 1 else (8, 7),
+        "micro_batches": (4, 3) if layout.data > 1 else (4, 5),
     }
 
 

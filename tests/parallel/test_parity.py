@@ -64,7 +64,7 @@ def test_all_pairs_of_choices_are_compared_or_refused() -> None:
     for schedule in ZERO_BUBBLE:
         expected.add((("schedule", schedule), ("recompute", "full")))
         expected |= {(("transport", name), ("schedule", schedule)) for name in ("broadcast", "replicate")}
-    expected |= {(("schedule", name), ("micro_batches", 7)) for name in INTERLEAVED}
+    expected |= {(("schedule", name), ("micro_batches", 5)) for name in INTERLEAVED}
     expected.add((("schedule", "dualpipe_v"), ("micro_batches", 3)))
     assert {pair for pair in refused if pair[0][0] != "layout"} == expected
     pipelines = {layout for layout in MIXED if layout.pipeline > 1}

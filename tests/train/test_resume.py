@@ -55,12 +55,15 @@ def zero(stage: int, layout: tuple[int, tuple[str, ...]]) -> tuple[int, tuple[st
 
 
 ZERO_3 = zero(3, DP2)
+PP2_V = (2, (*PP2[1], "parallel.schedule=zbv", "train.recompute=selective"))
+TP2_SEQUENCE = (2, ("parallel.tensor=2", "parallel.sequence=true", "train.recompute=full"))
 # Where a run starts, and where it goes on; tied and untied heads.
 MOVES = {
     "DP2 to one": (DP2, ALONE, False),
     "one to TP2 PP2": (ALONE, TP2_PP2, False),
     "TP2 PP2 to PP2 replicated": (TP2_PP2, PP2_REPLICATED, True),
     "PP2 interleaved to TP2": (PP2_INTERLEAVED, TP2, True),
+    "PP2 in a V to TP2 with sequences cut": (PP2_V, TP2_SEQUENCE, True),
     "ZeRO-2 PP2 to ZeRO-3": (zero(2, PP2), ZERO_3, False),
     "ZeRO-3 to ZeRO-0 one": (ZERO_3, zero(0, ALONE), True),
     "ZeRO-1 to ZeRO-2": (DP2, zero(2, DP2), False),
