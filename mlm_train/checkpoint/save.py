@@ -50,10 +50,14 @@ def save_checkpoint(
     final = step_folder(root, progress["step"])
     partial = root / f"{PARTIAL}{final.name}"
     runtime.everywhere(lambda: _fresh(partial))
+    place = runtime.place  # each part may take long of its own
     try:
+        place.at("gather")
         state = logical_state(engine)
         state["rng"] = torch.get_rng_state()
+        place.at("write")
         write_tensors(partial, state)
+        place.at("checksums")
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -64,6 +68,7 @@ def save_checkpoint(
             "world": runtime.topology.world,
             "files": _describe_together(partial, runtime),
         }
+        place.at("commit")
         runtime.everywhere(lambda: _finish(partial, manifest, final, config.checkpoint.keep))
     except UserError:
         runtime.everywhere(lambda: shutil.rmtree(partial, ignore_errors=True))

@@ -80,4 +80,4 @@ def read_tensors(folder: Path, wanted: dict[str, Tensor], alone: bool = False) -
 def _cause(error: Any) -> str:
     """The first rank's own error, in one line."""
     cause = next(iter(error.failures.values()))[0] if error.failures else error
-    return str(cause).splitlines()[0]
+    return next(iter(str(cause).splitlines()), type(cause).__name__)

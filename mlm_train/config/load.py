@@ -136,7 +136,9 @@ def _nearest(key: str, section: type[Section], prefix: str) -> str:
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("list[", "float")))
+    where = ".".join(
+        str(part) for part in first["loc"] if not str(part).startswith(("list[", "float", "literal["))
+    )
     if first["type"] == "missing":
         return f"config: {where} is missing; set it in the YAML or as {where}=..."
     text = first["msg"].removeprefix("Value error, ")

@@ -66,6 +66,11 @@ class ParallelConfig(Section):
         """Stages of the whole pipeline."""
         return self.pipeline * self.stages_per_rank
 
+    @property
+    def crossings(self) -> int:
+        """Boundaries between stages that lie between ranks: the turn of a V does not."""
+        return self.stages - 1 - (self.order in V_SHAPED)
+
 
 def check_parallel(parallel: ParallelConfig, model: ModelConfig, sequence_length: int) -> None:
     """Refuse a layout that does not fit the model; the world size comes in parallel/topology.py."""
@@ -132,23 +137,24 @@ def _check_schedule(parallel: ParallelConfig, model: ModelConfig) -> None:
     if schedule in V_SHAPED:
         if parallel.virtual_stages not in (None, 2):
             blame("parallel.virtual_stages", parallel.virtual_stages, f"parallel.schedule={schedule} has 2")
-    elif (schedule in INTERLEAVED) != (parallel.virtual_stages is not None):
+    elif schedule in INTERLEAVED and parallel.virtual_stages is None:
+        blame("parallel.schedule", schedule, "needs parallel.virtual_stages, 2 or more")
+    elif schedule not in INTERLEAVED and parallel.virtual_stages is not None:
         blame(
             "parallel.virtual_stages",
             parallel.virtual_stages,
-            f"goes with parallel.schedule={' or '.join(INTERLEAVED)}, and that with it",
+            f"has an effect only with parallel.schedule={' or '.join(INTERLEAVED)}",
         )
 
 
 def _check_stages(parallel: ParallelConfig, model: ModelConfig) -> None:
     stages, layers = parallel.stages, model.num_hidden_layers
     if stages > layers:
-        fitting = layers // parallel.stages_per_rank
-        blame(
-            "parallel.pipeline",
-            parallel.pipeline,
-            f"makes {stages} stages of {layers} layers; at most {fitting} fits",
-        )
+        each = parallel.stages_per_rank
+        fix = f"at most {layers // each} fits"
+        if layers // each < 2:
+            fix = "take a schedule with fewer stages a rank, or more layers"
+        blame("parallel.pipeline", parallel.pipeline, f"makes {stages} stages of {layers} layers; {fix}")
     split = parallel.layers_per_stage
     if split is not None and (len(split) != stages or sum(split) != layers):
         blame(

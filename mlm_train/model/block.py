@@ -23,7 +23,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
 
     def set_recompute(self, extent: Recompute) -> None:
-        """none: keep everything; selective: not attention's scores; full: a layer's inputs only."""
+        """none: keep everything; selective: not what lies between attention's products; full: inputs only."""
         self.recompute = extent
         self.self_attn.recompute = extent == "selective"
 

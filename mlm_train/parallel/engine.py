@@ -82,7 +82,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 def _zero_section(stage: int, model: nn.Module) -> dict[str, Any]:
     """DeepSpeed's settings of a ZeRO stage."""
     section = {"stage": stage, "contiguous_gradients": False, "overlap_comm": False}
-    if stage >= 2:
+    if stage >= 1:
         # Whole gradients wait in a bucket until they are reduced: its default would hold a small model's.
         section["reduce_bucket_size"] = BUCKET
     if stage == 3:

@@ -106,14 +106,14 @@ def _values(engine: Engine, flat: _Flat, key: str) -> Tensor:
 
 
 @torch.no_grad()
-def gather_state(engine: Engine, share: bool = True) -> dict[str, dict[str, Tensor]]:
+def gather_state(engine: Engine) -> dict[str, dict[str, Tensor]]:
     """STATE key -> parameter name -> whole fp32 tensor in host memory.
 
-    With `share` the ranks of a data-parallel group share them out: each parameter is on one of them.
+    The ranks of a data-parallel group share them out: each parameter is on one of them.
     """
     whole: dict[str, dict[str, Tensor]] = {key: {} for key in STATE}
     for flat in _flats(engine):
-        mine = [name for i, name in enumerate(flat.members) if not share or i % flat.size == flat.rank]
+        mine = [name for i, name in enumerate(flat.members) if i % flat.size == flat.rank]
         for key in STATE:
             for name in mine:
                 whole[key][name] = torch.empty(engine.shapes[name], dtype=torch.float32)

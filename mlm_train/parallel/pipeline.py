@@ -99,15 +99,22 @@ class Pipeline:
         self.spans = my_spans(config, runtime.topology)
         # Without FFN-M only the first stage embeds, and nothing but the hidden state travels.
         transport = TRANSPORTS[config.parallel.transport] if source else Relay
-        self.channel: X0Channel = transport(model, self.group, tensor, runtime.device, config.parallel.stages)
+        self.channel: X0Channel = transport(
+            model, self.group, tensor, runtime.device, config.parallel.crossings
+        )
         self.channel.relays = self.channel.relays and source is not None
         parts = (self.channel, source, loss, precision)
         self.stages = [Stage(model, span, *parts) for span in self.spans]
         self.schedules: dict[int, Any] = {}
 
     def _schedule(self, micro_batches: int) -> Any:
-        """The schedule for a number of micro-batches; a batch ramp has several."""
+        """The schedule for a number of micro-batches; a batch ramp goes through several.
+
+        Each holds receive buffers for all its micro-batches: none is kept but the usual one's.
+        """
         if micro_batches not in self.schedules:
+            usual = self._usual_micro_batches
+            self.schedules = {count: kept for count, kept in self.schedules.items() if count == usual}
             kind = SCHEDULES[self.config.parallel.order]
             stages = [self._pipeline_stage(stage) for stage in self.stages]
             self.schedules[micro_batches] = kind(
@@ -172,8 +179,7 @@ class Pipeline:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """Through the same stages, with as many micro-batches at a time as in training."""
-        topology, train = self.runtime.topology, self.config.train
-        usual = train.global_batch // (train.micro_batch * topology.data)
+        usual = self._usual_micro_batches
         ids, labels = batches[0]
         empty = (torch.zeros_like(ids), torch.full_like(labels, IGNORED))
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
@@ -181,6 +187,12 @@ class Pipeline:
             some = list(batches[start : start + usual])
             total += self._run(some + [empty] * (usual - len(some)), False, 1.0)
         return total
+
+    @property
+    def _usual_micro_batches(self) -> int:
+        """Of a step on this rank, after the ramp."""
+        train = self.config.train
+        return train.global_batch // (train.micro_batch * self.runtime.topology.data)
 
     @property
     def _first(self) -> bool:

@@ -51,12 +51,16 @@ class MarkedStage(PipelineStage):
         return output
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        if not self.has_backward:  # in evaluation
+            return None
         self.place.at("backward", self.stage_index, bwd_chunk_id)
         output = super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
         self.place.at("waiting after backward", self.stage_index, bwd_chunk_id)
         return output
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        if not self.has_backward:
+            return None
         self.place.at("weights' backward", self.stage_index, bwd_chunk_id)
         output = super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
         self.place.at("waiting after weights' backward", self.stage_index, bwd_chunk_id)

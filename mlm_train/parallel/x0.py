@@ -19,8 +19,8 @@ from mlm_train.parallel.mappings import TensorGroup
 class X0Channel(Protocol):
     """What a stage asks for x0. `relays`: whether stages pass x0 on as a second tensor.
 
-    Made from this rank's model, the pipeline group and the tensor group, the device, and the stages of
-    the whole pipeline, virtual ones counted.
+    Made from this rank's model, the pipeline group and the tensor group, the device, and the number of
+    boundaries in the pipeline between stages on different ranks, virtual stages counted.
     """
 
     relays: bool
@@ -68,7 +68,7 @@ class Broadcast:
     relays = False
 
     def __init__(
-        self, model: Transformer, group: Any, tensor: TensorGroup, device: torch.device, stages: int
+        self, model: Transformer, group: Any, tensor: TensorGroup, device: torch.device, crossings: int
     ) -> None:
         self.model, self.group, self.tensor, self.device = model, group, tensor, device
         self.source = dist.get_global_rank(group, 0)
@@ -109,9 +109,9 @@ class Relay:
     relays = True
 
     def __init__(
-        self, model: Transformer, group: Any, tensor: TensorGroup, device: torch.device, stages: int
+        self, model: Transformer, group: Any, tensor: TensorGroup, device: torch.device, crossings: int
     ) -> None:
-        self.model, self.boundaries = model, stages - 1
+        self.model, self.crossings = model, crossings
 
     def begin(self, ids: Tensor) -> Tensor:
         return ids
@@ -124,7 +124,7 @@ class Relay:
 
     def bytes_per_step(self, distinct: int, tokens: int) -> int:
         # Every boundary between stages is crossed, of which a rank with virtual stages has several.
-        return 2 * 4 * tokens * self.model.config.hidden_size * self.boundaries
+        return 2 * 4 * tokens * self.model.config.hidden_size * self.crossings
 
 
 class Replicate:
@@ -133,7 +133,7 @@ class Replicate:
     relays = False
 
     def __init__(
-        self, model: Transformer, group: Any, tensor: TensorGroup, device: torch.device, stages: int
+        self, model: Transformer, group: Any, tensor: TensorGroup, device: torch.device, crossings: int
     ) -> None:
         self.model, self.group = model, group
 

@@ -17,11 +17,11 @@ def activation_bytes(config: Config, topology: Topology) -> int:
     found = []
     for place in range(topology.pipeline):
         rank = replace(topology, rank=place * topology.tensor * topology.data)
-        spans = my_spans(config, rank)
-        kept = sum(_stage_bytes(config, span) for span in spans) * in_flight(config, rank)
-        head = _head_bytes(config) if spans[-1].last else 0
-        found.append(int(kept) + head + _once_more(config, spans))
-    return max(found)
+        spans, count = my_spans(config, rank), in_flight(config, rank)
+        kept = count * sum(_stage_bytes(config, span) for span in spans)
+        head = _head_bytes(config, count) if spans[-1].last else 0.0
+        found.append(kept + head + _once_more(config, spans) + _received_bytes(config, rank, spans))
+    return int(max(found))
 
 
 def in_flight(config: Config, topology: Topology) -> float:
@@ -51,21 +51,22 @@ def _tokens(config: Config) -> int:
 def _layer_elements(config: Config, extent: Recompute) -> tuple[float, float]:
     """Elements a token and layer keeps: in the compute dtype, and in fp32.
 
-    Residual and norms have about 4 hidden, attention another 4; a SwiGLU keeps its two products, the
-    activation and their product, 4 keys each. Tensor parallelism divides all but residual and norms, which
-    sequence parallelism divides. Selective recomputation drops the turned queries and keys and the values,
-    full keeps a layer's input.
+    Attention keeps its qkv (3 hidden), the turned queries and keys (2) and its output (1); a SwiGLU its two
+    products, the activation and their product, 4 keys each; tensor parallelism divides these. Two normed
+    inputs of products are whole on each rank, gathered ones too; the residual and the norms' inputs are
+    divided by sequence parallelism. Selective recomputation drops the turned queries and keys, full keeps
+    a layer's input alone.
     """
     model, tensor = config.model, config.parallel.tensor
     outside = tensor if config.parallel.sequence else 1
     if extent == "full":
         return 0.0, model.hidden_size / outside
-    ffn = 4 * model.intermediate_size
+    ffn, inputs = 4 * model.intermediate_size, 2
     if model.kind == "flex":
         ffn += (4 if model.compute_form == "swiglu" else 1) * (model.compute_intermediate_size or 0)
-    attention = model.hidden_size * (4 if extent == "none" else 1)
-    inside = (attention + ffn) / tensor
-    return 4 * model.hidden_size / outside + inside, 2 * model.hidden_size / outside
+        inputs += 1
+    attention = model.hidden_size * (6 if extent == "none" else 4)
+    return inputs * model.hidden_size + (attention + ffn) / tensor, inputs * model.hidden_size / outside
 
 
 def _layer_bytes(config: Config, extent: Recompute) -> float:
@@ -79,16 +80,38 @@ def _stage_bytes(config: Config, span: StageSpan) -> float:
     return len(span.layers) * _layer_bytes(config, config.train.recompute_of(span.number))
 
 
-def _once_more(config: Config, spans: list[StageSpan]) -> int:
+def _once_more(config: Config, spans: list[StageSpan]) -> float:
     """Full recomputation brings back one layer at a time."""
     full = any(config.train.recompute_of(span.number) == "full" for span in spans)
-    return int(_layer_bytes(config, "none")) if full else 0
+    return _layer_bytes(config, "none") if full else 0.0
 
 
-def _head_bytes(config: Config) -> int:
-    """A chunk's logits, the gradients of the head's weight and input, and a bf16 copy of the weight."""
+def _head_bytes(config: Config, count: float) -> float:
+    """A chunk's logits and a bf16 copy of the weight; the gradients of weight and input wait for `count`
+    backward passes (model/loss.py makes them in the forward)."""
     model, tokens = config.model, _tokens(config)
     words = -(-model.vocab_size // config.parallel.tensor)
     chunk = min(config.train.loss_chunk or default_chunk(words), tokens)
     copied = 2 if config.train.precision == "bf16" else 0
-    return words * (chunk + model.hidden_size) * (FP32 + copied) + tokens * FP32 * model.hidden_size
+    logits = words * (chunk * (FP32 + copied) + model.hidden_size * copied)
+    return logits + count * FP32 * (words + tokens) * model.hidden_size
+
+
+def _received_bytes(config: Config, topology: Topology, spans: list[StageSpan]) -> float:
+    """What torch's pipeline holds to receive into, for every micro-batch of a step, and x0's rows.
+
+    A stage receives activations unless it is the first, and gradients unless it is the last; with relay
+    x0 and its gradient too. Broadcast's rows and their gradient are counted as if all tokens differed.
+    """
+    if topology.pipeline == 1:
+        return 0.0
+    parallel, model = config.parallel, config.model
+    count = config.train.global_batch // (config.train.micro_batch * topology.data)
+    outside = parallel.tensor if parallel.sequence else 1
+    relays = model.has_memory and parallel.transport == "relay"
+    sides = sum((not span.first) + (not span.last) for span in spans) * (2 if relays else 1)
+    buffers = count * sides * _tokens(config) * model.hidden_size / outside
+    rows = 0
+    if model.has_memory and parallel.transport == "broadcast":
+        rows = 2 * min(model.vocab_size, count * _tokens(config)) * model.hidden_size
+    return FP32 * (buffers + rows)

@@ -1,7 +1,7 @@
 """Bytes a rank needs, by formula.
 
 Weights, gradients and optimizer are exact, but for ZeRO's padding (a few elements a tensor). Buckets are an
-estimate of what ZeRO-2 and 3 hold whole for a moment; activations: plan/activations.py.
+estimate of what ZeRO holds whole for a moment; activations: plan/activations.py.
 """
 
 from dataclasses import replace
@@ -49,7 +49,7 @@ def state_bytes(zero: int, elements: int, topology: Topology) -> tuple[int, int,
     cuts_gradients = zero == 3 or (zero == 2 and topology.pipeline == 1)
     # One bucket of gradients on their way, and of weights gathered ahead.
     bucket = min(elements, BUCKET) * FP32
-    buckets = bucket * (cuts_gradients + (zero == 3))
+    buckets = bucket * ((zero >= 1) + (zero == 3))
     return (
         part if zero == 3 else whole,
         part if cuts_gradients else whole,

@@ -33,6 +33,23 @@ LAYOUTS = [
 ]
 
 
+# Choices that meet in one mechanism: three and more of them in a case, whatever the rest is.
+TOGETHER: list[dict[str, Any]] = [
+    {"sequence": True, "mode": "unique", "schedule": "zbv", "model": "memory tied alpha"},
+    {"sequence": True, "transport": "replicate", "model": "memory tied alpha"},
+    {"sequence": True, "zero": 2, "layout": Layout(2, 1, 2), "mode": "unique"},
+    {"sequence": True, "zero": 3, "layout": Layout(2, 1, 2), "recompute": "full"},
+    {"zero": 0, "schedule": "zbv", "layout": Layout(1, 2, 2, virtual=2)},
+    {
+        "zero": 2,
+        "schedule": "interleaved_zero_bubble",
+        "layout": Layout(1, 2, 2, virtual=2),
+        "mode": "unique",
+    },
+    {"deterministic": True, "transport": "broadcast", "sequence": True},
+]
+
+
 def _axes(layout: Layout, model: str) -> dict[str, tuple[Any, ...]]:
     """The choices of every axis beside layout and model."""
     memory, pipeline, tensor = MODELS[model]["kind"] != "base", layout.pipeline > 1, layout.tensor > 1
@@ -47,6 +64,7 @@ def _axes(layout: Layout, model: str) -> dict[str, tuple[Any, ...]]:
         "zero": (0, 1, 2, 3),
         "recompute": ("none", "selective", "full"),
         "chunk": (None, 5),
+        "deterministic": (False, True),
         "micro_batches": (4, 3) if layout.data > 1 else (4, 5),
     }
 
@@ -66,6 +84,8 @@ def case_of(choice: Choice) -> Case:
     # A wrong anchor or a weight's gradient counted twice shows with two layers a stage only.
     layers = max(3, 2 * layout.pipeline * layout.virtual)
     train: Case = {"global_batch": c["micro_batches"] * layout.data, "recompute": c["recompute"]}
+    if c["deterministic"]:
+        train["deterministic"] = True
     if c["chunk"]:
         train["loss_chunk"] = c["chunk"]
     return {
@@ -119,8 +139,11 @@ def pairwise() -> dict[Layout, dict[str, Case]]:
     candidates, _ = pool()
     pairs = [pairs_of(choice) for choice in candidates]
     missing, cases = set().union(*pairs), {layout: {} for layout in LAYOUTS}
-    while missing:
-        best = max(range(len(candidates)), key=lambda i: len(pairs[i] & missing))
+    wanted = [set(choices.items()) for choices in TOGETHER]
+    while missing or wanted:
+        asked = wanted.pop() if wanted else set()
+        fitting = [i for i, choice in enumerate(candidates) if asked <= set(choice)]
+        best = max(fitting, key=lambda i: len(pairs[i] & missing))
         missing -= pairs[best]
         choice = candidates[best]
         name = " / ".join(_word(key, value) for key, value in choice[1:] if value not in (None, False))
@@ -131,5 +154,10 @@ def pairwise() -> dict[Layout, dict[str, Case]]:
 def _word(key: str, value: Any) -> str:
     """How a choice is named in docs/parity.md."""
     named = {"zero": f"ZeRO-{value}", "chunk": f"loss of {value} tokens", "recompute": f"recompute {value}"}
-    named |= {"micro_batches": f"{value} micro-batches", "sequence": "SP", "odd": "odd sizes"}
+    named |= {
+        "deterministic": "deterministic",
+        "micro_batches": f"{value} micro-batches",
+        "sequence": "SP",
+        "odd": "odd sizes",
+    }
     return named.get(key, str(value))

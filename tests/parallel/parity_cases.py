@@ -188,11 +188,21 @@ class _Forgetful(x0.Broadcast):
             self.embedded.backward(self.table)
 
 
+_everywhere = Trainer._everywhere
+
+
+def _count_alone(self: Trainer, values: list[float]) -> list[float]:
+    """Sums over data parallel, but for the count of labels, which comes alone."""
+    if len(values) == 1:
+        return [values[0] * self.runtime.topology.data]
+    return _everywhere(self, values)
+
+
 MISTAKES: dict[str, Callable[[], Any]] = {
-    "labels counted on each rank alone": lambda: patch.object(
-        Trainer, "_everywhere", lambda self, values: [v * self.runtime.topology.data for v in values]
-    ),
+    "labels counted on each rank alone": lambda: patch.object(Trainer, "_everywhere", _count_alone),
     "norms not summed over positions": lambda: patch("mlm_train.parallel.build.sum_replicated"),
+    "norms not summed in each pass": lambda: patch("mlm_train.parallel.build.sum_replicated_each_pass"),
+    "tied heads not summed": lambda: patch.object(pipeline.Pipeline, "_sum_tied", lambda self: None),
     "rows of x0 not summed over positions": lambda: patch.dict(x0.TRANSPORTS, broadcast=_Forgetful),
     "gradients scaled by the schedule": lambda: patch.dict(
         pipeline.SCHEDULES, {"1f1b": lambda *args, scale_grads, **rest: Schedule1F1B(*args, **rest)}

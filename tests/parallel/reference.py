@@ -29,7 +29,7 @@ def tiny_config(model: dict, **sections: dict) -> Config:
         | model,
         "data": {"path": "none", "sequence_length": LENGTH},
         # AdamW divides by the gradient's own size: with a smaller eps rounding would become whole steps.
-        "optimizer": {"lr": 1e-2, "clip": 0.5, "eps": 1e-6},
+        "optimizer": {"lr": 1e-2, "clip": 0.5, "eps": 1e-5},
         "schedule": {"warmup_steps": 2},
         "train": {
             "output": "none",
