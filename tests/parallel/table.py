@@ -26,7 +26,17 @@ transport, schedule, sequence parallelism, ZeRO stage, activation checkpointing,
 do not divide, loss by chunks, micro-batch count. tests/parallel/test_parity.py lists the pairs it refuses.
 
 """
+LIMITS = {"loss": 1e-5, "norm": 1e-5, "gradients": 1e-5, "weights": 1e-4}
 FIGURES = ("loss", "norm", "gradients", "weights", "alone")
+
+
+def beyond(results: dict[str, Errors]) -> dict[str, Errors]:
+    """The cases that do not keep the limits; a figure that is no number does not."""
+    return {
+        name: error
+        for name, error in results.items()
+        if not all(error[key] <= limit for key, limit in LIMITS.items())
+    }
 
 
 def run_layout(layout: Layout) -> dict[str, Errors]:
@@ -43,14 +53,18 @@ def main() -> None:
     started = time.perf_counter()
     lines = [f"| layout | processes | cases | {' | '.join(FIGURES)} |", "|---" * (3 + len(FIGURES)) + "|"]
     details: list[str] = []
+    wrong: dict[str, Errors] = {}
     for layout in LAYOUTS:
         results = run_layout(layout)
+        wrong |= {f"{layout}: {name}": error for name, error in beyond(results).items()}
         worst = [max(error[key] for error in results.values()) for key in FIGURES]
         figures = " | ".join(f"{value:.1e}" for value in worst)
         lines.append(f"| {layout} | {layout.world} | {len(results)} | {figures} |")
         print(lines[-1], flush=True)
         details += ["", f"## {layout}", ""]
         details += [f"- {name}: gradients {error['gradients']:.1e}" for name, error in results.items()]
+    if wrong:
+        raise SystemExit("\n".join(f"beyond the limits: {name} {error}" for name, error in wrong.items()))
     minutes = (time.perf_counter() - started) / 60
     where = f"\nCPU, gloo, fp32, torch {torch.__version__}, {os.cpu_count()} cores: {minutes:.1f} minutes.\n"
     text = HEAD + "\n".join(lines) + "\n" + where + "\n".join(details) + "\n"
