@@ -219,3 +219,17 @@ def run_mistaken(cases: dict[str, dict]) -> dict[str, dict[str, float]]:
         with MISTAKES[mistake]():
             found[mistake] = run_case(**case)
     return found
+
+
+def count_lookups(model: dict, parallel: dict) -> list[int]:
+    """Backward passes of x0's lookups on this rank after a step, after an evaluation, after another step."""
+    config = tiny_config(model, parallel=parallel, train={"micro_batch": 2})
+    runtime = processes.start(config)
+    trainer = make_trainer(config, runtime)
+    found = []
+    with patch("mlm_train.parallel.x0.add_rows", wraps=x0.add_rows) as counted:
+        for work in (trainer.step, trainer.evaluate, trainer.step):
+            batches = my_batches(runtime, len(found), config)
+            work(batches, 1e-3) if work == trainer.step else work(batches)
+            found.append(counted.call_count)
+    return found

@@ -107,3 +107,11 @@ def test_the_suite_sees_mistakes() -> None:
     errors = run_on_ranks("tests.parallel.parity_cases:run_mistaken", 4, cases=cases)
     for mistake, error in errors.items():
         assert max(error["gradients"], error["norm"], error["loss"]) > 1e-2, (mistake, error)
+
+
+def test_a_lookup_runs_backward_once_a_micro_batch() -> None:
+    """Shape inference in the pipeline, or evaluation, would run it more often, on whatever lies in memory."""
+    counts = run_on_ranks(
+        "tests.parallel.parity_cases:count_lookups", 2, model={"kind": "memory"}, parallel={"pipeline": 2}
+    )
+    assert counts == [4, 4, 8]  # eight sequences a step, two a micro-batch
