@@ -13,13 +13,14 @@ from mlm_train.model.source import MemoryReader
 
 
 class Block(nn.Module):
-    """What the layers of all kinds share: their number and what they recompute in the backward pass."""
+    """What the layers of all kinds share: attention, and what they recompute in the backward pass."""
 
     recompute: Recompute = "none"
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config)
 
     def set_recompute(self, extent: Recompute) -> None:
@@ -37,7 +38,6 @@ class BaseBlock(Block):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
@@ -66,7 +66,6 @@ class MemoryBlock(Block):
         super().__init__(config, layer)
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.alpha = config.alpha(layer)
-        self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
         self.compute_mlp: nn.Module | None = None
         if config.kind == "flex":
             form = SwiGLU if config.compute_form == "swiglu" else LinearFFN
