@@ -1,0 +1,45 @@
+"""Tables of a step's rows against FFN-M at every position, in float64."""
+
+import contextlib
+
+import pytest
+import torch
+
+from mlm_train.memory import PerToken
+from mlm_train.memory.table import Lookup, Table
+from mlm_train.model.logical import initialise
+from mlm_train.model.source import Positions
+from mlm_train.model.transformer import Transformer
+from tests.parallel.layouts import MODELS
+from tests.parallel.reference import global_batch, relative_error, sharpen, tiny_config
+
+
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model["kind"] != "base"])
+@pytest.mark.parametrize("rows", [7, 2048])
+def test_gradients_are_per_token_s(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlm_train.memory.table.ROWS", rows)
+    config = tiny_config(dict(MODELS[name]))
+    model = Transformer(config.model).double()
+    initialise(model, config.model, 1)
+    sharpen(model)
+    batches = [global_batch(step, 4)[0] for step in range(3)]
+    weights = torch.randn(4, batches[0].shape[1], 96, dtype=torch.float64)
+
+    for ids in batches:
+        (model(ids, PerToken(model.memory_blocks())) * weights).sum().backward()
+    expected = {key: p.grad.clone() for key, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+
+    source = Table(model.memory_blocks(), Positions(), contextlib.nullcontext())  # type: ignore[arg-type]
+    distinct, index = torch.cat(batches).unique(return_inverse=True)
+    embedded = model.rows(distinct)
+    source.begin(embedded)
+    gradient, anchor = torch.zeros_like(embedded), torch.zeros(1, requires_grad=True)
+    for some in index.split(4):
+        x0 = Lookup.apply(some, embedded.detach(), gradient, anchor)
+        hidden = model.run_layers(x0, source.open(some), some.shape[1])
+        assert model.norm is not None
+        (model.head(model.norm(hidden)) * weights).sum().backward()
+    embedded.backward(gradient + source.finish())
+    found = {key: p.grad for key, p in model.named_parameters()}
+    assert relative_error(found, expected) < 1e-12
