@@ -61,7 +61,8 @@ def _run_case(model: dict) -> dict[str, float]:
     ids, labels = _batch()
     ours = _ours(config, network, ids, labels, group)
     error = _distances("megatron", _megatron(config, weights), ours)
-    ours = ours._replace(gradients=assembled(network, ours.gradients))
+    held = {name: parameter.grad for name, parameter in network.named_parameters()}
+    ours = ours._replace(gradients=assembled(list(pieces(network)), held))
     if runtime.leads:
         error |= _distances("transformers", _transformers(config, weights), ours)
     assert all(map(math.isfinite, error.values())), error  # max() would lose a NaN

@@ -69,9 +69,8 @@ def _refused(config: Config) -> float:
     trainer.step(my_batches(runtime, 0, config), 1e-3)
     honest = trainer.executor.loss  # type: ignore[attr-defined]
 
-    def broken(logits: Tensor, labels: Tensor) -> Any:
-        sums = honest(logits, labels)
-        return type(sums)(sums.cross_entropy * torch.inf, sums.z)
+    def broken(hidden: Tensor, weight: Tensor, labels: Tensor, scale: float) -> Any:
+        return honest(hidden, weight, labels, scale * torch.inf)
 
     trainer.executor.loss = broken  # type: ignore[attr-defined]
     return trainer.step(my_batches(runtime, 1, config), 1e-3).grad_norm
