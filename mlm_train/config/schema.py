@@ -19,10 +19,10 @@ class DataConfig(Section):
 class MemoryConfig(Section):
     """How FFN-M is executed in training."""
 
-    mode: Literal["per_token", "unique"] = Field(
+    mode: Literal["per_token", "unique", "table"] = Field(
         "unique",
         description="per_token: at every position, as the paper does. "
-        "unique: once per distinct token of a micro-batch (exactly the same gradients).",
+        "unique: once per distinct token of a micro-batch; table: of a step (exactly the same gradients).",
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlm_train.memory.rows import add_rows
@@ -46,24 +47,33 @@ class Table:
         self, blocks: Mapping[int, MemoryBlock], positions: Positions, precision: torch.autocast
     ) -> None:
         self.blocks, self.positions, self.precision = blocks, positions, precision
-        device = next(iter(blocks.values())).memory_layernorm.weight.device if blocks else None
-        self.anchors = {layer: nn.Parameter(torch.zeros(1, device=device)) for layer in blocks}
+        self.anchors = {
+            layer: nn.Parameter(block.memory_layernorm.weight.new_zeros(1)) for layer, block in blocks.items()
+        }
         self.tables: dict[int, Tensor] = {}
         self.gradients: dict[int, Tensor] = {}
 
     @torch.no_grad()
-    def begin(self, rows: Tensor) -> None:
-        """Tables of the step's rows [distinct, hidden], fp32."""
-        self.rows = rows.detach()
-        with self.precision:
-            self.tables = {layer: self._table(block) for layer, block in self.blocks.items()}
+    def begin(self, ids: Tensor, rows: Tensor) -> None:
+        """Tables of a step: ids int64 [distinct], sorted; rows their embeddings, fp32 [distinct, hidden]."""
+        self.ids, self.rows = ids, rows.detach()
+        self.tables = {layer: self._table(block) for layer, block in self.blocks.items()}
         self.gradients = {layer: torch.zeros_like(self.rows) for layer in self.blocks}
 
     def _table(self, block: MemoryBlock) -> Tensor:
-        return torch.cat([block.ffn_m(some) for some in self.rows.split(ROWS)])
+        return torch.cat([self._rows(block, some) for some in self.rows.split(ROWS)])
 
-    def open(self, index: Tensor) -> MemoryReader:
-        """index int64 [batch, positions here] into the step's rows."""
+    def _rows(self, block: MemoryBlock, rows: Tensor) -> Tensor:
+        """FFN-M of some rows; where positions are cut over ranks each computes its share."""
+        count = len(rows)
+        rows = F.pad(rows, (0, 0, 0, -count % self.positions.positions))
+        with self.precision:
+            memory = block.ffn_m(self.positions.mine(rows, 0))
+        return self.positions.whole(memory.to(rows.dtype))[:count]
+
+    def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
+        """ids int64 [batch, sequence], among the step's; x0 is not read."""
+        index = torch.searchsorted(self.ids, self.positions.mine(ids, 1).contiguous())
 
         def read(layer: int) -> Tensor:
             return Lookup.apply(index, self.tables[layer], self.gradients[layer], self.anchors[layer])
@@ -71,16 +81,17 @@ class Table:
         return read
 
     def finish(self) -> Tensor:
-        """FFN-M's backward, once a layer; the gradient of the rows [distinct, hidden], fp32."""
+        """FFN-M's backward, once a layer; the gradient of the rows [distinct, hidden], fp32.
+
+        Where positions are cut over ranks, the ranks' sum is.
+        """
         total = torch.zeros_like(self.rows)
         for layer, block in self.blocks.items():
             gradient = self.gradients.pop(layer)
             for start in range(0, len(self.rows), ROWS):
                 some = slice(start, start + ROWS)
                 x0 = self.rows[some].clone().requires_grad_()
-                with torch.enable_grad(), self.precision:
-                    memory = block.ffn_m(x0)
-                memory.backward(gradient[some].to(memory.dtype))
+                self._rows(block, x0).backward(gradient[some])
                 assert x0.grad is not None
                 total[some] += x0.grad
         self.tables.clear()

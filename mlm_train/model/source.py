@@ -5,7 +5,7 @@ that compute m_l train the model (memory/); a source that reads it from a table 
 So one forward does for both.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -21,8 +21,8 @@ class MemoryReader(Protocol):
 class MemorySource(Protocol):
     """Makes a reader for each micro-batch."""
 
-    def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
-        """`ids` int64 [batch, sequence]; `x0` their embeddings [batch, sequence, hidden]."""
+    def open(self, ids: Tensor, x0: Any) -> MemoryReader:
+        """`ids` int64 [batch, sequence]; `x0` their embeddings [batch, sequence, hidden]; tables need none."""
         ...
 
 

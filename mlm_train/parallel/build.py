@@ -89,13 +89,15 @@ def build_executor(
 ) -> Executor:
     """What trains and evaluates this layout. `entry`: what to call in the model's place (Engine.entry)."""
     group = tensor_group(config, runtime)
-    source = make_source(config.memory.mode, model.memory_blocks(), group) if config.memory else None
     for span in my_spans(config, runtime.topology):
         for layer in span.layers:
             model.block(layer).set_recompute(config.train.recompute_of(span.number))
     loss = build_loss(config, group)
     bf16 = config.train.precision == "bf16"
     precision = torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=bf16)
+    source = None
+    if config.memory:
+        source = make_source(config.memory.mode, model.memory_blocks(), group, precision)
     if runtime.topology.pipeline > 1:
         return Pipeline(model, config, runtime, group, source, loss, precision)
     # With ZeRO 2 and 3 a pass's gradients are gone when the next begins: the norms' are summed in it.
@@ -103,7 +105,9 @@ def build_executor(
     if config.parallel.zero >= 2:
         sum_replicated_each_pass(model, group)
         sum_norms = _nothing
-    return Sequential(entry or model, source, loss, precision, runtime.device, runtime.place, sum_norms)
+    return Sequential(
+        model, entry or model, group, source, loss, precision, runtime.device, runtime.place, sum_norms
+    )
 
 
 def _nothing() -> None:

@@ -6,7 +6,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from mlm_train.memory import Table
 from mlm_train.model.source import MemorySource
+from mlm_train.model.transformer import Transformer
+from mlm_train.parallel.mappings import TensorGroup
 from mlm_train.parallel.place import Place
 
 # (hidden, normed [..., hidden]; head weight [words here, hidden]; labels [...]; scale) -> scalars:
@@ -32,7 +35,9 @@ class Sequential:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Transformer,
+        entry: nn.Module,
+        tensor: TensorGroup,
         source: MemorySource | None,
         loss: Loss,
         precision: torch.autocast,
@@ -40,20 +45,22 @@ class Sequential:
         place: Place,
         after_backward: Callable[[], None],
     ) -> None:
-        self.model, self.source, self.loss, self.after_backward = model, source, loss, after_backward
+        self.model, self.entry, self.tensor, self.source = model, entry, tensor, source
+        self.loss, self.after_backward = loss, after_backward
         self.precision, self.device, self.place = precision, device, place
 
     def _loss(self, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
         """Objective and summed CE. The head is used inside the model's forward, as all its weights are."""
         ids, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
         with self.precision:
-            return self.model(
+            return self.entry(
                 ids, self.source, loss=lambda hidden, weight: self.loss(hidden, weight, labels, scale)
             )
 
     def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
         """One after the other; gradients accumulate in fp32."""
-        self.model.train()
+        self.entry.train()
+        rows = self._begin(batches)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, batch in enumerate(batches):
             self.place.at("forward", None, number)
@@ -61,13 +68,27 @@ class Sequential:
             self.place.at("backward", None, number)
             objective.backward()
             total += cross_entropy
+        if isinstance(self.source, Table) and rows is not None:
+            self.place.at("backward of FFN-M's tables")
+            gradient = self.source.finish()
+            rows.backward(self.tensor.all_reduce(gradient) if self.tensor.positions > 1 else gradient)
         self.after_backward()
         return total
+
+    def _begin(self, batches: Sequence[Batch]) -> Tensor | None:
+        """Tables of the step's rows; these, with their graph to the embedding."""
+        if not isinstance(self.source, Table):
+            return None
+        distinct = torch.cat([ids.flatten() for ids, _ in batches]).unique().to(self.device)
+        rows = self.model.rows(distinct)
+        self.source.begin(distinct, rows)
+        return rows
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """Forward alone."""
-        self.model.eval()
+        self.entry.eval()
+        self._begin(batches)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, batch in enumerate(batches):
             self.place.at("forward", None, number)

@@ -20,6 +20,7 @@ from torch.distributed.pipelining import (
 )
 
 from mlm_train.config import Config
+from mlm_train.memory import Table
 from mlm_train.model.loss import IGNORED
 from mlm_train.model.source import MemorySource
 from mlm_train.model.transformer import Transformer
@@ -29,7 +30,7 @@ from mlm_train.parallel.place import MarkedStage
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.parallel.stages import StageSpan, my_spans
 from mlm_train.parallel.tensor import sum_replicated
-from mlm_train.parallel.x0 import TRANSPORTS, Relay, X0Channel
+from mlm_train.parallel.x0 import TRANSPORTS, Broadcast, Relay, X0Channel
 
 SCHEDULES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,
@@ -58,6 +59,8 @@ class Stage(nn.Module):
         self.loss, self.precision = loss, precision
         self.scale = 1.0
         self.total: Tensor | None = None  # summed CE of the step, on the last stage
+        if isinstance(source, Table):  # what makes zero-bubble schedules run a lookup's backward
+            self.anchors = nn.ParameterList(source.anchors[layer] for layer in span.layers)
 
     def forward(self, *received: Tensor, ids: Tensor, labels: Tensor, index: Tensor) -> Any:
         """First stage: gets ids, which it also gets by name. Others: hidden [, x0]. Last: the loss, [1]."""
@@ -67,9 +70,9 @@ class Stage(nn.Module):
             else:
                 x = received[0]
                 x0 = received[1] if self.channel.relays else None  # type: ignore[assignment]
-                if x0 is None and self.source is not None:
+                if x0 is None and self.source is not None and not isinstance(self.source, Table):
                     x0 = self.channel.x0(ids, index)
-            read = self.source.open(ids, x0) if self.source is not None and x0 is not None else None
+            read = self.source.open(ids, x0) if self.source is not None else None
             x = self.model.run_layers(x, read, ids.shape[1], self.span.layers)
             if not self.span.last:
                 return (x, x0) if self.channel.relays else x
@@ -95,6 +98,7 @@ class Pipeline:
         from megatron.core import parallel_state
 
         self.model, self.config, self.runtime, self.tensor = model, config, runtime, tensor
+        self.source = source
         self.group = parallel_state.get_pipeline_model_parallel_group()
         self.spans = my_spans(config, runtime.topology)
         # Without FFN-M only the first stage embeds, and nothing but the hidden state travels.
@@ -151,6 +155,9 @@ class Pipeline:
         device = self.runtime.device
         ids, labels = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
         index = self.channel.begin(ids) if self.model.config.has_memory or self._first else ids
+        if isinstance(self.source, Table):
+            assert isinstance(self.channel, Broadcast)
+            self.source.begin(self.channel.ids, self.channel.rows)
         for stage in self.stages:
             stage.train(training)
             stage.scale, stage.total = scale, None
@@ -171,6 +178,9 @@ class Pipeline:
         """The schedule, then x0's gradient to the embedding, then the tied head's and the norms'."""
         total = self._run(batches, True, scale)
         self.runtime.place.at("gradient of x0")
+        if isinstance(self.source, Table):
+            assert isinstance(self.channel, Broadcast)
+            self.channel.table += self.source.finish()
         self.channel.finish()
         self._sum_tied()
         sum_replicated(self.model, self.tensor)

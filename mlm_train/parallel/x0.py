@@ -75,12 +75,12 @@ class Broadcast:
         self.owns = dist.get_rank(group) == 0
 
     def begin(self, ids: Tensor) -> Tensor:
-        distinct, index = ids.unique(return_inverse=True)
-        shape = (distinct.numel(), self.model.config.hidden_size)
+        self.ids, index = ids.unique(return_inverse=True)
+        shape = (self.ids.numel(), self.model.config.hidden_size)
         rows = torch.empty(shape, dtype=torch.float32, device=self.device)
         self.embedded: Tensor | None = None
         if self.owns:
-            self.embedded = self.model.rows(distinct)
+            self.embedded = self.model.rows(self.ids)
             rows.copy_(self.embedded.detach())
         dist.broadcast(rows, self.source, group=self.group)
         self.rows = rows.requires_grad_()  # nothing flows into it: it makes _Lookup's backward run

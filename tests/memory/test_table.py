@@ -33,11 +33,11 @@ def test_gradients_are_per_token_s(name: str, rows: int, monkeypatch: pytest.Mon
     source = Table(model.memory_blocks(), Positions(), contextlib.nullcontext())  # type: ignore[arg-type]
     distinct, index = torch.cat(batches).unique(return_inverse=True)
     embedded = model.rows(distinct)
-    source.begin(embedded)
+    source.begin(distinct, embedded)
     gradient, anchor = torch.zeros_like(embedded), torch.zeros(1, requires_grad=True)
-    for some in index.split(4):
+    for ids, some in zip(batches, index.split(4), strict=True):
         x0 = Lookup.apply(some, embedded.detach(), gradient, anchor)
-        hidden = model.run_layers(x0, source.open(some), some.shape[1])
+        hidden = model.run_layers(x0, source.open(ids, x0), some.shape[1])
         assert model.norm is not None
         (model.head(model.norm(hidden)) * weights).sum().backward()
     embedded.backward(gradient + source.finish())
