@@ -36,7 +36,8 @@ class ParallelConfig(Section):
     x0_transport: Literal["broadcast", "relay", "replicate"] | None = Field(
         None,
         description="how x0 reaches the pipeline's stages: the step's distinct rows once (default), "
-        "beside the hidden state (default of zero-bubble schedules), or an embedding on every stage",
+        "beside the hidden state (default of zero-bubble schedules but with memory.mode=table), or an "
+        "embedding on every stage",
     )
     zero: Literal[0, 1, 2, 3] = Field(
         1,
@@ -50,11 +51,6 @@ class ParallelConfig(Section):
     def order(self) -> Schedule:
         """The schedule, or its default."""
         return self.schedule or "1f1b"
-
-    @property
-    def transport(self) -> str:
-        """The x0 transport, or the schedule's default."""
-        return self.x0_transport or ("relay" if self.order in ZERO_BUBBLE else "broadcast")
 
     @property
     def stages_per_rank(self) -> int:
@@ -127,13 +123,6 @@ def _check_schedule(parallel: ParallelConfig, model: ModelConfig) -> None:
     schedule, transport = parallel.order, parallel.x0_transport
     if transport is not None and not model.has_memory:
         blame("parallel.x0_transport", transport, "has no effect with model.kind=base")
-    if schedule in ZERO_BUBBLE and transport not in (None, "relay"):
-        blame(
-            "parallel.x0_transport",
-            transport,
-            f"does not go with parallel.schedule={schedule}, which computes weight gradients apart and "
-            "reaches only what hangs on a stage's input: use relay",
-        )
     if schedule in V_SHAPED:
         if parallel.virtual_stages not in (None, 2):
             blame("parallel.virtual_stages", parallel.virtual_stages, f"parallel.schedule={schedule} has 2")

@@ -153,11 +153,35 @@ class Config(Section):
                 f"is longer than model.max_position_embeddings={self.model.max_position_embeddings}",
             )
         check_parallel(self.parallel, self.model, self.data.sequence_length)
+        self._check_transport()
         self._check_recompute()
         if self.train.watchdog is not None and self.train.watchdog >= self.parallel.timeout:
             fix = f"must be below parallel.timeout={self.parallel.timeout}, which ends a collective by itself"
             blame("train.watchdog", self.train.watchdog, fix)
         return self
+
+    @property
+    def transport(self) -> str:
+        """How x0 reaches the pipeline's stages: parallel.x0_transport, or what the rest asks for."""
+        tables = self.memory is not None and self.memory.mode == "table"
+        relays = self.parallel.order in ZERO_BUBBLE and not tables
+        return self.parallel.x0_transport or ("relay" if relays else "broadcast")
+
+    def _check_transport(self) -> None:
+        transport, schedule = self.parallel.x0_transport, self.parallel.order
+        if transport is None:
+            return
+        if self.memory is not None and self.memory.mode == "table":
+            if transport != "broadcast":
+                fix = "does not go with memory.mode=table, which needs the step's rows: use broadcast"
+                blame("parallel.x0_transport", transport, fix)
+        elif schedule in ZERO_BUBBLE and transport != "relay":
+            blame(
+                "parallel.x0_transport",
+                transport,
+                f"does not go with parallel.schedule={schedule}, which computes weight gradients apart and "
+                "reaches only what hangs on a stage's input: use relay, or memory.mode=table",
+            )
 
     def _check_recompute(self) -> None:
         recompute, parallel = self.train.recompute, self.parallel

@@ -38,7 +38,7 @@ def tensor_group(config: Config, runtime: Runtime) -> TensorGroup:
 def shapes_of(config: Config, topology: Topology, group: TensorGroup) -> Transformer:
     """This rank's share of the model, without storage: its layers, its part of each of them."""
     spans = my_spans(config, topology)
-    replicated = config.parallel.transport == "replicate"
+    replicated = config.transport == "replicate"
     with torch.device("meta"):
         model = Transformer(
             config.model,

@@ -102,7 +102,7 @@ class Pipeline:
         self.group = parallel_state.get_pipeline_model_parallel_group()
         self.spans = my_spans(config, runtime.topology)
         # Without FFN-M only the first stage embeds, and nothing but the hidden state travels.
-        transport = TRANSPORTS[config.parallel.transport] if source else Relay
+        transport = TRANSPORTS[config.transport] if source else Relay
         self.channel: X0Channel = transport(
             model, self.group, tensor, runtime.device, config.parallel.crossings
         )
@@ -215,7 +215,7 @@ class Pipeline:
     def _sum_tied(self) -> None:
         """A tied head is a copy of the embedding on the last stage: both need the sum of gradients."""
         tied = self.model.config.tie_word_embeddings and (self._first or self._last)
-        if not tied or (self._first and self._last) or self.config.parallel.transport == "replicate":
+        if not tied or (self._first and self._last) or self.config.transport == "replicate":
             return  # one weight for both ends (in a V), or summed over all stages already
         from megatron.core import parallel_state
 

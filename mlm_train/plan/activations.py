@@ -108,10 +108,10 @@ def _received_bytes(config: Config, topology: Topology, spans: list[StageSpan]) 
     parallel, model = config.parallel, config.model
     count = config.train.global_batch // (config.train.micro_batch * topology.data)
     outside = parallel.tensor if parallel.sequence else 1
-    relays = model.has_memory and parallel.transport == "relay"
+    relays = model.has_memory and config.transport == "relay"
     sides = sum((not span.first) + (not span.last) for span in spans) * (2 if relays else 1)
     buffers = count * sides * _tokens(config) * model.hidden_size / outside
     rows = 0
-    if model.has_memory and parallel.transport == "broadcast":
+    if model.has_memory and config.transport == "broadcast":
         rows = 2 * min(model.vocab_size, count * _tokens(config)) * model.hidden_size
     return FP32 * (buffers + rows)

@@ -145,8 +145,8 @@ def test_sequences_that_the_ranks_cannot_share() -> None:
 
 def test_zero_bubble_takes_relay_by_itself() -> None:
     words = ["parallel.pipeline=2", "parallel.schedule=zbv", "train.micro_batch=1"]
-    assert load_config(CONFIGS / "micro.yaml", words).parallel.transport == "relay"
-    assert load_config(CONFIGS / "micro.yaml", words[:1]).parallel.transport == "broadcast"
+    assert load_config(CONFIGS / "micro.yaml", words).transport == "relay"
+    assert load_config(CONFIGS / "micro.yaml", words[:1]).transport == "broadcast"
 
 
 def test_base_has_no_x0_to_send() -> None:
