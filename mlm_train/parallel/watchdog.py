@@ -40,6 +40,8 @@ def watched(config: Config, runtime: Runtime) -> Iterator[None]:
     watchdog.start()
     try:
         yield
+        if board is not None:
+            board.post(f"done/{runtime.topology.rank}", {})
     except Exception as error:
         watchdog.stop()
         if board is not None:
@@ -120,10 +122,11 @@ class Watchdog(threading.Thread):
         if (hung := board.read("hung")) is not None:
             self._end_hung(hung["limit"])
         # A stopped rank cannot speak for itself; that no thread of it moves is no question of patience.
-        sign = board.read(f"alive/{(rank + 1) % world}")
+        neighbour = (rank + 1) % world
+        sign = board.read(f"alive/{neighbour}")
         if sign != self.neighbour or board.lost:
             self.neighbour, self.heard = sign, time.monotonic()
-        elif self._age(self.heard) > self.usual:
+        elif self._age(self.heard) > self.usual and board.read(f"done/{neighbour}") is None:
             self._end_hung(self.usual)
         failed = board.read(FAILED)
         if failed is None:
