@@ -42,15 +42,17 @@ class TensorGroup(Positions):
 
     def enter(self, x: Tensor) -> Tensor:
         """Before a product cut by column: x [..., positions here, hidden] -> all positions."""
-        return _gather(x, self) if self.sequence else _copy(x, self)
+        return self.whole(x) if self.sequence else _Mapped.apply(x, _same, self.all_reduce)
 
     def leave(self, x: Tensor) -> Tensor:
         """After a product cut by row: a part of the sum [..., positions, hidden] -> x as outside."""
-        return _reduce_scatter(x, self) if self.sequence else self.sum(x)
+        if self.sequence:
+            return _Mapped.apply(x, self.reduce_scatter, self.all_gather)
+        return self.sum(x)
 
     def sum(self, x: Tensor) -> Tensor:
         """The ranks' sum, alike on all; its gradient, alike on all too, passes unchanged."""
-        return _sum(x, self)
+        return _Mapped.apply(x, self.all_reduce, _same)
 
     @property
     def positions(self) -> int:  # type: ignore[override]
@@ -59,7 +61,7 @@ class TensorGroup(Positions):
 
     def whole(self, x: Tensor) -> Tensor:
         """x [..., positions here, hidden] -> all positions, whose gradients the ranks then sum."""
-        return _gather(x, self) if self.sequence else x
+        return _Mapped.apply(x, self.all_gather, self.reduce_scatter) if self.sequence else x
 
     def mine(self, x: Tensor, dim: int) -> Tensor:
         """This rank's positions along `dim`; all of them without sequence parallelism."""
@@ -103,19 +105,3 @@ class _Mapped(torch.autograd.Function):
 
 def _same(x: Tensor) -> Tensor:
     return x.view_as(x)
-
-
-def _copy(x: Tensor, group: TensorGroup) -> Tensor:
-    return _Mapped.apply(x, _same, group.all_reduce)
-
-
-def _sum(x: Tensor, group: TensorGroup) -> Tensor:
-    return _Mapped.apply(x, group.all_reduce, _same)
-
-
-def _gather(x: Tensor, group: TensorGroup) -> Tensor:
-    return _Mapped.apply(x, group.all_gather, group.reduce_scatter)
-
-
-def _reduce_scatter(x: Tensor, group: TensorGroup) -> Tensor:
-    return _Mapped.apply(x, group.reduce_scatter, group.all_gather)

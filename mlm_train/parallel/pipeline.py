@@ -117,7 +117,7 @@ class Pipeline:
         Each holds receive buffers for all its micro-batches: none is kept but the usual one's.
         """
         if micro_batches not in self.schedules:
-            usual = self._usual_micro_batches
+            usual = self.runtime.topology.micro_batches(self.config.train)
             self.schedules = {count: kept for count, kept in self.schedules.items() if count == usual}
             kind = SCHEDULES[self.config.parallel.order]
             stages = [self._pipeline_stage(stage) for stage in self.stages]
@@ -189,7 +189,7 @@ class Pipeline:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """Through the same stages, with as many micro-batches at a time as in training."""
-        usual = self._usual_micro_batches
+        usual = self.runtime.topology.micro_batches(self.config.train)
         ids, labels = batches[0]
         empty = (torch.zeros_like(ids), torch.full_like(labels, IGNORED))
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
@@ -197,12 +197,6 @@ class Pipeline:
             some = list(batches[start : start + usual])
             total += self._run(some + [empty] * (usual - len(some)), False, 1.0)
         return total
-
-    @property
-    def _usual_micro_batches(self) -> int:
-        """Of a step on this rank, after the ramp."""
-        train = self.config.train
-        return train.global_batch // (train.micro_batch * self.runtime.topology.data)
 
     @property
     def _first(self) -> bool:

@@ -120,12 +120,12 @@ def _sharded(name: str, child: nn.Module, group: TensorGroup) -> nn.Module | Non
 
 def mark_for_clipping(model: nn.Module, group: TensorGroup) -> None:
     """Tell DeepSpeed which weights are cut, and which rank counts the others in the gradient norm."""
-    cut = {id(module.weight) for module in model.modules() if isinstance(module, SHARDED)}
+    replicated = set(map(id, _replicated(model)))
     for parameter in model.parameters():
-        if id(parameter) in cut:
-            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-        else:
+        if id(parameter) in replicated:
             parameter.model_parallel = group.rank == 0  # type: ignore[attr-defined]
+        else:
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
 def _replicated(model: nn.Module) -> list[nn.Parameter]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mlm_train.config import Config, ParallelConfig
+from mlm_train.config import Config, ParallelConfig, TrainConfig
 from mlm_train.config.parallel import INTERLEAVED
 from mlm_train.config.section import blame
 from mlm_train.errors import UserError
@@ -51,6 +51,10 @@ class Topology:
     def pipeline_rank(self) -> int:
         """Which stage this rank holds."""
         return self.rank // (self.tensor * self.data)
+
+    def micro_batches(self, train: TrainConfig) -> int:
+        """Micro-batches of a step on each data-parallel rank, after the ramp."""
+        return train.global_batch // (train.micro_batch * self.data)
 
     def check_batch(self, config: Config) -> None:
         """Refuse a global batch that the data-parallel ranks cannot share evenly."""

@@ -30,7 +30,7 @@ def in_flight(config: Config, topology: Topology) -> float:
     A stage that is one of several on a rank counts as its share. Warm-ups of arXiv 2104.04473, section 2.
     """
     parallel, place = config.parallel, topology.pipeline_rank
-    count = config.train.global_batch // (config.train.micro_batch * topology.data)
+    count = topology.micro_batches(config.train)
     if parallel.pipeline == 1:
         return 1
     if parallel.order == "gpipe":
@@ -106,7 +106,7 @@ def _received_bytes(config: Config, topology: Topology, spans: list[StageSpan]) 
     if topology.pipeline == 1:
         return 0.0
     parallel, model = config.parallel, config.model
-    count = config.train.global_batch // (config.train.micro_batch * topology.data)
+    count = topology.micro_batches(config.train)
     outside = parallel.tensor if parallel.sequence else 1
     relays = model.has_memory and config.transport == "relay"
     sides = sum((not span.first) + (not span.last) for span in spans) * (2 if relays else 1)

@@ -52,7 +52,7 @@ def _run(config: Config, topology: Topology) -> Table:
         "processes": f"{topology.world} (data {topology.data} x tensor {topology.tensor} "
         f"x pipeline {topology.pipeline})",
         "batch": f"{train.global_batch} sequences = {train.micro_batch} a micro-batch x {topology.data} "
-        f"ranks x {train.global_batch // (train.micro_batch * topology.data)} accumulated",
+        f"ranks x {topology.micro_batches(train)} accumulated",
         "tokens a step": f"{tokens:,}",
         "tokens in all": f"{tokens * train.steps:,}" + (" at most (ramp)" if train.ramp else ""),
         "FLOPs a token (FFN-M at every position)": f"{flops:.3e}",

@@ -51,3 +51,21 @@ def shaped(model: Case, layout: Layout, odd: bool, layers: int) -> Case:
             model.pop("flex_beta")
             model["compute_intermediate_size"] = 21
     return model
+
+
+LAYOUTS = [
+    Layout(1, 1, 1),
+    Layout(1, 1, 2),
+    Layout(1, 1, 4),
+    Layout(2, 1, 1),
+    Layout(1, 2, 1),
+    Layout(1, 2, 1, virtual=2),
+    Layout(4, 1, 1),
+    Layout(1, 4, 1),
+    Layout(2, 1, 2),
+    Layout(2, 2, 1),
+    Layout(2, 2, 1, virtual=2),
+    Layout(1, 2, 2),
+    Layout(1, 2, 2, virtual=2),
+    Layout(2, 2, 2),
+]

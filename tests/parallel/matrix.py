@@ -7,26 +7,14 @@ uneven stages, dimensions that nothing divides, and micro-batch counts that the 
 
 from itertools import cycle
 
+from tests.parallel.layouts import LAYOUTS as EVERY
 from tests.parallel.layouts import MODELS, Case, Layout, shaped
-from tests.parallel.pairwise import LAYOUTS as MIXED
 from tests.parallel.pairwise import pairwise
 
-PRODUCT = [
-    Layout(1, 1, 1),
-    Layout(1, 1, 2),
-    Layout(2, 1, 1),
-    Layout(1, 2, 1),
-    Layout(1, 2, 1, virtual=2),
-    Layout(4, 1, 1),
-    Layout(1, 4, 1),
-    Layout(2, 1, 2),
-    Layout(2, 2, 1),
-    Layout(1, 2, 2),
-    Layout(2, 2, 2),
-]
-
-
-LAYOUTS = PRODUCT + [layout for layout in MIXED if layout not in PRODUCT]
+# Layouts whose cases are the all-pairs design's alone.
+PAIRS_ONLY = (Layout(1, 1, 4), Layout(2, 2, 1, virtual=2), Layout(1, 2, 2, virtual=2))
+PRODUCT = [layout for layout in EVERY if layout not in PAIRS_ONLY]
+LAYOUTS = [*PRODUCT, *PAIRS_ONLY]
 
 
 def cases_of(layout: Layout) -> dict[str, Case]:

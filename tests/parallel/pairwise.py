@@ -9,30 +9,18 @@ from functools import cache
 from itertools import combinations
 from typing import Any
 
+from mlm_train.config.parallel import INTERLEAVED, ZERO_BUBBLE
 from mlm_train.errors import UserError
 from mlm_train.parallel.topology import Topology
+from tests.parallel.layouts import LAYOUTS as EVERY
 from tests.parallel.layouts import MODELS, Case, Layout, shaped
 from tests.parallel.reference import tiny_config
 
 POOL = 4000
 Choice = tuple[tuple[str, Any], ...]
 
-LAYOUTS = [
-    Layout(1, 1, 1),
-    Layout(1, 1, 2),
-    Layout(1, 1, 4),
-    Layout(2, 1, 1),
-    Layout(1, 2, 1),
-    Layout(1, 2, 1, virtual=2),
-    Layout(2, 1, 2),
-    Layout(2, 2, 1),
-    Layout(2, 2, 1, virtual=2),
-    Layout(1, 2, 2),
-    Layout(1, 2, 2, virtual=2),
-    Layout(2, 2, 2),
-]
-
-
+# Four ways tensor and pipeline parallelism are the product's alone (matrix.py).
+LAYOUTS = [layout for layout in EVERY if layout.tensor < 4 and layout.pipeline < 4]
 # Choices that meet in one mechanism: three and more of them in a case, whatever the rest is.
 TOGETHER: list[dict[str, Any]] = [
     {"sequence": True, "mode": "unique", "schedule": "zbv", "model": "memory tied alpha"},
@@ -54,7 +42,7 @@ def _axes(layout: Layout, model: str) -> dict[str, tuple[Any, ...]]:
     """The choices of every axis beside layout and model."""
     memory, pipeline, tensor = MODELS[model]["kind"] != "base", layout.pipeline > 1, layout.tensor > 1
     straight = ("gpipe", "1f1b")
-    virtual = ("interleaved_1f1b", "zbv", "interleaved_zero_bubble", "dualpipe_v")
+    virtual = ("interleaved_1f1b", *ZERO_BUBBLE)
     return {
         "mode": ("per_token", "unique") if memory else (None,),
         "transport": ("broadcast", "relay", "replicate") if memory and pipeline else (None,),
@@ -77,7 +65,7 @@ def case_of(choice: Choice) -> Case:
     for key, name in (("schedule", "schedule"), ("transport", "x0_transport")):
         if c[key] is not None:
             parallel[name] = c[key]
-    if c["schedule"] in ("interleaved_1f1b", "interleaved_zero_bubble"):
+    if c["schedule"] in INTERLEAVED:
         parallel["virtual_stages"] = 2
     if c["sequence"]:
         parallel["sequence"] = True

@@ -43,7 +43,6 @@ def run_case(model: dict, mode: str | None, micro_batch: int, **sections: dict) 
     """One case on all ranks; every rank computes the reference too."""
     if mode is not None:
         sections = sections | {"memory": {"mode": mode}}
-    # Micro-batches are 24, 48 or 96 tokens: every loss has several chunks, the last one smaller.
     train = sections.pop("train", {}) | {"micro_batch": micro_batch}
     config = tiny_config(model, train=train, **sections)
     runtime = processes.start(config)
