@@ -24,6 +24,15 @@ class MemoryConfig(Section):
         description="per_token: at every position, as the paper does. "
         "unique: once per distinct token of a micro-batch; table: of a step (exactly the same gradients).",
     )
+    shared: bool = Field(
+        False, description="with mode=table: the data-parallel ranks compute each other's rows, each once"
+    )
+    table_layers: int | None = Field(
+        None,
+        ge=1,
+        description="with mode=table: layers of a rank that have a table, the first ones; the others are "
+        "computed as with mode=unique (default: all)",
+    )
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -161,17 +170,30 @@ class Config(Section):
         return self
 
     @property
+    def tables(self) -> bool:
+        """Whether FFN-M's rows of a step are computed before its micro-batches."""
+        return self.memory is not None and self.memory.mode == "table"
+
+    @property
     def transport(self) -> str:
         """How x0 reaches the pipeline's stages: parallel.x0_transport, or what the rest asks for."""
-        tables = self.memory is not None and self.memory.mode == "table"
-        relays = self.parallel.order in ZERO_BUBBLE and not tables
+        relays = self.parallel.order in ZERO_BUBBLE and not self.tables
         return self.parallel.x0_transport or ("relay" if relays else "broadcast")
+
+    @property
+    def reduces_each_pass(self) -> bool:
+        """Whether ZeRO reduces a pass's gradients as it comes, and keeps a part of them.
+
+        A pipeline, and tables, bring gradients from outside the passes of micro-batches (x0, tied head,
+        FFN-M): there all are reduced at a step's end.
+        """
+        return self.parallel.zero >= 2 and self.parallel.pipeline == 1 and not self.tables
 
     def _check_transport(self) -> None:
         transport, schedule = self.parallel.x0_transport, self.parallel.order
         if transport is None:
             return
-        if self.memory is not None and self.memory.mode == "table":
+        if self.tables:
             if transport != "broadcast":
                 fix = "does not go with memory.mode=table, which needs the step's rows: use broadcast"
                 blame("parallel.x0_transport", transport, fix)
@@ -200,6 +222,19 @@ class Config(Section):
             self._fill("memory", MemoryConfig())
         if not self.model.has_memory and self.memory is not None:
             blame("memory.mode", self.memory.mode, "has no effect with model.kind=base; leave it out")
+        if self.memory is None:
+            return
+        if self.memory.mode != "table":
+            for field in ("shared", "table_layers"):
+                if value := getattr(self.memory, field):
+                    blame(f"memory.{field}", value, f"has no effect with memory.mode={self.memory.mode}")
+            return
+        if self.parallel.zero == 3:
+            fix = "does not go with parallel.zero=3, whose weights are there in a layer's forward alone: use "
+            blame("memory.mode", "table", fix + "unique, or parallel.zero=1")
+        if self.memory.table_layers is not None and self.parallel.order in ZERO_BUBBLE:
+            fix = f"does not go with parallel.schedule={self.parallel.order}, where layers without a table "
+            blame("memory.table_layers", self.memory.table_layers, fix + "need relay: leave it out")
 
     def _check_schedule(self) -> None:
         schedule, steps = self.schedule, self.train.steps

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from mlm_train.memory.per_token import PerToken
-from mlm_train.memory.table import Table
+from mlm_train.memory.table import Share, Table
 from mlm_train.memory.unique import Unique
 from mlm_train.model.block import MemoryBlock
 from mlm_train.model.source import MemorySource, Positions
@@ -16,16 +16,23 @@ def make_source(
     blocks: Mapping[int, MemoryBlock],
     positions: Positions | None = None,
     precision: torch.autocast | None = None,
+    share: Share | None = None,
+    tables: int | None = None,
 ) -> MemorySource:
     """The memory source of a mode (config field memory.mode) over a model's blocks.
 
-    `precision`: the autocast that tables are computed under, outside the micro-batches.
+    For tables: `precision`, the autocast they are computed under, outside the micro-batches; `share`,
+    whose rows; `tables`, how many layers have one (default: all), the first of `blocks`: the others are
+    computed as by "unique".
     """
-    if mode == "table":
-        return Table(blocks, positions or Positions(), precision or torch.autocast("cpu", enabled=False))
+    if mode == "per_token":
+        return PerToken(blocks)
+    positions = positions or Positions()
     if mode == "unique":
-        return Unique(blocks, positions or Positions())
-    return PerToken(blocks)
+        return Unique(blocks, positions)
+    count = len(blocks) if tables is None else tables
+    first, others = dict(list(blocks.items())[:count]), dict(list(blocks.items())[count:])
+    return Table(first, positions, precision, share, Unique(others, positions) if others else None)
 
 
-__all__ = ["PerToken", "Table", "Unique", "make_source"]
+__all__ = ["PerToken", "Share", "Table", "Unique", "make_source"]

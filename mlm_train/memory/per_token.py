@@ -16,4 +16,4 @@ class PerToken:
 
     def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
         """x0 [batch, sequence, hidden]; ids are not needed."""
-        return lambda layer: self.blocks[layer].ffn_m(x0)
+        return lambda layer: self.blocks[layer].ffn_m_of_micro_batch(x0)

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from mlm_train.memory.rows import add_rows
 from mlm_train.model.block import MemoryBlock
-from mlm_train.model.source import MemoryReader, Positions
+from mlm_train.model.source import MemoryReader, MemorySource, Positions
 
 ROWS = 2048  # of a block: large enough for full speed, small enough to stay near the processor
 
 
 class Lookup(torch.autograd.Function):
-    """rows[index]; the backward adds into `gradient`, and gives the anchor zeros.
+    """rows[index], in the dtype of `gradient`; the backward adds into `gradient`, and gives the anchor zeros.
 
     Zero-bubble schedules run a backward only where a parameter of the stage hangs on it: each lookup has
     an anchor of its own, shape [1], which is in no optimizer and no checkpoint.
@@ -31,7 +31,7 @@ class Lookup(torch.autograd.Function):
     def forward(ctx: Any, index: Tensor, rows: Tensor, gradient: Tensor, anchor: Tensor) -> Tensor:
         ctx.save_for_backward(index)
         ctx.gradient = gradient
-        return rows[index]
+        return rows[index].to(gradient.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, Tensor]:
@@ -40,13 +40,42 @@ class Lookup(torch.autograd.Function):
         return None, None, None, grad.new_zeros(1)
 
 
+class Share:
+    """Which rows of a step's tables this process computes: those of its own ids.
+
+    parallel/shares.py has one that splits all data-parallel ranks' rows over them.
+    """
+
+    def begin(self, ids: Tensor) -> Tensor:
+        """The distinct ids of a step here, int64 [distinct], sorted -> those to compute here [share]."""
+        return ids
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """Rows computed here [share, hidden] -> those of this process's own ids [distinct, hidden]."""
+        return rows
+
+    def collect(self, rows: Tensor) -> Tensor:
+        """The transpose: gradients of own ids' rows -> of the rows computed here, all users' sum."""
+        return rows
+
+
 class Table:
-    """A memory source of one step's rows: begin, any number of micro-batches, finish."""
+    """A memory source of one step's rows: begin, any number of micro-batches, finish.
+
+    `rest`: the source of layers that have no table.
+    """
 
     def __init__(
-        self, blocks: Mapping[int, MemoryBlock], positions: Positions, precision: torch.autocast
+        self,
+        blocks: Mapping[int, MemoryBlock],
+        positions: Positions | None = None,
+        precision: torch.autocast | None = None,
+        share: Share | None = None,
+        rest: MemorySource | None = None,
     ) -> None:
-        self.blocks, self.positions, self.precision = blocks, positions, precision
+        self.blocks, self.positions, self.rest = blocks, positions or Positions(), rest
+        self.share = share or Share()
+        self.precision = precision or torch.autocast("cpu", enabled=False)
         self.anchors = {
             layer: nn.Parameter(block.memory_layernorm.weight.new_zeros(1)) for layer, block in blocks.items()
         }
@@ -55,44 +84,62 @@ class Table:
 
     @torch.no_grad()
     def begin(self, ids: Tensor, rows: Tensor) -> None:
-        """Tables of a step: ids int64 [distinct], sorted; rows their embeddings, fp32 [distinct, hidden]."""
+        """Tables of a step. ids int64 [distinct], sorted: the distinct ones here.
+
+        rows: embeddings of share.begin(ids), fp32 [share, hidden].
+        """
         self.ids, self.rows = ids, rows.detach()
-        self.tables = {layer: self._table(block) for layer, block in self.blocks.items()}
-        self.gradients = {layer: torch.zeros_like(self.rows) for layer in self.blocks}
+        for layer, block in self.blocks.items():
+            self.tables[layer] = self.share.spread(self._table(block))
+            self.gradients[layer] = rows.new_zeros(len(ids), rows.shape[1])
 
     def _table(self, block: MemoryBlock) -> Tensor:
-        return torch.cat([self._rows(block, some) for some in self.rows.split(ROWS)])
+        """In the dtype of FFN-M's products."""
+        return torch.cat([self._whole(self._ffn_m(block, some), len(some)) for some in self.rows.split(ROWS)])
 
-    def _rows(self, block: MemoryBlock, rows: Tensor) -> Tensor:
+    def _ffn_m(self, block: MemoryBlock, rows: Tensor) -> Tensor:
         """FFN-M of some rows; where positions are cut over ranks each computes its share."""
-        count = len(rows)
-        rows = F.pad(rows, (0, 0, 0, -count % self.positions.positions))
+        rows = F.pad(rows, (0, 0, 0, -len(rows) % self.positions.positions))
         with self.precision:
-            memory = block.ffn_m(self.positions.mine(rows, 0))
-        return self.positions.whole(memory.to(rows.dtype))[:count]
+            return block.ffn_m(self.positions.mine(rows, 0))
+
+    def _whole(self, memory: Tensor, count: int) -> Tensor:
+        return self.positions.whole(memory)[:count]
 
     def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
-        """ids int64 [batch, sequence], among the step's; x0 is not read."""
+        """ids int64 [batch, sequence], among the step's; x0 is read for the layers without a table."""
         index = torch.searchsorted(self.ids, self.positions.mine(ids, 1).contiguous())
+        others: MemoryReader = self.rest.open(ids, x0) if self.rest is not None else _no_layer
 
         def read(layer: int) -> Tensor:
+            if layer not in self.tables:
+                return others(layer)
             return Lookup.apply(index, self.tables[layer], self.gradients[layer], self.anchors[layer])
 
         return read
 
     def finish(self) -> Tensor:
-        """FFN-M's backward, once a layer; the gradient of the rows [distinct, hidden], fp32.
+        """FFN-M's backward, once a layer; the gradient of the rows given to `begin`, fp32 [share, hidden].
 
         Where positions are cut over ranks, the ranks' sum is.
         """
+        self.tables.clear()
         total = torch.zeros_like(self.rows)
         for layer, block in self.blocks.items():
-            gradient = self.gradients.pop(layer)
-            for start in range(0, len(self.rows), ROWS):
+            gradient = self.share.collect(self.gradients.pop(layer))
+            # Once at least: with no row here the weights still get their zero gradients, as on other ranks.
+            for start in range(0, max(1, len(self.rows)), ROWS):
                 some = slice(start, start + ROWS)
                 x0 = self.rows[some].clone().requires_grad_()
-                self._rows(block, x0).backward(gradient[some])
+                # To fp32 first: ranks that share the positions sum their gradients in it.
+                memory = self._ffn_m(block, x0).to(gradient.dtype)
+                self._whole(memory, len(x0)).backward(gradient[some])
                 assert x0.grad is not None
                 total[some] += x0.grad
-        self.tables.clear()
         return total
+
+
+def _no_layer(layer: int) -> Tensor:
+    raise KeyError(f"no table of layer {layer}")
+
+

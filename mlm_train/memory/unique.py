@@ -36,7 +36,7 @@ class Unique:
 
         def read(layer: int) -> Tensor:
             # In x0's dtype before the gather: its backward then sums in fp32 under bf16 autocast too.
-            memory = self.positions.whole(self.blocks[layer].ffn_m(rows).to(x0.dtype))
+            memory = self.positions.whole(self.blocks[layer].ffn_m_of_micro_batch(rows).to(x0.dtype))
             return memory.index_select(0, index.flatten()).view(x0.shape)
 
         return read

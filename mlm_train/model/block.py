@@ -79,10 +79,11 @@ class MemoryBlock(Block):
 
     def ffn_m(self, x0: Tensor) -> Tensor:
         """FFN_M(N_m(x0)): the one function that trains, builds the ToL and serves. [..., hidden]."""
-        return self._run(self._ffn_m, x0)
-
-    def _ffn_m(self, x0: Tensor) -> Tensor:
         return self.memory_mlp(self.memory_layernorm(x0))
+
+    def ffn_m_of_micro_batch(self, x0: Tensor) -> Tensor:
+        """ffn_m, run again in the backward pass under full recomputation."""
+        return self._run(self.ffn_m, x0)
 
     def forward(
         self,

@@ -99,9 +99,13 @@ class Transformer(nn.Module):
         ids: Tensor,
         source: MemorySource | None = None,
         cache: KeyValueCache | None = None,
+        x0: Tensor | None = None,
     ) -> Tensor:
-        """ids int64 [batch, sequence] -> the last hidden state, normed [batch, sequence, hidden]."""
-        x0 = self.embed(ids)
+        """ids int64 [batch, sequence] -> the last hidden state, normed [batch, sequence, hidden].
+
+        `x0`: their embeddings, where the caller has them.
+        """
+        x0 = self.embed(ids) if x0 is None else x0
         read = source.open(ids, x0) if source is not None else None
         x = self.run_layers(x0, read, ids.shape[1], cache=cache)
         assert self.norm is not None
@@ -124,10 +128,12 @@ class Transformer(nn.Module):
         source: MemorySource | None = None,
         cache: KeyValueCache | None = None,
         loss: Callable[[Tensor, Tensor], Any] | None = None,
+        x0: Tensor | None = None,
     ) -> Any:
         """ids int64 [batch, sequence] -> logits [batch, sequence, vocabulary].
 
         With `loss`: loss(hidden, normed [batch, sequence, hidden], head weight [vocabulary, hidden]).
+        `x0`: as in `hidden`.
         """
-        hidden = self.hidden(ids, source, cache)
+        hidden = self.hidden(ids, source, cache, x0)
         return self.head(hidden) if loss is None else loss(hidden, self.head_weight)

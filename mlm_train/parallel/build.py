@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from mlm_train.config import Config
-from mlm_train.memory import make_source
+from mlm_train.memory import Table, make_source
 from mlm_train.model.loss import Words, head_loss
+from mlm_train.model.source import MemorySource
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel.execution import Executor, Loss, Sequential
 from mlm_train.parallel.mappings import TensorGroup
 from mlm_train.parallel.pipeline import Pipeline
 from mlm_train.parallel.runtime import Runtime
+from mlm_train.parallel.shares import DataShare
 from mlm_train.parallel.stages import my_spans
 from mlm_train.parallel.tensor import (
     GroupWords,
@@ -24,6 +26,7 @@ from mlm_train.parallel.tensor import (
     sum_replicated_each_pass,
 )
 from mlm_train.parallel.topology import Topology
+from mlm_train.parallel.x0 import TRANSPORTS, Relay, X0Channel
 
 
 def tensor_group(config: Config, runtime: Runtime) -> TensorGroup:
@@ -95,19 +98,49 @@ def build_executor(
     loss = build_loss(config, group)
     bf16 = config.train.precision == "bf16"
     precision = torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=bf16)
-    source = None
-    if config.memory:
-        source = make_source(config.memory.mode, model.memory_blocks(), group, precision)
+    source = _source(model, config, group, precision)
     if runtime.topology.pipeline > 1:
-        return Pipeline(model, config, runtime, group, source, loss, precision)
-    # With ZeRO 2 and 3 a pass's gradients are gone when the next begins: the norms' are summed in it.
+        channel = _channel(model, config, runtime, group, source)
+        return Pipeline(model, config, runtime, group, source, channel, loss, precision)
     sum_norms: Callable[[], None] = partial(sum_replicated, model, group)
-    if config.parallel.zero >= 2:
+    if config.reduces_each_pass:
+        # A pass's gradients are gone when the next begins: the norms' are summed in it.
         sum_replicated_each_pass(model, group)
         sum_norms = _nothing
-    return Sequential(
-        model, entry or model, group, source, loss, precision, runtime.device, runtime.place, sum_norms
+    tables = _channel(model, config, runtime, group, source) if config.tables else None
+    return Sequential(config, runtime, entry or model, source, tables, loss, precision, sum_norms)
+
+
+def _source(
+    model: Transformer, config: Config, group: TensorGroup, precision: torch.autocast
+) -> MemorySource | None:
+    """How this rank executes FFN-M; None where the model has none."""
+    from megatron.core import parallel_state
+
+    memory = config.memory
+    if memory is None:
+        return None
+    share = DataShare(parallel_state.get_data_parallel_group()) if memory.shared else None
+    return make_source(memory.mode, model.memory_blocks(), group, precision, share, memory.table_layers)
+
+
+def _channel(
+    model: Transformer, config: Config, runtime: Runtime, group: TensorGroup, source: MemorySource | None
+) -> X0Channel:
+    """How x0 reaches this rank. Without FFN-M only the first stage embeds, and nothing travels beside."""
+    from megatron.core import parallel_state
+
+    transport = TRANSPORTS[config.transport] if source is not None else Relay
+    channel = transport(
+        model,
+        parallel_state.get_pipeline_model_parallel_group(),
+        group,
+        runtime.device,
+        config.parallel.crossings,
+        source if isinstance(source, Table) else None,
     )
+    channel.relays = channel.relays and source is not None
+    return channel
 
 
 def _nothing() -> None:

@@ -111,8 +111,7 @@ class Engine:
         self.model, self.stage, self.clip = model, config.parallel.zero, config.optimizer.clip
         self.pieces = list(pieces(model))
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        # A pipeline brings gradients from outside its schedule (x0, tied head): all are reduced at its end.
-        self.reduces_each_pass = self.stage >= 2 and runtime.topology.pipeline == 1
+        self.reduces_each_pass = config.reduces_each_pass
         self.groups = _groups_for_deepspeed(runtime)
         options = config.optimizer
         # Stage 3 cuts the weights here, so each rank holds its whole share of the model once, at the start.
@@ -138,7 +137,7 @@ class Engine:
         """Backward passes inside add up; at the end their sum has been averaged over data parallel.
 
         Stages 2 and 3 reduce each pass as it comes, so that no rank ever holds all gradients; the others,
-        and stage 2 with a pipeline, send nothing until the end.
+        and stage 2 with a pipeline or tables (Config.reduces_each_pass), send nothing until the end.
         """
         if self.reduces_each_pass:
             self.zero.set_gradient_accumulation_boundary(False)

@@ -1,16 +1,15 @@
 """Running a step's micro-batches: forward and backward on one rank, or the evaluation's forward."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from mlm_train.memory import Table
+from mlm_train.config import Config
 from mlm_train.model.source import MemorySource
-from mlm_train.model.transformer import Transformer
-from mlm_train.parallel.mappings import TensorGroup
-from mlm_train.parallel.place import Place
+from mlm_train.parallel.runtime import Runtime
+from mlm_train.parallel.x0 import X0Channel
 
 # (hidden, normed [..., hidden]; head weight [words here, hidden]; labels [...]; scale) -> scalars:
 # the objective scale * sum(CE + z * lse^2), to be the root of a backward pass, and the sum of CE, detached.
@@ -31,66 +30,69 @@ class Executor(Protocol):
 
 
 class Sequential:
-    """All layers on this rank: one micro-batch after the other. `model`: the Transformer, or its entry."""
+    """All layers on this rank: one micro-batch after the other.
+
+    `entry`: the Transformer, or what is called in its place; `channel`: where x0 comes from, if not from
+    the model's embedding at each call.
+    """
 
     def __init__(
         self,
-        model: Transformer,
+        config: Config,
+        runtime: Runtime,
         entry: nn.Module,
-        tensor: TensorGroup,
         source: MemorySource | None,
+        channel: X0Channel | None,
         loss: Loss,
         precision: torch.autocast,
-        device: torch.device,
-        place: Place,
         after_backward: Callable[[], None],
     ) -> None:
-        self.model, self.entry, self.tensor, self.source = model, entry, tensor, source
+        self.entry, self.source, self.channel = entry, source, channel
         self.loss, self.after_backward = loss, after_backward
-        self.precision, self.device, self.place = precision, device, place
-
-    def _loss(self, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
-        """Objective and summed CE. The head is used inside the model's forward, as all its weights are."""
-        ids, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-        with self.precision:
-            return self.entry(
-                ids, self.source, loss=lambda hidden, weight: self.loss(hidden, weight, labels, scale)
-            )
+        self.precision, self.device, self.place = precision, runtime.device, runtime.place
+        self.usual = runtime.topology.micro_batches(config.train)
 
     def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
         """One after the other; gradients accumulate in fp32."""
         self.entry.train()
-        rows = self._begin(batches)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for number, batch in enumerate(batches):
-            self.place.at("forward", None, number)
-            objective, cross_entropy = self._loss(batch, scale)
+        for number, (objective, cross_entropy) in enumerate(self._losses(batches, scale)):
             self.place.at("backward", None, number)
             objective.backward()
             total += cross_entropy
-        if isinstance(self.source, Table) and rows is not None:
-            self.place.at("backward of FFN-M's tables")
-            gradient = self.source.finish()
-            rows.backward(self.tensor.all_reduce(gradient) if self.tensor.positions > 1 else gradient)
+        if self.channel is not None:
+            self.place.at("gradient of x0")
+            self.channel.finish()
         self.after_backward()
         return total
 
-    def _begin(self, batches: Sequence[Batch]) -> Tensor | None:
-        """Tables of the step's rows; these, with their graph to the embedding."""
-        if not isinstance(self.source, Table):
-            return None
-        distinct = torch.cat([ids.flatten() for ids, _ in batches]).unique().to(self.device)
-        rows = self.model.rows(distinct)
-        self.source.begin(distinct, rows)
-        return rows
-
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        """Forward alone."""
+        """Forward alone; as many micro-batches as in training share the rows of x0."""
         self.entry.eval()
-        self._begin(batches)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for number, batch in enumerate(batches):
-            self.place.at("forward", None, number)
-            total += self._loss(batch, 1.0)[1]
+        for start in range(0, len(batches), self.usual):
+            for _, cross_entropy in self._losses(batches[start : start + self.usual], 1.0):
+                total += cross_entropy
         return total
+
+    def _losses(self, batches: Sequence[Batch], scale: float) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each micro-batch's objective and summed CE. `batches`: as many as share the rows of x0."""
+        ids, labels = ([part.to(self.device, non_blocking=True) for part in parts] for parts in zip(*batches))
+        index: Sequence[Tensor] = ids
+        if self.channel is not None:
+            self.place.at("x0")
+            index = self.channel.begin(torch.cat(ids)).split([len(some) for some in ids])
+        for number, micro_batch in enumerate(zip(ids, labels, index, strict=True)):
+            self.place.at("forward", None, number)
+            yield self._loss(*micro_batch, scale)
+
+    def _loss(self, ids: Tensor, labels: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Objective and summed CE. The head is used inside the model's forward, as all its weights are."""
+
+        def loss(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            return self.loss(hidden, weight, labels, scale)
+
+        with self.precision:
+            x0 = self.channel.x0(ids, index) if self.channel is not None else None
+            return self.entry(ids, self.source, loss=loss, x0=x0)

@@ -30,7 +30,7 @@ from mlm_train.parallel.place import MarkedStage
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.parallel.stages import StageSpan, my_spans
 from mlm_train.parallel.tensor import sum_replicated
-from mlm_train.parallel.x0 import TRANSPORTS, Broadcast, Relay, X0Channel
+from mlm_train.parallel.x0 import X0Channel
 
 SCHEDULES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,
@@ -57,10 +57,13 @@ class Stage(nn.Module):
         super().__init__()
         self.model, self.span, self.channel, self.source = model, span, channel, source
         self.loss, self.precision = loss, precision
+        # Whether FFN-M is computed of a micro-batch's x0.
+        self.computes = source is not None and not (isinstance(source, Table) and source.rest is None)
         self.scale = 1.0
         self.total: Tensor | None = None  # summed CE of the step, on the last stage
         if isinstance(source, Table):  # what makes zero-bubble schedules run a lookup's backward
-            self.anchors = nn.ParameterList(source.anchors[layer] for layer in span.layers)
+            mine = (source.anchors.get(layer) for layer in span.layers)
+            self.anchors = nn.ParameterList(anchor for anchor in mine if anchor is not None)
 
     def forward(self, *received: Tensor, ids: Tensor, labels: Tensor, index: Tensor) -> Any:
         """First stage: gets ids, which it also gets by name. Others: hidden [, x0]. Last: the loss, [1]."""
@@ -70,7 +73,7 @@ class Stage(nn.Module):
             else:
                 x = received[0]
                 x0 = received[1] if self.channel.relays else None  # type: ignore[assignment]
-                if x0 is None and self.source is not None and not isinstance(self.source, Table):
+                if x0 is None and self.computes:
                     x0 = self.channel.x0(ids, index)
             read = self.source.open(ids, x0) if self.source is not None else None
             x = self.model.run_layers(x, read, ids.shape[1], self.span.layers)
@@ -92,23 +95,17 @@ class Pipeline:
         runtime: Runtime,
         tensor: TensorGroup,
         source: MemorySource | None,
+        channel: X0Channel,
         loss: Loss,
         precision: torch.autocast,
     ) -> None:
         from megatron.core import parallel_state
 
         self.model, self.config, self.runtime, self.tensor = model, config, runtime, tensor
-        self.source = source
+        self.channel = channel
         self.group = parallel_state.get_pipeline_model_parallel_group()
         self.spans = my_spans(config, runtime.topology)
-        # Without FFN-M only the first stage embeds, and nothing but the hidden state travels.
-        transport = TRANSPORTS[config.transport] if source else Relay
-        self.channel: X0Channel = transport(
-            model, self.group, tensor, runtime.device, config.parallel.crossings
-        )
-        self.channel.relays = self.channel.relays and source is not None
-        parts = (self.channel, source, loss, precision)
-        self.stages = [Stage(model, span, *parts) for span in self.spans]
+        self.stages = [Stage(model, span, channel, source, loss, precision) for span in self.spans]
         self.schedules: dict[int, Any] = {}
 
     def _schedule(self, micro_batches: int) -> Any:
@@ -155,9 +152,6 @@ class Pipeline:
         device = self.runtime.device
         ids, labels = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
         index = self.channel.begin(ids) if self.model.config.has_memory or self._first else ids
-        if isinstance(self.source, Table):
-            assert isinstance(self.channel, Broadcast)
-            self.source.begin(self.channel.ids, self.channel.rows)
         for stage in self.stages:
             stage.train(training)
             stage.scale, stage.total = scale, None
@@ -178,9 +172,6 @@ class Pipeline:
         """The schedule, then x0's gradient to the embedding, then the tied head's and the norms'."""
         total = self._run(batches, True, scale)
         self.runtime.place.at("gradient of x0")
-        if isinstance(self.source, Table):
-            assert isinstance(self.channel, Broadcast)
-            self.channel.table += self.source.finish()
         self.channel.finish()
         self._sum_tied()
         sum_replicated(self.model, self.tensor)

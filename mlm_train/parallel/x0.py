@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mlm_train.memory import Table
 from mlm_train.memory.rows import add_rows
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel.mappings import TensorGroup
@@ -19,8 +20,9 @@ from mlm_train.parallel.mappings import TensorGroup
 class X0Channel(Protocol):
     """What a stage asks for x0. `relays`: whether stages pass x0 on as a second tensor.
 
-    Made from this rank's model, the pipeline group and the tensor group, the device, and the number of
-    boundaries in the pipeline between stages on different ranks, virtual stages counted.
+    Made from this rank's model, the pipeline group and the tensor group, the device, the number of
+    boundaries in the pipeline between stages on different ranks (virtual stages counted), and the tables
+    that the step's rows are for, if any.
     """
 
     relays: bool
@@ -63,37 +65,57 @@ class _Lookup(torch.autograd.Function):
 
 
 class Broadcast:
-    """The step's rows: distinct ids of this data-parallel rank's step, once over the pipeline group."""
+    """The step's rows: distinct ids of this data-parallel rank's step, once over the pipeline group.
+
+    With tables what travels is the rows that these are made of; of a share of them (memory.shared) the
+    positions' own rows stay on the first rank, unless some layers have no table.
+    """
 
     relays = False
 
     def __init__(
-        self, model: Transformer, group: Any, tensor: TensorGroup, device: torch.device, crossings: int
+        self,
+        model: Transformer,
+        group: Any,
+        tensor: TensorGroup,
+        device: torch.device,
+        crossings: int,
+        tables: Table | None = None,
     ) -> None:
         self.model, self.group, self.tensor, self.device = model, group, tensor, device
+        self.tables = tables
         self.source = dist.get_global_rank(group, 0)
         self.owns = dist.get_rank(group) == 0
 
     def begin(self, ids: Tensor) -> Tensor:
-        self.ids, index = ids.unique(return_inverse=True)
-        shape = (self.ids.numel(), self.model.config.hidden_size)
-        rows = torch.empty(shape, dtype=torch.float32, device=self.device)
-        self.embedded: Tensor | None = None
+        distinct, index = ids.unique(return_inverse=True)
+        shared = self.tables.share.begin(distinct) if self.tables else distinct
+        self.shared = len(shared)
+        wanted = shared if shared is distinct else torch.cat((shared, distinct))
+        if shared is not distinct:
+            index = index + len(shared)
+        sent = len(shared) if self.tables and self.tables.rest is None else len(wanted)
         if self.owns:
-            self.embedded = self.model.rows(self.ids)
-            rows.copy_(self.embedded.detach())
-        dist.broadcast(rows, self.source, group=self.group)
+            self.embedded = self.model.rows(wanted)
+            rows = self.embedded.detach().clone()
+        else:
+            rows = torch.empty(sent, self.model.config.hidden_size, device=self.device)
+        dist.broadcast(rows[:sent], self.source, group=self.group)
+        self.sent = sent
         self.rows = rows.requires_grad_()  # nothing flows into it: it makes _Lookup's backward run
-        self.table = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        self.table = torch.zeros_like(self.rows)
+        if self.tables:
+            self.tables.begin(distinct, self.rows[: self.shared])
         return index
 
     def x0(self, ids: Tensor, index: Tensor) -> Tensor:
         return _Lookup.apply(self.tensor.mine(index, 1), self.rows, self.table)
 
     def finish(self) -> None:
-        dist.reduce(self.table, self.source, group=self.group)
+        if self.tables:
+            self.table[: self.shared] += self.tables.finish()
+        dist.reduce(self.table[: self.sent], self.source, group=self.group)
         if self.owns:
-            assert self.embedded is not None
             # Under sequence parallelism each rank saw the gradients of its own positions.
             table = self.tensor.all_reduce(self.table) if self.tensor.positions > 1 else self.table
             self.embedded.backward(table)
@@ -109,7 +131,13 @@ class Relay:
     relays = True
 
     def __init__(
-        self, model: Transformer, group: Any, tensor: TensorGroup, device: torch.device, crossings: int
+        self,
+        model: Transformer,
+        group: Any,
+        tensor: TensorGroup,
+        device: torch.device,
+        crossings: int,
+        tables: Table | None = None,
     ) -> None:
         self.model, self.crossings = model, crossings
 
@@ -133,7 +161,13 @@ class Replicate:
     relays = False
 
     def __init__(
-        self, model: Transformer, group: Any, tensor: TensorGroup, device: torch.device, crossings: int
+        self,
+        model: Transformer,
+        group: Any,
+        tensor: TensorGroup,
+        device: torch.device,
+        crossings: int,
+        tables: Table | None = None,
     ) -> None:
         self.model, self.group = model, group
 

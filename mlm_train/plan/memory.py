@@ -35,24 +35,23 @@ class RankMemory(NamedTuple):
 def rank_memory(config: Config, topology: Topology) -> RankMemory:
     """Bytes a rank needs for a training step."""
     elements = rank_elements(config, topology)
-    state = state_bytes(config.parallel.zero, elements, topology)
+    state = state_bytes(config, elements, topology)
     return RankMemory(*state, activation_bytes(config, topology))
 
 
-def state_bytes(zero: int, elements: int, topology: Topology) -> tuple[int, int, int, int]:
+def state_bytes(config: Config, elements: int, topology: Topology) -> tuple[int, int, int, int]:
     """Weights, gradients, optimizer and buckets of a rank whose model share has so many elements.
 
-    The optimizer has two moments, and from stage 1 on its own copy of the weights of its part too. A
-    pipeline's gradients stay whole until the end of the step (parallel/engine.py).
+    The optimizer has two moments, and from stage 1 on its own copy of the weights of its part too.
     """
+    zero = config.parallel.zero
     whole, part = elements * FP32, -(-elements // topology.data) * FP32
-    cuts_gradients = zero == 3 or (zero == 2 and topology.pipeline == 1)
     # One bucket of gradients on their way, and of weights gathered ahead.
     bucket = min(elements, BUCKET) * FP32
     buckets = bucket * ((zero >= 1) + (zero == 3))
     return (
         part if zero == 3 else whole,
-        part if cuts_gradients else whole,
+        part if config.reduces_each_pass else whole,
         3 * part if zero else 2 * whole,
         buckets,
     )

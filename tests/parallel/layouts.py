@@ -18,6 +18,15 @@ MODELS: dict[str, Case] = {
         "tie_word_embeddings": True,
     },
 }
+# How FFN-M is executed: config section memory.
+MODES: dict[str, Case] = {
+    "per_token": {"mode": "per_token"},
+    "unique": {"mode": "unique"},
+    "table": {"mode": "table"},
+    "table shared": {"mode": "table", "shared": True},
+    "table of a layer": {"mode": "table", "table_layers": 1},
+    "table of a layer shared": {"mode": "table", "table_layers": 1, "shared": True},
+}
 # Sizes that neither 2 nor 4 divides: padding of vocabulary, FFN, FFN-C and FFN-M.
 ODD = {"vocab_size": 97, "intermediate_size": 45}
 

@@ -24,7 +24,7 @@ def cases_of(layout: Layout) -> dict[str, Case]:
 
 
 def _modes(model: Case) -> tuple[str | None, ...]:
-    return (None,) if model["kind"] == "base" else ("per_token", "unique")
+    return (None,) if model["kind"] == "base" else ("per_token", "unique", "table")
 
 
 def _flat_cases(layout: Layout) -> dict[str, Case]:
@@ -64,6 +64,8 @@ def _pipeline_cases(layout: Layout) -> dict[str, Case]:
         has_memory = model["kind"] != "base"
         for transport in ("broadcast", "relay", "replicate") if has_memory else (None,):
             for mode, schedule in zip(_modes(model), cycle(schedules), strict=False):
+                if mode == "table" and transport != "broadcast":
+                    continue
                 layers, count = stages + 1, next(counts)
                 parallel: Case = {"tensor": layout.tensor, "pipeline": layout.pipeline, "schedule": schedule}
                 if transport:

@@ -13,10 +13,10 @@ from mlm_train.config.parallel import INTERLEAVED, ZERO_BUBBLE
 from mlm_train.errors import UserError
 from mlm_train.parallel.topology import Topology
 from tests.parallel.layouts import LAYOUTS as EVERY
-from tests.parallel.layouts import MODELS, Case, Layout, shaped
+from tests.parallel.layouts import MODELS, MODES, Case, Layout, shaped
 from tests.parallel.reference import tiny_config
 
-POOL = 4000
+POOL, TRIES = 4000, 400
 Choice = tuple[tuple[str, Any], ...]
 
 # Four ways tensor and pipeline parallelism are the product's alone (matrix.py).
@@ -35,6 +35,10 @@ TOGETHER: list[dict[str, Any]] = [
         "mode": "unique",
     },
     {"deterministic": True, "transport": "broadcast", "sequence": True},
+    {"sequence": True, "mode": "table", "schedule": "zbv", "model": "memory tied alpha"},
+    {"sequence": True, "mode": "table shared", "zero": 2, "layout": Layout(2, 1, 2), "deterministic": True},
+    {"mode": "table shared", "schedule": "dualpipe_v", "layout": Layout(1, 2, 2, virtual=2)},
+    {"mode": "table of a layer shared", "transport": "broadcast", "layout": Layout(1, 2, 2), "zero": 2},
 ]
 
 
@@ -44,7 +48,7 @@ def _axes(layout: Layout, model: str) -> dict[str, tuple[Any, ...]]:
     straight = ("gpipe", "1f1b")
     virtual = ("interleaved_1f1b", *ZERO_BUBBLE)
     return {
-        "mode": ("per_token", "unique") if memory else (None,),
+        "mode": tuple(MODES) if memory else (None,),
         "transport": ("broadcast", "relay", "replicate") if memory and pipeline else (None,),
         "schedule": (virtual if layout.virtual > 1 else straight) if pipeline else (None,),
         "sequence": (False, True) if tensor else (False,),
@@ -90,7 +94,7 @@ def valid(choice: Choice) -> bool:
     case, layout = case_of(choice), dict(choice)["layout"]
     sections = {"parallel": case["parallel"], "train": case["train"] | {"micro_batch": 1}}
     if case["mode"] is not None:
-        sections["memory"] = {"mode": case["mode"]}
+        sections["memory"] = MODES[case["mode"]]
     try:
         config = tiny_config(case["model"], **sections)
         Topology.of(config.parallel, layout.world).check_batch(config)
@@ -107,18 +111,42 @@ def pairs_of(choice: Choice) -> set[tuple[Any, Any]]:
 @cache
 def pool() -> tuple[list[Choice], set[tuple[Any, Any]]]:
     """Random cases that the config takes, and the pairs of those it does not take that no valid case has."""
-    drawn, refused = random.Random(7), set()
+    chance, refused = random.Random(7), set()
     found: list[Choice] = []
     for _ in range(POOL):
-        layout, model = drawn.choice(LAYOUTS), drawn.choice(list(MODELS))
-        axes = _axes(layout, model)
-        rest = ((name, drawn.choice(values)) for name, values in axes.items())
-        choice = (("layout", layout), ("model", model), *rest)
+        choice = _drawn(chance, {})
         if valid(choice):
             found.append(choice)
         else:
             refused |= pairs_of(choice)
+    refused -= set().union(*map(pairs_of, found))
+    for pair in sorted(refused, key=str):  # rare, or refused whatever else is chosen
+        if rare := _holding(chance, dict(pair)):
+            found.append(rare)
     return found, refused - set().union(*map(pairs_of, found))
+
+
+def _holding(chance: random.Random, fixed: dict[str, Any]) -> Choice | None:
+    """A valid case that holds the choices of `fixed`, if some hundred tries find one."""
+    drawn = (_drawn(chance, fixed) for _ in range(TRIES))
+    return next((choice for choice in drawn if set(fixed.items()) <= set(choice) and valid(choice)), None)
+
+
+def _drawn(chance: random.Random, fixed: dict[str, Any]) -> Choice:
+    """A random case that holds the choices of `fixed`; it may not be valid."""
+    layout = fixed.get("layout", chance.choice(LAYOUTS))
+    model = fixed.get("model", chance.choice(list(MODELS)))
+    axes = {name: chance.choice(values) for name, values in _axes(layout, model).items()}
+    axes |= {name: value for name, value in fixed.items() if value in _axes(layout, model).get(name, ())}
+    return tuple(({"layout": layout, "model": model} | axes).items())
+
+
+def _together() -> list[Choice]:
+    """A valid case of each of TOGETHER."""
+    chance = random.Random(8)
+    found = [_holding(chance, fixed) for fixed in TOGETHER]
+    assert all(found), found
+    return [choice for choice in found if choice is not None]
 
 
 @cache
@@ -127,13 +155,13 @@ def pairwise() -> dict[Layout, dict[str, Case]]:
     candidates, _ = pool()
     pairs = [pairs_of(choice) for choice in candidates]
     missing, cases = set().union(*pairs), {layout: {} for layout in LAYOUTS}
-    wanted = [set(choices.items()) for choices in TOGETHER]
+    wanted = _together()
     while missing or wanted:
-        asked = wanted.pop() if wanted else set()
-        fitting = [i for i, choice in enumerate(candidates) if asked <= set(choice)]
-        best = max(fitting, key=lambda i: len(pairs[i] & missing))
-        missing -= pairs[best]
-        choice = candidates[best]
+        if wanted:
+            choice = wanted.pop()
+        else:
+            choice = candidates[max(range(len(pairs)), key=lambda i: len(pairs[i] & missing))]
+        missing -= pairs_of(choice)
         name = " / ".join(_word(key, value) for key, value in choice[1:] if value not in (None, False))
         cases[choice[0][1]][name] = case_of(choice)
     return cases

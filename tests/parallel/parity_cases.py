@@ -22,6 +22,7 @@ from mlm_train.parallel.engine import Engine
 from mlm_train.train.batches import MicroBatch
 from mlm_train.train.schedule import learning_rate
 from mlm_train.train.step import Trainer
+from tests.parallel.layouts import MODES
 from tests.parallel.reference import (
     global_batch,
     logical_gradients,
@@ -42,7 +43,7 @@ def run_cases(cases: list[dict]) -> list[dict[str, float]]:
 def run_case(model: dict, mode: str | None, micro_batch: int, **sections: dict) -> dict[str, float]:
     """One case on all ranks; every rank computes the reference too."""
     if mode is not None:
-        sections = sections | {"memory": {"mode": mode}}
+        sections = sections | {"memory": MODES[mode]}
     train = sections.pop("train", {}) | {"micro_batch": micro_batch}
     config = tiny_config(model, train=train, **sections)
     runtime = processes.start(config)
@@ -67,16 +68,20 @@ REFERENCES: dict[str, dict] = {}
 
 
 def _reference(config: Config) -> dict:
-    """The one-process run of a config; cases that differ in layout, mode or micro-batch share it.
+    """The one-process run of a config, made by one rank; cases of other layouts, modes, micro-batches share it.
 
     `alone` is how far one fp32 process's weights end from it: AdamW divides by gradients' own size, so a
     model may be ill-conditioned, whatever the layout.
     """
     key = repr((config.model, config.optimizer, config.schedule, config.train.global_batch))
     if key not in REFERENCES:
-        found = train_reference(config, STEPS)
-        alone = train_reference(config, STEPS, torch.float32)
-        REFERENCES[key] = found | {"alone": relative_error(alone["weights"], found["weights"])}
+        shared: list = [None]
+        if dist.get_rank() == 0:
+            found = train_reference(config, STEPS)
+            alone = train_reference(config, STEPS, torch.float32)
+            shared = [found | {"alone": relative_error(alone["weights"], found["weights"])}]
+        dist.broadcast_object_list(shared)
+        REFERENCES[key] = shared[0]
     return REFERENCES[key]
 
 
@@ -156,11 +161,11 @@ def run_bf16_cases(
     for seed in range(seeds):
         train = {"micro_batch": micro_batch, "precision": "bf16", "seed": seed, "loss_chunk": 13}
         sections = {"train": train, "parallel": parallel}
-        config = tiny_config(model, memory={"mode": modes[0]}, **sections)
+        config = tiny_config(model, memory=MODES[modes[0]], **sections)
         runtime = processes.start(config)
         reference = train_reference(config, 1)["gradients"]
         for mode in modes:
-            trainer = make_trainer(tiny_config(model, memory={"mode": mode}, **sections), runtime)
+            trainer = make_trainer(tiny_config(model, memory=MODES[mode], **sections), runtime)
             batches = my_batches(runtime, 0, config)
             distances[mode].append(_first_gradients(trainer, batches, reference))
         distances["alone"].append(_alone_bf16(config, reference))

@@ -4,6 +4,7 @@ import pytest
 
 from mlm_train.config.parallel import INTERLEAVED, ZERO_BUBBLE
 from tests.parallel.matrix import LAYOUTS, Layout, cases_of
+from tests.parallel.layouts import MODES
 from tests.parallel.pairwise import LAYOUTS as MIXED
 from tests.parallel.pairwise import case_of, pairs_of, pairwise, pool
 from tests.parallel.table import beyond, run_layout
@@ -36,7 +37,7 @@ def test_the_matrix_meets_every_value_of_every_axis() -> None:
             }
     for axis, values in {
         "kind": ("base", "memory", "flex"),
-        "mode": ("per_token", "unique"),
+        "mode": MODES,
         "x0_transport": ("broadcast", "relay", "replicate"),
         "schedule": ("gpipe", "1f1b", "interleaved_1f1b", *ZERO_BUBBLE),
         "tied": (True, False),
@@ -58,9 +59,13 @@ def test_all_pairs_of_choices_are_compared_or_refused() -> None:
     schedules = ("gpipe", "1f1b", "interleaved_1f1b", *ZERO_BUBBLE)
     expected = {(("schedule", schedule), ("zero", 3)) for schedule in schedules}
     expected |= {(("transport", name), ("zero", 3)) for name in ("broadcast", "relay", "replicate")}
+    tables = [mode for mode in MODES if "table" in mode]
+    expected |= {(("mode", mode), ("zero", 3)) for mode in tables}
+    expected |= {(("mode", mode), ("transport", name)) for mode in tables for name in ("relay", "replicate")}
     for schedule in ZERO_BUBBLE:
         expected.add((("schedule", schedule), ("recompute", "full")))
-        expected |= {(("transport", name), ("schedule", schedule)) for name in ("broadcast", "replicate")}
+        expected.add((("transport", "replicate"), ("schedule", schedule)))
+        expected |= {(("mode", mode), ("schedule", schedule)) for mode in tables if "layer" in mode}
     expected |= {(("schedule", name), ("micro_batches", 5)) for name in INTERLEAVED}
     expected.add((("schedule", "dualpipe_v"), ("micro_batches", 3)))
     assert {pair for pair in refused if pair[0][0] != "layout"} == expected
@@ -72,18 +77,19 @@ def test_all_pairs_of_choices_are_compared_or_refused() -> None:
 
 def test_bf16_is_no_further_from_fp32_than_one_process() -> None:
     for parallel in ({}, {"tensor": 2, "zero": 0}, SEQUENCE, {"pipeline": 2, "zero": 2}, {"zero": 3}):
+        modes = [mode for mode in MODES if "layer" not in mode and (parallel.get("zero") != 3 or "table" not in mode)]
         distance = run_on_ranks(
             "tests.parallel.parity_cases:run_bf16_cases",
             2,
             model={"kind": "flex", "flex_beta": 2},
-            modes=["per_token", "unique"],
+            modes=modes,
             micro_batch=1,
             seeds=5,
             parallel=parallel,
         )
         print(parallel, distance)
         assert distance["alone"] > 1e-4, "the peer must really compute in bf16"
-        for mode in ("per_token", "unique"):
+        for mode in modes:
             assert distance[mode] <= 1.25 * distance["alone"], (parallel, distance)
 
 
