@@ -19,10 +19,17 @@ class DataConfig(Section):
 class MemoryConfig(Section):
     """How FFN-M is executed in training."""
 
-    mode: Literal["per_token", "unique", "table"] = Field(
-        "unique",
-        description="per_token: at every position, as the paper does. "
-        "unique: once per distinct token of a micro-batch; table: of a step (exactly the same gradients).",
+    mode: Literal["auto", "per_token", "unique", "table"] = Field(
+        "auto",
+        description="per_token: at every position, as the paper does. unique: once per distinct token of a "
+        "micro-batch; table: of a step (exactly the same gradients). auto: what costs least here, measured "
+        "at the start of a run",
+    )
+    budget_gib: float | None = Field(
+        None,
+        gt=0,
+        description="with mode=auto: what a rank's tables may take; layers beyond it are computed as with "
+        "mode=unique (default: a quarter of the memory that is free at the start)",
     )
     shared: bool = Field(
         False, description="with mode=table: the data-parallel ranks compute each other's rows, each once"
@@ -224,6 +231,9 @@ class Config(Section):
             blame("memory.mode", self.memory.mode, "has no effect with model.kind=base; leave it out")
         if self.memory is None:
             return
+        if self.memory.mode != "auto" and self.memory.budget_gib is not None:
+            fix = f"has an effect with memory.mode=auto, not {self.memory.mode}"
+            blame("memory.budget_gib", self.memory.budget_gib, fix)
         if self.memory.mode != "table":
             for field in ("shared", "table_layers"):
                 if value := getattr(self.memory, field):

@@ -19,7 +19,7 @@ def make_source(
     share: Share | None = None,
     tables: int | None = None,
 ) -> MemorySource:
-    """The memory source of a mode (config field memory.mode) over a model's blocks.
+    """The memory source of a mode (config field memory.mode, decided) over a model's blocks.
 
     For tables: `precision`, the autocast they are computed under, outside the micro-batches; `share`,
     whose rows; `tables`, how many layers have one (default: all), the first of `blocks`: the others are
@@ -30,6 +30,7 @@ def make_source(
     positions = positions or Positions()
     if mode == "unique":
         return Unique(blocks, positions)
+    assert mode == "table", f"memory.mode={mode} is not decided"
     count = len(blocks) if tables is None else tables
     first, others = dict(list(blocks.items())[:count]), dict(list(blocks.items())[count:])
     return Table(first, positions, precision, share, Unique(others, positions) if others else None)

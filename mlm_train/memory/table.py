@@ -141,5 +141,3 @@ class Table:
 
 def _no_layer(layer: int) -> Tensor:
     raise KeyError(f"no table of layer {layer}")
-
-

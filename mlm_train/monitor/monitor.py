@@ -16,7 +16,7 @@ from rich.progress import Progress as Bar
 
 from mlm_train.config import Config
 from mlm_train.model.counts import train_flops_per_token
-from mlm_train.monitor.report import Evaluation, Progress, StepReport
+from mlm_train.monitor.report import Evaluation, Progress, Step, StepReport
 from mlm_train.monitor.resources import measured_peak_flops, peak_memory_bytes
 from mlm_train.parallel.runtime import Runtime
 
@@ -83,11 +83,8 @@ class Monitor:
         """TensorBoard's scalars of a step, by tag."""
         result = report.result
         seconds = result.seconds + report.data_seconds
-        mode = self.config.memory.mode if self.config.memory else None
         flops = train_flops_per_token(
-            self.config.model,
-            self.config.data.sequence_length,
-            result.distinct_micro if mode == "unique" else 1.0,
+            self.config.model, self.config.data.sequence_length, self._ffn_m_ratio(result)
         )
         rate = result.tokens / seconds
         return {
@@ -105,6 +102,16 @@ class Monitor:
             "data/distinct_ratio_micro_batch": result.distinct_micro,
             "data/distinct_ratio_step": result.distinct_step,
         }
+
+    def _ffn_m_ratio(self, result: Step) -> float:
+        """FFN-M evaluations a token, as the mode needs them; what is run again does not count."""
+        memory, layers = self.config.memory, self.config.model.num_hidden_layers
+        if memory is None or memory.mode == "per_token":
+            return 1.0
+        if memory.mode == "unique":
+            return result.distinct_micro
+        tabled = min(layers, (memory.table_layers or layers) * self.runtime.topology.pipeline) / layers
+        return tabled * result.table_rows + (1 - tabled) * result.distinct_micro
 
     def evaluation(self, report: Evaluation) -> None:
         """Validation loss."""

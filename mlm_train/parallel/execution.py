@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mlm_train.config import Config
+from mlm_train.memory import Table
 from mlm_train.model.source import MemorySource
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.parallel.x0 import X0Channel
@@ -20,6 +21,11 @@ Batch = tuple[Tensor, Tensor]  # ids and labels, int64 [batch, sequence]
 class Executor(Protocol):
     """Runs micro-batches through the model, however its layers are spread."""
 
+    @property
+    def table_rows(self) -> int:
+        """Rows of FFN-M's tables that this rank computed for the last step; 0 without tables."""
+        ...
+
     def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
         """Add the gradients of scale * sum(CE + z * lse^2); the summed CE, fp64 scalar."""
         ...
@@ -27,6 +33,11 @@ class Executor(Protocol):
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """The summed CE without gradients, fp64 scalar."""
         ...
+
+
+def rows_of(source: MemorySource | None) -> int:
+    """Executor.table_rows of a source."""
+    return len(source.rows) if isinstance(source, Table) else 0
 
 
 class Sequential:
@@ -51,6 +62,11 @@ class Sequential:
         self.loss, self.after_backward = loss, after_backward
         self.precision, self.device, self.place = precision, runtime.device, runtime.place
         self.usual = runtime.topology.micro_batches(config.train)
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of the last step's tables."""
+        return rows_of(self.source)
 
     def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
         """One after the other; gradients accumulate in fp32."""
@@ -78,7 +94,10 @@ class Sequential:
 
     def _losses(self, batches: Sequence[Batch], scale: float) -> Iterator[tuple[Tensor, Tensor]]:
         """Each micro-batch's objective and summed CE. `batches`: as many as share the rows of x0."""
-        ids, labels = ([part.to(self.device, non_blocking=True) for part in parts] for parts in zip(*batches))
+        ids, labels = (
+            [part.to(self.device, non_blocking=True) for part in parts]
+            for parts in zip(*batches, strict=True)
+        )
         index: Sequence[Tensor] = ids
         if self.channel is not None:
             self.place.at("x0")

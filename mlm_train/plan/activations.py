@@ -55,13 +55,13 @@ def _layer_elements(config: Config, extent: Recompute) -> tuple[float, float]:
     products, the activation and their product, 4 keys each; tensor parallelism divides these. Two normed
     inputs of products are whole on each rank, gathered ones too; the residual and the norms' inputs are
     divided by sequence parallelism. Selective recomputation drops the turned queries and keys, full keeps
-    a layer's input alone.
+    a layer's input alone. FFN-M keeps nothing with tables; "unique" is counted as if all tokens differed.
     """
     model, tensor = config.model, config.parallel.tensor
     outside = tensor if config.parallel.sequence else 1
     if extent == "full":
         return 0.0, model.hidden_size / outside
-    ffn, inputs = 4 * model.intermediate_size, 2
+    ffn, inputs = (0, 1) if config.tables else (4 * model.intermediate_size, 2)
     if model.kind == "flex":
         ffn += (4 if model.compute_form == "swiglu" else 1) * (model.compute_intermediate_size or 0)
         inputs += 1

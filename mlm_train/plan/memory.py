@@ -1,7 +1,8 @@
 """Bytes a rank needs, by formula.
 
 Weights, gradients and optimizer are exact, but for ZeRO's padding (a few elements a tensor). Buckets are an
-estimate of what ZeRO holds whole for a moment; activations: plan/activations.py.
+estimate of what ZeRO holds whole for a moment, tables of how many distinct ids a step of text has;
+activations: plan/activations.py.
 """
 
 from dataclasses import replace
@@ -13,6 +14,7 @@ from mlm_train.parallel.engine import BUCKET
 from mlm_train.parallel.mappings import TensorGroup
 from mlm_train.parallel.topology import Topology
 from mlm_train.plan.activations import activation_bytes
+from mlm_train.plan.ffn_m import expected_by_law, table_bytes
 
 FP32 = 4
 
@@ -24,6 +26,7 @@ class RankMemory(NamedTuple):
     gradients: int
     optimizer: int
     buckets: int
+    tables: int
     activations: int
 
     @property
@@ -36,7 +39,8 @@ def rank_memory(config: Config, topology: Topology) -> RankMemory:
     """Bytes a rank needs for a training step."""
     elements = rank_elements(config, topology)
     state = state_bytes(config, elements, topology)
-    return RankMemory(*state, activation_bytes(config, topology))
+    tables = table_bytes(config, topology, expected_by_law(config, topology).step)
+    return RankMemory(*state, int(tables), activation_bytes(config, topology))
 
 
 def state_bytes(config: Config, elements: int, topology: Topology) -> tuple[int, int, int, int]:

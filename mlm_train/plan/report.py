@@ -1,21 +1,32 @@
 """The dry run: shapes, parameters, memory and FLOPs as one page of text."""
 
+import math
+
 from rich.console import Console
 from rich.table import Table
 
 from mlm_train.config import Config
 from mlm_train.model.counts import count_parameters, train_flops_per_token
 from mlm_train.parallel.topology import Topology
+from mlm_train.plan.ffn_m import choose, expected_by_law, nominal_speeds
 from mlm_train.plan.memory import rank_memory
 
 
 def print_plan(config: Config, topology: Topology, console: Console) -> None:
-    """Print what a run would allocate and compute on each rank."""
+    """Print what a run would allocate and compute on each rank.
+
+    memory.mode=auto is decided for ordinary text and a nominal device; the run itself measures.
+    """
+    if config.memory is not None and config.memory.mode == "auto":
+        speeds, text = nominal_speeds(config), expected_by_law(config, topology)
+        budget = (config.memory.budget_gib or math.inf) * 2**30
+        config, reason = choose(config, topology, text, speeds, budget)
+        console.print(f"{reason}\n(nominal speeds, ordinary text: the run measures its own)")
     console.print(_shapes(config))
     console.print(_run(config, topology))
     memory = rank_memory(config, topology)
     table = Table(f"memory per rank, ZeRO-{config.parallel.zero}", "GiB", title_justify="left")
-    estimated = ("buckets", "activations")
+    estimated = ("buckets", "tables", "activations")
     for name, size in zip(memory._fields, memory, strict=True):
         table.add_row(name + " (estimate)" * (name in estimated), f"{size / 2**30:.3f}")
     table.add_row("total", f"{memory.total / 2**30:.3f}")

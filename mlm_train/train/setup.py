@@ -20,6 +20,7 @@ from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_executor, build_model
 from mlm_train.parallel.engine import Engine
 from mlm_train.parallel.watchdog import watched
+from mlm_train.train.memory_mode import decide_mode
 from mlm_train.train.preflight import LOG, Resumed, find_checkpoint, warm_start_source
 from mlm_train.train.step import Trainer
 
@@ -75,6 +76,8 @@ def _describe_run(output: Path, config: Config, data: PreparedData) -> None:
 def _build(config: Config, runtime: processes.Runtime, data: PreparedData, resumed: Resumed | None) -> Run:
     """Allocate model and optimizer, load what is to be loaded. Every rank calls it."""
     length, seed = config.data.sequence_length, config.train.seed
+    samples = Samples(data.split("train"), length, seed)
+    config, mode = decide_mode(config, runtime, samples, resumed)
     model = build_model(config, runtime)
     if resumed is None:
         _first_weights(model, config)
@@ -83,16 +86,19 @@ def _build(config: Config, runtime: processes.Runtime, data: PreparedData, resum
     if resumed is not None:
         load_training_state(resumed.folder, resumed.manifest, engine)
         progress = Progress.from_dict(resumed.manifest["progress"])
-    return Run(
+    run = Run(
         config=config,
         runtime=runtime,
         data=data,
-        samples=Samples(data.split("train"), length, seed),
+        samples=samples,
         validation=Samples(data.split("validation"), length, None),
         trainer=Trainer(engine, build_executor(model, config, runtime, engine.entry), runtime),
         progress=progress,
         monitor=Monitor(config, runtime, progress),
     )
+    if mode:
+        run.monitor.say(mode)
+    return run
 
 
 def _first_weights(model: Transformer, config: Config) -> None:

@@ -23,6 +23,7 @@ class StepResult:
     tokens: int  # positions of the step
     distinct_micro: float  # distinct ids of a micro-batch / its tokens
     distinct_step: float  # distinct ids of a rank's step / its tokens
+    table_rows: float  # rows of FFN-M's tables that were computed, a layer / tokens
     seconds: float
 
 
@@ -53,15 +54,15 @@ class Trainer:
         self.runtime.place.at("metrics")
         micro = sum(batch.ids.unique().numel() for batch in batches)
         whole = torch.cat([batch.ids.flatten() for batch in batches])
-        loss, tokens, distinct_micro, distinct_step = self._everywhere(
-            [total.item(), float(whole.numel()), float(micro), float(whole.unique().numel())]
-        )
+        counts = (whole.numel(), micro, whole.unique().numel(), self.executor.table_rows)
+        loss, tokens, micro, distinct, rows = self._everywhere([total.item(), *map(float, counts)])
         return StepResult(
             loss=loss / max(labels, 1.0),
             grad_norm=grad_norm,
             tokens=int(tokens),
-            distinct_micro=distinct_micro / tokens,
-            distinct_step=distinct_step / tokens,
+            distinct_micro=micro / tokens,
+            distinct_step=distinct / tokens,
+            table_rows=rows / tokens,
             seconds=time.perf_counter() - started,
         )
 

@@ -68,7 +68,8 @@ REFERENCES: dict[str, dict] = {}
 
 
 def _reference(config: Config) -> dict:
-    """The one-process run of a config, made by one rank; cases of other layouts, modes, micro-batches share it.
+    """The one-process run of a config, made by one rank; cases that differ in layout, mode or micro-batch
+    share it.
 
     `alone` is how far one fp32 process's weights end from it: AdamW divides by gradients' own size, so a
     model may be ill-conditioned, whatever the layout.

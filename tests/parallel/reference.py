@@ -39,6 +39,8 @@ def tiny_config(model: dict, **sections: dict) -> Config:
             "z_loss": 1e-2,
         },
     }
+    if model.get("kind", "base") != "base":
+        tree["memory"] = {"mode": "unique"}
     for name, section in sections.items():
         tree[name] = tree.get(name, {}) | section
     return parse_config(tree)

@@ -3,8 +3,8 @@
 import pytest
 
 from mlm_train.config.parallel import INTERLEAVED, ZERO_BUBBLE
-from tests.parallel.matrix import LAYOUTS, Layout, cases_of
 from tests.parallel.layouts import MODES
+from tests.parallel.matrix import LAYOUTS, Layout, cases_of
 from tests.parallel.pairwise import LAYOUTS as MIXED
 from tests.parallel.pairwise import case_of, pairs_of, pairwise, pool
 from tests.parallel.table import beyond, run_layout
@@ -77,7 +77,11 @@ def test_all_pairs_of_choices_are_compared_or_refused() -> None:
 
 def test_bf16_is_no_further_from_fp32_than_one_process() -> None:
     for parallel in ({}, {"tensor": 2, "zero": 0}, SEQUENCE, {"pipeline": 2, "zero": 2}, {"zero": 3}):
-        modes = [mode for mode in MODES if "layer" not in mode and (parallel.get("zero") != 3 or "table" not in mode)]
+        modes = [
+            mode
+            for mode in MODES
+            if "layer" not in mode and (parallel.get("zero") != 3 or "table" not in mode)
+        ]
         distance = run_on_ranks(
             "tests.parallel.parity_cases:run_bf16_cases",
             2,

@@ -1,0 +1,87 @@
+"""memory.mode=auto, decided at the start of a run from its own text, its layout and this machine."""
+
+from dataclasses import replace
+
+import psutil
+import torch
+
+from mlm_train.checkpoint.load import config_of
+from mlm_train.config import Config
+from mlm_train.data.samples import Samples
+from mlm_train.errors import UserError
+from mlm_train.parallel.runtime import Runtime, local_world_size
+from mlm_train.parallel.topology import Topology
+from mlm_train.plan.ffn_m import Distinct, choose, table_bytes, with_memory
+from mlm_train.plan.speeds import measure_speeds
+from mlm_train.train.batches import step_batches
+from mlm_train.train.preflight import Resumed
+
+FREE_SHARE = 0.25  # of a rank's memory that tables may take, if memory.budget_gib does not say
+
+
+def decide_mode(
+    config: Config, runtime: Runtime, samples: Samples, resumed: Resumed | None
+) -> tuple[Config, str]:
+    """The config with a decided memory.mode, and a line that says so and why; every rank calls it.
+
+    A resumed run of the same layout keeps what it had decided: its numbers stay the same to the bit.
+    """
+    if config.memory is None:
+        return config, ""
+    if config.memory.mode != "auto":
+        return config, _described(config, runtime, samples)
+    if resumed is not None and (kept := _kept(config, config_of(resumed.manifest))):
+        return kept, f"memory.mode=auto -> {kept.memory.mode if kept.memory else ''}, as in the checkpoint"
+    speeds = measure_speeds(config, runtime)
+    budget = min(runtime.together(lambda: _budget(config, runtime.device)))
+    # One rank's text decides for all: they must agree.
+    distinct = runtime.everywhere(lambda: expected_distinct(config, runtime.topology, samples))
+    choice = choose(config, runtime.topology, distinct, speeds, budget)
+    return choice.config, choice.reason
+
+
+def expected_distinct(config: Config, topology: Topology, samples: Samples) -> Distinct:
+    """Distinct ids of the first step's micro-batches, of a data-parallel rank's step, of the whole step."""
+    size, micro_batch = config.train.global_batch, config.train.micro_batch
+    alone = replace(topology, rank=0, world=topology.tensor * topology.pipeline)
+    whole = step_batches(samples, 0, size, micro_batch, alone)
+    ids = [batch.ids.unique() for batch in whole]
+    return Distinct(
+        micro_batch=sum(map(len, ids)) / len(ids),
+        step=len(torch.cat(ids[:: topology.data]).unique()),
+        everywhere=len(torch.cat(ids).unique()),
+    )
+
+
+def _described(config: Config, runtime: Runtime, samples: Samples) -> str:
+    """What was asked for, and what its tables take."""
+    assert config.memory is not None
+    if config.memory.mode != "table":
+        return f"memory.mode={config.memory.mode}"
+    distinct = runtime.everywhere(lambda: expected_distinct(config, runtime.topology, samples))
+    size = table_bytes(config, runtime.topology, distinct.step) / 2**20
+    return f"memory.mode=table: about {distinct.step:,.0f} distinct ids a step, tables {size:,.0f} MiB a rank"
+
+
+def _kept(config: Config, old: Config) -> Config | None:
+    """The checkpoint's decision, where it was made for the same work."""
+    same = config.model == old.model and config.parallel == old.parallel
+    same = same and config.train.micro_batch == old.train.micro_batch
+    same = same and config.train.global_batch == old.train.global_batch
+    if not same or old.memory is None or old.memory.mode == "auto":
+        return None
+    try:
+        return with_memory(config, old.memory.model_dump(mode="json", exclude_none=True))
+    except UserError:
+        return None
+
+
+def _budget(config: Config, device: torch.device) -> float:
+    """Bytes that this rank's tables may take."""
+    assert config.memory is not None
+    if config.memory.budget_gib is not None:
+        return config.memory.budget_gib * 2**30
+    if device.type == "cpu":
+        return FREE_SHARE * psutil.virtual_memory().available / local_world_size()
+    free, _ = torch.get_device_module(device).mem_get_info(device)
+    return FREE_SHARE * free

@@ -1,0 +1,39 @@
+"""What the ranks of the shared tables' test run: FFN-M's work of a step and the exchange, counted."""
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mlm_train.memory import Table
+from mlm_train.parallel import runtime as processes
+from mlm_train.parallel.shares import DataShare
+from mlm_train.parallel.traffic import Traffic
+from tests.parallel.layouts import MODES
+from tests.parallel.parity_cases import make_trainer
+from tests.parallel.reference import tiny_config
+
+VOCABULARY = 5000
+
+
+def count_work(modes: list[str]) -> list[list[dict[str, int]]]:
+    """Of each mode and rank: FLOPs of a step's tables, their rows, the step's distinct ids, bytes sent."""
+    return [_count(mode) for mode in modes]
+
+
+def _count(mode: str) -> list[dict[str, int]]:
+    config = tiny_config({"kind": "memory", "vocab_size": VOCABULARY}, memory=MODES[mode])
+    runtime = processes.start(config)
+    executor: Any = make_trainer(config, runtime).executor
+    table: Table = executor.source
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(0, VOCABULARY, (3, 64, 64), generator=generator).amin(0)  # low ids come often
+    mine = ids.chunk(runtime.topology.data)[runtime.topology.data_rank]
+    with Traffic() as traffic, FlopCounterMode(display=False) as flops:
+        executor.channel.begin(mine)
+        found = {"rows": len(table.rows), "distinct": ids.unique().numel()}
+        executor.channel.finish()
+    found |= {"flops": flops.get_total_flops(), "sent": traffic.by_operation["alltoall_base_"]}
+    if isinstance(table.share, DataShare):
+        found["formula"] = table.share.bytes_per_step(len(table.blocks), table.rows.shape[1], 4)
+    return runtime.together(lambda: found)

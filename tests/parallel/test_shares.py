@@ -1,0 +1,30 @@
+"""Tables shared over data parallel: the work of a rank, and what is exchanged for it."""
+
+import torch
+
+from mlm_train.parallel.shares import owners
+from tests.ranks import run_on_ranks
+
+
+def test_work_falls_with_the_data_parallel_size_and_the_exchange_is_the_formula_s() -> None:
+    """One global batch on 1, 2 and 4 processes: FLOPs counted by torch, bytes at the dispatcher."""
+    target, modes = "tests.parallel.share_cases:count_work", ["table", "table shared"]
+    whole = run_on_ranks(target, 1, modes=modes)[0][0]
+    for ranks in (2, 4):
+        alone, shared = run_on_ranks(target, ranks, modes=modes)
+        print(ranks, whole, shared, alone)
+        assert sum(rank["rows"] for rank in shared) == whole["distinct"] == whole["rows"]
+        assert sum(rank["flops"] for rank in shared) == whole["flops"]
+        for rank in shared:
+            assert abs(rank["flops"] / (whole["flops"] / ranks) - 1) < 0.1
+            assert rank["sent"] == rank["formula"] > 0
+        for rank in alone:  # each its own rows: more than its part of the union
+            assert rank["flops"] > 1.3 * whole["flops"] / ranks
+            assert rank["sent"] == 0
+
+
+def test_owners_are_spread_evenly_whatever_the_ids() -> None:
+    for ids in (torch.arange(30_000), torch.arange(0, 240_000, 8), torch.arange(120_000, 130_000)):
+        for ranks in (2, 3, 8, 64):
+            counts = owners(ids, ranks).bincount(minlength=ranks)
+            assert counts.max() < 1.25 * len(ids) / ranks, (ranks, counts)
