@@ -53,6 +53,11 @@ def test_overrides_are_yaml_values() -> None:
     assert config.optimizer.betas == (0.8, 0.9)
 
 
+def test_base_has_no_ffn_m_to_execute() -> None:
+    with pytest.raises(UserError, match="memory.mode='unique': has no effect with model.kind=base"):
+        load_config(CONFIGS / "micro.yaml", ["memory.mode=unique", "model.kind=base"])
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -69,10 +74,9 @@ def test_overrides_are_yaml_values() -> None:
         ("model.head_dim=33", "must be even"),
         ("model.memory_scale=[1, 1]", "needs one number, or 4"),
         ("model.memory_scale=.inf", "finite"),
-        ("model.kind=base", "memory.mode='unique': has no effect with model.kind=base"),
         ("memory.mode=lookup", "memory.mode='lookup'"),
-        ("memory.shared=true", "has no effect with memory.mode=unique"),
-        ("memory.table_layers=1", "has no effect with memory.mode=unique"),
+        ("memory.shared=true", "memory.shared=True: has no effect with memory.mode=auto"),
+        ("memory.table_layers=1", "has no effect with memory.mode=auto"),
         ("data.sequence_length=100000", "longer than model.max_position_embeddings"),
         ("train.watchdog=600", "must be below parallel.timeout=600.0"),
         ("train.micro_batch=5", "must be a multiple of train.micro_batch=5"),

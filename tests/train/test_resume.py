@@ -18,7 +18,7 @@ def words(data: Path, output: Path, *more: str) -> list[str]:
     return [
         CONFIG, *TINY, f"data.path={data}", f"train.output={output}", f"train.steps={STEPS}",
         "train.evaluate_every=4", "checkpoint.every=2", "model.num_hidden_layers=4",
-        "train.ramp={start: 4, increment: 4, samples: 12}", *more,
+        "train.ramp={start: 4, increment: 4, samples: 12}", "memory.mode=unique", *more,
     ]  # fmt: skip
 
 
@@ -40,8 +40,10 @@ def same_losses(run: Path, other: Path, tolerance: float = 2e-5) -> None:
             assert values[step] == pytest.approx(value, rel=tolerance), (tag, step)
 
 
-ALONE = (1, ())
+TABLE = "memory.mode=table"
+ALONE = (1, (TABLE,))
 DP2 = (2, ())
+SHARED = (2, (TABLE, "memory.shared=true"))
 TP2 = (2, ("parallel.tensor=2",))
 PP2 = (2, ("parallel.pipeline=2", "train.micro_batch=1"))
 PP2_REPLICATED = (2, (*PP2[1], "parallel.x0_transport=replicate", "parallel.schedule=gpipe"))
@@ -55,8 +57,8 @@ def zero(stage: int, layout: tuple[int, tuple[str, ...]]) -> tuple[int, tuple[st
 
 
 ZERO_3 = zero(3, DP2)
-PP2_V = (2, (*PP2[1], "parallel.schedule=zbv", "train.recompute=selective"))
-TP2_SEQUENCE = (2, ("parallel.tensor=2", "parallel.sequence=true", "train.recompute=full"))
+PP2_V = (2, (*PP2[1], TABLE, "parallel.schedule=zbv", "train.recompute=selective"))
+TP2_SEQUENCE = (2, ("parallel.tensor=2", TABLE, "parallel.sequence=true", "train.recompute=full"))
 # Where a run starts, and where it goes on; tied and untied heads.
 MOVES = {
     "DP2 to one": (DP2, ALONE, False),
@@ -66,7 +68,7 @@ MOVES = {
     "PP2 in a V to TP2 with sequences cut": (PP2_V, TP2_SEQUENCE, True),
     "ZeRO-2 PP2 to ZeRO-3": (zero(2, PP2), ZERO_3, False),
     "ZeRO-3 to ZeRO-0 one": (ZERO_3, zero(0, ALONE), True),
-    "ZeRO-1 to ZeRO-2": (DP2, zero(2, DP2), False),
+    "ZeRO-1 to ZeRO-2 with shared tables": (DP2, zero(2, SHARED), False),
     "ZeRO-0 TP2 to ZeRO-3": (zero(0, TP2), ZERO_3, True),
 }
 

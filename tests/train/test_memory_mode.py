@@ -1,0 +1,117 @@
+"""memory.mode: what a run says of it, what it decides by itself, and that it stays decided."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mlm_train.checkpoint.folders import newest
+from mlm_train.config import Config
+from mlm_train.config.load import load_config
+from mlm_train.parallel.topology import Topology
+from mlm_train.plan.ffn_m import Choice, Distinct, Speeds, choose, distinct_ids, table_bytes
+from tests.commands import ROOT, TINY, finished, refused
+
+CONFIG = str(ROOT / "configs" / "micro.yaml")
+GIB = 2.0**30
+# FFN-M is what counts; lookups and links cost next to nothing.
+SPEEDS = Speeds(1e-4, 1e-5, 3e-4, 3e-5, 1e-8, 1e-9, 1e12, 1e12)
+TEXT = Distinct(micro_batch=500, step=3000, everywhere=4000)
+
+
+def chosen(
+    *words: str, world: int = 1, text: Distinct = TEXT, speeds: Speeds = SPEEDS, budget: float = GIB
+) -> Choice:
+    """What auto decides for micro at 8 micro-batches of 2 x 256 tokens a rank."""
+    more = ("train.micro_batch=2", f"train.global_batch={16 * world}", "train.precision=bf16", *words)
+    config = load_config(CONFIG, ["memory.mode=auto", *more])
+    return choose(config, Topology.of(config.parallel, world), text, speeds, budget)
+
+
+def mode(choice: Choice) -> tuple[str, int | None, bool]:
+    """What it decided."""
+    assert choice.config.memory is not None
+    memory = choice.config.memory
+    return memory.mode, memory.table_layers, memory.shared
+
+
+def test_many_micro_batches_take_tables_and_a_single_one_does_not() -> None:
+    assert mode(chosen()) == ("table", None, False)
+    one = Distinct(500, 500, 500)  # a table would run FFN-M forward twice
+    assert mode(chosen("train.global_batch=2", text=one)) == ("unique", None, False)
+
+
+def test_an_ffn_that_costs_less_than_a_lookup_runs_at_every_position() -> None:
+    cheap = SPEEDS._replace(forward_row=1e-9, pass_row=3e-9, lookup=1e-6)
+    assert mode(chosen(speeds=cheap)) == ("per_token", None, False)
+
+
+def test_ranks_share_their_rows_where_the_link_is_fast() -> None:
+    assert mode(chosen(world=4)) == ("table", None, True)
+    slow = SPEEDS._replace(data_link=1e6)
+    assert mode(chosen(world=4, speeds=slow)) == ("table", None, False)
+
+
+def test_what_does_not_fit_the_budget_is_computed_by_micro_batch_and_said() -> None:
+    whole = table_bytes(chosen().config, Topology(1, 0, 1, 1), 1.1 * TEXT.step)
+    layers = chosen().config.model.num_hidden_layers
+    some = chosen(budget=0.5 * whole)
+    assert mode(some) == ("table", layers // 2, False)
+    assert "whole tables would take" in some.reason and "MiB" in some.reason
+    none = chosen(budget=0.9 * whole / layers)
+    assert mode(none) == ("unique", None, False) and "whole tables would take" in none.reason
+    pipeline = ("parallel.pipeline=2", "parallel.schedule=zbv", "train.micro_batch=1")
+    half = chosen(*pipeline, world=2, budget=0.3 * whole)  # no layers without a table under zero-bubble
+    assert mode(half)[0] != "table"
+
+
+def test_zero_3_has_no_tables() -> None:
+    assert mode(chosen("parallel.zero=3", world=2)) == ("unique", None, False)
+
+
+@pytest.mark.parametrize(("tokens", "vocabulary", "ratio"), [(2048, 2**15, 0.25), (2**18, 2**17, 0.08)])
+def test_expected_ids_of_text(tokens: int, vocabulary: int, ratio: float) -> None:
+    assert distinct_ids(tokens, vocabulary) == pytest.approx(ratio * tokens)
+    assert distinct_ids(2**22, 5000) <= 5000
+
+
+def test_a_run_decides_says_so_and_keeps_it(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = [CONFIG, *TINY, f"data.path={data}", f"train.output={run}", "train.steps=4", "checkpoint.every=2"]
+    first = finished("launch", "--nproc", 2, *words, "train.stop_after=2")
+    assert "memory.mode=auto -> " in first and "distinct ids a micro-batch" in first
+    decided = _saved(run)
+    assert decided.memory is not None and decided.memory.mode != "auto"
+    assert yaml.safe_load((run / "config.yaml").read_text())["memory"]["mode"] == "auto"
+    again = finished("launch", "--nproc", 2, *words)
+    assert f"memory.mode=auto -> {decided.memory.mode}, as in the checkpoint" in again
+    assert _saved(run).memory == decided.memory
+    other = finished("pretrain", *words, "train.steps=5", "memory.mode=table")
+    assert "memory.mode=table: about" in other and "MiB a rank" in other
+    assert "memory.mode" in other
+
+
+def _saved(run: Path) -> Config:
+    from mlm_train.checkpoint.load import config_of, open_checkpoint
+
+    folder = newest(run / "checkpoints")
+    assert folder is not None
+    return config_of(open_checkpoint(folder))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("memory.mode=table", "parallel.zero=3"), "does not go with parallel.zero=3"),
+        (("memory.mode=table", "parallel.pipeline=2", "parallel.x0_transport=relay"), "use broadcast"),
+        (
+            ("memory.mode=table", "memory.table_layers=1", "parallel.pipeline=2", "parallel.schedule=zbv"),
+            "does not go with parallel.schedule=zbv",
+        ),
+        (("memory.mode=unique", "memory.budget_gib=1"), "has an effect with memory.mode=auto"),
+        (("memory.budget_gib=0",), "greater than 0"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(words: tuple[str, ...], said: str) -> None:
+    line = refused("pretrain", CONFIG, "--dry-run", "--world", 2, *words)
+    assert said in line
