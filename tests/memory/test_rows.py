@@ -33,15 +33,19 @@ def test_sorted_segments_are_the_plain_sum(rows: int) -> None:
     torch.testing.assert_close(sorted_.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+UNIQUE, TABLE = "memory.mode=unique", "memory.mode=table"
 LAYOUTS = {
-    "DP2, recomputed": (2, ("train.precision=bf16", "train.recompute=full", "train.deterministic=true")),
+    "DP2, recomputed": (2, ("train.precision=bf16", "train.recompute=full", "train.deterministic=true", UNIQUE)),
+    "DP2, shared tables": (
+        2, ("train.precision=bf16", "train.deterministic=true", TABLE, "memory.shared=true")
+    ),
     "TP2 SP x PP2, ZeRO-2": (
         4,
         ("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "train.micro_batch=1",
-         "parallel.zero=2"),
+         "parallel.zero=2", TABLE),
     ),
-    "PP2 zbv": (2, ("parallel.pipeline=2", "parallel.schedule=zbv", "train.micro_batch=1")),
-    "PP2": (2, ("parallel.pipeline=2", "train.micro_batch=1", "train.deterministic=true")),
+    "PP2 zbv": (2, ("parallel.pipeline=2", "parallel.schedule=zbv", "train.micro_batch=1", TABLE)),
+    "PP2": (2, ("parallel.pipeline=2", "train.micro_batch=1", "train.deterministic=true", UNIQUE)),
 }  # fmt: skip
 
 

@@ -1,0 +1,143 @@
+"""`bench auto`: memory.mode=auto against every mode measured, on shapes whose best mode differs."""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from mlm_train.bench import report
+from mlm_train.config import Config
+from mlm_train.config.load import parse_config
+from mlm_train.model.logical import initialise
+from mlm_train.parallel import runtime as processes
+from mlm_train.parallel.build import build_executor, build_model
+from mlm_train.parallel.execution import Batch, Executor
+from mlm_train.plan.ffn_m import Distinct, choose
+from mlm_train.plan.speeds import measure_speeds
+
+SEED, GIB = 1234, 2.0**30
+MODES = ("per_token", "unique", "table")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and the micro-batches of a step."""
+
+    hidden: int
+    keys: int  # FFN-M's
+    layers: int
+    vocabulary: int
+    length: int
+    micro_batch: int
+    micro_batches: int
+    flat: bool = False  # ids drawn evenly instead of as in text
+
+
+SHAPES = {
+    "one micro-batch": Shape(256, 683, 4, 8192, 256, 8, 1),
+    "two micro-batches": Shape(256, 683, 4, 8192, 256, 4, 2),
+    "many micro-batches": Shape(256, 683, 4, 8192, 256, 4, 16),
+    "narrow FFN-M": Shape(256, 8, 4, 8192, 256, 4, 8),
+    "hardly an id twice": Shape(384, 1024, 3, 65536, 128, 2, 4, flat=True),
+    "wide FFN-M": Shape(384, 4096, 2, 16384, 256, 2, 12),
+}
+
+
+def config_of(shape: Shape, mode: str) -> Config:
+    """The config of a shape in a mode."""
+    tree: dict[str, Any] = {
+        "model": {
+            "kind": "memory",
+            "vocab_size": shape.vocabulary,
+            "hidden_size": shape.hidden,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": 4,
+            "intermediate_size": shape.keys,
+        },
+        "memory": {"mode": mode},
+        "data": {"path": "none", "sequence_length": shape.length},
+        "train": {
+            "output": "none",
+            "steps": 1,
+            "device": "cpu",
+            "precision": "bf16",
+            "micro_batch": shape.micro_batch,
+            "global_batch": shape.micro_batch * shape.micro_batches,
+        },
+    }
+    return parse_config(tree)
+
+
+def bench_auto(runs: int, json_file: str | None) -> int:
+    """Measure, print, write; 0."""
+    if json_file is not None:
+        report.check_writable(Path(json_file))
+    found, console = report.machine(), Console(stderr=True)
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
+    table = Table("shape", *MODES, "auto takes", "over best", title="forward and backward of a step, seconds")
+    for name, shape in track(SHAPES.items(), "measuring", console=console, transient=True):
+        seconds, chosen = _measure(shape, runs)
+        rows += [report.row(f"{name}.{mode}", values, "s") for mode, values in seconds.items()]
+        medians = {mode: report.row("", values, "s")["median"] for mode, values in seconds.items()}
+        ratios[f"{name}.auto_over_best"] = medians[chosen] / min(medians.values())
+        cells = [f"{medians[mode]:.3f}" for mode in MODES]
+        table.add_row(name, *cells, chosen, f"{ratios[f'{name}.auto_over_best']:.3f}")
+    output = Console()
+    output.print(table)
+    output.print(report.describe(found))
+    if json_file is not None:
+        report.write_report(Path(json_file), found, rows, ratios)
+    return 0
+
+
+def _measure(shape: Shape, runs: int) -> tuple[dict[str, list[float]], str]:
+    """Seconds of each mode's steps, in turn, and the mode that auto takes."""
+    batches = [(ids, ids.roll(-1, 1)) for ids in _ids(shape).split(shape.micro_batch)]
+    runtime = processes.start(config_of(shape, "unique"))
+    executors = {mode: _executor(config_of(shape, mode), runtime) for mode in MODES}
+    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+    for run in range(runs + 1):
+        for mode, executor in executors.items():
+            taken = _step(executor, batches)
+            if run:  # the first one warms up
+                seconds[mode].append(taken)
+    config = config_of(shape, "auto")
+    distinct = _distinct(batches)
+    choice = choose(config, runtime.topology, distinct, measure_speeds(config, runtime), GIB)
+    assert choice.config.memory is not None
+    return seconds, choice.config.memory.mode
+
+
+def _executor(config: Config, runtime: processes.Runtime) -> Executor:
+    runtime = replace(runtime)
+    model = build_model(config, runtime)
+    initialise(model, config.model, SEED)
+    return build_executor(model, config, runtime)
+
+
+def _step(executor: Executor, batches: list[Batch]) -> float:
+    started = time.perf_counter()
+    executor.backward(batches, 1e-3)
+    return time.perf_counter() - started
+
+
+def _ids(shape: Shape) -> torch.Tensor:
+    """[sequences, length]: the k-th id in proportion to 1/k, as in text, or all alike."""
+    weights = torch.ones(shape.vocabulary)
+    if not shape.flat:
+        weights /= torch.arange(1, shape.vocabulary + 1)
+    count = shape.micro_batch * shape.micro_batches
+    drawn = weights.multinomial(count * shape.length, True, generator=torch.Generator().manual_seed(SEED))
+    return drawn.view(count, shape.length)
+
+
+def _distinct(batches: list[Batch]) -> Distinct:
+    each = [len(ids.unique()) for ids, _ in batches]
+    step = len(torch.cat([ids for ids, _ in batches]).unique())
+    return Distinct(sum(each) / len(each), step, step)
