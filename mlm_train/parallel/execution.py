@@ -62,18 +62,27 @@ class Sequential:
         self.entry.train()
         rows = self._begin(batches)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for number, batch in enumerate(batches):
-            self.place.at("forward", None, number)
-            objective, cross_entropy = self._loss(batch, scale)
-            self.place.at("backward", None, number)
-            objective.backward()
-            total += cross_entropy
-        if isinstance(self.source, Table) and rows is not None:
-            self.place.at("backward of FFN-M's tables")
-            gradient = self.source.finish()
-            rows.backward(self.tensor.all_reduce(gradient) if self.tensor.positions > 1 else gradient)
+        with self._casts_kept():
+            for number, batch in enumerate(batches):
+                self.place.at("forward", None, number)
+                objective, cross_entropy = self._loss(batch, scale)
+                self.place.at("backward", None, number)
+                objective.backward()
+                total += cross_entropy
+            if isinstance(self.source, Table) and rows is not None:
+                self.place.at("backward of FFN-M's tables")
+                gradient = self.source.finish()
+                rows.backward(self.tensor.all_reduce(gradient) if self.tensor.positions > 1 else gradient)
         self.after_backward()
         return total
+
+    def _casts_kept(self) -> torch.autocast:
+        """A region in which autocast casts a weight once, not once a micro-batch.
+
+        It forgets its casts where the outermost region ends; this one is switched off and surrounds those
+        of the micro-batches. Nothing without a graph may be cast in it: its casts would have none.
+        """
+        return torch.autocast(self.device.type, enabled=False)
 
     def _begin(self, batches: Sequence[Batch]) -> Tensor | None:
         """Tables of the step's rows; these, with their graph to the embedding."""

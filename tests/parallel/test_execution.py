@@ -1,0 +1,71 @@
+"""One process's micro-batches: weights cast once a step, and nothing else changed by it."""
+
+from contextlib import nullcontext
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from mlm_train.config.schema import Recompute
+from mlm_train.memory import make_source
+from mlm_train.model.logical import initialise
+from mlm_train.model.loss import Words, head_loss
+from mlm_train.model.transformer import Transformer
+from mlm_train.parallel.execution import Sequential
+from mlm_train.parallel.mappings import TensorGroup
+from mlm_train.parallel.place import Place
+from tests.parallel.layouts import MODELS
+from tests.parallel.reference import sharpen, tiny_config
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "recompute"),
+    [
+        ("base gqa tied", None, "none"),
+        ("base", None, "full"),
+        ("memory tied alpha", "table", "none"),
+        ("memory", "table", "full"),
+        ("flex", "unique", "selective"),
+        ("flex linear post tied", "per_token", "full"),
+    ],
+)
+def test_weights_are_cast_once_a_step(name: str, mode: str | None, recompute: Recompute) -> None:
+    """Two steps, the weights changed between them: gradients to the bit those of casts a micro-batch."""
+    config = tiny_config(dict(MODELS[name]))
+    ids = torch.randint(0, 96, (8, 24))
+    batches = list(zip(ids.split(2), ids.roll(-1, 1).split(2), strict=True))
+    found, casts = {}, {}
+    for kept in (True, False):
+        model = Transformer(config.model)
+        initialise(model, config.model, 3)
+        sharpen(model)
+        for layer in range(config.model.num_hidden_layers):
+            model.block(layer).set_recompute(recompute)
+        executor = _executor(model, mode)
+        without = patch.object(Sequential, "_casts_kept", lambda self: nullcontext())
+        with nullcontext() if kept else without, profile(activities=[ProfilerActivity.CPU]) as seen:
+            for _ in range(2):
+                executor.backward(batches, 1 / ids.numel())
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.mul_(1.5)
+        casts[kept] = sum(event.count for event in seen.key_averages() if event.key == "aten::_to_copy")
+        found[kept] = {key: parameter.grad for key, parameter in model.named_parameters()}
+    for key, gradient in found[False].items():
+        torch.testing.assert_close(found[True][key], gradient, rtol=0, atol=0)
+    # Two steps, three of four micro-batches; at least attention's two products in each of three layers.
+    assert casts[False] - casts[True] >= 2 * 3 * 2 * 3, casts
+
+
+def _executor(model: Transformer, mode: str | None) -> Sequential:
+    precision, group = torch.autocast("cpu", dtype=torch.bfloat16), TensorGroup(1, 0)
+    source = make_source(mode, model.memory_blocks(), group, precision) if mode else None
+
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return head_loss(hidden, weight, labels, scale=scale, z_loss=0.0, words=Words(0, 96))
+
+    return Sequential(
+        model, model, group, source, loss, precision, torch.device("cpu"), Place(), lambda: None
+    )
