@@ -40,6 +40,14 @@ def step_batches(
     ]
 
 
+def pinned(batches: list[MicroBatch], device: torch.device) -> list[MicroBatch]:
+    """In memory that a GPU copies from while it computes; on a CPU as they are."""
+    if device.type != "cuda":
+        return batches
+    with torch.cuda.device(device):  # a thread's own default is the first GPU
+        return [MicroBatch(*(tensor.pin_memory() for tensor in batch)) for batch in batches]
+
+
 class Ahead:
     """What will be needed next, made by a thread while the present is worked on.
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from mlm_train.train.batches import Ahead, MicroBatch
+from mlm_train.train.batches import Ahead, MicroBatch, pinned
 
 
 def made(key: tuple[int, int]) -> list[MicroBatch]:
@@ -35,6 +35,11 @@ def test_order_is_the_callers_whatever_was_made_ahead() -> None:
             assert torch.equal(found.ids, expected.ids) and torch.equal(found.labels, expected.labels)
     assert [key for key, _ in calls] == [(0, 4), (4, 4), (8, 4), (8, 6), (14, 6), (20, 6)]
     assert threading.get_ident() not in {thread for _, thread in calls}
+
+
+def test_only_a_gpu_s_batches_are_pinned() -> None:
+    batches = made((0, 4))
+    assert pinned(batches, torch.device("cpu")) is batches
 
 
 def test_an_error_comes_where_the_batch_is_needed() -> None:
