@@ -63,8 +63,8 @@ class Attention(nn.Module):
         """qkv [batch, sequence, all heads * head_dim] -> the query heads' sums, side by side."""
         batch, length, _ = qkv.shape
         qkv = qkv.view(batch, length, -1, self.head_dim).transpose(1, 2)
-        query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        query, key = rotate(query, *rope), rotate(key, *rope)
+        turned, value = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        query, key = rotate(turned, *rope).split([self.heads, self.kv_heads], dim=1)
         mask, causal = None, False
         if length > 1:  # a branch: compiled for any length, the comparison is no bool
             causal = True

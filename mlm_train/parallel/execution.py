@@ -80,7 +80,7 @@ class Sequential:
         """A region in which autocast casts a weight once, not once a micro-batch.
 
         It forgets its casts where the outermost region ends; this one is switched off and surrounds those
-        of the micro-batches. Nothing without a graph may be cast in it: its casts would have none.
+        of the micro-batches. The optimizer, which changes the weights, runs after it.
         """
         return torch.autocast(self.device.type, enabled=False)
 
