@@ -38,11 +38,22 @@ examples:
   mlm-train bench loss
   mlm-train bench loss --vocabulary 32000 --tokens 2048 --precision fp32 --runs 5 --json loss.json"""
 
+_PROFILE_HELP = """Show where the time of a training step goes, by what its operations are for.
+
+Forward and backward of a step's micro-batches on one CPU process, FFN-M's tables included, the optimizer left
+out; ids drawn from a Zipf distribution. The default shape has 110 million parameters.
+
+examples:
+  mlm-train bench profile base
+  mlm-train bench profile table --compile --json table.json
+  mlm-train bench profile unique --layers 2 --hidden 128 --heads 2 --ffn 256 --vocabulary 1000"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `x0` and `loss`."""
+    """Add `x0`, `loss` and `profile`."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_x0(actions)
+    _add_profile(actions)
     loss = add_action(actions, "loss", "the head and its loss, chunked against plain", _LOSS_HELP)
     for name, default, meaning in (
         ("vocabulary", 128256, "words"),
@@ -57,6 +68,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loss.add_argument("--runs", type=int, metavar="N", default=5, help="runs of each way (default 5)")
     loss.add_argument("--json", metavar="FILE", help="write the figures there")
     loss.add_argument("--worker", help=argparse.SUPPRESS)  # what a run's process is started with
+
+
+def _add_profile(actions: "Actions") -> None:
+    profile = add_action(actions, "profile", "where a training step's time goes", _PROFILE_HELP)
+    profile.add_argument(
+        "mode", choices=("base", "per_token", "unique", "table"), help="a base model, or a memory.mode"
+    )
+    for name, default, meaning in (
+        ("layers", 12, "layers"),
+        ("hidden", 768, "hidden size"),
+        ("heads", 12, "attention heads"),
+        ("ffn", 2048, "width of the FFN, or of FFN-M"),
+        ("vocabulary", 32768, "words"),
+        ("sequence", 1024, "tokens a sequence"),
+        ("sequences", 2, "sequences a micro-batch"),
+        ("micro-batches", 8, "micro-batches a step"),
+    ):
+        profile.add_argument(
+            f"--{name}", type=int, metavar="N", default=default, help=f"{meaning} (default {default})"
+        )
+    profile.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="default bf16")
+    profile.add_argument("--compile", action="store_true", help="as train.compile does")
+    profile.add_argument("--json", metavar="FILE", help="write the figures there")
 
 
 def _add_x0(actions: "Actions") -> None:
@@ -79,6 +113,10 @@ def run(args: argparse.Namespace) -> int:
     """0; 1 if a count differs from its formula, or two ways from each other."""
     if args.action == "loss":
         return _run_loss(args)
+    if args.action == "profile":
+        from mlm_train.bench.profile import bench_profile
+
+        return bench_profile(args)
     if args.worker:
         from mlm_train.bench.x0_ranks import work
 

@@ -94,6 +94,10 @@ class TrainConfig(Section):
         description="activations computed again in the backward pass; selective: attention between its "
         "products, full: whole layers, FFN-M apart. A list has one a pipeline stage",
     )
+    compile: bool = Field(
+        False,
+        description="torch.compile of the layers, one graph for all of them; the first step waits for it",
+    )
     seed: int = Field(1234, ge=0, lt=2**63, description="of the initial weights and of the sample order")
     deterministic: bool = Field(
         False, description="kernels that give the same bits again on CUDA too; slower (docs/run.md)"
@@ -171,6 +175,7 @@ class Config(Section):
         check_parallel(self.parallel, self.model, self.data.sequence_length)
         self._check_transport()
         self._check_recompute()
+        self._check_compile()
         if self.train.watchdog is not None and self.train.watchdog >= self.parallel.timeout:
             fix = f"must be below parallel.timeout={self.parallel.timeout}, which ends a collective by itself"
             blame("train.watchdog", self.train.watchdog, fix)
@@ -223,6 +228,23 @@ class Config(Section):
                 f"with parallel.schedule={parallel.order} each weight of a layer would run its forward "
                 "again: use selective, or parallel.schedule=1f1b",
             )
+
+    def _check_compile(self) -> None:
+        """What was tried and does not pay, or does not run: torch 2.13, DeepSpeed 0.19."""
+        if not self.train.compile:
+            return
+        if self.parallel.pipeline > 1 and self.parallel.order in ZERO_BUBBLE:
+            fix = (
+                f"does not go with parallel.schedule={self.parallel.order}: a compiled layer's backward is "
+                "one piece, weight gradients cannot be computed apart: use 1f1b, gpipe or interleaved_1f1b"
+            )
+            blame("train.compile", True, fix)
+        if self.parallel.zero == 3:
+            fix = (
+                "does not go with parallel.zero=3: weights are gathered at each product, which cuts a "
+                "compiled layer into pieces: set parallel.zero=2, or leave train.compile out"
+            )
+            blame("train.compile", True, fix)
 
     def _check_memory(self) -> None:
         if self.model.has_memory and self.memory is None:

@@ -63,21 +63,23 @@ class Attention(nn.Module):
         """qkv [batch, sequence, all heads * head_dim] -> the query heads' sums, side by side."""
         batch, length, _ = qkv.shape
         qkv = qkv.view(batch, length, -1, self.head_dim).transpose(1, 2)
-        query, key, value = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        query, key = rotate(query, *rope), rotate(key, *rope)
-        mask = None
+        turned, value = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        query, key = rotate(turned, *rope).split([self.heads, self.kv_heads], dim=1)
+        mask, causal = None, False
+        if length > 1:  # a branch: compiled for any length, the comparison is no bool
+            causal = True
         if cache is not None:
             past = cache.length
             key, value = cache.append(layer, key, value)
             if past and length > 1:
                 ones = torch.ones(length, past + length, dtype=torch.bool, device=qkv.device)
-                mask = ones.tril(past)
+                mask, causal = ones.tril(past), False
         out = F.scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=mask,
-            is_causal=mask is None and length > 1,
+            is_causal=causal,
             enable_gqa=self.heads != self.kv_heads,
         )
         return out.transpose(1, 2).reshape(batch, length, -1)

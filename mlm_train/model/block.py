@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from mlm_train.config import ModelConfig
 from mlm_train.config.schema import Recompute
 from mlm_train.model.attention import Attention, KeyValueCache
+from mlm_train.model.compiled import compiled
 from mlm_train.model.feedforward import LinearFFN, SwiGLU
 from mlm_train.model.recompute import recomputed
 from mlm_train.model.source import MemoryReader
@@ -16,6 +18,7 @@ class Block(nn.Module):
     """What the layers of all kinds share: attention, and what they recompute in the backward pass."""
 
     recompute: Recompute = "none"
+    compiles = False  # the regions that _run runs
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -28,9 +31,16 @@ class Block(nn.Module):
         self.recompute = extent
         self.self_attn.recompute = extent == "selective"
 
-    def _run(self, function: Callable[..., Tensor], *args: object) -> Tensor:
-        """A region that full recomputation runs again."""
-        return recomputed(function, *args) if self.recompute == "full" else function(*args)
+    def _run(self, region: Callable[..., Tensor], *args: object) -> Tensor:
+        """region(self, *args): a method of the class, which full recomputation runs again.
+
+        A method of the class, not of this block: then all layers share what it is compiled to.
+        """
+        region = self._compiled(region)
+        return recomputed(region, self, *args) if self.recompute == "full" else region(self, *args)
+
+    def _compiled(self, region: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return compiled(region) if self.compiles else region
 
 
 class BaseBlock(Block):
@@ -49,7 +59,7 @@ class BaseBlock(Block):
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """x [batch, sequence, hidden] -> the same shape. `read` is not used."""
-        return self._run(self._layer, x, rope, cache)
+        return self._run(BaseBlock._layer, x, rope, cache)
 
     def _layer(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
         y = x + self.self_attn(self.input_layernorm(x), rope, self.layer, cache)
@@ -79,11 +89,21 @@ class MemoryBlock(Block):
 
     def ffn_m(self, x0: Tensor) -> Tensor:
         """FFN_M(N_m(x0)): the one function that trains, builds the ToL and serves. [..., hidden]."""
-        return self.memory_mlp(self.memory_layernorm(x0))
+        self._expect_any_rows(x0)
+        return self._compiled(MemoryBlock._ffn_m)(self, x0)
 
     def ffn_m_of_micro_batch(self, x0: Tensor) -> Tensor:
         """ffn_m, run again in the backward pass under full recomputation."""
-        return self._run(self.ffn_m, x0)
+        self._expect_any_rows(x0)
+        return self._run(MemoryBlock._ffn_m, x0)
+
+    def _expect_any_rows(self, x0: Tensor) -> None:
+        """One compiled graph for as many rows as there are distinct ids."""
+        if self.compiles:
+            torch._dynamo.maybe_mark_dynamic(x0, 0)
+
+    def _ffn_m(self, x0: Tensor) -> Tensor:
+        return self.memory_mlp(self.memory_layernorm(x0))
 
     def forward(
         self,
@@ -93,7 +113,7 @@ class MemoryBlock(Block):
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """x [batch, sequence, hidden] -> the same shape. The lookup lies outside what is recomputed."""
-        y = self._run(self._context, x, rope, cache)
+        y = self._run(MemoryBlock._context, x, rope, cache)
         if self.alpha == 0.0 and not self.training:
             return y  # a dropped layer reads nothing; in training it still gets its zero gradient
         memory = read(self.layer)

@@ -7,15 +7,19 @@ from torch import Tensor
 def rotary_angles(
     head_dim: int, theta: float, start: int, length: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos, sin of positions start .. start+length-1, each [length, head_dim], always in fp32."""
+    """cos, sin of positions start .. start+length-1, each [length, head_dim], always in fp32.
+
+    The first half of sin is negative: `rotate` then needs no pass over the heads to turn their sign.
+    """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     positions = torch.arange(start, start + length, dtype=torch.float32, device=device)
     angles = torch.outer(positions, 1.0 / theta**exponent).repeat(1, 2)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    sin[:, : head_dim // 2].neg_()
+    return cos, sin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x [batch, heads, sequence, head_dim] by its positions."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+    halves_swapped = x.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(x * cos.to(x.dtype), halves_swapped, sin.to(x.dtype))

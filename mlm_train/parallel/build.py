@@ -95,6 +95,7 @@ def build_executor(
     for span in my_spans(config, runtime.topology):
         for layer in span.layers:
             model.block(layer).set_recompute(config.train.recompute_of(span.number))
+            model.block(layer).compiles = config.train.compile
     loss = build_loss(config, group)
     bf16 = config.train.precision == "bf16"
     precision = torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=bf16)

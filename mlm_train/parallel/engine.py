@@ -118,7 +118,11 @@ class Engine:
         self.zero, *_ = deepspeed.initialize(
             model=model,
             optimizer=torch.optim.AdamW(
-                parameter_groups(model, options), lr=options.lr, betas=options.betas, eps=options.eps
+                parameter_groups(model, options),
+                lr=options.lr,
+                betas=options.betas,
+                eps=options.eps,
+                fused=True,  # one pass over weights, gradients and moments
             ),
             mpu=self.groups,
             config={

@@ -1,6 +1,6 @@
 """Running a step's micro-batches: forward and backward on one rank, or the evaluation's forward."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -72,15 +72,28 @@ class Sequential:
         """One after the other; gradients accumulate in fp32."""
         self.entry.train()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for number, (objective, cross_entropy) in enumerate(self._losses(batches, scale)):
-            self.place.at("backward", None, number)
-            objective.backward()
-            total += cross_entropy
-        if self.channel is not None:
-            self.place.at("gradient of x0")
-            self.channel.finish()
+        micro_batches = self._prepared(batches)
+        with self._casts_kept():
+            for number, micro_batch in enumerate(micro_batches):
+                self.place.at("forward", None, number)
+                objective, cross_entropy = self._loss(*micro_batch, scale)
+                self.place.at("backward", None, number)
+                objective.backward()
+                total += cross_entropy
+            if self.channel is not None:
+                self.place.at("gradient of x0")
+                self.channel.finish()
         self.after_backward()
         return total
+
+    def _casts_kept(self) -> torch.autocast:
+        """A region in which autocast casts a weight once, not once a micro-batch.
+
+        It forgets its casts where the outermost region ends; this one is switched off and surrounds those
+        of the micro-batches. Tables are begun outside: a cast made without a graph would be kept without
+        one. The optimizer, which changes the weights, runs after it.
+        """
+        return torch.autocast(self.device.type, enabled=False)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
@@ -88,23 +101,22 @@ class Sequential:
         self.entry.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for start in range(0, len(batches), self.usual):
-            for _, cross_entropy in self._losses(batches[start : start + self.usual], 1.0):
-                total += cross_entropy
+            for number, micro_batch in enumerate(self._prepared(batches[start : start + self.usual])):
+                self.place.at("forward", None, number)
+                total += self._loss(*micro_batch, 1.0)[1]
         return total
 
-    def _losses(self, batches: Sequence[Batch], scale: float) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each micro-batch's objective and summed CE. `batches`: as many as share the rows of x0."""
+    def _prepared(self, batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """ids, labels and x0's index of each micro-batch, on the device. They share the rows of x0."""
         ids, labels = (
             [part.to(self.device, non_blocking=True) for part in parts]
             for parts in zip(*batches, strict=True)
         )
-        index: Sequence[Tensor] = ids
+        index = ids
         if self.channel is not None:
             self.place.at("x0")
-            index = self.channel.begin(torch.cat(ids)).split([len(some) for some in ids])
-        for number, micro_batch in enumerate(zip(ids, labels, index, strict=True)):
-            self.place.at("forward", None, number)
-            yield self._loss(*micro_batch, scale)
+            index = list(self.channel.begin(torch.cat(ids)).split([len(some) for some in ids]))
+        return list(zip(ids, labels, index, strict=True))
 
     def _loss(self, ids: Tensor, labels: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Objective and summed CE. The head is used inside the model's forward, as all its weights are."""

@@ -1,6 +1,7 @@
 """The processes of a run: rank and device, process groups, the few collectives of the loop."""
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -117,6 +118,17 @@ def check_device(choice: str, local_processes: int) -> None:
     devices = torch.cuda.device_count()
     if choice != "cpu" and 0 < devices < local_processes:
         raise UserError(f"{local_processes} processes here, but {devices} CUDA devices: start fewer")
+
+
+def check_compiler(train: TrainConfig) -> None:
+    """UserError where torch.compile, which writes C++ for a CPU, would find no compiler."""
+    compiler = os.environ.get("CXX", "g++")
+    on_cpu = train.device == "cpu" or not torch.cuda.is_available()
+    if train.compile and on_cpu and shutil.which(compiler) is None:
+        raise UserError(
+            f"train.compile=True: needs a C++ compiler, and {compiler} is not on the PATH: install it, name "
+            "another in CXX, or leave train.compile out"
+        )
 
 
 def pick_device(choice: str) -> torch.device:

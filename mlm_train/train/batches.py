@@ -1,5 +1,7 @@
 """Which samples a rank trains on: a share of each global batch, whatever the data-parallel size."""
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -19,6 +21,9 @@ class MicroBatch(NamedTuple):
     labels: Tensor
 
 
+Key = tuple[int, int]  # a step's: the cursor, and how many samples it takes
+
+
 def step_batches(
     samples: "Samples", cursor: int, global_batch: int, micro_batch: int, topology: Topology
 ) -> list[MicroBatch]:
@@ -33,6 +38,35 @@ def step_batches(
         MicroBatch(*samples.batch(start, micro_batch))
         for start in range(first, cursor + global_batch, stride)
     ]
+
+
+def pinned(batches: list[MicroBatch], device: torch.device) -> list[MicroBatch]:
+    """In memory that a GPU copies from while it computes; on a CPU as they are."""
+    if device.type != "cuda":
+        return batches
+    with torch.cuda.device(device):  # a thread's own default is the first GPU
+        return [MicroBatch(*(tensor.pin_memory() for tensor in batch)) for batch in batches]
+
+
+class Ahead:
+    """What will be needed next, made by a thread while the present is worked on.
+
+    The order is the caller's: `take(key)` is make(key) whatever was made ahead, which is thrown away
+    where it was another. One call of `make` runs at a time, so it may keep state (a sample order).
+    """
+
+    def __init__(self, make: Callable[[Key], list[MicroBatch]]) -> None:
+        self.make, self.thread = make, ThreadPoolExecutor(1, "data")
+        self.key: Key | None = None
+        self.coming: Future[list[MicroBatch]] | None = None
+
+    def take(self, key: Key, then: Key | None) -> list[MicroBatch]:
+        """make(key), and begin make(then): None where nothing will follow. Errors of make(key) are raised."""
+        if self.coming is None or key != self.key:
+            self.coming = self.thread.submit(self.make, key)
+        found = self.coming.result()
+        self.key, self.coming = then, None if then is None else self.thread.submit(self.make, then)
+        return found
 
 
 def evaluation_batches(

@@ -7,7 +7,7 @@ from pathlib import Path
 from mlm_train.checkpoint.save import save_checkpoint
 from mlm_train.errors import SharedUserError
 from mlm_train.monitor.report import Evaluation, Progress, StepReport
-from mlm_train.train.batches import evaluation_batches, step_batches
+from mlm_train.train.batches import Ahead, evaluation_batches, pinned, step_batches
 from mlm_train.train.schedule import global_batch_at, learning_rate
 from mlm_train.train.setup import Run
 from mlm_train.train.step import StepResult
@@ -18,14 +18,18 @@ def train(run: Run) -> Progress:
     config, progress, place = run.config, run.progress, run.runtime.place
     first = progress.step
     last = min(config.train.steps, progress.step + (config.train.stop_after or config.train.steps))
+    micro_batch, runtime = config.train.micro_batch, run.runtime
+    data = Ahead(
+        lambda key: pinned(step_batches(run.samples, *key, micro_batch, runtime.topology), runtime.device)
+    )
     while progress.step < last:
         place.enter(f"step {progress.step + 1}", patient=progress.step == first)
         place.at("data")
         started = time.perf_counter()
         size = global_batch_at(config.train, progress.samples)
-        batches = step_batches(
-            run.samples, progress.samples, size, config.train.micro_batch, run.runtime.topology
-        )
+        following = progress.samples + size
+        then = (following, global_batch_at(config.train, following))
+        batches = data.take((progress.samples, size), then if progress.step + 1 < last else None)
         data_seconds = time.perf_counter() - started
         lr = learning_rate(config, progress.step)
         result = run.trainer.step(batches, lr)

@@ -9,7 +9,7 @@ from mlm_train.config import Config
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
 from mlm_train.errors import UserError
-from mlm_train.parallel.runtime import check_device
+from mlm_train.parallel.runtime import check_compiler, check_device
 from mlm_train.parallel.topology import Topology
 
 LOG = "train.log"  # the first file of a run: it marks the folder as ours
@@ -29,6 +29,7 @@ def preflight(config: Config, world: int, local_world: int) -> PreparedData:
     """
     Topology.of(config.parallel, world).check_batch(config)
     check_device(config.train.device, local_world)
+    check_compiler(config.train)
     data = PreparedData.open(config.data.path)
     if data.vocab_size > config.model.vocab_size:
         raise UserError(

@@ -54,7 +54,7 @@ def test_overrides_are_yaml_values() -> None:
 
 
 def test_base_has_no_ffn_m_to_execute() -> None:
-    with pytest.raises(UserError, match="memory.mode='unique': has no effect with model.kind=base"):
+    with pytest.raises(UserError, match=r"memory\.mode='unique': has no effect with model\.kind=base"):
         load_config(CONFIGS / "micro.yaml", ["memory.mode=unique", "model.kind=base"])
 
 
@@ -102,6 +102,7 @@ def test_base_has_no_ffn_m_to_execute() -> None:
         ("optimizer.lr=.inf", "finite number"),
         ("train.z_loss=.nan", "finite number"),
         ("optimizer.betas=[1.5, 2]", "optimizer.betas.0=1.5"),
+        ("train.compile=maybe", "train.compile='maybe': input should be a valid boolean"),
         ("train.seed=99999999999999999999", "train.seed=99999999999999999999"),
     ],
 )
@@ -128,6 +129,7 @@ def test_mistakes_get_one_clear_line(override: str, words: str) -> None:
         (["train.recompute=[full, none, none]"], "needs one for all stages, or a list of 2"),
         (["train.recompute=some"], "train.recompute='some': input should be 'none', 'selective' or 'full'"),
         (["parallel.schedule=zbv", "model.num_hidden_layers=3"], "take a schedule with fewer stages a rank"),
+        (["parallel.schedule=zbv", "train.compile=true"], "train.compile=True: does not go with parallel"),
         (["parallel.x0_transport=pigeon"], "parallel.x0_transport='pigeon'"),
     ],
 )
@@ -135,6 +137,12 @@ def test_pipelines_that_cannot_be(overrides: list[str], words: str) -> None:
     with pytest.raises(UserError) as error:
         load_config(CONFIGS / "micro.yaml", ["parallel.pipeline=2", *overrides])
     assert words in str(error.value)
+
+
+def test_compiled_layers_need_whole_weights() -> None:
+    with pytest.raises(UserError) as error:
+        load_config(CONFIGS / "micro.yaml", ["train.compile=true", "parallel.zero=3"])
+    assert "set parallel.zero=2, or leave train.compile out" in str(error.value)
 
 
 def test_context_of_one_says_nothing() -> None:

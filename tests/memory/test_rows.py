@@ -35,7 +35,9 @@ def test_sorted_segments_are_the_plain_sum(rows: int) -> None:
 
 UNIQUE, TABLE = "memory.mode=unique", "memory.mode=table"
 LAYOUTS = {
-    "DP2, recomputed": (2, ("train.precision=bf16", "train.recompute=full", "train.deterministic=true", UNIQUE)),
+    "DP2, recomputed": (
+        2, ("train.precision=bf16", "train.recompute=full", "train.deterministic=true", UNIQUE)
+    ),
     "DP2, shared tables": (
         2, ("train.precision=bf16", "train.deterministic=true", TABLE, "memory.shared=true")
     ),

@@ -54,6 +54,13 @@ def test_world_that_does_not_fit(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_compiling_without_a_compiler(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "a-compiler-that-is-not-there")
+    line = refused(*pretrain(data, tmp_path / "run", "train.compile=true"))
+    assert "train.compile=True: needs a C++ compiler, and a-compiler-that-is-not-there is not" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_data_that_is_missing_or_truncated(data: Path, tmp_path: Path) -> None:
     assert "holds no prepared data" in refused(*pretrain(tmp_path / "nowhere", tmp_path / "run"))
     for name in ("train.bin", "validation.idx"):

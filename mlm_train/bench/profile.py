@@ -1,0 +1,136 @@
+"""`bench profile`: where the time of a training step's forward and backward passes goes, on one process.
+
+The step is the trainer's own (parallel/execution.py), tables included, the optimizer left out; the
+operations that torch.profiler saw are summed by what they are for.
+"""
+
+import argparse
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+
+from mlm_train.bench import report
+from mlm_train.config.load import parse_config
+from mlm_train.errors import UserError
+from mlm_train.model.logical import initialise
+from mlm_train.parallel import runtime as processes
+from mlm_train.parallel.build import build_executor, build_model
+
+SEED = 1234
+ZIPF = 1.16  # the k-th id comes k**-ZIPF as often: 0.19 distinct ids a token at 16k tokens, as in text
+# What an operation is for: the first that its name contains. Names are torch's.
+GROUPS = {
+    "attention": ("scaled_dot_product",),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear"),
+    "compiled elementwise": ("CompiledFxGraph",),
+    "copies, casts, fills": ("copy", "fill_", "zero_", "aten::cat", "aten::clone", "aten::empty"),
+    "lookups": ("aten::index", "aten::embedding", "searchsorted", "Lookup"),
+    "elementwise and sums": ("aten::", "_HeadLoss"),
+    "autograd, Python, the rest": ("",),
+}
+
+
+def bench_profile(args: argparse.Namespace) -> int:
+    """Profile one step after two that warm up, print by group, write; returns 0."""
+    _check(args)
+    found = report.machine()
+    run, tokens, distinct = _step(args)
+    for _ in range(2):
+        run()
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        run()
+    seconds: dict[str, float] = defaultdict(float)
+    calls: dict[str, int] = defaultdict(int)
+    for event in profiled.key_averages():
+        group = next(group for group, words in GROUPS.items() if any(word in event.key for word in words))
+        seconds[group] += event.self_cpu_time_total / 1e6
+        calls[group] += event.count
+    rows = [
+        report.row(group, [seconds[group]], "s") | {"calls": calls[group]} for group in GROUPS if calls[group]
+    ]
+    started = time.perf_counter()
+    run()
+    figures = {
+        "tokens": tokens,
+        "distinct_ratio": distinct / tokens,
+        "seconds_without_profiler": time.perf_counter() - started,
+    }
+    _show(args, rows, figures, found)
+    if args.json is not None:
+        report.write_report(Path(args.json), found, rows, figures)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("layers", "hidden", "heads", "ffn", "vocabulary", "sequence", "sequences", "micro_batches"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least 1")
+    if args.hidden % args.heads or args.hidden // args.heads % 2:
+        raise UserError(f"--heads {args.heads}: must divide --hidden {args.hidden} into even parts")
+    if args.json is not None:
+        report.check_writable(Path(args.json))
+
+
+def _step(args: argparse.Namespace) -> tuple[Any, int, int]:
+    """A function that runs a step's micro-batches, the step's tokens and its distinct ids."""
+    base, count = args.mode == "base", args.micro_batches * args.sequences
+    tree: dict[str, Any] = {
+        "model": {
+            "kind": "base" if base else "memory",
+            "vocab_size": args.vocabulary,
+            "hidden_size": args.hidden,
+            "num_hidden_layers": args.layers,
+            "num_attention_heads": args.heads,
+            "intermediate_size": args.ffn,
+            "max_position_embeddings": args.sequence,
+        },
+        "data": {"path": "none", "sequence_length": args.sequence},
+        "train": {
+            "output": "none",
+            "steps": 1,
+            "device": "cpu",
+            "precision": args.precision,
+            "compile": args.compile,
+            "micro_batch": args.sequences,
+            "global_batch": count,
+        },
+    }
+    config = parse_config(tree if base else tree | {"memory": {"mode": args.mode}})
+    runtime = processes.start(config)
+    model = build_model(config, runtime)
+    initialise(model, config.model, SEED)
+    executor = build_executor(model, config, runtime)
+    torch.manual_seed(SEED)
+    odds = torch.arange(1, args.vocabulary + 1, dtype=torch.float64) ** -ZIPF
+    ids = torch.multinomial(odds, count * args.sequence, replacement=True).view(count, args.sequence)
+    batches = [(some, some) for some in ids.split(args.sequences)]
+    return lambda: executor.backward(batches, 1 / ids.numel()), ids.numel(), ids.unique().numel()
+
+
+def _show(
+    args: argparse.Namespace, rows: list[dict[str, Any]], figures: dict[str, float], found: dict[str, Any]
+) -> None:
+    """The table of groups, the whole, and the machine."""
+    table = Table(title=f"{args.mode}{', compiled' if args.compile else ''}: seconds of a micro-batch")
+    for heading in ("what", "s", "share", "calls"):
+        table.add_column(heading, justify="left" if heading == "what" else "right")
+    whole, count = sum(row["median"] for row in rows), args.micro_batches
+    for row in sorted(rows, key=lambda row: -row["median"]):
+        share, calls = f"{row['median'] / whole:.1%}", f"{row['calls'] / count:,.0f}"
+        table.add_row(row["name"], f"{row['median'] / count:.3f}", share, calls)
+    table.add_row("in all", f"{whole / count:.3f}", "", "")
+    wide = Console(width=110, soft_wrap=True)
+    wide.print(table, soft_wrap=False)
+    speed = figures["tokens"] / figures["seconds_without_profiler"]
+    wide.print(
+        f"without the profiler {speed:,.0f} tokens/s; {args.micro_batches} micro-batches of "
+        f"{args.sequences} x {args.sequence} tokens, {args.precision}, "
+        f"distinct ids / tokens {figures['distinct_ratio']:.3f}"
+    )
+    wide.print(report.describe(found))

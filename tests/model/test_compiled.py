@@ -1,0 +1,58 @@
+"""Compiled layers: the same numbers as without, and one graph for all layers and row counts."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from mlm_train.config.schema import Recompute
+from mlm_train.memory import make_source
+from mlm_train.memory.table import Table
+from mlm_train.model.logical import initialise
+from mlm_train.model.transformer import Transformer
+from tests.parallel.layouts import MODELS
+from tests.parallel.reference import relative_error, sharpen, tiny_config
+
+
+def step(model: Transformer, mode: str | None, ids: torch.Tensor, weights: torch.Tensor) -> dict:
+    """Logits and gradients of a random linear objective."""
+    model.zero_grad(set_to_none=True)
+    source = make_source(mode, model.memory_blocks()) if mode else None
+    rows = None
+    if isinstance(source, Table):
+        distinct = ids.unique()
+        rows = model.rows(distinct)
+        source.begin(distinct, rows)
+    logits = model(ids, source)
+    (logits * weights).sum().backward()
+    if isinstance(source, Table) and rows is not None:
+        rows.backward(source.finish())
+    return {"logits": logits.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "recompute", "graphs"),
+    [
+        ("base gqa tied", None, "selective", 1),
+        ("memory tied alpha", "table", "full", 3),  # FFN-M without graph too
+        ("flex linear post tied", "unique", "none", 2),
+    ],
+)
+def test_same_numbers_from_few_graphs(name: str, mode: str | None, recompute: Recompute, graphs: int) -> None:
+    """A graph serves all layers, whatever their alpha, and all numbers of distinct ids."""
+    torch.compiler.reset()
+    counters.clear()
+    config = tiny_config(dict(MODELS[name]))
+    model = Transformer(config.model)
+    initialise(model, config.model, 3)
+    sharpen(model)
+    for number in range(3):
+        ids = torch.randint(0, (96, 31, 7)[number], (2, 24))
+        weights = torch.randn(*ids.shape, 96)
+        found = {}
+        for compiles in (False, True):
+            for layer in range(config.model.num_hidden_layers):
+                model.block(layer).set_recompute(recompute)
+                model.block(layer).compiles = compiles
+            found[compiles] = step(model, mode, ids, weights)
+        assert relative_error(found[True], found[False]) < 2e-5
+    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]

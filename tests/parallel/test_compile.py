@@ -1,0 +1,28 @@
+"""Compiled layers in parallel layouts: every gradient against one process in float64, as without."""
+
+from tests.parallel.table import LIMITS
+from tests.ranks import run_on_ranks
+
+CASES: dict[str, dict] = {
+    "sequence parallel": {
+        "model": {"kind": "memory", "num_hidden_layers": 2},
+        "mode": "table",
+        "micro_batch": 4,
+        "parallel": {"tensor": 2, "sequence": True, "zero": 2},
+    },
+    "pipeline": {
+        "model": {"kind": "flex", "flex_beta": 2, "num_hidden_layers": 3},
+        "mode": "unique",
+        "micro_batch": 2,
+        "parallel": {"pipeline": 2, "zero": 0},
+        "train": {"recompute": ["full", "selective"], "deterministic": True},
+    },
+}
+
+
+def test_gradients_are_one_processs() -> None:
+    """Two ranks; whole graphs, collectives included."""
+    results = run_on_ranks("tests.parallel.compile_cases:run_compiled", 2, cases=CASES)
+    for name, error in results.items():
+        assert error["breaks"] == 0 and error["graphs"] <= 8, (name, error)
+        assert all(error[key] <= limit for key, limit in LIMITS.items()), (name, error)
