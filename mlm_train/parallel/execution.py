@@ -59,21 +59,35 @@ class Sequential:
 
     def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
         """One after the other; gradients accumulate in fp32."""
-        self.entry.train()
-        rows = self._begin(batches)
+        rows = self.begin(batches)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, batch in enumerate(batches):
-            self.place.at("forward", None, number)
-            objective, cross_entropy = self._loss(batch, scale)
-            self.place.at("backward", None, number)
-            objective.backward()
-            total += cross_entropy
+            total += self.run(number, batch, scale)
+        self.finish(rows)
+        return total
+
+    # The three parts of `backward`, which `bench train` times one by one.
+
+    def begin(self, batches: Sequence[Batch]) -> Tensor | None:
+        """What comes before a step's micro-batches: the tables' rows [distinct, hidden], or None."""
+        self.entry.train()
+        return self._begin(batches)
+
+    def run(self, number: int, batch: Batch, scale: float) -> Tensor:
+        """Forward and backward of a micro-batch; its summed CE."""
+        self.place.at("forward", None, number)
+        objective, cross_entropy = self._loss(batch, scale)
+        self.place.at("backward", None, number)
+        objective.backward()
+        return cross_entropy
+
+    def finish(self, rows: Tensor | None) -> None:
+        """What comes after them, with what `begin` gave."""
         if isinstance(self.source, Table) and rows is not None:
             self.place.at("backward of FFN-M's tables")
             gradient = self.source.finish()
             rows.backward(self.tensor.all_reduce(gradient) if self.tensor.positions > 1 else gradient)
         self.after_backward()
-        return total
 
     def _begin(self, batches: Sequence[Batch]) -> Tensor | None:
         """Tables of the step's rows; these, with their graph to the embedding."""
