@@ -32,7 +32,7 @@ from mlm_train.monitor.resources import measured_peak_flops
 PASSES = 3  # times that begin and finish are measured; the micro-batches are spread over them
 UPDATES = 3  # optimizer steps timed
 PROCESS_BYTES = 600 * 2**20  # torch and its libraries
-PEAK_BYTES = 6  # of a logit of transformers' loss at once: what one variant may need while all others wait
+LOGITS = 6  # copies of a micro-batch's logits in fp32: what one variant may need while all others wait
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _check_memory(preset: Preset, variants: Sequence[Variant], options: Options)
     config = make_config(preset, Variant.named("base"), options.data, options.precision, preset.tokens)
     weights = 4 * count_parameters(config.model).stored
     needed = len(variants) * (2 * weights + PROCESS_BYTES) + 2 * weights
-    needed += PEAK_BYTES * 4 * preset.micro_tokens * preset.vocabulary
+    needed += LOGITS * 4 * preset.micro_tokens * preset.vocabulary
     free = psutil.virtual_memory().available
     if needed > free:
         raise UserError(
@@ -243,9 +243,11 @@ class Crew:
         return crew
 
     def warm_up(self, member: Member) -> None:
-        """A step of one micro-batch: kernels are chosen, compiled, gradients allocated."""
+        """A short step: kernels are chosen, gradients allocated; what compiles does so, twice if it must."""
         member.ask("begin", tokens=self.plan.preset.tokens)
         self.records[member.variant.name].loss = member.ask("run", number=0)["loss"]
+        if member.variant.compiled:
+            member.ask("run", number=1)
         member.ask("finish")
         member.ask("zero")
 
