@@ -1,5 +1,6 @@
 """What `bench train` shows: tables, words and the plot. All but the words from the JSON alone."""
 
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from mlm_train.bench import report
 from mlm_train.bench.train_figures import PARTS, Measured, Row
 from mlm_train.files import writing
 
-WIDTH = 132  # of the page
+WIDTH = 132  # of the tables
+WORDS = 110  # of a line of words
 GIB = 2**30
 
 
@@ -149,8 +151,8 @@ def lines_of(tree: dict[str, Any]) -> Iterator[str]:
         yield "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())
     yield LEGEND
     yield from (f"{name}: {ratio:.3f}" for name, ratio in figures.ratios.items())
-    yield from tree.get("notes", ())
-    yield report.describe(tree["machine"])
+    for words in (*tree.get("notes", ()), report.describe(tree["machine"])):
+        yield textwrap.fill(words, WORDS, subsequent_indent="  ", break_long_words=False)
 
 
 def plot(tree: dict[str, Any], file: Path) -> None:
