@@ -16,6 +16,7 @@ from mlm_train.files import writing
 WIDTH = 132  # of the tables
 WORDS = 110  # of a line of words
 GIB = 2**30
+QUIET = 1.15  # slowest over fastest micro-batch of a variant: more, and something else ran
 
 
 class Figures:
@@ -121,6 +122,9 @@ def notes(found: Measured, runs: int, fingerprint: str) -> list[str]:
     ]
     if found.best is not None:
         lines.append(f"`memory` in the ratios is {found.best}, its fastest execution here")
+    noisy = [name for name, record in records.items() if max(record.run) > QUIET * min(record.run)]
+    if noisy:
+        lines.append(f"NOT quiet: micro-batches of one variant differ by more than 15 %: {', '.join(noisy)}")
     for name, record in records.items():
         if record.whole is not None:
             off = record.seconds(preset.tokens, preset.tokens // preset.micro_tokens) / record.whole - 1
