@@ -5,7 +5,7 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: quickstart test check parity clean help
+.PHONY: quickstart test check parity performance clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -31,6 +31,9 @@ test: check  ## style, types and all tests
 
 parity: .venv/dev.stamp  ## compare every parallel layout with one process, write docs/parity.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.parallel.table
+
+performance: .venv/runtime.stamp  ## write docs/performance.md's figures from docs/bench/train.*.json
+	$(BIN)/python -m mlm_train.bench.page
 
 clean:  ## remove the environment and everything that was run
 	rm -rf .venv runs build dist *.egg-info

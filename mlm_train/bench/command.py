@@ -12,8 +12,22 @@ if TYPE_CHECKING:
 HELP = """Measure this machine: alternated runs, medians.
 
 examples:
+  mlm-train bench train --data runs/bench/data --preset a --json train.a.json
   mlm-train bench x0 --stages 2 4 --json x0.json
   mlm-train bench loss --json loss.json"""
+
+_TRAIN_HELP = """Speed, memory and FLOPs of a training step: base, memory, flex, and transformers' Llama.
+
+A process a variant; one at a time runs one micro-batch, in turn. Presets: a (12 layers, hidden 768, 16,384
+tokens a step), b (8 layers, hidden 1,024, 65,536 tokens a step), tiny (for tests). All variants see the same
+text and, kind by kind, the same weights; exit code 1 if losses or gradients of one kind differ. All processes
+are alive at once: preset a needs about 20 GiB, or fewer --variants.
+
+examples:
+  mlm-train data collect --source /usr/share/doc/linux-doc-6.1/html --output runs/bench/text
+  mlm-train data prepare --input runs/bench/text --output runs/bench/data --tokenizer train:32768
+  mlm-train bench train --data runs/bench/data --preset a --json train.a.json --plot train.a.png
+  mlm-train bench train --data runs/bench/data --preset b --variants base memory.table noffn --runs 4"""
 
 _X0_HELP = """Count and time the three ways in which x0 reaches the stages of a pipeline.
 
@@ -50,8 +64,9 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `x0`, `loss` and `profile`."""
+    """Add the benchmarks."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    _add_train(actions)
     _add_x0(actions)
     _add_profile(actions)
     loss = add_action(actions, "loss", "the head and its loss, chunked against plain", _LOSS_HELP)
@@ -93,6 +108,34 @@ def _add_profile(actions: "Actions") -> None:
     profile.add_argument("--json", metavar="FILE", help="write the figures there")
 
 
+def _add_train(actions: "Actions") -> None:
+    train = add_action(actions, "train", "a training step of every kind and mode", _TRAIN_HELP)
+    train.add_argument("--preset", metavar="NAME", default="a", help="a, b or tiny (default a)")
+    train.add_argument("--data", metavar="DIR", help="folder of `data prepare`, vocabulary as in the preset")
+    train.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="default bf16")
+    train.add_argument(
+        "--runs", type=int, metavar="N", default=8, help="timed micro-batches of each (default 8)"
+    )
+    train.add_argument("--variants", nargs="+", metavar="NAME", help="default: those of the preset")
+    train.add_argument(
+        "--steps-of",
+        type=int,
+        nargs="+",
+        metavar="T",
+        help="tokens a step for memory over base (default 4k, 16k, 64k)",
+    )
+    train.add_argument(
+        "--validate",
+        nargs="*",
+        metavar="NAME",
+        help="variants whose whole step is run too (default: two on a)",
+    )
+    train.add_argument("--compile", action="store_true", help="ours with train.compile too")
+    train.add_argument("--json", metavar="FILE", help="write the figures there")
+    train.add_argument("--plot", metavar="FILE", help="draw them there, a PNG")
+    train.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # a variant's process
+
+
 def _add_x0(actions: "Actions") -> None:
     x0 = add_action(actions, "x0", "the transports of x0 between pipeline stages", _X0_HELP)
     x0.add_argument(
@@ -111,6 +154,8 @@ def _add_x0(actions: "Actions") -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0; 1 if a count differs from its formula, or two ways from each other."""
+    if args.action == "train":
+        return _run_train(args)
     if args.action == "loss":
         return _run_loss(args)
     if args.action == "profile":
@@ -126,6 +171,31 @@ def run(args: argparse.Namespace) -> int:
     from mlm_train.bench.x0 import bench_x0
 
     return bench_x0(args.stages, args.runs, args.schedule, args.data, args.json)
+
+
+def _run_train(args: argparse.Namespace) -> int:
+    """0; 1 if variants of one kind differ."""
+    if args.worker:
+        from mlm_train.bench.train_worker import work
+
+        return work()
+    if args.data is None:
+        raise UserError("bench train needs --data DIR, a folder of `mlm-train data prepare`")
+    from mlm_train.bench.train import Options, bench_train
+
+    names = (
+        "preset",
+        "data",
+        "precision",
+        "runs",
+        "variants",
+        "steps_of",
+        "validate",
+        "compile",
+        "json",
+        "plot",
+    )
+    return bench_train(Options(**{name: getattr(args, name) for name in names}))
 
 
 def _run_loss(args: argparse.Namespace) -> int:

@@ -5,11 +5,9 @@ set rises above its resident set before the run, when the head's weight is there
 weight's gradient, which both ways leave behind, is taken off.
 """
 
-import json
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -74,20 +72,16 @@ def _check(order: dict[str, Any], json_file: str | None) -> None:
 
 def _in_a_process(order: dict[str, Any]) -> dict[str, float]:
     """One run's figures, from `work` in a fresh process."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "order.json"
-        file.write_text(json.dumps(order), encoding="utf-8")
-        command = [sys.executable, "-m", "mlm_train", "bench", "loss", "--worker", str(file)]
-        code = subprocess.run(command).returncode
-        if code:
-            raise UserError(f"the {order['way']} way's process ended with code {code}")
-        figures: dict[str, float] = json.loads(file.with_name("result.json").read_text(encoding="utf-8"))
-        return figures
+    command = [sys.executable, "-m", "mlm_train", "bench", "loss", "--worker"]
+    figures = report.by_worker(order, lambda file: subprocess.run([*command, file]).returncode)
+    if isinstance(figures, int):
+        raise UserError(f"the {order['way']} way's process ended with code {figures}")
+    return figures
 
 
 def work(order_file: str) -> int:
     """The process of one run: writes its figures beside `order_file`."""
-    order = json.loads(Path(order_file).read_text(encoding="utf-8"))
+    order = report.read_order(order_file)
     torch.manual_seed(SEED)
     weight = torch.empty(order["vocabulary"], order["hidden"]).normal_(std=0.02).requires_grad_()
     hidden = torch.randn(order["tokens"], order["hidden"]).requires_grad_()
@@ -110,7 +104,7 @@ def work(order_file: str) -> int:
         "hidden_norm": float(hidden.grad.norm()),
         "weight_norm": float(weight.grad.norm()),
     }
-    Path(order_file).with_name("result.json").write_text(json.dumps(result), encoding="utf-8")
+    report.write_result(order_file, result)
     return 0
 
 

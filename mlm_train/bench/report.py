@@ -1,10 +1,12 @@
 """What every benchmark writes: rows of repeated measurements, ratios, and the machine."""
 
+import json
 import os
 import platform
 import statistics
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +62,55 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def check_writable(path: Path) -> None:
+def by_worker(order: dict[str, Any], start: Callable[[str], int]) -> dict[str, Any] | int:
+    """What a process makes of `order`, or the exit code with which it failed.
+
+    `start` runs it, given the file with the order, and returns its exit code. Order and result pass through
+    a temporary folder, as the process's own output belongs to it and its libraries.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "order.json"
+        file.write_text(json.dumps(order), encoding="utf-8")
+        code = start(str(file))
+        if code:
+            return code
+        result: dict[str, Any] = json.loads(_result_of(file).read_text(encoding="utf-8"))
+        return result
+
+
+def read_order(order_file: str) -> dict[str, Any]:
+    """In a worker: what it is to do."""
+    order: dict[str, Any] = json.loads(Path(order_file).read_text(encoding="utf-8"))
+    return order
+
+
+def write_result(order_file: str, result: dict[str, Any]) -> None:
+    """In a worker: what came of it."""
+    _result_of(Path(order_file)).write_text(json.dumps(result), encoding="utf-8")
+
+
+def _result_of(order_file: Path) -> Path:
+    return order_file.with_name("result.json")
+
+
+def check_writable(path: Path, option: str = "--json") -> None:
     """UserError now rather than after minutes of measuring."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"--json {path}: name a file in a folder that exists")
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir():
+        raise UserError(f"{option} {path}: name a file in a folder that exists")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UserError(f"{option} {path} cannot be written: name another file")
 
 
 def write_report(
-    path: Path, found: dict[str, Any], rows: list[dict[str, Any]], ratios: dict[str, float]
+    path: Path,
+    found: dict[str, Any],
+    rows: list[dict[str, Any]],
+    ratios: dict[str, float],
+    notes: Sequence[str] = (),
 ) -> None:
-    """The JSON of a benchmark."""
+    """The JSON of a benchmark; `notes`, where there are some, say in words what no figure does."""
     command = " ".join(["mlm-train", *sys.argv[1:]])
+    tree: dict[str, Any] = {"machine": found, "command": command, "rows": rows, "ratios": ratios}
     with writing(path):
-        write_json(path, {"machine": found, "command": command, "rows": rows, "ratios": ratios})
+        write_json(path, tree | ({"notes": list(notes)} if notes else {}))

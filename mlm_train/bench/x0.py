@@ -1,9 +1,7 @@
 """`bench x0`: starts the ranks for each number of stages, compares counts with formulas, shows and writes."""
 
-import json
 import os
 import statistics
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,14 +46,8 @@ def bench_x0(stages: Sequence[int], runs: int, schedule: str, data: str | None, 
 
 def _launch(order: dict[str, Any]) -> dict[str, Any] | int:
     """The result of one number of stages, or the exit code of ranks that failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "order.json"
-        file.write_text(json.dumps(order), encoding="utf-8")
-        code = launch_ranks(["bench", "x0", "--worker", str(file)], order["stages"])
-        if code:
-            return code
-        result: dict[str, Any] = json.loads(file.with_name("result.json").read_text(encoding="utf-8"))
-        return result
+    command = ["bench", "x0", "--worker"]
+    return report.by_worker(order, lambda file: launch_ranks([*command, file], order["stages"]))
 
 
 def _equal(figures: dict[str, Any]) -> bool:

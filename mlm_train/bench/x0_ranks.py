@@ -1,16 +1,15 @@
 """What the ranks of `bench x0` run: the same steps through each transport, counted, then timed."""
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
+from mlm_train.bench import report
 from mlm_train.config import Config
 from mlm_train.config.load import parse_config
 from mlm_train.data.prepared import PreparedData
@@ -103,7 +102,7 @@ class Candidate:
 
 def work(order_file: str) -> int:
     """A rank: measures what `order_file` asks for; the first one writes the result beside it."""
-    order = json.loads(Path(order_file).read_text(encoding="utf-8"))
+    order = report.read_order(order_file)
     data = PreparedData.open(order["data"]) if order["data"] else None
     vocabulary = data.vocab_size if data is not None else VOCABULARY
     candidates = {
@@ -113,7 +112,7 @@ def work(order_file: str) -> int:
     runtime = candidates[None].runtime
     result = _measure(candidates, _steps(data, runtime), order["runs"])
     if runtime.leads:
-        Path(order_file).with_name("result.json").write_text(json.dumps(result), encoding="utf-8")
+        report.write_result(order_file, result)
     runtime.barrier()
     processes.stop()
     return 0

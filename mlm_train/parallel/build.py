@@ -108,8 +108,9 @@ def build_executor(
         # A pass's gradients are gone when the next begins: the norms' are summed in it.
         sum_replicated_each_pass(model, group)
         sum_norms = _nothing
-    tables = _channel(model, config, runtime, group, source) if config.tables else None
-    return Sequential(config, runtime, entry or model, source, tables, loss, precision, sum_norms)
+    # Rows of x0 once a step; but a pass whose gradients go at once has to embed by itself.
+    rows = None if config.reduces_each_pass else _channel(model, config, runtime, group, source)
+    return Sequential(config, runtime, entry or model, source, rows, loss, precision, sum_norms)
 
 
 def _source(
@@ -128,10 +129,11 @@ def _source(
 def _channel(
     model: Transformer, config: Config, runtime: Runtime, group: TensorGroup, source: MemorySource | None
 ) -> X0Channel:
-    """How x0 reaches this rank. Without FFN-M only the first stage embeds, and nothing travels beside."""
+    """How x0 reaches this rank. Without FFN-M only a pipeline's first stage embeds, nothing is beside."""
     from megatron.core import parallel_state
 
-    transport = TRANSPORTS[config.transport] if source is not None else Relay
+    plain = source is None and runtime.topology.pipeline > 1
+    transport = Relay if plain else TRANSPORTS[config.transport]
     channel = transport(
         model,
         parallel_state.get_pipeline_model_parallel_group(),

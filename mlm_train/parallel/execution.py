@@ -1,7 +1,8 @@
 """Running a step's micro-batches: forward and backward on one rank, or the evaluation's forward."""
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,15 @@ def rows_of(source: MemorySource | None) -> int:
     return len(source.rows) if isinstance(source, Table) else 0
 
 
+class Prepared(NamedTuple):
+    """A micro-batch of a step, on the device; `rows`: the index of its positions into the step's rows of x0."""
+
+    number: int
+    ids: Tensor
+    labels: Tensor
+    rows: Tensor
+
+
 class Sequential:
     """All layers on this rank: one micro-batch after the other.
 
@@ -70,21 +80,31 @@ class Sequential:
 
     def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
         """One after the other; gradients accumulate in fp32."""
-        self.entry.train()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        with self.step(batches) as micro_batches:
+            for micro_batch in micro_batches:
+                total += self.run(micro_batch, scale)
+        return total
+
+    @contextmanager
+    def step(self, batches: Sequence[Batch]) -> Iterator[list[Prepared]]:
+        """Around the passes of a step's micro-batches: tables before them, what is due once after them."""
+        self.entry.train()
         micro_batches = self._prepared(batches)
         with self._casts_kept():
-            for number, micro_batch in enumerate(micro_batches):
-                self.place.at("forward", None, number)
-                objective, cross_entropy = self._loss(*micro_batch, scale)
-                self.place.at("backward", None, number)
-                objective.backward()
-                total += cross_entropy
+            yield micro_batches
             if self.channel is not None:
                 self.place.at("gradient of x0")
                 self.channel.finish()
         self.after_backward()
-        return total
+
+    def run(self, micro_batch: Prepared, scale: float) -> Tensor:
+        """Forward and backward of a micro-batch of the step; its summed CE."""
+        self.place.at("forward", None, micro_batch.number)
+        objective, cross_entropy = self._loss(micro_batch, scale)
+        self.place.at("backward", None, micro_batch.number)
+        objective.backward()
+        return cross_entropy
 
     def _casts_kept(self) -> torch.autocast:
         """A region in which autocast casts a weight once, not once a micro-batch.
@@ -101,13 +121,13 @@ class Sequential:
         self.entry.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for start in range(0, len(batches), self.usual):
-            for number, micro_batch in enumerate(self._prepared(batches[start : start + self.usual])):
-                self.place.at("forward", None, number)
-                total += self._loss(*micro_batch, 1.0)[1]
+            for micro_batch in self._prepared(batches[start : start + self.usual]):
+                self.place.at("forward", None, micro_batch.number)
+                total += self._loss(micro_batch, 1.0)[1]
         return total
 
-    def _prepared(self, batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """ids, labels and x0's index of each micro-batch, on the device. They share the rows of x0."""
+    def _prepared(self, batches: Sequence[Batch]) -> list[Prepared]:
+        """Micro-batches on the device, which share the rows of x0."""
         ids, labels = (
             [part.to(self.device, non_blocking=True) for part in parts]
             for parts in zip(*batches, strict=True)
@@ -116,14 +136,15 @@ class Sequential:
         if self.channel is not None:
             self.place.at("x0")
             index = list(self.channel.begin(torch.cat(ids)).split([len(some) for some in ids]))
-        return list(zip(ids, labels, index, strict=True))
+        return [Prepared(*parts) for parts in zip(range(len(ids)), ids, labels, index, strict=True)]
 
-    def _loss(self, ids: Tensor, labels: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def _loss(self, micro_batch: Prepared, scale: float) -> tuple[Tensor, Tensor]:
         """Objective and summed CE. The head is used inside the model's forward, as all its weights are."""
+        _, ids, labels, rows = micro_batch
 
         def loss(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
             return self.loss(hidden, weight, labels, scale)
 
         with self.precision:
-            x0 = self.channel.x0(ids, index) if self.channel is not None else None
+            x0 = self.channel.x0(ids, rows) if self.channel is not None else None
             return self.entry(ids, self.source, loss=loss, x0=x0)

@@ -1,0 +1,321 @@
+"""`bench train`: speed, memory and FLOPs of a step of every way to train, beside transformers' Llama.
+
+A process a variant, all alive; one at a time is told to run one micro-batch, in turn, so that whatever
+else the machine does meets all of them alike.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mlm_train.bench import report, train_show
+from mlm_train.bench.train_figures import Measured, Record, disagreements, ratios_of, rows_of
+from mlm_train.bench.train_presets import COMPILED, PRESETS, SEED, Preset, Variant, can_compile, make_config
+from mlm_train.data.prepared import PreparedData
+from mlm_train.data.samples import Samples
+from mlm_train.errors import UserError
+from mlm_train.model.counts import count_parameters
+from mlm_train.monitor.resources import measured_peak_flops
+
+PASSES = 3  # times that begin and finish are measured; the micro-batches are spread over them
+UPDATES = 3  # optimizer steps timed
+PROCESS_BYTES = 600 * 2**20  # torch and its libraries
+LOGITS = 6  # copies of a micro-batch's logits in fp32: what one variant may need while all others wait
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    preset: str
+    data: str
+    precision: str
+    runs: int  # timed micro-batches of each variant
+    variants: Sequence[str] | None = None
+    steps_of: Sequence[int] | None = None
+    validate: Sequence[str] | None = None
+    compile: bool = False
+    json: str | None = None
+    plot: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Options, resolved and found possible."""
+
+    preset: Preset
+    data: PreparedData
+    variants: list[Variant]
+    sizes: list[int]  # tokens a step, beside the preset's own
+    validated: list[str]
+
+
+def bench_train(options: Options) -> int:
+    """Measure, print, write; 1 if variants of one function disagree, else 0."""
+    plan = _checked(options)
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+    found = report.machine()
+    notes: list[str] = []
+    with ExitStack() as stack:
+        crew = Crew.start(plan, options, stack, notes)
+        records = crew.measure(options.runs)
+    distinct = _distinct(plan)
+    micro = distinct.pop(plan.preset.micro_tokens)
+    peak = measured_peak_flops(torch.device("cpu"), options.precision)
+    measured = Measured(plan.preset, options.precision, options.data, records, micro, distinct, peak)
+    notes += train_show.notes(measured, options.runs, plan.data.fingerprint)
+    faults = disagreements(measured)
+    rows, ratios = rows_of(measured), ratios_of(measured)
+    tree = {"machine": found, "rows": rows, "ratios": ratios, "notes": notes}
+    train_show.show(tree, faults)
+    if options.json is not None:
+        report.write_report(Path(options.json), found, rows, ratios, notes + faults)
+    if options.plot is not None:
+        train_show.plot(tree, Path(options.plot))
+    return int(bool(faults))
+
+
+def _checked(options: Options) -> Plan:
+    """UserError for everything that can be refused before a process starts."""
+    if options.preset not in PRESETS:
+        raise UserError(f"--preset {options.preset}: there are {', '.join(PRESETS)}")
+    preset = PRESETS[options.preset]
+    if options.runs < 1:
+        raise UserError(f"--runs {options.runs}: give at least 1")
+    for name in ("json", "plot"):
+        file = getattr(options, name)
+        if file is not None:
+            report.check_writable(Path(file), f"--{name}")
+    names = list(dict.fromkeys(options.variants or preset.variants))
+    if options.compile:
+        if not can_compile():
+            raise UserError("--compile: this version of mlm-train has no train.compile; leave it out")
+        names += [f"{name}{COMPILED}" for name in names if not name.startswith("hf.")]
+    variants = [Variant.named(name) for name in names]
+    validated = list(options.validate if options.validate is not None else preset.validated)
+    if unknown := [name for name in options.validate or () if name not in names]:
+        raise UserError(f"--validate {unknown[0]}: it is not among the variants, {', '.join(names)}")
+    sizes = [size for size in options.steps_of or preset.steps_of if size != preset.tokens]
+    for size in sizes:
+        if size < 1 or size % preset.micro_tokens:
+            fix = f"give multiples of a micro-batch, {preset.micro_tokens} tokens"
+            raise UserError(f"--steps-of {size}: {fix}")
+    data = _checked_data(options.data, preset, max([preset.tokens, *sizes]))
+    _check_memory(preset, variants, options)
+    return Plan(preset, data, variants, sizes, [name for name in validated if name in names])
+
+
+def _checked_data(folder: str, preset: Preset, tokens: int) -> PreparedData:
+    data = PreparedData.open(folder)
+    if data.vocab_size != preset.vocabulary:
+        raise UserError(
+            f"--data {folder} has a vocabulary of {data.vocab_size}, --preset {preset.name} needs "
+            f"{preset.vocabulary}: prepare it with --tokenizer train:{preset.vocabulary}"
+        )
+    samples = Samples(data.split("train"), preset.sequence, SEED)
+    if samples.samples_per_epoch * preset.sequence < tokens:
+        raise UserError(f"--data {folder} holds less than a step of {tokens} tokens: prepare more text")
+    return data
+
+
+def _check_memory(preset: Preset, variants: Sequence[Variant], options: Options) -> None:
+    """All processes are alive at once, with weights and gradients; one of them works."""
+    config = make_config(preset, Variant.named("base"), options.data, options.precision, preset.tokens)
+    weights = 4 * count_parameters(config.model).stored
+    needed = len(variants) * (2 * weights + PROCESS_BYTES) + 2 * weights
+    needed += LOGITS * 4 * preset.micro_tokens * preset.vocabulary
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"--preset {preset.name}: {len(variants)} variants need about {needed / 2**30:.1f} GiB, "
+            f"{free / 2**30:.1f} are free; choose some with --variants"
+        )
+
+
+def _distinct(plan: Plan) -> dict[int, float]:
+    """Distinct ids / tokens of the measured step's micro-batches (mean), and of steps of each size."""
+    preset = plan.preset
+    samples = Samples(plan.data.split("train"), preset.sequence, SEED)
+
+    def ratio(first: int, tokens: int) -> float:
+        ids, _ = samples.batch(first // preset.sequence, tokens // preset.sequence)
+        return ids.unique().numel() / tokens
+
+    found = {tokens: ratio(0, tokens) for tokens in (preset.tokens, *plan.sizes)}
+    micro = [ratio(first, preset.micro_tokens) for first in range(0, preset.tokens, preset.micro_tokens)]
+    return found | {preset.micro_tokens: sum(micro) / len(micro)}
+
+
+class Member:
+    """A variant's process."""
+
+    def __init__(self, variant: Variant, order: dict[str, Any]) -> None:
+        self.variant = variant
+        command = [sys.executable, "-m", "mlm_train", "bench", "train", "--worker"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.send(order | {"do": "build", "variant": variant.name})
+
+    def send(self, order: dict[str, Any]) -> None:
+        """An order, without waiting for its answer."""
+        assert self.process.stdin is not None
+        try:
+            print(json.dumps(order), file=self.process.stdin, flush=True)
+        except BrokenPipeError:
+            self._failed()
+
+    def answer(self) -> dict[str, Any]:
+        """The answer to the last order. UserError where it was refused or the process is gone."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self._failed()
+        answer: dict[str, Any] = json.loads(line)
+        if "refused" in answer:
+            raise UserError(f"{self.variant.name}: {answer['refused']}")
+        return answer
+
+    def ask(self, do: str, **order: Any) -> dict[str, Any]:
+        """An order and its answer."""
+        self.send(order | {"do": do})
+        return self.answer()
+
+    def _failed(self) -> None:
+        code = self.process.wait()
+        raise UserError(f"{self.variant.name}: its process ended with code {code}")
+
+    def end(self) -> None:
+        """Let the process end."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    def kill(self) -> None:
+        """End the process, whatever it does."""
+        self.process.kill()
+        self.process.wait()
+
+
+class Crew:
+    """All variants, and what was measured of them so far."""
+
+    def __init__(self, plan: Plan, members: list[Member], bar: Progress) -> None:
+        self.plan, self.members, self.bar = plan, members, bar
+        self.records: dict[str, Record] = {}
+
+    @classmethod
+    def start(cls, plan: Plan, options: Options, stack: ExitStack, notes: list[str]) -> "Crew":
+        """All built and warm. transformers' and compiled ones that cannot be are left out, with a note."""
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        bar = stack.enter_context(Progress(*columns, console=console))
+        order = {"preset": plan.preset.name, "data": options.data, "precision": options.precision}
+        members = []
+        for variant in plan.variants:
+            members.append(Member(variant, order))
+            stack.callback(members[-1].kill)
+        crew = cls(plan, members, bar)
+        task = bar.add_task("building and warming up", total=len(members))
+        for member in members.copy():
+            try:
+                crew.records[member.variant.name] = Record(member.answer())
+                crew.warm_up(member)
+            except UserError as error:
+                if member.variant.family != "hf" and not member.variant.compiled:
+                    raise
+                notes.append(f"not measured: {error}")
+                console.print(f"not measured: {error}", markup=False)
+                crew.records.pop(member.variant.name, None)
+                members.remove(member)
+                member.kill()
+            bar.advance(task)
+        return crew
+
+    def warm_up(self, member: Member) -> None:
+        """A short step: kernels are chosen, gradients allocated; what compiles does so, twice if it must."""
+        member.ask("begin", tokens=self.plan.preset.tokens)
+        self.records[member.variant.name].loss = member.ask("run", number=0)["loss"]
+        if member.variant.compiled:
+            member.ask("run", number=1)
+        member.ask("finish")
+        member.ask("zero")
+
+    def measure(self, runs: int) -> dict[str, Record]:
+        """Everything, in the order in which the processes can be let go."""
+        preset, passes = self.plan.preset, min(PASSES, runs)
+        shares = [runs * (n + 1) // passes - runs * n // passes for n in range(passes)]
+        alike = len(self.members) * (runs + 2 * passes)
+        ends = 2 * passes * len(self.plan.sizes) * len(self._sized())
+        last = len(self.plan.validated) + 2 * len(self.members)
+        self.task = self.bar.add_task("measuring", total=alike + ends + last)
+        done = 0
+        for number, share in enumerate(shares):
+            self._pass(preset.tokens, self.members, range(done, done + share), first=number == 0)
+            done += share
+        for size in self.plan.sizes:
+            for _ in range(passes):
+                self._pass(size, self._sized(), range(0))
+        self._in_turn(
+            [member for member in self.members if member.variant.name in self.plan.validated], 0, self._whole
+        )
+        for member in self.members:
+            self._state(member)
+        return self.records
+
+    def _sized(self) -> list[Member]:
+        """Whose begin and finish are measured at other sizes too."""
+        return [member for member in self.members if member.variant.family in ("base", "memory")]
+
+    def _pass(self, tokens: int, members: list[Member], numbers: range, first: bool = False) -> None:
+        """Begin, some micro-batches of a step, finish, everything in turn."""
+
+        def begin(member: Member, record: Record) -> None:
+            record.begin.setdefault(tokens, []).append(member.ask("begin", tokens=tokens)["seconds"])
+
+        def finish(member: Member, record: Record) -> None:
+            record.finish.setdefault(tokens, []).append(member.ask("finish")["seconds"])
+            if first:
+                record.norm = member.ask("norm")["norm"]
+
+        self._in_turn(members, numbers.start, begin)
+        for number in numbers:
+            self._in_turn(members, number, partial(_run, number))
+        self._in_turn(members, numbers.stop, finish)
+
+    def _in_turn(self, members: list[Member], start: int, work: Callable[[Member, Record], None]) -> None:
+        """`work` of each, one at a time; each round begins with another."""
+        shift = start % max(1, len(members))
+        for member in members[shift:] + members[:shift]:
+            self.bar.update(self.task, description=f"measuring {member.variant.name}")
+            work(member, self.records[member.variant.name])
+            self.bar.advance(self.task)
+
+    def _whole(self, member: Member, record: Record) -> None:
+        record.whole = member.ask("whole", tokens=self.plan.preset.tokens)["seconds"]
+
+    def _state(self, member: Member) -> None:
+        """What needs the optimizer's state, with which not all processes fit: then the process goes."""
+        record = self.records[member.variant.name]
+        self.bar.update(self.task, description=f"optimizer and memory of {member.variant.name}")
+        record.update = member.ask("update", runs=UPDATES)["seconds"]
+        self.bar.advance(self.task)
+        record.memory = member.ask("memory", tokens=self.plan.preset.tokens)
+        member.end()
+        self.bar.advance(self.task)
+
+
+def _run(number: int, member: Member, record: Record) -> None:
+    answer = member.ask("run", number=number)
+    record.run.append(answer["seconds"])
+    record.processor.append(answer["processor"])

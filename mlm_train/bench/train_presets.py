@@ -1,0 +1,152 @@
+"""What `bench train` measures: shapes, and the variants of each, as configs of the trainer."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mlm_train.config import Config, TrainConfig
+from mlm_train.config.load import parse_config
+from mlm_train.errors import UserError
+from mlm_train.model.counts import train_flops_per_token
+
+SEED = 1234
+HF = ("hf.eager", "hf.compiled")
+MODES = ("per_token", "unique", "table")
+COMPILED = ".compiled"  # at the end of a variant of ours: with config field train.compile
+SHARED = ("base", "flex3.table", "memory.table", "noffn", *HF)
+ALL = ("base", "noffn", "flex1.table", "flex2.table", "flex3.table", *(f"memory.{m}" for m in MODES), *HF)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A shape; sizes in elements, lengths and batches in tokens, micro_batch in sequences."""
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    ffn: int
+    vocabulary: int
+    sequence: int
+    micro_batch: int
+    tokens: int  # of a step
+    steps_of: tuple[int, ...]  # for the ratio against tokens a step
+    variants: tuple[str, ...]
+    validated: tuple[str, ...]  # against a whole step in one go
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.micro_batch * self.sequence
+
+
+_SIZES = (4096, 16384, 65536)
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset("a", 12, 768, 12, 2048, 32768, 1024, 2, 16384, _SIZES, ALL, ("base", "memory.table")),
+        Preset("b", 8, 1024, 16, 2736, 32768, 1024, 2, 65536, _SIZES, SHARED, ("memory.table",)),
+        # For tests: seconds, and no figure of it means anything.
+        Preset("tiny", 2, 48, 4, 128, 512, 32, 2, 256, (128, 256, 512), ALL, ("base", "memory.table")),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train: a kind of model, an execution of FFN-M, compiled or not."""
+
+    name: str
+    family: Literal["hf", "base", "noffn", "memory", "flex"]
+    mode: str | None  # memory.mode
+    beta: int | None
+    compiled: bool
+
+    @classmethod
+    def named(cls, name: str) -> "Variant":
+        """UserError for a name that is none."""
+        plain, compiled = name.removesuffix(COMPILED), name.endswith(COMPILED)
+        if plain not in (*ALL, *(f"flex{beta}.{mode}" for beta in (1, 2, 3) for mode in MODES), "hf"):
+            raise UserError(f"variant {name!r} is unknown; there are {', '.join(ALL)}")
+        if plain.startswith("hf"):
+            if name not in HF:
+                raise UserError(f"variant {name!r} is unknown; transformers' are {', '.join(HF)}")
+            return cls(name, "hf", None, None, compiled)
+        if compiled and not can_compile():
+            raise UserError(f"variant {name!r}: this version of mlm-train has no train.compile; leave it out")
+        kind, _, mode = plain.partition(".")
+        if kind.startswith("flex"):
+            return cls(name, "flex", mode, int(kind.removeprefix("flex")), compiled)
+        family: Literal["base", "noffn", "memory"] = (
+            "base" if kind == "base" else "noffn" if kind == "noffn" else "memory"
+        )
+        return cls(name, family, mode or None, None, compiled)
+
+    @property
+    def peers(self) -> str:
+        """Variants of one value here have the same function and weights: their losses agree."""
+        return "base" if self.family == "hf" else f"{self.family}{self.beta or ''}"
+
+
+def can_compile() -> bool:
+    """Whether the config has train.compile."""
+    return "compile" in TrainConfig.model_fields
+
+
+def make_config(preset: Preset, variant: Variant, data: str, precision: str, tokens: int) -> Config:
+    """A training run of `tokens` a step as its user would write it; transformers' peer is its base.
+
+    All have the same total of parameters, noffn apart: memory's FFN-M is as large as base's FFN, flex's is
+    smaller by FFN-C's beta*hidden/3 keys, as in the paper (flex keeps hidden more a layer, for FFN-C's norm).
+    noffn is base here; the worker takes its FFN away.
+    """
+    kind = variant.family if variant.family in ("memory", "flex") else "base"
+    model: dict[str, Any] = {
+        "kind": kind,
+        "vocab_size": preset.vocabulary,
+        "hidden_size": preset.hidden,
+        "num_hidden_layers": preset.layers,
+        "num_attention_heads": preset.heads,
+        "intermediate_size": preset.ffn,
+        "max_position_embeddings": preset.sequence,
+    }
+    if variant.beta is not None:
+        model["flex_beta"] = variant.beta
+        model["intermediate_size"] -= round(variant.beta * preset.hidden / 3)
+    train: dict[str, Any] = {
+        "output": "none",
+        "steps": 1,
+        "micro_batch": preset.micro_batch,
+        "global_batch": tokens // preset.sequence,
+        "precision": precision,
+        "seed": SEED,
+        "device": "cpu",
+    }
+    if can_compile():
+        train["compile"] = variant.compiled and variant.family != "hf"
+    tree: dict[str, Any] = {
+        "model": model,
+        "data": {"path": data, "sequence_length": preset.sequence},
+        "parallel": {"zero": 0},  # one process shares nothing: plain gradients, as transformers' are
+        "train": train,
+    }
+    if variant.mode is not None:
+        tree["memory"] = {"mode": variant.mode}
+    return parse_config(tree)
+
+
+def flops_per_token(
+    variant: Variant, config: Config, distinct: dict[str, float], recomputed: bool = True
+) -> float:
+    """Forward and backward, by the formula of model/counts.py.
+
+    `distinct`: distinct ids / tokens of the step ("step") and of its micro-batches ("micro"). A table's
+    backward pass runs FFN-M's forward again: 4/3 of it, unless `recomputed` is False.
+    """
+    if variant.mode == "table":
+        ratio = distinct["step"] * (4 / 3 if recomputed else 1.0)
+    else:
+        ratio = distinct["micro"] if variant.mode == "unique" else 1.0
+    if variant.family == "noffn":  # memory without FFN-M has the same products
+        memory = config.model.model_copy(update={"kind": "memory"})
+        return train_flops_per_token(memory, config.data.sequence_length, 0.0)
+    return train_flops_per_token(config.model, config.data.sequence_length, ratio)

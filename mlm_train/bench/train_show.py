@@ -1,0 +1,220 @@
+"""What `bench train` shows: tables, words and the plot. All but the words from the JSON alone."""
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mlm_train.bench import report
+from mlm_train.bench.train_figures import PARTS, Measured, Row
+from mlm_train.files import writing
+
+WIDTH = 132  # of the tables
+WORDS = 110  # of a line of words
+GIB = 2**30
+QUIET = 1.15  # slowest over fastest micro-batch of a variant: more, and something else ran
+
+
+class Figures:
+    """The rows of a report by their names."""
+
+    def __init__(self, tree: dict[str, Any]) -> None:
+        self.rows: dict[str, Row] = {row["name"]: row for row in tree["rows"]}
+        self.ratios: dict[str, float] = tree["ratios"]
+        self.preset = next(iter(self.rows)).partition(".")[0]
+        ends = [name for name in self.rows if name.endswith(".speed")]
+        self.variants = [name.removeprefix(f"{self.preset}.").removesuffix(".speed") for name in ends]
+
+    def get(self, variant: str, figure: str, key: str = "median") -> float | None:
+        """A row's median, or another of its numbers; None where there is no such row."""
+        found = self.rows.get(f"{self.preset}.{variant}.{figure}")
+        return None if found is None else float(found[key])
+
+    def of(self, variant: str, figure: str, key: str = "median") -> float:
+        """A number that every variant has."""
+        return float(self.rows[f"{self.preset}.{variant}.{figure}"][key])
+
+    def over(self, variant: str, other: str) -> float | None:
+        """Speed over another variant's."""
+        theirs = self.get(other, "speed")
+        return None if theirs is None else self.of(variant, "speed") / theirs
+
+
+def _table(title: str, *headings: str) -> Table:
+    """The first column holds words, the others numbers."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def speed_table(figures: Figures) -> Table:
+    """Speed, memory and FLOPs of every variant."""
+    memory = ("GiB:\nweights", "\ngrads", "\nAdamW", "\ntables", "\nactiv.", "\nruntime")
+    speed = ("tokens/s\nmedian", "\nmin", "\nmax", "/ hf\neager", "/ base")
+    arithmetic = ("TFLOP\na step", "TFLOP\n/s", "/ limit")
+    title = f"training, shape {figures.preset}"
+    table = _table(title, "variant", *speed, *memory, *arithmetic)
+    for name in figures.variants:
+        table.add_row(
+            name,
+            *(f"{figures.of(name, 'speed', key):.0f}" for key in ("median", "min", "max")),
+            _ratio(figures.over(name, "hf.eager")),
+            _ratio(figures.over(name, "base")),
+            *(f"{figures.of(name, f'memory.{part}') / GIB:.2f}" for part in PARTS),
+            f"{figures.of(name, 'flops') / 1e12:.2f}",
+            f"{figures.of(name, 'achieved') / 1e12:.3f}",
+            _ratio(figures.get(name, "over_limit")),
+        )
+    return table
+
+
+def bound_table(figures: Figures) -> Table:
+    """Where the time of a step goes."""
+    parts = ("step, s", "begin, s", "micro-\nbatch, s", "finish, s", "AdamW, s")
+    shares = ("begin and\nfinish", "as noffn", "FFN and\nthe rest", "products\nat the peak")
+    table = _table("what a step's time is", "variant", *parts, *shares)
+    peak = figures.rows[f"{figures.preset}.product_peak"]["median"]
+    noffn = figures.get("noffn", "step")
+    for name in figures.variants:
+        step = figures.of(name, "step")
+        ends = figures.of(name, "begin") + figures.of(name, "finish")
+        same = None if noffn is None or name == "noffn" else noffn / step
+        table.add_row(
+            name,
+            f"{step:.2f}",
+            *(f"{figures.of(name, part):.2f}" for part in ("begin", "micro_batch", "finish", "optimizer")),
+            f"{ends / step:.0%}",
+            "" if same is None else f"{same:.0%}",
+            "" if same is None else f"{1 - same:.0%}",
+            f"{figures.of(name, 'flops') / peak / step:.0%}",
+        )
+    return table
+
+
+LEGEND = """\
+tokens/s: of begin + micro-batches x the median micro-batch + finish. AdamW's step, a column of its own, is
+not in it, for transformers neither.
+/ limit: speed over base's, divided by base's FLOPs over this one's, nothing recomputed.
+activ.: peak resident set of a step up to its optimizer, less all that has a name. runtime: resident set
+before the model, after a step of a tiny one. tables: FFN-M's, their gradients and the step's rows.
+as noffn: the time of the same model without any FFN. products at the peak: what the formula's FLOPs would
+take at the speed that square matrix products of 1,024 have here."""
+
+
+def notes(found: Measured, runs: int, fingerprint: str) -> list[str]:
+    """What the figures do not say."""
+    preset, records = found.preset, found.records
+    ratios = [f"{ratio:.3f} of {tokens:,}" for tokens, ratio in sorted(found.distinct.items())]
+    lines = [
+        f"{preset.layers} layers, hidden {preset.hidden}, {preset.heads} heads, FFN {preset.ffn}, vocabulary "
+        f"{preset.vocabulary:,}, untied; sequence {preset.sequence:,}, {preset.micro_batch} a micro-batch, "
+        f"{preset.tokens:,} tokens a step; {found.precision}, weights and gradients fp32; {runs} timed "
+        f"micro-batches of each, in turn",
+        f"text of fingerprint {fingerprint[:16]}; distinct ids / tokens: {found.distinct_micro:.3f} of a "
+        f"micro-batch's {preset.micro_tokens:,}, {', '.join(ratios)} of a step's",
+        "parameters: "
+        + ", ".join(f"{name} {record.built['parameters']:,}" for name, record in records.items()),
+    ]
+    if found.best is not None:
+        lines.append(f"`memory` in the ratios is {found.best}, its fastest execution here")
+    noisy = [name for name, record in records.items() if max(record.run) > QUIET * min(record.run)]
+    if noisy:
+        lines.append(f"NOT quiet: micro-batches of one variant differ by more than 15 %: {', '.join(noisy)}")
+    for name, record in records.items():
+        if record.whole is not None:
+            off = record.seconds(preset.tokens, preset.tokens // preset.micro_tokens) / record.whole - 1
+            verdict = "within" if abs(off) <= 0.03 else "NOT within"
+            lines.append(
+                f"{name}: the parts' sum is {off:+.1%} from a whole step in one go ({record.whole:.1f} s), "
+                f"{verdict} 3 %"
+            )
+    return lines
+
+
+def show(tree: dict[str, Any], faults: list[str]) -> None:
+    """Everything, on standard output."""
+    wide = Console(width=WIDTH, soft_wrap=True, highlight=False)
+    for line in lines_of(tree):
+        wide.print(line, markup=False)
+    for fault in faults:
+        wide.print(fault, style="bold red", markup=False)
+
+
+def lines_of(tree: dict[str, Any]) -> Iterator[str]:
+    """The tables, ratios, notes and machine as plain text."""
+    figures = Figures(tree)
+    plain = Console(width=WIDTH, no_color=True, highlight=False)
+    for table in (speed_table(figures), bound_table(figures)):
+        with plain.capture() as captured:
+            plain.print(table)
+        yield "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())
+    yield LEGEND
+    yield from (f"{name}: {ratio:.3f}" for name, ratio in figures.ratios.items())
+    for words in (*tree.get("notes", ()), report.describe(tree["machine"])):
+        yield textwrap.fill(words, WORDS, subsequent_indent="  ", break_long_words=False)
+
+
+def plot(tree: dict[str, Any], file: Path) -> None:
+    """A PNG: speed of every variant, and memory over base against tokens a step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figures = Figures(tree)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), width_ratios=(3, 2))
+    medians = [figures.of(name, "speed") for name in figures.variants]
+    sides = [
+        [abs(figures.of(name, "speed", key) - figures.of(name, "speed")) for name in figures.variants]
+        for key in ("min", "max")
+    ]
+    left.barh(figures.variants, medians, xerr=sides, color=[_colour(name) for name in figures.variants])
+    left.invert_yaxis()
+    left.set_xlabel("tokens/s, median (whiskers: slowest and fastest micro-batch)")
+    left.set_title(f"shape {figures.preset}")
+    curve = _curve(figures)
+    right.plot(list(curve), list(curve.values()), marker="o", label="measured")
+    limit = {tokens: value for tokens, value in _limits(figures).items() if tokens in curve}
+    right.plot(list(limit), list(limit.values()), linestyle="--", color="grey", label="FLOPs by formula")
+    right.set_xscale("log", base=2)
+    right.set_xticks(list(curve), [f"{tokens:,}" for tokens in curve])
+    right.set_xlabel("tokens a step")
+    right.set_title("speed of memory over base")
+    right.grid(alpha=0.3)
+    right.legend()
+    figure.tight_layout()
+    with writing(file):
+        figure.savefig(file, dpi=110, format="png", metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def _curve(figures: Figures) -> dict[int, float]:
+    return _by_tokens(figures, f"{figures.preset}.memory_over_base_of_")
+
+
+def _limits(figures: Figures) -> dict[int, float]:
+    return _by_tokens(figures, f"{figures.preset}.memory_over_base_by_flops_of_")
+
+
+def _by_tokens(figures: Figures, start: str) -> dict[int, float]:
+    """Tokens a step -> ratio, of the ratios whose names begin so."""
+    found = {
+        int(name.removeprefix(start)): ratio
+        for name, ratio in figures.ratios.items()
+        if name.startswith(start)
+    }
+    return dict(sorted(found.items()))
+
+
+def _colour(name: str) -> str:
+    families = {"hf": "tab:grey", "base": "tab:blue", "noffn": "lightgrey", "flex": "tab:green"}
+    return next((c for start, c in families.items() if name.startswith(start)), "tab:orange")
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

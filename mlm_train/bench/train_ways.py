@@ -1,0 +1,222 @@
+"""The ways to train that `bench train` compares: ours as training builds it, and transformers' Llama.
+
+A way runs a step in the same parts: begin, micro-batches, finish, optimizer.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mlm_train.bench.train_presets import Variant
+from mlm_train.checkpoint.hf_config import config_json
+from mlm_train.config import Config, ModelConfig
+from mlm_train.errors import UserError
+from mlm_train.model.block import Block, MemoryBlock
+from mlm_train.model.logical import draw, initialise
+from mlm_train.model.loss import count_labels
+from mlm_train.model.transformer import Transformer
+from mlm_train.parallel import runtime as processes
+from mlm_train.parallel.build import build_executor, build_model
+from mlm_train.parallel.engine import Engine, parameter_groups
+from mlm_train.parallel.execution import Sequential
+from mlm_train.train.batches import MicroBatch
+from mlm_train.train.step import Trainer
+
+
+class Way(Protocol):
+    """A model that trains, one part of a step at a time; gradients add up until `update`."""
+
+    @property
+    def model(self) -> nn.Module:
+        """Whose parameters are trained."""
+        ...
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Whose state is counted."""
+        ...
+
+    def begin(self, batches: Sequence[MicroBatch]) -> None:
+        """What comes before the micro-batches of a step, which are `batches`."""
+        ...
+
+    def run(self, number: int) -> float:
+        """Forward and backward of one of them, counted from 0; its mean CE."""
+        ...
+
+    def finish(self) -> None:
+        """What comes after them."""
+        ...
+
+    def whole(self, batches: Sequence[MicroBatch]) -> float:
+        """All three in one go, as training does it; the mean CE."""
+        ...
+
+    def update(self) -> None:
+        """Clip, AdamW step, no gradients left."""
+        ...
+
+    def step_tensors(self) -> list[Tensor]:
+        """What is held between begin and finish, beside gradients."""
+        ...
+
+
+class AttentionBlock(MemoryBlock):
+    """x' = x + Attn(N(x)): memory's block without FFN-M and its lookup, for a model without any FFN."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        scale = [1.0] * config.num_hidden_layers
+        config = config.model_copy(update={"kind": "memory", "memory_scale": scale})
+        super().__init__(config, layer, with_memory=False)
+
+    def forward(self, x: Tensor, rope: Any, read: Any = None, cache: Any = None) -> Tensor:
+        """x [batch, sequence, hidden] -> the same shape."""
+        return self._run(self._context, x, rope, cache)
+
+
+def leave_ffn_out(model: Transformer) -> None:
+    """Put an AttentionBlock in the place of each block."""
+    for name, block in model.layers.items():
+        assert isinstance(block, Block)
+        model.layers[name] = AttentionBlock(model.config, block.layer)
+
+
+class Ours:
+    """What `pretrain` runs on one process: the same model, engine and executor."""
+
+    def __init__(self, variant: Variant, config: Config) -> None:
+        runtime = processes.start(config)
+        self.model = build_model(config, runtime)
+        if variant.family == "noffn":
+            leave_ffn_out(self.model)
+        initialise(self.model, config.model, config.train.seed)
+        self.lr = config.optimizer.lr
+        self.engine = Engine(self.model, config, runtime)
+        executor = build_executor(self.model, config, runtime, self.engine.entry)
+        assert isinstance(executor, Sequential)
+        self.executor = executor
+        self.trainer = Trainer(self.engine, executor, runtime)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Whose state is counted."""
+        found: torch.optim.Optimizer = self.engine.zero.optimizer
+        return found
+
+    def begin(self, batches: Sequence[MicroBatch]) -> None:
+        """The engine's part too: Trainer.backward enters and leaves it around the executor."""
+        self.scale = 1.0 / sum(count_labels(batch.labels) for batch in batches)
+        self.regions = ExitStack()
+        self.regions.enter_context(self.engine.accumulating())
+        self.prepared = self.regions.enter_context(self.executor.step(batches))
+
+    def run(self, number: int) -> float:
+        """Mean CE."""
+        micro_batch = self.prepared[number]
+        return self.executor.run(micro_batch, self.scale).item() / count_labels(micro_batch.labels)
+
+    def finish(self) -> None:
+        """The tables' backward, and the engine's end of accumulation."""
+        self.regions.close()
+
+    def whole(self, batches: Sequence[MicroBatch]) -> float:
+        """Trainer's own."""
+        total, labels = self.trainer.backward(batches)
+        return total.item() / labels
+
+    def update(self) -> None:
+        """Engine's own."""
+        self.engine.step(self.lr)
+
+    def step_tensors(self) -> list[Tensor]:
+        """The memory source's: tables, their gradients, the step's rows."""
+        return list(_tensors_of(self.executor.source))
+
+
+class Llama:
+    """transformers' LlamaForCausalLM with its own loss, torch's AdamW and clipping: the plain loop."""
+
+    def __init__(self, variant: Variant, config: Config) -> None:
+        try:
+            from transformers import LlamaConfig, LlamaForCausalLM
+        except ImportError:
+            raise UserError("transformers is not installed (requirements-dev.txt has it)") from None
+        tree = config_json(config.model) | {"use_cache": False}
+        self.model = LlamaForCausalLM(LlamaConfig.from_dict(tree)).train()
+        with torch.no_grad():
+            for name, weight in self.model.named_parameters():
+                weight.copy_(draw(config.model, config.train.seed, name, weight.shape))
+        options = config.optimizer
+        self.clip = options.clip
+        groups: Any = parameter_groups(self.model, options)
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            groups, lr=options.lr, betas=options.betas, eps=options.eps
+        )
+        self.entry: Callable[..., Any] = torch.compile(self.model) if variant.compiled else self.model
+        bf16 = config.train.precision == "bf16"
+        self.precision = torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16)
+
+    def begin(self, batches: Sequence[MicroBatch]) -> None:
+        """The labels of the step: what transformers' own trainer divides a micro-batch's loss by."""
+        self.batches = batches
+        # A tensor: torch.compile would compile again for each new number.
+        self.labels = torch.tensor(sum(count_labels(batch.labels) for batch in batches))
+
+    def run(self, number: int) -> float:
+        """Mean CE."""
+        batch = self.batches[number]
+        with self.precision:
+            loss = self.entry(
+                input_ids=batch.ids,
+                labels=batch.labels,
+                shift_labels=batch.labels,  # ours are the next tokens already
+                num_items_in_batch=self.labels,
+            ).loss
+        loss.backward()
+        return (loss.detach() * self.labels).item() / count_labels(batch.labels)
+
+    def finish(self) -> None:
+        """Nothing."""
+
+    def whole(self, batches: Sequence[MicroBatch]) -> float:
+        """The plain loop."""
+        self.begin(batches)
+        return sum(map(self.run, range(len(batches)))) / len(batches)
+
+    def update(self) -> None:
+        """Clip, step, forget the gradients."""
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def step_tensors(self) -> list[Tensor]:
+        """None."""
+        return []
+
+
+def build_way(variant: Variant, config: Config) -> Way:
+    """The variant, with the weights of config field train.seed."""
+    return Llama(variant, config) if variant.family == "hf" else Ours(variant, config)
+
+
+def _tensors_of(thing: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Tensors that an object of ours or its collections hold, each storage once; no module's weights."""
+    seen = set() if seen is None else seen
+    if isinstance(thing, nn.Module | nn.Parameter) or id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if isinstance(thing, Tensor):
+        if thing.untyped_storage().data_ptr() not in seen:
+            seen.add(thing.untyped_storage().data_ptr())
+            yield thing
+    elif isinstance(thing, Mapping):
+        for value in thing.values():
+            yield from _tensors_of(value, seen)
+    elif isinstance(thing, list | tuple):
+        for value in thing:
+            yield from _tensors_of(value, seen)
+    elif type(thing).__module__.startswith("mlm_train."):
+        yield from _tensors_of(vars(thing), seen)

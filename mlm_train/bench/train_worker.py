@@ -1,0 +1,227 @@
+"""The process of one variant of `bench train`: builds it, then does one thing a line of its input asks for.
+
+One process a variant, so that peaks of memory are its own; the coordinator (train.py) tells one at a time to
+work. Orders and answers are JSON, one a line.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import psutil
+import torch
+
+from mlm_train.bench.train_presets import PRESETS, SEED, Preset, Variant, make_config
+from mlm_train.bench.train_ways import Way, build_way
+from mlm_train.data.prepared import PreparedData
+from mlm_train.data.samples import Samples
+from mlm_train.errors import UserError
+from mlm_train.parallel.topology import Topology
+from mlm_train.train.batches import MicroBatch, step_batches
+
+MEASURED = 3  # micro-batches of the step whose peak is taken: the second one already finds gradients there
+ONE_PROCESS = Topology(world=1, rank=0, tensor=1, pipeline=1)
+
+
+def work() -> int:
+    """Serve the coordinator until it closes the pipe."""
+    answers = _own_output()
+    worker: Worker | None = None
+    for line in sys.stdin:
+        order = json.loads(line)
+        try:
+            if worker is None:
+                worker = Worker(order)
+            answer = worker.do(order)
+        except UserError as error:
+            answer = {"refused": str(error)}
+        print(json.dumps(answer), file=answers, flush=True)
+    return 0
+
+
+def _own_output() -> TextIO:
+    """The pipe to the coordinator; what libraries print goes to stderr from here on."""
+    sys.stdout.flush()
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return answers
+
+
+class Worker:
+    """A built variant and the steps it is asked to run."""
+
+    def __init__(self, order: dict[str, Any]) -> None:
+        self.preset, self.variant = PRESETS[order["preset"]], Variant.named(order["variant"])
+        self.precision, self.data = order["precision"], order["data"]
+        self.samples = Samples(PreparedData.open(self.data).split("train"), self.preset.sequence, SEED)
+        self._load_libraries()
+        runtime = _resident()
+        self.way = self._build(self.preset)
+        self.weights = list(self.way.model.parameters())
+        self.built: dict[str, Any] = {
+            "runtime": runtime,
+            "weights": sum(weight.nbytes for weight in self.weights),
+            "parameters": sum(weight.numel() for weight in self.weights),
+        }
+
+    def _build(self, preset: Preset) -> Way:
+        config = make_config(preset, self.variant, self.data, self.precision, preset.tokens)
+        return build_way(self.variant, config)
+
+    def _load_libraries(self) -> None:
+        """A step of a tiny model: what torch, its kernels and compiler hold belongs to no model."""
+        tiny = PRESETS["tiny"]
+        way = self._build(tiny)
+        ids = torch.randint(tiny.vocabulary, (tiny.micro_batch, tiny.sequence))
+        batch = MicroBatch(ids, ids)
+        way.begin([batch])
+        try:
+            way.run(0)
+        except Exception as error:
+            if not self.variant.compiled:
+                raise
+            raise _does_not_compile(error) from error
+        way.finish()
+        way.update()
+        del way
+        if self.variant.compiled:
+            torch._dynamo.reset()
+
+    def do(self, order: dict[str, Any]) -> dict[str, Any]:
+        """One order: {"do": name, and what it needs}."""
+        actions: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+            "build": lambda order: self.built,
+            "begin": self._begin,
+            "run": self._run,
+            "finish": lambda order: self._timed(self.way.finish),
+            "whole": self._whole,
+            "zero": self._zero,
+            "norm": self._norm,
+            "update": self._update,
+            "memory": self._memory,
+        }
+        try:
+            answer = actions[order["do"]](order)
+        except Exception as error:
+            if not self.variant.compiled:
+                raise
+            raise _does_not_compile(error) from error
+        _give_back()
+        return answer
+
+    def _batches(self, tokens: int) -> list[MicroBatch]:
+        """The first step of so many tokens: the same ids for all variants."""
+        count = tokens // self.preset.sequence
+        return step_batches(self.samples, 0, count, self.preset.micro_batch, ONE_PROCESS)
+
+    def _timed(self, work: Callable[[], Any]) -> dict[str, Any]:
+        """Seconds by the clock and of the processor, all threads."""
+        started, busy = time.perf_counter(), time.process_time()
+        result = work()
+        answer = {"seconds": time.perf_counter() - started, "processor": time.process_time() - busy}
+        return answer | ({} if result is None else {"loss": result})
+
+    def _begin(self, order: dict[str, Any]) -> dict[str, Any]:
+        self.batches = self._batches(order["tokens"])
+        return self._timed(lambda: self.way.begin(self.batches))
+
+    def _run(self, order: dict[str, Any]) -> dict[str, Any]:
+        number = order["number"] % len(self.batches)
+        return self._timed(lambda: self.way.run(number))
+
+    def _whole(self, order: dict[str, Any]) -> dict[str, Any]:
+        batches = self._batches(order["tokens"])
+        return self._timed(lambda: self.way.whole(batches))
+
+    def _zero(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Gradients stay allocated, as they are from the second micro-batch of a step on."""
+        for weight in self.weights:
+            if weight.grad is not None:
+                weight.grad.zero_()
+        return {}
+
+    def _norm(self, order: dict[str, Any]) -> dict[str, Any]:
+        squares = [w.grad.double().square().sum().item() for w in self.weights if w.grad is not None]
+        return {"norm": sum(squares) ** 0.5}
+
+    def _update(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Optimizer steps, each with the gradients that are there; the first one allocates its state."""
+        kept = [None if weight.grad is None else weight.grad.clone() for weight in self.weights]
+        seconds = []
+        for _ in range(order["runs"] + 1):
+            for weight, gradient in zip(self.weights, kept, strict=True):
+                weight.grad = None if gradient is None else gradient.clone()
+            seconds.append(self._timed(self.way.update)["seconds"])
+        return {"seconds": seconds[1:]}
+
+    def _memory(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Peaks of a step: up to the optimizer, and with it. After an `update`, whose state is there.
+
+        The peak resident set is set back to the resident set before; begin has the ids of the whole step.
+        """
+        batches = self._batches(order["tokens"])
+        state = [value for states in self.way.optimizer.state.values() for value in states.values()]
+        optimizer = sum(value.nbytes for value in state if isinstance(value, torch.Tensor))
+        gc.collect()
+        _give_back()
+        _reset_peak()
+        self.way.begin(batches)
+        tables = sum(tensor.untyped_storage().nbytes() for tensor in self.way.step_tensors())
+        for number in range(min(MEASURED, len(batches))):
+            self.way.run(number)
+        self.way.finish()
+        peak = _peak()
+        gradients = sum(weight.grad.nbytes for weight in self.weights if weight.grad is not None)
+        self.way.update()
+        return {
+            "peak": peak,
+            "peak_with_update": _peak(),
+            "gradients": gradients,
+            "optimizer": optimizer,
+            "tables": tables,
+        }
+
+
+def _does_not_compile(error: Exception) -> UserError:
+    lines = str(error).strip().splitlines() or [""]
+    return UserError(f"does not compile: {type(error).__name__}: {lines[0]}")
+
+
+def _resident() -> int:
+    gc.collect()
+    _give_back()
+    resident: int = psutil.Process().memory_info().rss
+    return resident
+
+
+def _give_back() -> None:
+    """Free memory goes back to the system between orders, where the C library can (glibc): all variants'
+    processes share this machine's memory. In training most of it goes back at the end of a pass anyhow."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _reset_peak() -> None:
+    """Linux can; elsewhere the peak is the process's, since its start: an upper bound."""
+    reset = Path("/proc/self/clear_refs")
+    if reset.exists():
+        reset.write_text("5", encoding="ascii")
+
+
+def _peak() -> int:
+    """Largest resident set since _reset_peak, bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
