@@ -74,7 +74,7 @@ class AttentionBlock(MemoryBlock):
 
     def forward(self, x: Tensor, rope: Any, read: Any = None, cache: Any = None) -> Tensor:
         """x [batch, sequence, hidden] -> the same shape."""
-        return self._run(self._context, x, rope, cache)
+        return self._run(MemoryBlock._context, x, rope, cache)
 
 
 def leave_ffn_out(model: Transformer) -> None:

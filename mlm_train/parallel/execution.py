@@ -42,7 +42,7 @@ def rows_of(source: MemorySource | None) -> int:
 
 
 class Prepared(NamedTuple):
-    """A micro-batch of a step, on the device; `rows`: the index of its positions into the step's rows of x0."""
+    """A micro-batch of a step, on the device; `rows`: the index of its positions into the rows of x0."""
 
     number: int
     ids: Tensor
