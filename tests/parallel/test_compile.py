@@ -8,13 +8,13 @@ CASES: dict[str, dict] = {
         "model": {"kind": "memory", "num_hidden_layers": 2},
         "mode": "table",
         "micro_batch": 4,
-        "parallel": {"tensor": 2, "sequence": True, "zero": 2},
+        "parallel": {"tensor": 2, "sequence": True},
     },
     "pipeline": {
         "model": {"kind": "flex", "flex_beta": 2, "num_hidden_layers": 3},
         "mode": "unique",
         "micro_batch": 2,
-        "parallel": {"pipeline": 2, "zero": 0},
+        "parallel": {"pipeline": 2, "zero": 2},
         "train": {"recompute": ["full", "selective"], "deterministic": True},
     },
 }
