@@ -1,7 +1,8 @@
 """`bench auto`: memory.mode=auto against every mode measured, on shapes whose best mode differs."""
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.table import Table
 from mlm_train.bench import report
 from mlm_train.config import Config
 from mlm_train.config.load import parse_config
+from mlm_train.errors import UserError
 from mlm_train.model.logical import initialise
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_executor, build_model
@@ -38,13 +40,14 @@ class Shape:
     flat: bool = False  # ids drawn evenly instead of as in text
 
 
+# One micro-batch a step, two, many; a narrow FFN-M; hardly an id twice; a wide FFN-M.
 SHAPES = {
-    "one micro-batch": Shape(256, 683, 4, 8192, 256, 8, 1),
-    "two micro-batches": Shape(256, 683, 4, 8192, 256, 4, 2),
-    "many micro-batches": Shape(256, 683, 4, 8192, 256, 4, 16),
-    "narrow FFN-M": Shape(256, 8, 4, 8192, 256, 4, 8),
-    "hardly an id twice": Shape(384, 1024, 3, 65536, 128, 2, 4, flat=True),
-    "wide FFN-M": Shape(384, 4096, 2, 16384, 256, 2, 12),
+    "single": Shape(256, 683, 4, 8192, 256, 8, 1),
+    "pair": Shape(256, 683, 4, 8192, 256, 4, 2),
+    "many": Shape(256, 683, 4, 8192, 256, 4, 16),
+    "narrow": Shape(256, 8, 4, 8192, 256, 4, 8),
+    "rare": Shape(384, 1024, 3, 65536, 128, 2, 4, flat=True),
+    "wide": Shape(384, 4096, 2, 16384, 256, 2, 12),
 }
 
 
@@ -73,15 +76,14 @@ def config_of(shape: Shape, mode: str) -> Config:
     return parse_config(tree)
 
 
-def bench_auto(runs: int, json_file: str | None) -> int:
+def bench_auto(runs: int, names: Sequence[str] | None, json_file: str | None) -> int:
     """Measure, print, write; 0."""
-    if json_file is not None:
-        report.check_writable(Path(json_file))
+    shapes = _checked(runs, names, json_file)
     found, console = report.machine(), Console(stderr=True)
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
     table = Table("shape", *MODES, "auto takes", "over best", title="forward and backward of a step, seconds")
-    for name, shape in track(SHAPES.items(), "measuring", console=console, transient=True):
+    for name, shape in track(shapes.items(), "measuring", console=console, transient=True):
         seconds, chosen = _measure(shape, runs)
         rows += [report.row(f"{name}.{mode}", values, "s") for mode, values in seconds.items()]
         medians = {mode: report.row("", values, "s")["median"] for mode, values in seconds.items()}
@@ -94,6 +96,18 @@ def bench_auto(runs: int, json_file: str | None) -> int:
     if json_file is not None:
         report.write_report(Path(json_file), found, rows, ratios)
     return 0
+
+
+def _checked(runs: int, names: Sequence[str] | None, json_file: str | None) -> dict[str, Shape]:
+    """The shapes that are asked for."""
+    if runs < 1:
+        raise UserError(f"--runs {runs}: give at least 1")
+    if json_file is not None:
+        report.check_writable(Path(json_file))
+    for name in names or ():
+        if name not in SHAPES:
+            raise UserError(f"--shapes {name}: known are {', '.join(SHAPES)}")
+    return {name: SHAPES[name] for name in names or SHAPES}
 
 
 def _measure(shape: Shape, runs: int) -> tuple[dict[str, list[float]], str]:
@@ -115,7 +129,6 @@ def _measure(shape: Shape, runs: int) -> tuple[dict[str, list[float]], str]:
 
 
 def _executor(config: Config, runtime: processes.Runtime) -> Executor:
-    runtime = replace(runtime)
     model = build_model(config, runtime)
     initialise(model, config.model, SEED)
     return build_executor(model, config, runtime)

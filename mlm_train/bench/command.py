@@ -29,6 +29,15 @@ examples:
   mlm-train bench train --data runs/bench/data --preset a --json train.a.json --plot train.a.png
   mlm-train bench train --data runs/bench/data --preset b --variants base memory.table noffn --runs 4"""
 
+_AUTO_HELP = """Compare what memory.mode=auto decides with every mode measured, on six small shapes.
+
+Forward and backward of a whole step on one CPU process, the modes in turn; ids drawn from a Zipf
+distribution, once evenly. `over best` is the median of the mode that auto takes over the smallest median.
+
+examples:
+  mlm-train bench auto
+  mlm-train bench auto --runs 9 --json auto.json"""
+
 _X0_HELP = """Count and time the three ways in which x0 reaches the stages of a pipeline.
 
 For each number of stages that many gloo processes train a small memory model: real steps, forward and
@@ -69,6 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_train(actions)
     _add_x0(actions)
     _add_profile(actions)
+    auto = add_action(actions, "auto", "memory.mode=auto against every mode", _AUTO_HELP)
+    auto.add_argument("--runs", type=int, metavar="N", default=7, help="timed steps of each (default 7)")
+    auto.add_argument("--shapes", nargs="+", metavar="NAME", help="default: all six")
+    auto.add_argument("--json", metavar="FILE", help="write the figures there")
     loss = add_action(actions, "loss", "the head and its loss, chunked against plain", _LOSS_HELP)
     for name, default, meaning in (
         ("vocabulary", 128256, "words"),
@@ -158,6 +171,10 @@ def run(args: argparse.Namespace) -> int:
         return _run_train(args)
     if args.action == "loss":
         return _run_loss(args)
+    if args.action == "auto":
+        from mlm_train.bench.auto import bench_auto
+
+        return bench_auto(args.runs, args.shapes, args.json)
     if args.action == "profile":
         from mlm_train.bench.profile import bench_profile
 
