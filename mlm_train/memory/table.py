@@ -82,17 +82,18 @@ class Table:
         self.tables: dict[int, Tensor] = {}
         self.gradients: dict[int, Tensor] = {}
 
-    @torch.no_grad()
     def begin(self, ids: Tensor, rows: Tensor) -> None:
         """Tables of a step. ids int64 [distinct], sorted: the distinct ones here.
 
-        rows: embeddings of share.begin(ids), fp32 [share, hidden].
+        rows: embeddings of share.begin(ids), fp32 [share, hidden]. Under no_grad lookups have no gradients.
         """
         self.ids, self.rows = ids, rows.detach()
+        lookups = len(ids) if torch.is_grad_enabled() else 0
         for layer, block in self.blocks.items():
             self.tables[layer] = self.share.spread(self._table(block))
-            self.gradients[layer] = rows.new_zeros(len(ids), rows.shape[1])
+            self.gradients[layer] = self.rows.new_zeros(lookups, rows.shape[1])
 
+    @torch.no_grad()
     def _table(self, block: MemoryBlock) -> Tensor:
         """In the dtype of FFN-M's products."""
         return torch.cat([self._whole(self._ffn_m(block, some), len(some)) for some in self.rows.split(ROWS)])
