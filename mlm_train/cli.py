@@ -71,9 +71,6 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Run a command; exit 0, or 2 for bad input, 1 for a fault of ours, 75 for a hang, 130 for Ctrl-C."""
     hush_libraries()
-    # torch reads it at its first allocation: large tensors on huge pages, for which a CPU needs fewer
-    # look-ups of addresses (docs/performance.md). Without effect where the kernel has none.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     argv = sys.argv[1:] if argv is None else argv
     chosen = next((word for word in argv if not word.startswith("-")), None)
     args = build_parser(chosen).parse_args(argv)
