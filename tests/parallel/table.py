@@ -20,8 +20,8 @@ norm relative, over three steps; gradients of the first step and weights after t
 1e-5 for loss, norm and gradients, 1e-4 for weights; the column "alone" is how far the weights of one plain
 fp32 process end from the float64 ones. The loss of an evaluation before the first step is compared too.
 
-Cases are a product of the axes that concern x0 (kind, transport, mode, tied heads, micro-batches) in most
-layouts, and between them every pair of choices of all axes that the config allows: layout, model, mode,
+Cases are a product of the axes that concern x0 (kind, transport, mode of FFN-M, tied heads, micro-batches) in
+most layouts, and between them every pair of choices of all axes that the config allows: layout, model, mode,
 transport, schedule, sequence parallelism, ZeRO stage, activation checkpointing, sizes that the tensor ranks
 do not divide, loss by chunks, micro-batch count. tests/parallel/test_parity.py lists the pairs it refuses.
 
