@@ -1,7 +1,7 @@
 """Running a step's micro-batches: forward and backward on one rank, or the evaluation's forward."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -71,6 +71,7 @@ class Sequential:
         self.entry, self.source, self.channel = entry, source, channel
         self.loss, self.after_backward = loss, after_backward
         self.precision, self.device, self.place = precision, runtime.device, runtime.place
+        self.gathers = config.parallel.zero == 3
         self.usual = runtime.topology.micro_batches(config.train)
 
     @property
@@ -106,14 +107,15 @@ class Sequential:
         objective.backward()
         return cross_entropy
 
-    def _casts_kept(self) -> torch.autocast:
+    def _casts_kept(self) -> AbstractContextManager[object]:
         """A region in which autocast casts a weight once, not once a micro-batch.
 
         It forgets its casts where the outermost region ends; this one is switched off and surrounds those
         of the micro-batches. Tables are begun outside: a cast made without a graph would be kept without
-        one. The optimizer, which changes the weights, runs after it.
+        one. The optimizer, which changes the weights, runs after it. ZeRO-3 takes a weight away after its
+        use, and a later pass would cast it back into nothing.
         """
-        return torch.autocast(self.device.type, enabled=False)
+        return nullcontext() if self.gathers else torch.autocast(self.device.type, enabled=False)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:

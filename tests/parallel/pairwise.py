@@ -141,7 +141,7 @@ def _drawn(chance: random.Random, fixed: dict[str, Any]) -> Choice:
     return tuple(({"layout": layout, "model": model} | axes).items())
 
 
-def _together() -> list[Choice]:
+def together() -> list[Choice]:
     """A valid case of each of TOGETHER."""
     chance = random.Random(8)
     found = [_holding(chance, fixed) for fixed in TOGETHER]
@@ -155,7 +155,7 @@ def pairwise() -> dict[Layout, dict[str, Case]]:
     candidates, _ = pool()
     pairs = [pairs_of(choice) for choice in candidates]
     missing, cases = set().union(*pairs), {layout: {} for layout in LAYOUTS}
-    wanted = _together()
+    wanted = together()
     while missing or wanted:
         if wanted:
             choice = wanted.pop()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.pipelining import Schedule1F1B
 
 from mlm_train.config import Config
-from mlm_train.memory import make_source
+from mlm_train.memory import Table, make_source
 from mlm_train.model.logical import Piece, initialise, named_pieces, pieces
 from mlm_train.model.loss import count_labels, loss_sums
 from mlm_train.model.transformer import Transformer
@@ -19,6 +19,7 @@ from mlm_train.parallel import pipeline, x0
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_executor, build_model
 from mlm_train.parallel.engine import Engine
+from mlm_train.parallel.shares import DataShare
 from mlm_train.train.batches import MicroBatch
 from mlm_train.train.schedule import learning_rate
 from mlm_train.train.step import Trainer
@@ -203,6 +204,25 @@ def _count_alone(self: Trainer, values: list[float]) -> list[float]:
     return _everywhere(self, values)
 
 
+def _without_anchors(*args: Any) -> Table:
+    """Tables whose lookups hang on nothing that wants a gradient."""
+    table = Table(*args)
+    for anchor in table.anchors.values():
+        anchor.requires_grad_(False)
+    return table
+
+
+_collect = DataShare.collect
+
+
+def _collect_own(self: DataShare, rows: Tensor) -> Tensor:
+    """Gradients of the rows that this rank computed itself, zeros for those of the others."""
+    rank = dist.get_rank(self.group)
+    start = int(self.asked[:rank].sum())
+    own = self.order[start : start + int(self.asked[rank])]
+    return _collect(self, torch.zeros_like(rows).index_copy(0, own, rows[own]))
+
+
 MISTAKES: dict[str, Callable[[], Any]] = {
     "labels counted on each rank alone": lambda: patch.object(Trainer, "_everywhere", _count_alone),
     "norms not summed over positions": lambda: patch("mlm_train.parallel.build.sum_replicated"),
@@ -212,6 +232,8 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "gradients scaled by the schedule": lambda: patch.dict(
         pipeline.SCHEDULES, {"1f1b": lambda *args, scale_grads, **rest: Schedule1F1B(*args, **rest)}
     ),
+    "lookups without anchors": lambda: patch("mlm_train.memory.Table", _without_anchors),
+    "gradients of shared rows not sent": lambda: patch.object(DataShare, "collect", _collect_own),
 }
 
 

@@ -6,7 +6,7 @@ from mlm_train.config.parallel import INTERLEAVED, ZERO_BUBBLE
 from tests.parallel.layouts import MODES
 from tests.parallel.matrix import LAYOUTS, Layout, cases_of
 from tests.parallel.pairwise import LAYOUTS as MIXED
-from tests.parallel.pairwise import case_of, pairs_of, pairwise, pool
+from tests.parallel.pairwise import case_of, pairs_of, pairwise, pool, together
 from tests.parallel.table import beyond, run_layout
 from tests.ranks import run_on_ranks
 
@@ -54,7 +54,8 @@ def test_all_pairs_of_choices_are_compared_or_refused() -> None:
     """Pairs that the config refuses whatever else is chosen, layouts apart: these and no others."""
     candidates, refused = pool()
     taken = [case for cases in pairwise().values() for case in cases.values()]
-    covered = set().union(*(pairs_of(choice) for choice in candidates if case_of(choice) in taken))
+    choices = [*candidates, *together()]
+    covered = set().union(*(pairs_of(choice) for choice in choices if case_of(choice) in taken))
     assert set().union(*map(pairs_of, candidates)) <= covered
     schedules = ("gpipe", "1f1b", "interleaved_1f1b", *ZERO_BUBBLE)
     expected = {(("schedule", schedule), ("zero", 3)) for schedule in schedules}
@@ -105,6 +106,12 @@ MISTAKES: dict[str, dict] = {
     "tied heads not summed": {"pipeline": 2},
     "rows of x0 not summed over positions": SEQUENCE | {"pipeline": 2},
     "gradients scaled by the schedule": {"pipeline": 2},
+    "lookups without anchors": {"pipeline": 2, "schedule": "zbv"},
+    "gradients of shared rows not sent": {},
+}
+MISTAKEN_MODES = {
+    "lookups without anchors": "table",
+    "gradients of shared rows not sent": "table shared",
 }
 
 
@@ -112,8 +119,9 @@ def test_the_suite_sees_mistakes() -> None:
     """Each is seen by the loss, the norm or a gradient, a thousand times above the limits."""
     cases = {}
     for mistake, parallel in MISTAKES.items():
-        model = {"kind": "memory", "tie_word_embeddings": "tied" in mistake}
-        cases[mistake] = {"model": model, "mode": "unique", "micro_batch": 2, "parallel": parallel}
+        model = {"kind": "memory", "tie_word_embeddings": "tied" in mistake, "num_hidden_layers": 4}
+        mode = MISTAKEN_MODES.get(mistake, "unique")
+        cases[mistake] = {"model": model, "mode": mode, "micro_batch": 2, "parallel": parallel}
     errors = run_on_ranks("tests.parallel.parity_cases:run_mistaken", 4, cases=cases)
     for mistake, error in errors.items():
         assert max(error["gradients"], error["norm"], error["loss"]) > 1e-2, (mistake, error)
