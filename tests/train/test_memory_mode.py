@@ -113,5 +113,5 @@ def _saved(run: Path) -> Config:
     ],
 )
 def test_what_does_not_go_together_is_refused(words: tuple[str, ...], said: str) -> None:
-    line = refused("pretrain", CONFIG, "--dry-run", "--world", 2, *words)
+    line = refused("pretrain", CONFIG, *words, "--dry-run", "--world", 2)
     assert said in line
