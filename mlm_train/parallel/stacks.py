@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch._C import _distributed_c10d
 
 PACKAGE = Path(__file__).resolve().parent.parent
+AWAITED = "awaited"  # how the names of threads begin that the main thread waits for
 RECORDS = "1000"  # operations that a rank's flight recorder remembers
 
 
@@ -30,13 +31,20 @@ def keep_flight_records() -> None:
 
 
 def main_thread() -> Whereabouts:
-    """Where the main thread is; in a backward pass on a device, where autograd's threads are."""
+    """Where the main thread is, or the thread that it waits for.
+
+    In a backward pass on a device that is one of autograd's; else one that is named AWAITED.
+    """
     frames = sys._current_frames()
     main = threading.main_thread().ident
     found = _whereabouts(frames[main]) if main in frames else Whereabouts(None, "nowhere", "nowhere")
     if found.operation is None and "_engine_run_backward" in found.innermost:
         others = [_whereabouts(frame) for ident, frame in frames.items() if ident != main]
         return next((other for other in others if other.operation), found)
+    if "threading.py" in found.innermost:
+        awaited = [t.ident for t in threading.enumerate() if t.name.startswith(AWAITED)]
+        others = [_whereabouts(frames[ident]) for ident in awaited if ident in frames]
+        return next((other for other in others if "_worker" not in other.innermost), found)  # not idle
     return found
 
 

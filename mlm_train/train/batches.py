@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mlm_train.model.loss import IGNORED
+from mlm_train.parallel.stacks import AWAITED
 from mlm_train.parallel.topology import Topology
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Ahead:
     """
 
     def __init__(self, make: Callable[[Key], list[MicroBatch]]) -> None:
-        self.make, self.thread = make, ThreadPoolExecutor(1, "data")
+        self.make, self.thread = make, ThreadPoolExecutor(1, f"{AWAITED}-data")
         self.key: Key | None = None
         self.coming: Future[list[MicroBatch]] | None = None
 
