@@ -1,4 +1,6 @@
-"""Sums into rows of a table: the backward of a lookup."""
+"""Lookups of rows, and sums into rows of a table, which is their backward."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,3 +20,24 @@ def add_rows(table: Tensor, index: Tensor, values: Tensor) -> None:
     lengths = torch.zeros(len(table), dtype=torch.int64, device=index.device)
     lengths.scatter_add_(0, index, torch.ones_like(index))
     table += torch.segment_reduce(values[order].contiguous(), "sum", lengths=lengths, axis=0, initial=0.0)
+
+
+class Lookup(torch.autograd.Function):
+    """rows[index], in the dtype of `gradient`; the backward adds into `gradient`, and gives the anchor zeros.
+
+    The anchor, shape [1], is what wants a gradient, so that a backward runs. Zero-bubble schedules run it
+    only where a parameter of the stage hangs on it: the anchors of FFN-M's tables are such, one a layer,
+    in no optimizer and no checkpoint.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, index: Tensor, rows: Tensor, gradient: Tensor, anchor: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.gradient = gradient
+        return rows[index].to(gradient.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, Tensor]:
+        (index,) = ctx.saved_tensors
+        add_rows(ctx.gradient, index.reshape(-1), grad.reshape(-1, grad.shape[-1]))
+        return None, None, None, grad.new_zeros(1)

@@ -7,37 +7,16 @@ summed gradient. Exact: the sum over positions is taken before a linear map inst
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlm_train.memory.rows import add_rows
+from mlm_train.memory.rows import Lookup
 from mlm_train.model.block import MemoryBlock
 from mlm_train.model.source import MemoryReader, MemorySource, Positions
 
 ROWS = 2048  # of a block: large enough for full speed, small enough to stay near the processor
-
-
-class Lookup(torch.autograd.Function):
-    """rows[index], in the dtype of `gradient`; the backward adds into `gradient`, and gives the anchor zeros.
-
-    Zero-bubble schedules run a backward only where a parameter of the stage hangs on it: each lookup has
-    an anchor of its own, shape [1], which is in no optimizer and no checkpoint.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, index: Tensor, rows: Tensor, gradient: Tensor, anchor: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.gradient = gradient
-        return rows[index].to(gradient.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, Tensor]:
-        (index,) = ctx.saved_tensors
-        add_rows(ctx.gradient, index.reshape(-1), grad.reshape(-1, grad.shape[-1]))
-        return None, None, None, grad.new_zeros(1)
 
 
 class Share:

@@ -26,7 +26,7 @@ from mlm_train.parallel.tensor import (
     sum_replicated_each_pass,
 )
 from mlm_train.parallel.topology import Topology
-from mlm_train.parallel.x0 import TRANSPORTS, Relay, X0Channel
+from mlm_train.parallel.x0 import TRANSPORTS, Alone, X0Channel
 
 
 def tensor_group(config: Config, runtime: Runtime) -> TensorGroup:
@@ -129,12 +129,12 @@ def _source(
 def _channel(
     model: Transformer, config: Config, runtime: Runtime, group: TensorGroup, source: MemorySource | None
 ) -> X0Channel:
-    """How x0 reaches this rank. Without FFN-M only a pipeline's first stage embeds, nothing is beside."""
+    """How x0 reaches this rank."""
     from megatron.core import parallel_state
 
     plain = source is None and runtime.topology.pipeline > 1
-    transport = Relay if plain else TRANSPORTS[config.transport]
-    channel = transport(
+    transport = Alone if plain else TRANSPORTS[config.transport]
+    return transport(
         model,
         parallel_state.get_pipeline_model_parallel_group(),
         group,
@@ -142,8 +142,6 @@ def _channel(
         config.parallel.crossings,
         source if isinstance(source, Table) else None,
     )
-    channel.relays = channel.relays and source is not None
-    return channel
 
 
 def _nothing() -> None:

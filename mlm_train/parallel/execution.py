@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from mlm_train.config import Config
-from mlm_train.memory import Table
 from mlm_train.model.source import MemorySource
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.parallel.x0 import X0Channel
@@ -23,8 +22,8 @@ class Executor(Protocol):
     """Runs micro-batches through the model, however its layers are spread."""
 
     @property
-    def table_rows(self) -> int:
-        """Rows of FFN-M's tables that this rank computed for the last step; 0 without tables."""
+    def source(self) -> MemorySource | None:
+        """What executes FFN-M; None where the model has none."""
         ...
 
     def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
@@ -34,11 +33,6 @@ class Executor(Protocol):
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """The summed CE without gradients, fp64 scalar."""
         ...
-
-
-def rows_of(source: MemorySource | None) -> int:
-    """Executor.table_rows of a source."""
-    return len(source.rows) if isinstance(source, Table) else 0
 
 
 class Prepared(NamedTuple):
@@ -73,11 +67,6 @@ class Sequential:
         self.precision, self.device, self.place = precision, runtime.device, runtime.place
         self.gathers = config.parallel.zero == 3
         self.usual = runtime.topology.micro_batches(config.train)
-
-    @property
-    def table_rows(self) -> int:
-        """Rows of the last step's tables."""
-        return rows_of(self.source)
 
     def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
         """One after the other; gradients accumulate in fp32."""

@@ -24,7 +24,7 @@ from mlm_train.memory import Table
 from mlm_train.model.loss import IGNORED
 from mlm_train.model.source import MemorySource
 from mlm_train.model.transformer import Transformer
-from mlm_train.parallel.execution import Batch, Loss, rows_of
+from mlm_train.parallel.execution import Batch, Loss
 from mlm_train.parallel.mappings import TensorGroup
 from mlm_train.parallel.place import MarkedStage
 from mlm_train.parallel.runtime import Runtime
@@ -167,11 +167,6 @@ class Pipeline:
             total += self.stages[-1].total
         dist.all_reduce(total, group=self.group)
         return total
-
-    @property
-    def table_rows(self) -> int:
-        """Rows of the last step's tables."""
-        return rows_of(self.source)
 
     def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
         """The schedule, then x0's gradient to the embedding, then the tied head's and the norms'."""

@@ -5,6 +5,7 @@ looks x0 up and sums its gradient in a table of the same shape, one reduce bring
 rides with the hidden state from stage to stage. `replicate`: every stage keeps the embedding.
 """
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -12,18 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mlm_train.memory import Table
-from mlm_train.memory.rows import add_rows
+from mlm_train.memory.rows import Lookup
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel.mappings import TensorGroup
 
 
 class X0Channel(Protocol):
-    """What a stage asks for x0. `relays`: whether stages pass x0 on as a second tensor.
-
-    Made from this rank's model, the pipeline group and the tensor group, the device, the number of
-    boundaries in the pipeline between stages on different ranks (virtual stages counted), and the tables
-    that the step's rows are for, if any.
-    """
+    """What a stage asks for x0. `relays`: whether stages pass x0 on as a second tensor."""
 
     relays: bool
 
@@ -48,23 +44,24 @@ class X0Channel(Protocol):
         ...
 
 
-class _Lookup(torch.autograd.Function):
-    """rows[index]; the backward adds into a table instead of allocating one a micro-batch."""
+@dataclass
+class _Channel:
+    """What channels are made of: this rank's model, its groups, its device.
 
-    @staticmethod
-    def forward(ctx: Any, index: Tensor, rows: Tensor, table: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.table = table
-        return rows[index]
+    `crossings`: boundaries in the pipeline between stages on different ranks, virtual stages counted;
+    `tables`: what the step's rows are for, if FFN-M has tables.
+    """
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
-        (index,) = ctx.saved_tensors
-        add_rows(ctx.table, index.reshape(-1), grad.reshape(-1, grad.shape[-1]))
-        return None, None, None
+    model: Transformer
+    group: Any  # of the pipeline
+    tensor: TensorGroup
+    device: torch.device
+    crossings: int
+    tables: Table | None = None
 
 
-class Broadcast:
+@dataclass
+class Broadcast(_Channel):
     """The step's rows: distinct ids of this data-parallel rank's step, once over the pipeline group.
 
     With tables what travels is the rows that these are made of; of a share of them (memory.shared) the
@@ -73,19 +70,10 @@ class Broadcast:
 
     relays = False
 
-    def __init__(
-        self,
-        model: Transformer,
-        group: Any,
-        tensor: TensorGroup,
-        device: torch.device,
-        crossings: int,
-        tables: Table | None = None,
-    ) -> None:
-        self.model, self.group, self.tensor, self.device = model, group, tensor, device
-        self.tables = tables
-        self.source = dist.get_global_rank(group, 0)
-        self.owns = dist.get_rank(group) == 0
+    def __post_init__(self) -> None:
+        self.source = dist.get_global_rank(self.group, 0)
+        self.owns = dist.get_rank(self.group) == 0
+        self.anchor = torch.zeros(1, device=self.device, requires_grad=True)
 
     def begin(self, ids: Tensor) -> Tensor:
         distinct, index = ids.unique(return_inverse=True)
@@ -102,14 +90,14 @@ class Broadcast:
             rows = torch.empty(sent, self.model.config.hidden_size, device=self.device)
         dist.broadcast(rows[:sent], self.source, group=self.group)
         self.sent = sent
-        self.rows = rows.requires_grad_()  # nothing flows into it: it makes _Lookup's backward run
+        self.rows = rows
         self.table = torch.zeros_like(self.rows)
         if self.tables:
             self.tables.begin(distinct, self.rows[: self.shared])
         return index
 
     def x0(self, ids: Tensor, index: Tensor) -> Tensor:
-        return _Lookup.apply(self.tensor.mine(index, 1), self.rows, self.table)
+        return Lookup.apply(self.tensor.mine(index, 1), self.rows, self.table, self.anchor)
 
     def finish(self) -> None:
         if self.tables:
@@ -125,21 +113,10 @@ class Broadcast:
         return 2 * 4 * distinct * self.model.config.hidden_size * others
 
 
-class Relay:
+class Relay(_Channel):
     """x0 beside the hidden state: the plain way, and the oracle."""
 
     relays = True
-
-    def __init__(
-        self,
-        model: Transformer,
-        group: Any,
-        tensor: TensorGroup,
-        device: torch.device,
-        crossings: int,
-        tables: Table | None = None,
-    ) -> None:
-        self.model, self.crossings = model, crossings
 
     def begin(self, ids: Tensor) -> Tensor:
         return ids
@@ -155,21 +132,16 @@ class Relay:
         return 2 * 4 * tokens * self.model.config.hidden_size * self.crossings
 
 
-class Replicate:
-    """Every stage embeds; the embedding's gradients are summed over the pipeline group."""
+class Alone(Relay):
+    """Without FFN-M: the first stage embeds, and nothing goes beside the hidden state."""
 
     relays = False
 
-    def __init__(
-        self,
-        model: Transformer,
-        group: Any,
-        tensor: TensorGroup,
-        device: torch.device,
-        crossings: int,
-        tables: Table | None = None,
-    ) -> None:
-        self.model, self.group = model, group
+
+class Replicate(_Channel):
+    """Every stage embeds; the embedding's gradients are summed over the pipeline group."""
+
+    relays = False
 
     def begin(self, ids: Tensor) -> Tensor:
         return ids

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mlm_train.memory import Table
 from mlm_train.model.loss import count_labels
 from mlm_train.parallel.engine import Engine
 from mlm_train.parallel.execution import Executor
@@ -54,7 +55,9 @@ class Trainer:
         self.runtime.place.at("metrics")
         micro = sum(batch.ids.unique().numel() for batch in batches)
         whole = torch.cat([batch.ids.flatten() for batch in batches])
-        counts = (whole.numel(), micro, whole.unique().numel(), self.executor.table_rows)
+        source = self.executor.source
+        computed = len(source.rows) if isinstance(source, Table) else 0
+        counts = (whole.numel(), micro, whole.unique().numel(), computed)
         loss, tokens, micro, distinct, rows = self._everywhere([total.item(), *map(float, counts)])
         return StepResult(
             loss=loss / max(labels, 1.0),

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mlm_train.memory import PerToken
-from mlm_train.memory.table import Lookup, Table
+from mlm_train.memory.rows import Lookup
+from mlm_train.memory.table import Table
 from mlm_train.model.logical import initialise
 from mlm_train.model.source import Positions
 from mlm_train.model.transformer import Transformer

@@ -12,6 +12,7 @@ from torch.distributed.pipelining import Schedule1F1B
 
 from mlm_train.config import Config
 from mlm_train.memory import Table, make_source
+from mlm_train.memory.rows import add_rows
 from mlm_train.model.logical import Piece, initialise, named_pieces, pieces
 from mlm_train.model.loss import count_labels, loss_sums
 from mlm_train.model.transformer import Transformer
@@ -254,7 +255,7 @@ def count_lookups(model: dict, parallel: dict) -> list[int]:
     runtime = processes.start(config)
     trainer = make_trainer(config, runtime)
     found = []
-    with patch("mlm_train.parallel.x0.add_rows", wraps=x0.add_rows) as counted:
+    with patch("mlm_train.memory.rows.add_rows", wraps=add_rows) as counted:
         for work in (trainer.step, trainer.evaluate, trainer.step):
             batches = my_batches(runtime, len(found), config)
             work(batches, 1e-3) if work == trainer.step else work(batches)
