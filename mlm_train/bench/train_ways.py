@@ -19,7 +19,7 @@ from mlm_train.model.logical import draw, initialise
 from mlm_train.model.loss import count_labels
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
-from mlm_train.parallel.build import build_executor, build_model
+from mlm_train.parallel.build import autocast_of, build_executor, build_model
 from mlm_train.parallel.engine import Engine, parameter_groups
 from mlm_train.parallel.execution import Sequential
 from mlm_train.train.batches import MicroBatch
@@ -156,8 +156,7 @@ class Llama:
             groups, lr=options.lr, betas=options.betas, eps=options.eps
         )
         self.entry: Callable[..., Any] = torch.compile(self.model) if variant.compiled else self.model
-        bf16 = config.train.precision == "bf16"
-        self.precision = torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16)
+        self.precision = autocast_of(config, torch.device("cpu"))
 
     def begin(self, batches: Sequence[MicroBatch]) -> None:
         """The labels of the step: what transformers' own trainer divides a micro-batch's loss by."""

@@ -41,6 +41,10 @@ class MemoryConfig(Section):
         "computed as with mode=unique (default: all)",
     )
 
+    def tabled(self, layers: int) -> int:
+        """Of so many layers of a rank, those that have a table."""
+        return min(layers, self.table_layers or layers) if self.mode == "table" else 0
+
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 

@@ -110,7 +110,7 @@ class Monitor:
             return 1.0
         if memory.mode == "unique":
             return result.distinct_micro
-        tabled = min(layers, (memory.table_layers or layers) * self.runtime.topology.pipeline) / layers
+        tabled = min(layers, memory.tabled(layers) * self.runtime.topology.pipeline) / layers
         return tabled * result.table_rows + (1 - tabled) * result.distinct_micro
 
     def evaluation(self, report: Evaluation) -> None:

@@ -87,6 +87,11 @@ def build_loss(config: Config, group: TensorGroup) -> Loss:
     return loss
 
 
+def autocast_of(config: Config, device: torch.device) -> torch.autocast:
+    """The region of config field train.precision: bf16 products, or none."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.train.precision == "bf16")
+
+
 def build_executor(
     model: Transformer, config: Config, runtime: Runtime, entry: nn.Module | None = None
 ) -> Executor:
@@ -97,8 +102,7 @@ def build_executor(
             model.block(layer).set_recompute(config.train.recompute_of(span.number))
             model.block(layer).compiles = config.train.compile
     loss = build_loss(config, group)
-    bf16 = config.train.precision == "bf16"
-    precision = torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=bf16)
+    precision = autocast_of(config, runtime.device)
     source = _source(model, config, group, precision)
     if runtime.topology.pipeline > 1:
         channel = _channel(model, config, runtime, group, source)

@@ -1,6 +1,6 @@
 """How ranks are laid out. One frozen object, made and validated without processes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlm_train.config import Config, ParallelConfig, TrainConfig
 from mlm_train.config.parallel import INTERLEAVED
@@ -51,6 +51,10 @@ class Topology:
     def pipeline_rank(self) -> int:
         """Which stage this rank holds."""
         return self.rank // (self.tensor * self.data)
+
+    def along_pipeline(self) -> "list[Topology]":
+        """As the first rank of each place in the pipeline sees it."""
+        return [replace(self, rank=place * self.tensor * self.data) for place in range(self.pipeline)]
 
     def micro_batches(self, train: TrainConfig) -> int:
         """Micro-batches of a step on each data-parallel rank, after the ramp."""

@@ -1,7 +1,5 @@
 """An estimate of what autograd keeps on a rank between forward and backward passes."""
 
-from dataclasses import replace
-
 from mlm_train.config import Config
 from mlm_train.config.parallel import INTERLEAVED
 from mlm_train.config.schema import Recompute
@@ -15,8 +13,7 @@ FP32 = 4
 def activation_bytes(config: Config, topology: Topology) -> int:
     """Bytes on the pipeline rank that keeps most."""
     found = []
-    for place in range(topology.pipeline):
-        rank = replace(topology, rank=place * topology.tensor * topology.data)
+    for rank in topology.along_pipeline():
         spans, count = my_spans(config, rank), in_flight(config, rank)
         kept = count * sum(_stage_bytes(config, span) for span in spans)
         head = _head_bytes(config, count) if spans[-1].last else 0.0

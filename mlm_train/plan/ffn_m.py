@@ -4,11 +4,13 @@ Seconds are counted from measured speeds (plan/speeds.py) and expected distinct 
 (attention, FFN-C, head) is left out. Work inside a pipeline's schedule waits in its bubble, tables do not.
 """
 
-from dataclasses import replace
+from collections.abc import Sequence
 from math import ceil
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from mlm_train.config import Config
 from mlm_train.config.load import parse_config
@@ -27,6 +29,16 @@ class Distinct(NamedTuple):
     micro_batch: float
     step: float
     everywhere: float
+
+    @classmethod
+    def of(cls, ids: Sequence[Tensor], ranks: int = 1) -> "Distinct":
+        """Counted; `ids` of each micro-batch of a step, dealt in turn to so many data-parallel ranks."""
+        found = [some.unique() for some in ids]
+        return cls(
+            micro_batch=sum(map(len, found)) / len(found),
+            step=len(torch.cat(found[::ranks]).unique()),
+            everywhere=len(torch.cat(found).unique()),
+        )
 
 
 class Speeds(NamedTuple):
@@ -98,9 +110,7 @@ class Choice(NamedTuple):
 
 def rank_layers(config: Config, topology: Topology) -> int:
     """Layers of the pipeline rank that has most."""
-    places = (
-        replace(topology, rank=place * topology.tensor * topology.data) for place in range(topology.pipeline)
-    )
+    places = topology.along_pipeline()
     return max(sum(len(span.layers) for span in my_spans(config, place)) for place in places)
 
 
@@ -112,17 +122,16 @@ def table_bytes_per_layer(config: Config, distinct: float) -> float:
 
 def table_bytes(config: Config, topology: Topology, distinct: float) -> float:
     """Of all tables of this rank, for so many distinct ids a step."""
-    if config.memory is None or config.memory.mode != "table":
+    if config.memory is None:
         return 0.0
-    layers = rank_layers(config, topology)
-    return min(layers, config.memory.table_layers or layers) * table_bytes_per_layer(config, distinct)
+    return config.memory.tabled(rank_layers(config, topology)) * table_bytes_per_layer(config, distinct)
 
 
 def seconds(config: Config, topology: Topology, distinct: Distinct, speeds: Speeds) -> float:
     """FFN-M's share of a step on this rank, as `config.memory` executes it."""
     assert config.memory is not None
     layers, mode = rank_layers(config, topology), config.memory.mode
-    tabled = min(layers, config.memory.table_layers or layers) if mode == "table" else 0
+    tabled = config.memory.tabled(layers)
     found = tabled * _table_layer(config, topology, distinct, speeds)
     if tabled < layers:
         found += (layers - tabled) * _layer(config, topology, distinct, speeds, mode == "per_token")
@@ -163,8 +172,7 @@ def _table_layer(config: Config, topology: Topology, distinct: Distinct, speeds:
     rows, exchange = distinct.step, 0.0
     if config.memory.shared:
         others = (topology.data - 1) / topology.data
-        element = 2 if config.train.precision == "bf16" else FP32
-        exchange = others * distinct.step * config.model.hidden_size * (element + FP32) / speeds.data_link
+        exchange = others * table_bytes_per_layer(config, distinct.step) / speeds.data_link
         rows = distinct.everywhere / topology.data
     calls = ceil(rows / ROWS)
     lookups = topology.micro_batches(config.train) * _positions(config) * speeds.lookup
@@ -174,24 +182,18 @@ def _table_layer(config: Config, topology: Topology, distinct: Distinct, speeds:
 
 def choose(config: Config, topology: Topology, distinct: Distinct, speeds: Speeds, budget: float) -> Choice:
     """memory.mode=auto decided. `budget`: bytes that this rank's tables may take."""
-    found = {
-        _name(candidate): (seconds(candidate, topology, distinct, speeds), candidate)
-        for candidate in _candidates(config, topology, distinct, budget)
-    }
-    best = min(found, key=lambda name: found[name][0])
-    ranking = ", ".join(f"{name} {cost:.3g} s" for name, (cost, _) in sorted(found.items(), key=_cost))
+    configs = {_name(candidate): candidate for candidate in _candidates(config, topology, distinct, budget)}
+    costs = {name: seconds(one, topology, distinct, speeds) for name, one in configs.items()}
+    best, *_ = cheapest = sorted(costs, key=costs.__getitem__)
+    ranking = ", ".join(f"{name} {costs[name]:.3g} s" for name in cheapest)
     rows = f"{distinct.micro_batch:,.0f} distinct ids a micro-batch, {distinct.step:,.0f} a step"
-    chosen = found[best][1]
+    chosen = configs[best]
     size = table_bytes(chosen, topology, distinct.step)
     tables = f"; tables {size / 2**20:,.0f} MiB a rank" if size else ""
     whole = rank_layers(config, topology) * table_bytes_per_layer(config, MARGIN * distinct.step)
     if whole > budget:
         tables += f"; whole tables would take {whole / 2**20:,.0f} MiB of the {budget / 2**20:,.0f} allowed"
     return Choice(chosen, f"memory.mode=auto -> {best}: FFN-M a step {ranking} ({rows}){tables}")
-
-
-def _cost(entry: tuple[str, tuple[float, Config]]) -> float:
-    return entry[1][0]
 
 
 def _name(config: Config) -> str:

@@ -5,7 +5,6 @@ estimate of what ZeRO holds whole for a moment, tables of how many distinct ids 
 activations: plan/activations.py.
 """
 
-from dataclasses import replace
 from typing import NamedTuple
 
 from mlm_train.config import Config
@@ -64,8 +63,7 @@ def state_bytes(config: Config, elements: int, topology: Topology) -> tuple[int,
 def rank_elements(config: Config, topology: Topology) -> int:
     """Parameters of the fullest rank, padding of tensor parallelism included."""
     found = []
-    for stage in range(topology.pipeline):
-        rank = replace(topology, rank=stage * topology.tensor * topology.data)
+    for rank in topology.along_pipeline():
         model = shapes_of(config, rank, TensorGroup(topology.tensor, 0))
         found.append(sum(parameter.numel() for parameter in model.parameters()))
     return max(found)

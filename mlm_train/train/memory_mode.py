@@ -45,12 +45,7 @@ def expected_distinct(config: Config, topology: Topology, samples: Samples) -> D
     size, micro_batch = config.train.global_batch, config.train.micro_batch
     alone = replace(topology, rank=0, world=topology.tensor * topology.pipeline)
     whole = step_batches(samples, 0, size, micro_batch, alone)
-    ids = [batch.ids.unique() for batch in whole]
-    return Distinct(
-        micro_batch=sum(map(len, ids)) / len(ids),
-        step=len(torch.cat(ids[:: topology.data]).unique()),
-        everywhere=len(torch.cat(ids).unique()),
-    )
+    return Distinct.of([batch.ids for batch in whole], topology.data)
 
 
 def _described(config: Config, runtime: Runtime, samples: Samples) -> str:
