@@ -1,5 +1,6 @@
 """`bench auto`: memory.mode=auto against every mode measured, on shapes whose best mode differs."""
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,17 +13,15 @@ from rich.progress import track
 from rich.table import Table
 
 from mlm_train.bench import report
+from mlm_train.bench.built import SEED, build, step_config
 from mlm_train.config import Config
-from mlm_train.config.load import parse_config
 from mlm_train.errors import UserError
-from mlm_train.model.logical import initialise
 from mlm_train.parallel import runtime as processes
-from mlm_train.parallel.build import build_executor, build_model
 from mlm_train.parallel.execution import Batch, Executor
 from mlm_train.plan.ffn_m import Distinct, choose
 from mlm_train.plan.speeds import measure_speeds
 
-SEED, GIB = 1234, 2.0**30
+GIB = 2.0**30
 MODES = ("per_token", "unique", "table")
 
 
@@ -53,27 +52,15 @@ SHAPES = {
 
 def config_of(shape: Shape, mode: str) -> Config:
     """The config of a shape in a mode."""
-    tree: dict[str, Any] = {
-        "model": {
-            "kind": "memory",
-            "vocab_size": shape.vocabulary,
-            "hidden_size": shape.hidden,
-            "num_hidden_layers": shape.layers,
-            "num_attention_heads": 4,
-            "intermediate_size": shape.keys,
-        },
-        "memory": {"mode": mode},
-        "data": {"path": "none", "sequence_length": shape.length},
-        "train": {
-            "output": "none",
-            "steps": 1,
-            "device": "cpu",
-            "precision": "bf16",
-            "micro_batch": shape.micro_batch,
-            "global_batch": shape.micro_batch * shape.micro_batches,
-        },
+    model = {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": 4,
+        "intermediate_size": shape.keys,
     }
-    return parse_config(tree)
+    train = {"precision": "bf16"}
+    return step_config(model, mode, shape.length, shape.micro_batch, shape.micro_batches, train)
 
 
 def bench_auto(runs: int, names: Sequence[str] | None, json_file: str | None) -> int:
@@ -86,7 +73,7 @@ def bench_auto(runs: int, names: Sequence[str] | None, json_file: str | None) ->
     for name, shape in track(shapes.items(), "measuring", console=console, transient=True):
         seconds, chosen = _measure(shape, runs)
         rows += [report.row(f"{name}.{mode}", values, "s") for mode, values in seconds.items()]
-        medians = {mode: report.row("", values, "s")["median"] for mode, values in seconds.items()}
+        medians = {mode: statistics.median(values) for mode, values in seconds.items()}
         ratios[f"{name}.auto_over_best"] = medians[chosen] / min(medians.values())
         cells = [f"{medians[mode]:.3f}" for mode in MODES]
         table.add_row(name, *cells, chosen, f"{ratios[f'{name}.auto_over_best']:.3f}")
@@ -113,8 +100,7 @@ def _checked(runs: int, names: Sequence[str] | None, json_file: str | None) -> d
 def _measure(shape: Shape, runs: int) -> tuple[dict[str, list[float]], str]:
     """Seconds of each mode's steps, in turn, and the mode that auto takes."""
     batches = [(ids, ids.roll(-1, 1)) for ids in _ids(shape).split(shape.micro_batch)]
-    runtime = processes.start(config_of(shape, "unique"))
-    executors = {mode: _executor(config_of(shape, mode), runtime) for mode in MODES}
+    executors = {mode: build(config_of(shape, mode))[1] for mode in MODES}
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
     for run in range(runs + 1):
         for mode, executor in executors.items():
@@ -122,16 +108,10 @@ def _measure(shape: Shape, runs: int) -> tuple[dict[str, list[float]], str]:
             if run:  # the first one warms up
                 seconds[mode].append(taken)
     config = config_of(shape, "auto")
-    distinct = _distinct(batches)
+    runtime, distinct = processes.start(config), Distinct.of([ids for ids, _ in batches])
     choice = choose(config, runtime.topology, distinct, measure_speeds(config, runtime), GIB)
     assert choice.config.memory is not None
     return seconds, choice.config.memory.mode
-
-
-def _executor(config: Config, runtime: processes.Runtime) -> Executor:
-    model = build_model(config, runtime)
-    initialise(model, config.model, SEED)
-    return build_executor(model, config, runtime)
 
 
 def _step(executor: Executor, batches: list[Batch]) -> float:
@@ -148,9 +128,3 @@ def _ids(shape: Shape) -> torch.Tensor:
     count = shape.micro_batch * shape.micro_batches
     drawn = weights.multinomial(count * shape.length, True, generator=torch.Generator().manual_seed(SEED))
     return drawn.view(count, shape.length)
-
-
-def _distinct(batches: list[Batch]) -> Distinct:
-    each = [len(ids.unique()) for ids, _ in batches]
-    step = len(torch.cat([ids for ids, _ in batches]).unique())
-    return Distinct(sum(each) / len(each), step, step)

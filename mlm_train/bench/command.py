@@ -1,6 +1,7 @@
 """`mlm-train bench`: measure this machine."""
 
 import argparse
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from mlm_train.arguments import add_action
@@ -83,14 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     auto.add_argument("--shapes", nargs="+", metavar="NAME", help="default: all six")
     auto.add_argument("--json", metavar="FILE", help="write the figures there")
     loss = add_action(actions, "loss", "the head and its loss, chunked against plain", _LOSS_HELP)
-    for name, default, meaning in (
-        ("vocabulary", 128256, "words"),
-        ("hidden", 1024, "hidden size"),
-        ("tokens", 4096, "tokens"),
-    ):
-        loss.add_argument(
-            f"--{name}", type=int, metavar="N", default=default, help=f"{meaning} (default {default})"
-        )
+    sizes = (("vocabulary", 128256, "words"), ("hidden", 1024, "hidden size"), ("tokens", 4096, "tokens"))
+    _add_sizes(loss, sizes)
     loss.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="default bf16")
     loss.add_argument("--chunk", type=int, metavar="N", help="tokens a chunk; default: as in training")
     loss.add_argument("--runs", type=int, metavar="N", default=5, help="runs of each way (default 5)")
@@ -98,12 +93,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loss.add_argument("--worker", help=argparse.SUPPRESS)  # what a run's process is started with
 
 
+def _add_sizes(parser: argparse.ArgumentParser, sizes: Iterable[tuple[str, int, str]]) -> None:
+    """Whole numbers: name, default, meaning."""
+    for name, default, meaning in sizes:
+        parser.add_argument(
+            f"--{name}", type=int, metavar="N", default=default, help=f"{meaning} (default {default})"
+        )
+
+
 def _add_profile(actions: "Actions") -> None:
     profile = add_action(actions, "profile", "where a training step's time goes", _PROFILE_HELP)
     profile.add_argument(
         "mode", choices=("base", "per_token", "unique", "table"), help="a base model, or a memory.mode"
     )
-    for name, default, meaning in (
+    sizes = (
         ("layers", 12, "layers"),
         ("hidden", 768, "hidden size"),
         ("heads", 12, "attention heads"),
@@ -112,10 +115,8 @@ def _add_profile(actions: "Actions") -> None:
         ("sequence", 1024, "tokens a sequence"),
         ("sequences", 2, "sequences a micro-batch"),
         ("micro-batches", 8, "micro-batches a step"),
-    ):
-        profile.add_argument(
-            f"--{name}", type=int, metavar="N", default=default, help=f"{meaning} (default {default})"
-        )
+    )
+    _add_sizes(profile, sizes)
     profile.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="default bf16")
     profile.add_argument("--compile", action="store_true", help="as train.compile does")
     profile.add_argument("--json", metavar="FILE", help="write the figures there")

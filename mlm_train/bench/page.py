@@ -89,15 +89,12 @@ def _aims(figures: Figures) -> str:
 
 def _bounds(figures: Figures) -> str:
     """What bounds each variant's speed, from its own figures."""
-    peak = figures.rows[f"{figures.preset}.product_peak"]["median"]
-    noffn, lines = figures.get("noffn", "step"), []
+    lines = []
     for name in figures.variants:
-        step = figures.of(name, "step")
-        share = figures.of(name, "flops") / peak / step
-        words = [f"products at their peak speed would take {share:.0%} of its time"]
-        if noffn is not None and name != "noffn":
-            words.append(f"{noffn / step:.0%} of it is what the model without FFN takes")
-        ends = (figures.of(name, "begin") + figures.of(name, "finish")) / step
+        ends, same, at_peak = figures.shares(name)
+        words = [f"products at their peak speed would take {at_peak:.0%} of its time"]
+        if same is not None:
+            words.append(f"{same:.0%} of it is what the model without FFN takes")
         if ends > 0.01:
             words.append(f"{ends:.0%} are begin and finish, once a step")
         lines.append(f"- {name}: {'; '.join(words)}.")

@@ -16,13 +16,9 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from mlm_train.bench import report
-from mlm_train.config.load import parse_config
+from mlm_train.bench.built import SEED, build, step_config
 from mlm_train.errors import UserError
-from mlm_train.model.logical import initialise
-from mlm_train.parallel import runtime as processes
-from mlm_train.parallel.build import build_executor, build_model
 
-SEED = 1234
 ZIPF = 1.16  # the k-th id comes k**-ZIPF as often: 0.19 distinct ids a token at 16k tokens, as in text
 # What an operation is for: the first that its name contains. Names are torch's.
 GROUPS = {
@@ -79,33 +75,19 @@ def _check(args: argparse.Namespace) -> None:
 
 def _step(args: argparse.Namespace) -> tuple[Any, int, int]:
     """A function that runs a step's micro-batches, the step's tokens and its distinct ids."""
-    base, count = args.mode == "base", args.micro_batches * args.sequences
-    tree: dict[str, Any] = {
-        "model": {
-            "kind": "base" if base else "memory",
-            "vocab_size": args.vocabulary,
-            "hidden_size": args.hidden,
-            "num_hidden_layers": args.layers,
-            "num_attention_heads": args.heads,
-            "intermediate_size": args.ffn,
-            "max_position_embeddings": args.sequence,
-        },
-        "data": {"path": "none", "sequence_length": args.sequence},
-        "train": {
-            "output": "none",
-            "steps": 1,
-            "device": "cpu",
-            "precision": args.precision,
-            "compile": args.compile,
-            "micro_batch": args.sequences,
-            "global_batch": count,
-        },
+    model = {
+        "vocab_size": args.vocabulary,
+        "hidden_size": args.hidden,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.heads,
+        "intermediate_size": args.ffn,
+        "max_position_embeddings": args.sequence,
     }
-    config = parse_config(tree if base else tree | {"memory": {"mode": args.mode}})
-    runtime = processes.start(config)
-    model = build_model(config, runtime)
-    initialise(model, config.model, SEED)
-    executor = build_executor(model, config, runtime)
+    mode = None if args.mode == "base" else args.mode
+    train = {"precision": args.precision, "compile": args.compile}
+    config = step_config(model, mode, args.sequence, args.sequences, args.micro_batches, train)
+    _, executor, _ = build(config)
+    count = config.train.global_batch
     torch.manual_seed(SEED)
     odds = torch.arange(1, args.vocabulary + 1, dtype=torch.float64) ** -ZIPF
     ids = torch.multinomial(odds, count * args.sequence, replacement=True).view(count, args.sequence)

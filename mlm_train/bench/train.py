@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mlm_train.bench import report, train_show
 from mlm_train.bench.train_figures import Measured, Record, disagreements, ratios_of, rows_of
-from mlm_train.bench.train_presets import COMPILED, PRESETS, SEED, Preset, Variant, can_compile, make_config
+from mlm_train.bench.train_presets import COMPILED, PRESETS, SEED, Preset, Variant, make_config
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
 from mlm_train.errors import UserError
@@ -100,8 +100,6 @@ def _checked(options: Options) -> Plan:
             report.check_writable(Path(file), f"--{name}")
     names = list(dict.fromkeys(options.variants or preset.variants))
     if options.compile:
-        if not can_compile():
-            raise UserError("--compile: this version of mlm-train has no train.compile; leave it out")
         names += [f"{name}{COMPILED}" for name in names if not name.startswith("hf.")]
     variants = [Variant.named(name) for name in names]
     validated = list(options.validate if options.validate is not None else preset.validated)

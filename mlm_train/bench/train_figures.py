@@ -70,6 +70,12 @@ class Measured:
         ratio = self.speed(name) / self.speed(base)
         return ratio / (self.flops(base, recomputed=False) / self.flops(name, recomputed=False))
 
+    def deviation(self, name: str) -> float:
+        """Of the sum of a step's parts from the whole step in one go, relative."""
+        record, tokens = self.records[name], self.preset.tokens
+        assert record.whole is not None
+        return record.seconds(tokens, tokens // self.preset.micro_tokens) / record.whole - 1
+
     def activations(self, name: str) -> int:
         """Peak of a step up to its optimizer less everything that has a name."""
         record = self.records[name]
@@ -125,22 +131,14 @@ def rows_of(found: Measured) -> list[Row]:
         if base is not None:
             rows.append(report.row(f"{begin}.over_limit", [found.over_limit(name, base)], "ratio"))
         if record.whole is not None:
-            rows += _validation(begin, found, record)
+            rows += [
+                report.row(f"{begin}.whole_step", [record.whole], "s"),
+                report.row(f"{begin}.whole_step_deviation", [found.deviation(name)], "ratio"),
+            ]
         parts = record.built | record.memory | {"activations": found.activations(name)}
         rows += [report.row(f"{begin}.memory.{part}", [parts[part]], "bytes") for part in PARTS]
         rows.append(report.row(f"{begin}.memory.peak", [parts["peak_with_update"]], "bytes"))
     return rows
-
-
-def _validation(begin: str, found: Measured, record: Record) -> list[Row]:
-    """A whole step against the sum of its parts."""
-    assert record.whole is not None
-    tokens = found.preset.tokens
-    parts = record.seconds(tokens, tokens // found.preset.micro_tokens)
-    return [
-        report.row(f"{begin}.whole_step", [record.whole], "s"),
-        report.row(f"{begin}.whole_step_deviation", [parts / record.whole - 1], "ratio"),
-    ]
 
 
 def ratios_of(found: Measured) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mlm_train.config import Config, TrainConfig
+from mlm_train.config import Config
 from mlm_train.config.load import parse_config
 from mlm_train.errors import UserError
 from mlm_train.model.counts import train_flops_per_token
@@ -71,8 +71,6 @@ class Variant:
             if name not in HF:
                 raise UserError(f"variant {name!r} is unknown; transformers' are {', '.join(HF)}")
             return cls(name, "hf", None, None, compiled)
-        if compiled and not can_compile():
-            raise UserError(f"variant {name!r}: this version of mlm-train has no train.compile; leave it out")
         kind, _, mode = plain.partition(".")
         if kind.startswith("flex"):
             return cls(name, "flex", mode, int(kind.removeprefix("flex")), compiled)
@@ -85,11 +83,6 @@ class Variant:
     def peers(self) -> str:
         """Variants of one value here have the same function and weights: their losses agree."""
         return "base" if self.family == "hf" else f"{self.family}{self.beta or ''}"
-
-
-def can_compile() -> bool:
-    """Whether the config has train.compile."""
-    return "compile" in TrainConfig.model_fields
 
 
 def make_config(preset: Preset, variant: Variant, data: str, precision: str, tokens: int) -> Config:
@@ -120,9 +113,8 @@ def make_config(preset: Preset, variant: Variant, data: str, precision: str, tok
         "precision": precision,
         "seed": SEED,
         "device": "cpu",
+        "compile": variant.compiled and variant.family != "hf",
     }
-    if can_compile():
-        train["compile"] = variant.compiled and variant.family != "hf"
     tree: dict[str, Any] = {
         "model": model,
         "data": {"path": data, "sequence_length": preset.sequence},

@@ -43,6 +43,14 @@ class Figures:
         theirs = self.get(other, "speed")
         return None if theirs is None else self.of(variant, "speed") / theirs
 
+    def shares(self, variant: str) -> tuple[float, float | None, float]:
+        """Of a step's time: begin and finish; the model without FFN's; the FLOPs at the products' peak."""
+        step, noffn = self.of(variant, "step"), self.get("noffn", "step")
+        ends = self.of(variant, "begin") + self.of(variant, "finish")
+        peak = self.rows[f"{self.preset}.product_peak"]["median"]
+        same = None if noffn is None or variant == "noffn" else noffn / step
+        return ends / step, same, self.of(variant, "flops") / peak / step
+
 
 def _table(title: str, *headings: str) -> Table:
     """The first column holds words, the others numbers."""
@@ -78,20 +86,16 @@ def bound_table(figures: Figures) -> Table:
     parts = ("step, s", "begin, s", "micro-\nbatch, s", "finish, s", "AdamW, s")
     shares = ("begin and\nfinish", "as noffn", "FFN and\nthe rest", "products\nat the peak")
     table = _table("what a step's time is", "variant", *parts, *shares)
-    peak = figures.rows[f"{figures.preset}.product_peak"]["median"]
-    noffn = figures.get("noffn", "step")
     for name in figures.variants:
-        step = figures.of(name, "step")
-        ends = figures.of(name, "begin") + figures.of(name, "finish")
-        same = None if noffn is None or name == "noffn" else noffn / step
+        ends, same, at_peak = figures.shares(name)
         table.add_row(
             name,
-            f"{step:.2f}",
+            f"{figures.of(name, 'step'):.2f}",
             *(f"{figures.of(name, part):.2f}" for part in ("begin", "micro_batch", "finish", "optimizer")),
-            f"{ends / step:.0%}",
+            f"{ends:.0%}",
             "" if same is None else f"{same:.0%}",
             "" if same is None else f"{1 - same:.0%}",
-            f"{figures.of(name, 'flops') / peak / step:.0%}",
+            f"{at_peak:.0%}",
         )
     return table
 
@@ -127,7 +131,7 @@ def notes(found: Measured, runs: int, fingerprint: str) -> list[str]:
         lines.append(f"NOT quiet: micro-batches of one variant differ by more than 15 %: {', '.join(noisy)}")
     for name, record in records.items():
         if record.whole is not None:
-            off = record.seconds(preset.tokens, preset.tokens // preset.micro_tokens) / record.whole - 1
+            off = found.deviation(name)
             verdict = "within" if abs(off) <= 0.03 else "NOT within"
             lines.append(
                 f"{name}: the parts' sum is {off:+.1%} from a whole step in one go ({record.whole:.1f} s), "

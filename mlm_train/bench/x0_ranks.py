@@ -10,15 +10,13 @@ from rich.console import Console
 from rich.progress import track
 
 from mlm_train.bench import report
+from mlm_train.bench.built import SEED, build, step_config
 from mlm_train.config import Config
-from mlm_train.config.load import parse_config
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
-from mlm_train.model.logical import initialise
 from mlm_train.model.loss import count_labels
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
-from mlm_train.parallel.build import build_executor, build_model
 from mlm_train.parallel.pipeline import Pipeline
 from mlm_train.parallel.traffic import Traffic
 from mlm_train.parallel.x0 import TRANSPORTS
@@ -29,35 +27,26 @@ LAYERS, HIDDEN, VOCABULARY, LENGTH = 8, 128, 2048, 160
 MICRO_BATCH, MICRO_BATCHES = 2, 8
 VIRTUAL = 2  # stages a rank, with interleaved_1f1b
 COUNTED = 2  # steps counted before any is timed: the first one could move more than those after it
-SEED = 1234
 
 Step = Callable[[int], list[MicroBatch]]
 
 
 def make_config(stages: int, schedule: str, vocabulary: int, transport: str | None) -> Config:
     """The model measured; transport None: the same without FFN-M, whose stages need no x0."""
-    parallel = {"pipeline": stages, "schedule": schedule}
+    parallel: dict[str, Any] = {"pipeline": stages, "schedule": schedule}
     if schedule == "interleaved_1f1b":
         parallel["virtual_stages"] = VIRTUAL
     model = {
-        "kind": "base" if transport is None else "memory",
         "vocab_size": vocabulary,
         "hidden_size": HIDDEN,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": 4,
         "intermediate_size": 344,
     }
-    train = {"output": "none", "steps": 1, "micro_batch": MICRO_BATCH, "device": "cpu"}
-    tree: dict[str, Any] = {
-        "model": model,
-        "data": {"path": "none", "sequence_length": LENGTH},
-        "parallel": parallel,
-        "train": train | {"global_batch": MICRO_BATCH * MICRO_BATCHES},
-    }
     if transport is not None:
         parallel["x0_transport"] = transport
-        tree["memory"] = {"mode": "unique"}
-    return parse_config(tree)
+    mode = None if transport is None else "unique"
+    return step_config(model, mode, LENGTH, MICRO_BATCH, MICRO_BATCHES, {}, parallel)
 
 
 @dataclass
@@ -72,10 +61,7 @@ class Candidate:
     @classmethod
     def build(cls, config: Config) -> "Candidate":
         """On all ranks; every candidate has the same weights."""
-        runtime = processes.start(config)
-        model = build_model(config, runtime)
-        initialise(model, config.model, SEED)
-        executor = build_executor(model, config, runtime)
+        model, executor, runtime = build(config)
         assert isinstance(executor, Pipeline)
         return cls(model, executor, runtime)
 

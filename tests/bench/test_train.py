@@ -10,7 +10,7 @@ import torch
 
 from mlm_train.bench import train
 from mlm_train.bench.train_figures import PARTS, Measured, Record, disagreements, ratios_of
-from mlm_train.bench.train_presets import ALL, PRESETS, Variant, can_compile, flops_per_token, make_config
+from mlm_train.bench.train_presets import ALL, PRESETS, Variant, flops_per_token, make_config
 from mlm_train.bench.train_ways import build_way
 from mlm_train.bench.train_worker import Worker
 from mlm_train.model.counts import count_parameters, train_flops_per_token
@@ -209,6 +209,3 @@ def test_bad_input(data: Path, tmp_path: Path) -> None:
     assert "prepare more text" in refused(*words, "tiny", "--steps-of", 64 * 10**7)
     for option in ("--json", "--plot"):
         assert "a folder that exists" in refused(*words, "tiny", option, tmp_path / "no" / "file")
-    if not can_compile():
-        assert "no train.compile" in refused(*words, "tiny", "--compile")
-        assert "no train.compile" in refused(*words, "tiny", "--variants", "base.compiled")

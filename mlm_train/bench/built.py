@@ -1,0 +1,47 @@
+"""What several benchmarks build alike: the config of a small step, and what runs it."""
+
+from typing import Any
+
+from mlm_train.config import Config
+from mlm_train.config.load import parse_config
+from mlm_train.model.logical import initialise
+from mlm_train.model.transformer import Transformer
+from mlm_train.parallel import runtime as processes
+from mlm_train.parallel.build import build_executor, build_model
+from mlm_train.parallel.execution import Executor
+
+SEED = 1234
+
+
+def step_config(
+    model: dict[str, Any],
+    mode: str | None,
+    length: int,
+    micro_batch: int,
+    micro_batches: int,
+    train: dict[str, Any],
+    parallel: dict[str, Any] | None = None,
+) -> Config:
+    """A step on CPU without data; `mode` of FFN-M, None for a base model."""
+    tree: dict[str, Any] = {
+        "model": model | {"kind": "base" if mode is None else "memory"},
+        "data": {"path": "none", "sequence_length": length},
+        "parallel": parallel or {},
+        "train": {
+            "output": "none",
+            "steps": 1,
+            "device": "cpu",
+            "micro_batch": micro_batch,
+            "global_batch": micro_batch * micro_batches,
+        }
+        | train,
+    }
+    return parse_config(tree if mode is None else tree | {"memory": {"mode": mode}})
+
+
+def build(config: Config) -> tuple[Transformer, Executor, processes.Runtime]:
+    """On all ranks, without an optimizer; the same weights whatever the layout."""
+    runtime = processes.start(config)
+    model = build_model(config, runtime)
+    initialise(model, config.model, SEED)
+    return model, build_executor(model, config, runtime), runtime
