@@ -51,6 +51,10 @@ def _main(call: Path) -> None:
             text = f"rank {rank} failed\n{traceback.format_exc()}"
             (Path(order["folder"]) / f"failure-{rank}").write_text(text)
         raise
+    # Not through Python's finalisation: a thread of gloo that drops its last tensor then kills the process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from rich.progress import track
 from rich.table import Table
 
 from mlm_train.bench import report
-from mlm_train.bench.built import SEED, build, step_config
+from mlm_train.bench.built import MODES, SEED, build, step_config
 from mlm_train.config import Config
 from mlm_train.errors import UserError
 from mlm_train.parallel import runtime as processes
@@ -22,7 +22,6 @@ from mlm_train.plan.ffn_m import Distinct, choose
 from mlm_train.plan.speeds import measure_speeds
 
 GIB = 2.0**30
-MODES = ("per_token", "unique", "table")
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def _measure(shape: Shape, runs: int) -> tuple[dict[str, list[float]], str]:
     runtime, distinct = processes.start(config), Distinct.of([ids for ids, _ in batches])
     choice = choose(config, runtime.topology, distinct, measure_speeds(config, runtime), GIB)
     assert choice.config.memory is not None
-    return seconds, choice.config.memory.mode
+    return seconds, "kept" if choice.config.memory.kept_layers else choice.config.memory.mode
 
 
 def _step(executor: Executor, batches: list[Batch]) -> float:

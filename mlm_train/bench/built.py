@@ -11,6 +11,12 @@ from mlm_train.parallel.build import build_executor, build_model
 from mlm_train.parallel.execution import Executor
 
 SEED = 1234
+MODES: dict[str, dict[str, Any]] = {  # executions of FFN-M, as config section `memory` says them
+    "per_token": {"mode": "per_token"},
+    "unique": {"mode": "unique"},
+    "table": {"mode": "table"},
+    "kept": {"mode": "table", "kept_layers": 999},  # all of them
+}
 
 
 def step_config(
@@ -22,7 +28,7 @@ def step_config(
     train: dict[str, Any],
     parallel: dict[str, Any] | None = None,
 ) -> Config:
-    """A step on CPU without data; `mode` of FFN-M, None for a base model."""
+    """A step on CPU without data; `mode` of MODES, or auto; None for a base model."""
     tree: dict[str, Any] = {
         "model": model | {"kind": "base" if mode is None else "memory"},
         "data": {"path": "none", "sequence_length": length},
@@ -36,7 +42,7 @@ def step_config(
         }
         | train,
     }
-    return parse_config(tree if mode is None else tree | {"memory": {"mode": mode}})
+    return parse_config(tree if mode is None else tree | {"memory": MODES.get(mode, {"mode": mode})})
 
 
 def build(config: Config) -> tuple[Transformer, Executor, processes.Runtime]:

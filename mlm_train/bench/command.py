@@ -104,7 +104,9 @@ def _add_sizes(parser: argparse.ArgumentParser, sizes: Iterable[tuple[str, int, 
 def _add_profile(actions: "Actions") -> None:
     profile = add_action(actions, "profile", "where a training step's time goes", _PROFILE_HELP)
     profile.add_argument(
-        "mode", choices=("base", "per_token", "unique", "table"), help="a base model, or a memory.mode"
+        "mode",
+        choices=("base", "per_token", "unique", "table", "kept"),
+        help="a base model, or an execution of FFN-M; kept: a table that keeps its activations",
     )
     sizes = (
         ("layers", 12, "layers"),

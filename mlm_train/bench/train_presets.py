@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mlm_train.bench.built import MODES, SEED
 from mlm_train.config import Config
 from mlm_train.config.load import parse_config
 from mlm_train.errors import UserError
 from mlm_train.model.counts import train_flops_per_token
 
-SEED = 1234
 HF = ("hf.eager", "hf.compiled")
-MODES = ("per_token", "unique", "table")
 COMPILED = ".compiled"  # at the end of a variant of ours: with config field train.compile
 SHARED = ("base", "flex3.table", "memory.table", "noffn", *HF)
 ALL = ("base", "noffn", "flex1.table", "flex2.table", "flex3.table", *(f"memory.{m}" for m in MODES), *HF)
@@ -57,7 +56,7 @@ class Variant:
 
     name: str
     family: Literal["hf", "base", "noffn", "memory", "flex"]
-    mode: str | None  # memory.mode
+    mode: str | None  # of MODES
     beta: int | None
     compiled: bool
 
@@ -122,7 +121,7 @@ def make_config(preset: Preset, variant: Variant, data: str, precision: str, tok
         "train": train,
     }
     if variant.mode is not None:
-        tree["memory"] = {"mode": variant.mode}
+        tree["memory"] = MODES[variant.mode]
     return parse_config(tree)
 
 
@@ -132,10 +131,10 @@ def flops_per_token(
     """Forward and backward, by the formula of model/counts.py.
 
     `distinct`: distinct ids / tokens of the step ("step") and of its micro-batches ("micro"). A table's
-    backward pass runs FFN-M's forward again: 4/3 of it, unless `recomputed` is False.
+    backward pass runs FFN-M's forward again, if it was not kept: 4/3 of it, unless `recomputed` is False.
     """
-    if variant.mode == "table":
-        ratio = distinct["step"] * (4 / 3 if recomputed else 1.0)
+    if variant.mode in ("table", "kept"):
+        ratio = distinct["step"] * (4 / 3 if recomputed and variant.mode == "table" else 1.0)
     else:
         ratio = distinct["micro"] if variant.mode == "unique" else 1.0
     if variant.family == "noffn":  # memory without FFN-M has the same products

@@ -28,8 +28,8 @@ class MemoryConfig(Section):
     budget_gib: float | None = Field(
         None,
         gt=0,
-        description="with mode=auto: what a rank's tables may take; layers beyond it are computed as with "
-        "mode=unique (default: a quarter of the memory that is free at the start)",
+        description="with mode=auto: what a rank's tables and kept activations may take; layers beyond it "
+        "are computed as with mode=unique (default: a quarter of the memory that is free at the start)",
     )
     shared: bool = Field(
         False, description="with mode=table: the data-parallel ranks compute each other's rows, each once"
@@ -40,10 +40,20 @@ class MemoryConfig(Section):
         description="with mode=table: layers of a rank that have a table, the first ones; the others are "
         "computed as with mode=unique (default: all)",
     )
+    kept_layers: int | None = Field(
+        None,
+        ge=1,
+        description="with mode=table: layers of a rank, the first ones, that keep FFN-M's activations of the "
+        "step's distinct tokens until its end; the others compute them again (default: none)",
+    )
 
     def tabled(self, layers: int) -> int:
         """Of so many layers of a rank, those that have a table."""
         return min(layers, self.table_layers or layers) if self.mode == "table" else 0
+
+    def kept(self, layers: int) -> int:
+        """Of so many layers of a rank, those whose table keeps its activations."""
+        return min(self.tabled(layers), self.kept_layers or 0)
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -110,7 +120,8 @@ class TrainConfig(Section):
     loss_chunk: int | None = Field(
         None,
         ge=1,
-        description="tokens whose logits exist at a time; default: as many as fit in 128 MiB in fp32",
+        description="tokens whose logits exist at a time; default: as many as take 256 MiB in fp32, half of "
+        "it in bf16",
     )
     evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
     evaluate_samples: int = Field(64, ge=1, description="validation sequences, spread evenly")
@@ -261,7 +272,7 @@ class Config(Section):
             fix = f"has an effect with memory.mode=auto, not {self.memory.mode}"
             blame("memory.budget_gib", self.memory.budget_gib, fix)
         if self.memory.mode != "table":
-            for field in ("shared", "table_layers"):
+            for field in ("shared", "table_layers", "kept_layers"):
                 if value := getattr(self.memory, field):
                     blame(f"memory.{field}", value, f"has no effect with memory.mode={self.memory.mode}")
             return

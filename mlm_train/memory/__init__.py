@@ -18,12 +18,13 @@ def make_source(
     precision: torch.autocast | None = None,
     share: Share | None = None,
     tables: int | None = None,
+    kept: int = 0,
 ) -> MemorySource:
     """The memory source of a mode (config field memory.mode, decided) over a model's blocks.
 
     For tables: `precision`, the autocast they are computed under, outside the micro-batches; `share`,
     whose rows; `tables`, how many layers have one (default: all), the first of `blocks`: the others are
-    computed as by "unique".
+    computed as by "unique"; `kept`, how many of those with one, the first, keep their activations.
     """
     if mode == "per_token":
         return PerToken(blocks)
@@ -33,7 +34,7 @@ def make_source(
     assert mode == "table", f"memory.mode={mode} is not decided"
     count = len(blocks) if tables is None else tables
     first, others = dict(list(blocks.items())[:count]), dict(list(blocks.items())[count:])
-    return Table(first, positions, precision, share, Unique(others, positions) if others else None)
+    return Table(first, positions, precision, share, Unique(others, positions) if others else None, kept)
 
 
 __all__ = ["PerToken", "Share", "Table", "Unique", "make_source"]

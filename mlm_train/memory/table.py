@@ -3,7 +3,8 @@
 FFN_M(N_m(x0)) depends on the token id alone, so one row a distinct id serves every position of every
 micro-batch of the step. The tables are computed without a graph; a lookup's backward adds into an fp32
 gradient table of the same shape; at the end of the step FFN-M runs once more, with a graph, and takes the
-summed gradient. Exact: the sum over positions is taken before a linear map instead of after it.
+summed gradient. Where there is memory, the graph of its first run waits for it instead. Exact: the sum over
+positions is taken before a linear map instead of after it.
 """
 
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from mlm_train.memory.rows import Lookup
 from mlm_train.model.block import MemoryBlock
+from mlm_train.model.linear import compute_dtype
 from mlm_train.model.source import MemoryReader, MemorySource, Positions
 
 ROWS = 2048  # of a block: large enough for full speed, small enough to stay near the processor
@@ -41,7 +43,8 @@ class Share:
 class Table:
     """A memory source of one step's rows: begin, any number of micro-batches, finish.
 
-    `rest`: the source of layers that have no table.
+    `rest`: the source of layers that have no table. `kept`: layers, the first ones, whose activations wait
+    from begin for finish; the others compute them again there.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Table:
         precision: torch.autocast | None = None,
         share: Share | None = None,
         rest: MemorySource | None = None,
+        kept: int = 0,
     ) -> None:
         self.blocks, self.positions, self.rest = blocks, positions or Positions(), rest
         self.share = share or Share()
@@ -58,24 +62,43 @@ class Table:
         self.anchors = {
             layer: nn.Parameter(block.memory_layernorm.weight.new_zeros(1)) for layer, block in blocks.items()
         }
+        self.keeping = set(list(blocks)[:kept])
         self.tables: dict[int, Tensor] = {}
         self.gradients: dict[int, Tensor] = {}
+        self.passes: dict[int, list[Tensor]] = {}
 
     def begin(self, ids: Tensor, rows: Tensor) -> None:
         """Tables of a step. ids int64 [distinct], sorted: the distinct ones here.
 
         rows: embeddings of share.begin(ids), fp32 [share, hidden]. Under no_grad lookups have no gradients.
         """
-        self.ids, self.rows = ids, rows.detach()
-        lookups = len(ids) if torch.is_grad_enabled() else 0
+        training = torch.is_grad_enabled()
+        self.ids = ids
+        # One block at least: with no row here the weights still get their zero gradients, as on other ranks.
+        self.rows = [some.detach().requires_grad_(training) for some in rows.split(ROWS)]
         for layer, block in self.blocks.items():
-            self.tables[layer] = self.share.spread(self._table(block))
-            self.gradients[layer] = self.rows.new_zeros(lookups, rows.shape[1])
+            if training and layer in self.keeping:
+                table = self._kept_table(layer, block)
+            else:
+                table = self._table(block)
+            self.tables[layer] = self.share.spread(table)
+            self.gradients[layer] = rows.new_zeros(len(ids) if training else 0, rows.shape[1])
 
     @torch.no_grad()
     def _table(self, block: MemoryBlock) -> Tensor:
         """In the dtype of FFN-M's products."""
-        return torch.cat([self._whole(self._ffn_m(block, some), len(some)) for some in self.rows.split(ROWS)])
+        return torch.cat([self._whole(self._ffn_m(block, some), len(some)) for some in self.rows])
+
+    def _kept_table(self, layer: int, block: MemoryBlock) -> Tensor:
+        """The same; its graph waits for `finish`."""
+        self.passes[layer] = [self._pass(block, some) for some in self.rows]
+        with self.precision:
+            element = compute_dtype(self.rows[0])
+        return torch.cat([memory.detach().to(element) for memory in self.passes[layer]])
+
+    def _pass(self, block: MemoryBlock, rows: Tensor) -> Tensor:
+        """FFN-M of a block of rows, with a graph; fp32, as ranks that share the positions sum gradients."""
+        return self._whole(self._ffn_m(block, rows).to(rows.dtype), len(rows))
 
     def _ffn_m(self, block: MemoryBlock, rows: Tensor) -> Tensor:
         """FFN-M of some rows; where positions are cut over ranks each computes its share."""
@@ -104,19 +127,13 @@ class Table:
         Where positions are cut over ranks, the ranks' sum is.
         """
         self.tables.clear()
-        total = torch.zeros_like(self.rows)
         for layer, block in self.blocks.items():
-            gradient = self.share.collect(self.gradients.pop(layer))
-            # Once at least: with no row here the weights still get their zero gradients, as on other ranks.
-            for start in range(0, max(1, len(self.rows)), ROWS):
-                some = slice(start, start + ROWS)
-                x0 = self.rows[some].clone().requires_grad_()
-                # To fp32 first: ranks that share the positions sum their gradients in it.
-                memory = self._ffn_m(block, x0).to(gradient.dtype)
-                self._whole(memory, len(x0)).backward(gradient[some])
-                assert x0.grad is not None
-                total[some] += x0.grad
-        return total
+            gradient = self.share.collect(self.gradients.pop(layer)).split(ROWS)
+            again = (self._pass(block, some) for some in self.rows)  # one at a time
+            for memory, part in zip(self.passes.pop(layer, again), gradient, strict=True):
+                memory.backward(part)
+        rows, self.rows = self.rows, []
+        return torch.cat([torch.zeros_like(some) if some.grad is None else some.grad for some in rows])
 
 
 def _no_layer(layer: int) -> Tensor:

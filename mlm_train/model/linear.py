@@ -1,6 +1,7 @@
 """Linear products without bias; several that share an input are one product."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mlm_train.model.logical import Part
 
@@ -23,3 +24,11 @@ class FusedLinear(nn.Linear):
             found.append(Part(name, 0, start, rows, 0, rows))
             start += rows
         return found
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Of products with x: autocast's where it is on, and not for float64, as autocast itself does."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype

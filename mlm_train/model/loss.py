@@ -4,6 +4,7 @@
 logits of some tokens at a time; one function serves one process and a vocabulary cut over ranks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,11 +12,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mlm_train.model.compiled import compiled
+from mlm_train.model.linear import compute_dtype
+
 IGNORED = -100
-CHUNK_BYTES = 2**27  # of a chunk's logits in fp32
-GRADIENT_ROWS = (
-    2**11
-)  # words whose weight gradient is one product: in bf16 a temporary, small enough to stay in cache
+FP32 = 4
+CHUNK_BYTES = 2**28  # of a chunk's logits, were they in fp32
+BLOCK_BYTES = 2**23  # of the part of them whose softmax is computed at a time
+# Words whose weight gradient is one product: in bf16 a temporary, small enough to stay in cache.
+GRADIENT_ROWS = 2**11
+_OfRows = Callable[..., Tensor]
 
 
 class LossSums(NamedTuple):
@@ -64,8 +70,8 @@ class Words:
 
 
 def default_chunk(rows: int) -> int:
-    """Tokens whose logits of `rows` words fill CHUNK_BYTES in fp32; at least one."""
-    return max(1, CHUNK_BYTES // (4 * rows))
+    """Tokens whose logits of `rows` words would fill CHUNK_BYTES in fp32; at least one."""
+    return max(1, CHUNK_BYTES // (FP32 * rows))
 
 
 def head_loss(
@@ -77,6 +83,7 @@ def head_loss(
     z_loss: float,
     words: Words,
     chunk: int | None = None,
+    compiles: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The objective scale * (sum CE + z_loss * sum lse^2), and the sum of CE without gradient; scalars.
 
@@ -90,7 +97,8 @@ def head_loss(
     Where words are spread over ranks, each gets the part of the hidden state's gradient that its words
     cause; the caller sums those.
 
-    Under autocast the products run in its dtype, all else in fp32; float64 stays float64.
+    Under autocast the products and the logits are in its dtype, all else in fp32; float64 stays float64.
+    `compiles`: the softmax as compiled loops.
     """
     wanted = torch.is_grad_enabled()
     return _HeadLoss.apply(
@@ -104,6 +112,7 @@ def head_loss(
             chunk or default_chunk(weight.shape[0]),
             wanted and hidden.requires_grad,
             wanted and weight.requires_grad,
+            compiles,
         ),
     )
 
@@ -118,6 +127,7 @@ class _Settings:
     chunk: int
     hidden_gradient: bool
     weight_gradient: bool
+    compiles: bool
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -127,7 +137,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, settings: _Settings
     ) -> tuple[Tensor, Tensor]:
-        compute = _compute_dtype(hidden)
+        compute = compute_dtype(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             work = _ChunkedHead(hidden, weight, compute, settings)
             rows = zip(
@@ -151,27 +161,15 @@ class _HeadLoss(torch.autograd.Function):
         return hidden, weight, None, None
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """Of the products: autocast's where it is on, and not for float64, as autocast itself does."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
-
-
 class _ChunkedHead:
-    """The sums so far, the gradients so far, and two buffers for a chunk's logits, used again by each."""
+    """The sums so far, the gradients so far, and a buffer for a chunk's logits, used again by each."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, compute: torch.dtype, settings: _Settings) -> None:
         self.settings, self.compute = settings, compute
         self.exact = torch.float64 if compute == torch.float64 else torch.float32
         self.weight = weight.to(compute)
         tokens, rows = min(settings.chunk, hidden.numel() // hidden.shape[-1]), weight.shape[0]
-        self.products = hidden.new_empty(tokens, rows, dtype=compute)
-        # In the precision of the softmax; where that is the products' own, one buffer does.
-        self.logits = (
-            self.products if compute == self.exact else hidden.new_empty(tokens, rows, dtype=self.exact)
-        )
+        self.logits = hidden.new_empty(tokens, rows, dtype=compute)
         self.cross_entropy = hidden.new_zeros((), dtype=torch.float64)
         self.z = hidden.new_zeros((), dtype=torch.float64)
         self.hidden_gradient = (
@@ -180,19 +178,24 @@ class _ChunkedHead:
             else None
         )
         self.weight_gradient = (
-            torch.zeros_like(weight, dtype=self.exact) if settings.weight_gradient else None
+            torch.empty_like(weight, dtype=self.exact) if settings.weight_gradient else None
         )
 
     def add(self, start: int, hidden: Tensor, labels: Tensor) -> None:
         """A chunk: hidden [tokens, hidden], labels [tokens]; `start` is its first token."""
         hidden = hidden.to(self.compute)
-        logits, labels_here, here = self._logits(hidden, labels)
         words, scale, z_loss = self.settings.words, self.settings.scale, self.settings.z_loss
-        top = words.maximum(logits.amax(-1))
-        target = (logits.gather(-1, labels_here).squeeze(-1) - top).where(here, 0)
-        exponentials = logits.sub_(top.unsqueeze(-1)).exp_()
-        normaliser, target = words.total(torch.stack((exponentials.sum(-1), target)))
-        log, valid = normaliser.log(), (labels != IGNORED).to(logits.dtype)
+        logits = torch.mm(hidden, self.weight.t(), out=self.logits[: len(hidden)])
+        logits[:, words.length :] = -torch.inf
+        by_rows = _whole if self.settings.compiles else _in_blocks
+        top = words.maximum(torch.cat(by_rows(_largest, logits)).to(self.exact))
+        rows = labels - words.offset
+        here = (rows >= 0) & (rows < words.length)
+        place = torch.arange(len(labels), device=labels.device), rows.where(here, 0)
+        target = (logits[place] - top).where(here, 0)
+        parts = torch.stack((torch.cat(by_rows(_sum, logits, top)), target))
+        normaliser, target = words.total(parts)
+        log, valid = normaliser.log(), (labels != IGNORED).to(self.exact)
         lse = log + top
         self.cross_entropy += ((log - target) * valid).sum(dtype=torch.float64)
         self.z += (lse.square() * valid).sum(dtype=torch.float64)
@@ -200,22 +203,10 @@ class _ChunkedHead:
             return
         # d/dlogit of CE + z_loss * lse^2: softmax * (1 + 2 z_loss lse), less one at the target.
         factor = scale * valid * (1 + 2 * z_loss * lse) / normaliser
-        gradient = exponentials.mul_(factor.unsqueeze(-1))
-        gradient.scatter_add_(-1, labels_here, (-scale * valid * here).unsqueeze(-1))
-        if self.products is not self.logits:
-            gradient = self.products[: len(hidden)].copy_(gradient)
-        self._add_gradients(start, gradient, hidden)
-
-    def _logits(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [tokens, rows], the labels' rows [tokens, 1] and whether they are among these words."""
-        words, tokens = self.settings.words, len(hidden)
-        logits = torch.mm(hidden, self.weight.t(), out=self.products[:tokens])
-        if self.products is not self.logits:
-            logits = self.logits[:tokens].copy_(logits)
-        logits[:, words.length :] = -torch.inf
-        rows = labels - words.offset
-        here = (rows >= 0) & (rows < words.length)
-        return logits, rows.where(here, 0).unsqueeze(-1), here
+        at_target = (logits[place] - top).exp() * factor - scale * valid * here
+        by_rows(_to_gradient, logits, top, factor)
+        logits[place] = at_target.to(self.compute)
+        self._add_gradients(start, logits, hidden)
 
     def _add_gradients(self, start: int, gradient: Tensor, hidden: Tensor) -> None:
         """gradient [tokens, rows] of the logits, in the dtype of the products."""
@@ -223,14 +214,12 @@ class _ChunkedHead:
             self.hidden_gradient[start : start + len(hidden)] = gradient @ self.weight
         if self.weight_gradient is None:
             return
+        add = _write if start == 0 else compiled(_add) if self.settings.compiles else _add
         blocks = zip(
             self.weight_gradient.split(GRADIENT_ROWS), gradient.split(GRADIENT_ROWS, dim=1), strict=True
         )
-        for total, block in blocks:
-            if total.dtype == block.dtype:
-                total.addmm_(block.t(), hidden)
-            else:  # no product of bf16 adds to fp32; by blocks the temporary is small
-                total.add_(block.t() @ hidden)
+        for total, block in blocks:  # no product of bf16 adds to fp32; by blocks the temporary is small
+            add(total, block.t() @ hidden)
 
     def gradients(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Of hidden and weight, in their dtypes."""
@@ -239,3 +228,35 @@ class _ChunkedHead:
             None if mine is None else mine.view(hidden.shape),
             None if theirs is None else theirs.to(weight.dtype),
         )
+
+
+def _whole(function: _OfRows, *columns: Tensor) -> list[Tensor]:
+    """A function of a chunk's rows, compiled: one pass over the logits, whose fp32 nobody holds."""
+    return [compiled(function)(*columns)]
+
+
+def _in_blocks(function: _OfRows, logits: Tensor, *columns: Tensor) -> list[Tensor]:
+    """The same in eager mode; on a CPU so few rows at a time that what lies between stays in its cache."""
+    rows = max(1, BLOCK_BYTES // (FP32 * logits.shape[1])) if logits.device.type == "cpu" else len(logits)
+    parts = zip(logits.split(rows), *(column.split(rows) for column in columns), strict=True)
+    return [function(*part) for part in parts]
+
+
+def _largest(logits: Tensor) -> Tensor:
+    return logits.amax(-1)
+
+
+def _sum(logits: Tensor, top: Tensor) -> Tensor:
+    return torch.sub(logits, top.unsqueeze(-1)).exp_().sum(-1)
+
+
+def _to_gradient(logits: Tensor, top: Tensor, factor: Tensor) -> Tensor:
+    return logits.copy_(torch.sub(logits, top.unsqueeze(-1)).exp_().mul_(factor.unsqueeze(-1)))
+
+
+def _write(total: Tensor, part: Tensor) -> Tensor:
+    return total.copy_(part)
+
+
+def _add(total: Tensor, part: Tensor) -> Tensor:
+    return total.add_(part)

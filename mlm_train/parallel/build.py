@@ -81,7 +81,14 @@ def build_loss(config: Config, group: TensorGroup) -> Loss:
         if cut:  # each rank's words cause a part of its gradient
             hidden = group.enter(hidden)
         return head_loss(
-            hidden, weight, labels, scale=scale, z_loss=train.z_loss, words=words, chunk=train.loss_chunk
+            hidden,
+            weight,
+            labels,
+            scale=scale,
+            z_loss=train.z_loss,
+            words=words,
+            chunk=train.loss_chunk,
+            compiles=train.compile,
         )
 
     return loss
@@ -127,7 +134,10 @@ def _source(
     if memory is None:
         return None
     share = DataShare(parallel_state.get_data_parallel_group()) if memory.shared else None
-    return make_source(memory.mode, model.memory_blocks(), group, precision, share, memory.table_layers)
+    blocks = model.memory_blocks()
+    return make_source(
+        memory.mode, blocks, group, precision, share, memory.table_layers, memory.kept_layers or 0
+    )
 
 
 def _channel(

@@ -89,8 +89,8 @@ def _head_bytes(config: Config, count: float) -> float:
     model, tokens = config.model, _tokens(config)
     words = -(-model.vocab_size // config.parallel.tensor)
     chunk = min(config.train.loss_chunk or default_chunk(words), tokens)
-    copied = 2 if config.train.precision == "bf16" else 0
-    logits = words * (chunk * (FP32 + copied) + model.hidden_size * copied)
+    bf16 = config.train.precision == "bf16"
+    logits = words * (chunk * 2 + model.hidden_size * 2) if bf16 else words * chunk * FP32
     return logits + count * FP32 * (words + tokens) * model.hidden_size
 
 

@@ -120,11 +120,27 @@ def table_bytes_per_layer(config: Config, distinct: float) -> float:
     return distinct * config.model.hidden_size * (element + FP32)
 
 
-def table_bytes(config: Config, topology: Topology, distinct: float) -> float:
-    """Of all tables of this rank, for so many distinct ids a step."""
+def kept_bytes_per_layer(config: Config, rows: float) -> float:
+    """What FFN-M of so many rows keeps for its backward: its products, their inputs, an fp32 output."""
+    element = 2 if config.train.precision == "bf16" else FP32
+    keys = 4 * config.model.intermediate_size / config.parallel.tensor
+    return rows * (element * (keys + config.model.hidden_size) + 2 * FP32 * config.model.hidden_size)
+
+
+def table_bytes(config: Config, topology: Topology, distinct: Distinct) -> float:
+    """Of all tables of this rank, and of the activations that they keep."""
     if config.memory is None:
         return 0.0
-    return config.memory.tabled(rank_layers(config, topology)) * table_bytes_per_layer(config, distinct)
+    layers = rank_layers(config, topology)
+    tables = config.memory.tabled(layers) * table_bytes_per_layer(config, distinct.step)
+    rows = _own_rows(config, topology, distinct)
+    return tables + config.memory.kept(layers) * kept_bytes_per_layer(config, rows)
+
+
+def _own_rows(config: Config, topology: Topology, distinct: Distinct) -> float:
+    """Rows of a table that this rank computes."""
+    assert config.memory is not None
+    return distinct.everywhere / topology.data if config.memory.shared else distinct.step
 
 
 def seconds(config: Config, topology: Topology, distinct: Distinct, speeds: Speeds) -> float:
@@ -132,7 +148,9 @@ def seconds(config: Config, topology: Topology, distinct: Distinct, speeds: Spee
     assert config.memory is not None
     layers, mode = rank_layers(config, topology), config.memory.mode
     tabled = config.memory.tabled(layers)
-    found = tabled * _table_layer(config, topology, distinct, speeds)
+    kept = config.memory.kept(layers)
+    found = kept * _table_layer(config, topology, distinct, speeds, kept=True)
+    found += (tabled - kept) * _table_layer(config, topology, distinct, speeds, kept=False)
     if tabled < layers:
         found += (layers - tabled) * _layer(config, topology, distinct, speeds, mode == "per_token")
     if mode != "per_token":
@@ -166,17 +184,18 @@ def _layer(config: Config, topology: Topology, distinct: Distinct, speeds: Speed
     return topology.micro_batches(config.train) * once * _bubble(config, topology)
 
 
-def _table_layer(config: Config, topology: Topology, distinct: Distinct, speeds: Speeds) -> float:
+def _table_layer(config: Config, topology: Topology, distinct: Distinct, speeds: Speeds, kept: bool) -> float:
     """A layer's table, its lookups, its backward; shared: a part of all ranks' rows, and the exchange."""
     assert config.memory is not None
-    rows, exchange = distinct.step, 0.0
+    rows, exchange = _own_rows(config, topology, distinct), 0.0
     if config.memory.shared:
         others = (topology.data - 1) / topology.data
         exchange = others * table_bytes_per_layer(config, distinct.step) / speeds.data_link
-        rows = distinct.everywhere / topology.data
     calls = ceil(rows / ROWS)
     lookups = topology.micro_batches(config.train) * _positions(config) * speeds.lookup
-    own = speeds.forward(rows, calls) + speeds.passes(rows, calls) + 1.5 * _summed(config, rows, speeds)
+    own = speeds.passes(rows, calls) + _summed(config, rows, speeds)
+    if not kept:
+        own += speeds.forward(rows, calls) + 0.5 * _summed(config, rows, speeds)
     return own + exchange + lookups * _bubble(config, topology)
 
 
@@ -184,11 +203,12 @@ def choose(config: Config, topology: Topology, distinct: Distinct, speeds: Speed
     """memory.mode=auto decided. `budget`: bytes that this rank's tables may take."""
     configs = {_name(candidate): candidate for candidate in _candidates(config, topology, distinct, budget)}
     costs = {name: seconds(one, topology, distinct, speeds) for name, one in configs.items()}
-    best, *_ = cheapest = sorted(costs, key=costs.__getitem__)
+    # As they are shown: where two are alike, the simpler one, which comes first.
+    best, *_ = cheapest = sorted(costs, key=lambda name: float(f"{costs[name]:.3g}"))
     ranking = ", ".join(f"{name} {costs[name]:.3g} s" for name in cheapest)
     rows = f"{distinct.micro_batch:,.0f} distinct ids a micro-batch, {distinct.step:,.0f} a step"
     chosen = configs[best]
-    size = table_bytes(chosen, topology, distinct.step)
+    size = table_bytes(chosen, topology, distinct)
     tables = f"; tables {size / 2**20:,.0f} MiB a rank" if size else ""
     whole = rank_layers(config, topology) * table_bytes_per_layer(config, MARGIN * distinct.step)
     if whole > budget:
@@ -200,19 +220,30 @@ def _name(config: Config) -> str:
     assert config.memory is not None
     memory = config.memory
     layers = f" of {memory.table_layers} layers" if memory.table_layers else ""
-    return memory.mode + layers + (" shared" if memory.shared else "")
+    kept = f" keeping {memory.kept_layers} layers" if memory.kept_layers else ""
+    return memory.mode + layers + (" shared" if memory.shared else "") + kept
 
 
 def _candidates(config: Config, topology: Topology, distinct: Distinct, budget: float) -> list[Config]:
-    """What the rest of the config allows and the budget holds; tables of fewer layers where not of all."""
+    """What the rest of the config allows and the budget holds; tables of fewer layers where not of all.
+
+    Whole tables keep the activations of as many layers as still fit; not where layers are to be computed
+    again anyway.
+    """
     layers = rank_layers(config, topology)
     fitting = int(min(budget / table_bytes_per_layer(config, MARGIN * distinct.step), layers))
     sections: list[dict[str, object]] = [{"mode": "per_token"}, {"mode": "unique"}]
     if fitting >= 1:
-        partial: dict[str, object] = {} if fitting == layers else {"table_layers": fitting}
-        sections.append({"mode": "table"} | partial)
-        if topology.data > 1:
-            sections.append({"mode": "table", "shared": True} | partial)
+        left = budget - fitting * table_bytes_per_layer(config, MARGIN * distinct.step)
+        for shared in (False, True) if topology.data > 1 else (False,):
+            section: dict[str, object] = {"mode": "table", "shared": shared}
+            rows = MARGIN * (distinct.everywhere / topology.data if shared else distinct.step)
+            kept = int(min(left / kept_bytes_per_layer(config, rows), layers))
+            if fitting < layers:
+                section["table_layers"] = fitting
+            elif kept and not _recomputes_layers(config):
+                section["kept_layers"] = kept
+            sections.append(section)
     found = []
     for section in sections:
         try:
@@ -220,6 +251,11 @@ def _candidates(config: Config, topology: Topology, distinct: Distinct, budget: 
         except UserError:  # does not go with this layout
             continue
     return found
+
+
+def _recomputes_layers(config: Config) -> bool:
+    """Whether some stage keeps no activations of a layer but its input."""
+    return any(config.train.recompute_of(stage) == "full" for stage in range(config.parallel.stages))
 
 
 def with_memory(config: Config, section: dict[str, object]) -> Config:

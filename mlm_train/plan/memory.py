@@ -38,7 +38,7 @@ def rank_memory(config: Config, topology: Topology) -> RankMemory:
     """Bytes a rank needs for a training step."""
     elements = rank_elements(config, topology)
     state = state_bytes(config, elements, topology)
-    tables = table_bytes(config, topology, expected_by_law(config, topology).step)
+    tables = table_bytes(config, topology, expected_by_law(config, topology))
     return RankMemory(*state, int(tables), activation_bytes(config, topology))
 
 

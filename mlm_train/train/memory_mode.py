@@ -54,7 +54,7 @@ def _described(config: Config, runtime: Runtime, samples: Samples) -> str:
     if config.memory.mode != "table":
         return f"memory.mode={config.memory.mode}"
     distinct = runtime.everywhere(lambda: expected_distinct(config, runtime.topology, samples))
-    size = table_bytes(config, runtime.topology, distinct.step) / 2**20
+    size = table_bytes(config, runtime.topology, distinct) / 2**20
     return f"memory.mode=table: about {distinct.step:,.0f} distinct ids a step, tables {size:,.0f} MiB a rank"
 
 

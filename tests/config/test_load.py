@@ -77,6 +77,7 @@ def test_base_has_no_ffn_m_to_execute() -> None:
         ("memory.mode=lookup", "memory.mode='lookup'"),
         ("memory.shared=true", "memory.shared=True: has no effect with memory.mode=auto"),
         ("memory.table_layers=1", "has no effect with memory.mode=auto"),
+        ("memory.kept_layers=1", "has no effect with memory.mode=auto"),
         ("data.sequence_length=100000", "longer than model.max_position_embeddings"),
         ("train.watchdog=600", "must be below parallel.timeout=600.0"),
         ("train.micro_batch=5", "must be a multiple of train.micro_batch=5"),

@@ -16,8 +16,8 @@ from tests.parallel.reference import global_batch, relative_error, sharpen, tiny
 
 
 @pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model["kind"] != "base"])
-@pytest.mark.parametrize("rows", [7, 2048])
-def test_gradients_are_per_token_s(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rows", "kept"), [(7, 0), (2048, 0), (7, 1), (2048, 99)])
+def test_gradients_are_per_token_s(name: str, rows: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlm_train.memory.table.ROWS", rows)
     config = tiny_config(dict(MODELS[name]))
     model = Transformer(config.model).double()
@@ -31,10 +31,11 @@ def test_gradients_are_per_token_s(name: str, rows: int, monkeypatch: pytest.Mon
     expected = {key: p.grad.clone() for key, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
 
-    source = Table(model.memory_blocks(), Positions(), contextlib.nullcontext())  # type: ignore[arg-type]
+    source = Table(model.memory_blocks(), Positions(), contextlib.nullcontext(), kept=kept)  # type: ignore[arg-type]
     distinct, index = torch.cat(batches).unique(return_inverse=True)
     embedded = model.rows(distinct)
     source.begin(distinct, embedded)
+    assert len(source.passes) == min(kept, len(source.blocks))
     gradient, anchor = torch.zeros_like(embedded), torch.zeros(1, requires_grad=True)
     for ids, some in zip(batches, index.split(4), strict=True):
         x0 = Lookup.apply(some, embedded.detach(), gradient, anchor)

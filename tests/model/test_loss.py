@@ -59,10 +59,10 @@ def call(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None, **ot
     return head_loss(hidden, weight, labels, **options)
 
 
-def chunked(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None) -> Found:
+def chunked(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None, **other: Any) -> Found:
     """The way under test."""
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    objective, cross_entropy = call(hidden, weight, labels, chunk)
+    objective, cross_entropy = call(hidden, weight, labels, chunk, **other)
     assert not cross_entropy.requires_grad
     objective.backward()
     return Found(objective.detach(), cross_entropy, hidden.grad, weight.grad)
@@ -86,6 +86,21 @@ def test_equals_plain_in_float64(chunk: int | None, rows: int, monkeypatch: pyte
         assert max(distances(found, plain(*inputs(seed))).values()) < 1e-12
 
 
+@pytest.mark.parametrize("chunk", [5, None])
+def test_compiled_equals_plain_in_float64(chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "GRADIENT_ROWS", 20)
+    for seed in range(2):
+        found = chunked(*inputs(seed), chunk, compiles=True)
+        assert max(distances(found, plain(*inputs(seed))).values()) < 1e-12
+
+
+@pytest.mark.parametrize("rows", [1, 2, 50])
+def test_blocks_of_the_softmax_do_not_matter(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = chunked(*inputs(), 5)
+    monkeypatch.setattr(loss_module, "BLOCK_BYTES", 4 * VOCABULARY * rows)
+    assert all(map(torch.equal, chunked(*inputs(), 5), expected))
+
+
 def test_equals_loss_sums_in_fp32() -> None:
     hidden, weight, labels = inputs(dtype=torch.float32)
     found = chunked(hidden, weight, labels, 4)
@@ -96,16 +111,16 @@ def test_equals_loss_sums_in_fp32() -> None:
     assert torch.allclose(found.objective, SCALE * (sums.cross_entropy + Z_LOSS * sums.z))
 
 
-@pytest.mark.parametrize("chunk", [4, None])
+@pytest.mark.parametrize(("chunk", "compiles"), [(4, False), (None, False), (4, True)])
 def test_bf16_autocast_is_no_further_from_float64_than_plain(
-    chunk: int | None, monkeypatch: pytest.MonkeyPatch
+    chunk: int | None, compiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss_module, "GRADIENT_ROWS", 10)
     mine, theirs = [], []
     for seed in range(20):
         reference, (hidden, weight, labels) = plain(*inputs(seed)), inputs(seed, torch.float32)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            mine.append(distances(chunked(hidden, weight, labels, chunk), reference))
+            mine.append(distances(chunked(hidden, weight, labels, chunk, compiles=compiles), reference))
             theirs.append(distances(plain(hidden, weight, labels), reference))
     for name in Found._fields:
         median = [float(torch.tensor([d[name] for d in found]).median()) for found in (mine, theirs)]

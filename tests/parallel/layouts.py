@@ -24,6 +24,7 @@ MODES: dict[str, Case] = {
     "unique": {"mode": "unique"},
     "table": {"mode": "table"},
     "table shared": {"mode": "table", "shared": True},
+    "table kept": {"mode": "table", "kept_layers": 1},
     "table of a layer": {"mode": "table", "table_layers": 1},
     "table of a layer shared": {"mode": "table", "table_layers": 1, "shared": True},
 }

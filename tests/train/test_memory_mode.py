@@ -9,7 +9,16 @@ from mlm_train.checkpoint.folders import newest
 from mlm_train.config import Config
 from mlm_train.config.load import load_config
 from mlm_train.parallel.topology import Topology
-from mlm_train.plan.ffn_m import Choice, Distinct, Speeds, choose, distinct_ids, table_bytes
+from mlm_train.plan.ffn_m import (
+    Choice,
+    Distinct,
+    Speeds,
+    choose,
+    distinct_ids,
+    kept_bytes_per_layer,
+    table_bytes,
+    table_bytes_per_layer,
+)
 from tests.commands import ROOT, TINY, finished, refused
 
 CONFIG = str(ROOT / "configs" / "micro.yaml")
@@ -53,8 +62,9 @@ def test_ranks_share_their_rows_where_the_link_is_fast() -> None:
 
 
 def test_what_does_not_fit_the_budget_is_computed_by_micro_batch_and_said() -> None:
-    whole = table_bytes(chosen().config, Topology(1, 0, 1, 1), 1.1 * TEXT.step)
-    layers = chosen().config.model.num_hidden_layers
+    config = chosen().config
+    layers = config.model.num_hidden_layers
+    whole = layers * table_bytes_per_layer(config, 1.1 * TEXT.step)
     some = chosen(budget=0.5 * whole)
     assert mode(some) == ("table", layers // 2, False)
     assert "whole tables would take" in some.reason and "MiB" in some.reason
@@ -63,6 +73,22 @@ def test_what_does_not_fit_the_budget_is_computed_by_micro_batch_and_said() -> N
     pipeline = ("parallel.pipeline=2", "parallel.schedule=zbv", "train.micro_batch=1")
     half = chosen(*pipeline, world=2, budget=0.3 * whole)  # no layers without a table under zero-bubble
     assert mode(half)[0] != "table"
+
+
+def test_what_the_tables_leave_of_the_budget_keeps_activations() -> None:
+    choice = chosen()
+    config, alone = choice.config, Topology(1, 0, 1, 1)
+    layers = config.model.num_hidden_layers
+    assert config.memory is not None and config.memory.kept_layers == layers
+    assert f"table keeping {layers} layers" in choice.reason
+    tables, kept = table_bytes_per_layer(config, TEXT.step), kept_bytes_per_layer(config, TEXT.step)
+    assert table_bytes(config, alone, TEXT) == pytest.approx(layers * (tables + kept))
+    some = chosen(budget=1.1 * (layers * tables + 1.5 * kept)).config.memory
+    assert some is not None and (some.mode, some.kept_layers) == ("table", 1)
+    again = chosen("train.recompute=full").config.memory
+    assert again is not None and (again.mode, again.kept_layers) == ("table", None)
+    shared = chosen(world=4).config  # a rank computes a quarter of all ranks' rows
+    assert table_bytes(shared, Topology(4, 0, 1, 1), TEXT) == pytest.approx(layers * (tables + kept / 3))
 
 
 def test_zero_3_has_no_tables() -> None:
