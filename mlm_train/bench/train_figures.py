@@ -160,8 +160,8 @@ def ratios_of(found: Measured) -> dict[str, float]:
     flex = found.fastest("flex3")
     if base is not None and flex is not None:
         ratios["flex3_over_base"] = found.speed(flex) / found.speed(base)
-    if {"memory.table", "memory.per_token"} <= found.records.keys():
-        pair = ("memory.table", "memory.per_token")
+    pairs = [(f"memory.table{end}", f"memory.per_token{end}") for end in ("", COMPILED)]
+    for pair in [pair for pair in pairs if {*pair} <= found.records.keys()][:1]:
         beyond, apart = ([held(name) for name in pair] for held in (found.beyond_state, found.activations))
         # The activations: all but weights, gradients, optimizer and runtime, so tables are in.
         ratios["table_over_per_token_activation_memory"] = beyond[0] / beyond[1]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlm_train.config import ModelConfig
+from mlm_train.model.causal import by_blocks, causal_attention
 from mlm_train.model.linear import FusedLinear
 from mlm_train.model.recompute import recomputed
 from mlm_train.model.rope import rotate
@@ -74,12 +75,11 @@ class Attention(nn.Module):
             if past and length > 1:
                 ones = torch.ones(length, past + length, dtype=torch.bool, device=qkv.device)
                 mask, causal = ones.tril(past), False
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=causal,
-            enable_gqa=self.heads != self.kv_heads,
-        )
+        if cache is None and causal and by_blocks(query, key):
+            out = causal_attention(query, key, value)
+        else:
+            grouped = self.heads != self.kv_heads
+            out = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+            )
         return out.transpose(1, 2).reshape(batch, length, -1)

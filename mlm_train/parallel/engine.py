@@ -113,6 +113,7 @@ class Engine:
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.reduces_each_pass = config.reduces_each_pass
         self.groups = _groups_for_deepspeed(runtime)
+        self.alone = runtime.topology.data == 1
         options = config.optimizer
         # Stage 3 cuts the weights here, so each rank holds its whole share of the model once, at the start.
         self.zero, *_ = deepspeed.initialize(
@@ -154,7 +155,8 @@ class Engine:
             except BaseException:
                 self.zero.zero_grad()  # nothing to reduce on the way out: the other ranks may never come
                 raise
-        if self.stage < 2:
+        # Alone, plain gradients are their own sum; DeepSpeed would copy them all into buckets and back.
+        if self.stage == 1 or (self.stage == 0 and not self.alone):
             self.zero.set_gradient_accumulation_boundary(True)
             self.zero.allreduce_gradients()
 

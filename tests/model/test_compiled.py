@@ -56,3 +56,25 @@ def test_same_numbers_from_few_graphs(name: str, mode: str | None, recompute: Re
             found[compiles] = step(model, mode, ids, weights)
         assert relative_error(found[True], found[False]) < 2e-5
     assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_bf16_is_as_close_to_fp32_as_without(recompute: Recompute) -> None:
+    """On a CPU attention's backward is another one then: model/causal.py."""
+    torch.compiler.reset()
+    counters.clear()
+    config = tiny_config(dict(MODELS["memory"]))
+    model = Transformer(config.model)
+    initialise(model, config.model, 3)
+    sharpen(model)
+    ids, weights = torch.randint(0, 96, (2, 24)), torch.randn(2, 24, 96)
+    exact = step(model, "per_token", ids, weights)
+    errors = {}
+    for compiles in (False, True):
+        for layer in range(config.model.num_hidden_layers):
+            model.block(layer).set_recompute(recompute)
+            model.block(layer).compiles = compiles
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            errors[compiles] = relative_error(step(model, "per_token", ids, weights), exact)
+    assert 0 < errors[True] < 1.25 * errors[False]
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
