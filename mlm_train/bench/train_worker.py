@@ -27,6 +27,7 @@ from mlm_train.parallel.topology import Topology
 from mlm_train.train.batches import MicroBatch, step_batches
 
 MEASURED = 3  # micro-batches of the step whose peak is taken: the second one already finds gradients there
+SCARCE = 0.25  # of the machine's memory: less than that is free
 ONE_PROCESS = Topology(world=1, rank=0, tensor=1, pipeline=1)
 
 
@@ -113,7 +114,9 @@ class Worker:
             if not self.variant.compiled:
                 raise
             raise _does_not_compile(error) from error
-        _give_back()
+        memory = psutil.virtual_memory()
+        if memory.available < SCARCE * memory.total:
+            _give_back()
         return answer
 
     def _batches(self, tokens: int) -> list[MicroBatch]:
@@ -202,8 +205,9 @@ def _resident() -> int:
 
 
 def _give_back() -> None:
-    """Free memory goes back to the system between orders, where the C library can (glibc): all variants'
-    processes share this machine's memory. In training most of it goes back at the end of a pass anyhow."""
+    """Free memory goes back to the system, where the C library can (glibc). Between orders only where it is
+    scarce, as all variants' processes share it: the next order then has to ask for it again, page by page,
+    as a step of training need not."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -31,9 +31,9 @@ def _count(mode: str) -> list[dict[str, int]]:
     mine = ids.chunk(runtime.topology.data)[runtime.topology.data_rank]
     with Traffic() as traffic, FlopCounterMode(display=False) as flops:
         executor.channel.begin(mine)
-        found = {"rows": len(table.rows), "distinct": ids.unique().numel()}
+        found = {"rows": sum(map(len, table.rows)), "distinct": ids.unique().numel()}
         executor.channel.finish()
     found |= {"flops": flops.get_total_flops(), "sent": traffic.by_operation["alltoall_base_"]}
     if isinstance(table.share, DataShare):
-        found["formula"] = table.share.bytes_per_step(len(table.blocks), table.rows.shape[1], 4)
+        found["formula"] = table.share.bytes_per_step(len(table.blocks), config.model.hidden_size, 4)
     return runtime.together(lambda: found)
