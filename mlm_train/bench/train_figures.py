@@ -161,7 +161,7 @@ def ratios_of(found: Measured) -> dict[str, float]:
     if base is not None and flex is not None:
         ratios["flex3_over_base"] = found.speed(flex) / found.speed(base)
     pairs = [(f"memory.table{end}", f"memory.per_token{end}") for end in ("", COMPILED)]
-    for pair in [pair for pair in pairs if {*pair} <= found.records.keys()][:1]:
+    if pair := next((pair for pair in pairs if {*pair} <= found.records.keys()), None):
         beyond, apart = ([held(name) for name in pair] for held in (found.beyond_state, found.activations))
         # The activations: all but weights, gradients, optimizer and runtime, so tables are in.
         ratios["table_over_per_token_activation_memory"] = beyond[0] / beyond[1]

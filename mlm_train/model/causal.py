@@ -68,11 +68,11 @@ def _gradients(
     keys, values = _against(key), _against(value)
     of_query = list(query.new_zeros(query.shape, dtype=exact).split(KEYS, 1))
     of_key, of_value = [], []
+    at = torch.arange(length, device=query.device)
     for start in range(0, length, KEYS):
         block, later = slice(start, min(start + KEYS, length)), slice(start, length)
         scores = torch.bmm(_part(keys, block), _part(queries, later).mT)
         products = torch.bmm(_part(values, block), _part(gradients, later).mT)
-        at = torch.arange(length, device=query.device)
         p = (scores.to(exact) * scale).exp().where(at[block, None] <= at[later], 0.0)
         ds = (products.to(exact) * p).to(query.dtype)
         of_value.append(torch.bmm(p.to(query.dtype), _part(gradient, later)))

@@ -214,7 +214,7 @@ class _ChunkedHead:
             self.hidden_gradient[start : start + len(hidden)] = gradient @ self.weight
         if self.weight_gradient is None:
             return
-        add = _write if start == 0 else compiled(_add) if self.settings.compiles else _add
+        add = Tensor.copy_ if start == 0 else compiled(_add) if self.settings.compiles else _add
         blocks = zip(
             self.weight_gradient.split(GRADIENT_ROWS), gradient.split(GRADIENT_ROWS, dim=1), strict=True
         )
@@ -252,10 +252,6 @@ def _sum(logits: Tensor, top: Tensor) -> Tensor:
 
 def _to_gradient(logits: Tensor, top: Tensor, factor: Tensor) -> Tensor:
     return logits.copy_(torch.sub(logits, top.unsqueeze(-1)).exp_().mul_(factor.unsqueeze(-1)))
-
-
-def _write(total: Tensor, part: Tensor) -> Tensor:
-    return total.copy_(part)
 
 
 def _add(total: Tensor, part: Tensor) -> Tensor:

@@ -41,6 +41,11 @@ def in_flight(config: Config, topology: Topology) -> float:
     return min(count, parallel.pipeline + 0.5 * (parallel.order == "dualpipe_v"))
 
 
+def compute_bytes(config: Config) -> int:
+    """Of an element of products and of what autograd keeps of them."""
+    return 2 if config.train.precision == "bf16" else FP32
+
+
 def _tokens(config: Config) -> int:
     return config.train.micro_batch * config.data.sequence_length
 
@@ -67,9 +72,8 @@ def _layer_elements(config: Config, extent: Recompute) -> tuple[float, float]:
 
 
 def _layer_bytes(config: Config, extent: Recompute) -> float:
-    compute = 2 if config.train.precision == "bf16" else FP32
     cast, plain = _layer_elements(config, extent)
-    return _tokens(config) * (compute * cast + FP32 * plain)
+    return _tokens(config) * (compute_bytes(config) * cast + FP32 * plain)
 
 
 def _stage_bytes(config: Config, span: StageSpan) -> float:
@@ -89,9 +93,9 @@ def _head_bytes(config: Config, count: float) -> float:
     model, tokens = config.model, _tokens(config)
     words = -(-model.vocab_size // config.parallel.tensor)
     chunk = min(config.train.loss_chunk or default_chunk(words), tokens)
-    bf16 = config.train.precision == "bf16"
-    logits = words * (chunk * 2 + model.hidden_size * 2) if bf16 else words * chunk * FP32
-    return logits + count * FP32 * (words + tokens) * model.hidden_size
+    element = compute_bytes(config)
+    copied = model.hidden_size if element < FP32 else 0
+    return words * element * (chunk + copied) + count * FP32 * (words + tokens) * model.hidden_size
 
 
 def _received_bytes(config: Config, topology: Topology, spans: list[StageSpan]) -> float:

@@ -18,6 +18,7 @@ from mlm_train.errors import UserError
 from mlm_train.memory.table import ROWS
 from mlm_train.parallel.stages import my_spans
 from mlm_train.parallel.topology import Topology
+from mlm_train.plan.activations import compute_bytes
 
 FP32 = 4
 MARGIN = 1.1  # a step may hold more distinct ids than expected
@@ -116,15 +117,13 @@ def rank_layers(config: Config, topology: Topology) -> int:
 
 def table_bytes_per_layer(config: Config, distinct: float) -> float:
     """A table in the precision of FFN-M's products and its fp32 gradient."""
-    element = 2 if config.train.precision == "bf16" else FP32
-    return distinct * config.model.hidden_size * (element + FP32)
+    return distinct * config.model.hidden_size * (compute_bytes(config) + FP32)
 
 
 def kept_bytes_per_layer(config: Config, rows: float) -> float:
     """What FFN-M of so many rows keeps for its backward: its products, their inputs, an fp32 output."""
-    element = 2 if config.train.precision == "bf16" else FP32
-    keys = 4 * config.model.intermediate_size / config.parallel.tensor
-    return rows * (element * (keys + config.model.hidden_size) + 2 * FP32 * config.model.hidden_size)
+    hidden, keys = config.model.hidden_size, 4 * config.model.intermediate_size / config.parallel.tensor
+    return rows * (compute_bytes(config) * (keys + hidden) + 2 * FP32 * hidden)
 
 
 def table_bytes(config: Config, topology: Topology, distinct: Distinct) -> float:
@@ -133,14 +132,13 @@ def table_bytes(config: Config, topology: Topology, distinct: Distinct) -> float
         return 0.0
     layers = rank_layers(config, topology)
     tables = config.memory.tabled(layers) * table_bytes_per_layer(config, distinct.step)
-    rows = _own_rows(config, topology, distinct)
+    rows = _own_rows(topology, distinct, config.memory.shared)
     return tables + config.memory.kept(layers) * kept_bytes_per_layer(config, rows)
 
 
-def _own_rows(config: Config, topology: Topology, distinct: Distinct) -> float:
+def _own_rows(topology: Topology, distinct: Distinct, shared: bool) -> float:
     """Rows of a table that this rank computes."""
-    assert config.memory is not None
-    return distinct.everywhere / topology.data if config.memory.shared else distinct.step
+    return distinct.everywhere / topology.data if shared else distinct.step
 
 
 def seconds(config: Config, topology: Topology, distinct: Distinct, speeds: Speeds) -> float:
@@ -187,7 +185,7 @@ def _layer(config: Config, topology: Topology, distinct: Distinct, speeds: Speed
 def _table_layer(config: Config, topology: Topology, distinct: Distinct, speeds: Speeds, kept: bool) -> float:
     """A layer's table, its lookups, its backward; shared: a part of all ranks' rows, and the exchange."""
     assert config.memory is not None
-    rows, exchange = _own_rows(config, topology, distinct), 0.0
+    rows, exchange = _own_rows(topology, distinct, config.memory.shared), 0.0
     if config.memory.shared:
         others = (topology.data - 1) / topology.data
         exchange = others * table_bytes_per_layer(config, distinct.step) / speeds.data_link
@@ -237,7 +235,7 @@ def _candidates(config: Config, topology: Topology, distinct: Distinct, budget: 
         left = budget - fitting * table_bytes_per_layer(config, MARGIN * distinct.step)
         for shared in (False, True) if topology.data > 1 else (False,):
             section: dict[str, object] = {"mode": "table", "shared": shared}
-            rows = MARGIN * (distinct.everywhere / topology.data if shared else distinct.step)
+            rows = MARGIN * _own_rows(topology, distinct, shared)
             kept = int(min(left / kept_bytes_per_layer(config, rows), layers))
             if fitting < layers:
                 section["table_layers"] = fitting
