@@ -4,7 +4,6 @@ One process a variant, so that peaks of memory are its own; the coordinator (tra
 work. Orders and answers are JSON, one a line.
 """
 
-import ctypes
 import gc
 import json
 import os
@@ -23,6 +22,7 @@ from mlm_train.bench.train_ways import Way, build_way
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
 from mlm_train.errors import UserError
+from mlm_train.parallel.host_memory import give_back, keep_freed
 from mlm_train.parallel.topology import Topology
 from mlm_train.train.batches import MicroBatch, step_batches
 
@@ -62,6 +62,7 @@ class Worker:
         self.preset, self.variant = PRESETS[order["preset"]], Variant.named(order["variant"])
         self.precision, self.data = order["precision"], order["data"]
         self.samples = Samples(PreparedData.open(self.data).split("train"), self.preset.sequence, SEED)
+        keep_freed()  # as training does: transformers' process is to have it too
         self._load_libraries()
         runtime = _resident()
         self.way = self._build(self.preset)
@@ -116,7 +117,7 @@ class Worker:
             raise _does_not_compile(error) from error
         memory = psutil.virtual_memory()
         if memory.available < SCARCE * memory.total:
-            _give_back()
+            give_back()  # all variants' processes share it; the next order has to ask for it again
         return answer
 
     def _batches(self, tokens: int) -> list[MicroBatch]:
@@ -173,7 +174,7 @@ class Worker:
         state = [value for states in self.way.optimizer.state.values() for value in states.values()]
         optimizer = sum(value.nbytes for value in state if isinstance(value, torch.Tensor))
         gc.collect()
-        _give_back()
+        give_back()
         _reset_peak()
         self.way.begin(batches)
         tables = sum(tensor.untyped_storage().nbytes() for tensor in self.way.step_tensors())
@@ -199,18 +200,9 @@ def _does_not_compile(error: Exception) -> UserError:
 
 def _resident() -> int:
     gc.collect()
-    _give_back()
+    give_back()
     resident: int = psutil.Process().memory_info().rss
     return resident
-
-
-def _give_back() -> None:
-    """Free memory goes back to the system, where the C library can (glibc). Between orders only where it is
-    scarce, as all variants' processes share it: the next order then has to ask for it again, page by page,
-    as a step of training need not."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _reset_peak() -> None:

@@ -1,18 +1,20 @@
 """Causal attention whose backward is a few large matrix products, for compiled layers on a CPU.
 
-torch's own backward there takes many small products, at a fraction of the speed that large ones reach
-(figures: docs/performance.md). Here the scores of a block of keys with all later queries are computed again,
-transposed: then two of the three gradients are products without a transposition.
+torch's own backward there takes many small products, at a fraction of the speed that larger ones reach
+(figures: docs/performance.md). Here the scores of a block of keys with a block of queries are computed again,
+for all heads at once, and transposed: then two of the three gradients are products without a transposition.
 """
 
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-KEYS = 256  # of a block
-LONGEST = 2048  # sequence; blocks are unrolled in the compiled graph, and their scores are in memory
+BLOCK = 256  # positions, at least: scores of all heads stay near the processor
+BLOCKS = 4  # of a sequence, at most: pairs of them are unrolled in the compiled graph
+LONGEST = 2048  # sequence; of a longer one a pair's scores would fill the memory
 WIDTH = 32  # features that a product takes at once: rows are padded to a multiple
 
 
@@ -61,30 +63,48 @@ def _gradients(
     """
     length, exact = query.shape[1], lse.dtype
     scale = query.shape[2] ** -0.5
+    size = max(BLOCK, -(-length // BLOCKS))
+
+    def blocks(rows: Tensor) -> list[Tensor]:
+        return [_contiguous(block) for block in rows.split(size, 1)]
+
+    query_blocks, key_blocks, gradient_blocks = blocks(query), blocks(key), blocks(gradient)
     # What is subtracted from a product's result rides in it, as features that meet -1: taken off before the
     # result is rounded to bf16, of which only the difference then needs to be exact.
-    queries = _with(query, lse / scale)
-    gradients = _with(gradient, (out.to(exact) * gradient.to(exact)).sum(-1))
-    keys, values = _against(key), _against(value)
-    of_query = list(query.new_zeros(query.shape, dtype=exact).split(KEYS, 1))
-    of_key, of_value = [], []
-    at = torch.arange(length, device=query.device)
-    for start in range(0, length, KEYS):
-        block, later = slice(start, min(start + KEYS, length)), slice(start, length)
-        scores = torch.bmm(_part(keys, block), _part(queries, later).mT)
-        products = torch.bmm(_part(values, block), _part(gradients, later).mT)
-        p = (scores.to(exact) * scale).exp().where(at[block, None] <= at[later], 0.0)
-        ds = (products.to(exact) * p).to(query.dtype)
-        of_value.append(torch.bmm(p.to(query.dtype), _part(gradient, later)))
-        of_key.append(torch.bmm(ds, _part(query, later)) * scale)
-        for number, part in enumerate(torch.bmm(ds.mT, _part(key, block)).split(KEYS, 1), start // KEYS):
-            of_query[number] = of_query[number] + part
-    return (torch.cat(of_query, 1) * scale).to(query.dtype), torch.cat(of_key, 1), torch.cat(of_value, 1)
+    delta = (out.to(exact) * gradient.to(exact)).sum(-1)
+    queries = list(map(_with, query_blocks, (lse / scale).split(size, 1)))
+    gradients = list(map(_with, gradient_blocks, delta.split(size, 1)))
+    keys, values = list(map(_against, key_blocks)), list(map(_against, blocks(value)))
+    of_query: list[list[Tensor]] = [[] for _ in queries]
+    of_key: list[list[Tensor]] = [[] for _ in keys]
+    of_value: list[list[Tensor]] = [[] for _ in keys]
+    at = torch.arange(size, device=query.device)
+    for i in range(len(keys)):
+        for j in range(i, len(queries)):
+            # Both products, then what is pointwise, as one loop.
+            scores, products = torch.bmm(keys[i], queries[j].mT), torch.bmm(values[i], gradients[j].mT)
+            p = (scores.to(exact) * scale).exp()
+            if i == j:
+                p = p.where(at[: p.shape[1], None] <= at[: p.shape[2]], 0.0)
+            ds = (products.to(exact) * p).to(query.dtype)
+            of_value[i].append(torch.bmm(p.to(query.dtype), gradient_blocks[j]))
+            of_key[i].append(torch.bmm(ds, query_blocks[j]))
+            of_query[j].append(torch.bmm(ds.mT, key_blocks[i]))
+    return _joined(of_query, exact, scale), _joined(of_key, exact, scale), _joined(of_value, exact, 1.0)
 
 
-def _part(rows: Tensor, some: slice) -> Tensor:
-    """[heads, some, features]: contiguous, without which products take up to twice as long."""
-    return rows[:, some].contiguous()
+def _contiguous(block: Tensor) -> Tensor:
+    """A copy in the order of its dimensions, as products want it.
+
+    A compiler lays `contiguous()` out as its source lies, and each product then makes a copy of its own.
+    """
+    return torch.cat(block.chunk(2))
+
+
+def _joined(blocks: list[list[Tensor]], exact: torch.dtype, factor: float) -> Tensor:
+    """Blocks of rows one after the other, each the sum of its parts times factor, computed in `exact`."""
+    sums = [reduce(torch.add, [part.to(exact) for part in parts]) * factor for parts in blocks]
+    return torch.cat([some.to(parts[0].dtype) for some, parts in zip(sums, blocks, strict=True)], 1)
 
 
 def _with(rows: Tensor, subtracted: Tensor) -> Tensor:

@@ -21,5 +21,8 @@ def rotary_angles(
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x [batch, heads, sequence, head_dim] by its positions."""
-    halves_swapped = x.roll(x.shape[-1] // 2, -1)
+    if torch.compiler.is_compiling():  # whose loops over a roll are not vectorised
+        halves_swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    else:
+        halves_swapped = x.roll(x.shape[-1] // 2, -1)
     return torch.addcmul(x * cos.to(x.dtype), halves_swapped, sin.to(x.dtype))

@@ -14,6 +14,7 @@ from torch import Tensor
 from mlm_train.config import Config, TrainConfig
 from mlm_train.errors import PeerFailure, SharedUserError, UserError
 from mlm_train.parallel.failures import one_line
+from mlm_train.parallel.host_memory import keep_freed
 from mlm_train.parallel.place import Place
 from mlm_train.parallel.stacks import keep_flight_records
 from mlm_train.parallel.topology import Topology
@@ -146,6 +147,8 @@ def start(config: Config) -> Runtime:
     topology.check_batch(config)
     _make_repeatable(config.train)
     device = pick_device(config.train.device)
+    if device.type == "cpu":
+        keep_freed()
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=config.parallel.timeout)
     if not dist.is_initialized():

@@ -34,9 +34,9 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm().clamp_min(1.0))
 
 
-@pytest.mark.parametrize(("length", "head_dim"), [(1, 8), (5, 8), (16, 6), (37, 24), (48, 32)])
+@pytest.mark.parametrize(("length", "head_dim"), [(1, 8), (5, 8), (16, 6), (37, 24), (48, 32), (80, 8)])
 def test_equals_torch_s_in_float64(length: int, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(causal, "KEYS", 16)
+    monkeypatch.setattr(causal, "BLOCK", 16)
     parts = inputs(length, head_dim, torch.float64)
     pairs = zip(gradients(causal_attention, parts), gradients(own, parts), strict=True)
     assert all(error(found, exact) < 1e-12 for found, exact in pairs)
