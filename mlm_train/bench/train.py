@@ -255,21 +255,23 @@ class Crew:
         shares = [runs * (n + 1) // passes - runs * n // passes for n in range(passes)]
         alike = len(self.members) * (runs + 2 * passes)
         ends = 2 * passes * len(self.plan.sizes) * len(self._sized())
-        last = len(self.plan.validated) + 2 * len(self.members)
-        self.task = self.bar.add_task("measuring", total=alike + ends + last)
+        wholes, last = passes * len(self.plan.validated), 2 * len(self.members)
+        self.task = self.bar.add_task("measuring", total=alike + ends + wholes + last)
         done = 0
         for number, share in enumerate(shares):
             self._pass(preset.tokens, self.members, range(done, done + share), first=number == 0)
+            self._in_turn(self._validated(), number, self._whole)
             done += share
         for size in self.plan.sizes:
             for _ in range(passes):
                 self._pass(size, self._sized(), range(0))
-        self._in_turn(
-            [member for member in self.members if member.variant.name in self.plan.validated], 0, self._whole
-        )
         for member in self.members:
             self._state(member)
         return self.records
+
+    def _validated(self) -> list[Member]:
+        """Whose steps are run in one go too, after each pass, so that both meet the machine alike."""
+        return [member for member in self.members if member.variant.name in self.plan.validated]
 
     def _sized(self) -> list[Member]:
         """Whose begin and finish are measured at other sizes too."""
@@ -300,7 +302,7 @@ class Crew:
             self.bar.advance(self.task)
 
     def _whole(self, member: Member, record: Record) -> None:
-        record.whole = member.ask("whole", tokens=self.plan.preset.tokens)["seconds"]
+        record.whole.append(member.ask("whole", tokens=self.plan.preset.tokens)["seconds"])
 
     def _state(self, member: Member) -> None:
         """What needs the optimizer's state, with which not all processes fit: then the process goes."""

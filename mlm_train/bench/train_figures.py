@@ -25,7 +25,7 @@ class Record:
     finish: dict[int, list[float]] = field(default_factory=dict)
     run: list[float] = field(default_factory=list)  # of a micro-batch
     processor: list[float] = field(default_factory=list)  # of a micro-batch, all threads
-    whole: float | None = None  # a whole step in one go
+    whole: list[float] = field(default_factory=list)  # whole steps, each in one go
     update: list[float] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)
 
@@ -67,14 +67,20 @@ class Measured:
 
     def over_limit(self, name: str, base: str) -> float:
         """Speed over base's, divided by base's FLOPs over this one's, without recomputed ones."""
-        ratio = self.speed(name) / self.speed(base)
-        return ratio / (self.flops(base, recomputed=False) / self.flops(name, recomputed=False))
+        return self.speed(name) / self.speed(base) / self.flop_ratio(name, base)
+
+    def flop_ratio(self, name: str, base: str) -> float:
+        """base's FLOPs over this one's, without recomputed ones."""
+        return self.flops(base, recomputed=False) / self.flops(name, recomputed=False)
+
+    def whole_step(self, name: str) -> float:
+        """Seconds in one go, the median."""
+        return statistics.median(self.records[name].whole)
 
     def deviation(self, name: str) -> float:
-        """Of the sum of a step's parts from the whole step in one go, relative."""
+        """Of the sum of a step's parts, medians, from the median whole step in one go, relative."""
         record, tokens = self.records[name], self.preset.tokens
-        assert record.whole is not None
-        return record.seconds(tokens, tokens // self.preset.micro_tokens) / record.whole - 1
+        return record.seconds(tokens, tokens // self.preset.micro_tokens) / self.whole_step(name) - 1
 
     def activations(self, name: str) -> int:
         """Peak of a step up to its optimizer less everything that has a name."""
@@ -130,9 +136,9 @@ def rows_of(found: Measured) -> list[Row]:
         ]
         if base is not None:
             rows.append(report.row(f"{begin}.over_limit", [found.over_limit(name, base)], "ratio"))
-        if record.whole is not None:
+        if record.whole:
             rows += [
-                report.row(f"{begin}.whole_step", [record.whole], "s"),
+                report.row(f"{begin}.whole_step", record.whole, "s"),
                 report.row(f"{begin}.whole_step_deviation", [found.deviation(name)], "ratio"),
             ]
         parts = record.built | record.memory | {"activations": found.activations(name)}
@@ -152,6 +158,10 @@ def ratios_of(found: Measured) -> dict[str, float]:
     if base is not None and memory is not None:
         ratios["memory_over_base"] = found.speed(memory) / found.speed(base)
         ratios["memory_over_base_flop_limit"] = found.over_limit(memory, base)
+        if found.records[base].whole and found.records[memory].whole:
+            ratio = found.whole_step(base) / found.whole_step(memory)
+            ratios["memory_over_base_in_whole_steps"] = ratio
+            ratios["memory_over_base_flop_limit_in_whole_steps"] = ratio / found.flop_ratio(memory, base)
         ratios |= _by_size(found, base)
     if base is not None and memory is not None and noffn is not None:
         times = {name: 1 / found.speed(name) for name in (memory, base, noffn)}

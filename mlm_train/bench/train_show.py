@@ -130,12 +130,12 @@ def notes(found: Measured, runs: int, fingerprint: str) -> list[str]:
     if noisy:
         lines.append(f"NOT quiet: micro-batches of one variant differ by more than 15 %: {', '.join(noisy)}")
     for name, record in records.items():
-        if record.whole is not None:
+        if record.whole:
             off = found.deviation(name)
             verdict = "within" if abs(off) <= 0.03 else "NOT within"
             lines.append(
-                f"{name}: the parts' sum is {off:+.1%} from a whole step in one go ({record.whole:.1f} s), "
-                f"{verdict} 3 %"
+                f"{name}: the parts' sum is {off:+.1%} from a whole step in one go (median of "
+                f"{len(record.whole)}: {found.whole_step(name):.1f} s), {verdict} 3 %"
             )
     return lines
 
