@@ -67,20 +67,44 @@ class Measured:
 
     def over_limit(self, name: str, base: str) -> float:
         """Speed over base's, divided by base's FLOPs over this one's, without recomputed ones."""
-        return self.speed(name) / self.speed(base) / self.flop_ratio(name, base)
+        return self.ratio(name, base) / self.flop_ratio(name, base)
 
     def flop_ratio(self, name: str, base: str) -> float:
         """base's FLOPs over this one's, without recomputed ones."""
         return self.flops(base, recomputed=False) / self.flops(name, recomputed=False)
 
+    def ratio(self, name: str, base: str, tokens: int | None = None) -> float:
+        """Speed over another's: the median over turns, in each of which both ran a micro-batch.
+
+        The machine's own speed may change by half within minutes, and changes all variants' of a turn.
+        """
+        pairs = zip(self.speeds(name, tokens), self.speeds(base, tokens), strict=True)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
+
+    def ffn_cost(self, name: str, base: str, without: str) -> float:
+        """What this one's FFN costs, over what base's costs; the median over turns."""
+        turns = zip(*(self.speeds(some) for some in (name, base, without)), strict=True)
+        return statistics.median((1 / mine - 1 / no) / (1 / full - 1 / no) for mine, full, no in turns)
+
     def whole_step(self, name: str) -> float:
         """Seconds in one go, the median."""
         return statistics.median(self.records[name].whole)
 
+    def ratio_of_whole_steps(self, name: str, base: str) -> float:
+        """Speed over another's, the median over passes."""
+        pairs = zip(self.records[name].whole, self.records[base].whole, strict=True)
+        return statistics.median(theirs / mine for mine, theirs in pairs)
+
     def deviation(self, name: str) -> float:
-        """Of the sum of a step's parts, medians, from the median whole step in one go, relative."""
-        record, tokens = self.records[name], self.preset.tokens
-        return record.seconds(tokens, tokens // self.preset.micro_tokens) / self.whole_step(name) - 1
+        """Of the sum of a step's parts from a whole step in one go, relative; the median over passes."""
+        record, tokens, passes = self.records[name], self.preset.tokens, len(self.records[name].whole)
+        found = []
+        for number, whole in enumerate(record.whole):
+            first, last = (len(record.run) * n // passes for n in (number, number + 1))
+            ends = record.begin[tokens][number] + record.finish[tokens][number]
+            run = statistics.median(record.run[first:last])
+            found.append((ends + tokens // self.preset.micro_tokens * run) / whole - 1)
+        return statistics.median(found)
 
     def activations(self, name: str) -> int:
         """Peak of a step up to its optimizer less everything that has a name."""
@@ -154,22 +178,21 @@ def ratios_of(found: Measured) -> dict[str, float]:
     for name, mine in (("base", base), ("memory", memory)):
         for peer in ("eager", "compiled"):
             if mine is not None and f"hf.{peer}" in found.records:
-                ratios[f"{name}_over_hf_{peer}"] = found.speed(mine) / found.speed(f"hf.{peer}")
+                ratios[f"{name}_over_hf_{peer}"] = found.ratio(mine, f"hf.{peer}")
     if base is not None and memory is not None:
-        ratios["memory_over_base"] = found.speed(memory) / found.speed(base)
+        ratios["memory_over_base"] = found.ratio(memory, base)
         ratios["memory_over_base_flop_limit"] = found.over_limit(memory, base)
         if found.records[base].whole and found.records[memory].whole:
-            ratio = found.whole_step(base) / found.whole_step(memory)
+            ratio = found.ratio_of_whole_steps(memory, base)
             ratios["memory_over_base_in_whole_steps"] = ratio
             ratios["memory_over_base_flop_limit_in_whole_steps"] = ratio / found.flop_ratio(memory, base)
         ratios |= _by_size(found, base)
     if base is not None and memory is not None and noffn is not None:
-        times = {name: 1 / found.speed(name) for name in (memory, base, noffn)}
-        cost = (times[memory] - times[noffn]) / (times[base] - times[noffn])
+        cost = found.ffn_cost(memory, base, noffn)
         ratios["memory_ffn_cost_over_limit"] = cost / (4 / 3 * found.distinct[found.preset.tokens])
     flex = found.fastest("flex3")
     if base is not None and flex is not None:
-        ratios["flex3_over_base"] = found.speed(flex) / found.speed(base)
+        ratios["flex3_over_base"] = found.ratio(flex, base)
     pairs = [(f"memory.table{end}", f"memory.per_token{end}") for end in ("", COMPILED)]
     if pair := next((pair for pair in pairs if {*pair} <= found.records.keys()), None):
         beyond, apart = ([held(name) for name in pair] for held in (found.beyond_state, found.activations))
@@ -191,7 +214,7 @@ def _by_size(found: Measured, base: str) -> dict[str, float]:
         if names and tokens in found.records[base].finish:
             best = max(names, key=lambda name: found.speed(name, tokens))
             flops = [found.flops(name, recomputed=False, tokens=tokens) for name in (base, best)]
-            ratios[f"memory_over_base_of_{tokens}"] = found.speed(best, tokens) / found.speed(base, tokens)
+            ratios[f"memory_over_base_of_{tokens}"] = found.ratio(best, base, tokens)
             ratios[f"memory_over_base_by_flops_of_{tokens}"] = flops[0] / flops[1]
     return ratios
 

@@ -1,7 +1,7 @@
 """`bench train`: what is compared is alike, the report's schema, its formulas; never a timing."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ def test_all_variants_agree_and_are_reported(
         assert least <= parts["tables"] <= (3 if name.endswith(".kept") else 2) * least + 10_000
     assert rows["tiny.base.parameters"] | {"name": ""} == rows["tiny.hf.eager.parameters"] | {"name": ""}
     assert {"tiny.base.whole_step_deviation", "tiny.memory.table.whole_step_deviation"} < rows.keys()
+    assert rows["tiny.base.whole_step"]["runs"] == 3
     assert {"tiny.memory.unique.speed_of_128", "tiny.base.speed_of_512"} < rows.keys()
     names = (
         "base_over_hf_eager memory_over_hf_eager memory_over_base memory_over_base_flop_limit "
@@ -144,12 +145,19 @@ def test_flops_of_each_mode() -> None:
     assert flops("memory.table", recomputed=False) == train_flops_per_token(memory, TINY.sequence, 0.2)
 
 
-def record(run: float, ends: float = 0.0, peak: int = 100, tables: int = 0, loss: float = 6.0) -> Record:
-    """Three micro-batches around `run` seconds, `ends` at begin and finish each."""
-    sizes = {size: [ends, ends] for size in (128, 256)}
+def record(
+    run: float,
+    ends: float = 0.0,
+    peak: int = 100,
+    tables: int = 0,
+    loss: float = 6.0,
+    whole: Sequence[float] = (),
+) -> Record:
+    """Three micro-batches around `run` seconds, `ends` at begin and finish each, `whole` steps."""
+    sizes = {size: [ends] * 3 for size in (128, 256)}
     return Record(
         {"runtime": 10, "weights": 20, "parameters": 5}, loss, 1.0, dict(sizes), dict(sizes),
-        [run, 0.9 * run, 1.1 * run], [run] * 3, None, [0.1],
+        [run, 0.9 * run, 1.1 * run], [run] * 3, list(whole), [0.1],
         {"peak": peak, "peak_with_update": peak, "gradients": 20, "optimizer": 40, "tables": tables},
     )  # fmt: skip
 
@@ -164,10 +172,10 @@ def test_ratios_by_hand() -> None:
         {
             "hf.eager": record(1.25),
             "hf.compiled": record(1.1),
-            "base": record(1.0),
+            "base": record(1.0, whole=(3.9, 4.0, 9.0)),
             "noffn": record(0.5),
             "memory.per_token": record(1.01, peak=140),
-            "memory.table": record(0.6, ends=0.2, peak=120, tables=10),
+            "memory.table": record(0.6, ends=0.2, peak=120, tables=10, whole=(2.1, 2.0, 1.0)),
             "flex3.table": record(0.8),
         }
     )
@@ -182,10 +190,24 @@ def test_ratios_by_hand() -> None:
     assert ratios["memory_ffn_cost_over_limit"] == pytest.approx((0.8 / 2) / (4 / 3 * 0.3))
     flops = [found.flops(name, recomputed=False) for name in ("base", "memory.table")]
     assert ratios["memory_over_base_flop_limit"] == pytest.approx(4 / 2.8 / (flops[0] / flops[1]))
+    assert ratios["memory_over_base_in_whole_steps"] == pytest.approx(2.0)  # of 3.9 / 2.1, 2, 9
+    limit = 2.0 / (flops[0] / flops[1])
+    assert ratios["memory_over_base_flop_limit_in_whole_steps"] == pytest.approx(limit)
+    # Passes of one micro-batch each.
+    deviation = sorted(((2.4 + 0.4) / 2.1, (2.16 + 0.4) / 2.0, (2.64 + 0.4) / 1.0))[1] - 1
+    assert found.deviation("memory.table") == pytest.approx(deviation)
     assert ratios["memory_over_base_by_flops_of_256"] == pytest.approx(flops[0] / flops[1])
     # Named: 10 + 20 + 20 + 40; tables count as activations where the modes are compared.
     assert ratios["table_over_per_token_activation_memory"] == pytest.approx(30 / 50)
     assert ratios["table_over_per_token_activation_memory_tables_apart"] == pytest.approx(20 / 50)
+
+
+def test_a_machine_that_slows_down_leaves_ratios_as_they_are() -> None:
+    found = measured({"base": record(1.0), "memory.table": record(0.5)})
+    for name, run in (("base", 1.0), ("memory.table", 0.5)):
+        found.records[name].run[:] = [run, 2.1 * run, 1.9 * run]
+    found.records["base"].run[0] *= 3  # something else ran in one turn of one variant
+    assert found.ratio("memory.table", "base") == pytest.approx(2.0)
 
 
 def test_a_difference_is_found() -> None:

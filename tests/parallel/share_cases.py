@@ -37,3 +37,18 @@ def _count(mode: str) -> list[dict[str, int]]:
     if isinstance(table.share, DataShare):
         found["formula"] = table.share.bytes_per_step(len(table.blocks), config.model.hidden_size, 4)
     return runtime.together(lambda: found)
+
+
+def tensor_traffic(modes: list[str]) -> dict[str, Any]:
+    """Bytes between tensor ranks, by mode and micro-batches of a step, all of the same ids; and sizes."""
+    ids = torch.randint(0, 90, (2, 24), generator=torch.Generator().manual_seed(5))
+    found: dict[str, Any] = {"distinct": ids.unique().numel(), "positions": ids.numel()}
+    for mode in modes:
+        config = tiny_config({"kind": "memory"}, memory=MODES[mode], parallel={"tensor": 2})
+        runtime = processes.start(config)
+        executor: Any = make_trainer(config, runtime).executor
+        for count in (1, 3):
+            with Traffic() as traffic:
+                executor.backward([(ids, ids.roll(-1, 1))] * count, 1.0)
+            found[f"{mode} {count}"] = traffic.by_operation["allreduce_"]
+    return found

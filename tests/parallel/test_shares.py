@@ -24,6 +24,17 @@ def test_work_falls_with_the_data_parallel_size_and_the_exchange_is_the_formula_
             assert rank["sent"] == 0
 
 
+def test_tensor_ranks_sum_rows_once_a_step() -> None:
+    """What x0 and FFN-M send in a step with tables grows with its distinct ids, not its micro-batches."""
+    found = run_on_ranks("tests.parallel.share_cases:tensor_traffic", 2, modes=["per_token", "table"])
+    layers, row = 3, 2 * 32 * 4  # an all-reduce of two ranks: a reduce and a broadcast, fp32
+    step = {mode: found[f"{mode} 3"] - found[f"{mode} 1"] for mode in ("per_token", "table")}
+    # Two more micro-batches: the embedding once, FFN-M once forward and once backward in each layer.
+    assert step["per_token"] - step["table"] == 2 * (1 + 2 * layers) * found["positions"] * row
+    # A step: its rows' embeddings; FFN-M twice forward and once backward in each layer.
+    assert found["table 1"] - step["table"] / 2 == (1 + 3 * layers) * found["distinct"] * row
+
+
 def test_owners_are_spread_evenly_whatever_the_ids() -> None:
     for ids in (torch.arange(30_000), torch.arange(0, 240_000, 8), torch.arange(120_000, 130_000)):
         for ranks in (2, 3, 8, 64):
