@@ -29,9 +29,10 @@ def test_tensor_ranks_sum_rows_once_a_step() -> None:
     found = run_on_ranks("tests.parallel.share_cases:tensor_traffic", 2, modes=["per_token", "table"])
     layers, row = 3, 2 * 32 * 4  # an all-reduce of two ranks: a reduce and a broadcast, fp32
     step = {mode: found[f"{mode} 3"] - found[f"{mode} 1"] for mode in ("per_token", "table")}
-    # Two more micro-batches: the embedding once, FFN-M once forward and once backward in each layer.
-    assert step["per_token"] - step["table"] == 2 * (1 + 2 * layers) * found["positions"] * row
-    # A step: its rows' embeddings; FFN-M twice forward and once backward in each layer.
+    # Two more micro-batches: FFN-M once forward and once backward in each layer.
+    assert step["per_token"] - step["table"] == 2 * 2 * layers * found["positions"] * row
+    # A step, in any mode: its rows' embeddings. With tables: FFN-M twice forward, once backward a layer.
+    assert found["per_token 1"] - step["per_token"] / 2 == found["distinct"] * row
     assert found["table 1"] - step["table"] / 2 == (1 + 3 * layers) * found["distinct"] * row
 
 
