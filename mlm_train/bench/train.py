@@ -21,7 +21,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlm_train.bench import report, train_show
-from mlm_train.bench.train_figures import Measured, Record, disagreements, ratios_of, rows_of
+from mlm_train.bench.train_figures import (
+    Measured,
+    Record,
+    disagreements,
+    ratios_of,
+    rows_of,
+    turns_of_passes,
+)
 from mlm_train.bench.train_presets import COMPILED, PRESETS, SEED, Preset, Variant, make_config
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
@@ -252,16 +259,13 @@ class Crew:
     def measure(self, runs: int) -> dict[str, Record]:
         """Everything, in the order in which the processes can be let go."""
         preset, passes = self.plan.preset, min(PASSES, runs)
-        shares = [runs * (n + 1) // passes - runs * n // passes for n in range(passes)]
         alike = len(self.members) * (runs + 2 * passes)
         ends = 2 * passes * len(self.plan.sizes) * len(self._sized())
         wholes, last = passes * len(self.plan.validated), 2 * len(self.members)
         self.task = self.bar.add_task("measuring", total=alike + ends + wholes + last)
-        done = 0
-        for number, share in enumerate(shares):
-            self._pass(preset.tokens, self.members, range(done, done + share), first=number == 0)
+        for number, turns in enumerate(turns_of_passes(runs, passes)):
+            self._pass(preset.tokens, self.members, turns, first=number == 0)
             self._in_turn(self._validated(), number, self._whole)
-            done += share
         for size in self.plan.sizes:
             for _ in range(passes):
                 self._pass(size, self._sized(), range(0))

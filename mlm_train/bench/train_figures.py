@@ -36,6 +36,11 @@ class Record:
         return sum(ends) + micro_batches * one
 
 
+def turns_of_passes(runs: int, passes: int) -> list[range]:
+    """Which of so many timed micro-batches each pass has."""
+    return [range(runs * n // passes, runs * (n + 1) // passes) for n in range(passes)]
+
+
 @dataclass(frozen=True)
 class Measured:
     """A whole benchmark."""
@@ -97,13 +102,13 @@ class Measured:
 
     def deviation(self, name: str) -> float:
         """Of the sum of a step's parts from a whole step in one go, relative; the median over passes."""
-        record, tokens, passes = self.records[name], self.preset.tokens, len(self.records[name].whole)
+        record, tokens = self.records[name], self.preset.tokens
+        passes = turns_of_passes(len(record.run), len(record.whole))
+        parts = zip(passes, record.begin[tokens], record.finish[tokens], record.whole, strict=True)
         found = []
-        for number, whole in enumerate(record.whole):
-            first, last = (len(record.run) * n // passes for n in (number, number + 1))
-            ends = record.begin[tokens][number] + record.finish[tokens][number]
-            run = statistics.median(record.run[first:last])
-            found.append((ends + tokens // self.preset.micro_tokens * run) / whole - 1)
+        for turns, begin, finish, whole in parts:
+            run = statistics.median(record.run[turns.start : turns.stop])
+            found.append((begin + tokens // self.preset.micro_tokens * run + finish) / whole - 1)
         return statistics.median(found)
 
     def activations(self, name: str) -> int:

@@ -22,6 +22,7 @@ from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import autocast_of, build_executor, build_model
 from mlm_train.parallel.engine import Engine, parameter_groups
 from mlm_train.parallel.execution import Sequential
+from mlm_train.parallel.host_memory import keep_freed
 from mlm_train.train.batches import MicroBatch
 from mlm_train.train.step import Trainer
 
@@ -144,6 +145,7 @@ class Llama:
             from transformers import LlamaConfig, LlamaForCausalLM
         except ImportError:
             raise UserError("transformers is not installed (requirements-dev.txt has it)") from None
+        keep_freed()  # as runtime.start does for ours
         tree = config_json(config.model) | {"use_cache": False}
         self.model = LlamaForCausalLM(LlamaConfig.from_dict(tree)).train()
         with torch.no_grad():

@@ -22,7 +22,7 @@ from mlm_train.bench.train_ways import Way, build_way
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
 from mlm_train.errors import UserError
-from mlm_train.parallel.host_memory import give_back, keep_freed
+from mlm_train.parallel.host_memory import give_back
 from mlm_train.parallel.topology import Topology
 from mlm_train.train.batches import MicroBatch, step_batches
 
@@ -62,7 +62,6 @@ class Worker:
         self.preset, self.variant = PRESETS[order["preset"]], Variant.named(order["variant"])
         self.precision, self.data = order["precision"], order["data"]
         self.samples = Samples(PreparedData.open(self.data).split("train"), self.preset.sequence, SEED)
-        keep_freed()  # as training does: transformers' process is to have it too
         self._load_libraries()
         runtime = _resident()
         self.way = self._build(self.preset)
