@@ -132,7 +132,15 @@ def _add_train(actions: "Actions") -> None:
     train.add_argument(
         "--runs", type=int, metavar="N", default=8, help="timed micro-batches of each (default 8)"
     )
+    train.add_argument(
+        "--passes",
+        type=int,
+        metavar="N",
+        default=3,
+        help="times that begin, finish and whole steps are; micro-batches are spread over them (default 3)",
+    )
     train.add_argument("--variants", nargs="+", metavar="NAME", help="default: those of the preset")
+    train.add_argument("--tokens", type=int, metavar="T", help="tokens a step (default: the preset's)")
     train.add_argument(
         "--steps-of",
         type=int,
@@ -208,7 +216,9 @@ def _run_train(args: argparse.Namespace) -> int:
         "data",
         "precision",
         "runs",
+        "passes",
         "variants",
+        "tokens",
         "steps_of",
         "validate",
         "compile",

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ from mlm_train.errors import UserError
 from mlm_train.model.counts import count_parameters
 from mlm_train.monitor.resources import measured_peak_flops
 
-PASSES = 3  # times that begin and finish are measured; the micro-batches are spread over them
 UPDATES = 3  # optimizer steps timed
 PROCESS_BYTES = 600 * 2**20  # torch and its libraries
 LOGITS = 6  # copies of a micro-batch's logits in fp32: what one variant may need while all others wait
@@ -54,6 +53,8 @@ class Options:
     steps_of: Sequence[int] | None = None
     validate: Sequence[str] | None = None
     compile: bool = False
+    tokens: int | None = None  # a step; None: the preset's
+    passes: int = 3  # times that begin, finish and whole steps are measured; micro-batches are spread over them
     json: str | None = None
     plot: str | None = None
 
@@ -77,7 +78,7 @@ def bench_train(options: Options) -> int:
     notes: list[str] = []
     with ExitStack() as stack:
         crew = Crew.start(plan, options, stack, notes)
-        records = crew.measure(options.runs)
+        records = crew.measure(options.runs, min(options.passes, options.runs))
     distinct = _distinct(plan)
     micro = distinct.pop(plan.preset.micro_tokens)
     peak = measured_peak_flops(torch.device("cpu"), options.precision)
@@ -99,8 +100,11 @@ def _checked(options: Options) -> Plan:
     if options.preset not in PRESETS:
         raise UserError(f"--preset {options.preset}: there are {', '.join(PRESETS)}")
     preset = PRESETS[options.preset]
-    if options.runs < 1:
-        raise UserError(f"--runs {options.runs}: give at least 1")
+    if options.tokens is not None:
+        preset = replace(preset, tokens=options.tokens)
+    for name in ("runs", "passes"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)}: give at least 1")
     for name in ("json", "plot"):
         file = getattr(options, name)
         if file is not None:
@@ -113,10 +117,10 @@ def _checked(options: Options) -> Plan:
     if unknown := [name for name in options.validate or () if name not in names]:
         raise UserError(f"--validate {unknown[0]}: it is not among the variants, {', '.join(names)}")
     sizes = [size for size in options.steps_of or preset.steps_of if size != preset.tokens]
-    for size in sizes:
+    for option, size in (("--tokens", preset.tokens), *(("--steps-of", size) for size in sizes)):
         if size < 1 or size % preset.micro_tokens:
             fix = f"give multiples of a micro-batch, {preset.micro_tokens} tokens"
-            raise UserError(f"--steps-of {size}: {fix}")
+            raise UserError(f"{option} {size}: {fix}")
     data = _checked_data(options.data, preset, max([preset.tokens, *sizes]))
     _check_memory(preset, variants, options)
     return Plan(preset, data, variants, sizes, [name for name in validated if name in names])
@@ -225,7 +229,12 @@ class Crew:
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         bar = stack.enter_context(Progress(*columns, console=console))
-        order = {"preset": plan.preset.name, "data": options.data, "precision": options.precision}
+        order = {
+            "preset": plan.preset.name,
+            "tokens": plan.preset.tokens,
+            "data": options.data,
+            "precision": options.precision,
+        }
         members = []
         for variant in plan.variants:
             members.append(Member(variant, order))
@@ -256,9 +265,9 @@ class Crew:
         member.ask("finish")
         member.ask("zero")
 
-    def measure(self, runs: int) -> dict[str, Record]:
+    def measure(self, runs: int, passes: int) -> dict[str, Record]:
         """Everything, in the order in which the processes can be let go."""
-        preset, passes = self.plan.preset, min(PASSES, runs)
+        preset = self.plan.preset
         alike = len(self.members) * (runs + 2 * passes)
         ends = 2 * passes * len(self.plan.sizes) * len(self._sized())
         wholes, last = passes * len(self.plan.validated), 2 * len(self.members)

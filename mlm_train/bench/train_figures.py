@@ -100,16 +100,20 @@ class Measured:
         pairs = zip(self.records[name].whole, self.records[base].whole, strict=True)
         return statistics.median(theirs / mine for mine, theirs in pairs)
 
-    def deviation(self, name: str) -> float:
-        """Of the sum of a step's parts from a whole step in one go, relative; the median over passes."""
+    def deviations(self, name: str) -> list[float]:
+        """Of the sum of a step's parts from a whole step in one go, relative, for each whole step.
+
+        Each is compared with the mean of the parts before and after it (the last one, which has none after
+        it, with those before), so that a drift of the machine's speed does not lean to one side.
+        """
         record, tokens = self.records[name], self.preset.tokens
         passes = turns_of_passes(len(record.run), len(record.whole))
-        parts = zip(passes, record.begin[tokens], record.finish[tokens], record.whole, strict=True)
-        found = []
-        for turns, begin, finish, whole in parts:
+        parts = []
+        for turns, begin, finish in zip(passes, record.begin[tokens], record.finish[tokens], strict=True):
             run = statistics.median(record.run[turns.start : turns.stop])
-            found.append((begin + tokens // self.preset.micro_tokens * run + finish) / whole - 1)
-        return statistics.median(found)
+            parts.append(begin + tokens // self.preset.micro_tokens * run + finish)
+        after = [*parts[1:], parts[-1]]
+        return [(p + q) / 2 / whole - 1 for p, q, whole in zip(parts, after, record.whole, strict=True)]
 
     def activations(self, name: str) -> int:
         """Peak of a step up to its optimizer less everything that has a name."""
@@ -168,7 +172,7 @@ def rows_of(found: Measured) -> list[Row]:
         if record.whole:
             rows += [
                 report.row(f"{begin}.whole_step", record.whole, "s"),
-                report.row(f"{begin}.whole_step_deviation", [found.deviation(name)], "ratio"),
+                report.row(f"{begin}.whole_step_deviation", found.deviations(name), "ratio"),
             ]
         parts = record.built | record.memory | {"activations": found.activations(name)}
         rows += [report.row(f"{begin}.memory.{part}", [parts[part]], "bytes") for part in PARTS]

@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -59,7 +60,8 @@ class Worker:
     """A built variant and the steps it is asked to run."""
 
     def __init__(self, order: dict[str, Any]) -> None:
-        self.preset, self.variant = PRESETS[order["preset"]], Variant.named(order["variant"])
+        self.preset = replace(PRESETS[order["preset"]], tokens=order["tokens"])
+        self.variant = Variant.named(order["variant"])
         self.precision, self.data = order["precision"], order["data"]
         self.samples = Samples(PreparedData.open(self.data).split("train"), self.preset.sequence, SEED)
         self._load_libraries()

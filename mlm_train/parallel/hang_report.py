@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 
 
 @dataclass(frozen=True)
@@ -12,7 +13,7 @@ class Statement:
     host: str
     stage: int | None  # of the pipeline
     mark: str  # "step 3, forward of micro-batch 2"
-    seconds: float  # since the mark; of a silent rank, since it was last heard
+    seconds: float  # since the mark; of a silent rank, since it was last heard, inf where it never was
     answers: bool = True
     operation: str | None = None  # the communication the main thread is in
     pending: Sequence[str] = field(default_factory=tuple)  # communication begun and not complete
@@ -41,10 +42,8 @@ class Statement:
         stage = "" if self.stage is None else f", stage {self.stage}"
         name = f"rank {self.rank} ({self.host}{stage})"
         if not self.answers:
-            return (
-                f"{name}: does not answer (stopped, or its machine is gone); "
-                f"heard {self.seconds:.0f} s ago: {self.mark}"
-            )
+            heard = f"heard {self.seconds:.0f} s ago: {self.mark}" if isfinite(self.seconds) else "never heard"
+            return f"{name}: does not answer (stopped, or its machine is gone); {heard}"
         return f"{name}: {self.mark}, for {self.seconds:.0f} s, {self._where}"
 
     def shared_line(self) -> str:

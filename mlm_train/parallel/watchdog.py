@@ -37,6 +37,7 @@ def watched(config: Config, runtime: Runtime) -> Iterator[None]:
     world = runtime.topology.world
     board = bounded(lambda: Board(runtime.topology.rank, world), 60) if world > 1 else None
     watchdog = Watchdog(config, runtime, board)
+    watchdog.sign()  # before any work: a rank that is stopped at once can be named, too
     watchdog.start()
     try:
         yield
@@ -82,6 +83,11 @@ class Watchdog(threading.Thread):
         """End the thread; again is fine."""
         self.ended.set()
 
+    def sign(self) -> None:
+        """Tell the others that this rank lives, and where it is."""
+        if self.board is not None:
+            self.board.post(f"alive/{self.topology.rank}", asdict(self._said()) | {"seconds": time.time()})
+
     def run(self) -> None:
         """Look, and leave a sign of life, several times in the allowed time."""
         try:
@@ -118,7 +124,7 @@ class Watchdog(threading.Thread):
     def _peers_ended(self, board: Board) -> bool:
         """Leave a sign of life and read the others' word; True where this thread is to end."""
         rank, world = self.topology.rank, self.topology.world
-        board.post(f"alive/{rank}", asdict(self._said()) | {"seconds": time.time()})
+        self.sign()
         if (hung := board.read("hung")) is not None:
             self._end_hung(hung["limit"])
         # A stopped rank cannot speak for itself; that no thread of it moves is no question of patience.
@@ -176,7 +182,8 @@ class Watchdog(threading.Thread):
         for rank in range(self.topology.world):
             note = self.board.await_note(f"statement/{rank}", max(0.0, end - time.monotonic()))
             if note is None and rank != own.rank:
-                note = self.board.read(f"alive/{rank}") or asdict(Statement(rank, "?", None, "?", 0.0))
+                never = asdict(Statement(rank, "?", None, "", float("-inf")))
+                note = self.board.read(f"alive/{rank}") or never
                 note |= {"answers": False, "seconds": time.time() - note["seconds"]}
             found.append(own if note is None else Statement(**note))
         return found

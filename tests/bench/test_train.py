@@ -194,8 +194,9 @@ def test_ratios_by_hand() -> None:
     limit = 2.0 / (flops[0] / flops[1])
     assert ratios["memory_over_base_flop_limit_in_whole_steps"] == pytest.approx(limit)
     # Passes of one micro-batch each.
-    deviation = sorted(((2.4 + 0.4) / 2.1, (2.16 + 0.4) / 2.0, (2.64 + 0.4) / 1.0))[1] - 1
-    assert found.deviation("memory.table") == pytest.approx(deviation)
+    parts = [2.4 + 0.4, 2.16 + 0.4, 2.64 + 0.4]
+    around = [(parts[0] + parts[1]) / 2 / 2.1, (parts[1] + parts[2]) / 2 / 2.0, parts[2] / 1.0]
+    assert found.deviations("memory.table") == pytest.approx([ratio - 1 for ratio in around])
     assert ratios["memory_over_base_by_flops_of_256"] == pytest.approx(flops[0] / flops[1])
     # Named: 10 + 20 + 20 + 40; tables count as activations where the modes are compared.
     assert ratios["table_over_per_token_activation_memory"] == pytest.approx(30 / 50)
@@ -226,10 +227,12 @@ def test_bad_input(data: Path, tmp_path: Path) -> None:
     assert "vocabulary of 512" in refused(*words, "a") and "train:32768" in refused(*words, "a")
     assert "needs --data" in refused("bench", "train")
     assert "holds no prepared data" in refused("bench", "train", "--data", tmp_path, "--preset", "tiny")
-    assert "give at least 1" in refused(*words, "tiny", "--runs", 0)
+    assert "--runs 0: give at least 1" in refused(*words, "tiny", "--runs", 0)
+    assert "--passes 0: give at least 1" in refused(*words, "tiny", "--passes", 0)
     assert "'memory.best' is unknown" in refused(*words, "tiny", "--variants", "memory.best")
     assert "not among the variants" in refused(*words, "tiny", "--variants", "base", "--validate", "noffn")
     assert "multiples of a micro-batch" in refused(*words, "tiny", "--steps-of", 100)
+    assert "--tokens 0: give multiples" in refused(*words, "tiny", "--tokens", 0)
     assert "prepare more text" in refused(*words, "tiny", "--steps-of", 64 * 10**7)
     for option in ("--json", "--plot"):
         assert "a folder that exists" in refused(*words, "tiny", option, tmp_path / "no" / "file")

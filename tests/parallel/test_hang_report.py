@@ -1,5 +1,6 @@
 """The report of a hang, from what ranks say."""
 
+import math
 from dataclasses import replace
 
 from mlm_train.parallel.hang_report import Statement, hang_report
@@ -26,6 +27,8 @@ def test_a_silent_rank_is_stuck_and_a_busy_one_is_not() -> None:
     report = hang_report([WAITING, silent, busy], 60.0, "the end")
     assert "stuck:   rank 1 (b, stage 1): does not answer" in report and "heard 70 s ago" in report
     assert "moving:  rank 2" in report and report.count("stuck") == 1
+    unheard = hang_report([WAITING, replace(silent, seconds=math.inf)], 60.0, "the end")
+    assert "rank 1 (b, stage 1): does not answer (stopped, or its machine is gone); never heard\n" in unheard
 
 
 def test_collectives_that_do_not_match() -> None:
