@@ -54,7 +54,7 @@ class Options:
     validate: Sequence[str] | None = None
     compile: bool = False
     tokens: int | None = None  # a step; None: the preset's
-    passes: int = 3  # times that begin, finish and whole steps are measured; micro-batches are spread over them
+    passes: int = 3  # times that begin, finish and whole steps are; micro-batches are spread over them
     json: str | None = None
     plot: str | None = None
 

@@ -138,8 +138,8 @@ def notes(found: Measured, runs: int, fingerprint: str) -> list[str]:
             error = statistics.stdev(off) / len(off) ** 0.5 if len(off) > 1 else math.nan
             verdict = "within" if abs(mean) <= 0.03 else "NOT within"
             lines.append(
-                f"{name}: the parts' sum is {mean:+.1%} (standard error {error:.1%}) from a whole step in one "
-                f"go, the mean over {len(off)} ({found.whole_step(name):.1f} s in the median), {verdict} 3 %"
+                f"{name}: the parts' sum is {mean:+.1%} (standard error {error:.1%}) from a whole step in "
+                f"one go ({found.whole_step(name):.1f} s in the median), the mean over {len(off)}: {verdict} 3 %"
             )
     return lines
 

@@ -42,7 +42,8 @@ class Statement:
         stage = "" if self.stage is None else f", stage {self.stage}"
         name = f"rank {self.rank} ({self.host}{stage})"
         if not self.answers:
-            heard = f"heard {self.seconds:.0f} s ago: {self.mark}" if isfinite(self.seconds) else "never heard"
+            ago = f"heard {self.seconds:.0f} s ago: {self.mark}"
+            heard = ago if isfinite(self.seconds) else "never heard"
             return f"{name}: does not answer (stopped, or its machine is gone); {heard}"
         return f"{name}: {self.mark}, for {self.seconds:.0f} s, {self._where}"
 
