@@ -139,7 +139,8 @@ def notes(found: Measured, runs: int, fingerprint: str) -> list[str]:
             verdict = "within" if abs(mean) <= 0.03 else "NOT within"
             lines.append(
                 f"{name}: the parts' sum is {mean:+.1%} (standard error {error:.1%}) from a whole step in "
-                f"one go ({found.whole_step(name):.1f} s in the median), the mean over {len(off)}: {verdict} 3 %"
+                f"one go, the mean over {len(off)} (the median takes {found.whole_step(name):.1f} s): "
+                f"{verdict} 3 %"
             )
     return lines
 
