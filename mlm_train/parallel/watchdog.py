@@ -6,6 +6,7 @@ every rank exits with code HUNG.
 """
 
 import contextlib
+import math
 import os
 import socket
 import sys
@@ -182,7 +183,7 @@ class Watchdog(threading.Thread):
         for rank in range(self.topology.world):
             note = self.board.await_note(f"statement/{rank}", max(0.0, end - time.monotonic()))
             if note is None and rank != own.rank:
-                never = asdict(Statement(rank, "?", None, "", float("-inf")))
+                never = asdict(Statement(rank, "?", None, "", -math.inf))  # of time.time(): always before
                 note = self.board.read(f"alive/{rank}") or never
                 note |= {"answers": False, "seconds": time.time() - note["seconds"]}
             found.append(own if note is None else Statement(**note))
