@@ -5,7 +5,7 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: quickstart test check parity performance clean help
+.PHONY: quickstart test test-slurm check parity performance clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -25,9 +25,13 @@ check: .venv/dev.stamp  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources slurm/*.sh slurm/*.sbatch tests/slurm/*.sh
 
 test: check  ## style, types and all tests
 	$(BIN)/python -m pytest
+
+test-slurm: .venv/dev.stamp  ## jobs on a real Slurm of four nodes on this machine (as root)
+	$(BIN)/python -m pytest -rs tests/slurm
 
 parity: .venv/dev.stamp  ## compare every parallel layout with one process, write docs/parity.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.parallel.table

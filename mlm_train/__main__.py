@@ -1,6 +1,28 @@
 """`python -m mlm_train ...` is the `mlm-train` command; torchrun launches ranks this way."""
 
+import contextlib
+import os
+import sys
+
 from mlm_train.cli import main
 
+
+def _end_rank(code: int) -> None:
+    """End without Python's finalisation.
+
+    There a thread of gloo that drops its last tensor would abort the process, and an output that a full disk
+    does not take would change its exit code.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        if "RANK" not in os.environ or not isinstance(end.code, int):
+            raise
+        _end_rank(end.code)

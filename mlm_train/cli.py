@@ -5,6 +5,7 @@ imported, so `mlm-train --help` answers at once.
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
@@ -18,7 +19,9 @@ COMMANDS = {
     "data": "mlm_train.data.command",
     "pretrain": "mlm_train.train.command",
     "launch": "mlm_train.train.launch_command",
+    "checkpoint": "mlm_train.checkpoint.command",
     "export": "mlm_train.checkpoint.export_command",
+    "import": "mlm_train.checkpoint.import_command",
     "tol": "mlm_train.tol.command",
     "generate": "mlm_train.inference.command",
     "evaluate": "mlm_train.evaluate.command",
@@ -29,8 +32,10 @@ COMMANDS = {
 SUMMARY = {
     "data": "collect text, tokenise it, look at it",
     "pretrain": "train a model (on one process, or on every rank of a torchrun)",
-    "launch": "start pretrain on several processes of this machine",
+    "launch": "start pretrain on several processes, or submit it to Slurm",
+    "checkpoint": "list, verify and prune a run's checkpoints",
     "export": "write a Hugging Face folder from a checkpoint",
+    "import": "train on with the weights of a Hugging Face Llama, or of an export",
     "tol": "build and verify token-wise lookups (ToL)",
     "generate": "continue a prompt, with FFN-M computed or looked up",
     "evaluate": "perplexity of an exported model, or its logits",
@@ -68,12 +73,28 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def _parsed(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """The arguments; overrides of a config may stand after options too, where argparse leaves them."""
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
+def _say(line: str) -> None:
+    """On the terminal; where that is a file on a full disk, the exit code still tells."""
+    with contextlib.suppress(OSError):
+        print(f"mlm-train: {line}", file=sys.stderr, flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Run a command; exit 0, or 2 for bad input, 1 for a fault of ours, 75 for a hang, 130 for Ctrl-C."""
+    """Run a command; exit with its code, or 2 for bad input, 1 for a fault of ours, 130 for Ctrl-C."""
     hush_libraries()
     argv = sys.argv[1:] if argv is None else argv
     chosen = next((word for word in argv if not word.startswith("-")), None)
-    args = build_parser(chosen).parse_args(argv)
+    args = _parsed(build_parser(chosen), argv)
     try:
         code = args.handler(args)
     except UserError as error:
@@ -82,17 +103,22 @@ def main(argv: list[str] | None = None) -> None:
         rank = os.environ.get("RANK", "0")
         speaks = os.environ.get("LOCAL_RANK", rank) == "0"
         if speaks or not isinstance(error, SharedUserError):
-            print(f"mlm-train: {'' if speaks else f'[rank {rank}] '}{error}", file=sys.stderr)
+            _say(f"{'' if speaks else f'[rank {rank}] '}{error}")
         raise SystemExit(2) from None
     except PeerFailure as failure:
         if args.debug:
             traceback.print_exc()
-        print(f"mlm-train: [rank {os.environ.get('RANK', '0')}] {failure}", file=sys.stderr)
+        _say(f"[rank {os.environ.get('RANK', '0')}] {failure}")
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("mlm-train: stopped by the user", file=sys.stderr)
+        _say("stopped by the user")
         raise SystemExit(130) from None
     except BrokenPipeError:
         sys.stderr.close()  # the reader of a pipe went away: nothing to say
         raise SystemExit(1) from None
+    except OSError as error:
+        if error.filename is None or args.debug:
+            raise
+        _say(f"{error.filename}: {error.strerror}; check the path and its rights")
+        raise SystemExit(2) from None
     raise SystemExit(code or 0)

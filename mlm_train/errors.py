@@ -14,3 +14,4 @@ class PeerFailure(Exception):
 
 
 HUNG = 75  # exit code of ranks that the watchdog ends (EX_TEMPFAIL of sysexits.h: starting again may help)
+START_AGAIN = 85  # exit code of ranks that saved a checkpoint and ended, because SIGUSR1 asked for it

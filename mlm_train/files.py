@@ -5,9 +5,10 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,28 @@ def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file, read once from start to end."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether it names a file of one folder, whatever the system: no path, no `..`."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
+def listed(folder: Path, name: object, index: str, around: Path | None = None) -> Path:
+    """The file of a folder that its `index` (a file there) names.
+
+    Raises UserError for a name that is no plain one, and for a link that leads out of the folder, or out of
+    `around` where that is given. Whether the file is there is not looked at.
+    """
+    if not is_plain_name(name):
+        raise UserError(
+            f"{folder / index} names {name!r}, which is not a file of that folder: use another copy of it"
+        )
+    path = folder / str(name)
+    target = Path(os.path.realpath(path))  # where resolve() would raise for a loop of links
+    if not target.is_relative_to((around or folder).resolve()):
+        raise UserError(f"{path} is a link to {target}, out of its folder: put the file itself there (cp -L)")
+    return path
 
 
 def refuse_used(path: Path) -> None:
@@ -79,24 +102,46 @@ def write_json(path: Path, tree: Any) -> None:
 
 
 @contextmanager
-def locked(folder: Path, doing: str) -> Iterator[None]:
+def locked(folder: Path, doing: str, patience: float = 0.0) -> Iterator[None]:
     """Hold a folder for one process at a time; the lock goes with the process, however it ends.
 
-    Raises UserError where another process holds it; `doing` says what that one does.
+    Raises UserError where another process holds it for more than `patience` seconds; `doing` says what
+    that one does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"{folder} is {doing} by another process; wait for it or name another") from None
-    except OSError:
-        pass  # some shared file systems have no locks; unfinished files have names of their own anyway
+    path, end = folder.absolute().with_name(f".{folder.name}.lock"), time.monotonic() + patience
+    while (descriptor := _lock(path, folder)) is None:
+        if time.monotonic() >= end:
+            raise UserError(f"{folder} is {doing} by another process; wait for it or name another")
+        time.sleep(0.5)
     try:
         yield
     finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _lock(path: Path, folder: Path) -> int | None:
+    """An open file that holds our lock; None where another process has it.
+
+    A file beside the folder, since NFS locks no folders; the folder where its parent takes no files.
+    """
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:
+            descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError:
+            return descriptor  # no locks here; unfinished files have names of their own anyway
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
+        os.close(descriptor)  # the one before has ended and taken its file away
 
 
 @contextmanager

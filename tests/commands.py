@@ -5,7 +5,11 @@ import io
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import psutil
+import pytest
 
 from mlm_train.cli import main
 
@@ -41,16 +45,25 @@ def refused(*words: object) -> str:
     return lines[0]
 
 
-def start(*words: object) -> "subprocess.Popen[str]":
+def start(*words: object, **environment: str) -> "subprocess.Popen[str]":
     """Start a command as a process of its own, with its output in one pipe."""
     return subprocess.Popen(
         [sys.executable, "-m", "mlm_train", *(str(word) for word in words)],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def wait_for(text: str, run: Path, *processes: "subprocess.Popen[str]") -> None:
+    """Until the run's log holds `text`; the processes must live as long."""
+    log = run / "train.log"
+    while not (log.is_file() and text in log.read_text()):
+        for process in processes:
+            assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
 
 
 def finished(*words: object) -> str:
@@ -61,6 +74,17 @@ def finished(*words: object) -> str:
     return output
 
 
+def listening(process: psutil.Process) -> set[str]:
+    """The addresses at which a process and its children wait for connections."""
+    connections = [
+        connection
+        for each in (process, *process.children(recursive=True))
+        for connection in each.net_connections("inet")
+    ]
+    waiting = (connection for connection in connections if connection.status == psutil.CONN_LISTEN)
+    return {connection.laddr.ip.removeprefix("::ffff:") for connection in waiting}
+
+
 def scalars(run: Path, tag: str) -> dict[int, float]:
     """Step -> value of a TensorBoard tag, read back with TensorBoard's own reader."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -68,3 +92,12 @@ def scalars(run: Path, tag: str) -> dict[int, float]:
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     return {event.step: event.value for event in events.Scalars(tag)}
+
+
+def same_losses(run: Path, other: Path, tolerance: float = 2e-5) -> None:
+    """Every step once, with the other run's values, on training and validation."""
+    for tag in ("train/loss", "train/grad_norm", "validation/loss"):
+        values, expected = scalars(run, tag), scalars(other, tag)
+        assert values.keys() == expected.keys(), (tag, values)
+        for step, value in expected.items():
+            assert values[step] == pytest.approx(value, rel=tolerance), (tag, step)

@@ -9,6 +9,7 @@ TORCH_INDEX=URL chooses an index by hand; TORCH_INDEX=default keeps the default 
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,10 +21,15 @@ VENV = ROOT / ".venv"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
-def pip(*arguments: str, capture: bool = False) -> str:
-    """Run the environment's pip; its output if captured."""
+def pip(*arguments: str, capture: bool = False, index: str = "") -> str:
+    """Run the environment's pip; its output if captured.
+
+    `index`: a URL that may hold a password, so it stands in no command, which others see and errors print.
+    """
     command = [str(VENV / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", *arguments]
-    done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE if capture else None)
+    environment = os.environ | ({"PIP_INDEX_URL": index} if index else {})
+    pipe = subprocess.PIPE if capture else None
+    done = subprocess.run(command, check=True, text=True, stdout=pipe, env=environment)
     return done.stdout or ""
 
 
@@ -56,10 +62,11 @@ def main(requirements: str) -> None:
     index = os.environ.get("TORCH_INDEX", "")
     if not index and not has_gpu() and default_is_cuda(pin):
         index = CPU_INDEX
-    choice = [] if index in ("", "default") else ["--index-url", index]
-    print(f"installing {pin} ({index or 'default index'}) and the rest of {requirements}", flush=True)
+    index = "" if index == "default" else index
+    shown = re.sub(r"//[^/]*@", "//", index) or "default index"
+    print(f"installing {pin} ({shown}) and the rest of {requirements}", flush=True)
     try:
-        pip("install", "--quiet", *choice, pin)
+        pip("install", "--quiet", pin, index=index)
     except subprocess.CalledProcessError:
         if index != CPU_INDEX:
             raise

@@ -15,7 +15,8 @@ HELP = """Measure this machine: alternated runs, medians.
 examples:
   mlm-train bench train --data runs/bench/data --preset a --json train.a.json
   mlm-train bench x0 --stages 2 4 --json x0.json
-  mlm-train bench loss --json loss.json"""
+  mlm-train bench loss --json loss.json
+  mlm-train bench data --data runs/bench/data --json data.json"""
 
 _TRAIN_HELP = """Speed, memory and FLOPs of a training step: base, memory, flex, and transformers' Llama.
 
@@ -62,6 +63,22 @@ examples:
   mlm-train bench loss
   mlm-train bench loss --vocabulary 32000 --tokens 2048 --precision fp32 --runs 5 --json loss.json"""
 
+_CHECKPOINT_HELP = """Save a checkpoint, waiting and in the background, and load it, beside plain files.
+
+One process on CPU trains a base model of that size on the way; everything in turn.
+
+examples:
+  mlm-train bench checkpoint
+  mlm-train bench checkpoint --gib 4 --folder /shared --json checkpoint.json"""
+
+_DATA_HELP = """Compare our loader's samples a second with megatron-core's GPTDataset, over the same files.
+
+One process, the two in turn, batches of ids and labels; `start` is the time to the first sample.
+
+examples:
+  mlm-train bench data --data runs/quickstart/data --sequence-length 256
+  mlm-train bench data --data runs/bench/data --runs 9 --json data.json"""
+
 _PROFILE_HELP = """Show where the time of a training step goes, by what its operations are for.
 
 Forward and backward of a step's micro-batches on one CPU process, FFN-M's tables included, the optimizer left
@@ -83,6 +100,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     auto.add_argument("--runs", type=int, metavar="N", default=7, help="timed steps of each (default 7)")
     auto.add_argument("--shapes", nargs="+", metavar="NAME", help="default: all six")
     auto.add_argument("--json", metavar="FILE", help="write the figures there")
+    checkpoint = add_action(actions, "checkpoint", "saving and loading, beside plain files", _CHECKPOINT_HELP)
+    checkpoint.add_argument("--gib", type=float, metavar="G", default=1.0, help="its size (default 1)")
+    checkpoint.add_argument("--folder", metavar="DIR", default=".", help="on the disk to measure (default .)")
+    checkpoint.add_argument("--runs", type=int, metavar="N", default=5, help="times each (default 5)")
+    checkpoint.add_argument("--json", metavar="FILE", help="write the figures there")
+    _add_data(actions)
     loss = add_action(actions, "loss", "the head and its loss, chunked against plain", _LOSS_HELP)
     sizes = (("vocabulary", 128256, "words"), ("hidden", 1024, "hidden size"), ("tokens", 4096, "tokens"))
     _add_sizes(loss, sizes)
@@ -99,6 +122,19 @@ def _add_sizes(parser: argparse.ArgumentParser, sizes: Iterable[tuple[str, int, 
         parser.add_argument(
             f"--{name}", type=int, metavar="N", default=default, help=f"{meaning} (default {default})"
         )
+
+
+def _add_data(actions: "Actions") -> None:
+    data = add_action(actions, "data", "our loader against megatron-core's", _DATA_HELP)
+    data.add_argument("--data", metavar="DIR", required=True, help="folder of `data prepare`")
+    sizes = (
+        ("sequence-length", 2048, "tokens a sample"),
+        ("batch", 8, "samples a batch"),
+        ("samples", 4096, "samples a run"),
+        ("runs", 9, "runs of each"),
+    )
+    _add_sizes(data, sizes)
+    data.add_argument("--json", metavar="FILE", help="write the figures there")
 
 
 def _add_profile(actions: "Actions") -> None:
@@ -180,12 +216,21 @@ def run(args: argparse.Namespace) -> int:
     """0; 1 if a count differs from its formula, or two ways from each other."""
     if args.action == "train":
         return _run_train(args)
+    if args.action == "checkpoint":
+        from mlm_train.bench.checkpoint import bench_checkpoint
+
+        return bench_checkpoint(args)
     if args.action == "loss":
         return _run_loss(args)
     if args.action == "auto":
         from mlm_train.bench.auto import bench_auto
 
         return bench_auto(args.runs, args.shapes, args.json)
+    if args.action == "data":
+        from mlm_train.bench.data import Size, bench_data
+
+        size = Size(args.sequence_length, args.batch, args.samples, args.runs)
+        return bench_data(args.data, size, args.json)
     if args.action == "profile":
         from mlm_train.bench.profile import bench_profile
 

@@ -5,6 +5,7 @@ deleted, so every step-* folder with a manifest is whole.
 The newest of them is what a run resumes from; `latest` repeats its name for people and scripts.
 """
 
+import contextlib
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from mlm_train.files import sync, write_text
 
 LATEST = "latest"
 PARTIAL = ".partial-"
+DAMAGED = "damaged-"
 NAME = re.compile(r"step-\d{8,}")
 
 
@@ -23,12 +25,15 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
+def step_folders(root: Path) -> list[Path]:
+    """Folders of steps, oldest first, those without a manifest too."""
+    found = [path for path in root.glob("step-*") if NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
 def committed(root: Path) -> list[Path]:
     """Committed checkpoints, oldest first."""
-    found = [
-        path for path in root.glob("step-*") if NAME.fullmatch(path.name) and (path / MANIFEST).is_file()
-    ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return [path for path in step_folders(root) if (path / MANIFEST).is_file()]
 
 
 def newest(root: Path) -> Path | None:
@@ -38,34 +43,52 @@ def newest(root: Path) -> Path | None:
 
 
 def resolve(path: Path) -> Path:
-    """A checkpoint folder from a user's path: itself, a checkpoints folder, or a run's."""
-    if (path / MANIFEST).is_file():
+    """A checkpoint folder from a user's path: itself, or the newest of a checkpoints folder or of a run's.
+
+    Nothing is taken for the newest because that is copied by half: reading its manifest will say so.
+    """
+    if (path / MANIFEST).is_file() or (path.is_dir() and NAME.fullmatch(path.name)):
         return path
     for root in (path, path / "checkpoints"):
-        found = newest(root)
-        if found is not None:
-            return found
+        if found := step_folders(root):
+            return found[-1]
     raise UserError(f"{path} holds no checkpoint: give a run's folder or one of its step-* folders")
 
 
 def commit(partial: Path, final: Path, keep: int) -> None:
-    """Turn a written folder into the newest checkpoint, point `latest` at it, drop the oldest."""
+    """Turn a written folder into the newest checkpoint, point `latest` at it, drop the oldest.
+
+    What follows the commit may fail, as on a full disk: the next one does it again.
+    """
     root = final.parent
     if final.exists():  # without a manifest, or the run would have resumed from it
-        _set_aside(final)
+        delete(final)
     partial.rename(final)
     sync(root)
-    write_text(root / LATEST, final.name + "\n")
-    for old in committed(root)[:-keep]:
-        _set_aside(old)
-    remove_partials(root)
+    with contextlib.suppress(OSError):
+        for old in committed(root)[:-keep]:
+            delete(old)
+        remove_partials(root)
+        write_text(root / LATEST, final.name + "\n")
 
 
-def _set_aside(folder: Path) -> None:
+def delete(folder: Path) -> None:
     """Take a folder's name away before its files go: a kill in between leaves nothing half deleted."""
     aside = folder.with_name(f"{PARTIAL}old-{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> Path:
+    """Take a damaged folder's name away, delete nothing; its new path."""
+    times, aside = 1, folder.with_name(f"{DAMAGED}{folder.name}")
+    while aside.exists():
+        times += 1
+        aside = folder.with_name(f"{DAMAGED}{folder.name}-{times}")
+    folder.rename(aside)
+    sync(folder.parent)
+    return aside
 
 
 def remove_partials(root: Path) -> None:

@@ -66,20 +66,20 @@ def read_config(path: str | Path) -> ModelConfig:
     Raises UserError for a missing or broken config.json, and for a Llama this model cannot express.
     """
     file = Path(path) / "config.json"
-    tree = read_json(file, "give a folder written by `mlm-train export`")
+    tree = read_json(file, "give a folder written by `mlm-train export`, or a Hugging Face Llama's")
     kind = _kind(tree, file)
     fields: dict[str, Any] = {"kind": kind}
     for name in _SHARED:
         if tree.get(name) is not None:
             fields[name] = tree[name]
         elif kind != "base" or name not in _OPTIONAL_IN_LLAMA:
-            raise UserError(f"{file}: {name} is missing; export the model again")
+            raise UserError(f"{file}: {name} is missing; add it, or export the model again")
     fields["rope_theta"] = _rope_theta(tree, file)
     if "initializer_range" in tree:
         fields["init_std"] = tree["initializer_range"]
     for name in ("memory_scale",) * (kind != "base") + _FLEX * (kind == "flex"):
         if tree.get(name) is None:
-            raise UserError(f"{file}: {name} is missing; export the model again")
+            raise UserError(f"{file}: {name} is missing; add it, or export the model again")
         fields[name] = tree[name]
     try:
         return ModelConfig.model_validate(fields)
@@ -122,11 +122,14 @@ def _kind(tree: dict[str, Any], file: Path) -> str:
 
 def _rope_theta(tree: dict[str, Any], file: Path) -> float:
     """The rotary base, from either place; scaled rotary embeddings are refused."""
-    rope = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-    if rope_type != "default":
-        raise UserError(f"{file}: rope_type={rope_type!r} is not supported; it must be default")
-    theta = tree.get("rope_theta", rope.get("rope_theta"))
+    theta = tree.get("rope_theta")
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = tree.get(name) or {}
+        rope = rope if isinstance(rope, dict) else {"rope_type": rope}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type != "default":
+            raise UserError(f"{file}: {name}: rope_type={rope_type!r} is not supported; it must be default")
+        theta = rope.get("rope_theta") if theta is None else theta
     if theta is None:
         raise UserError(f"{file}: rope_theta is missing; add it (a Llama 2 has 10000.0)")
     return theta

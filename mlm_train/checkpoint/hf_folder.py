@@ -15,7 +15,7 @@ from torch import Tensor
 from mlm_train.checkpoint.hf_config import config_json, read_config, read_json
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
-from mlm_train.files import new_folder, sha256_of, write_json
+from mlm_train.files import listed, new_folder, sha256_of, write_json
 from mlm_train.model.logical import named_pieces, pieces
 from mlm_train.model.transformer import Transformer
 
@@ -31,6 +31,7 @@ __all__ = [
     "write_folder",
 ]
 
+AGAIN = "export it again, or copy the folder again"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 4 * 2**30
 
@@ -133,7 +134,7 @@ class FolderTensors:
                 opened = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
                 reason = str(error).replace("\n", " ")
-                raise UserError(f"{file} is damaged ({reason}); export the model again") from None
+                raise UserError(f"{file} is damaged ({reason}); {AGAIN}") from None
             self._file_of |= dict.fromkeys(opened.keys(), opened)
 
     def __enter__(self) -> Self:
@@ -152,6 +153,14 @@ class FolderTensors:
         """A tensor's shape, from the header alone."""
         return torch.Size(self._slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """A tensor's stored type in the format's words, such as BF16."""
+        return self._slice(name).get_dtype()
+
+    def leave_out(self, name: str) -> None:
+        """Be as if the tensor were not there."""
+        del self._file_of[name]
+
     def tensor(self, name: str) -> Tensor:
         """A whole tensor in its stored type."""
         return self.rows(name, 0, None)
@@ -162,7 +171,7 @@ class FolderTensors:
 
     def _slice(self, name: str) -> Any:
         if name not in self._file_of:
-            raise UserError(f"{self.path}: tensor {name} is missing; export the model again")
+            raise UserError(f"{self.path}: tensor {name} is missing; {AGAIN}")
         return self._file_of[name].get_slice(name)
 
     def check(self, config: ModelConfig, with_memory: bool = True) -> None:
@@ -189,17 +198,30 @@ def open_tensors(path: str | Path) -> FolderTensors:
 def _weight_files(path: Path) -> list[Path]:
     if not (path / INDEX).exists():
         if not (path / SINGLE).is_file():
-            raise UserError(f"{path} has no {SINGLE}; give a folder written by `mlm-train export`")
+            raise UserError(f"{path} has no {SINGLE}{_instead(path)}")
         return [path / SINGLE]
-    weight_map = read_json(path / INDEX, "export the model again").get("weight_map")
+    weight_map = read_json(path / INDEX, AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{path / INDEX} has no weight_map; export the model again")
+        raise UserError(f"{path / INDEX} has no weight_map; {AGAIN}")
+    # Of a model in Hugging Face's cache, files are links from snapshots/REVISION to blobs/ beside it.
+    around = path.absolute().parents[1] if path.absolute().parent.name == "snapshots" else None
     files = []
     for name in sorted(set(map(str, weight_map.values()))):
-        if Path(name).name != name or not (path / name).is_file():
-            raise UserError(f"{path / name} is named by {INDEX} and missing; export the model again")
+        if not listed(path, name, INDEX, around).is_file():
+            raise UserError(f"{path / name} is named by {INDEX} and missing; {AGAIN}")
         files.append(path / name)
     return files
+
+
+def _instead(path: Path) -> str:
+    """What a folder without safetensors holds in their place, and the fix."""
+    pickles = sorted(path.glob("pytorch_model*.bin")) + sorted(path.glob("*.pth"))
+    if not pickles:
+        return "; give a folder written by `mlm-train export`, or a Hugging Face Llama's"
+    return (
+        f", only {pickles[0].name}: a pickle may run code and is never loaded; save the model again with "
+        "save_pretrained(..., safe_serialization=True)"
+    )
 
 
 def load_model(path: str | Path, with_memory: bool = True, dtype: torch.dtype = torch.float32) -> Transformer:

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from mlm_train.checkpoint.manifest import read_manifest, verify_files
 from mlm_train.checkpoint.save import FORMAT, VERSION
 from mlm_train.checkpoint.tensors import LogicalPart, read_tensors
-from mlm_train.config import Config
+from mlm_train.config import Config, ModelConfig
 from mlm_train.config.load import parse_config
+from mlm_train.data.order import ORDER
 from mlm_train.errors import UserError
 from mlm_train.model.logical import pieces
 from mlm_train.parallel.engine import Engine
-from mlm_train.parallel.optimizer_state import STATE, scatter_state
+from mlm_train.parallel.optimizer_state import STATE, finish_scatter, scatter_state
 
 
 def open_checkpoint(folder: Path, hashes: bool = True) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def config_of(manifest: dict[str, Any]) -> Config:
 def check_fits(folder: Path, manifest: dict[str, Any], config: Config, fingerprint: str) -> None:
     """Refuse to continue a run with another model, other data, or another order of samples."""
     written = config_of(manifest)
-    check_same_model(folder, written, config)
+    check_same_model(folder, written.model, config.model)
     for section, field in (("data", "sequence_length"), ("train", "seed")):
         old, new = (getattr(getattr(c, section), field) for c in (written, config))
         if old != new:
@@ -40,21 +41,34 @@ def check_fits(folder: Path, manifest: dict[str, Any], config: Config, fingerpri
                 f"{section}.{field}={new} but checkpoint {folder} was written with {old}: "
                 f"its place in the data would be wrong; set {section}.{field}={old} or another train.output"
             )
-    if manifest["data"]["fingerprint"] != fingerprint:
+    if manifest["data"].get("order") != ORDER:
         raise UserError(
-            f"data.path={config.data.path} is not the data of checkpoint {folder} (fingerprints differ): "
-            "use that data, another train.output, or checkpoint.warm_start"
+            f"checkpoint {folder} was written by a version of mlm-train with another order of samples: its "
+            "place in the data would be wrong; go on with that version, or with another train.output and "
+            f"checkpoint.warm_start={folder}"
+        )
+    accepted = config.checkpoint.accept_data
+    if manifest["data"]["fingerprint"] != fingerprint and not _names(accepted, fingerprint):
+        raise UserError(
+            f"checkpoint {folder} was written with other data, or another blend (fingerprints differ): use "
+            "that data, another train.output, checkpoint.warm_start, or go on with this data by "
+            f"checkpoint.accept_data=sha256:{fingerprint[:12]}"
         )
 
 
-def check_same_model(folder: Path, written: Config, config: Config) -> None:
-    """UserError naming the first model field in which a checkpoint differs."""
-    old, new = written.model.model_dump(), config.model.model_dump()
-    for name in sorted(old):
-        if name != "init_std" and old[name] != new[name]:
+def _names(accepted: str | None, fingerprint: str) -> bool:
+    """Whether config field checkpoint.accept_data means this data."""
+    return accepted is not None and fingerprint.startswith(accepted.removeprefix("sha256:"))
+
+
+def check_same_model(folder: Path, written: ModelConfig, model: ModelConfig) -> None:
+    """UserError naming the first field in which the model of a checkpoint or an export differs."""
+    old, new = written.model_dump(), model.model_dump()
+    for name in sorted(old.keys() - {"init_std", "flex_beta"}):  # the size that beta makes is compared
+        if old[name] != new[name]:
             raise UserError(
-                f"checkpoint {folder} is of another model: model.{name} is {old[name]} there and "
-                f"{new[name]} here; use its config or another train.output"
+                f"{folder} is of another model: model.{name} is {old[name]} there and {new[name]} here; "
+                "use its model section, or name another folder"
             )
 
 
@@ -69,20 +83,27 @@ def check_steps(folder: Path, manifest: dict[str, Any], config: Config) -> None:
 
 
 def load_training_state(folder: Path, manifest: dict[str, Any], engine: Engine) -> None:
-    """Fill weights, moments and RNG; every rank calls it. The manifest is verified already."""
-    whole = {
-        key: {name: torch.zeros(shape, dtype=torch.float32) for name, shape in engine.shapes.items()}
-        for key in STATE
-    }
-    wanted: dict[str, Tensor] = {}
+    """Fill weights, moments and RNG; every rank calls it. The manifest is verified already.
+
+    A rank reads its whole share of the model before it takes ZeRO's part of it: one of STATE at a time.
+    """
+    rng = torch.get_rng_state()
+    read_tensors(folder, {"rng": rng})
+    torch.set_rng_state(rng)
     for key in STATE:
-        for piece in engine.pieces:
-            target = piece.of(whole[key][piece.parameter]).fill_(float("nan"))
-            wanted[f"{key}/{piece.name}"] = LogicalPart.of(piece, target)
-    wanted["rng"] = torch.get_rng_state()
+        scatter_state(engine, key, _read_whole(folder, key, engine))
+    finish_scatter(engine, manifest["progress"]["optimizer_steps"])
+
+
+def _read_whole(folder: Path, key: str, engine: Engine) -> dict[str, Tensor]:
+    """One of STATE: parameter name -> whole fp32 tensor in host memory, its padding zero."""
+    whole = {name: torch.zeros(shape, dtype=torch.float32) for name, shape in engine.shapes.items()}
+    wanted: dict[str, Tensor] = {}
+    for piece in engine.pieces:
+        target = piece.of(whole[piece.parameter]).fill_(float("nan"))
+        wanted[f"{key}/{piece.name}"] = LogicalPart.of(piece, target)
     read_tensors(folder, wanted)
-    torch.set_rng_state(wanted["rng"])
-    scatter_state(engine, whole, manifest["progress"]["optimizer_steps"])
+    return whole
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Write a checkpoint: logical tensors through torch.distributed.checkpoint, manifest last."""
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,20 @@ from torch import Tensor
 
 from mlm_train import __version__
 from mlm_train.checkpoint.folders import PARTIAL, commit, step_folder
-from mlm_train.checkpoint.manifest import MANIFEST, describe_file
+from mlm_train.checkpoint.manifest import write_manifest
 from mlm_train.checkpoint.tensors import LogicalPart, write_tensors
 from mlm_train.config import Config
 from mlm_train.errors import UserError
-from mlm_train.files import write_json
+from mlm_train.finite import nonfinite
+from mlm_train.model.counts import count_parameters
+from mlm_train.ownership import Attempt, refuse_superseded
 from mlm_train.parallel.engine import Engine
-from mlm_train.parallel.optimizer_state import gather_state, optimizer_steps
+from mlm_train.parallel.optimizer_state import STATE, gather_state, optimizer_steps
 from mlm_train.parallel.runtime import Runtime
 
 FORMAT = "mlm-checkpoint"
-VERSION = 1
+FP32, GIB = 4, 2**30
+VERSION = 2  # 1 had no checksum of the manifest
 
 
 def logical_state(engine: Engine) -> dict[str, Tensor]:
@@ -33,64 +37,90 @@ def logical_state(engine: Engine) -> dict[str, Tensor]:
     }
 
 
-def save_checkpoint(
-    root: Path,
-    engine: Engine,
-    runtime: Runtime,
-    config: Config,
-    progress: dict[str, Any],
-    data: dict[str, Any],
-) -> Path:
-    """Write and commit the checkpoint of `progress["step"]`; every rank calls it. Returns its folder.
+@dataclass(frozen=True)
+class Snapshot:
+    """A run at the end of a step, in host memory: training may go on while it is written."""
 
-    `data` names what was trained on: `fingerprint`, and `eod_id` for exports.
-    A kill at any moment leaves the older checkpoints as they were: the new folder has another name
-    until its manifest is on disk.
+    step: int
+    state: dict[str, Tensor]
+    manifest: dict[str, Any]  # what it will say, `files` apart
+    keep: int  # newest checkpoints that stay
+    bytes: int  # about, of all ranks
+
+
+def take_snapshot(
+    engine: Engine, runtime: Runtime, config: Config, progress: dict[str, Any], data: dict[str, Any]
+) -> Snapshot:
+    """Copy what a checkpoint of `progress["step"]` holds; every rank calls it.
+
+    `data` names what was trained on: `fingerprint`, `order` of its samples, and `eod_id` for exports.
     """
-    final = step_folder(root, progress["step"])
-    partial = root / f"{PARTIAL}{final.name}"
-    runtime.everywhere(lambda: _fresh(partial))
+    state = logical_state(engine)
+    state["rng"] = torch.get_rng_state()
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "tool": f"mlm-train {__version__}",
+        "progress": progress | {"optimizer_steps": optimizer_steps(engine)},
+        "data": data,
+        "config": config.model_dump(mode="json", exclude_none=True),
+        "world": runtime.topology.world,
+    }
+    size = len(STATE) * FP32 * count_parameters(config.model).total
+    return Snapshot(progress["step"], state, manifest, config.checkpoint.keep, size)
+
+
+def write_checkpoint(root: Path, snapshot: Snapshot, runtime: Runtime) -> Path:
+    """Write and commit a checkpoint; every rank calls it. Returns its folder.
+
+    A kill at any moment leaves the older checkpoints as they were: the new folder has another name
+    until its manifest is on disk. Raises UserError on every rank where one could not write.
+    """
+    final = step_folder(root, snapshot.step)
+    partial = root / f"{PARTIAL}{final.name}{Attempt.suffix()}"
     place = runtime.place  # each part may take long of its own
+    place.at("space")
+    runtime.everywhere(lambda: _prepare(partial, snapshot))
     try:
-        place.at("gather")
-        state = logical_state(engine)
-        state["rng"] = torch.get_rng_state()
+        place.at("look for what is not finite")
+        runtime.together(lambda: _refuse_nonfinite(snapshot))
         place.at("write")
-        write_tensors(partial, state)
-        place.at("checksums")
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "tool": f"mlm-train {__version__}",
-            "progress": progress | {"optimizer_steps": optimizer_steps(engine)},
-            "data": data,
-            "config": config.model_dump(mode="json", exclude_none=True),
-            "world": runtime.topology.world,
-            "files": _describe_together(partial, runtime),
-        }
+        mine = write_tensors(partial, snapshot.state, runtime.control)
         place.at("commit")
-        runtime.everywhere(lambda: _finish(partial, manifest, final, config.checkpoint.keep))
+        files = [entry for entries in runtime.together(lambda: mine) for entry in entries]
+        manifest = snapshot.manifest | {"files": sorted(files, key=lambda entry: entry["file"])}
+        runtime.everywhere(lambda: _finish(partial, manifest, final, snapshot.keep))
     except UserError:
         runtime.everywhere(lambda: shutil.rmtree(partial, ignore_errors=True))
         raise
     return final
 
 
+def _refuse_nonfinite(snapshot: Snapshot) -> None:
+    """UserError naming the first tensor that no run could go on from: it must not push a good one out."""
+    numbers = {name: part.as_subclass(Tensor) for name, part in snapshot.state.items() if name != "rng"}
+    if names := nonfinite(numbers):
+        raise UserError(
+            f"the state after step {snapshot.step} holds infinity or NaN in {names[0]}: start again from the "
+            "newest checkpoint"
+        )
+
+
 def _finish(partial: Path, manifest: dict[str, Any], final: Path, keep: int) -> None:
-    """The manifest, then the name."""
-    write_json(partial / MANIFEST, manifest)
+    """The manifest, then the name; nothing any more where a newer attempt of the job has taken over."""
+    write_manifest(partial, manifest)
+    refuse_superseded(final.parent.parent)
     commit(partial, final, keep)
 
 
-def _fresh(partial: Path) -> None:
-    """An empty folder of that name: the reader takes every file in it."""
+def _prepare(partial: Path, snapshot: Snapshot) -> None:
+    """An empty folder of that name (the reader takes every file in it), on a disk with room."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-
-
-def _describe_together(folder: Path, runtime: Runtime) -> list[dict[str, Any]]:
-    """Sizes and checksums of all files, each rank hashing its share."""
-    names = runtime.everywhere(lambda: sorted(path.name for path in folder.iterdir()))
-    mine = names[runtime.topology.rank :: runtime.topology.world]
-    shares = runtime.together(lambda: [describe_file(folder, name) for name in mine])
-    return sorted((entry for share in shares for entry in share), key=lambda entry: entry["file"])
+    free = shutil.disk_usage(partial).free
+    if free < snapshot.bytes:
+        partial.rmdir()
+        raise UserError(
+            f"the checkpoint of step {snapshot.step} needs {snapshot.bytes / GIB:.3g} GiB, but "
+            f"{partial.parent} has {free / GIB:.3g} GiB free: free space, or choose another train.output"
+        )

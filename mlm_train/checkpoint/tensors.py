@@ -9,10 +9,11 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from mlm_train.checkpoint.shards import ShardWriter
 from mlm_train.errors import SharedUserError, UserError
 from mlm_train.model.logical import Piece
 
@@ -50,13 +51,16 @@ class LogicalPart(Tensor):
         return self.as_subclass(Tensor)
 
 
-def write_tensors(folder: Path, state: dict[str, Tensor]) -> None:
+def write_tensors(folder: Path, state: dict[str, Tensor], group: Any = None) -> list[dict[str, Any]]:
     """Write tensors and LogicalParts; what several ranks hold alike is written once.
 
-    Every rank calls it. Raises UserError on every rank where one could not write.
+    Every rank of `group` (default: all) calls it. Returns what the manifest says of this rank's files.
+    Raises UserError on every rank where one could not write.
     """
     try:
-        dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        writer = ShardWriter(folder)
+        dcp.save(state, storage_writer=writer, process_group=group)
+        return writer.entries
     except dcp.api.CheckpointException as error:  # derives from BaseException
         raise SharedUserError(
             f"{folder} cannot be written: {_cause(error)}; free space or choose another train.output"

@@ -2,7 +2,7 @@
 
 import contextlib
 import difflib
-import types
+import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from pydantic import ValidationError
 from mlm_train.config.schema import Config
 from mlm_train.config.section import Section
 from mlm_train.errors import UserError
+
+_CREDENTIALS = re.compile(r"://[^/\s]*@")  # of a URL
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -28,6 +30,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
 
 def parse_config(tree: dict[str, Any]) -> Config:
     """Validate a nested mapping; pydantic's findings become one clear line."""
+    _refuse_credentials(tree, "")
     _refuse_unknown(tree, Config, "")
     try:
         return Config.model_validate(tree)
@@ -94,17 +97,20 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node[parts[-1]] = value
 
 
+def _refuse_credentials(value: Any, name: str) -> None:
+    """UserError naming a field, not its value: the run's folder, checkpoints and logs would keep it."""
+    if isinstance(value, str) and _CREDENTIALS.search(value):
+        raise UserError(f"{name} holds a URL with a user name or password: name a folder of this machine")
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        _refuse_credentials(item, f"{name}.{key}" if name else str(key))
+
+
 def _section_of(annotation: Any) -> type[Section] | None:
-    """The Section inside a field's annotation, `Section | None` included."""
-    candidates = (
-        typing.get_args(annotation)
-        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
-        else (annotation,)
-    )
-    for candidate in candidates:
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    return None
+    """The Section inside a field's annotation, `Section | None` and `list[Section]` included."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(_section_of, typing.get_args(annotation))), None)
 
 
 def _refuse_unknown(tree: dict[str, Any], section: type[Section], prefix: str) -> None:
@@ -117,6 +123,10 @@ def _refuse_unknown(tree: dict[str, Any], section: type[Section], prefix: str) -
             continue
         if isinstance(value, dict):
             _refuse_unknown(value, inner, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            for number, item in enumerate(value):
+                if isinstance(item, dict):
+                    _refuse_unknown(item, inner, f"{prefix}{key}.{number}.")
         elif value is not None:
             raise UserError(f"{prefix}{key} is a section: write fields below it, not {value!r}")
 

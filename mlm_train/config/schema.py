@@ -7,13 +7,40 @@ from pydantic import Field, model_validator
 from mlm_train.config.model import ModelConfig
 from mlm_train.config.parallel import ZERO_BUBBLE, ParallelConfig, check_parallel
 from mlm_train.config.section import Section, blame
+from mlm_train.errors import UserError
+
+
+class BlendSource(Section):
+    """One of several sources."""
+
+    path: str = Field(description="folder written by `mlm-train data prepare`")
+    weight: float = Field(gt=0, description="share of the tokens trained on, relative to the others'")
 
 
 class DataConfig(Section):
     """What is read."""
 
-    path: str = Field(description="folder written by `mlm-train data prepare`")
+    path: str | None = Field(None, description="folder written by `mlm-train data prepare`")
+    blend: Annotated[list[BlendSource], Field(min_length=1)] | None = Field(
+        None, description="in its place: several such folders of one tokenizer, with weights by tokens"
+    )
     sequence_length: int = Field(2048, ge=1, description="tokens a sequence")
+    separate_documents: bool = Field(
+        False,
+        description="tokens attend within their own document alone, whose positions begin with 0; a sequence "
+        "may hold several documents",
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.path is None and self.blend is None:
+            raise UserError(
+                "config: data.path is missing; set it in the YAML or as data.path=..., or give data.blend"
+            )
+        if self.path is not None and self.blend is not None:
+            fix = "give either this or data.blend; on the command line data.path=null takes it away"
+            blame("data.path", self.path, fix)
+        return self
 
 
 class MemoryConfig(Section):
@@ -89,6 +116,19 @@ class Ramp(Section):
     samples: int = Field(ge=1, description="sequences after which the full batch is reached")
 
 
+class SpikeConfig(Section):
+    """When the loss jumps up: back to the newest checkpoint, and past the samples that caused it."""
+
+    sigmas: float = Field(
+        6.0, gt=0, description="a spike lies so many standard deviations above the mean of the window"
+    )
+    window: int = Field(100, ge=2, description="steps looked back on; none is a spike before")
+    skip_steps: int = Field(
+        20, ge=0, description="steps' worth of samples passed over after the spike's own, and all before them"
+    )
+    limit: int = Field(3, ge=1, description="rollbacks of a run; the next spike ends it")
+
+
 Recompute = Literal["none", "selective", "full"]
 
 
@@ -132,6 +172,13 @@ class TrainConfig(Section):
         description="seconds without progress after which a run is reported as hung and ended; "
         "default: half of parallel.timeout; 0: never",
     )
+    skip_limit: int = Field(
+        3,
+        ge=1,
+        description="steps in a row that may be skipped, because loss or gradient is not finite, until the "
+        "run ends",
+    )
+    spike: SpikeConfig | None = Field(None, description="optional rollback when the loss jumps up")
     stop_after: int | None = Field(
         None, ge=1, description="end cleanly after this many steps of this launch, with a checkpoint"
     )
@@ -146,9 +193,20 @@ class CheckpointConfig(Section):
 
     every: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    background: bool = Field(True, description="train on while a checkpoint is written from a copy")
     resume: bool = Field(True, description="continue from the newest checkpoint of train.output")
+    fall_back: bool = Field(
+        True,
+        description="set a damaged newest checkpoint aside, and continue from the newest whole one; false: "
+        "refuse to start",
+    )
     warm_start: str | None = Field(
         None, description="checkpoint or export whose weights (nothing else) a new run starts from"
+    )
+    accept_data: str | None = Field(
+        None,
+        pattern="^sha256:[0-9a-f]{12,64}$",
+        description="fingerprint of other data, as the refusal prints it, on which a checkpoint may go on",
     )
 
 
@@ -157,6 +215,12 @@ class MonitorConfig(Section):
 
     tensorboard: bool = Field(True, description="write events below train.output/tensorboard")
     log_every: int = Field(1, ge=1, description="steps between log lines and events")
+    stragglers_every: int = Field(
+        50, ge=1, description="steps over which ranks are compared, to say which are slow"
+    )
+    straggler_ratio: float = Field(
+        1.5, gt=1, description="a rank is slow that takes so many times its stage's median"
+    )
     peak_tflops: float | None = Field(
         None, gt=0, description="arithmetic peak of one rank, 1e12 FLOP/s; MFU is shown when set"
     )

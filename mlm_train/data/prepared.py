@@ -11,6 +11,7 @@ one sequence of the `.idx` and ends with `eod_id`.
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mlm_train.errors import UserError
-from mlm_train.files import sha256_of
+from mlm_train.files import listed, sha256_of
 
 MANIFEST = "manifest.json"
 INDEX_HEADER = np.dtype(
@@ -129,14 +130,14 @@ class PreparedData:
     def open(cls, path: str | Path) -> "PreparedData":
         """Open a folder, checking the manifest, every file's size, and the tokenizer's hash.
 
-        Raises UserError naming the file that is missing, truncated or changed.
+        Raises UserError naming the file that is missing, truncated, changed or not in the folder.
         """
         path = Path(path)
         data = cls(path, _read_manifest(path))
         for record in data._files():
-            _check_size(path / record.file, record.bytes)
+            _check_size(listed(path, record.file, MANIFEST), record.bytes)
         tokenizer = data.manifest.tokenizer
-        if not (path / tokenizer.file).is_file():
+        if not listed(path, tokenizer.file, MANIFEST).is_file():
             raise UserError(f"{path / tokenizer.file} is missing; {_AGAIN}")
         _check_hash(path / tokenizer.file, tokenizer.sha256)
         return data
@@ -186,8 +187,9 @@ def _read_manifest(folder: Path) -> Manifest:
 
 def _check_size(path: Path, expected: int) -> None:
     try:
-        actual = path.stat().st_size
-    except OSError:
+        with path.open("rb") as file:  # it must be readable too
+            actual = os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
         raise UserError(f"{path} is missing ({expected} bytes expected); {_AGAIN}") from None
     if actual != expected:
         raise UserError(f"{path} has {actual} bytes instead of {expected}; {_AGAIN}")

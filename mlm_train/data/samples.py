@@ -1,20 +1,32 @@
 """Training samples by a global index, the same for every layout of ranks and batches."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from mlm_train.data.order import Interleaving, shuffled
 from mlm_train.data.prepared import TokenStream
 from mlm_train.errors import UserError
 
+BLOCK = 4096  # samples whose places are found at once
 
-class Samples:
-    """Sample i of an endless sequence of epochs, each a window of sequence_length + 1 tokens.
+
+class Consumed(NamedTuple):
+    """What training has taken from a source. tokens: positions trained on."""
+
+    samples: int
+    tokens: int
+    epochs: float
+
+
+class Source:
+    """The samples of one stream: an endless sequence of epochs over its windows.
 
     Window k is tokens[k*S : k*S + S + 1]: ids and next-token labels, windows one stride of S apart,
     so every token is a label once an epoch. Epoch e visits the windows in a permutation drawn from
-    (seed, e) alone; seed None: in order. A data cursor is thus one number, the next sample index.
+    (seed, e) alone; seed None: in order.
     """
 
     def __init__(self, stream: TokenStream, sequence_length: int, seed: int | None) -> None:
@@ -24,12 +36,42 @@ class Samples:
                 f"{stream.bin_path} has {len(stream)} tokens, less than one sample of "
                 f"sequence_length={sequence_length} (plus one); lower it or prepare more text"
             )
-        self.stream = stream
-        self.sequence_length = sequence_length
-        self.seed = seed
+        self.stream, self.seed = stream, seed
         self.samples_per_epoch = (len(stream) - 1) // sequence_length
-        self._epoch = -1
-        self._order = np.empty(0, dtype=np.uint32)
+
+    def windows(self, numbers: np.ndarray) -> np.ndarray:
+        """Window numbers of this source's samples, both int64 [n]."""
+        epochs, places = np.divmod(numbers, self.samples_per_epoch)
+        if self.seed is None:
+            return places
+        return shuffled(places, self.samples_per_epoch, self.seed, epochs)
+
+
+class Samples:
+    """Sample i of a run: of one source, or of several in turn, each within one sample of its share.
+
+    Which source and which of its windows follows from i, the seed and the shares alone. A data cursor is
+    thus one number, the next sample index.
+    """
+
+    def __init__(
+        self,
+        streams: TokenStream | Sequence[TokenStream],
+        sequence_length: int,
+        seed: int | None,
+        shares: Sequence[int] = (1,),
+    ) -> None:
+        """`shares`: whole numbers, one a stream. Raises UserError if one holds less than one sample."""
+        streams = [streams] if isinstance(streams, TokenStream) else streams
+        self.sources = [Source(stream, sequence_length, seed) for stream in streams]
+        self.sequence_length = sequence_length
+        self.interleaving = Interleaving(shares)
+        self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Windows of all sources together."""
+        return sum(source.samples_per_epoch for source in self.sources)
 
     @property
     def tokens_per_sample(self) -> int:
@@ -45,35 +87,56 @@ class Samples:
 
         Copies: they outlive the memory map and may be written to.
         """
-        size = self.sequence_length
-        tokens = self.stream.tokens
-        ids = np.empty((len(indices), size), dtype=np.int64)
-        labels = np.empty_like(ids)
-        for row, start in enumerate(self._windows(indices) * size):
-            ids[row] = tokens[start : start + size]
-            labels[row] = tokens[start + 1 : start + size + 1]
-        return torch.from_numpy(ids), torch.from_numpy(labels)
+        return self._read(*self.places(indices))
+
+    def spread(self, chosen: Sequence[int] | np.ndarray, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids and labels of some of `count` samples that lie evenly over each source, by their numbers.
+
+        Each source has its share of them.
+        """
+        sources, numbers = self.interleaving.at(np.asarray(chosen, dtype=np.int64))
+        sizes = np.array([source.samples_per_epoch for source in self.sources])
+        counts = np.array(self.interleaving.counts(count))
+        return self._read(sources, numbers * sizes[sources] // counts[sources])
 
     def windows(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """The same samples as int64 [len(indices), sequence_length + 1], for counting."""
         ids, labels = self.batch_of(indices)
         return np.concatenate([ids.numpy(), labels.numpy()[:, -1:]], axis=1)
 
-    def _windows(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Window numbers, int64 [len(indices)], of global sample indices."""
-        epochs, places = np.divmod(np.asarray(indices, dtype=np.int64), self.samples_per_epoch)
-        if self.seed is None:
-            return places
-        windows = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            windows[here] = self._order_of(self.seed, int(epoch))[places[here]]
-        return windows
+    def consumed(self, samples: int) -> list[Consumed]:
+        """What the first `samples` have taken from each source."""
+        return [
+            Consumed(count, count * self.sequence_length, count / source.samples_per_epoch)
+            for count, source in zip(self.interleaving.counts(samples), self.sources, strict=True)
+        ]
 
-    def _order_of(self, seed: int, epoch: int) -> np.ndarray:
-        """The permutation of an epoch; only the last one asked for is kept."""
-        if epoch != self._epoch:
-            order = np.arange(self.samples_per_epoch, dtype=np.uint32)  # half the memory of int64
-            np.random.default_rng([seed, epoch]).shuffle(order)
-            self._epoch, self._order = epoch, order
-        return self._order
+    def places(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sources and window numbers, int64 [len(indices)], of global sample indices."""
+        blocks, offsets = np.divmod(np.asarray(indices, dtype=np.int64), BLOCK)
+        sources, windows = np.empty_like(offsets), np.empty_like(offsets)
+        for block in np.unique(blocks):
+            here = blocks == block
+            found = self._block(int(block))
+            sources[here], windows[here] = found[0][offsets[here]], found[1][offsets[here]]
+        return sources, windows
+
+    def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sources and windows of BLOCK samples in a row; those of the last two blocks are kept."""
+        if block not in self._blocks:
+            sources, windows = self.interleaving.at(np.arange(block * BLOCK, (block + 1) * BLOCK))
+            for number, source in enumerate(self.sources):
+                mine = sources == number
+                windows[mine] = source.windows(windows[mine])
+            self._blocks = dict([*self._blocks.items()][-1:]) | {block: (sources, windows)}
+        return self._blocks[block]
+
+    def _read(self, sources: np.ndarray, windows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        size = self.sequence_length
+        ids = np.empty((len(windows), size), dtype=np.int64)
+        labels = np.empty_like(ids)
+        starts = (windows * size).tolist()
+        for row, (source, start) in enumerate(zip(sources.tolist(), starts, strict=True)):
+            window = self.sources[source].stream.tokens[start : start + size + 1]
+            ids[row], labels[row] = window[:-1], window[1:]
+        return torch.from_numpy(ids), torch.from_numpy(labels)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mlm_train.config import ModelConfig
 from mlm_train.model.causal import by_blocks, causal_attention
+from mlm_train.model.geometry import Geometry
 from mlm_train.model.linear import FusedLinear
 from mlm_train.model.recompute import recomputed
 from mlm_train.model.rope import rotate
@@ -44,20 +45,20 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        geometry: Geometry,
         layer: int = 0,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """x [batch, sequence, hidden] -> the same shape; a cache adds the tokens before."""
         qkv = self.qkv_proj(x)
         if self.recompute and cache is None:
-            return self.o_proj(recomputed(self._attend, qkv, rope))
-        return self.o_proj(self._attend(qkv, rope, layer, cache))
+            return self.o_proj(recomputed(self._attend, qkv, geometry))
+        return self.o_proj(self._attend(qkv, geometry, layer, cache))
 
     def _attend(
         self,
         qkv: Tensor,
-        rope: tuple[Tensor, Tensor],
+        geometry: Geometry,
         layer: int = 0,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
@@ -65,10 +66,10 @@ class Attention(nn.Module):
         batch, length, _ = qkv.shape
         qkv = qkv.view(batch, length, -1, self.head_dim).transpose(1, 2)
         turned, value = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
-        query, key = rotate(turned, *rope).split([self.heads, self.kv_heads], dim=1)
-        mask, causal = None, False
+        query, key = rotate(turned, geometry.cos, geometry.sin).split([self.heads, self.kv_heads], dim=1)
+        mask, causal = geometry.mask, False
         if length > 1:  # a branch: compiled for any length, the comparison is no bool
-            causal = True
+            causal = mask is None
         if cache is not None:
             past = cache.length
             key, value = cache.append(layer, key, value)

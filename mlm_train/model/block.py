@@ -10,6 +10,7 @@ from mlm_train.config.schema import Recompute
 from mlm_train.model.attention import Attention, KeyValueCache
 from mlm_train.model.compiled import compiled
 from mlm_train.model.feedforward import LinearFFN, SwiGLU
+from mlm_train.model.geometry import Geometry
 from mlm_train.model.recompute import recomputed
 from mlm_train.model.source import MemoryReader
 
@@ -54,15 +55,15 @@ class BaseBlock(Block):
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        geometry: Geometry,
         read: MemoryReader | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """x [batch, sequence, hidden] -> the same shape. `read` is not used."""
-        return self._run(BaseBlock._layer, x, rope, cache)
+        return self._run(BaseBlock._layer, x, geometry, cache)
 
-    def _layer(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
-        y = x + self.self_attn(self.input_layernorm(x), rope, self.layer, cache)
+    def _layer(self, x: Tensor, geometry: Geometry, cache: KeyValueCache | None) -> Tensor:
+        y = x + self.self_attn(self.input_layernorm(x), geometry, self.layer, cache)
         return y + self.mlp(self.post_attention_layernorm(y))
 
 
@@ -108,20 +109,20 @@ class MemoryBlock(Block):
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        geometry: Geometry,
         read: MemoryReader,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """x [batch, sequence, hidden] -> the same shape. The lookup lies outside what is recomputed."""
-        y = self._run(MemoryBlock._context, x, rope, cache)
+        y = self._run(MemoryBlock._context, x, geometry, cache)
         if self.alpha == 0.0 and not self.training:
             return y  # a dropped layer reads nothing; in training it still gets its zero gradient
         memory = read(self.layer)
         return y + (memory if self.alpha == 1.0 else self.alpha * memory)
 
-    def _context(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
+    def _context(self, x: Tensor, geometry: Geometry, cache: KeyValueCache | None) -> Tensor:
         """x + Attn(N(x)) [+ FFN_C(N_c(x))]: what depends on the tokens before."""
-        y = x + self.self_attn(self.input_layernorm(x), rope, self.layer, cache)
+        y = x + self.self_attn(self.input_layernorm(x), geometry, self.layer, cache)
         if self.compute_mlp is None:
             return y
         context = y if self.after_attention else x

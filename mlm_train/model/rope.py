@@ -4,23 +4,21 @@ import torch
 from torch import Tensor
 
 
-def rotary_angles(
-    head_dim: int, theta: float, start: int, length: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """cos, sin of positions start .. start+length-1, each [length, head_dim], always in fp32.
+def rotary_angles(head_dim: int, theta: float, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos, sin of positions int64 [...], each [..., head_dim], always in fp32.
 
     The first half of sin is negative: `rotate` then needs no pass over the heads to turn their sign.
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    positions = torch.arange(start, start + length, dtype=torch.float32, device=device)
-    angles = torch.outer(positions, 1.0 / theta**exponent).repeat(1, 2)
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions.float().unsqueeze(-1) * (1.0 / theta**exponent)
+    angles = torch.cat((angles, angles), -1)
     cos, sin = angles.cos(), angles.sin()
-    sin[:, : head_dim // 2].neg_()
+    sin[..., : head_dim // 2].neg_()
     return cos, sin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x [batch, heads, sequence, head_dim] by its positions."""
+    """Turn x [batch, heads, sequence, head_dim] by its positions; cos, sin are broadcast to its shape."""
     if torch.compiler.is_compiling():  # whose loops over a roll are not vectorised
         halves_swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
     else:

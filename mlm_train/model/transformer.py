@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from mlm_train.config import ModelConfig
 from mlm_train.model.attention import KeyValueCache
 from mlm_train.model.block import BaseBlock, Block, MemoryBlock
-from mlm_train.model.rope import rotary_angles
+from mlm_train.model.geometry import one_text, separate_documents
+from mlm_train.model.linear import compute_dtype
 from mlm_train.model.source import MemoryReader, MemorySource
 
 
@@ -28,6 +29,8 @@ class Transformer(nn.Module):
     weights, for serving from a ToL. A part has the layers given; `embeds` and `heads` say whether it
     begins with the embedding and ends with final norm and head. Its weights keep the whole's names.
     """
+
+    separator: int | None = None  # the id that ends a document, where each is attended to as if alone
 
     def __init__(
         self,
@@ -80,18 +83,21 @@ class Transformer(nn.Module):
         self,
         x: Tensor,
         read: MemoryReader | None,
-        length: int,
+        ids: Tensor,
         layers: Iterable[int] | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """Residual stream [batch, sequence, hidden] through these layers (default: all that are here).
 
-        `length` is the sequence's: of the stream only a share may be here.
+        ids int64 [batch, sequence]: all, while of the stream only a share of the positions may be here.
         """
-        config, start = self.config, cache.length if cache is not None else 0
-        rope = rotary_angles(config.attention_head_dim, config.rope_theta, start, length, x.device)
+        if self.separator is not None:
+            geometry = separate_documents(self.config, ids, self.separator, compute_dtype(x))
+        else:
+            start = cache.length if cache is not None else 0
+            geometry = one_text(self.config, start, ids.shape[1], x.device)
         for layer in self.layers if layers is None else map(str, layers):
-            x = self.layers[layer](x, rope, read, cache)
+            x = self.layers[layer](x, geometry, read, cache)
         return x
 
     def hidden(
@@ -107,7 +113,7 @@ class Transformer(nn.Module):
         """
         x0 = self.embed(ids) if x0 is None else x0
         read = source.open(ids, x0) if source is not None else None
-        x = self.run_layers(x0, read, ids.shape[1], cache=cache)
+        x = self.run_layers(x0, read, ids, cache=cache)
         assert self.norm is not None
         return self.norm(x)
 

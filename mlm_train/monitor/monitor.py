@@ -7,24 +7,31 @@ import contextlib
 import math
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from mlm_train.config import Config
+from mlm_train.data.samples import Consumed
 from mlm_train.model.counts import train_flops_per_token
-from mlm_train.monitor.report import Evaluation, Progress, Step, StepReport
+from mlm_train.monitor.events import Appended, Events
+from mlm_train.monitor.heartbeat import Heartbeat
+from mlm_train.monitor.report import Evaluation, Progress, Saved, Step, StepReport
 from mlm_train.monitor.resources import measured_peak_flops, peak_memory_bytes
+from mlm_train.monitor.stragglers import Stragglers
 from mlm_train.parallel.runtime import Runtime
 
 
 class Monitor:
-    """Shows a run. On ranks that do not lead, every method is silent."""
+    """Shows a run. On ranks that do not lead, every method is silent. `hosts`: each rank's machine.
 
-    def __init__(self, config: Config, runtime: Runtime, progress: Progress) -> None:
+    A disk that takes no more costs what is shown, and never the run.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime, progress: Progress, hosts: Sequence[str]) -> None:
         self.config, self.runtime = config, runtime
         peak = config.monitor.peak_tflops
         self.peak_flops = (
@@ -32,31 +39,36 @@ class Monitor:
         )
         self.recent: deque[float] = deque(maxlen=50)
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.log = None
-        self.events: Any = None
+        self.log: Appended | None = None
+        self.events: Events | None = None
         self.bar: Bar | None = None
+        self.stragglers = Stragglers(runtime.topology, hosts)
         if not runtime.leads:
             return
         output = Path(config.train.output)
-        self.log = (output / "train.log").open("a", encoding="utf-8")
-        if config.monitor.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # Steps after a crash were not committed: their events are dropped, not doubled.
-            self.events = SummaryWriter(str(output / "tensorboard"), purge_step=progress.step + 1)
+        self.log = Appended(output / "train.log")
+        self.heartbeat = Heartbeat(output)
+        self.heartbeat.beat("starting", step=progress.step, steps=config.train.steps)
+        self._open_events(progress)
         if self.console.is_terminal:
             columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self.bar = Bar(*columns, console=self.console)
             self.task = self.bar.add_task("train", total=config.train.steps, completed=progress.step)
             self.bar.start()
 
+    def _open_events(self, progress: Progress) -> None:
+        if self.config.monitor.tensorboard:
+            # Steps after a crash were not committed: their events are dropped, not doubled.
+            folder = Path(self.config.train.output) / "tensorboard"
+            self.events = Events(folder, purge_step=progress.step + 1)
+
     def say(self, line: str) -> None:
         """One line on the terminal and in train.log."""
         if self.log is None:
             return
-        self.console.print(line, markup=False)
-        self.log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-        self.log.flush()
+        with contextlib.suppress(OSError):  # a job's output is a file too
+            self.console.print(line, markup=False)
+        self.log.add(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n".encode())
 
     def step(self, report: StepReport) -> None:
         """A finished step: bar at once, line and events every monitor.log_every steps."""
@@ -64,20 +76,62 @@ class Monitor:
         if self.log is None:
             return
         step, last = report.progress.step, self.config.train.steps
+        left = (last - step) * sum(self.recent) / len(self.recent)
+        self._beat(report, left)
+        if report.result.fault is not None:
+            skipped = f"{report.progress.skipped} skipped in all"
+            self.say(f"step {step} SKIPPED, weights are as before ({skipped}): {report.result.fault}")
+        self._compare_ranks(report)
         if self.bar is not None:
             self.bar.update(self.task, completed=step)
         if step % self.config.monitor.log_every and step != last:
             return
         values = self.step_values(report)
-        left = (last - step) * sum(self.recent) / len(self.recent)
         self.say(
             f"step {step}/{last} | loss {values['train/loss']:.4f} | ppl {values['train/perplexity']:.2f} | "
             f"lr {report.lr:.2e} | grad {values['train/grad_norm']:.3f} | "
             f"{values['speed/tokens_per_second']:.0f} tok/s | mfu {values['speed/mfu']:.1%} | "
             f"distinct {values['data/distinct_ratio_step']:.3f} | {values['speed/step_seconds']:.2f} s | "
-            f"left {_clock(left)}"
+            f"{_epochs(report.consumed)}left {_clock(left)}"
         )
         self._scalars(values, step)
+
+    def _beat(self, report: StepReport, left: float) -> None:
+        progress, result = report.progress, report.result
+        self.heartbeat.beat(
+            "training",
+            step=progress.step,
+            loss=result.loss if math.isfinite(result.loss) else None,
+            step_seconds=round(result.seconds + report.data_seconds, 3),
+            seconds_left=round(left),
+            skipped=progress.skipped,
+        )
+
+    def _compare_ranks(self, report: StepReport) -> None:
+        """Every monitor.stragglers_every steps: which ranks make the others wait."""
+        monitor, step = self.config.monitor, report.progress.step
+        self.stragglers.add(report.result.forward, report.result.waited)
+        if self.stragglers.steps < monitor.stragglers_every or not (paces := self.stragglers.take()):
+            return
+        self._scalars({"speed/slowest_rank": paces[0].rank, "speed/slowest_rank_ratio": paces[0].ratio}, step)
+        for pace in paces[:4]:
+            if pace.ratio >= monitor.straggler_ratio:
+                self.say(f"slow over the last {monitor.stragglers_every} steps: {pace}")
+
+    def rolled_back(self, progress: Progress, back: Progress, checkpoint: str) -> None:
+        """A loss spike, and where the run goes on instead."""
+        if self.log is None:
+            return
+        self.say(
+            f"loss spike at step {progress.step}: back to {checkpoint} (rollback {back.rollbacks}), "
+            f"on with sample {back.samples}"
+        )
+        if self.bar is not None:
+            self.bar.update(self.task, completed=back.step)
+        if (before := self.events) is not None:
+            with contextlib.suppress(OSError):  # of a full disk: the old file does
+                self._open_events(back)
+                before.close()
 
     def step_values(self, report: StepReport) -> dict[str, float]:
         """TensorBoard's scalars of a step, by tag."""
@@ -87,13 +141,19 @@ class Monitor:
             self.config.model, self.config.data.sequence_length, self._ffn_m_ratio(result)
         )
         rate = result.tokens / seconds
-        return {
+        by_source = {
+            f"data/{what}/{name}": float(value)
+            for name, consumed in report.consumed.items()
+            for what, value in consumed._asdict().items()
+        }
+        return by_source | {
             "train/loss": result.loss,
             "train/perplexity": perplexity(result.loss),
             "train/lr": report.lr,
             "train/grad_norm": result.grad_norm,
             "train/global_batch": report.batch,
             "train/tokens": report.progress.tokens,
+            "train/skipped_steps": report.progress.skipped,
             "speed/tokens_per_second": rate,
             "speed/mfu": rate * flops / (self.peak_flops * self.runtime.topology.world),
             "speed/step_seconds": seconds,
@@ -122,19 +182,20 @@ class Monitor:
         values = {"validation/loss": report.loss, "validation/perplexity": perplexity(report.loss)}
         self._scalars(values, report.progress.step)
 
-    def committed(self, folder: Path, seconds: float) -> None:
+    def committed(self, saved: Saved) -> None:
         """A checkpoint that is on disk."""
-        self.say(f"checkpoint {folder} committed in {seconds:.1f} s")
+        stood = f", training stood still for {saved.stall:.2f} s"
+        self.say(f"checkpoint {saved.folder} committed in {saved.seconds:.1f} s{stood}")
 
     def _scalars(self, values: dict[str, float], step: int) -> None:
-        if self.events is None:
-            return
-        for tag, value in values.items():
-            self.events.add_scalar(tag, value, step)
-        self.events.flush()
+        if self.events is not None:
+            self.events.scalars(values, step)
 
     def close(self) -> None:
         """Flush and close everything."""
+        if self.log is not None:
+            done = self.heartbeat.values["step"] >= self.config.train.steps
+            self.heartbeat.beat("finished" if done else "ended")
         with contextlib.ExitStack() as stack:
             for part, close in ((self.bar, "stop"), (self.events, "close"), (self.log, "close")):
                 if part is not None:
@@ -145,6 +206,13 @@ class Monitor:
 def perplexity(loss: float) -> float:
     """exp(loss), infinite where it would overflow."""
     return math.exp(loss) if loss < 700 else math.inf
+
+
+def _epochs(consumed: Mapping[str, Consumed]) -> str:
+    """Of a blend: how often each source has been gone through."""
+    if len(consumed) == 1:
+        return ""
+    return "epochs " + ", ".join(f"{name} {some.epochs:.3g}" for name, some in consumed.items()) + " | "
 
 
 def _clock(seconds: float) -> str:

@@ -1,20 +1,36 @@
 """What the loop tells the monitor: plain values, no formatting."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Protocol
+
+from mlm_train.data.samples import Consumed
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. `samples` is the global data cursor, whatever the layout was."""
+    """How far a run is. `samples` is the global data cursor, whatever the layout was.
+
+    skipped: steps that changed nothing, because a loss or gradient was not finite. rollbacks: returns to an
+    older checkpoint because of a loss spike.
+    """
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
+    skipped: int = 0
+    rollbacks: int = 0
 
-    def after(self, samples: int, tokens: int) -> "Progress":
+    def after(self, samples: int, tokens: int, skipped: bool = False) -> "Progress":
         """The progress one step later."""
-        return Progress(self.step + 1, self.samples + samples, self.tokens + tokens)
+        return replace(
+            self,
+            step=self.step + 1,
+            samples=self.samples + samples,
+            tokens=self.tokens + tokens,
+            skipped=self.skipped + skipped,
+        )
 
     def as_dict(self) -> dict[str, int]:
         """For a manifest."""
@@ -22,8 +38,8 @@ class Progress:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Progress":
-        """From a manifest."""
-        return cls(values["step"], values["samples"], values["tokens"])
+        """From a manifest, which knows more, or of an older version less."""
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
 
 class Step(Protocol):
@@ -43,17 +59,27 @@ class Step(Protocol):
     def table_rows(self) -> float: ...
     @property
     def seconds(self) -> float: ...
+    @property
+    def waited(self) -> Sequence[float]: ...
+    @property
+    def forward(self) -> Sequence[float]: ...
+    @property
+    def fault(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One finished step. Seconds are wall time; `batch` counts sequences."""
+    """One finished step. Seconds are wall time; `batch` counts sequences.
+
+    consumed: by source, what the run has taken so far.
+    """
 
     progress: Progress
     lr: float
     batch: int
     result: Step
     data_seconds: float
+    consumed: Mapping[str, Consumed]
 
 
 @dataclass(frozen=True)
@@ -64,3 +90,12 @@ class Evaluation:
     loss: float
     samples: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is on disk."""
+
+    folder: Path
+    seconds: float  # from the beginning of the copy to the commit
+    stall: float  # how long training stood still for it

@@ -48,7 +48,9 @@ class Board:
             timeout=timedelta(seconds=10),
             wait_for_workers=False,
         )
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # a restarted job reads no old notes
+        # The agent's store outlives the ranks, who read no old notes; machines count restarts differently,
+        # but share it only where none may join.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agent else "0"
         self.store = dist.PrefixStore(f"mlm_train/{attempt}", store)
 
     def _ask(self, question: Callable[[], Answer]) -> Answer | None:

@@ -54,10 +54,16 @@ def shapes_of(config: Config, topology: Topology, group: TensorGroup) -> Transfo
     return model
 
 
-def build_model(config: Config, runtime: Runtime) -> Transformer:
-    """This rank's share of the model on its device: zeros, which the padding stays, to be filled next."""
+def build_model(config: Config, runtime: Runtime, eod_id: int | None = None) -> Transformer:
+    """This rank's share of the model on its device: zeros, which the padding stays, to be filled next.
+
+    eod_id ends a document; it has an effect with data.separate_documents, which needs it.
+    """
     group = tensor_group(config, runtime)
     model = shapes_of(config, runtime.topology, group)
+    if config.data.separate_documents:
+        assert eod_id is not None
+        model.separator = eod_id
     model.to_empty(device=runtime.device)
     with torch.no_grad():
         for parameter in model.parameters():

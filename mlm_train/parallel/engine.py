@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from mlm_train.config import Config, OptimizerConfig
+from mlm_train.finite import nonfinite
 from mlm_train.model.logical import pieces
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.quiet import silenced
@@ -160,11 +161,30 @@ class Engine:
             self.zero.set_gradient_accumulation_boundary(True)
             self.zero.allreduce_gradients()
 
+    def nonfinite(self) -> list[str]:
+        """Parameters whose gradient on this rank, not averaged yet, holds infinity or NaN.
+
+        None where each pass is reduced at once: this rank's own gradients are gone then.
+        """
+        return nonfinite({name: p.grad for name, p in self.model.named_parameters() if p.grad is not None})
+
+    def spoil(self) -> None:
+        """Make the next step refuse the update, on all ranks: the norm of their gradients becomes NaN."""
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.fill_(math.nan)
+
     def step(self, lr: float) -> float:
-        """Clip globally, update; the gradient norm before clipping, infinite where nothing was updated."""
+        """Clip globally, update; the gradient norm before clipping.
+
+        Infinite where nothing was updated, since it was not finite; so it is on every rank then.
+        """
         for group in self.zero.optimizer.param_groups:
             group["lr"] = lr
         norm = None if self.stage else self._clip()
+        if norm is not None and not math.isfinite(norm):  # the other stages look by themselves
+            self.zero.zero_grad()
+            return math.inf
         self.zero.set_gradient_accumulation_boundary(True)
         self.zero.step()
         if norm is None:

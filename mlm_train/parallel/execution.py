@@ -91,7 +91,8 @@ class Sequential:
     def run(self, micro_batch: Prepared, scale: float) -> Tensor:
         """Forward and backward of a micro-batch of the step; its summed CE."""
         self.place.at("forward", None, micro_batch.number)
-        objective, cross_entropy = self._loss(micro_batch, scale)
+        with self.place.forwards.running():
+            objective, cross_entropy = self._loss(micro_batch, scale)
         self.place.at("backward", None, micro_batch.number)
         objective.backward()
         return cross_entropy

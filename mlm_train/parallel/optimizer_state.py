@@ -128,7 +128,7 @@ def _gathered(mine: Tensor, flat: _Flat) -> Iterator[tuple[int, Tensor]]:
     block = max(1, BLOCK // flat.size)
     for start in range(0, mine.numel(), block):
         part = mine[start : start + block].contiguous()
-        if flat.group is None:
+        if flat.size == 1:
             yield start, part.cpu().view(1, -1)
             continue
         gathered = part.new_empty(flat.size * part.numel())
@@ -148,15 +148,23 @@ def _copy_block(target: Tensor, run_of: Callable[[int], _Run], start: int, gathe
 
 
 @torch.no_grad()
-def scatter_state(engine: Engine, whole: dict[str, dict[str, Tensor]], step: int) -> None:
-    """Put whole tensors, every parameter's on every rank, into the partitions and the model's weights."""
+def scatter_state(engine: Engine, key: str, whole: dict[str, Tensor]) -> None:
+    """Put whole tensors of one STATE key, every parameter's on every rank, into the partitions.
+
+    `finish_scatter` follows the last key.
+    """
     for flat in _flats(engine):
-        for key in STATE:
-            values = _values(engine, flat, key)
-            for name, run_of in flat.members.items():
-                start, length, place = run_of(flat.rank)
-                values[place : place + length] = whole[key][name].view(-1)[start : start + length]
-        _state_of(engine, flat)["step"] = torch.tensor(float(step))
+        values = _values(engine, flat, key)
+        for name, run_of in flat.members.items():
+            start, length, place = run_of(flat.rank)
+            values[place : place + length] = whole[name].view(-1)[start : start + length]
+
+
+@torch.no_grad()
+def finish_scatter(engine: Engine, steps: int) -> None:
+    """Say how many updates AdamW has made, and put its weights into the model."""
+    for flat in _flats(engine):
+        _state_of(engine, flat)["step"] = torch.tensor(float(steps))
     _refresh_model(engine)
 
 

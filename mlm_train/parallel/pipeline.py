@@ -76,7 +76,7 @@ class Stage(nn.Module):
                 if x0 is None and self.computes:
                     x0 = self.channel.x0(ids, index)
             read = self.source.open(ids, x0) if self.source is not None else None
-            x = self.model.run_layers(x, read, ids.shape[1], self.span.layers)
+            x = self.model.run_layers(x, read, ids, self.span.layers)
             if not self.span.last:
                 return (x, x0) if self.channel.relays else x
             assert self.model.norm is not None

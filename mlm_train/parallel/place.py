@@ -1,8 +1,14 @@
-"""Where a rank's main thread is: written by it at next to no cost, read by the watchdog's thread."""
+"""Where a rank's main thread is: written by it at next to no cost, read by the watchdog's thread.
+
+And how long it computes there, where it waits for no other rank: what tells a slow one from those it delays.
+"""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch.distributed.pipelining import PipelineStage
 
 
@@ -21,10 +27,43 @@ class Mark(NamedTuple):
         return f"{self.task}, {self.phase}{micro_batch}"
 
 
+class Stopwatch:
+    """Seconds that a device works on what is queued in marked regions."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, 0.0
+        self.events: list[tuple[torch.Event, torch.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count the body."""
+        if self.device.type == "cpu":
+            started = time.perf_counter()
+            yield
+            self.seconds += time.perf_counter() - started
+            return
+        begin, end = (torch.Event(self.device, enable_timing=True) for _ in range(2))
+        begin.record()
+        yield
+        end.record()
+        self.events.append((begin, end))
+
+    def read(self) -> float:
+        """Seconds since the last reading; waits for the device."""
+        seconds = self.seconds
+        for begin, end in self.events:
+            end.synchronize()
+            seconds += begin.elapsed_time(end) / 1e3  # of milliseconds
+        self.seconds = 0.0
+        self.events.clear()
+        return seconds
+
+
 class Place:
     """The latest mark. Replacing it is one assignment: no lock, no system call."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.forwards = Stopwatch(device or torch.device("cpu"))
         self.enter("start-up", patient=True)
 
     def enter(self, task: str, patient: bool = False) -> None:
@@ -36,6 +75,10 @@ class Place:
         task, patient, *_ = self.mark
         self.mark = Mark(task, patient, phase, stage, micro_batch, time.monotonic())
 
+    def linger(self) -> None:
+        """Stay here, for what may take long."""
+        self.mark = self.mark._replace(patient=True, since=time.monotonic())
+
 
 class MarkedStage(PipelineStage):
     """A pipeline stage that marks which micro-batch it computes, or waits for."""
@@ -46,7 +89,8 @@ class MarkedStage(PipelineStage):
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         self.place.at("forward", self.stage_index, fwd_chunk_id)
-        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        with self.place.forwards.running():
+            output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         self.place.at("waiting after forward", self.stage_index, fwd_chunk_id)
         return output
 

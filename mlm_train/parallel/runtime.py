@@ -2,11 +2,13 @@
 
 import os
 import shutil
+import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,6 +22,7 @@ from mlm_train.parallel.stacks import keep_flight_records
 from mlm_train.parallel.topology import Topology
 
 Result = TypeVar("Result")
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def world_size() -> int:
@@ -44,6 +47,7 @@ class Runtime:
     topology: Topology
     device: torch.device
     place: Place = field(default_factory=Place)  # where this rank is, for the watchdog
+    control: Any = None  # the group of barrier, everywhere and together; None: the default one
 
     @property
     def leads(self) -> bool:
@@ -58,15 +62,26 @@ class Runtime:
         dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
         return values
 
+    def sum_over_all(self, values: Tensor) -> Tensor:
+        """The sum of a small tensor over all ranks, on every rank."""
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
     def barrier(self) -> None:
         """Wait for all ranks."""
-        dist.barrier()
+        dist.barrier(self.control)
+
+    def aside(self, timeout: float) -> "Runtime":
+        """The same ranks for another thread, with a group and a mark of its own; every rank calls it."""
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        return replace(self, place=Place(), control=group)
 
     def everywhere(self, work: Callable[[], Result]) -> Result:
         """Run `work` on the leading rank; its result, or its failure, on every rank."""
         outcome, error = _attempt(work) if self.leads else (None, None)
         outcomes = [outcome]
-        dist.broadcast_object_list(outcomes, src=0)
+        dist.broadcast_object_list(outcomes, src=0, group=self.control)
         if error is not None:
             raise error
         assert outcomes[0] is not None
@@ -76,7 +91,7 @@ class Runtime:
         """Run `work` on every rank; all results in the order of ranks, or the first failure, on each."""
         outcomes: list[Any] = [None] * self.topology.world
         outcome, error = _attempt(work)
-        dist.all_gather_object(outcomes, outcome)
+        dist.all_gather_object(outcomes, outcome, group=self.control)
         if error is not None:
             raise error
         return [outcome.result() for outcome in outcomes]
@@ -116,6 +131,12 @@ def check_device(choice: str, local_processes: int) -> None:
     """UserError where this machine lacks the devices that config field train.device asks for."""
     if choice == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device=cuda: torch finds no CUDA device here; set train.device=cpu")
+    given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    if choice == "auto" and given != "0" and not torch.cuda.is_available():
+        raise UserError(
+            f"this Slurm job was given {given} GPUs here and torch finds none: look at `nvidia-smi` on "
+            f"{socket.gethostname()}, or set train.device=cpu"
+        )
     devices = torch.cuda.device_count()
     if choice != "cpu" and 0 < devices < local_processes:
         raise UserError(f"{local_processes} processes here, but {devices} CUDA devices: start fewer")
@@ -153,6 +174,8 @@ def start(config: Config) -> Runtime:
     timeout = timedelta(seconds=config.parallel.timeout)
     if not dist.is_initialized():
         keep_flight_records()
+        if world_size() == local_world_size():
+            _stay_on_loopback()
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
@@ -161,7 +184,20 @@ def start(config: Config) -> Runtime:
 
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(topology.tensor, topology.pipeline)
-    return Runtime(topology, device)
+    return Runtime(topology, device, Place(device))
+
+
+def _loopback() -> str | None:
+    """The name of this machine's loopback interface."""
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, found in interfaces if any(at.address == "127.0.0.1" for at in found)), None)
+
+
+def _stay_on_loopback() -> None:
+    """Ranks of one machine listen where no other can reach them, unless the user names an interface."""
+    if interface := _loopback():
+        for variable in INTERFACE_VARIABLES:
+            os.environ.setdefault(variable, interface)
 
 
 def _make_repeatable(train: TrainConfig) -> None:
@@ -173,10 +209,13 @@ def _make_repeatable(train: TrainConfig) -> None:
 
 
 def stop() -> None:
-    """Leave the groups."""
+    """Leave the groups, and what start() set for them: the next ones may span machines."""
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    for variable in INTERFACE_VARIABLES:
+        if os.environ.get(variable) == _loopback():
+            del os.environ[variable]

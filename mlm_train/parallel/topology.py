@@ -52,6 +52,11 @@ class Topology:
         """Which stage this rank holds."""
         return self.rank // (self.tensor * self.data)
 
+    @property
+    def leads_replica(self) -> bool:
+        """Whether this rank speaks for those that hold one copy of the model together."""
+        return self.tensor_rank == 0 and self.pipeline_rank == 0
+
     def along_pipeline(self) -> "list[Topology]":
         """As the first rank of each place in the pipeline sees it."""
         return [replace(self, rank=place * self.tensor * self.data) for place in range(self.pipeline)]

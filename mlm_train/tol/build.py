@@ -13,8 +13,9 @@ from mlm_train import __version__
 from mlm_train.checkpoint.hf_folder import fingerprint, open_tensors, read_config
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
-from mlm_train.files import locked, writing
+from mlm_train.files import writing
 from mlm_train.model.counts import count_parameters
+from mlm_train.ownership import owned
 from mlm_train.tol.cluster import ray_cluster
 from mlm_train.tol.compute import (
     EMBEDDING,
@@ -69,7 +70,7 @@ def build_tol(
     if workers < 1:
         raise UserError(f"--workers {workers}: give at least 1")
     plan = _plan(config, fingerprint(model), dtype, partitions, chunk_rows)
-    with writing(output), locked(output, "being built"):
+    with writing(output), owned(output, "being built"):
         state = begin(output, plan)
         _check_space(output, sum(map(plan.bytes, state.missing)))
         if state.missing:

@@ -19,7 +19,7 @@ def ray_cluster(workers: int, address: str | None = None, shared_bytes: int = 0)
     """Connect to Ray at `address`, or start one on this machine with `workers` CPUs; end what it began.
 
     `shared_bytes`: what the object store must hold at once. A Ray that this process already uses is
-    taken as it is. Its servers listen on every interface, so a local one asks for a random token.
+    taken as it is. A local one listens on loopback alone, and asks for a random token.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     if address is None and "RAY_AUTH_MODE" not in os.environ:
@@ -47,18 +47,32 @@ def ray_cluster(workers: int, address: str | None = None, shared_bytes: int = 0)
     # Ray makes sockets in there, whose paths may have about 100 bytes: a long TMPDIR is no place for it.
     scratch = tempfile.mkdtemp(prefix="mlm-ray-", dir="/tmp" if Path("/tmp").is_dir() else None)
     try:
-        ray.init(
-            address="local",  # whatever RAY_ADDRESS says
-            num_cpus=workers,
-            include_dashboard=False,
-            object_store_memory=_LEAST_STORE + shared_bytes * 5 // 4,
-            _temp_dir=scratch,
-            **quiet,
-        )
+        with _on_loopback():
+            ray.init(
+                address="local",  # whatever RAY_ADDRESS says
+                num_cpus=workers,
+                include_dashboard=False,
+                object_store_memory=_LEAST_STORE + shared_bytes * 5 // 4,
+                _temp_dir=scratch,
+                **quiet,
+            )
         yield
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have Ray give its servers 127.0.0.1, as it does on macOS; on Linux it has no setting for that."""
+    from ray._private import ray_constants
+
+    usual = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = usual
 
 
 def _check_reachable(address: str) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from mlm_train.checkpoint.hf_config import read_json
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
-from mlm_train.files import sync, write_text
+from mlm_train.files import is_plain_name, listed, sync, write_text
 
 INDEX = "tol.index.json"
 TENSOR = "rows"
@@ -53,7 +53,7 @@ class Partition(_Record):
     @field_validator("file")
     @classmethod
     def _plain_name(cls, value: str) -> str:
-        if value in ("", ".", "..") or "/" in value or "\\" in value or "\0" in value:
+        if not is_plain_name(value):
             raise ValueError("must be a plain file name inside the folder")
         return value
 
@@ -173,9 +173,10 @@ def map_partition(folder: Path, index: TolIndex, partition: Partition) -> Tensor
     """A partition's rows, memory-mapped: [rows, kept layers, hidden] of the index's dtype.
 
     Raises ValueError saying what is wrong when the file is missing, or its size or header disagree with
-    the index. The bytes themselves are checked by `mlm-train tol verify`, not here.
+    the index, and UserError where it is a link that leads out of the folder. The bytes themselves are
+    checked by `mlm-train tol verify`, not here.
     """
-    path = folder / partition.file
+    path = listed(folder, partition.file, INDEX)
     if not path.is_file():
         raise ValueError("the file is missing")
     size = path.stat().st_size

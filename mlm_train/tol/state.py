@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mlm_train.errors import UserError
-from mlm_train.files import draft_of, refuse_used, sha256_of, write_text
+from mlm_train.files import draft_of, listed, refuse_used, sha256_of, write_text
 from mlm_train.tol.format import TORCH_DTYPE, Partition, PlainDtype, draft_pattern, partition_bytes
 
 STATE = "tol.build.json"
@@ -89,7 +89,7 @@ def _resumed(output: Path, plan: Plan) -> State | None:
         if old != new:
             raise UserError(f"{output} is an unfinished build with {name}={old}, not {new}; give {old} again")
     for number, partition in list(state.done.items()):
-        path = output / partition.file
+        path = listed(output, partition.file, STATE)
         if not path.is_file() or sha256_of(path) != partition.sha256:
             del state.done[number]
     return state

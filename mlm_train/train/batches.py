@@ -78,14 +78,13 @@ def evaluation_batches(
     Every rank gets as many micro-batches, all of one shape; what is missing in the last ones is padded
     with label -100.
     """
-    chosen = [index * samples.samples_per_epoch // count for index in range(count)]
     stride = micro_batch * topology.data
     batches = []
     for start in range(topology.data_rank * micro_batch, -(-count // stride) * stride, stride):
-        present = chosen[start : start + micro_batch]
+        present = range(start, min(start + micro_batch, count))
         ids = torch.zeros(micro_batch, samples.sequence_length, dtype=torch.int64)
         labels = torch.full_like(ids, IGNORED)
         if present:
-            ids[: len(present)], labels[: len(present)] = samples.batch_of(present)
+            ids[: len(present)], labels[: len(present)] = samples.spread(present, count)
         batches.append(MicroBatch(ids, labels))
     return batches

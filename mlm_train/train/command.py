@@ -32,6 +32,9 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, then train."""
+    from mlm_train.train.signals import end_with_agent
+
+    end_with_agent()  # before imports that take seconds
     from mlm_train.parallel.runtime import local_world_size, world_size
 
     try:
@@ -49,8 +52,7 @@ def run(args: argparse.Namespace) -> int:
     with opened_run(config, data) as run:
         if run.runtime.leads:
             print(dump_config(config), flush=True)
-        train(run)
-    return 0
+        return train(run)
 
 
 def _dry_run(config: Config, world: int) -> int:

@@ -1,4 +1,4 @@
-"""`mlm-train launch`: pretrain on several processes of this machine, through torchrun's agent."""
+"""`mlm-train launch`: pretrain on several processes of this machine, of several, or as a Slurm job."""
 
 import argparse
 
@@ -6,27 +6,109 @@ from mlm_train.config import load_config
 from mlm_train.errors import UserError
 from mlm_train.train.command import add_config_arguments
 
-HELP = """Start pretrain on several processes of this machine (torchrun's agent, with sensible settings).
-Everything is checked before the first process starts.
+HELP = """Start pretrain on several processes (torchrun's agent, with sensible settings).
+Everything is checked before the first process starts. With --slurm a job is submitted instead; it
+checkpoints before its time limit, and goes back into the queue (docs/slurm.md).
 
-example:
-  mlm-train launch --nproc 2 configs/micro.yaml train.steps=100"""
+examples:
+  mlm-train launch --nproc 2 configs/micro.yaml train.steps=100
+  mlm-train launch --slurm configs/memory-1b.yaml --nodes 4 --gpus-per-node 8 --time 04:00:00
+  mlm-train launch --slurm configs/memory-1b.yaml --nodes 4 --gpus-per-node 8 --render
+  mlm-train launch --nproc 8 --nodes 4 --rendezvous node1:29500 CONFIG    (the same on all four)
+  mlm-train launch --nproc 8 --nodes 2:4 --max-restarts 10 --rendezvous node1:29500 CONFIG
+                                              (goes on with those of the four that are there)"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("--nproc", type=int, required=True, help="processes, one a GPU or CPU share")
+    parser.add_argument("--nproc", type=int, help="processes a machine, one a GPU or CPU share")
+    parser.add_argument(
+        "--nodes", type=_counts, default=(1, 1), metavar="N|MIN:MAX", help="machines (default 1)"
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        metavar="R",
+        help="start all ranks again, from the newest checkpoint, where one fails or hangs "
+        "(default 0, with MIN:MAX 3)",
+    )
+    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="where several machines meet: one of them")
     add_config_arguments(parser)
+    slurm = parser.add_argument_group("as a Slurm job")
+    slurm.add_argument("--slurm", action="store_true", help="submit slurm/pretrain.sbatch")
+    slurm.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs a node, and processes")
+    slurm.add_argument("--partition", help="default: the cluster's, or SBATCH_PARTITION")
+    slurm.add_argument("--account", help="default: yours, or SBATCH_ACCOUNT")
+    slurm.add_argument("--time", help="limit of the job, such as 04:00:00; default: the partition's")
+    slurm.add_argument("--render", action="store_true", help="print the sbatch command and submit nothing")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check, then run the ranks; their exit code."""
-    if args.nproc < 1:
-        raise UserError(f"--nproc {args.nproc}: give at least 1")
+    """Check, then run the ranks or submit the job; their exit code."""
+    _check_counts(args)
+    from mlm_train.parallel.topology import Topology
     from mlm_train.train.preflight import preflight
 
-    preflight(load_config(args.config, args.overrides), args.nproc, args.nproc)
-    from mlm_train.parallel.launch import launch_ranks
+    processes = args.nproc or args.gpus_per_node
+    config = load_config(args.config, args.overrides)
+    fewest, most = args.nodes
+    for nodes in range(fewest, most + 1):
+        Topology.of(config.parallel, nodes * processes).check_batch(config)
+    preflight(config, most * processes, None if args.slurm else processes)
+    if args.slurm:
+        from mlm_train.train.slurm import Job, submit
+
+        job = Job(
+            config=args.config,
+            overrides=tuple(args.overrides),
+            nodes=most,
+            processes=processes,
+            gpus=args.gpus_per_node,
+            partition=args.partition,
+            account=args.account,
+            time=args.time,
+        )
+        return submit(job, args.render)
+    from mlm_train.parallel.launch import Machines, launch_ranks
 
     debug = ["--debug"] if args.debug else []
-    return launch_ranks(["pretrain", *debug, args.config, *args.overrides], args.nproc)
+    arguments = ["pretrain", *debug, args.config, *args.overrides]
+    restarts = args.max_restarts
+    if restarts is None:
+        restarts = 3 if fewest < most else 0
+    return launch_ranks(arguments, args.nproc, Machines(fewest, most, args.rendezvous), restarts)
+
+
+def _counts(text: str) -> tuple[int, int]:
+    """`N` or `MIN:MAX`."""
+    fewest, _, most = text.partition(":")
+    return int(fewest), int(most or fewest)
+
+
+def _check_counts(args: argparse.Namespace) -> None:
+    """Refuse what does not go together."""
+    fewest, most = args.nodes
+    for name, value in (("nproc", args.nproc), ("nodes", fewest), ("gpus-per-node", args.gpus_per_node)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: give at least 1")
+    if most < fewest:
+        raise UserError(f"--nodes {fewest}:{most}: the second number is the larger one")
+    if args.max_restarts is not None and args.max_restarts < 0:
+        raise UserError(f"--max-restarts {args.max_restarts}: give 0 or more")
+    if args.slurm:
+        if fewest != most or args.max_restarts:
+            raise UserError(
+                "--nodes MIN:MAX and --max-restarts: a Slurm job is started again by Slurm; leave out"
+            )
+        if (args.nproc is None) == (args.gpus_per_node is None):
+            raise UserError("--slurm needs --gpus-per-node, or --nproc for processes on CPUs")
+        if args.rendezvous is not None:
+            raise UserError("--rendezvous: a Slurm job chooses its own; leave it out")
+        return
+    if args.nproc is None:
+        raise UserError("--nproc is missing: give the processes of this machine")
+    if (most > 1) != (args.rendezvous is not None):
+        raise UserError("--nodes and --rendezvous HOST:PORT go together, where several machines train")
+    for name in ("gpus_per_node", "partition", "account", "time", "render"):
+        if getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')} has an effect only with --slurm")

@@ -1,24 +1,24 @@
 """The main loop."""
 
-import math
 import time
-from pathlib import Path
 
-from mlm_train.checkpoint.save import save_checkpoint
-from mlm_train.errors import SharedUserError
 from mlm_train.monitor.report import Evaluation, Progress, StepReport
 from mlm_train.train.batches import Ahead, evaluation_batches, pinned, step_batches
+from mlm_train.train.guard import Guard, roll_back
 from mlm_train.train.schedule import global_batch_at, learning_rate
 from mlm_train.train.setup import Run
-from mlm_train.train.step import StepResult
+from mlm_train.train.signals import EXIT_CODE
 
 
-def train(run: Run) -> Progress:
-    """Train to train.steps (or stop_after), evaluating and saving on the way. Returns the last state."""
+def train(run: Run) -> int:
+    """Train to train.steps (or stop_after), evaluating and saving on the way.
+
+    Returns the exit code: 0, or that of a signal which ended the run early, after a checkpoint.
+    """
     config, progress, place = run.config, run.progress, run.runtime.place
     first = progress.step
     last = min(config.train.steps, progress.step + (config.train.stop_after or config.train.steps))
-    micro_batch, runtime = config.train.micro_batch, run.runtime
+    micro_batch, runtime, guard = config.train.micro_batch, run.runtime, Guard(config)
     data = Ahead(
         lambda key: pinned(step_batches(run.samples, *key, micro_batch, runtime.topology), runtime.device)
     )
@@ -32,24 +32,28 @@ def train(run: Run) -> Progress:
         batches = data.take((progress.samples, size), then if progress.step + 1 < last else None)
         data_seconds = time.perf_counter() - started
         lr = learning_rate(config, progress.step)
-        result = run.trainer.step(batches, lr)
-        progress = progress.after(size, result.tokens)
-        run.monitor.step(StepReport(progress, lr, size, result, data_seconds))
-        _refuse_divergence(progress.step, result)
+        result = run.trainer.step(batches, lr, data_seconds)
+        progress = progress.after(size, result.tokens, result.fault is not None)
+        run.monitor.step(StepReport(progress, lr, size, result, data_seconds, run.consumed(progress)))
+        guard.refuse_divergence(progress, result)
+        if guard.sees_spike(result) and (earlier := roll_back(run, progress)) is not None:
+            progress = earlier
+            continue
         if _due(progress.step, config.train.evaluate_every, config.train.steps):
             evaluate(run, progress)
-        if _due(progress.step, config.checkpoint.every, last):
+        # After a skipped step the newest checkpoint stays: what spoils the steps may be in the weights.
+        every = config.checkpoint.every if result.fault is None else 0
+        if result.asked or _due(progress.step, every, last):
             save(run, progress)
-    return progress
-
-
-def _refuse_divergence(step: int, result: StepResult) -> None:
-    """End before anything of a diverged step is saved; the committed checkpoints stay."""
-    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-        raise SharedUserError(
-            f"step {step} diverged (loss {result.loss}, gradient norm {result.grad_norm}); committed "
-            "checkpoints are kept: lower optimizer.lr or lengthen schedule.warmup_steps, and start again"
-        )
+        run.saver.poll()
+        if result.asked and progress.step < last:
+            run.saver.finish()
+            run.monitor.say(
+                f"stopped by {result.asked.name} after step {progress.step}; the same command resumes"
+            )
+            return EXIT_CODE[result.asked]
+    run.saver.finish()
+    return 0
 
 
 def _due(step: int, every: int, last: int) -> bool:
@@ -70,10 +74,6 @@ def evaluate(run: Run, progress: Progress) -> float:
 
 
 def save(run: Run, progress: Progress) -> None:
-    """Commit a checkpoint; said only once it is on disk."""
-    started = time.perf_counter()
+    """Begin a checkpoint; said only once it is on disk."""
     run.runtime.place.enter(f"checkpoint of step {progress.step}", patient=True)
-    root = Path(run.config.train.output) / "checkpoints"
-    data = {"fingerprint": run.data.fingerprint, "eod_id": run.data.eod_id}
-    folder = save_checkpoint(root, run.trainer.engine, run.runtime, run.config, progress.as_dict(), data)
-    run.monitor.committed(folder, time.perf_counter() - started)
+    run.saver.save(progress.as_dict())

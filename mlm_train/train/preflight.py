@@ -1,13 +1,15 @@
 """Everything that can be refused before a process group, a model or a folder exists."""
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlm_train.checkpoint.folders import newest, resolve
+from mlm_train.checkpoint.folders import DAMAGED, newest, resolve, set_aside, step_folders
+from mlm_train.checkpoint.hf_folder import open_tensors, read_config
 from mlm_train.checkpoint.load import check_fits, check_same_model, check_steps, config_of, open_checkpoint
+from mlm_train.checkpoint.manifest import Damaged
 from mlm_train.config import Config
-from mlm_train.data.prepared import PreparedData
-from mlm_train.data.samples import Samples
+from mlm_train.data.blend import Blend
 from mlm_train.errors import UserError
 from mlm_train.parallel.runtime import check_compiler, check_device
 from mlm_train.parallel.topology import Topology
@@ -20,24 +22,35 @@ class Resumed(NamedTuple):
 
     folder: Path
     manifest: dict[str, Any]
+    damaged: tuple[tuple[Path, str], ...] = ()  # newer ones and what is wrong with them
+
+    def set_damaged_aside(self) -> list[str]:
+        """Rename them, and say so in lines. Only for the process that holds the run's lock."""
+        return [
+            f"checkpoint {folder.name} is damaged ({fault}): kept as {set_aside(folder).name}; "
+            f"going on from {self.folder.name}"
+            for folder, fault in self.damaged
+        ]
 
 
-def preflight(config: Config, world: int, local_world: int) -> PreparedData:
+def preflight(config: Config, world: int, local_world: int | None) -> Blend:
     """Check layout, devices, data, output folder, and the checkpoint to resume or start from.
 
-    Returns the opened data. Raises UserError; nothing has been written or allocated then.
+    `local_world`: ranks on this machine; None where it only submits the run. Returns the opened data.
+    Raises UserError; nothing has been written or allocated then.
     """
     Topology.of(config.parallel, world).check_batch(config)
-    check_device(config.train.device, local_world)
-    check_compiler(config.train)
-    data = PreparedData.open(config.data.path)
+    if local_world is not None:
+        check_device(config.train.device, local_world)
+        check_compiler(config.train)
+    data = Blend.open(config.data)
     if data.vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size} is smaller than the {data.vocab_size} ids of "
-            f"{config.data.path}: set model.vocab_size={data.vocab_size}"
+            f"{data}: set model.vocab_size={data.vocab_size}"
         )
     for split in ("train", "validation"):
-        Samples(data.split(split), config.data.sequence_length, None)
+        data.samples(split, config.data.sequence_length, None)
     _check_output(config)
     if find_checkpoint(config, data, hashes=False) is None and config.checkpoint.warm_start is not None:
         warm_start_source(config)
@@ -50,7 +63,9 @@ def _check_output(config: Config) -> None:
         return
     if not output.is_dir():
         raise UserError(f"train.output={output} is a file: name a folder")
-    names = {path.name for path in output.iterdir()}
+    names = set(os.listdir(output))
+    if (output / "checkpoints").is_dir():
+        os.listdir(output / "checkpoints")  # fails where it may not be read: glob would take it for empty
     if names and LOG not in names:
         raise UserError(
             f"train.output={output} holds other files and is no run ({LOG} is missing): name a new folder"
@@ -62,24 +77,58 @@ def _check_output(config: Config) -> None:
         )
 
 
-def find_checkpoint(config: Config, data: PreparedData, hashes: bool = True) -> Resumed | None:
-    """The newest checkpoint of the run's folder, verified (contents too with `hashes`) and fitting."""
+def find_checkpoint(config: Config, data: Blend, hashes: bool = True) -> Resumed | None:
+    """The newest whole checkpoint of the run's folder, verified (contents too with `hashes`) and fitting.
+
+    None where the run has saved none yet. Changes nothing on disk.
+    """
     if not config.checkpoint.resume:
         return None
-    folder = newest(Path(config.train.output) / "checkpoints")
-    if folder is None:
-        return None
-    manifest = open_checkpoint(folder, hashes)
-    check_fits(folder, manifest, config, data.fingerprint)
-    check_steps(folder, manifest, config)
-    return Resumed(folder, manifest)
+    found = newest_of(config, hashes)
+    if found is not None:
+        check_fits(found.folder, found.manifest, config, data.fingerprint)
+        check_steps(found.folder, found.manifest, config)
+    return found
+
+
+def newest_of(config: Config, hashes: bool = True) -> Resumed | None:
+    """The newest checkpoint of a run, damage looked past where checkpoint.fall_back allows that.
+
+    None where there is none yet. Raises UserError where it is damaged, or with fall_back all are.
+    """
+    root = Path(config.train.output) / "checkpoints"
+    if config.checkpoint.fall_back:
+        return _newest_whole(root, hashes)
+    folder = newest(root)
+    return None if folder is None else Resumed(folder, open_checkpoint(folder, hashes))
+
+
+def _newest_whole(root: Path, hashes: bool) -> Resumed | None:
+    """Damage is looked past; what is merely of another model or version is not."""
+    damaged: list[tuple[Path, str]] = []
+    for folder in reversed(step_folders(root)):
+        try:
+            return Resumed(folder, open_checkpoint(folder, hashes), tuple(damaged))
+        except Damaged as error:
+            damaged.append((folder, error.fault))
+    if damaged or any(root.glob(f"{DAMAGED}*")):
+        example = f" ({damaged[0][1]})" if damaged else ""
+        raise UserError(
+            f"all checkpoints in {root} are damaged{example}: put a whole one there, or name another "
+            "train.output to start over"
+        )
+    return None
 
 
 def warm_start_source(config: Config) -> Path:
     """The folder of checkpoint.warm_start, a checkpoint or an export of the same model."""
     path = Path(config.checkpoint.warm_start or "")
     if (path / "config.json").is_file():
+        written = read_config(path)
+        check_same_model(path, written, config.model)
+        with open_tensors(path) as tensors:
+            tensors.check(written)
         return path
     folder = resolve(path)
-    check_same_model(folder, config_of(open_checkpoint(folder, hashes=False)), config)
+    check_same_model(folder, config_of(open_checkpoint(folder, hashes=False)).model, config.model)
     return folder

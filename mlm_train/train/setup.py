@@ -1,27 +1,33 @@
 """Builds a run from its config, and takes it down again."""
 
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlm_train.checkpoint.folders import remove_partials
+from mlm_train.checkpoint.hf_folder import fill_model
 from mlm_train.checkpoint.load import config_of, load_training_state, load_weights, open_checkpoint
+from mlm_train.checkpoint.saver import Saver
 from mlm_train.config import Config, changed_fields, dump_config
-from mlm_train.data.prepared import PreparedData
-from mlm_train.data.samples import Samples
-from mlm_train.files import locked, write_text, writing
+from mlm_train.data.blend import Blend
+from mlm_train.data.order import ORDER
+from mlm_train.data.samples import Consumed, Samples
+from mlm_train.files import write_text, writing
 from mlm_train.model.logical import initialise
 from mlm_train.model.transformer import Transformer
 from mlm_train.monitor.monitor import Monitor
 from mlm_train.monitor.report import Progress
+from mlm_train.ownership import owned
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_executor, build_model
 from mlm_train.parallel.engine import Engine
 from mlm_train.parallel.watchdog import watched
 from mlm_train.train.memory_mode import decide_mode
 from mlm_train.train.preflight import LOG, Resumed, find_checkpoint, warm_start_source
+from mlm_train.train.signals import Signals
 from mlm_train.train.step import Trainer
 
 
@@ -31,89 +37,103 @@ class Run:
 
     config: Config
     runtime: processes.Runtime
-    data: PreparedData
+    data: Blend
     samples: Samples
     validation: Samples
     trainer: Trainer
     progress: Progress
     monitor: Monitor
+    saver: Saver
+
+    def consumed(self, progress: Progress) -> dict[str, Consumed]:
+        """What the run has taken from each source, by name."""
+        return dict(zip(self.data.names, self.samples.consumed(progress.samples), strict=True))
 
 
 @contextmanager
-def opened_run(config: Config, data: PreparedData) -> Iterator[Run]:
+def opened_run(config: Config, data: Blend) -> Iterator[Run]:
     """A run on all ranks, its output folder locked by the leading one until the end.
 
-    The process groups are left only after a clean end: a rank that fails must not wait for the others.
+    Every rank listens to signals before any of them has claimed the folder, and until its last checkpoint
+    is written. The process groups are left only after a clean end: a rank that fails must not wait for
+    the others.
     """
-    runtime = processes.start(config)
-    with watched(config, runtime), ExitStack() as stack:
+    runtime, signals = processes.start(config), Signals()
+    with watched(config, runtime), signals.listening(), ExitStack() as stack:
 
-        def claim() -> Resumed | None:
+        def claim() -> tuple[Resumed | None, list[str]]:
             output = Path(config.train.output)
             with writing(output):
-                stack.enter_context(locked(output, "being trained"))
+                stack.enter_context(owned(output, "being trained"))
                 found = find_checkpoint(config, data)
+                aside = [] if found is None else found.set_damaged_aside()
                 _describe_run(output, config, data)
-            return found
+            return found, aside
 
-        resumed = runtime.everywhere(claim)
-        run = _build(config, runtime, data, resumed)
+        resumed, aside = runtime.everywhere(claim)
+        run = _build(config, runtime, signals, data, resumed)
         stack.callback(run.monitor.close)
+        stack.callback(run.saver.leave)
+        for line in aside:
+            run.monitor.say(line)
         _say_start(run, resumed)
         yield run
     processes.stop()
 
 
-def _describe_run(output: Path, config: Config, data: PreparedData) -> None:
+def _describe_run(output: Path, config: Config, data: Blend) -> None:
     """The run's folder explains itself: log, resolved config, tokenizer; leftovers of a kill go."""
     (output / LOG).touch()
     write_text(output / "config.yaml", dump_config(config))
-    tokenizer = data.manifest.tokenizer.file
-    shutil.copyfile(data.path / tokenizer, output / tokenizer)
+    shutil.copyfile(data.tokenizer, output / data.tokenizer.name)
     remove_partials(output / "checkpoints")
 
 
-def _build(config: Config, runtime: processes.Runtime, data: PreparedData, resumed: Resumed | None) -> Run:
+def _build(
+    config: Config, runtime: processes.Runtime, signals: Signals, data: Blend, resumed: Resumed | None
+) -> Run:
     """Allocate model and optimizer, load what is to be loaded. Every rank calls it."""
     length, seed = config.data.sequence_length, config.train.seed
-    samples = Samples(data.split("train"), length, seed)
+    samples = data.samples("train", length, seed)
     config, mode = decide_mode(config, runtime, samples, resumed)
-    model = build_model(config, runtime)
+    model = build_model(config, runtime, data.eod_id)
     if resumed is None:
-        _first_weights(model, config)
+        _first_weights(model, config, runtime)
     engine = Engine(model, config, runtime)
     progress = Progress()
     if resumed is not None:
         load_training_state(resumed.folder, resumed.manifest, engine)
         progress = Progress.from_dict(resumed.manifest["progress"])
+    executor = build_executor(model, config, runtime, engine.entry)
+    monitor = Monitor(config, runtime, progress, runtime.together(socket.gethostname))
+    trained_on = {"fingerprint": data.fingerprint, "eod_id": data.eod_id, "order": ORDER}
     run = Run(
         config=config,
         runtime=runtime,
         data=data,
         samples=samples,
-        validation=Samples(data.split("validation"), length, None),
-        trainer=Trainer(engine, build_executor(model, config, runtime, engine.entry), runtime),
+        validation=data.samples("validation", length, None),
+        trainer=Trainer(engine, executor, runtime, signals),
         progress=progress,
-        monitor=Monitor(config, runtime, progress),
+        monitor=monitor,
+        saver=Saver(engine, runtime, config, trained_on, monitor.committed, monitor.say),
     )
     if mode:
         run.monitor.say(mode)
     return run
 
 
-def _first_weights(model: Transformer, config: Config) -> None:
+def _first_weights(model: Transformer, config: Config, runtime: processes.Runtime) -> None:
     """Fresh weights, or those of checkpoint.warm_start."""
     if config.checkpoint.warm_start is None:
         initialise(model, config.model, config.train.seed)
         return
     folder = warm_start_source(config)
-    if (folder / "config.json").is_file():
-        from mlm_train.checkpoint.hf_folder import fill_model
-
-        fill_model(folder, model)
-    else:
-        open_checkpoint(folder)
-        load_weights(folder, model)
+    is_export = (folder / "config.json").is_file()
+    if not is_export:
+        runtime.everywhere(lambda: open_checkpoint(folder))
+    fill = fill_model if is_export else load_weights
+    runtime.together(lambda: fill(folder, model))
 
 
 def _say_start(run: Run, resumed: Resumed | None) -> None:

@@ -1,18 +1,24 @@
 """One optimizer step and one evaluation, on this rank's share of the batch."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from signal import Signals as Signal
 
 import torch
 from torch import Tensor
 
+from mlm_train.errors import SharedUserError
 from mlm_train.memory import Table
 from mlm_train.model.loss import count_labels
+from mlm_train.model.transformer import Transformer
 from mlm_train.parallel.engine import Engine
 from mlm_train.parallel.execution import Executor
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.train.batches import MicroBatch
+from mlm_train.train.faults import locate
+from mlm_train.train.signals import Signals
 
 
 @dataclass(frozen=True)
@@ -20,19 +26,27 @@ class StepResult:
     """What a step did, summed or averaged over all data-parallel ranks."""
 
     loss: float  # mean cross-entropy over valid labels, z-loss left out
-    grad_norm: float  # before clipping
+    grad_norm: float  # before clipping; infinite where the step was skipped
     tokens: int  # positions of the step
     distinct_micro: float  # distinct ids of a micro-batch / its tokens
     distinct_step: float  # distinct ids of a rank's step / its tokens
     table_rows: float  # rows of FFN-M's tables that were computed, a layer / tokens
     seconds: float
+    asked: Signal | None  # what asks the run to end here, on some rank; the same on every one
+    waited: list[float]  # seconds that each rank waited for its data
+    forward: list[float]  # seconds of each rank's forward passes, waiting for other ranks left out
+    fault: str | None  # what was not finite, and where: the step has changed nothing then
 
 
 class Trainer:
     """Runs micro-batches through model and engine, with one loss normalisation for all layouts."""
 
-    def __init__(self, engine: Engine, executor: Executor, runtime: Runtime) -> None:
+    def __init__(
+        self, engine: Engine, executor: Executor, runtime: Runtime, signals: Signals | None = None
+    ) -> None:
         self.engine, self.executor, self.runtime = engine, executor, runtime
+        self.signals = signals or Signals()
+        self.spoilt: list[str] = []  # parameters whose gradient here was not finite in the latest step
 
     def backward(self, batches: Sequence[MicroBatch]) -> tuple[Tensor, float]:
         """Accumulate gradients of DP/N * sum(CE + z * lse^2); this data-parallel rank's CE, and N.
@@ -44,21 +58,38 @@ class Trainer:
         labels = self._everywhere([float(sum(count_labels(batch.labels) for batch in batches))])[0]
         with self.engine.accumulating():
             total = self.executor.backward(batches, self.runtime.topology.data / max(labels, 1.0))
+            self.spoilt = self.engine.nonfinite()
+            if not total.isfinite():
+                self.engine.spoil()
         return total, labels
 
-    def step(self, batches: Sequence[MicroBatch], lr: float) -> StepResult:
-        """Train on this rank's micro-batches of one global batch."""
-        started = time.perf_counter()
+    def step(self, batches: Sequence[MicroBatch], lr: float, waited: float = 0.0) -> StepResult:
+        """Train on this rank's micro-batches of one global batch, for which it waited so many seconds.
+
+        Raises UserError where the loss was not finite, and yet the weights have changed.
+        """
+        started, place = time.perf_counter(), self.runtime.place
+        place.forwards.read()  # an evaluation's
         total, labels = self.backward(batches)
-        self.runtime.place.at("optimizer step")
+        place.at("optimizer step")
         grad_norm = self.engine.step(lr)
-        self.runtime.place.at("metrics")
+        place.at("metrics")
         micro = sum(batch.ids.unique().numel() for batch in batches)
         whole = torch.cat([batch.ids.flatten() for batch in batches])
         source = self.executor.source
         computed = len(source.rows) if isinstance(source, Table) else 0
         counts = (whole.numel(), micro, whole.unique().numel(), computed)
-        loss, tokens, micro, distinct, rows = self._everywhere([total.item(), *map(float, counts)])
+        (loss, tokens, micro, distinct, rows), heard, (waits, forwards) = self._over_all(
+            [total.item(), *map(float, counts)], self.signals.heard(), (waited, place.forwards.read())
+        )
+        fault = None
+        if not math.isfinite(grad_norm):
+            fault = self._fault(loss, batches)
+        elif not math.isfinite(loss):
+            raise SharedUserError(
+                f"the loss is {loss}, but no gradient, so the weights have changed: start again, from the "
+                "newest of the committed checkpoints, which are kept"
+            )
         return StepResult(
             loss=loss / max(labels, 1.0),
             grad_norm=grad_norm,
@@ -67,7 +98,19 @@ class Trainer:
             distinct_step=distinct / tokens,
             table_rows=rows / tokens,
             seconds=time.perf_counter() - started,
+            asked=Signals.agreed(heard),
+            waited=waits,
+            forward=forwards,
+            fault=fault,
         )
+
+    def _fault(self, loss: float, batches: Sequence[MicroBatch]) -> str:
+        """What was not finite in the step, and where."""
+        self.runtime.place.at("search for what is not finite")
+        what = "gradient not finite" if math.isfinite(loss) else f"loss {loss}"
+        model = self.engine.model
+        assert isinstance(model, Transformer)
+        return f"{what}; {locate(model, lambda: self.executor.evaluate(batches), self.spoilt, self.runtime)}"
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:
         """Mean cross-entropy over the valid labels of all ranks' batches."""
@@ -75,6 +118,21 @@ class Trainer:
         labels = sum(count_labels(batch.labels) for batch in batches)
         loss, count = self._everywhere([total.item(), float(labels)])
         return loss / max(count, 1.0)
+
+    def _over_all(
+        self, shared: Sequence[float], own: Sequence[float], each: Sequence[float]
+    ) -> tuple[list[float], list[float], list[list[float]]]:
+        """One sum over all ranks: of `shared`, which the ranks of a replica know alike, once a replica; of
+        `own`, which each rank has itself; and every rank's value of each in `each`, unsummed.
+        """
+        topology = self.runtime.topology
+        once = shared if topology.leads_replica else [0.0] * len(shared)
+        table = torch.zeros(len(each), topology.world, dtype=torch.float64)
+        table[:, topology.rank] = torch.tensor(each, dtype=torch.float64)
+        values = torch.cat([torch.tensor([*once, *own], dtype=torch.float64), table.flatten()])
+        sizes = [len(shared), len(own), table.numel()]
+        sums = self.runtime.sum_over_all(values.to(self.runtime.device)).cpu().split(sizes)
+        return sums[0].tolist(), sums[1].tolist(), sums[2].view_as(table).tolist()
 
     def _everywhere(self, values: Sequence[float]) -> list[float]:
         """Sums over data parallel."""

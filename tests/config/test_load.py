@@ -79,6 +79,17 @@ def test_base_has_no_ffn_m_to_execute() -> None:
         ("memory.table_layers=1", "has no effect with memory.mode=auto"),
         ("memory.kept_layers=1", "has no effect with memory.mode=auto"),
         ("data.sequence_length=100000", "longer than model.max_position_embeddings"),
+        (
+            "data.blend=[{path: a, weight: 1}]",
+            "give either this or data.blend; on the command line data.path",
+        ),
+        ("data.blend=[{path: a, wieght: 1}]", "data.blend.0.wieght; did you mean data.blend.0.weight?"),
+        ("data.blend=[{path: a, weight: 0}]", "data.blend.0.weight=0: input should be greater than 0"),
+        ("data.blend=[]", "data.blend=[]: list should have at least 1 item"),
+        (
+            "data.path=null",
+            "data.path is missing; set it in the YAML or as data.path=..., or give data.blend",
+        ),
         ("train.watchdog=600", "must be below parallel.timeout=600.0"),
         ("train.micro_batch=5", "must be a multiple of train.micro_batch=5"),
         ("train.ramp={start: 16, increment: 8, samples: 64}", "must be below train.global_batch"),

@@ -39,7 +39,7 @@ def test_gradients_are_per_token_s(name: str, rows: int, kept: int, monkeypatch:
     gradient, anchor = torch.zeros_like(embedded), torch.zeros(1, requires_grad=True)
     for ids, some in zip(batches, index.split(4), strict=True):
         x0 = Lookup.apply(some, embedded.detach(), gradient, anchor)
-        hidden = model.run_layers(x0, source.open(ids, x0), some.shape[1])
+        hidden = model.run_layers(x0, source.open(ids, x0), ids)
         assert model.norm is not None
         (model.head(model.norm(hidden)) * weights).sum().backward()
     embedded.backward(gradient + source.finish())

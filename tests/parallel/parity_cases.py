@@ -26,6 +26,7 @@ from mlm_train.train.schedule import learning_rate
 from mlm_train.train.step import Trainer
 from tests.parallel.layouts import MODES
 from tests.parallel.reference import (
+    EOD,
     global_batch,
     logical_gradients,
     relative_error,
@@ -76,7 +77,7 @@ def _reference(config: Config) -> dict:
     `alone` is how far one fp32 process's weights end from it: AdamW divides by gradients' own size, so a
     model may be ill-conditioned, whatever the layout.
     """
-    key = repr((config.model, config.optimizer, config.schedule, config.train.global_batch))
+    key = repr((config.model, config.optimizer, config.schedule, config.train.global_batch, config.data))
     if key not in REFERENCES:
         shared: list = [None]
         if dist.get_rank() == 0:
@@ -98,7 +99,7 @@ def _network(config: Config) -> Transformer:
 def make_trainer(config: Config, runtime: processes.Runtime) -> Trainer:
     """A fresh trainer of a config, with sharpened weights."""
     whole = dict(named_pieces(_network(config)))
-    network = build_model(config, runtime)
+    network = build_model(config, runtime, EOD)
     with torch.no_grad():
         parameters = dict(network.named_parameters())
         for piece in pieces(network):

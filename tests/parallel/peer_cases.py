@@ -196,7 +196,7 @@ class MegatronBase(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids int64 [batch, sequence] -> logits of this rank's words."""
         config, embedding = self.config, self.model.embed_tokens
-        rope = rotary_angles(config.attention_head_dim, config.rope_theta, 0, ids.shape[1], ids.device)
+        rope = rotary_angles(config.attention_head_dim, config.rope_theta, torch.arange(ids.shape[1]))
         x = embedding(ids)
         for layer in self.model.layers:
             x = layer(x, rope)

@@ -27,6 +27,7 @@ from mlm_train.tol.build import build_tol
 from mlm_train.tol.cluster import _check_reachable
 from mlm_train.tol.format import INDEX, TORCH_DTYPE, read_index
 from mlm_train.tol.state import STATE
+from tests.commands import listening
 from tests.tol.conftest import export, random_model
 
 
@@ -62,6 +63,10 @@ def test_rows_are_ffn_m(tables: dict[str, Path], model: Transformer, dtype: str)
     info = torch.finfo(TORCH_DTYPE[dtype])
     error = (table.float() - true).abs()
     assert (error <= info.eps / 2 * true.abs() + 2e-6 * true.abs().amax() + 1e-7).all()
+
+
+def test_a_ray_of_our_own_listens_on_loopback_alone(ray: None) -> None:
+    assert listening(psutil.Process()) == {"127.0.0.1"}
 
 
 def test_killed_builder_resumes_to_the_same_bytes(

@@ -1,8 +1,11 @@
 """Every mistake a user can make before or at the start of training: one line, exit 2, nothing lost."""
 
 import json
+import os
+import re
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -11,9 +14,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from mlm_train.checkpoint.manifest import SEAL, write_manifest
+from mlm_train.config import load_config
+from mlm_train.data.blend import Blend
 from mlm_train.parallel import runtime
-from tests.commands import ROOT, TINY, mlm_train, refused, start
+from mlm_train.train.preflight import find_checkpoint
+from tests.commands import ROOT, TINY, listening, mlm_train, refused, scalars, start
 
 CONFIG = "configs/micro.yaml"
 
@@ -61,6 +69,78 @@ def test_compiling_without_a_compiler(data: Path, tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "run").exists()
 
 
+def test_no_gpu_where_one_is_asked_for(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    run = pretrain(data, tmp_path / "run")
+    for command in (run, ["launch", "--nproc", "1", *run[1:]]):
+        assert "torch finds no CUDA device here; set train.device=cpu" in refused(
+            *command, "train.device=cuda"
+        )
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    assert "was given 8 GPUs here and torch finds none" in refused(*run, "train.device=auto")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rendezvous_that_cannot_be(data: Path, tmp_path: Path) -> None:
+    launch = ("launch", "--nproc", 1, "--nodes", 2, *pretrain(data, tmp_path / "run")[1:])
+    with socket.create_server(("127.0.0.1", 0)) as stale:  # it would never answer
+        endpoint = f"localhost:{stale.getsockname()[1]}"
+        line = refused(*launch, "--rendezvous", endpoint)
+    assert f"--rendezvous {endpoint}: that port of this machine cannot be used (taken by" in line
+    assert f"process {os.getpid()}); give another one, the same on every machine" in line
+    for wrong in ("node1", "node1:port", "node1:70000"):
+        assert f"--rendezvous {wrong}: give HOST:PORT" in refused(*launch, "--rendezvous", wrong)
+    assert not (tmp_path / "run").exists()
+
+
+REFUSALS = """
+import json, sys
+from tests.commands import refused
+print(json.dumps([refused(*words) for words in json.load(sys.stdin)]))
+"""
+
+
+def test_places_without_rights(data: Path, trained: Path, tmp_path: Path) -> None:
+    """As a user whom the rights of files bind; root is made one by taking two capabilities."""
+    copy, closed = Path(shutil.copytree(data, tmp_path / "data")), tmp_path / "closed"
+    run = copy_of(trained, tmp_path)
+    closed.mkdir()
+    config = tmp_path / "config.yaml"
+    config.write_text((ROOT / CONFIG).read_text())
+    (tmp_path / "file").write_text("mine")
+    cases = [
+        (copy / "train.bin", pretrain(copy, tmp_path / "new"), f"{copy}/train.bin: Permission denied"),
+        (copy / "manifest.json", pretrain(copy, tmp_path / "new"), "manifest.json cannot be read"),
+        (closed, pretrain(data, closed), f"{closed}: Permission denied"),
+        (closed, pretrain(data, closed / "inner" / "run"), "Permission denied"),
+        (run / "checkpoints", pretrain(data, run, "train.steps=4"), f"{run}/checkpoints: Permission denied"),
+        (config, ["pretrain", str(config)], f"config {config} cannot be read"),
+        (None, pretrain(data, tmp_path / "file" / "run"), "Not a directory"),
+        (None, pretrain(tmp_path / "file" / "data", tmp_path / "new"), "Not a directory"),
+    ]
+    before = snapshot(run)
+    places = {place for place, _, _ in cases if place is not None}
+    rights = {place: place.stat().st_mode for place in places}
+    for place in places - {copy / "manifest.json"}:
+        place.chmod(0)
+    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    command = [*drop, sys.executable, "-c", REFUSALS]
+    lines: list[str] = []
+    for group in (cases[:1], cases[1:]):
+        (copy / "manifest.json").chmod(0 if group != cases[:1] else 0o644)
+        done = subprocess.run(
+            command, cwd=ROOT, input=json.dumps([words for _, words, _ in group]), text=True,
+            capture_output=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        lines += json.loads(done.stdout)
+    for place, mode in rights.items():
+        place.chmod(mode)
+    assert [words for (_, _, words), line in zip(cases, lines, strict=True) if words not in line] == [], lines
+    assert snapshot(run) == before and not (tmp_path / "new").exists()
+
+
 def test_data_that_is_missing_or_truncated(data: Path, tmp_path: Path) -> None:
     assert "holds no prepared data" in refused(*pretrain(tmp_path / "nowhere", tmp_path / "run"))
     for name in ("train.bin", "validation.idx"):
@@ -101,10 +181,37 @@ def test_checkpoint_of_another_run(trained: Path, data: Path, override: str, wor
     assert snapshot(trained) == before
 
 
-def test_checkpoint_of_other_data(trained: Path, corpus: Path, tmp_path: Path) -> None:
+def test_checkpoint_of_other_data(trained: Path, data: Path, corpus: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     mlm_train("data", "prepare", "--input", corpus, "--output", other, "--tokenizer", "train:400")
-    assert "fingerprints differ" in refused(*pretrain(other, trained, "train.steps=4"))
+    before = snapshot(trained)
+    line = refused(*pretrain(other, trained, "train.steps=4"))
+    assert "fingerprints differ" in line and snapshot(trained) == before
+    wrong = "checkpoint.accept_data=sha256:0123456789ab"
+    assert refused(*pretrain(other, trained, "train.steps=4", wrong)) == line
+    assert "should match pattern" in refused(*pretrain(other, trained, "checkpoint.accept_data=abcdef"))
+    # The line says what to add; the checkpoints that follow are of the new data.
+    run = copy_of(trained, tmp_path)
+    accept = line.split()[-1]
+    mlm_train(*pretrain(other, run, "train.steps=3", accept))
+    runtime.stop()
+    mlm_train(*pretrain(other, run, "train.steps=4"))
+    assert (
+        json.loads((run / "checkpoints/step-00000004/manifest.json").read_text())["progress"]["samples"] == 32
+    )
+    runtime.stop()
+    assert "fingerprints differ" in refused(*pretrain(data, run, "train.steps=5"))
+
+
+def test_checkpoint_of_another_order(trained: Path, data: Path, tmp_path: Path) -> None:
+    run = copy_of(trained, tmp_path)
+    path = run / "checkpoints" / "step-00000002" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["data"]["order"], manifest[SEAL]
+    write_manifest(path.parent, manifest)
+    before = snapshot(run)
+    line = refused(*pretrain(data, run, "train.steps=4"))
+    assert "with another order of samples" in line and snapshot(run) == before
 
 
 def test_output_folders_that_are_no_runs(trained: Path, data: Path, tmp_path: Path) -> None:
@@ -129,7 +236,9 @@ def test_folders_that_people_and_kills_leave_do_no_harm(trained: Path, data: Pat
     mlm_train(*pretrain(data, run, "train.steps=3"))
     runtime.stop()
     names = sorted(path.name for path in checkpoints.iterdir())
-    assert names == ["latest", "step-00000002", "step-00000002.good", "step-00000003"]
+    assert names == [
+        "damaged-step-00000003", "latest", "step-00000002", "step-00000002.good", "step-00000003"
+    ]  # fmt: skip
     mlm_train("export", run, "--output", tmp_path / "export")
 
 
@@ -187,6 +296,7 @@ def test_a_terminated_launch_leaves_no_rank_behind(data: Path, tmp_path: Path) -
         assert launch.poll() is None, launch.communicate()[0]
         time.sleep(0.05)
     ranks = psutil.Process(launch.pid).children(recursive=True)
+    assert listening(psutil.Process(launch.pid)) == {"127.0.0.1"}
     launch.terminate()
     output, _ = launch.communicate(timeout=90)
     assert launch.returncode == 128 + 15 and "ended by SIGTERM" in output
@@ -224,15 +334,61 @@ def damaged(run: Path, how: str) -> str:
 def test_damaged_checkpoint(trained: Path, data: Path, tmp_path: Path, how: str, words: str) -> None:
     run = copy_of(trained, tmp_path)
     name = damaged(run, how)
-    for command in (pretrain(data, run, "train.steps=4"), ["export", run, "--output", tmp_path / "export"]):
+    before = snapshot(run)
+    strict = pretrain(data, run, "train.steps=4", "checkpoint.fall_back=false")
+    for command in (strict, ["export", run, "--output", tmp_path / "export"]):
         line = refused(*command)
-        assert words in line and name in line and "step-00000002" in line
+        assert words in line and name in line and "delete" in line and "step-00000002" in line
         runtime.stop()
     assert not (tmp_path / "export").exists()
-    # The fix that the line names: fall back to the older checkpoint.
-    shutil.rmtree(run / "checkpoints" / "step-00000002")
+    assert {key: snapshot(run)[key] for key in before if key.startswith("checkpoints/step")} == {
+        key: contents for key, contents in before.items() if key.startswith("checkpoints/step")
+    }
     mlm_train(*pretrain(data, run, "train.steps=4"))
-    assert (run / "checkpoints" / "step-00000004").is_dir()
+    log = (run / "train.log").read_text()
+    (line,) = re.findall(
+        r" checkpoint step-00000002 is damaged \((.*)\): kept as damaged-step-00000002; .*", log
+    )
+    assert words in line and name in line and "checkpoints/step-00000001 at step 1" in log
+    kept = {path.name for path in (run / "checkpoints").iterdir()}
+    assert kept == {"damaged-step-00000002", "latest", "step-00000001", "step-00000004"}
+    assert scalars(run, "train/loss").keys() == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("seal", [True, False], ids=["digit", "no checksum"])
+def test_a_changed_manifest_is_damage(trained: Path, data: Path, tmp_path: Path, seal: bool) -> None:
+    """One digit of it would be another place in the data."""
+    run = copy_of(trained, tmp_path)
+    path = run / "checkpoints" / "step-00000002" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    if seal:
+        manifest["progress"]["samples"] += 1
+    else:
+        del manifest[SEAL]
+    path.write_text(json.dumps(manifest))
+    assert "manifest.json is damaged: its checksum differs" in refused("checkpoint", "verify", run)
+    config = load_config(CONFIG, pretrain(data, run, "train.steps=4")[2:])
+    found = find_checkpoint(config, Blend.open(config.data))
+    assert found is not None and found.folder.name == "step-00000001" and len(found.damaged) == 1
+
+
+def test_where_all_checkpoints_are_damaged_nothing_starts_over(
+    trained: Path, data: Path, tmp_path: Path
+) -> None:
+    run = copy_of(trained, tmp_path)
+    checkpoints = run / "checkpoints"
+    damaged(run, "flipped")  # which only the contents show: found by the process that holds the lock
+    (checkpoints / "step-00000001" / "manifest.json").write_text("{")
+    before = snapshot(run)
+    line = refused(*pretrain(data, run, "train.steps=4"))
+    assert (
+        "are damaged" in line and "checksum differs" in line and "another train.output to start over" in line
+    )
+    assert snapshot(run) == before
+    runtime.stop()
+    shutil.rmtree(checkpoints / "step-00000001")
+    (checkpoints / "step-00000002").rename(checkpoints / "damaged-step-00000002")
+    assert "are damaged: put a whole one there" in refused(*pretrain(data, run, "train.steps=4"))
 
 
 def test_ranks_that_find_damage_end_the_launch_with_one_line(
@@ -240,7 +396,8 @@ def test_ranks_that_find_damage_end_the_launch_with_one_line(
 ) -> None:
     run = copy_of(trained, tmp_path)
     damaged(run, "flipped")
-    launch = start("launch", "--nproc", 2, *pretrain(data, run, "train.steps=4")[1:])
+    strict = pretrain(data, run, "train.steps=4", "checkpoint.fall_back=false")[1:]
+    launch = start("launch", "--nproc", 2, *strict)
     output, _ = launch.communicate(timeout=120)
     assert launch.returncode == 2, output
     lines = [line for line in output.splitlines() if line.startswith("mlm-train: ")]
@@ -252,10 +409,9 @@ def test_manifest_that_points_outside_is_refused(trained: Path, data: Path, tmp_
     path = run / "checkpoints" / "step-00000002" / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["files"][0]["file"] = "../step-00000001/manifest.json"
-    path.write_text(json.dumps(manifest))
+    del manifest[SEAL]
+    write_manifest(path.parent, manifest)
     assert "not a file of that folder" in refused(*pretrain(data, run, "train.steps=4"))
-    path.write_text("{")
-    assert "damaged" in refused(*pretrain(data, run, "train.steps=4"))
 
 
 def test_export_and_evaluate_refuse(trained: Path, data: Path, corpus: Path, tmp_path: Path) -> None:

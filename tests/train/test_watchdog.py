@@ -1,5 +1,6 @@
 """A run that hangs or loses a rank says where, ends everywhere, and keeps its checkpoints."""
 
+import json
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.commands import ROOT, TINY, finished, start
+from tests.commands import ROOT, TINY, finished, scalars, start
 from tests.train.misbehave import SLOW_SECONDS
 
 LIMIT = 5.0  # seconds without progress; below it a loaded test machine would look hung
@@ -101,10 +102,17 @@ def test_a_stuck_rank_under_torchrun_and_then_a_merely_slow_one(data: Path, tmp_
     )
     assert re.search(waiting, output), output
     started = time.monotonic()
-    slow = python([*TORCHRUN, *MISBEHAVE, "slow-data", "1", *words(data, run)])
+    every = "monitor.stragglers_every=2"
+    slow = python([*TORCHRUN, *MISBEHAVE, "slow-data", "1", *words(data, run, every)])
     output, _ = slow.communicate(timeout=120)
     assert slow.returncode == 0 and "at step 2" in output and "no progress for" not in output, output
     assert time.monotonic() - started > 4 * SLOW_SECONDS > LIMIT
+    assert re.search(r"slow over the last 2 steps: rank 1 \(.*, stage 0\) .* forward .*, data 1", output), (
+        output
+    )
+    assert list(scalars(run, "speed/slowest_rank").values()) == [1.0, 1.0]
+    beat = json.loads((run / "heartbeat.json").read_text())
+    assert (beat["state"], beat["step"], beat["host"]) == ("finished", 6, socket.gethostname())
 
 
 def test_a_stopped_rank_is_named_by_the_others(data: Path, tmp_path: Path) -> None:

@@ -1,0 +1,112 @@
+"""What a run reads: one prepared folder, or several of one tokenizer in fixed shares."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from mlm_train.config import DataConfig
+from mlm_train.data.prepared import PreparedData
+from mlm_train.data.samples import Samples
+from mlm_train.errors import UserError
+
+PARTS = 100_000  # of a blend, into which weights are rounded: five decimals
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Prepared folders, and how many of PARTS samples (so of as many tokens) come from each."""
+
+    sources: Sequence[PreparedData]
+    shares: Sequence[int]
+
+    @classmethod
+    def open(cls, config: DataConfig) -> "Blend":
+        """Open what config section data names.
+
+        Raises UserError for a folder that is not as its manifest says, for one whose tokenizer is not that
+        of the others, and for a weight too small to count.
+        """
+        if config.blend is None:
+            assert config.path is not None
+            return cls([PreparedData.open(config.path)], [1])
+        blend = cls(
+            [PreparedData.open(source.path) for source in config.blend],
+            _shares([source.weight for source in config.blend]),
+        )
+        blend._check_sources()
+        return blend
+
+    @property
+    def names(self) -> list[str]:
+        """Of the sources, for people: the folder's last name, where that is enough to tell."""
+        short = [source.path.resolve().name for source in self.sources]
+        often = Counter(short)
+        return [
+            name if often[name] == 1 else str(source.path)
+            for name, source in zip(short, self.sources, strict=True)
+        ]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides a sample but seed and length: the sources' contents, order and shares."""
+        if len(self.sources) == 1:
+            return self.sources[0].fingerprint
+        parts = [[source.fingerprint, share] for source, share in zip(self.sources, self.shares, strict=True)]
+        return hashlib.sha256(json.dumps(["mlm-blend", parts]).encode()).hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids of the tokenizer that all share."""
+        return self.sources[0].vocab_size
+
+    @property
+    def eod_id(self) -> int:
+        """The id that ends a document, in all of them."""
+        return self.sources[0].eod_id
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer's file in the first folder; the others have the same."""
+        return self.sources[0].path / self.sources[0].manifest.tokenizer.file
+
+    def samples(self, split: str, sequence_length: int, seed: int | None) -> Samples:
+        """The samples of `train` or `validation`, blended alike; seed None: in order."""
+        streams = [source.split(split) for source in self.sources]
+        return Samples(streams, sequence_length, seed, self.shares)
+
+    def __str__(self) -> str:
+        return " + ".join(str(source.path) for source in self.sources)
+
+    def _check_sources(self) -> None:
+        first = self.sources[0]
+        folder, times = Counter(source.path.resolve() for source in self.sources).most_common(1)[0]
+        if times > 1:
+            raise UserError(f"data.blend: {folder} is given {times} times: give it once, the weights added")
+        for other in self.sources[1:]:
+            same = other.manifest.tokenizer.sha256 == first.manifest.tokenizer.sha256
+            if not same or (other.vocab_size, other.eod_id) != (first.vocab_size, first.eod_id):
+                raise UserError(
+                    f"data.blend: {other.path} was prepared with another tokenizer than {first.path}: "
+                    f"prepare it again with --tokenizer {self.tokenizer}"
+                )
+
+
+def _shares(weights: Sequence[float]) -> list[int]:
+    """PARTS in proportion to the weights; what rounding leaves goes to the largest remainders."""
+    exact = [Fraction(str(weight)) for weight in weights]
+    parts = [weight * PARTS / sum(exact) for weight in exact]
+    shares = [int(part) for part in parts]
+    remainders = sorted(range(len(parts)), key=lambda i: (shares[i] - parts[i], i))
+    for i in remainders[: PARTS - sum(shares)]:
+        shares[i] += 1
+    for i, share in enumerate(shares):
+        if share == 0:
+            raise UserError(
+                f"data.blend.{i}.weight={weights[i]}: is less than one of {PARTS:,} samples; raise it, or "
+                "leave that source out"
+            )
+    return shares

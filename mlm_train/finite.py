@@ -1,0 +1,13 @@
+"""Looking for what is not finite, at the price of reading it once."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+
+def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold infinity or NaN."""
+    if get_total_norm(tensors.values()).isfinite():
+        return []
+    return [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]

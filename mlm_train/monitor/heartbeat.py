@@ -1,0 +1,40 @@
+"""A small file that says how a run is, for programs that watch many."""
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from mlm_train.ownership import Attempt
+
+EVERY = 1.0  # seconds between writes, at least
+
+
+class Heartbeat:
+    """Writes heartbeat.json, whole at any time: what was finished last, and when.
+
+    It is old where the run stands still. Never flushed to disk, never a reason to fail.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.written = folder / "heartbeat.json", 0.0
+        self.values: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
+        if (attempt := Attempt.here()) is not None:
+            self.values["job"] = str(attempt)
+
+    def beat(self, state: str, **values: Any) -> None:
+        """Add to what it says; written at once where `state` has changed."""
+        now = time.time()
+        changed = self.values.get("state") != state
+        self.values |= {"state": state, "time": now} | values
+        if not changed and now - self.written < EVERY:
+            return
+        self.written = now
+        draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            draft.write_text(json.dumps(self.values) + "\n", encoding="utf-8")
+            draft.replace(self.path)
+        except OSError:  # a full disk: the next one may fit
+            self.written = 0.0

@@ -1,0 +1,101 @@
+"""A run as a Slurm job: the sbatch command, tried before it is submitted."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlm_train.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SCRIPT = ROOT / "slurm" / "pretrain.sbatch"
+LOGS = Path("slurm-logs")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a user asks for; None: what the cluster gives."""
+
+    config: str
+    overrides: tuple[str, ...]
+    nodes: int
+    processes: int  # a node
+    gpus: int | None = None  # a node
+    partition: str | None = None
+    account: str | None = None
+    time: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The config's, as squeue and the log show it."""
+        return f"mlm-{Path(self.config).stem}"
+
+    def options(self) -> list[str]:
+        """sbatch's options, all but those that `slurm/pretrain.sbatch` holds itself."""
+        wanted = {
+            "job-name": self.name,
+            "nodes": self.nodes,
+            "gpus-per-node": self.gpus,
+            "partition": self.partition,
+            "account": self.account,
+            "time": self.time,
+            "chdir": Path.cwd(),  # where the config's relative paths start
+            "output": Path.cwd() / LOGS / "%x-%j.log",
+            "export": f"ALL,MLM_ROOT={ROOT},MLM_PYTHON={sys.executable},MLM_NPROC={self.processes}",
+        }
+        return [f"--{name}={value}" for name, value in wanted.items() if value is not None]
+
+    def command(self, *more: str) -> list[str]:
+        """The sbatch command."""
+        return ["sbatch", *more, *self.options(), str(SCRIPT), self.config, *self.overrides]
+
+
+def submit(job: Job, render: bool = False) -> int:
+    """Try the job, submit it, and say how to watch and stop it; `render`: only print the command.
+
+    Raises UserError with sbatch's reason.
+    """
+    if not SCRIPT.is_file():
+        raise UserError(f"{SCRIPT} is missing: run mlm-train from a clone, which holds the job scripts")
+    if render:
+        print(shlex.join(job.command()))
+        return 0
+    if shutil.which("sbatch") is None:
+        raise UserError("sbatch is not on the PATH: run this on a login node of a Slurm cluster, or --render")
+    LOGS.mkdir(exist_ok=True)
+    _sbatch(job.command("--test-only"), job)
+    number = _sbatch(job.command("--parsable"), job).strip().partition(";")[0]
+    log = LOGS / f"{job.name}-{number}.log"
+    print(f"submitted job {number}: {job.nodes} nodes x {job.processes} processes")
+    print(f"watch: squeue -j {number}; tail -F {log}")
+    print(f"stop:  scancel --signal=TERM {number}  (after a checkpoint), scancel {number}  (at once)")
+    return 0
+
+
+def _sbatch(command: Sequence[str], job: Job) -> str:
+    """Its standard output; UserError with its reason and what to change."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 0:
+        return done.stdout
+    lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
+    reason = re.sub(r"^(sbatch: error: |allocation failure: |sbatch: )+", "", lines[-1])
+    raise UserError(f"sbatch refuses the job: {reason}; {_advice(' '.join(lines), job)}")
+
+
+def _advice(reason: str, job: Job) -> str:
+    """What to change, for the reasons that Slurm gives most."""
+    lower = reason.lower()
+    if "partition" in lower and "account" not in lower:
+        return f"--partition {job.partition or 'NAME'}: `sinfo -s` lists those there are"
+    if "account" in lower:
+        return f"--account {job.account or 'NAME'}: `sacctmgr show associations user=$USER` lists yours"
+    if "time" in lower:
+        return f"--time {job.time or 'HH:MM:SS'}: `sinfo -o '%P %l'` shows the limits"
+    if "node" in lower or "gres" in lower:
+        asked = f"--nodes {job.nodes}" + (f" --gpus-per-node {job.gpus}" if job.gpus else "")
+        return f"{asked}: `sinfo -o '%P %D %G'` shows nodes and GPUs of each partition"
+    return "look at `sinfo` and at --render's command"

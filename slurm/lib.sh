@@ -1,0 +1,143 @@
+# shellcheck shell=bash
+# What the job scripts share; sourced by them inside a job. docs/slurm.md explains it, and
+# cluster.env.example holds what a cluster's users set.
+set -uo pipefail
+
+say() { printf 'mlm-train: %s\n' "$*" >&2; }
+die() {
+    say "$*"
+    exit 2
+}
+
+[[ -n ${SLURM_JOB_ID:-} ]] || die "slurm/*.sbatch run inside a Slurm job: start them with sbatch"
+MLM_ROOT=${MLM_ROOT:-$SLURM_SUBMIT_DIR}
+[[ -d $MLM_ROOT/mlm_train ]] || die "$MLM_ROOT holds no mlm_train: run sbatch there, or set MLM_ROOT"
+settings=${MLM_CLUSTER_ENV:-$MLM_ROOT/slurm/cluster.env}
+# shellcheck disable=SC1090
+if [[ -f $settings ]]; then . "$settings"; fi
+
+# Where the processes meet. The port lies below those that the system gives away and above those that Ray
+# takes, and is another one after each restart: what lived on at a lost node may still hold the last.
+restarts=${SLURM_RESTART_COUNT:-0}
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20480 + (SLURM_JOB_ID + 4099 * restarts) % 12288))
+export MASTER_ADDR MASTER_PORT
+
+processes=${MLM_NPROC:-${SLURM_GPUS_ON_NODE:-1}} # a node
+max_restarts=${MLM_MAX_RESTARTS:-5}
+# A restart after a checkpoint that a signal asked for is no failure: a long run has one at each time limit.
+# The count begins anew there.
+begins=$PWD/.mlm-train-job-$SLURM_JOB_ID
+failures=$((restarts - $(cat "$begins" 2>/dev/null || echo 0)))
+export MLM_PYTHON=${MLM_PYTHON:-$MLM_ROOT/.venv/bin/python}
+export PYTHONPATH=$MLM_ROOT${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+
+# Plain srun does not know these options: they are given only where there is an image (pyxis).
+container=()
+if [[ -n ${MLM_IMAGE:-} ]]; then
+    container=(--container-image="$MLM_IMAGE" --container-mounts="${MLM_MOUNTS:-$PWD,$MLM_ROOT}"
+        --container-workdir="$PWD")
+fi
+
+# per_node COMMAND...: one task on every node, with all CPUs of it. Replaces the shell: call it in `step`.
+# --ntasks too, since --ntasks-per-node alone gives way to the allocation's own. A task that fails leaves
+# the others a minute to end and say why; killed at once, their exit codes would hide the first one's.
+per_node() {
+    exec srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --wait=60 --cpu-bind=none \
+        "${container[@]}" "$@"
+}
+
+# on_first_node COMMAND...: one task, on the node that this shell runs on, beside other steps.
+on_first_node() {
+    exec srun --overlap --nodes=1 --ntasks=1 --nodelist="$MASTER_ADDR" --cpu-bind=none \
+        "${container[@]}" "$@"
+}
+
+# per_rank COMMAND...: a task for every rank, which finds its place in the variables that torchrun sets.
+per_rank() {
+    # shellcheck disable=SC2016
+    exec srun --ntasks=$((SLURM_NNODES * processes)) --ntasks-per-node="$processes" --wait=60 \
+        "${container[@]}" bash -c '
+            export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+            export LOCAL_WORLD_SIZE=$1
+            shift
+            exec "$@"' rank "$processes" "$@"
+}
+
+# step COMMAND...: run it, and pass SIGUSR1 and SIGTERM on to it. Its exit code is left in `code`.
+# A trap interrupts `wait`, which is then called again.
+step() {
+    local pid result interrupted
+    code=127
+    check_restarts
+    "$@" &
+    pid=$!
+    trap 'interrupted=1; pass_on USR1' USR1
+    trap 'interrupted=1; pass_on TERM' TERM
+    while :; do
+        interrupted=0
+        wait "$pid"
+        result=$?
+        if ((result != 127)); then code=$result; fi
+        if ((!interrupted)); then break; fi
+    done
+    trap - USR1 TERM
+}
+
+asked= # the last signal this job got
+pass_on() {
+    asked=$1
+    say "job $SLURM_JOB_ID got SIG$1, passed on"
+    scancel --signal="$1" "$SLURM_JOB_ID" 2>/dev/null # to the tasks: srun would kill them at SIGTERM
+}
+
+# A job that Slurm itself started again, after a lost node or a preemption, has the same limit.
+check_restarts() {
+    if ((failures > max_restarts)); then
+        say "job $SLURM_JOB_ID was restarted $failures times, MLM_MAX_RESTARTS=$max_restarts: it ends here"
+        leave 1
+    fi
+}
+
+# finish CODE: end the job with it, or give the job back to the queue. That kills this shell.
+#   0 done, 2 bad input, 130 Ctrl-C    end
+#   143 after SIGTERM                  end, but for a preemption: there Slurm wants the job again
+#   85 after SIGUSR1                   again
+#   75 hung, others                    again, up to MLM_MAX_RESTARTS times since the last 85 or 143
+finish() {
+    local code=$1
+    case $code in
+        0 | 2 | 130) leave "$code" ;;
+        85 | 143) echo $((restarts + 1)) >"$begins" ;; # with a checkpoint
+    esac
+    if job_says JobState=CANCELLED; then leave "$code"; fi
+    if ! job_says JobState=RUNNING; then exit "$code"; fi # Slurm ends it already, and knows what then
+    if [[ $code == 143 || $asked == TERM ]] && ! job_says PreemptTime=[0-9]; then leave "$code"; fi
+    if ((code == 85 || code == 143)); then
+        say "job $SLURM_JOB_ID saved a checkpoint, back into the queue"
+    elif ((failures >= max_restarts)); then
+        say "job $SLURM_JOB_ID ended with exit code $code and was restarted $failures times," \
+            "MLM_MAX_RESTARTS=$max_restarts: it ends here"
+        leave "$code"
+    else
+        say "job $SLURM_JOB_ID ended with exit code $code, back into the queue:" \
+            "restart $((failures + 1)) of at most $max_restarts"
+    fi
+    if scontrol requeue "$SLURM_JOB_ID"; then sleep 600; fi
+    leave "$code"
+}
+
+# leave CODE: the job's last end.
+leave() {
+    rm -f "$begins"
+    exit "$1"
+}
+
+job_says() {
+    local told
+    for _ in {1..24}; do # two minutes for a controller that is being restarted
+        if told=$(scontrol show job "$SLURM_JOB_ID"); then break; fi
+        sleep 5
+    done
+    [[ $told =~ [[:space:]]$1 ]]
+}

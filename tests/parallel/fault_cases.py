@@ -1,0 +1,92 @@
+"""What the ranks of the fault tests run: a step that is not finite because of one rank, between good ones."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from mlm_train.model.transformer import Transformer
+from mlm_train.parallel import runtime as processes
+from mlm_train.train.step import Trainer
+from tests.parallel.parity_cases import make_trainer, my_batches, whole_weights
+from tests.parallel.reference import tiny_config
+
+
+def spoil_forward(model: Transformer, layer: str) -> Callable[[], None]:
+    """A layer that gives NaN."""
+    return model.layers[layer].register_forward_hook(lambda _, __, output: output * torch.nan).remove
+
+
+def spoil_once(model: Transformer, layer: str) -> Callable[[], None]:
+    """A layer that gives NaN in its first pass alone."""
+    calls = iter([torch.nan])
+    return model.layers[layer].register_forward_hook(lambda _, __, out: out * next(calls, 1.0)).remove
+
+
+def spoil_weight(model: Transformer, layer: str) -> Callable[[], None]:
+    """An infinite weight, as after a flipped bit."""
+    weight: Any = model.layers[layer].get_parameter("self_attn.o_proj.weight")
+    held = getattr(weight, "ds_tensor", weight).data.view(-1)
+    before = held[1].clone()
+    held[1] = torch.inf
+    return lambda: held[1:2].copy_(before)
+
+
+def spoil_gradient(model: Transformer, layer: str) -> Callable[[], None]:
+    """A product of the backward pass that gives NaN."""
+    weight = model.layers[layer].get_parameter("self_attn.o_proj.weight")
+    return weight.register_hook(lambda gradient: gradient * torch.nan).remove
+
+
+KINDS = {"forward": spoil_forward, "once": spoil_once, "weight": spoil_weight, "gradient": spoil_gradient}
+
+
+def run(cases: list[dict]) -> list[dict[str, Any]]:
+    """Each case's outcome; layouts may differ."""
+    return [_run(**case) for case in cases]
+
+
+def _run(kind: str, guilty: int, model: dict, **sections: Any) -> dict[str, Any]:
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()  # the cases' layouts differ
+    config = tiny_config(model, train={"micro_batch": 1}, **sections)
+    runtime = processes.start(config)
+
+    def step(trainer: Trainer, number: int) -> Any:
+        return trainer.step(my_batches(runtime, number, config), 1e-3)
+
+    trainer = make_trainer(config, runtime)
+    step(trainer, 0)
+    before = whole_weights(trainer.engine)
+    network = trainer.engine.model
+    assert isinstance(network, Transformer)
+    layer = next(iter(network.layers))
+    undo = KINDS[kind](network, layer) if runtime.topology.rank == guilty else None
+    broken = step(trainer, 1)
+    if undo is not None:
+        undo()
+    kept = _equal(before, whole_weights(trainer.engine))
+    good = step(trainer, 2)
+    clean = make_trainer(config, runtime)
+    step(clean, 0)
+    expected = step(clean, 2)
+    went_on = expected.loss == good.loss and _equal(
+        whole_weights(trainer.engine), whole_weights(clean.engine)
+    )
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (broken.fault, broken.grad_norm, kept, went_on, good.fault, layer))
+    return {
+        "faults": [outcome[0] for outcome in outcomes],
+        "norms": [str(outcome[1]) for outcome in outcomes],
+        "kept": all(outcome[2] for outcome in outcomes),
+        "went_on": all(outcome[3] for outcome in outcomes),
+        "good": [outcome[4] for outcome in outcomes],
+        "layer": outcomes[guilty][5],
+    }
+
+
+def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)

@@ -1,0 +1,134 @@
+"""Runs on a real Slurm of several nodes: launched, warned, preempted, robbed of a node, crashing."""
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mlm_train.checkpoint.folders import committed
+from mlm_train.checkpoint.load import open_checkpoint
+from tests.commands import ROOT, refused, same_losses
+from tests.slurm.conftest import Cluster, words
+
+PRETRAIN = ROOT / "slurm/pretrain.sbatch"
+
+
+def stopped_and_resumed(text: str) -> tuple[int, int]:
+    """The steps after which the first attempt says that it stopped, and the second that it went on."""
+    stopped = re.search(r"stopped by SIGUSR1 after step (\d+)", text)
+    resumed = re.search(r"resumed from .* at step (\d+)", text)
+    assert stopped and resumed, text
+    return int(stopped[1]), int(resumed[1])
+
+
+def test_two_nodes_train_what_one_process_trains(
+    cluster: Cluster, unbroken: Path, data: Path, tmp_path: Path
+) -> None:
+    with_agent, without = tmp_path / "agent", tmp_path / "srun"
+    job = cluster.submit(tmp_path / "agent.log", "--nodes=2", PRETRAIN, *words(data, with_agent))
+    plain = ("--nodes=2", "--ntasks-per-node=1", ROOT / "slurm/pretrain_srun.sbatch", *words(data, without))
+    assert job.end() == "COMPLETED", job.text()
+    assert "2 processes on cpu" in job.text()
+    same_losses(with_agent, unbroken)
+    job = cluster.submit(tmp_path / "srun.log", *plain)
+    assert job.end() == "COMPLETED", job.text()
+    same_losses(without, unbroken)
+
+
+def test_a_warned_job_checkpoints_requeues_and_goes_on(
+    cluster: Cluster, unbroken: Path, data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = cluster.submit(tmp_path / "log", "--nodes=2", PRETRAIN, *words(data, run, "checkpoint.every=0"))
+    job.wait_for("step 5/")
+    cluster.do("scancel", "--batch", "--signal=USR1", job.number)
+    assert job.end() == "COMPLETED", job.text()
+    assert "saved a checkpoint, back into the queue" in job.text()
+    stopped, resumed = stopped_and_resumed(job.text())
+    assert stopped == resumed and job.field("Restarts") == "1"
+    same_losses(run, unbroken)
+
+
+def test_a_preempted_job_goes_on_later(cluster: Cluster, unbroken: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    low = ("--partition=low", "--nodes=2", PRETRAIN, *words(data, run, "checkpoint.every=0"))
+    job = cluster.submit(tmp_path / "log", *low)
+    job.wait_for("step 5/")
+    urgent = ("--partition=high", "--nodes=4", "--exclusive", "--wrap=sleep 1")
+    high = cluster.submit(tmp_path / "high.log", *urgent)
+    assert high.end() == "COMPLETED" and job.end() == "COMPLETED", job.text()
+    stopped, resumed = stopped_and_resumed(job.text())
+    assert stopped == resumed
+    same_losses(run, unbroken)
+
+
+def test_a_lost_node_and_ranks_that_live_on_there(
+    cluster: Cluster, unbroken: Path, data: Path, tmp_path: Path
+) -> None:
+    """The node freezes, Slurm gives it up and starts the job elsewhere, and then the node wakes."""
+    run = tmp_path / "run"
+    job = cluster.submit(tmp_path / "log", "--nodes=1", PRETRAIN, *words(data, run))
+    job.wait_for("step 12/")
+    node = job.field("BatchHost")
+    (rank,) = [
+        process
+        for process in psutil.process_iter()
+        if "pretrain" in process.cmdline() and process.environ().get("SLURM_JOB_ID") == job.number
+    ]
+    os.kill(int((cluster.folder / f"run/slurmd.{node}.pid").read_text()), signal.SIGKILL)
+    rank.suspend()
+    job.wait_for("restart 1 of job")
+    assert rank.status() == psutil.STATUS_STOPPED and job.field("BatchHost") != node
+    rank.resume()
+    rank.wait(timeout=30)
+    assert job.end() == "COMPLETED", job.text()
+    assert f"{run}: restart 1 of job {job.number} takes over from restart 0" in job.text()
+    for folder in committed(run / "checkpoints"):
+        open_checkpoint(folder)
+    assert {path.name[:5] for path in (run / "checkpoints").iterdir()} == {"lates", "step-"}
+    same_losses(run, unbroken)
+    cluster.restore(node)
+
+
+def test_a_job_that_crashes_again_and_again_ends(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+    crash = {"MLM_PYTHON": "/bin/false", "MLM_MAX_RESTARTS": "2"}
+    job = cluster.submit(
+        tmp_path / "crash.log", "--nodes=1", PRETRAIN, *words(data, tmp_path / "run"), **crash
+    )
+    typo = cluster.submit(tmp_path / "typo.log", "--nodes=1", PRETRAIN, "configs/mikro.yaml")
+    assert job.end() == "FAILED" and job.field("Restarts") == "2", job.text()
+    lines = [line for line in job.text().splitlines() if line.startswith("mlm-train: ")]
+    last = "exit code 1 and was restarted 2 times, MLM_MAX_RESTARTS=2: it ends here"
+    assert len(lines) == 3 and last in lines[2], job.text()
+    assert typo.end() == "FAILED" and typo.field("Restarts") == "0", typo.text()
+    assert "did you mean configs/micro.yaml?" in typo.text()
+
+
+def test_launch_submits(
+    cluster: Cluster, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from tests.commands import mlm_train
+
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    config = (ROOT / "configs/micro.yaml", *words(data, run)[1:], "train.stop_after=2")
+    launch = ("launch", "--slurm", *config, "--nproc", 1)
+    assert "--partition hihg: `sinfo -s` lists" in refused(*launch, "--partition", "hihg")
+    assert "--nodes 8" in refused(*launch, "--nodes", 8, "train.global_batch=16")
+    assert "--gpus-per-node 9" in refused(*launch[:-2], "--gpus-per-node", 9, "train.global_batch=18")
+    capsys.readouterr()
+    mlm_train(*launch)
+    said = capsys.readouterr().out
+    number = re.search(r"submitted job (\d+): 1 nodes x 1 processes", said)
+    assert number and f"scancel {number[1]}" in said and f"squeue -j {number[1]}" in said
+    log = tmp_path / "slurm-logs" / f"mlm-micro-{number[1]}.log"
+    end = time.monotonic() + 120
+    while not (log.is_file() and "checkpoint" in log.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.2)

@@ -1,0 +1,102 @@
+"""Ranks that fail are started again by their agents, on as many machines as are left."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mlm_train.errors import START_AGAIN
+from tests.commands import TINY, finished, listening, refused, same_losses, start, wait_for
+
+STEPS = 150
+
+
+def words(data: Path, run: Path, *more: str) -> list[str]:
+    return [
+        "configs/micro.yaml", *TINY, f"data.path={data}", f"train.output={run}", f"train.steps={STEPS}",
+        "checkpoint.every=5", "memory.mode=unique", "monitor.peak_tflops=1", "train.micro_batch=1", *more,
+    ]  # fmt: skip
+
+
+def ranks_of(launch: "subprocess.Popen[str]") -> list[psutil.Process]:
+    found = psutil.Process(launch.pid).children(recursive=True)
+    return [process for process in found if "pretrain" in process.cmdline()]
+
+
+def is_asked_to_end(process: psutil.Process) -> bool:
+    """Whether SIGTERM waits for a suspended process."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    pending = int(status.partition("ShdPnd:\t")[2].partition("\n")[0], 16)
+    return bool(pending & 1 << signal.SIGTERM - 1)
+
+
+@pytest.fixture(scope="module")
+def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "unbroken"
+    finished("pretrain", *words(data, run))
+    return run
+
+
+def test_killed_ranks_start_again_and_a_warned_run_does_not(
+    unbroken: Path, data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    launch = start("launch", "--nproc", 2, "--max-restarts", 1, *words(data, run, "parallel.pipeline=2"))
+    wait_for("step-00000005 committed", run, launch)
+    ranks_of(launch)[-1].kill()
+    while "| loss " not in run.joinpath("train.log").read_text().partition("resumed from")[2]:
+        assert launch.poll() is None, launch.communicate()[0]
+        time.sleep(0.02)
+    launch.send_signal(signal.SIGUSR1)
+    output, _ = launch.communicate(timeout=120)
+    assert launch.returncode == START_AGAIN, output
+    assert output.count("start again, from the newest checkpoint: restart 1 of at most 1") == 1, output
+    finished("launch", "--nproc", 2, *words(data, run))
+    same_losses(run, unbroken, tolerance=1e-4)
+
+
+def test_a_machine_leaves_and_comes_back(unbroken: Path, data: Path, tmp_path: Path) -> None:
+    """Two agents, one rank each: the second one is killed with its rank, and started once more."""
+    run = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = f"127.0.0.1:{free.getsockname()[1]}"
+    command = ("launch", "--nproc", 1, "--nodes", "1:2", "--max-restarts", 3, "--rendezvous", meet)
+    first = start(*command, *words(data, run))
+    while not listening(psutil.Process(first.pid)):  # the one that may not be lost
+        time.sleep(0.05)
+    second = start(*command, *words(data, run))
+    wait_for("step-00000005 committed", run, first, second)
+    assert "| 2 processes on" in run.joinpath("train.log").read_text()
+    for rank in ranks_of(second):
+        rank.suspend()  # it must not outlive its agent and end well
+        os.kill(second.pid, signal.SIGKILL)
+        rank.kill()
+    second.communicate()
+    wait_for("| 1 processes on", run, first)
+    (alone,) = ranks_of(first)
+    alone.suspend()  # or it would be done before the other is here
+    second = start(*command, *words(data, run))
+    while not is_asked_to_end(alone):
+        assert second.poll() is None, second.communicate()[0]
+        time.sleep(0.05)
+    alone.resume()
+    outputs = [process.communicate(timeout=300)[0] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), outputs
+    log = run.joinpath("train.log").read_text()
+    assert log.count("| 2 processes on") == 2
+    assert "stopped by SIGTERM after step" in log, "ranks that are well save before they make room"
+    same_losses(run, unbroken, tolerance=1e-4)
+
+
+def test_what_does_not_go_together_is_refused(data: Path, tmp_path: Path) -> None:
+    launch = ("launch", "--nproc", 1, *words(data, tmp_path / "run"))
+    assert "--nodes 2:1: the second number is the larger one" in refused(*launch, "--nodes", "2:1")
+    assert "--nodes and --rendezvous HOST:PORT" in refused(*launch, "--nodes", "1:2")
+    assert "--max-restarts -1: give 0 or more" in refused(*launch, "--max-restarts", -1)
+    assert "started again by Slurm" in refused(*launch, "--slurm", "--max-restarts", 2)

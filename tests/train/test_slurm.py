@@ -1,0 +1,77 @@
+"""`mlm-train launch --slurm` where there is no Slurm; tests/slurm has a real one."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from mlm_train.train.slurm import Job, _advice
+from tests.commands import TINY, mlm_train, refused
+
+JOB = ("launch", "--slurm", "configs/micro.yaml", *TINY)
+
+
+def test_the_command_is_shown(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = (f"data.path={data}", f"train.output={tmp_path / 'run'}", "train.global_batch=64")
+    options = (
+        "--nodes",
+        4,
+        "--gpus-per-node",
+        8,
+        "--partition",
+        "gpu",
+        "--account",
+        "us",
+        "--time",
+        "04:00:00",
+    )
+    mlm_train(*JOB, *place, *options, "--render")
+    words = shlex.split(capsys.readouterr().out)
+    assert words[0] == "sbatch" and words[-1] == place[-1]
+    for option in ("--nodes=4", "--gpus-per-node=8", "--partition=gpu", "--account=us", "--time=04:00:00"):
+        assert option in words
+    script = next(number for number, word in enumerate(words) if word.endswith("slurm/pretrain.sbatch"))
+    assert words[script + 1] == "configs/micro.yaml" and Path(words[script]).is_file()
+    assert any(word.endswith("slurm-logs/%x-%j.log") for word in words)
+    assert any("MLM_NPROC=8" in word for word in words)
+
+
+def test_bad_input(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    place = (f"data.path={data}", f"train.output={tmp_path / 'run'}")
+    gpus = ("--gpus-per-node", 1)
+    cases = (
+        ((*JOB, *place, *gpus), "sbatch is not on the PATH: run this on a login node"),
+        ((*JOB, *place), "--slurm needs --gpus-per-node"),
+        ((*JOB, *place, "--nproc", 1, *gpus), "--slurm needs --gpus-per-node"),
+        ((*JOB, *place, *gpus, "--nodes", 0), "--nodes 0: give at least 1"),
+        ((*JOB, *place, "--gpus-per-node", 0), "--gpus-per-node 0: give at least 1"),
+        ((*JOB, *place, *gpus, "--rendezvous", "a:1"), "--rendezvous: a Slurm job chooses its own"),
+        ((*JOB, *place, *gpus, "--nodes", 3), "train.global_batch=8: must be a multiple of"),
+        (("launch", "--slurm", "configs/mikro.yaml", *gpus), "did you mean configs/micro.yaml?"),
+        (("launch", JOB[2], *TINY, *place), "--nproc is missing"),
+        (("launch", JOB[2], *TINY, *place, "--nproc", 1, "--nodes", 2), "--nodes and --rendezvous"),
+        (
+            ("launch", JOB[2], *TINY, *place, "--nproc", 1, "--time", "1"),
+            "--time has an effect only with --slurm",
+        ),
+    )
+    for words, message in cases:
+        assert message in refused(*words), words
+    assert not (tmp_path / "run").exists()
+
+
+def test_advice_for_what_slurm_says() -> None:
+    """Slurm 22.05's own words; tests/slurm has those that a cluster without accounting can say."""
+    said = {
+        "allocation failure: Invalid partition name specified": "--partition NAME: `sinfo -s`",
+        "allocation failure: Invalid account or account/partition combination specified": "--account us: ",
+        "allocation failure: Requested time limit is invalid (missing or exceeds some limit)": "--time HH:MM",
+        "allocation failure: Requested node configuration is not available": "--nodes 2 --gpus-per-node 8: ",
+        "allocation failure: Invalid generic resource (gres) specification": "--nodes 2 --gpus-per-node 8: ",
+        "Job violates accounting/QOS policy (job submit limit)": "--account us: ",
+        "Job submission disabled": "look at `sinfo`",
+    }
+    job = Job("a.yaml", (), nodes=2, processes=8, gpus=8, account="us")
+    for reason, advice in said.items():
+        assert _advice(f"sbatch: error: {reason}", job).startswith(advice), reason

@@ -1,0 +1,355 @@
+"""What may happen to a run: its processes, its disk and its checkpoints, and how each is injured."""
+
+import contextlib
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 300.0  # seconds after which something that must happen has not
+STEP = re.compile(r"^step (\d+)/\d+ \| loss ")
+START = re.compile(r"^(?:started a new run|resumed from \S*step-\d+ at step (\d+))")
+NOT_SAVED, COMMITTED, ASIDE = "NOT saved: ", " committed in ", ": kept as damaged-step-"
+
+
+class Violation(Exception):
+    """The run broke a promise."""
+
+
+class Life:
+    """One launch of the run, and what it has said so far."""
+
+    def __init__(self, number: int, command: Sequence[str], output: Path) -> None:
+        self.number, self.output, self.began = number, output, time.monotonic()
+        self.lines: list[str] = []
+        self.step = 0  # the latest that was trained in this life
+        self.start: int | None = None  # where it went on
+        self.rest = ""
+        with output.open("wb") as file:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=file
+            )
+        self.reader = output.open(encoding="utf-8", errors="replace")
+
+    def alive(self) -> bool:
+        """Read what it has said since; whether it goes on."""
+        ended = self.process.poll() is not None
+        *lines, self.rest = (self.rest + self.reader.read()).split("\n")
+        for line in lines:
+            if found := STEP.match(line):
+                self.step = int(found[1])
+            elif found := START.match(line):
+                self.start = int(found[1] or 0)
+        self.lines += lines
+        return not ended
+
+    def count(self, words: str) -> int:
+        """Lines that hold these words."""
+        return sum(words in line for line in self.lines)
+
+    def until(self, happened: Callable[[], bool], seconds: float = PATIENCE) -> bool:
+        """Wait while it lives; whether it has happened."""
+        end = time.monotonic() + seconds
+        while self.alive() and time.monotonic() < end and not happened():
+            time.sleep(0.01)
+        return happened()
+
+    def said(self, words: str, seconds: float = PATIENCE) -> bool:
+        """Wait for another line that holds these words."""
+        before = self.count(words)
+        return self.until(lambda: self.count(words) > before, seconds)
+
+    def ended(self, seconds: float = PATIENCE) -> None:
+        """Wait for its end, and for that of every rank."""
+        ranks = self.ranks()
+        self.until(lambda: False, seconds)
+        if self.process.poll() is None:
+            raise Violation(f"life {self.number} did not end within {seconds:.0f} s: {self.output}")
+        if not gone(ranks, 30):
+            raise Violation(f"life {self.number} ended and left a rank behind: {self.output}")
+        self.alive()
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes that train."""
+        with contextlib.suppress(psutil.Error):
+            children = psutil.Process(self.process.pid).children()
+            return [child for child in children if "pretrain" in child.cmdline()]
+        return []
+
+    def kill(self) -> None:
+        """SIGKILL of everything, as where a machine is lost."""
+        ranks = self.ranks()
+        for process in (self.process, *ranks):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        self.process.wait()
+        gone(ranks, 30)
+        self.alive()
+
+
+def gone(processes: Sequence[psutil.Process], seconds: float) -> bool:
+    """Wait until they have ended; those whose parent did too may stay as zombies where nobody reaps them."""
+    end = time.monotonic() + seconds
+    while any(_runs(process) for process in processes):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def _runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _run(*words: str) -> None:
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(done.stderr.strip() or f"{words[0]} failed")
+
+
+class Disk:
+    """A small tmpfs with the run's folder on it. Needs root."""
+
+    def __init__(self, folder: Path, megabytes: int) -> None:
+        self.folder, self.ballast = folder, folder / "ballast"
+        self.run = folder / "run"
+        self.checkpoints = self.run / "checkpoints"
+        folder.mkdir(parents=True)
+        _run("mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder))
+
+    def fill(self, leave: int) -> None:
+        """Leave so many bytes free."""
+        usage = os.statvfs(self.folder)
+        surplus = usage.f_bavail * usage.f_frsize - leave
+        if surplus > 0:
+            descriptor = os.open(self.ballast, os.O_WRONLY | os.O_CREAT)
+            with contextlib.suppress(OSError):  # the run was faster
+                os.posix_fallocate(descriptor, os.fstat(descriptor).st_size, surplus)
+            os.close(descriptor)
+
+    def empty(self) -> None:
+        """What was filled is free again."""
+        self.ballast.unlink(missing_ok=True)
+
+    def protect(self) -> None:
+        """Let nobody write below the checkpoints' folder, whoever has files open there."""
+        _run("mount", "--bind", str(self.checkpoints), str(self.checkpoints))
+        _run("mount", "-o", "remount,bind,ro", str(self.checkpoints))
+
+    def unprotect(self) -> None:
+        """Let them write again."""
+        _run("umount", "-l", str(self.checkpoints))
+
+    def unmount(self) -> None:
+        """Give everything back."""
+        while True:
+            try:
+                _run("umount", "-l", str(self.checkpoints))
+            except OSError:
+                break
+        _run("umount", "-l", str(self.folder))
+
+
+@dataclass
+class Event:
+    """One injury: planned (`step`, `early`, `delay`, `strike`), and what came of it."""
+
+    kind: str
+    step: int  # once the run is past it
+    delay: float  # seconds later, so that it comes anywhere in a step
+    early: bool = False  # at start-up of a life instead, so many seconds in
+    strike: bool = False  # kill everything while it lasts
+    chance: random.Random = field(default_factory=random.Random)
+    life: int = 0
+    at_step: int = 0
+    note: str = ""
+    death: int | None = None  # exit code, where the life ended by it
+    seconds: float | None = None  # until steps were trained, or a checkpoint was committed, again
+    when: float = 0.0
+
+    def report(self) -> dict[str, object]:
+        """For the JSON file."""
+        names = ("kind", "life", "at_step", "early", "note", "death", "seconds")
+        return {name: getattr(self, name) for name in names}
+
+
+def kill_rank(event: Event, life: Life, disk: Disk) -> set[int]:
+    """SIGKILL of one rank: launch names it."""
+    ranks = life.ranks()
+    if not ranks:
+        return kill_all(event, life, disk)
+    victim = event.chance.choice(ranks)
+    with contextlib.suppress(psutil.Error):
+        event.note = f"rank {victim.environ().get('RANK')}"
+    victim.kill()
+    life.ended()
+    return {1}
+
+
+def kill_all(event: Event, life: Life, disk: Disk) -> set[int]:
+    """SIGKILL of all processes."""
+    life.kill()
+    return {-signal.SIGKILL}
+
+
+def kill_launch_alone(event: Event, life: Life, disk: Disk) -> set[int]:
+    """SIGKILL of the launch alone: the ranks save a checkpoint, end, and give the folder free."""
+    ranks = life.ranks()
+    life.process.kill()
+    if not gone(ranks, PATIENCE):
+        raise Violation(f"ranks of life {life.number} live on without their launch: {life.output}")
+    life.ended()
+    return {-signal.SIGKILL}
+
+
+def stop_rank(event: Event, life: Life, disk: Disk) -> set[int]:
+    """SIGSTOP of one rank: the watchdog ends the others, torchrun's agent kills it 30 s later."""
+    ranks = life.ranks()
+    victim = event.chance.choice(ranks)
+    event.note = f"rank {victim.environ().get('RANK')}"
+    victim.suspend()
+    life.until(lambda: life.count("all ranks end with exit code 75") > 0)
+    if event.chance.random() < 0.5:
+        event.note += ", continued"
+        with contextlib.suppress(psutil.Error):
+            victim.resume()
+    life.ended()
+    return {75}
+
+
+def _truncate(path: Path, chance: random.Random) -> str:
+    size = path.stat().st_size
+    left = chance.choice((0, size - 2, chance.randrange(size - 1)))  # without its last newline JSON is whole
+    os.truncate(path, left)
+    return f"{path.name} cut to {left} of {size} bytes"
+
+
+def _flip(path: Path, chance: random.Random) -> str:
+    bits = chance.choice((1, 1, 8))
+    with path.open("r+b") as file:
+        for _ in range(bits):
+            place = chance.randrange(path.stat().st_size)
+            file.seek(place)
+            byte = file.read(1)[0] ^ 1 << chance.randrange(8)
+            file.seek(place)
+            file.write(bytes([byte]))
+    return f"{bits} bits of {path.name} flipped"
+
+
+def _remove(path: Path, chance: random.Random) -> str:
+    path.unlink()
+    return f"{path.name} removed"
+
+
+def damage(how: Callable[[Path, random.Random], str]) -> "Injury":
+    """Of a file of the newest checkpoint; with `strike` the next life meets it, else it may be replaced."""
+
+    def injury(event: Event, life: Life, disk: Disk) -> set[int]:
+        life.until(lambda: len(whole(disk.checkpoints)) > 2)  # what is left must be enough to go on
+        if event.strike:
+            life.kill()
+        newest = whole(disk.checkpoints)[-1]
+        mark(newest)
+        with contextlib.suppress(FileNotFoundError):  # the run has just deleted it
+            victim = event.chance.choice(sorted(newest.iterdir()))
+            event.note = f"{newest.name}: {how(victim, event.chance)}"
+        return {-signal.SIGKILL} if event.strike else set()
+
+    return injury
+
+
+_marked: set[int] = set()  # inodes of folders that were damaged; a tmpfs gives none twice
+
+
+def mark(folder: Path) -> None:
+    """Remember that a checkpoint is damaged."""
+    with contextlib.suppress(FileNotFoundError):
+        _marked.add(folder.stat().st_ino)
+
+
+def whole(checkpoints: Path) -> list[Path]:
+    """Committed checkpoints that nobody damaged, oldest first."""
+    found = []
+    for path in sorted(checkpoints.glob("step-*")):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino not in _marked:
+                found.append(path)
+    return found
+
+
+def _until_saved_again(
+    event: Event, life: Life, press: Callable[[], None], release: Callable[[], None]
+) -> set[int]:
+    """`press` until a save has failed and was said; then, with `strike`, all are killed; then it is over."""
+    before = life.count(NOT_SAVED)
+
+    def failed() -> bool:
+        press()
+        return life.count(NOT_SAVED) > before
+
+    try:
+        if not life.until(failed, 60):
+            event.note += " (no save failed)" if life.alive() else " (ended)"
+        if event.strike and life.alive():
+            life.kill()
+    finally:
+        release()
+    if life.alive() and not life.said(COMMITTED) and life.alive():
+        raise Violation(f"no checkpoint was committed after {event.kind}: {life.output}")
+    return {-signal.SIGKILL} if event.strike else {2}
+
+
+def disk_full(event: Event, life: Life, disk: Disk) -> set[int]:
+    """Nearly nothing is free, until a save has failed."""
+    size = sum(path.stat().st_size for path in whole(disk.checkpoints)[-1].iterdir())
+    left = event.chance.choice((0, event.chance.randrange(size)))
+    event.note = f"{left} of {size} bytes free"
+    return _until_saved_again(event, life, lambda: disk.fill(left), disk.empty)
+
+
+def write_fails(event: Event, life: Life, disk: Disk) -> set[int]:
+    """No file of one rank may grow beyond a size: its writes fail in the middle, until a save has failed."""
+    limit = event.chance.randrange(20_000)
+    victim = event.chance.choice(life.ranks())
+    event.note = f"rank {victim.environ().get('RANK')} after {limit} bytes"
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    victim.rlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    def release() -> None:
+        with contextlib.suppress(psutil.Error):
+            victim.rlimit(resource.RLIMIT_FSIZE, unlimited)
+
+    return _until_saved_again(event, life, lambda: None, release)
+
+
+def read_only(event: Event, life: Life, disk: Disk) -> set[int]:
+    """The checkpoints' folder takes no new name, until a save has failed."""
+    disk.protect()
+    return _until_saved_again(event, life, lambda: None, disk.unprotect)
+
+
+Injury = Callable[[Event, Life, Disk], set[int]]  # returns the exit codes that may follow
+INJURIES: dict[str, Injury] = {
+    "kill-rank": kill_rank,
+    "kill-all": kill_all,
+    "kill-launch": kill_launch_alone,
+    "stop-rank": stop_rank,
+    "truncate": damage(_truncate),
+    "flip-bits": damage(_flip),
+    "remove": damage(_remove),
+    "disk-full": disk_full,
+    "write-fails": write_fails,
+    "read-only": read_only,
+}
+DEADLY = ("kill-rank", "kill-all", "kill-launch", "stop-rank")
