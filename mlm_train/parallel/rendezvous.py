@@ -6,6 +6,7 @@ On one machine: a store that listens on loopback alone. torch's own stores liste
 
 import contextlib
 import socket
+import time
 from collections.abc import Callable, Iterator
 
 import psutil
@@ -25,6 +26,7 @@ from mlm_train.errors import PeerFailure, UserError
 LOOPBACK = "loopback"  # the name of this rendezvous for torch
 _HOST = "127.0.0.1"
 _SECONDS = 600  # for an answer of the store
+_HOST_SECONDS = 60  # until the machine of --rendezvous listens
 
 
 class _Loopback(StaticTCPRendezvous):
@@ -60,7 +62,7 @@ def met_at(endpoint: str, nodes: int, met: Callable[[], bool]) -> Iterator[None]
 
     Once they have met, a failure is another machine's: PeerFailure.
     """
-    _check_free(endpoint)
+    _check(endpoint)
     try:
         yield
     except RendezvousClosedError:
@@ -85,8 +87,10 @@ def _unmet(endpoint: str, nodes: int, error: RendezvousError) -> UserError:
     )
 
 
-def _check_free(endpoint: str) -> None:
-    """Refuse a port of this machine that is taken: torch would wait there for ever, or join another run."""
+def _check(endpoint: str) -> None:
+    """Refuse what is no endpoint, another machine that does not listen, and a port of this one that is taken:
+    torch would wait there for ever, or join another run.
+    """
     try:
         host, port = parse_rendezvous_endpoint(endpoint, default_port=-1)
     except ValueError:
@@ -94,6 +98,7 @@ def _check_free(endpoint: str) -> None:
     if not host or not 0 < port < 2**16:
         raise UserError(f"--rendezvous {endpoint}: give HOST:PORT, such as node1:29500")
     if not _matches_machine_hostname(host):
+        _await(endpoint, host, port)
         return
     try:
         socket.create_server(("", port)).close()
@@ -107,6 +112,24 @@ def _check_free(endpoint: str) -> None:
             f"--rendezvous {endpoint}: that port of this machine cannot be used ({who}); give another one, "
             "the same on every machine"
         ) from None
+
+
+def _await(endpoint: str, host: str, port: int) -> None:
+    """Until another machine listens there, which may start after this one; torch's wait fills the screen."""
+    end = time.monotonic() + _HOST_SECONDS
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(1.0, end - time.monotonic())).close()
+            return
+        except socket.gaierror as error:
+            raise UserError(f"--rendezvous {endpoint}: no machine of that name ({error.strerror})") from None
+        except OSError as error:
+            if time.monotonic() > end:
+                raise UserError(
+                    f"--rendezvous {endpoint}: nothing answered there for {_HOST_SECONDS} s ({error}); start "
+                    "the same command on that machine too, and let this one reach its port"
+                ) from None
+        time.sleep(1)
 
 
 def _listener(port: int) -> psutil.Process | None:

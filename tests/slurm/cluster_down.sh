@@ -35,7 +35,9 @@ fi
 for file in "$base"/run/slurmd.*.pid; do
     if [[ -s $file ]]; then end "$(<"$file")" slurmd; fi
 done
-if [[ -s $base/run/slurmctld.pid ]]; then end "$(<"$base/run/slurmctld.pid")" slurmctld; fi
+for daemon in slurmctld slurmdbd mariadbd; do
+    if [[ -s $base/run/$daemon.pid ]]; then end "$(<"$base/run/$daemon.pid")" "$daemon"; fi
+done
 # What a killed slurmd left: managers of steps, which ignore SIGTERM, and their jobs' processes.
 for process in /proc/[0-9]*; do
     pid=${process#/proc/}

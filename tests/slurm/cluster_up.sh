@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A real Slurm of several nodes on this one machine, for tests: no systemd, no containers. Each node is a
-# network namespace with a hostname, an address and GPUs that are none. As root, on Debian or Ubuntu.
+# network namespace with a hostname, an address and GPUs that are none. It keeps accounts: a database of its
+# own, whose socket lies in its folder, and one account `us` that root belongs to. As root, on Debian or Ubuntu.
 #
 #   export CLUSTER_DIR=/tmp/somewhere; tests/slurm/cluster_up.sh && . "$CLUSTER_DIR/env.sh"
 #   kill -9 "$(<"$CLUSTER_DIR/run/slurmd.node2.pid")"    # a node dies
@@ -8,7 +9,7 @@
 #   tests/slurm/cluster_down.sh
 #
 # CLUSTER_NODES (4), CLUSTER_CPUS a node (8), CLUSTER_GPUS a node (8; 0: none), CLUSTER_PORT (16817).
-set -euo pipefail
+set -Eeuo pipefail  # E: what fails in a function is undone, too
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 base=${CLUSTER_DIR:?set CLUSTER_DIR to a folder of its own, with a short path}
@@ -27,7 +28,7 @@ die() {
 
 install_slurm() {
     local program policy=/usr/sbin/policy-rc.d made=
-    for program in slurmctld slurmd srun munged; do
+    for program in slurmctld slurmd srun munged slurmdbd mariadbd mariadb-install-db; do
         if command -v "$program" >/dev/null; then continue; fi
         if [[ ! -e $policy ]]; then # packages start no daemons of the system then
             printf '#!/bin/sh\nexit 101\n' >"$policy"
@@ -36,7 +37,7 @@ install_slurm() {
         fi
         apt-get update -qq
         DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-            slurmctld slurmd slurm-client munge iproute2 >&2
+            slurmctld slurmd slurm-client munge iproute2 slurmdbd mariadb-server-core mariadb-client-core >&2
         if [[ $made ]]; then rm -f "$policy"; fi
         return
     done
@@ -115,7 +116,11 @@ SwitchType=switch/none
 MpiDefault=none
 MailProg=/bin/true
 JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=$subnet.1
+AccountingStoragePort=$((port + 100))
+AccountingStoragePass=$base/munge/munge.socket
+AccountingStorageEnforce=associations
 PropagateResourceLimits=NONE
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
@@ -143,9 +148,44 @@ PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier
 PartitionName=low   Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 PartitionName=high  Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=100 PreemptMode=OFF
 CONF
+    (umask 077 && cat >"$base/etc/slurmdbd.conf") <<CONF
+AuthType=auth/munge
+AuthInfo=socket=$base/munge/munge.socket
+DbdHost=$(hostname -s)
+DbdAddr=$subnet.1
+DbdPort=$((port + 100))
+SlurmUser=root
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser=root
+StorageLoc=slurm
+PidFile=$base/run/slurmdbd.pid
+LogFile=$base/log/slurmdbd.log
+CONF
     : >"$base/etc/plugstack.conf"
     echo CgroupAutomount=no >"$base/etc/cgroup.conf"
     printf 'export CLUSTER_DIR=%q SLURM_CONF=%q\n' "$base" "$SLURM_CONF" >"$base/env.sh"
+}
+
+# soon COMMAND...: until it succeeds, 30 seconds at most.
+soon() {
+    local end=$((SECONDS + 30))
+    until "$@" >>"$base/log/soon.log" 2>&1; do
+        if ((SECONDS > end)); then return 1; fi
+        sleep 0.1
+    done
+}
+
+start_accounting() {
+    mariadb-install-db --no-defaults --user=root --datadir="$base/sql" --skip-test-db \
+        --auth-root-authentication-method=normal >"$base/log/sql.log" 2>&1
+    mariadbd --no-defaults --user=root --datadir="$base/sql" --socket="$base/run/sql.socket" --skip-networking \
+        --pid-file="$base/run/mariadbd.pid" --innodb-buffer-pool-size=64M >>"$base/log/sql.log" 2>&1 </dev/null &
+    soon test -S "$base/run/sql.socket"
+    MYSQL_UNIX_PORT=$base/run/sql.socket slurmdbd </dev/null
+    soon sacctmgr --immediate add cluster mlm
+    sacctmgr --immediate add account us Description=us Organization=us >&2
+    sacctmgr --immediate add user root Account=us >&2
 }
 
 start_daemons() {
@@ -154,6 +194,7 @@ start_daemons() {
     munged --key-file="$base/munge/munge.key" --socket="$base/munge/munge.socket" \
         --pid-file="$base/run/munged.pid" --log-file="$base/log/munged.log" \
         --seed-file="$base/munge/munged.seed" --num-threads=2
+    start_accounting
     slurmctld -c </dev/null
     for ((i = 1; i <= nodes; i++)); do on_node "node$i" slurmd -N "node$i" </dev/null; done
 }
@@ -181,9 +222,5 @@ make_network
 write_names
 write_config
 start_daemons
-for ((tenth = 0; tenth < 300; tenth++)); do
-    if all_up; then break; fi
-    sleep 0.1
-done
-all_up
+soon all_up
 say "$(sinfo -h -p batch -o '%D nodes, %c CPUs and %G each')"

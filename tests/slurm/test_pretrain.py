@@ -120,10 +120,11 @@ def test_launch_submits(
     config = (ROOT / "configs/micro.yaml", *words(data, run)[1:], "train.stop_after=2")
     launch = ("launch", "--slurm", *config, "--nproc", 1)
     assert "--partition hihg: `sinfo -s` lists" in refused(*launch, "--partition", "hihg")
+    assert "--account them: `sacctmgr show associations" in refused(*launch, "--account", "them")
     assert "--nodes 8" in refused(*launch, "--nodes", 8, "train.global_batch=16")
     assert "--gpus-per-node 9" in refused(*launch[:-2], "--gpus-per-node", 9, "train.global_batch=18")
     capsys.readouterr()
-    mlm_train(*launch)
+    mlm_train(*launch, "--account", "us")
     said = capsys.readouterr().out
     number = re.search(r"submitted job (\d+): 1 nodes x 1 processes", said)
     assert number and f"scancel {number[1]}" in said and f"squeue -j {number[1]}" in said

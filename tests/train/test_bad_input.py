@@ -2,14 +2,12 @@
 
 import json
 import os
-import re
 import resource
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -17,43 +15,11 @@ import pytest
 import torch
 
 from mlm_train.checkpoint.manifest import SEAL, write_manifest
-from mlm_train.config import load_config
-from mlm_train.data.blend import Blend
 from mlm_train.parallel import runtime
-from mlm_train.train.preflight import find_checkpoint
-from tests.commands import ROOT, TINY, listening, mlm_train, refused, scalars, start
+from tests.commands import ROOT, listening, mlm_train, refused, start
+from tests.train.short_runs import CONFIG, copy_of, pretrain, snapshot
 
-CONFIG = "configs/micro.yaml"
-
-
-@pytest.fixture(autouse=True)
-def no_groups_left() -> Iterator[None]:
-    """A refused run in this process must not disturb the next."""
-    yield
-    runtime.stop()
-
-
-def pretrain(data: Path, output: Path, *more: str) -> list[str]:
-    return [
-        "pretrain", CONFIG, *TINY, f"data.path={data}", f"train.output={output}", "train.steps=2", *more,
-    ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short run with two checkpoints."""
-    run = tmp_path_factory.mktemp("trained") / "run"
-    mlm_train(*pretrain(data, run, "checkpoint.every=1"))
-    runtime.stop()
-    return run
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def copy_of(run: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(run, tmp_path / "copy"))
+pytestmark = pytest.mark.usefixtures("no_groups_left")
 
 
 def test_world_that_does_not_fit(data: Path, tmp_path: Path) -> None:
@@ -82,7 +48,7 @@ def test_no_gpu_where_one_is_asked_for(data: Path, tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_rendezvous_that_cannot_be(data: Path, tmp_path: Path) -> None:
+def test_a_rendezvous_that_cannot_be(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launch = ("launch", "--nproc", 1, "--nodes", 2, *pretrain(data, tmp_path / "run")[1:])
     with socket.create_server(("127.0.0.1", 0)) as stale:  # it would never answer
         endpoint = f"localhost:{stale.getsockname()[1]}"
@@ -91,6 +57,14 @@ def test_a_rendezvous_that_cannot_be(data: Path, tmp_path: Path) -> None:
     assert f"process {os.getpid()}); give another one, the same on every machine" in line
     for wrong in ("node1", "node1:port", "node1:70000"):
         assert f"--rendezvous {wrong}: give HOST:PORT" in refused(*launch, "--rendezvous", wrong)
+    assert "--rendezvous a.invalid:1: no machine of that name" in refused(
+        *launch, "--rendezvous", "a.invalid:1"
+    )
+    monkeypatch.setattr("mlm_train.parallel.rendezvous._HOST_SECONDS", 2)
+    silent = "192.0.2.1:29500"  # an address for examples (RFC 5737), where nobody is
+    assert f"--rendezvous {silent}: nothing answered there for 2 s" in refused(
+        *launch, "--rendezvous", silent
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -283,6 +257,10 @@ def test_two_runs_on_one_folder(data: Path, tmp_path: Path) -> None:
             time.sleep(0.05)
         before = (run / "config.yaml").read_bytes()
         assert "being trained by another process" in refused(*pretrain(data, run, "optimizer.lr=0.5"))
+        launch = start("launch", "--nproc", 2, *pretrain(data, run, "optimizer.lr=0.5")[1:])
+        said, _ = launch.communicate(timeout=120)
+        lines = [line for line in said.splitlines() if "being trained by another process" in line]
+        assert launch.returncode == 2 and len(lines) == 1 and "Traceback" not in said, said
         assert (run / "config.yaml").read_bytes() == before and first.poll() is None
     finally:
         first.kill()
@@ -299,7 +277,7 @@ def test_a_terminated_launch_leaves_no_rank_behind(data: Path, tmp_path: Path) -
     assert listening(psutil.Process(launch.pid)) == {"127.0.0.1"}
     launch.terminate()
     output, _ = launch.communicate(timeout=90)
-    assert launch.returncode == 128 + 15 and "ended by SIGTERM" in output
+    assert launch.returncode == 128 + 15 and "stopped by SIGTERM after step 1;" in output, output
     _, alive = psutil.wait_procs(ranks, timeout=20)
     assert not alive
 
@@ -310,108 +288,6 @@ def test_output_that_exists_without_resume(trained: Path, data: Path, tmp_path: 
     assert snapshot(trained) == before
     (tmp_path / "file").write_text("mine")
     assert "is a file" in refused(*pretrain(data, tmp_path / "file"))
-
-
-def damaged(run: Path, how: str) -> str:
-    """Damage the newest checkpoint's largest file; its name."""
-    folder = run / "checkpoints" / "step-00000002"
-    victim = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
-    contents = bytearray(victim.read_bytes())
-    if how == "flipped":
-        contents[len(contents) // 2] ^= 1
-        victim.write_bytes(contents)
-    elif how == "truncated":
-        victim.write_bytes(contents[: len(contents) // 2])
-    else:
-        victim.unlink()
-    return victim.name
-
-
-@pytest.mark.parametrize(
-    ("how", "words"),
-    [("flipped", "checksum differs"), ("truncated", "bytes instead of"), ("deleted", "is missing")],
-)
-def test_damaged_checkpoint(trained: Path, data: Path, tmp_path: Path, how: str, words: str) -> None:
-    run = copy_of(trained, tmp_path)
-    name = damaged(run, how)
-    before = snapshot(run)
-    strict = pretrain(data, run, "train.steps=4", "checkpoint.fall_back=false")
-    for command in (strict, ["export", run, "--output", tmp_path / "export"]):
-        line = refused(*command)
-        assert words in line and name in line and "delete" in line and "step-00000002" in line
-        runtime.stop()
-    assert not (tmp_path / "export").exists()
-    assert {key: snapshot(run)[key] for key in before if key.startswith("checkpoints/step")} == {
-        key: contents for key, contents in before.items() if key.startswith("checkpoints/step")
-    }
-    mlm_train(*pretrain(data, run, "train.steps=4"))
-    log = (run / "train.log").read_text()
-    (line,) = re.findall(
-        r" checkpoint step-00000002 is damaged \((.*)\): kept as damaged-step-00000002; .*", log
-    )
-    assert words in line and name in line and "checkpoints/step-00000001 at step 1" in log
-    kept = {path.name for path in (run / "checkpoints").iterdir()}
-    assert kept == {"damaged-step-00000002", "latest", "step-00000001", "step-00000004"}
-    assert scalars(run, "train/loss").keys() == {1, 2, 3, 4}
-
-
-@pytest.mark.parametrize("seal", [True, False], ids=["digit", "no checksum"])
-def test_a_changed_manifest_is_damage(trained: Path, data: Path, tmp_path: Path, seal: bool) -> None:
-    """One digit of it would be another place in the data."""
-    run = copy_of(trained, tmp_path)
-    path = run / "checkpoints" / "step-00000002" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    if seal:
-        manifest["progress"]["samples"] += 1
-    else:
-        del manifest[SEAL]
-    path.write_text(json.dumps(manifest))
-    assert "manifest.json is damaged: its checksum differs" in refused("checkpoint", "verify", run)
-    config = load_config(CONFIG, pretrain(data, run, "train.steps=4")[2:])
-    found = find_checkpoint(config, Blend.open(config.data))
-    assert found is not None and found.folder.name == "step-00000001" and len(found.damaged) == 1
-
-
-def test_where_all_checkpoints_are_damaged_nothing_starts_over(
-    trained: Path, data: Path, tmp_path: Path
-) -> None:
-    run = copy_of(trained, tmp_path)
-    checkpoints = run / "checkpoints"
-    damaged(run, "flipped")  # which only the contents show: found by the process that holds the lock
-    (checkpoints / "step-00000001" / "manifest.json").write_text("{")
-    before = snapshot(run)
-    line = refused(*pretrain(data, run, "train.steps=4"))
-    assert (
-        "are damaged" in line and "checksum differs" in line and "another train.output to start over" in line
-    )
-    assert snapshot(run) == before
-    runtime.stop()
-    shutil.rmtree(checkpoints / "step-00000001")
-    (checkpoints / "step-00000002").rename(checkpoints / "damaged-step-00000002")
-    assert "are damaged: put a whole one there" in refused(*pretrain(data, run, "train.steps=4"))
-
-
-def test_ranks_that_find_damage_end_the_launch_with_one_line(
-    trained: Path, data: Path, tmp_path: Path
-) -> None:
-    run = copy_of(trained, tmp_path)
-    damaged(run, "flipped")
-    strict = pretrain(data, run, "train.steps=4", "checkpoint.fall_back=false")[1:]
-    launch = start("launch", "--nproc", 2, *strict)
-    output, _ = launch.communicate(timeout=120)
-    assert launch.returncode == 2, output
-    lines = [line for line in output.splitlines() if line.startswith("mlm-train: ")]
-    assert len(lines) == 1 and "checksum differs" in lines[0] and "Traceback" not in output
-
-
-def test_manifest_that_points_outside_is_refused(trained: Path, data: Path, tmp_path: Path) -> None:
-    run = copy_of(trained, tmp_path)
-    path = run / "checkpoints" / "step-00000002" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["files"][0]["file"] = "../step-00000001/manifest.json"
-    del manifest[SEAL]
-    write_manifest(path.parent, manifest)
-    assert "not a file of that folder" in refused(*pretrain(data, run, "train.steps=4"))
 
 
 def test_export_and_evaluate_refuse(trained: Path, data: Path, corpus: Path, tmp_path: Path) -> None:

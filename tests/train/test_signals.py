@@ -92,6 +92,16 @@ def test_ranks_agree_on_the_last_step(unbroken: Path, data: Path, tmp_path: Path
     same_losses(run, unbroken, tolerance=2e-3)  # another layout: rounding grows over the steps
 
 
+def test_a_signal_while_the_run_is_set_up_ends_it_after_its_first_step(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start("pretrain", *words(data, run))
+    wait_for("", run, process)  # the log is there: the folder is claimed, no model is built
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == START_AGAIN and "stopped by SIGUSR1 after step 1;" in output, output
+    assert (run / "checkpoints" / "step-00000001").is_dir()
+
+
 def test_a_second_sigterm_ends_at_once(data: Path, tmp_path: Path) -> None:
     """A step that never ends: the first one waits for it."""
     run = tmp_path / "run"

@@ -62,7 +62,7 @@ def test_bad_input(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_advice_for_what_slurm_says() -> None:
-    """Slurm 22.05's own words; tests/slurm has those that a cluster without accounting can say."""
+    """Slurm 22.05's own words; tests/slurm has a real one say some of them."""
     said = {
         "allocation failure: Invalid partition name specified": "--partition NAME: `sinfo -s`",
         "allocation failure: Invalid account or account/partition combination specified": "--account us: ",

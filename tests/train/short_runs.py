@@ -1,0 +1,25 @@
+"""A run of two steps, as words and as a folder to injure."""
+
+import shutil
+from pathlib import Path
+
+from tests.commands import TINY
+
+CONFIG = "configs/micro.yaml"
+
+
+def pretrain(data: Path, output: Path, *more: str) -> list[str]:
+    """The command and its words."""
+    return [
+        "pretrain", CONFIG, *TINY, f"data.path={data}", f"train.output={output}", "train.steps=2", *more,
+    ]  # fmt: skip
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """The contents of all its files, by relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def copy_of(run: Path, tmp_path: Path) -> Path:
+    """The run once more, to be changed."""
+    return Path(shutil.copytree(run, tmp_path / "copy"))
