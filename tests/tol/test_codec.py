@@ -1,0 +1,154 @@
+"""Rows as bytes: read back as docs/tol-format.md says, by a reader of its own, as near as types allow."""
+
+import itertools
+import struct
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mlm_train.tol.codec import LEVELS, Encoding, NotFinite, Scheme, decode, encode, layout
+
+HIDDEN = 75  # odd, and no multiple of a group
+SCHEMES = [
+    Scheme(dtype="bfloat16"),
+    Scheme(dtype="float32", rank=5),
+    Scheme(dtype="int8", group_size=64),
+    Scheme(dtype="int8", group_size=16, symmetric=False, rank=33),
+    Scheme(dtype="int4", group_size=32),
+    Scheme(dtype="int4", group_size=64, symmetric=False),
+    Scheme(dtype="int4", group_size=8, rank=7),
+    Scheme(dtype="float16", rank=1),
+]
+
+
+def numbers(rows: int, width: int, seed: int = 0) -> Tensor:
+    """Rows of very different size, some groups of one sign, some of zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(rows, width, generator=generator) * torch.logspace(-3, 2, rows).unsqueeze(1)
+    values[1::4] = values[1::4].abs() + 0.5
+    values[2::4, : width // 2] = 0.0
+    return values
+
+
+def read_by_hand(row: bytes, encoding: Encoding, hidden: int) -> list[Fraction]:
+    """A reader of one row in plain Python, from the format's description alone."""
+    width = encoding.rank or hidden
+    if encoding.dtype == "bfloat16":
+        halves = struct.unpack_from(f"<{width}H", row, encoding.codes)
+        return [Fraction(struct.unpack("<f", struct.pack("<I", half << 16))[0]) for half in halves]
+    if encoding.dtype in ("float16", "float32"):
+        letter = {"float16": "e", "float32": "f"}[encoding.dtype]
+        return [Fraction(x) for x in struct.unpack_from(f"<{width}{letter}", row, encoding.codes)]
+    values = []
+    for i in range(width):
+        assert encoding.group_size is not None and encoding.scales is not None
+        group = i // encoding.group_size
+        (scale,) = struct.unpack_from("<e", row, encoding.scales + 2 * group)
+        zero = 0 if encoding.zeros is None else struct.unpack_from("<b", row, encoding.zeros + group)[0]
+        if encoding.dtype == "int8":
+            (code,) = struct.unpack_from("<b", row, encoding.codes + i)
+        else:
+            byte = row[encoding.codes + i // 2]
+            code = (byte >> 4 if i % 2 else byte & 15) - 8
+        values.append((code - zero) * Fraction(scale))
+    return values
+
+
+def test_layers_of_a_row_lie_where_the_format_says() -> None:
+    encodings = layout(SCHEMES, HIDDEN)
+    total = sum(scheme.bytes(HIDDEN) for scheme in SCHEMES)
+    parts = [numbers(9, scheme.width(HIDDEN), seed) for seed, scheme in enumerate(SCHEMES)]
+    rows = torch.cat([encode(scheme, part) for scheme, part in zip(SCHEMES, parts, strict=True)], 1)
+    assert rows.shape == (9, total) and rows.dtype == torch.uint8
+    spans = sorted(span for encoding in encodings for span in encoding.spans(HIDDEN))
+    assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(spans))
+    assert spans[-1][1] <= total
+    for encoding in encodings:
+        assert min(start for start, _ in encoding.spans(HIDDEN)) % 16 == 0
+        values = decode(encoding, rows, HIDDEN)
+        for row, found in zip(rows, values.double().tolist(), strict=True):
+            true = [float(value) for value in read_by_hand(row.numpy().tobytes(), encoding, HIDDEN)]
+            assert np.allclose(found, true, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: f"{scheme.dtype}-{scheme.symmetric}")
+def test_numbers_are_as_close_as_the_type_allows(scheme: Scheme) -> None:
+    values = numbers(40, scheme.width(HIDDEN))
+    (encoding,) = layout([scheme], HIDDEN)
+    found = decode(encoding, encode(scheme, values), HIDDEN).float()
+    error = (found - values).abs()
+    if scheme.group_size is None:
+        info = torch.finfo(found.dtype if scheme.dtype == "float32" else getattr(torch, scheme.dtype))
+        assert (error <= info.eps / 2 * values.abs() + info.smallest_normal * info.eps).all()
+        return
+    lowest, highest = LEVELS[scheme.dtype]
+    for start in range(0, values.shape[1], scheme.group_size):
+        group = values[:, start : start + scheme.group_size]
+        low, high = group.amin(1).clamp(max=0), group.amax(1).clamp(min=0)
+        step = torch.maximum(-low, high) / -lowest
+        if not scheme.symmetric:
+            step = (high - low) / (highest - lowest)
+        worst = error[:, start : start + scheme.group_size].square().mean(1).sqrt()
+        # No clipping errs by half a step at most, at the upper end by one (one code less there, or a
+        # rounded zero); clipping is chosen where the mean square is smaller. 1e-7: a scale below float16's.
+        assert (worst <= 1.01 * step + 1e-6).all()
+        assert (worst[step == 0.0] == 0.0).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_search_for_a_scale_is_not_worse_than_the_full_range(
+    symmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme = Scheme(dtype="int4", group_size=64, symmetric=symmetric)
+    (encoding,) = layout([scheme], 640)
+    values = torch.randn(50, 640, generator=torch.Generator().manual_seed(1))
+
+    def errors() -> Tensor:
+        error = decode(encoding, encode(scheme, values), 640) - values
+        return error.square().unflatten(1, (-1, 64)).sum(-1)
+
+    searched = errors()
+    monkeypatch.setattr("mlm_train.tol.codec._FACTORS", {"int4": (1.0,)})
+    full = errors()
+    assert (searched <= full * (1 + 1e-6)).all() and searched.sum() < 0.95 * full.sum()
+
+
+def test_more_bits_and_smaller_groups_err_less() -> None:
+    values = torch.randn(64, 256, generator=torch.Generator().manual_seed(2))
+    values *= torch.logspace(-1, 1, 256)
+
+    def error(**fields: object) -> float:
+        scheme = Scheme.model_validate(fields)
+        (encoding,) = layout([scheme], 256)
+        return float((decode(encoding, encode(scheme, values), 256) - values).norm() / values.norm())
+
+    int4 = [error(dtype="int4", group_size=size) for size in (16, 64, 256)]
+    int8 = [error(dtype="int8", group_size=size) for size in (16, 64, 256)]
+    assert (
+        int8 == sorted(int8)
+        and int4 == sorted(int4)
+        and all(8 * eight < four for eight, four in zip(int8, int4, strict=True))
+    )
+    assert error(dtype="int4", group_size=64, symmetric=False) < int4[1]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "int4"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e9])
+def test_what_a_type_cannot_hold_is_refused(dtype: str, bad: float) -> None:
+    values = numbers(10, HIDDEN)
+    values[6, 70] = bad
+    scheme = Scheme(dtype=dtype, group_size=None if dtype == "float16" else 64)
+    with pytest.raises(NotFinite) as caught:
+        encode(scheme, values)
+    assert (caught.value.row, caught.value.dtype) == (6, dtype)
+
+
+def test_schemes_that_mean_nothing() -> None:
+    for fields in ({"dtype": "int8"}, {"dtype": "bfloat16", "group_size": 64}, {"dtype": "int4", "rank": 0}):
+        with pytest.raises(ValueError, match=r"group_size|greater than"):
+            Scheme.model_validate(fields)
+    with pytest.raises(ValueError, match="zeros of those"):
+        Encoding(dtype="int8", group_size=64, symmetric=False, scales=0, codes=8)
