@@ -76,11 +76,10 @@ def finished(*words: object) -> str:
 
 def listening(process: psutil.Process) -> set[str]:
     """The addresses at which a process and its children wait for connections."""
-    connections = [
-        connection
-        for each in (process, *process.children(recursive=True))
-        for connection in each.net_connections("inet")
-    ]
+    connections = []
+    for each in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended
+            connections += each.net_connections("inet")
     waiting = (connection for connection in connections if connection.status == psutil.CONN_LISTEN)
     return {connection.laddr.ip.removeprefix("::ffff:") for connection in waiting}
 

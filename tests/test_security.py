@@ -25,7 +25,8 @@ from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime
 from mlm_train.parallel.stacks import flight_record, write_evidence
-from mlm_train.tol.format import Source, TolIndex, write_index, write_partition
+from mlm_train.tol.format import Source, TolIndex, write_index
+from mlm_train.tol.partition import RowShape, write_partition
 from mlm_train.tol.store import TolSource
 from tests.commands import ROOT, TINY, listening, mlm_train, refused, start
 from tests.tol.conftest import random_model
@@ -101,7 +102,9 @@ def tol(folder: Path) -> Path:
     """A ToL of zeros that fits random_model()."""
     folder.mkdir()
     chunk = torch.zeros(601, 3, 32)
-    partition = write_partition(folder / "rows.safetensors", (0, 601), 3, 32, torch.float32, [chunk])
+    partition = write_partition(
+        folder / "rows.safetensors", (0, 601), RowShape.plain("float32", 3, 32), [chunk]
+    )
     source = Source(checkpoint="0" * 64, created="2026-01-01", tool_version="0")
     shape = {"vocab_size": 601, "num_layers": 3, "hidden_size": 32, "dtype": "float32"}
     index = {**shape, "layers": [0, 1, 2], "partitions": [partition], "source": source}

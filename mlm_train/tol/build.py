@@ -1,49 +1,186 @@
-"""Building a ToL on Ray: a task for each range of the vocabulary, resumable after any death."""
+"""Building a ToL on Ray: tasks of a range of rows and a group of layers, resumable after any death."""
 
+import itertools
 import shutil
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from mlm_train import __version__
 from mlm_train.checkpoint.hf_folder import fingerprint, open_tensors, read_config
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
-from mlm_train.files import writing
-from mlm_train.model.counts import count_parameters
+from mlm_train.files import sha256_of, writing
 from mlm_train.ownership import owned
 from mlm_train.tol.cluster import ray_cluster
-from mlm_train.tol.compute import (
-    EMBEDDING,
-    chunks_of,
-    ffn_m_blocks,
-    ffn_m_weights,
-    from_numpy,
-    table_rows,
-    to_numpy,
-)
-from mlm_train.tol.format import (
-    TORCH_DTYPE,
-    Partition,
-    PlainDtype,
-    Source,
-    TolIndex,
-    draft_pattern,
-    partition_bytes,
-    write_index,
-    write_partition,
-)
+from mlm_train.tol.codec import TORCH_DTYPE, PlainDtype
+from mlm_train.tol.compute import ffn_m_weights, to_numpy
+from mlm_train.tol.crew import Crew
+from mlm_train.tol.format import BASIS, INDEX, TolIndex, read_index, summary, write_index
+from mlm_train.tol.pieces import Pieces
 from mlm_train.tol.progress import ByteProgress
-from mlm_train.tol.state import STATE, Plan, State, begin, remove_drafts
+from mlm_train.tol.state import STATE, Layout, Plan, State, Storage, begin, remove_drafts
+from mlm_train.tol.worker import Job
 
 CHUNK_ROWS = 2048
+GROUP_BYTES = 768 * 2**20  # weights of the layers that a worker holds at once
 _PARTITION_BYTES = 512 * 2**20
 _LEAST_PARTITIONS = 8
-_ATTEMPTS = 4
+
+
+class Build:
+    """What is built from what: an export's FFN-M, or with `table` the rows of a ToL."""
+
+    def __init__(
+        self,
+        model: str | Path | None,
+        output: str | Path,
+        storage: Storage,
+        *,
+        table: str | Path | None = None,
+        partitions: int | None = None,
+        compute: PlainDtype = "float32",
+        chunk_rows: int = CHUNK_ROWS,
+        threads: int = 1,
+        device: str = "cpu",
+    ) -> None:
+        self.output = Path(output).absolute()
+        self.config: ModelConfig | None = None
+        if table is None:
+            assert model is not None
+            folder = Path(model).absolute()
+            self.config = _checked_config(folder)
+            source: dict[str, Any] = {
+                "checkpoint": fingerprint(folder),
+                "vocab_size": self.config.vocab_size,
+                "num_layers": self.config.num_hidden_layers,
+                "hidden_size": self.config.hidden_size,
+                "compute": compute,
+                "chunk_rows": chunk_rows,
+            }
+        else:
+            folder = Path(table).absolute()
+            index = read_index(folder)
+            source = {name: getattr(index, name) for name in ("vocab_size", "num_layers", "hidden_size")}
+            source |= {"checkpoint": index.source.checkpoint, "table": sha256_of(folder / INDEX)}
+            source |= {"compute": index.source.compute, "chunk_rows": chunk_rows}
+            if storage.layers is None:
+                storage = storage.model_copy(update={"layers": index.layers})
+        layout = Layout.of(storage, source["num_layers"], source["hidden_size"])
+        count = _partitions(partitions, source["vocab_size"], layout)
+        self.plan = Plan(**source, storage=storage, partitions=count, threads=threads)
+        self.layout = layout
+        places = {"model": None, "table": str(folder)} if table else {"model": str(folder), "table": None}
+        self.job = Job(**places, config=self.config, plan=self.plan, device=device)
+
+    def run(self, workers: int = 2, ray_address: str | None = None) -> TolIndex:
+        """Build, or finish an unfinished build of the same plan.
+
+        Raises UserError for a folder in use, too little space, and numbers that the type cannot hold.
+        """
+        if workers < 1:
+            raise UserError(f"--workers {workers}: give at least 1")
+        with writing(self.output), owned(self.output, "being built"):
+            state = begin(self.output, self.plan)
+            _check_space(self.output, sum(map(self._bytes, state.missing)))
+            if state.missing:
+                shared = self._weight_bytes() * len(self.plan.layers)
+                with ray_cluster(min(workers, len(state.missing)) * self.plan.threads, ray_address, shared):
+                    self._fill(state, workers)
+            return self._commit(state)
+
+    def _bytes(self, number: int) -> int:
+        start, stop = self.plan.rows(number)
+        return self.layout.shape.file_bytes(stop - start)
+
+    def _weight_bytes(self) -> int:
+        """Of one layer of FFN-M; nothing where rows are read."""
+        if self.config is None:
+            return 0
+        products = 3 * self.config.hidden_size * self.config.intermediate_size
+        return products * TORCH_DTYPE[self.plan.compute].itemsize
+
+    @property
+    def groups(self) -> list[tuple[int, ...]]:
+        """Neighbouring layers whose weights are held together."""
+        layers = self.plan.layers
+        size = max(1, GROUP_BYTES // max(1, self._weight_bytes()))
+        count = -(-len(layers) // size)
+        edges = [i * len(layers) // count for i in range(count + 1)]
+        return [tuple(layers[a:b]) for a, b in itertools.pairwise(edges)]
+
+    def _fill(self, state: State, workers: int) -> None:
+        """Keep the workers busy until every missing partition is committed."""
+        groups = self.groups
+        weights = self._shared_weights(groups)
+        pieces = Pieces(self.output, self.plan, state.missing, groups)
+        crew = Crew(self.job, min(workers, len(state.missing) * len(groups)), self.plan.threads)
+        basis = str(self.output / BASIS)
+        total = sum(map(self._bytes, range(self.plan.partitions)))
+        sizes = {group: self.layout.bytes_of(group) for group in groups}
+        with ByteProgress("rows", total) as progress:
+            try:
+                while state.missing:
+                    for member in list(crew.idle):
+                        piece = pieces.next(member.group)
+                        if piece is None:
+                            break
+                        draft = str(piece.draft)
+                        if piece.layers is None:
+                            crew.do(member, piece, "commit", draft, str(piece.path), piece.number)
+                            continue
+                        member.group = piece.layers
+                        args = (piece.layers, weights[piece.layers], self.layout, basis)
+                        crew.do(member, piece, "fill", draft, piece.number, *args)
+                    for piece, result in crew.finished():
+                        if (done := pieces.ended(piece, result)) is not None:
+                            state.done[piece.number], state.sums[piece.number] = done
+                            state.save(self.output)
+                    committed = sum(partition.bytes for partition in state.done.values())
+                    progress.show(committed + pieces.written(sizes))
+            finally:
+                crew.dismiss()
+
+    def _shared_weights(self, groups: list[tuple[int, ...]]) -> dict[tuple[int, ...], list[Any]]:
+        """A reference for each layer of each group; Ray keeps one copy a node."""
+        import ray
+
+        if self.config is None:
+            return {group: [] for group in groups}
+        shared: dict[tuple[int, ...], list[Any]] = {}
+        assert self.job.model is not None
+        with open_tensors(self.job.model) as tensors:
+            for group in groups:
+                weights = ffn_m_weights(tensors, self.config, group, self.plan.compute)
+                shared[group] = [ray.put(to_numpy(layer)) for layer in weights]
+        return shared
+
+    def _commit(self, state: State) -> TolIndex:
+        """Write the index, the last file; then the state goes."""
+        plan = self.plan
+        remove_drafts(self.output)
+        index = TolIndex(
+            vocab_size=plan.vocab_size,
+            num_layers=plan.num_layers,
+            hidden_size=plan.hidden_size,
+            layers=self.layout.layers,
+            encodings=None if self.layout.plain else self.layout.fields,
+            errors=None if self.layout.plain else _errors(state),
+            basis=state.basis,
+            partitions=[state.done[number] for number in range(plan.partitions)],
+            source={
+                "checkpoint": plan.checkpoint,
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "tool_version": __version__,
+                "table": plan.table,
+                "compute": plan.compute,
+                "chunk_rows": plan.chunk_rows,
+            },
+            **summary(self.layout.schemes),
+        )
+        write_index(self.output, index)
+        (self.output / STATE).unlink()
+        return index
 
 
 def build_tol(
@@ -55,50 +192,29 @@ def build_tol(
     ray_address: str | None = None,
     chunk_rows: int = CHUNK_ROWS,
 ) -> TolIndex:
-    """Write the ToL of an export into a folder, or finish an unfinished one of the same plan.
+    """Write the ToL of an export in a plain type, computed in fp32; `Build` does everything else."""
+    storage = Storage(dtype=dtype)
+    build = Build(model, output, storage, partitions=partitions, chunk_rows=chunk_rows)
+    return build.run(workers, ray_address)
 
-    FFN-M is computed in fp32 by one thread a worker, `chunk_rows` rows at once, and stored as `dtype`.
-    A partition's bytes depend on the plan alone. Raises UserError for a model without FFN-M, weights
-    that are not finite, a folder in use, too many partitions, and too little space.
-    """
-    model, output = Path(model).absolute(), Path(output).absolute()
+
+def _checked_config(model: Path) -> ModelConfig:
+    """The config of an export whose tensors fit it. Raises UserError for a model without FFN-M."""
     config = read_config(model)
     if not config.has_memory:
         raise UserError(f"{model} is a base model and has no FFN-M; give a memory or flex export")
     with open_tensors(model) as tensors:
         tensors.check(config)
-    if workers < 1:
-        raise UserError(f"--workers {workers}: give at least 1")
-    plan = _plan(config, fingerprint(model), dtype, partitions, chunk_rows)
-    with writing(output), owned(output, "being built"):
-        state = begin(output, plan)
-        _check_space(output, sum(map(plan.bytes, state.missing)))
-        if state.missing:
-            shared = 4 * count_parameters(config).ffn_m
-            with ray_cluster(min(workers, len(state.missing)), ray_address, shared):
-                _run(model, config, output, state, workers)
-        return _commit(output, state)
+    return config
 
 
-def _plan(
-    config: ModelConfig, checkpoint: str, dtype: PlainDtype, partitions: int | None, chunk_rows: int
-) -> Plan:
-    vocab, layers, hidden = config.vocab_size, config.num_hidden_layers, config.hidden_size
-    if partitions is None:
-        total = partition_bytes(vocab, layers, hidden, TORCH_DTYPE[dtype])
-        # Not a function of the workers, so that any number of them can resume and gives the same files.
-        partitions = min(vocab, max(_LEAST_PARTITIONS, -(-total // _PARTITION_BYTES)))
-    if not 1 <= partitions <= vocab:
-        raise UserError(f"--partitions {partitions}: give 1 to {vocab} (the vocabulary)")
-    return Plan(
-        checkpoint=checkpoint,
-        vocab_size=vocab,
-        num_layers=layers,
-        hidden_size=hidden,
-        dtype=dtype,
-        partitions=partitions,
-        chunk_rows=chunk_rows,
-    )
+def _partitions(asked: int | None, vocab: int, layout: Layout) -> int:
+    """How many; not a function of the workers, so that any number of them can resume to the same files."""
+    if asked is None:
+        asked = min(vocab, max(_LEAST_PARTITIONS, -(-layout.shape.file_bytes(vocab) // _PARTITION_BYTES)))
+    if not 1 <= asked <= vocab:
+        raise UserError(f"--partitions {asked}: give 1 to {vocab} (the vocabulary)")
+    return asked
 
 
 def _check_space(output: Path, needed: int) -> None:
@@ -109,110 +225,10 @@ def _check_space(output: Path, needed: int) -> None:
         )
 
 
-def _run(model: Path, config: ModelConfig, output: Path, state: State, workers: int) -> None:
-    """Keep `workers` tasks under way until every missing partition is committed."""
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-
-    plan = state.plan
-    with open_tensors(model) as tensors:
-        weights = [ray.put(to_numpy(layer)) for layer in ffn_m_weights(tensors, config)]
-    # retry_exceptions stays off: a lost worker is tried again, an error in the data is not.
-    task = ray.remote(num_cpus=1, max_retries=_ATTEMPTS - 1)(_build_partition)
-    waiting = state.missing[::-1]
-    running: dict[Any, int] = {}
-    with ByteProgress("rows", sum(map(plan.bytes, range(plan.partitions)))) as progress:
-        try:
-            while waiting or running:
-                while waiting and len(running) < workers:
-                    number = waiting.pop()
-                    running[task.remote(str(model), config, str(output), plan, number, weights)] = number
-                ready, _ = ray.wait(list(running), timeout=0.5)
-                for reference in ready:
-                    number = running.pop(reference)
-                    state.done[number] = ray.get(reference)
-                    state.save(output)
-                progress.show(_bytes_so_far(output, state, running.values()))
-        except RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise error.cause from None
-            if isinstance(error.cause, OSError):
-                raise error.cause from error
-            raise
-        except RayError as error:
-            reason = str(error).partition("\n")[0]
-            raise UserError(
-                f"a worker died {_ATTEMPTS} times ({reason}); give it memory or fewer --workers "
-                "and run again: finished partitions are kept"
-            ) from error
-        finally:
-            for reference in running:
-                ray.cancel(reference, force=True)
-
-
-def _bytes_so_far(output: Path, state: State, running: Any) -> int:
-    """Committed bytes, and those that running tasks have written."""
-    total = sum(partition.bytes for partition in state.done.values())
-    for number in running:
-        drafts = output.glob(draft_pattern(state.plan.file(number)))
-        total += max((_size(draft) for draft in drafts), default=0)
-    return total
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:  # renamed meanwhile
-        return 0
-
-
-def _build_partition(
-    model: str, config: ModelConfig, output: str, plan: Plan, number: int, weights: list[Any]
-) -> Partition:
-    """The Ray task: compute and write one partition. `weights`: a reference a layer, shared on a node."""
-    import ray
-
-    torch.set_num_threads(1)
-    blocks = ffn_m_blocks(config, [from_numpy(arrays) for arrays in ray.get(weights)])
-    start, stop = plan.rows(number)
-    dtype = TORCH_DTYPE[plan.dtype]
-
-    def compute() -> Iterator[Tensor]:
-        with open_tensors(model) as tensors:
-            for first, last in chunks_of(start, stop, plan.chunk_rows):
-                rows = table_rows(blocks, tensors.rows(EMBEDDING, first, last).float(), dtype)
-                _check_finite(rows, first, plan.dtype)
-                yield rows
-
-    path = Path(output) / plan.file(number)
-    return write_partition(path, (start, stop), plan.num_layers, plan.hidden_size, dtype, compute())
-
-
-def _check_finite(rows: Tensor, first: int, dtype: str) -> None:
-    if rows.isfinite().all():
-        return
-    token, layer, _ = (~rows.isfinite()).nonzero()[0].tolist()
-    advice = "build with --dtype bfloat16" if dtype == "float16" else "the embedding has NaN: train again"
-    raise UserError(f"FFN-M of token {first + token} in layer {layer} is not finite in {dtype}; {advice}")
-
-
-def _commit(output: Path, state: State) -> TolIndex:
-    """Write the index, the last file; then the state goes."""
-    plan = state.plan
-    remove_drafts(output)
-    index = TolIndex(
-        vocab_size=plan.vocab_size,
-        num_layers=plan.num_layers,
-        hidden_size=plan.hidden_size,
-        dtype=plan.dtype,
-        layers=list(range(plan.num_layers)),
-        partitions=[state.done[number] for number in range(plan.partitions)],
-        source=Source(
-            checkpoint=plan.checkpoint,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            tool_version=__version__,
-        ),
-    )
-    write_index(output, index)
-    (output / STATE).unlink()
-    return index
+def _errors(state: State) -> list[float | None]:
+    """The relative error of each kept layer over all rows; None where it was not measured."""
+    errors: list[float | None] = []
+    for pairs in zip(*state.sums.values(), strict=True):
+        error, norm = (sum(one[i] for one in pairs) for i in (0, 1))
+        errors.append((error / norm) ** 0.5 if norm else None)
+    return errors

@@ -110,26 +110,26 @@ def layout(schemes: Sequence[Scheme], hidden: int) -> list[Encoding]:
     return encodings
 
 
-def encode(scheme: Scheme, values: Tensor) -> Tensor:
-    """values [n, width], fp32 -> one layer of n rows, uint8 [n, scheme.bytes].
+def encode(scheme: Scheme, values: Tensor, out: Tensor) -> None:
+    """values [n, width] -> one layer of n rows in `out`, uint8 [n, scheme.bytes or more].
 
-    Raises UserError where a number, or a group's scale, is not finite in this type.
+    Raises NotFinite where a number, or a group's scale, is not finite in this type.
     """
     if not scheme.quantised:
         fields = [values.to(TORCH_DTYPE[scheme.dtype])]
     else:
-        scales, zeros, codes = _quantise(scheme, values)
+        scales, zeros, codes = _quantise(scheme, values.float())
         if scheme.dtype == "int4":
             codes = _pack(codes)
         fields = [scales, codes] if zeros is None else [scales, zeros, codes]
     if not fields[0].isfinite().all():
-        row = int((~fields[0].isfinite()).any(1).nonzero()[0])
-        raise NotFinite(row, scheme.dtype)
-    parts = [field.contiguous().view(torch.uint8) for field in fields]
-    used = sum(part.shape[1] for part in parts)
-    width = values.shape[1] if scheme.rank is None else scheme.rank
-    parts.append(torch.zeros(len(values), scheme.bytes(width) - used, dtype=torch.uint8))
-    return torch.cat(parts, dim=1)
+        raise NotFinite(int((~fields[0].isfinite()).any(1).nonzero()[0]), scheme.dtype)
+    start = 0
+    for field in fields:
+        data = field.contiguous().view(torch.uint8)
+        out[:, start : start + data.shape[1]] = data
+        start += data.shape[1]
+    out[:, start:] = 0
 
 
 class NotFinite(UserError):
@@ -144,7 +144,9 @@ def decode(encoding: Encoding, rows: Tensor, hidden: int) -> Tensor:
     """Encoded rows, uint8 [n, row bytes] -> this layer's numbers, [n, width] in fp32 or their plain type."""
 
     def field(start: int, size: int, dtype: torch.dtype) -> Tensor:
-        return rows[:, start : start + size].contiguous().view(dtype)
+        part, item = rows[:, start : start + size], dtype.itemsize
+        aligned = part.storage_offset() % item == 0 and part.stride(0) % item == 0
+        return (part if aligned else part.contiguous()).view(dtype)
 
     scale_bytes, zero_bytes, code_bytes = encoding.sizes(hidden)
     if encoding.group_size is None:
@@ -154,15 +156,15 @@ def decode(encoding: Encoding, rows: Tensor, hidden: int) -> Tensor:
     codes = field(encoding.codes, code_bytes, torch.uint8 if encoding.dtype == "int4" else torch.int8)
     if encoding.dtype == "int4":
         codes = _unpack(codes, width)
-    grouped = _grouped(codes.float(), encoding.group_size)
+    spread = grouped(codes.float(), encoding.group_size)
     if encoding.zeros is not None:
-        grouped = grouped - field(encoding.zeros, zero_bytes, torch.int8).float().unsqueeze(-1)
-    scaled = grouped * field(encoding.scales, scale_bytes, torch.float16).float().unsqueeze(-1)
+        spread = spread - field(encoding.zeros, zero_bytes, torch.int8).float().unsqueeze(-1)
+    scaled = spread * field(encoding.scales, scale_bytes, torch.float16).float().unsqueeze(-1)
     return scaled.flatten(1)[:, :width]
 
 
-def _grouped(values: Tensor, size: int) -> Tensor:
-    """[n, width] -> [n, groups, size], zeros after the end."""
+def grouped(values: Tensor, size: int) -> Tensor:
+    """Numbers by groups: [n, width] -> [n, groups, size], zeros after the end."""
     missing = -values.shape[1] % size
     return torch.nn.functional.pad(values, (0, missing)).unflatten(1, (-1, size))
 
@@ -185,29 +187,29 @@ def _quantise(scheme: Scheme, values: Tensor) -> tuple[Tensor, Tensor | None, Te
     For each group the factor on its range is taken that leaves the smallest squared error.
     """
     assert scheme.group_size is not None
-    grouped = _grouped(values, scheme.group_size)
-    full, middle = _ranges(scheme, grouped)
+    spread = grouped(values, scheme.group_size)
+    full, middle = _ranges(scheme, spread)
     factors = _FACTORS[scheme.dtype]
     best, least = torch.full_like(full, factors[0]), torch.full_like(full, torch.inf)
     for factor in factors if len(factors) > 1 else ():
         scales, zeros = _rounded(scheme, full * factor, middle)
-        error = _codes(scheme, grouped, scales, zeros)
-        error = error.sub_(zeros).mul_(scales).sub_(grouped).square_().sum(-1, keepdim=True)
+        error = _codes(scheme, spread, scales, zeros)
+        error = error.sub_(zeros).mul_(scales).sub_(spread).square_().sum(-1, keepdim=True)
         best = torch.where(error < least, factor, best)
         least = torch.minimum(error, least)
     scales, zeros = _rounded(scheme, full * best, middle)
-    codes = _codes(scheme, grouped, scales, zeros).to(torch.int8).flatten(1)[:, : values.shape[1]]
+    codes = _codes(scheme, spread, scales, zeros).to(torch.int8).flatten(1)[:, : values.shape[1]]
     offsets = None if scheme.symmetric else zeros.squeeze(-1).to(torch.int8)
     return scales.squeeze(-1).to(torch.float16), offsets, codes
 
 
-def _ranges(scheme: Scheme, grouped: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales at which no number of a group [n, groups, size] is clipped, and what zeros put in the middle.
+def _ranges(scheme: Scheme, spread: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales that clip no number of a group in `spread` [n, groups, size], and what zeros put in the middle.
 
     Each [n, groups, 1].
     """
     lowest, highest = LEVELS[scheme.dtype]
-    low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+    low, high = spread.amin(-1, keepdim=True), spread.amax(-1, keepdim=True)
     if not scheme.symmetric:
         low, high = low.clamp_(max=0.0), high.clamp_(min=0.0)  # zero has a code
         return (high - low) / (highest - lowest), (low + high) / 2
@@ -232,6 +234,6 @@ def _inverse(scales: Tensor) -> Tensor:
     return torch.where(scales == 0.0, 0.0, 1.0 / scales)
 
 
-def _codes(scheme: Scheme, grouped: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+def _codes(scheme: Scheme, spread: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """The nearest codes, in fp32."""
-    return (grouped * _inverse(scales)).add_(zeros).round_().clamp_(*LEVELS[scheme.dtype])
+    return (spread * _inverse(scales)).add_(zeros).round_().clamp_(*LEVELS[scheme.dtype])

@@ -1,32 +1,47 @@
-"""FFN-M over embedding rows: what a ToL's build writes and its verification recomputes."""
+"""The numbers of a table, before they are stored: FFN-M over embedding rows, or a table's that is there."""
 
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mlm_train.checkpoint.hf_folder import FolderTensors
+from mlm_train.checkpoint.hf_folder import FolderTensors, open_tensors
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.model.block import MemoryBlock
 from mlm_train.model.logical import pieces
 from mlm_train.model.transformer import Transformer
+from mlm_train.tol.codec import TORCH_DTYPE, PlainDtype
+from mlm_train.tol.table import Table
 
 EMBEDDING = "model.embed_tokens.weight"
 LayerWeights = dict[str, Tensor]
 
 
-def ffn_m_weights(tensors: FolderTensors, config: ModelConfig) -> Iterator[LayerWeights]:
-    """FFN-M's fp32 parameters by their names in a MemoryBlock, layer after layer; nothing else is read.
+class Numbers(Protocol):
+    """Where rows come from."""
 
-    Raises UserError naming a tensor that holds a NaN or an infinity.
+    def values(self, first: int, last: int) -> Iterator[Tensor]:
+        """Rows [first, last) of one layer after another, each [n, hidden] in a plain type."""
+        ...
+
+
+def ffn_m_weights(
+    tensors: FolderTensors, config: ModelConfig, layers: Sequence[int], compute: PlainDtype = "float32"
+) -> Iterator[LayerWeights]:
+    """FFN-M's parameters by their names in a MemoryBlock, layer after layer; nothing else is read.
+
+    Those of its products are of type `compute`, its norm's are fp32. Raises UserError naming a tensor that
+    holds a NaN or an infinity.
     """
     with torch.device("meta"):
         model = Transformer(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    for layer in range(config.num_hidden_layers):
+    for layer in layers:
         prefix = f"layers.{layer}."
         weights: LayerWeights = {}
         for piece in pieces(model):
@@ -34,7 +49,8 @@ def ffn_m_weights(tensors: FolderTensors, config: ModelConfig) -> Iterator[Layer
             if name == piece.parameter or not name.startswith(("memory_layernorm.", "memory_mlp.")):
                 continue
             if name not in weights:
-                weights[name] = torch.empty(shapes[piece.parameter])
+                dtype = TORCH_DTYPE[compute] if name.startswith("memory_mlp.") else torch.float32
+                weights[name] = torch.empty(shapes[piece.parameter], dtype=dtype)
             part = piece.of(weights[name])
             part.copy_(tensors.tensor(piece.name))
             if not part.isfinite().all():
@@ -44,10 +60,10 @@ def ffn_m_weights(tensors: FolderTensors, config: ModelConfig) -> Iterator[Layer
         yield weights
 
 
-def ffn_m_blocks(config: ModelConfig, weights: Sequence[LayerWeights]) -> list[MemoryBlock]:
-    """Blocks whose `ffn_m` runs on `weights`, without a copy; all other parameters have no storage."""
+def ffn_m_blocks(config: ModelConfig, weights: dict[int, LayerWeights]) -> list[MemoryBlock]:
+    """Blocks whose `ffn_m` runs on the weights of these layers, without a copy; the rest has no storage."""
     blocks = []
-    for layer, state in enumerate(weights):
+    for layer, state in weights.items():
         with torch.device("meta"):
             block = MemoryBlock(config, layer).requires_grad_(False)
         block.load_state_dict(state, strict=False, assign=True)
@@ -55,25 +71,78 @@ def ffn_m_blocks(config: ModelConfig, weights: Sequence[LayerWeights]) -> list[M
     return blocks
 
 
-def to_numpy(weights: LayerWeights) -> dict[str, np.ndarray]:
-    """Arrays, which Ray shares between the processes of a node without copies."""
-    return {name: tensor.numpy() for name, tensor in weights.items()}
+def to_numpy(weights: LayerWeights) -> dict[str, tuple[np.ndarray, str, tuple[int, ...]]]:
+    """Each tensor's bytes as an array, which Ray shares between a node's processes, its type and shape."""
+    return {
+        name: (
+            tensor.view(torch.uint8).numpy(),
+            str(tensor.dtype).removeprefix("torch."),
+            tuple(tensor.shape),
+        )
+        for name, tensor in weights.items()
+    }
 
 
-def from_numpy(arrays: dict[str, np.ndarray]) -> LayerWeights:
+def from_numpy(arrays: dict[str, tuple[np.ndarray, str, tuple[int, ...]]]) -> LayerWeights:
     """Tensors over shared, read-only arrays."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return {
+            name: torch.from_numpy(array).view(TORCH_DTYPE[dtype]).view(shape)
+            for name, (array, dtype, shape) in arrays.items()
+        }
 
 
-@torch.no_grad()
-def table_rows(blocks: Sequence[MemoryBlock], x0: Tensor, dtype: torch.dtype) -> Tensor:
-    """FFN_M_l(x0) for each block: x0 fp32 [rows, hidden] -> `dtype` [rows, len(blocks), hidden]."""
-    out = torch.empty(x0.shape[0], len(blocks), x0.shape[1], dtype=dtype)
-    for position, block in enumerate(blocks):
-        out[:, position] = block.ffn_m(x0)
-    return out
+class FfnM:
+    """FFN_M_l(x0) of these layers. The products run in `compute`, all else in fp32, as autocast does."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        config: ModelConfig,
+        weights: dict[int, LayerWeights],
+        compute: PlainDtype = "float32",
+        device: str = "cpu",
+    ) -> None:
+        self.model, self.device = model, torch.device(device)
+        there = {
+            layer: {name: tensor.to(device) for name, tensor in one.items()} for layer, one in weights.items()
+        }
+        self.blocks = ffn_m_blocks(config, there)
+        self.compute = TORCH_DTYPE[compute]
+
+    def values(self, first: int, last: int) -> Iterator[Tensor]:
+        """Rows [first, last) of one layer after another, on the CPU: [n, hidden] of `compute`."""
+        with open_tensors(self.model) as tensors:
+            x0 = tensors.rows(EMBEDDING, first, last).to(self.device, torch.float32)
+        yield from self.of(x0)
+
+    @torch.no_grad()
+    def of(self, x0: Tensor) -> Iterator[Tensor]:
+        """The same for embedding rows [n, hidden]."""
+        narrow = self.compute != torch.float32
+        for block in self.blocks:
+            with torch.autocast(self.device.type, self.compute, enabled=narrow):
+                rows = block.ffn_m(x0)
+            yield rows.cpu()
+
+
+class Stored:
+    """Layers of a table that is there; UserError where it dropped one of them."""
+
+    def __init__(self, folder: str | Path, layers: Sequence[int]) -> None:
+        self.table, self.layers = Table.open_folder(folder), layers
+        missing = sorted(set(layers) - set(self.table.index.layers))
+        if missing:
+            raise UserError(f"{folder} does not hold layer {missing[0]}: it was dropped there")
+
+    def values(self, first: int, last: int) -> Iterator[Tensor]:
+        """Rows [first, last) of one layer after another: [n, hidden]."""
+        rows = self.table.range(first, last)
+        for layer in self.layers:
+            values = self.table.values(rows, layer)
+            assert values is not None
+            yield values
 
 
 def chunks_of(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:

@@ -1,52 +1,31 @@
-"""A ToL folder on disk: tol.index.json and token-major partitions of plain numbers.
+"""A ToL folder on disk: tol.index.json, and partitions that hold one contiguous row a token for all layers.
 
-A partition is a safetensors file with one tensor `rows` [rows, kept layers, hidden]: one contiguous read
-serves every layer of a token. Its header is padded so that the data begin at a multiple of 4096 bytes,
-which direct reads and large pages want. Rows leave the model's alpha out. The index is written last.
+docs/tol-format.md describes it for readers in any language. Rows leave the model's alpha out. The index is
+written last.
 """
 
-import hashlib
+import itertools
 import json
-import os
-import secrets
-import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, Self
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mlm_train.checkpoint.hf_config import read_json
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
-from mlm_train.files import is_plain_name, listed, sync, write_text
+from mlm_train.files import is_plain_name, write_text
+from mlm_train.tol.codec import TORCH_DTYPE, Dtype, Encoding, PlainDtype, Record, Scheme
 
 INDEX = "tol.index.json"
-TENSOR = "rows"
-ALIGNMENT = 4096
+BASIS = "basis.safetensors"
 REBUILD = "build it again with `mlm-train tol build`"
 
-PlainDtype = Literal["bfloat16", "float16", "float32"]
-TORCH_DTYPE: dict[str, torch.dtype] = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
-_SAFETENSORS_DTYPE = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Partition(_Record):
-    """Rows [start, stop) of the vocabulary in one file of `bytes` bytes, header included."""
+class File(Record):
+    """A file of the folder, `bytes` bytes in all."""
 
     file: str
-    rows: tuple[int, int]
     bytes: int
     sha256: str
 
@@ -58,26 +37,46 @@ class Partition(_Record):
         return value
 
 
-class Source(_Record):
-    """What the table was made from. `checkpoint` is the fingerprint of the export."""
+class Partition(File):
+    """Rows [start, stop) of the vocabulary."""
+
+    rows: tuple[int, int]
+
+
+class Source(Record):
+    """What the table was made from, and how its numbers were computed, so that a part can be made again.
+
+    checkpoint: fingerprint of the model. table: SHA-256 of the index that it was compressed from, if any.
+    compute, chunk_rows: the type of FFN-M's products, and how many rows went through them at once.
+    """
 
     checkpoint: str
     created: str
     tool_version: str
+    table: str | None = None
+    compute: PlainDtype = "float32"
+    chunk_rows: int | None = None
 
 
-class TolIndex(_Record):
-    """tol.index.json; its partitions cover the vocabulary once, in order."""
+class TolIndex(Record):
+    """tol.index.json; its partitions cover the vocabulary once, in order.
+
+    encodings, one a kept layer: None where all layers are of one plain type, in a tensor [rows, layers,
+    hidden]. errors: relative error of each kept layer against what was encoded, where it was measured.
+    """
 
     format: Literal["mlm-tol"] = "mlm-tol"
     version: Literal[1] = 1
     vocab_size: int = Field(ge=1)
     num_layers: int = Field(ge=1)
     hidden_size: int = Field(ge=1)
-    dtype: PlainDtype
+    dtype: Dtype | Literal["mixed"]
     layers: list[int]
-    rank: None = None
-    group_size: None = None
+    rank: list[int | None] | None = None
+    group_size: int | None = None
+    encodings: list[Encoding] | None = None
+    errors: list[float | None] | None = None
+    basis: File | None = None
     partitions: list[Partition]
     source: Source
 
@@ -86,6 +85,33 @@ class TolIndex(_Record):
         kept = self.layers
         if not kept or sorted(set(kept)) != kept or kept[0] < 0 or kept[-1] >= self.num_layers:
             raise ValueError(f"layers must be ascending indices below num_layers={self.num_layers}")
+        if self.encodings is None:
+            self._check_plain()
+        else:
+            self._check_encodings(self.encodings)
+        self._check_coverage()
+        return self
+
+    def _check_plain(self) -> None:
+        if self.dtype not in TORCH_DTYPE or self.rank is not None or self.basis is not None:
+            raise ValueError(f"dtype {self.dtype} with rank {self.rank} needs encodings")
+
+    def _check_encodings(self, encodings: list[Encoding]) -> None:
+        if len(encodings) != len(self.layers):
+            raise ValueError(f"{len(encodings)} encodings are given for {len(self.layers)} layers")
+        spans = sorted(span for encoding in encodings for span in encoding.spans(self.hidden_size))
+        if any(stop > start for (_, stop), (start, _) in itertools.pairwise(spans)):
+            raise ValueError("fields of encodings lie over each other")
+        for field, value in summary(encodings).items():
+            if getattr(self, field) != value:
+                raise ValueError(f"{field} is {getattr(self, field)}, and {value} in encodings")
+        ranks = [encoding.rank for encoding in encodings if encoding.rank is not None]
+        if any(rank > self.hidden_size for rank in ranks):
+            raise ValueError(f"a rank is larger than hidden_size={self.hidden_size}")
+        if bool(ranks) != (self.basis is not None):
+            raise ValueError("layers with a rank, and only they, need a basis")
+
+    def _check_coverage(self) -> None:
         covered = 0
         for partition in self.partitions:
             start, stop = partition.rows
@@ -96,12 +122,49 @@ class TolIndex(_Record):
             covered = stop
         if covered != self.vocab_size:
             raise ValueError(f"rows [{covered}, {self.vocab_size}) are in no partition")
-        return self
+
+    @property
+    def fields(self) -> list[Encoding]:
+        """Where each kept layer lies in a row, plain ones too."""
+        if self.encodings is not None:
+            return self.encodings
+        return plain_fields(self.dtype, len(self.layers), self.hidden_size)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one token's row."""
-        return len(self.layers) * self.hidden_size * TORCH_DTYPE[self.dtype].itemsize
+        return row_bytes(self.fields, self.hidden_size, self.encodings is None)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all its files, the index apart."""
+        return sum(file.bytes for file in (*self.partitions, *([self.basis] if self.basis else ())))
+
+
+def plain_fields(dtype: str, layers: int, hidden: int) -> list[Encoding]:
+    """The layers of a row that is one tensor [layers, hidden]."""
+    size = hidden * TORCH_DTYPE[dtype].itemsize
+    return [Encoding(dtype=dtype, codes=position * size) for position in range(layers)]
+
+
+def row_bytes(fields: list[Encoding], hidden: int, plain: bool) -> int:
+    """Bytes of a row: to the end of its last layer, and where layers are encoded, of that one's padding."""
+    if plain:
+        return sum(sum(field.sizes(hidden)) for field in fields)
+    first = [field.spans(hidden)[0][0] for field in fields]
+    return max(start + field.bytes(hidden) for start, field in zip(first, fields, strict=True))
+
+
+def summary(schemes: list[Encoding] | list[Scheme]) -> dict[str, object]:
+    """The index's dtype, rank and group_size for these layers."""
+    dtypes = {scheme.dtype for scheme in schemes}
+    groups = {scheme.group_size for scheme in schemes}
+    ranks = [scheme.rank for scheme in schemes]
+    return {
+        "dtype": dtypes.pop() if len(dtypes) == 1 else "mixed",
+        "rank": ranks if any(rank is not None for rank in ranks) else None,
+        "group_size": groups.pop() if len(groups) == 1 else None,
+    }
 
 
 def read_index(folder: Path) -> TolIndex:
@@ -120,76 +183,6 @@ def read_index(folder: Path) -> TolIndex:
 def write_index(folder: Path, index: TolIndex) -> None:
     """Make a folder a ToL: call it when every partition is in place."""
     write_text(folder / INDEX, json.dumps(index.model_dump(mode="json"), indent=2) + "\n")
-
-
-def _header(shape: tuple[int, ...], dtype: torch.dtype) -> bytes:
-    """Length and JSON of a safetensors header, padded with spaces to a multiple of ALIGNMENT."""
-    data = torch.Size(shape).numel() * dtype.itemsize
-    entry = {"dtype": _SAFETENSORS_DTYPE[dtype], "shape": list(shape), "data_offsets": [0, data]}
-    text = json.dumps({"__metadata__": {"format": "pt"}, TENSOR: entry}, separators=(",", ":")).encode()
-    total = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT
-    return (total - 8).to_bytes(8, "little") + text.ljust(total - 8)
-
-
-def draft_pattern(file: str) -> str:
-    """Glob of the unfinished copies of a partition; an attempt has its own, so that two cannot mix."""
-    return f".{file}.*.part"
-
-
-def write_partition(
-    path: Path, rows: tuple[int, int], layers: int, hidden: int, dtype: torch.dtype, chunks: Iterable[Tensor]
-) -> Partition:
-    """Write `chunks` [n, layers, hidden] of `dtype`, in row order, as one partition.
-
-    The file appears under its name when it is whole and on disk. Equal chunks give equal bytes.
-    """
-    assert sys.byteorder == "little", "safetensors data are little-endian"
-    header = _header((rows[1] - rows[0], layers, hidden), dtype)
-    draft = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
-    digest, written = hashlib.sha256(header), len(header)
-    try:
-        with draft.open("wb") as file:
-            file.write(header)
-            for chunk in chunks:
-                data = chunk.contiguous().view(torch.uint8).numpy().data.cast("B")
-                digest.update(data)
-                written += file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    draft.rename(path)
-    sync(path.parent)
-    return Partition(file=path.name, rows=rows, bytes=written, sha256=digest.hexdigest())
-
-
-def partition_bytes(rows: int, layers: int, hidden: int, dtype: torch.dtype) -> int:
-    """Size of a partition's file."""
-    return len(_header((rows, layers, hidden), dtype)) + rows * layers * hidden * dtype.itemsize
-
-
-def map_partition(folder: Path, index: TolIndex, partition: Partition) -> Tensor:
-    """A partition's rows, memory-mapped: [rows, kept layers, hidden] of the index's dtype.
-
-    Raises ValueError saying what is wrong when the file is missing, or its size or header disagree with
-    the index, and UserError where it is a link that leads out of the folder. The bytes themselves are
-    checked by `mlm-train tol verify`, not here.
-    """
-    path = listed(folder, partition.file, INDEX)
-    if not path.is_file():
-        raise ValueError("the file is missing")
-    size = path.stat().st_size
-    if size != partition.bytes:
-        raise ValueError(f"the file has {size} bytes, not {partition.bytes}")
-    try:
-        rows: Tensor = safe_open(path, framework="pt").get_tensor(TENSOR)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(str(error).replace("\n", " ")) from None
-    shape = (partition.rows[1] - partition.rows[0], len(index.layers), index.hidden_size)
-    if rows.shape != shape or rows.dtype != TORCH_DTYPE[index.dtype]:
-        raise ValueError(f"it holds {list(rows.shape)} {rows.dtype}, not {list(shape)} {index.dtype}")
-    return rows
 
 
 def check_fits(folder: Path, index: TolIndex, config: ModelConfig) -> None:

@@ -1,28 +1,72 @@
-"""An unfinished build: its plan, and the partitions that are committed. tol.build.json, next to them."""
+"""An unfinished build: what was asked for, and what is committed. tol.build.json, next to the partitions."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from mlm_train.errors import UserError
 from mlm_train.files import draft_of, listed, refuse_used, sha256_of, write_text
-from mlm_train.tol.format import TORCH_DTYPE, Partition, PlainDtype, draft_pattern, partition_bytes
+from mlm_train.tol.codec import TORCH_DTYPE, Dtype, Encoding, PlainDtype, Record, Scheme, layout
+from mlm_train.tol.format import BASIS, File, Partition, plain_fields, row_bytes
+from mlm_train.tol.partition import RowShape, draft_pattern
 
 STATE = "tol.build.json"
 
 
-class Plan(BaseModel):
+class Storage(Record):
+    """How rows are to be stored.
+
+    layers: the kept ones; None keeps all. rank: of every layer; budget: bytes of the whole table, within
+    which each layer gets a rank of its own. schemes: one for each kept layer, instead of all others.
+    """
+
+    dtype: Dtype = "bfloat16"
+    group_size: int | None = None
+    symmetric: bool = True
+    layers: list[int] | None = None
+    rank: int | None = None
+    budget: int | None = None
+    schemes: list[Scheme] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.rank is not None and self.budget is not None:
+            raise ValueError("give a rank or a budget")
+        self.scheme(self.rank)
+        return self
+
+    @property
+    def chooses_ranks(self) -> bool:
+        """Whether ranks follow from the numbers."""
+        return self.budget is not None
+
+    def scheme(self, rank: int | None) -> Scheme:
+        """A layer of that rank."""
+        return Scheme(dtype=self.dtype, rank=rank, group_size=self.group_size, symmetric=self.symmetric)
+
+
+class Plan(Record):
     """All that the partitions' bytes depend on; an unfinished folder is resumed only by an equal plan."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     checkpoint: str
+    table: str | None = None
     vocab_size: int
     num_layers: int
     hidden_size: int
-    dtype: PlainDtype
+    storage: Storage
     partitions: int
+    compute: PlainDtype
     chunk_rows: int
+    threads: int
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that are kept."""
+        kept = self.storage.layers
+        return list(range(self.num_layers)) if kept is None else kept
 
     def rows(self, number: int) -> tuple[int, int]:
         """The range of a partition; sizes differ by one row at most."""
@@ -33,17 +77,63 @@ class Plan(BaseModel):
         """The name of a partition."""
         return f"rows-{number:05d}-of-{self.partitions:05d}.safetensors"
 
-    def bytes(self, number: int) -> int:
-        """The size of a partition's file."""
-        start, stop = self.rows(number)
-        return partition_bytes(stop - start, self.num_layers, self.hidden_size, TORCH_DTYPE[self.dtype])
+
+class Layout(Record):
+    """The layers that are stored, each with its scheme; known once ranks are chosen."""
+
+    hidden_size: int
+    layers: list[int]
+    schemes: list[Scheme]
+
+    @classmethod
+    def of(cls, storage: Storage, layers: int, hidden: int) -> Self:
+        """That of a storage whose ranks are known."""
+        kept = list(range(layers)) if storage.layers is None else storage.layers
+        schemes = storage.schemes or [storage.scheme(storage.rank)] * len(kept)
+        return cls(hidden_size=hidden, layers=kept, schemes=schemes)
+
+    def bytes_of(self, layers: Sequence[int]) -> int:
+        """Bytes of some neighbouring layers in a row."""
+        first = self.layers.index(layers[0])
+        return self.edges[first + len(layers)] - self.edges[first]
+
+    @property
+    def plain(self) -> bool:
+        """Whether a row is one tensor of one plain type."""
+        first = self.schemes[0]
+        return first.dtype in TORCH_DTYPE and first.rank is None and set(self.schemes) == {first}
+
+    @property
+    def fields(self) -> list[Encoding]:
+        """Where each layer lies in a row."""
+        if self.plain:
+            return plain_fields(self.schemes[0].dtype, len(self.schemes), self.hidden_size)
+        return layout(self.schemes, self.hidden_size)
+
+    @property
+    def edges(self) -> list[int]:
+        """Where each layer begins in a row, in bytes, and where the row ends."""
+        return [*(field.spans(self.hidden_size)[0][0] for field in self.fields), self.shape.size]
+
+    @property
+    def shape(self) -> RowShape:
+        """Of a partition's tensor."""
+        if self.plain:
+            return RowShape.plain(self.schemes[0].dtype, len(self.schemes), self.hidden_size)
+        return RowShape.packed(row_bytes(self.fields, self.hidden_size, plain=False))
 
 
-class State(BaseModel):
-    """tol.build.json: exists while a build is unfinished. `done`: committed partitions by number."""
+class State(Record):
+    """tol.build.json: exists while a build is unfinished. `done`: committed partitions by number.
+
+    sums: for each of them and each layer the squared error and the squared norm of its numbers.
+    """
 
     plan: Plan
-    done: dict[int, Partition] = {}
+    layout: Layout | None = None
+    basis: File | None = None
+    done: dict[int, Partition] = Field(default_factory=dict)
+    sums: dict[int, list[tuple[float, float]]] = Field(default_factory=dict)
 
     @property
     def missing(self) -> list[int]:
@@ -78,21 +168,32 @@ def _resumed(output: Path, plan: Plan) -> State | None:
         raise UserError(f"{file} is damaged; remove {output} and build again") from None
     remove_drafts(output)
     if state.plan != plan and not state.done:
-        for number in state.missing:
-            (output / state.plan.file(number)).unlink(missing_ok=True)
+        for name in (*map(state.plan.file, state.missing), BASIS):
+            (output / name).unlink(missing_ok=True)
         file.unlink()
         return None
     if state.plan.checkpoint != plan.checkpoint:
         raise UserError(f"{output} is an unfinished build of another model; give a new folder")
-    for name in Plan.model_fields:
-        old, new = getattr(state.plan, name), getattr(plan, name)
-        if old != new:
-            raise UserError(f"{output} is an unfinished build with {name}={old}, not {new}; give {old} again")
-    for number, partition in list(state.done.items()):
-        path = listed(output, partition.file, STATE)
-        if not path.is_file() or sha256_of(path) != partition.sha256:
-            del state.done[number]
-    return state
+    if state.plan.table != plan.table:
+        raise UserError(f"{output} is an unfinished compression of another table; give a new folder")
+    for old, new in ((state.plan.storage, plan.storage), (state.plan, plan)):
+        for name in type(old).model_fields:
+            before, now = getattr(old, name), getattr(new, name)
+            if before != now:
+                raise UserError(
+                    f"{output} is an unfinished build with {name}={before}, not {now}; give {before} again"
+                )
+    whole = {number: part for number, part in state.done.items() if is_whole(output, part, STATE)}
+    if state.basis is not None and not is_whole(output, state.basis, STATE):
+        # Another basis may differ in its last bits: rows of the old one are of no use with it.
+        return state.model_copy(update={"layout": None, "basis": None, "done": {}, "sums": {}})
+    return state.model_copy(update={"done": whole})
+
+
+def is_whole(folder: Path, file: File, index: str) -> bool:
+    """Whether a file is there with the contents that an index gives it."""
+    path = listed(folder, file.file, index)
+    return path.is_file() and path.stat().st_size == file.bytes and sha256_of(path) == file.sha256
 
 
 def remove_drafts(output: Path) -> None:

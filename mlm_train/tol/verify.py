@@ -10,21 +10,17 @@ from torch import Tensor
 from mlm_train.checkpoint.hf_folder import FolderTensors, fingerprint, open_tensors, read_config
 from mlm_train.errors import UserError
 from mlm_train.files import sha256_of
-from mlm_train.model.block import MemoryBlock
-from mlm_train.tol.compute import EMBEDDING, chunks_of, ffn_m_blocks, ffn_m_weights, table_rows
-from mlm_train.tol.format import (
-    TORCH_DTYPE,
-    Partition,
-    TolIndex,
-    check_fits,
-    map_partition,
-    read_index,
-)
+from mlm_train.tol.codec import TORCH_DTYPE, Encoding, decode, encode, grouped, layout
+from mlm_train.tol.compute import EMBEDDING, FfnM, chunks_of, ffn_m_weights
+from mlm_train.tol.format import Partition, TolIndex, check_fits, read_index
+from mlm_train.tol.partition import map_partition
 from mlm_train.tol.progress import ByteProgress
+from mlm_train.tol.table import Table, read_bases
 
 CHUNK_ROWS = 512
-# Other thread counts and chunk sizes add fp32 numbers in another order; relative to a row's largest value.
-_FP32_NOISE = 1e-5
+# Other thread counts and chunk sizes add numbers in another order, and a sum that rounds otherwise to a
+# product's type goes on into the next product; relative to a row's largest value.
+_NOISE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
 
 
 @dataclass(frozen=True)
@@ -54,10 +50,8 @@ class Report:
 class _Recompute:
     """FFN-M of the rows to compare; `sample` None compares every row."""
 
-    def __init__(
-        self, tensors: FolderTensors, blocks: list[MemoryBlock], sample: Tensor | None, dtype: torch.dtype
-    ) -> None:
-        self.tensors, self.blocks, self.sample, self.dtype = tensors, blocks, sample, dtype
+    def __init__(self, tensors: FolderTensors, numbers: FfnM, table: Table, sample: Tensor | None) -> None:
+        self.tensors, self.numbers, self.table, self.sample = tensors, numbers, table, sample
 
     def ids(self, first: int, last: int) -> Tensor:
         """The tokens of [first, last) to compare."""
@@ -71,18 +65,41 @@ class _Recompute:
         if not ids.numel():
             return ids
         x0 = self.tensors.rows(EMBEDDING, first, last)[ids - first].float()
-        true = table_rows(self.blocks, x0, torch.float32)
-        error = (rows[ids - first].float() - true).abs()
-        scale = true.abs().amax(-1, keepdim=True)
-        info = torch.finfo(self.dtype)
-        # Rounding is at most half an eps; numbers below the smallest normal one keep fewer digits.
-        limit = 0.505 * info.eps * true.abs() + _FP32_NOISE * scale + info.smallest_normal * info.eps
-        finite = error.isfinite()
-        shown = error.where(finite, 0.0)
+        rows, bad = rows[ids - first], torch.zeros(len(ids), dtype=torch.bool)
+        index = self.table.index
+        for layer, encoding, values in zip(index.layers, index.fields, self.numbers.of(x0), strict=True):
+            true = values.float()
+            found = self.table.values(rows, layer)
+            assert found is not None
+            error, scale = (found.float() - true).abs(), true.abs().amax(-1, keepdim=True)
+            shown = error.where(error.isfinite(), 0.0)
+            report.max_abs_error = max(report.max_abs_error, float(shown.max()))
+            report.max_rel_error = max(report.max_rel_error, float((shown / scale.clamp_min(1e-30)).max()))
+            bad |= ~self._is_near(encoding, decode(encoding, rows, index.hidden_size).float(), true, layer)
         report.recomputed += ids.numel()
-        report.max_abs_error = max(report.max_abs_error, float(shown.max()))
-        report.max_rel_error = max(report.max_rel_error, float((shown / scale.clamp_min(1e-30)).max()))
-        return ids[~(error <= limit).flatten(1).all(1)]
+        return ids[bad]
+
+    def _is_near(self, field: Encoding, stored: Tensor, true: Tensor, layer: int) -> Tensor:
+        """Which rows hold what their type makes of FFN-M's numbers, as far as arithmetic allows: bool [n]."""
+        source = self.table.index.source
+        noise = _NOISE[source.compute if source.table is None else "bfloat16"]
+        if field.rank is not None:
+            true = self.table.in_basis(true, layer)
+        room = noise * true.abs().amax(-1, keepdim=True)
+        error = (stored - true).abs()
+        if not field.quantised:
+            info = torch.finfo(TORCH_DTYPE[field.dtype])
+            # Rounding is at most half an eps; numbers below the smallest normal one keep fewer digits.
+            limit = 0.505 * info.eps * true.abs() + room + info.smallest_normal * info.eps
+            return (error <= limit).all(1)
+        # A group may err as much as one that is encoded now does, whichever codes the noise has chosen.
+        assert field.group_size is not None
+        (fresh,) = layout([field], self.table.index.hidden_size)
+        now = torch.empty(len(true), field.bytes(self.table.index.hidden_size), dtype=torch.uint8)
+        encode(field, true, now)
+        expected = decode(fresh, now, self.table.index.hidden_size) - true
+        found, allowed = (grouped(x, field.group_size).norm(dim=-1) for x in (error, expected))
+        return (found <= 1.05 * allowed + room * field.group_size**0.5).all(1)
 
 
 def verify_tol(
@@ -113,9 +130,10 @@ def verify_tol(
         order = torch.randperm(index.vocab_size, generator=torch.Generator().manual_seed(seed))
         chosen = order[:sample].sort().values
     with open_tensors(model) as tensors:
-        blocks = ffn_m_blocks(config, list(ffn_m_weights(tensors, config)))
-        kept = [blocks[layer] for layer in index.layers]
-        _check_partitions(folder, report, _Recompute(tensors, kept, chosen, TORCH_DTYPE[index.dtype]))
+        weights = ffn_m_weights(tensors, config, index.layers, index.source.compute)
+        numbers = FfnM(model, config, dict(zip(index.layers, weights, strict=True)), index.source.compute)
+        table = Table(index, [], read_bases(folder, index))
+        _check_partitions(folder, report, _Recompute(tensors, numbers, table, chosen))
     return report
 
 
@@ -144,7 +162,9 @@ def _check_partition(
     infinite, different = [], []
     for first, last in chunks_of(start, stop, CHUNK_ROWS):
         chunk = rows[first - start : last - start]
-        infinite.append(first + (~chunk.isfinite()).flatten(1).any(1).nonzero().flatten())
+        numbers = [decode(one, chunk, report.index.hidden_size) for one in report.index.fields]
+        bad = torch.stack([(~values.isfinite()).any(1) for values in numbers]).any(0)
+        infinite.append(first + bad.nonzero().flatten())
         if recompute is not None:
             different.append(recompute.compare(chunk, first, last, report))
         yield last

@@ -12,7 +12,8 @@ from mlm_train.checkpoint import hf_folder
 from mlm_train.checkpoint.hf_folder import fingerprint, write_folder
 from mlm_train.cli import main
 from mlm_train.model.logical import named_pieces
-from mlm_train.tol.format import Source, TolIndex, write_index, write_partition
+from mlm_train.tol.format import Source, TolIndex, write_index
+from mlm_train.tol.partition import RowShape, write_partition
 from tests.inference.test_decode import random_model
 
 
@@ -28,7 +29,7 @@ def folders(tmp_path: Path) -> tuple[str, str]:
     )
     parts = [
         write_partition(
-            tol / f"{start}.safetensors", (start, stop), 3, 32, torch.float32, [table[start:stop]]
+            tol / f"{start}.safetensors", (start, stop), RowShape.plain("float32", 3, 32), [table[start:stop]]
         )
         for start, stop in ((0, 50), (50, 97))
     ]

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -25,7 +24,8 @@ from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.tol.build import build_tol
 from mlm_train.tol.cluster import _check_reachable
-from mlm_train.tol.format import INDEX, TORCH_DTYPE, read_index
+from mlm_train.tol.codec import TORCH_DTYPE
+from mlm_train.tol.format import INDEX, read_index
 from mlm_train.tol.state import STATE
 from tests.commands import listening
 from tests.tol.conftest import export, random_model
@@ -102,19 +102,31 @@ def test_killed_builder_resumes_to_the_same_bytes(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_killed_worker_is_tried_again(tables: dict[str, Path], exported: Path, tmp_path: Path) -> None:
+def workers() -> list[psutil.Process]:
+    """The processes of a build that fill partitions now."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[:1] == ["ray::Worker.fill"]:
+                found.append(process)
+    return found
+
+
+def test_every_worker_is_killed_in_turn(tables: dict[str, Path], exported: Path, tmp_path: Path) -> None:
+    """Six times, workers that took a dead one's place among them; at most one partition is made again each."""
     output = tmp_path / "tol"
-    build = threading.Thread(target=build_tol, args=(exported, output, "float32", 2, 2, None, 1))
+    build = threading.Thread(target=build_tol, args=(exported, output, "float32", 12, 2, None, 1))
     build.start()
-    victim = None
-    while build.is_alive() and victim is None:
-        drafts = [draft for draft in output.glob(".*.part") if draft.stat().st_size > 0]
-        victim = int(drafts[0].name.split(".")[-2].split("-")[0]) if drafts else None
-        time.sleep(0.002)
-    assert victim is not None
-    os.kill(victim, signal.SIGKILL)
-    build.join(60)
-    build_tol(exported, tmp_path / "again", "float32", 2, 2, None, 1)
+    killed: set[int] = set()
+    while build.is_alive() and len(killed) < 6:
+        for victim in workers():
+            if victim.pid not in killed and len(killed) < 6:
+                victim.kill()
+                killed.add(victim.pid)
+        time.sleep(0.05)
+    build.join(120)
+    assert not build.is_alive() and len(killed) == 6
+    build_tol(exported, tmp_path / "again", "float32", 12, 2, None, 1)
     assert digests(output) == digests(tmp_path / "again")
     assert not list(output.glob(".*"))
 
@@ -126,9 +138,10 @@ def test_unfinished_builds(tables: dict[str, Path], exported: Path, tmp_path: Pa
     before = digests(output)
     (output / INDEX).unlink()
     plan = {"checkpoint": index.source.checkpoint, "vocab_size": 601, "num_layers": 3, "hidden_size": 32}
-    plan |= {"dtype": "bfloat16", "partitions": 3, "chunk_rows": 2048}
+    plan |= {"storage": {"dtype": "bfloat16"}, "compute": "float32", "partitions": 3, "chunk_rows": 2048}
     done = {number: partition.model_dump() for number, partition in enumerate(index.partitions)}
-    state = json.dumps({"plan": plan, "done": done})
+    sums = {number: [(0.0, 0.0)] * 3 for number in done}
+    state = json.dumps({"plan": plan | {"threads": 1}, "done": done, "sums": sums})
     (output / STATE).write_text(state)
     for options, message in (
         ({"partitions": 4}, "partitions=3"),

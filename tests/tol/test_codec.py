@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlm_train.tol.codec import LEVELS, Encoding, NotFinite, Scheme, decode, encode, layout
+from mlm_train.tol import codec
+from mlm_train.tol.codec import LEVELS, Encoding, NotFinite, Scheme, decode, layout
 
 HIDDEN = 75  # odd, and no multiple of a group
 SCHEMES = [
@@ -22,6 +23,13 @@ SCHEMES = [
     Scheme(dtype="int4", group_size=8, rank=7),
     Scheme(dtype="float16", rank=1),
 ]
+
+
+def encode(scheme: Scheme, values: Tensor) -> Tensor:
+    width = values.shape[1] if scheme.rank is None else HIDDEN
+    out = torch.randint(256, (len(values), scheme.bytes(width)), dtype=torch.uint8)
+    codec.encode(scheme, values, out)
+    return out
 
 
 def numbers(rows: int, width: int, seed: int = 0) -> Tensor:

@@ -11,7 +11,8 @@ from mlm_train.checkpoint.hf_folder import load_model
 from mlm_train.errors import UserError
 from mlm_train.memory import make_source
 from mlm_train.model.transformer import Transformer
-from mlm_train.tol.format import INDEX, read_index, write_index, write_partition
+from mlm_train.tol.format import INDEX, read_index, write_index
+from mlm_train.tol.partition import RowShape, write_partition
 from mlm_train.tol.store import TolSource
 from tests.tol.conftest import random_model
 
@@ -35,7 +36,7 @@ def test_dropped_layer_reads_as_zeros(model: Transformer, tables: dict[str, Path
         [model.memory_blocks()[layer].ffn_m(model.embed_tokens.weight) for layer in (0, 2)], dim=1
     )
     path = tmp_path / "rows.safetensors"
-    partition = write_partition(path, (0, 601), 2, 32, torch.float32, table.split(100))
+    partition = write_partition(path, (0, 601), RowShape.plain("float32", 2, 32), table.split(100))
     index = read_index(tables["float32"])
     write_index(tmp_path, index.model_copy(update={"layers": [0, 2], "partitions": [partition]}))
     x0 = model.embed_tokens(IDS).bfloat16()
@@ -56,7 +57,7 @@ def test_wrong_or_damaged_tables(model: Transformer, tables: dict[str, Path], tm
             TolSource.open_folder(folder, random_model(**fields).config)
     tree = json.loads((folder / INDEX).read_text())
     (folder / INDEX).write_text(json.dumps(tree | {"dtype": "bfloat16"}))
-    with pytest.raises(UserError, match=r"holds \[85, 3, 32\] torch.float32, not .* bfloat16"):
+    with pytest.raises(UserError, match=r"holds \[85, 3, 32\] F32, not \[85, 3, 32\] BF16"):
         TolSource.open_folder(folder, model.config)
     (folder / INDEX).write_text(json.dumps(tree))
     file = folder / tree["partitions"][3]["file"]

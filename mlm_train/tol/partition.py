@@ -1,0 +1,175 @@
+"""A partition's file: safetensors with one tensor of rows, written by ranges, read by a memory map.
+
+Its header is padded so that the rows begin at a multiple of 4096 bytes, which direct reads and large pages
+want. Every layer of a token lies in one contiguous row.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mlm_train.files import listed, sync
+from mlm_train.tol.codec import TORCH_DTYPE
+from mlm_train.tol.format import INDEX, Partition, TolIndex
+
+ALIGNMENT = 4096
+_SAFETENSORS_DTYPE = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+class RowShape(NamedTuple):
+    """How the tensor of a partition is called and shaped: plain numbers, or encoded bytes."""
+
+    tensor: str
+    dtype: str  # in the format's words
+    shape: tuple[int, ...]  # of one row
+    size: int  # bytes of one row
+
+    @classmethod
+    def plain(cls, dtype: str, layers: int, hidden: int) -> Self:
+        """`rows` [rows, kept layers, hidden]."""
+        size = layers * hidden * TORCH_DTYPE[dtype].itemsize
+        return cls("rows", _SAFETENSORS_DTYPE[dtype], (layers, hidden), size)
+
+    @classmethod
+    def packed(cls, size: int) -> Self:
+        """`packed` uint8 [rows, row_bytes]."""
+        return cls("packed", "U8", (size,), size)
+
+    @classmethod
+    def of(cls, index: TolIndex) -> Self:
+        """That of a table."""
+        if index.encodings is None:
+            return cls.plain(index.dtype, len(index.layers), index.hidden_size)
+        return cls.packed(index.row_bytes)
+
+    def header(self, rows: int) -> bytes:
+        """Length and JSON of a safetensors header, padded with spaces to a multiple of ALIGNMENT."""
+        data = rows * self.size
+        entry = {"dtype": self.dtype, "shape": [rows, *self.shape], "data_offsets": [0, data]}
+        tree = {"__metadata__": {"format": "pt"}, self.tensor: entry}
+        text = json.dumps(tree, separators=(",", ":")).encode()
+        total = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT
+        return (total - 8).to_bytes(8, "little") + text.ljust(total - 8)
+
+    def file_bytes(self, rows: int) -> int:
+        """Size of a partition's file."""
+        return len(self.header(rows)) + rows * self.size
+
+
+def draft_pattern(file: str) -> str:
+    """Glob of the unfinished copies of a partition; an attempt has its own, so that two cannot mix."""
+    return f".{file}.*.part"
+
+
+def new_draft(path: Path) -> Path:
+    """The name of one."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+
+
+class Draft:
+    """A partition that is being written; its space is taken when it is made, every byte is written once.
+
+    Several processes may fill one, each its own bytes: equal rows give equal files. A context manager.
+    """
+
+    def __init__(self, path: Path, shape: RowShape, rows: int) -> None:
+        assert sys.byteorder == "little", "safetensors data are little-endian"
+        header = shape.header(rows)
+        self.path, self.shape, self.start = path, shape, len(header)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            os.posix_fallocate(self._file, 0, self.start + rows * shape.size)  # a full disk says so here
+            os.pwrite(self._file, header, 0)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def write(self, row: int, column: int, data: Tensor) -> None:
+        """Bytes [column, column + n) of rows from `row` on: uint8 [rows, n]."""
+        lines: np.ndarray = data.numpy()
+        if data.shape[1] == self.shape.size:
+            _write(self._file, lines.reshape(-1), self.start + row * self.shape.size)
+            return
+        for number, line in enumerate(lines, row):
+            _write(self._file, line, self.start + number * self.shape.size + column)
+
+    def sync(self) -> None:
+        """Have what was written here survive a power cut."""
+        os.fsync(self._file)
+
+
+def _write(file: int, data: np.ndarray, at: int) -> None:
+    view = data.data
+    while view:
+        written = os.pwrite(file, view, at)
+        view, at = view[written:], at + written
+
+
+def commit_draft(draft: Path, path: Path, rows: tuple[int, int]) -> Partition:
+    """Give a whole draft its name; it is hashed as it lies on disk."""
+    with draft.open("rb+") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = file.tell()
+        os.fsync(file.fileno())
+    draft.rename(path)
+    sync(path.parent)
+    return Partition(file=path.name, rows=rows, bytes=size, sha256=digest)
+
+
+def write_partition(
+    path: Path, rows: tuple[int, int], shape: RowShape, chunks: Sequence[Tensor]
+) -> Partition:
+    """Write `chunks` of rows, [n, ...] of any type, one after another, as one partition."""
+    draft, row = new_draft(path), 0
+    try:
+        with Draft(draft, shape, rows[1] - rows[0]) as file:
+            for chunk in chunks:
+                file.write(row, 0, chunk.contiguous().view(torch.uint8).flatten(1))
+                row += len(chunk)
+        return commit_draft(draft, path, rows)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def map_partition(folder: Path, index: TolIndex, partition: Partition) -> Tensor:
+    """A partition's rows, memory-mapped: uint8 [rows, row bytes].
+
+    Raises ValueError saying what is wrong when the file is missing, or its size or header disagree with
+    the index, and UserError where it is a link that leads out of the folder. The bytes themselves are
+    checked by `mlm-train tol verify`, not here.
+    """
+    path = listed(folder, partition.file, INDEX)
+    if not path.is_file():
+        raise ValueError("the file is missing")
+    size = path.stat().st_size
+    if size != partition.bytes:
+        raise ValueError(f"the file has {size} bytes, not {partition.bytes}")
+    shape, count = RowShape.of(index), partition.rows[1] - partition.rows[0]
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = file.get_slice(shape.tensor)
+            described = (found.get_dtype(), tuple(found.get_shape()))
+            rows: Tensor = file.get_tensor(shape.tensor)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(str(error).replace("\n", " ")) from None
+    if described != (shape.dtype, (count, *shape.shape)):
+        wanted = f"{[count, *shape.shape]} {shape.dtype}"
+        raise ValueError(f"it holds {list(described[1])} {described[0]}, not {wanted}")
+    return rows.view(torch.uint8).flatten(1)

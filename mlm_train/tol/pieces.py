@@ -1,0 +1,117 @@
+"""Which pieces of a build are to be done next: partitions, each filled group of layers by group of layers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mlm_train.errors import UserError
+from mlm_train.tol.crew import WorkerDied
+from mlm_train.tol.format import Partition
+from mlm_train.tol.partition import new_draft
+from mlm_train.tol.state import Plan
+from mlm_train.tol.worker import Sums
+
+_ATTEMPTS = 4
+Group = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One task. layers: those to write into the draft; None: the draft is whole and wants its name."""
+
+    number: int
+    draft: Path
+    path: Path
+    layers: Group | None
+
+
+@dataclass
+class _Open:
+    """A partition that is being made. An attempt writes a draft of its own: two can never mix."""
+
+    draft: Path
+    waiting: list[Group]
+    running: int = 0
+    attempts: int = 1
+    sums: dict[Group, Sums] = field(default_factory=dict)
+
+
+class Pieces:
+    """The order: a group that the worker holds already, of the earliest partition."""
+
+    def __init__(self, output: Path, plan: Plan, missing: Sequence[int], groups: Sequence[Group]) -> None:
+        self.output, self.plan, self.groups = output, plan, list(groups)
+        self._closed = list(missing)[::-1]
+        self._open: dict[int, _Open] = {}
+
+    def next(self, held: Group) -> Piece | None:
+        """A piece for a worker that holds these layers; None where nothing is left to begin."""
+        for number, one in self._open.items():
+            if not one.waiting and not one.running:
+                one.running += 1
+                return self._piece(number, None)
+        for number, one in self._open.items():
+            if held in one.waiting:
+                return self._begin(number, held)
+        if self._closed and held in (*self.groups, ()):
+            number = self._closed.pop()
+            self._open[number] = _Open(new_draft(self._path(number)), list(self.groups))
+            return self._begin(number, held or self._rarest(number))
+        for number, one in self._open.items():
+            if one.waiting:
+                return self._begin(number, one.waiting[0])
+        return None
+
+    def _rarest(self, number: int) -> Group:
+        """For a worker that holds nothing yet: neighbours in line begin with different groups."""
+        return self.groups[len(self._open) % len(self.groups)]
+
+    def _begin(self, number: int, group: Group) -> Piece:
+        one = self._open[number]
+        one.waiting.remove(group)
+        one.running += 1
+        return self._piece(number, group)
+
+    def _piece(self, number: int, layers: Group | None) -> Piece:
+        return Piece(number, self._open[number].draft, self._path(number), layers)
+
+    def _path(self, number: int) -> Path:
+        return self.output / self.plan.file(number)
+
+    def ended(self, piece: Piece, result: Sums | Partition | WorkerDied) -> tuple[Partition, Sums] | None:
+        """Take a piece's result; the partition and the sums of all its layers, once it is committed.
+
+        A worker's death throws the partition's draft away, since what it has written is not known.
+        """
+        one = self._open.get(piece.number)
+        if one is None or one.draft != piece.draft:
+            return None  # of an attempt that was given up
+        one.running -= 1
+        if isinstance(result, WorkerDied):
+            self._again(piece.number, one, result)
+        elif isinstance(result, Partition):
+            del self._open[piece.number]
+            return result, [pair for group in self.groups for pair in one.sums[group]]
+        else:
+            assert piece.layers is not None
+            one.sums[piece.layers] = result
+        return None
+
+    def _again(self, number: int, one: _Open, death: WorkerDied) -> None:
+        if one.attempts == _ATTEMPTS:
+            raise UserError(
+                f"a worker died {_ATTEMPTS} times ({death}); give it memory or fewer --workers "
+                "and run again: finished partitions are kept"
+            )
+        one.draft.unlink(missing_ok=True)
+        self._open[number] = _Open(
+            new_draft(self._path(number)), list(self.groups), attempts=one.attempts + 1
+        )
+
+    def written(self, row_bytes: dict[Group, int]) -> int:
+        """Bytes of the groups that open partitions hold already."""
+        total = 0
+        for number, one in self._open.items():
+            start, stop = self.plan.rows(number)
+            total += sum(row_bytes[group] for group in one.sums) * (stop - start)
+        return total

@@ -1,0 +1,124 @@
+"""A ToL folder, opened for reading: rows as they are stored, and the numbers in them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mlm_train.errors import UserError
+from mlm_train.files import draft_of, listed, sha256_of, sync
+from mlm_train.tol.codec import decode
+from mlm_train.tol.format import BASIS, INDEX, REBUILD, File, TolIndex, read_index
+from mlm_train.tol.partition import map_partition
+
+
+class Table:
+    """Rows of the vocabulary, memory-mapped or read whole, uint8 [n, row bytes], and what they mean."""
+
+    def __init__(self, index: TolIndex, partitions: Sequence[Tensor], bases: dict[int, Tensor]) -> None:
+        self.index = index
+        self._partitions = partitions
+        self._bases = bases
+        self._starts = torch.tensor([partition.rows[0] for partition in index.partitions])
+        self._fields = dict(zip(index.layers, index.fields, strict=True))
+
+    @classmethod
+    def open_folder(cls, folder: str | Path, in_memory: bool = False) -> Self:
+        """Map a folder's partitions into memory, or with `in_memory` read them whole.
+
+        Raises UserError when the folder is damaged as far as sizes and headers show.
+        """
+        folder = Path(folder)
+        index = read_index(folder)
+        partitions = []
+        for partition in index.partitions:
+            try:
+                rows = map_partition(folder, index, partition)
+            except ValueError as error:
+                start, stop = partition.rows
+                where = f"{folder / partition.file} (rows [{start}, {stop}))"
+                raise UserError(f"{where} is damaged: {error}; {REBUILD}") from None
+            partitions.append(rows.clone() if in_memory else rows)
+        return cls(index, partitions, read_bases(folder, index))
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of ascending ids [n] on the CPU -> uint8 [n, row bytes]."""
+        owner = torch.searchsorted(self._starts, ids, right=True) - 1
+        parts = [
+            self._partitions[number].index_select(0, ids[owner == number] - self._starts[number])
+            for number in owner.unique().tolist()
+        ]
+        return torch.cat(parts)
+
+    def range(self, first: int, last: int) -> Tensor:
+        """Rows [first, last), which lie in one partition or several."""
+        parts = []
+        for partition, rows in zip(self.index.partitions, self._partitions, strict=True):
+            start, stop = partition.rows
+            if start < last and first < stop:
+                parts.append(rows[max(first - start, 0) : min(last, stop) - start])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def values(self, rows: Tensor, layer: int) -> Tensor | None:
+        """A layer's numbers in stored rows: [n, hidden], in fp32 or the layer's plain type.
+
+        None for a layer that is not stored. A low-rank one is multiplied with its basis, in fp32.
+        """
+        field = self._fields.get(layer)
+        if field is None:
+            return None
+        numbers = decode(field, rows, self.index.hidden_size)
+        if field.rank is None:
+            return numbers
+        return numbers.float() @ self._bases[layer].to(rows.device)
+
+    def in_basis(self, values: Tensor, layer: int) -> Tensor:
+        """A low-rank layer's numbers [n, hidden] as it stores them, [n, rank]."""
+        return values.float() @ self._bases[layer].T
+
+
+def read_bases(folder: Path, index: TolIndex) -> dict[int, Tensor]:
+    """The bases of low-rank layers, fp32 [rank, hidden] by layer; UserError for a damaged file."""
+    if index.basis is None:
+        return {}
+    path = listed(folder, index.basis.file, INDEX)
+    if not path.is_file() or sha256_of(path) != index.basis.sha256:
+        raise UserError(f"{path} is missing or damaged: its SHA-256 is not the index's; {REBUILD}")
+    bases = {}
+    for layer, field in zip(index.layers, index.fields, strict=True):
+        if field.rank is None:
+            continue
+        bases[layer] = read_basis(path, layer)
+        if bases[layer].shape != (field.rank, index.hidden_size):
+            raise UserError(f"{path}: {basis_name(layer)} does not fit the index; {REBUILD}")
+    return bases
+
+
+def read_basis(path: Path, layer: int) -> Tensor:
+    """A layer's basis in its file: fp32 [rank, hidden]."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            basis: Tensor = file.get_tensor(basis_name(layer))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged: {error}; {REBUILD}") from None
+    return basis.float()
+
+
+def write_bases(folder: Path, bases: dict[int, Tensor]) -> File:
+    """Write bases [rank, hidden] of the layers that have a rank, as float16."""
+    path = folder / BASIS
+    draft = draft_of(path)
+    save_file({basis_name(layer): basis.half().contiguous() for layer, basis in bases.items()}, draft)
+    sync(draft)
+    draft.rename(path)
+    sync(folder)
+    return File(file=BASIS, bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+def basis_name(layer: int) -> str:
+    """A basis' tensor."""
+    return f"layer.{layer}"

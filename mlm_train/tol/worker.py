@@ -1,0 +1,138 @@
+"""A Ray actor of a build: computes a range of rows for a group of layers and puts it into a partition."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlm_train.config import ModelConfig
+from mlm_train.errors import UserError
+from mlm_train.tol.codec import NotFinite, decode, encode, layout
+from mlm_train.tol.compute import FfnM, Numbers, Stored, chunks_of, from_numpy
+from mlm_train.tol.format import Partition
+from mlm_train.tol.partition import Draft, commit_draft
+from mlm_train.tol.state import Layout, Plan
+from mlm_train.tol.table import read_basis
+
+Sums = list[tuple[float, float]]  # a layer: squared error and squared norm of its numbers
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker of a build knows. model: the folder with FFN-M; table: one to take the rows from."""
+
+    model: str | None
+    table: str | None
+    config: ModelConfig | None
+    plan: Plan
+    device: str = "cpu"
+
+
+class Worker:
+    """Runs in a process of its own; holds the layers of one group at a time.
+
+    `weights`, references of each layer of a group, are of an object that a node's processes share.
+    """
+
+    def __init__(self, job: Job) -> None:
+        torch.set_num_threads(job.plan.threads)
+        self.job = job
+        self._layers: tuple[int, ...] = ()
+        self._numbers: Numbers | None = None
+
+    def ready(self) -> None:
+        """Returns once the worker runs."""
+
+    def fill(
+        self, draft: str, number: int, layers: Sequence[int], weights: list[Any], place: Layout, basis: str
+    ) -> Sums:
+        """Write these layers of a partition into its draft, which is made if it is not there.
+
+        `basis`: the file with the bases of low-rank layers.
+        """
+        plan = self.job.plan
+        start, stop = plan.rows(number)
+        encoder = _Encoder(place, layers, Path(basis))
+        numbers = self._open(tuple(layers), weights)
+        with Draft(Path(draft), place.shape, stop - start) as file:
+            for first, last in chunks_of(start, stop, plan.chunk_rows):
+                file.write(first - start, encoder.edges[0], encoder.encode(numbers, first, last))
+            file.sync()
+        return encoder.sums
+
+    def commit(self, draft: str, path: str, number: int) -> Partition:
+        """Hash a whole draft and give it its name."""
+        return commit_draft(Path(draft), Path(path), self.job.plan.rows(number))
+
+    def _open(self, layers: tuple[int, ...], weights: list[Any]) -> Numbers:
+        """The numbers of these layers; the group before is let go."""
+        if layers == self._layers and self._numbers is not None:
+            return self._numbers
+        import ray
+
+        self._numbers = None
+        job = self.job
+        if job.table is not None:
+            self._numbers = Stored(job.table, layers)
+        else:
+            assert job.model is not None and job.config is not None
+            shared = {layer: from_numpy(ray.get(one)) for layer, one in zip(layers, weights, strict=True)}
+            self._numbers = FfnM(job.model, job.config, shared, job.plan.compute, job.device)
+        self._layers = layers
+        return self._numbers
+
+
+class _Encoder:
+    """Turns numbers of some neighbouring layers into their bytes of rows, and measures what that loses."""
+
+    def __init__(self, place: Layout, layers: Sequence[int], basis: Path) -> None:
+        first = place.layers.index(layers[0])
+        span = slice(first, first + len(layers))
+        assert place.layers[span] == list(layers)
+        self.layers, self.hidden = layers, place.hidden_size
+        self.schemes = place.schemes[span]
+        self.edges = place.edges[first : first + len(layers) + 1]
+        self.bases = {
+            layer: read_basis(basis, layer)
+            for layer, scheme in zip(layers, self.schemes, strict=True)
+            if scheme.rank is not None
+        }
+        self.sums: Sums = [(0.0, 0.0)] * len(layers)
+
+    def encode(self, numbers: Numbers, first: int, last: int) -> Tensor:
+        """Rows [first, last): uint8 [n, bytes of these layers]."""
+        edges = [edge - self.edges[0] for edge in self.edges]
+        out = torch.empty(last - first, edges[-1], dtype=torch.uint8)
+        for position, values in enumerate(numbers.values(first, last)):
+            self._encode(position, values, out[:, edges[position] : edges[position + 1]], first)
+        return out
+
+    def _encode(self, position: int, values: Tensor, out: Tensor, first: int) -> None:
+        scheme, layer = self.schemes[position], self.layers[position]
+        basis = self.bases.get(layer)
+        kept = values if basis is None else values.float() @ basis.T
+        try:
+            encode(scheme, kept, out)
+        except NotFinite as found:
+            raise _not_finite(found, first + found.row, layer) from None
+        if basis is None and not scheme.quantised:
+            return  # rounding, whose error is known
+        (field,) = layout([scheme], self.hidden)
+        stored, true = decode(field, out, self.hidden).float(), values.float()
+        error = (stored if basis is None else stored @ basis) - true
+        before = self.sums[position]
+        self.sums[position] = (before[0] + _square(error), before[1] + _square(true))
+
+
+def _square(values: Tensor) -> float:
+    return float(values.square().sum(-1).sum(dtype=torch.float64))
+
+
+def _not_finite(error: NotFinite, token: int, layer: int) -> UserError:
+    advice = "the embedding has NaN: train again"
+    if error.dtype in ("float16", "int8", "int4"):
+        advice = "build with --dtype bfloat16"
+    return UserError(f"FFN-M of token {token} in layer {layer} is not finite in {error.dtype}; {advice}")
