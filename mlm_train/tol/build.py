@@ -17,9 +17,11 @@ from mlm_train.tol.codec import TORCH_DTYPE, PlainDtype
 from mlm_train.tol.compute import ffn_m_weights, to_numpy
 from mlm_train.tol.crew import Crew
 from mlm_train.tol.format import BASIS, INDEX, TolIndex, read_index, summary, write_index
-from mlm_train.tol.pieces import Pieces
+from mlm_train.tol.lowrank import bases_of, has_ranks, lay_out, make_spectra, remove_spectra
+from mlm_train.tol.pieces import Group, Pieces
 from mlm_train.tol.progress import ByteProgress
 from mlm_train.tol.state import STATE, Layout, Plan, State, Storage, begin, remove_drafts
+from mlm_train.tol.table import write_bases
 from mlm_train.tol.worker import Job
 
 CHUNK_ROWS = 2048
@@ -66,10 +68,9 @@ class Build:
             source |= {"compute": index.source.compute, "chunk_rows": chunk_rows}
             if storage.layers is None:
                 storage = storage.model_copy(update={"layers": index.layers})
-        layout = Layout.of(storage, source["num_layers"], source["hidden_size"])
-        count = _partitions(partitions, source["vocab_size"], layout)
+        plain = Layout.of(storage.without_ranks(), source["num_layers"], source["hidden_size"])
+        count = _partitions(partitions, source["vocab_size"], plain)
         self.plan = Plan(**source, storage=storage, partitions=count, threads=threads)
-        self.layout = layout
         places = {"model": None, "table": str(folder)} if table else {"model": str(folder), "table": None}
         self.job = Job(**places, config=self.config, plan=self.plan, device=device)
 
@@ -82,16 +83,39 @@ class Build:
             raise UserError(f"--workers {workers}: give at least 1")
         with writing(self.output), owned(self.output, "being built"):
             state = begin(self.output, self.plan)
-            _check_space(self.output, sum(map(self._bytes, state.missing)))
-            if state.missing:
-                shared = self._weight_bytes() * len(self.plan.layers)
-                with ray_cluster(min(workers, len(state.missing)) * self.plan.threads, ray_address, shared):
-                    self._fill(state, workers)
+            if state.layout is None and not has_ranks(self.plan.storage):
+                state.layout = lay_out(self.plan, [])
+            if state.layout is not None:
+                _check_space(self.output, state)
+            if state.layout is None or state.missing:
+                self._work(state, workers, ray_address)
             return self._commit(state)
 
-    def _bytes(self, number: int) -> int:
-        start, stop = self.plan.rows(number)
-        return self.layout.shape.file_bytes(stop - start)
+    def _work(self, state: State, workers: int, ray_address: str | None) -> None:
+        """All that needs Ray."""
+        groups, threads = self.groups, self.plan.threads
+        size = min(workers, len(state.missing) * len(groups))
+        shared = self._weight_bytes() * len(self.plan.layers)
+        with ray_cluster(size * threads, ray_address, shared):
+            weights = self._shared_weights()
+            crew = Crew(self.job, size, threads)
+            try:
+                if state.layout is None:
+                    self._cut(state, crew, weights)
+                self._fill(state, crew, weights, groups)
+            finally:
+                crew.dismiss()
+
+    def _cut(self, state: State, crew: Crew, weights: dict[int, Any]) -> None:
+        """Choose the ranks, write the bases, and commit both."""
+        spectra = make_spectra(crew, self.plan, self.output, weights)
+        layout = lay_out(self.plan, spectra)
+        bases = bases_of(layout, self.plan.layers, spectra)
+        state.basis = write_bases(self.output, bases) if bases else None
+        state.layout = layout
+        _check_space(self.output, state)
+        state.save(self.output)
+        remove_spectra(self.output)
 
     def _weight_bytes(self) -> int:
         """Of one layer of FFN-M; nothing where rows are read."""
@@ -101,7 +125,7 @@ class Build:
         return products * TORCH_DTYPE[self.plan.compute].itemsize
 
     @property
-    def groups(self) -> list[tuple[int, ...]]:
+    def groups(self) -> list[Group]:
         """Neighbouring layers whose weights are held together."""
         layers = self.plan.layers
         size = max(1, GROUP_BYTES // max(1, self._weight_bytes()))
@@ -109,63 +133,60 @@ class Build:
         edges = [i * len(layers) // count for i in range(count + 1)]
         return [tuple(layers[a:b]) for a, b in itertools.pairwise(edges)]
 
-    def _fill(self, state: State, workers: int) -> None:
+    def _fill(self, state: State, crew: Crew, weights: dict[int, Any], groups: list[Group]) -> None:
         """Keep the workers busy until every missing partition is committed."""
-        groups = self.groups
-        weights = self._shared_weights(groups)
+        layout = state.layout
+        assert layout is not None
+        kept = [tuple(layer for layer in group if layer in layout.layers) for group in groups]
+        groups = [group for group in kept if group]
         pieces = Pieces(self.output, self.plan, state.missing, groups)
-        crew = Crew(self.job, min(workers, len(state.missing) * len(groups)), self.plan.threads)
+        sizes = {group: layout.bytes_of(group) for group in groups}
         basis = str(self.output / BASIS)
-        total = sum(map(self._bytes, range(self.plan.partitions)))
-        sizes = {group: self.layout.bytes_of(group) for group in groups}
+        total = sum(state.bytes(number) for number in range(self.plan.partitions))
         with ByteProgress("rows", total) as progress:
-            try:
-                while state.missing:
-                    for member in list(crew.idle):
-                        piece = pieces.next(member.group)
-                        if piece is None:
-                            break
-                        draft = str(piece.draft)
-                        if piece.layers is None:
-                            crew.do(member, piece, "commit", draft, str(piece.path), piece.number)
-                            continue
-                        member.group = piece.layers
-                        args = (piece.layers, weights[piece.layers], self.layout, basis)
-                        crew.do(member, piece, "fill", draft, piece.number, *args)
-                    for piece, result in crew.finished():
-                        if (done := pieces.ended(piece, result)) is not None:
-                            state.done[piece.number], state.sums[piece.number] = done
-                            state.save(self.output)
-                    committed = sum(partition.bytes for partition in state.done.values())
-                    progress.show(committed + pieces.written(sizes))
-            finally:
-                crew.dismiss()
+            while state.missing:
+                for member in list(crew.idle):
+                    piece = pieces.next(member.group)
+                    if piece is None:
+                        break
+                    draft = str(piece.draft)
+                    if piece.layers is None:
+                        crew.do(member, piece, "commit", draft, str(piece.path), piece.number)
+                        continue
+                    member.group = piece.layers
+                    shared = [weights.get(layer) for layer in piece.layers]
+                    crew.do(member, piece, "fill", draft, piece.number, piece.layers, shared, layout, basis)
+                for piece, result in crew.finished():
+                    if (done := pieces.ended(piece, result)) is not None:
+                        state.done[piece.number], state.sums[piece.number] = done
+                        state.save(self.output)
+                committed = sum(partition.bytes for partition in state.done.values())
+                progress.show(committed + pieces.written(sizes))
 
-    def _shared_weights(self, groups: list[tuple[int, ...]]) -> dict[tuple[int, ...], list[Any]]:
-        """A reference for each layer of each group; Ray keeps one copy a node."""
+    def _shared_weights(self) -> dict[int, Any]:
+        """A reference of each kept layer's weights; Ray keeps one copy a node."""
         import ray
 
         if self.config is None:
-            return {group: [] for group in groups}
-        shared: dict[tuple[int, ...], list[Any]] = {}
+            return {}
         assert self.job.model is not None
+        layers = self.plan.layers
         with open_tensors(self.job.model) as tensors:
-            for group in groups:
-                weights = ffn_m_weights(tensors, self.config, group, self.plan.compute)
-                shared[group] = [ray.put(to_numpy(layer)) for layer in weights]
-        return shared
+            weights = ffn_m_weights(tensors, self.config, layers, self.plan.compute)
+            return {layer: ray.put(to_numpy(one)) for layer, one in zip(layers, weights, strict=True)}
 
     def _commit(self, state: State) -> TolIndex:
         """Write the index, the last file; then the state goes."""
-        plan = self.plan
+        plan, layout = self.plan, state.layout
+        assert layout is not None
         remove_drafts(self.output)
         index = TolIndex(
             vocab_size=plan.vocab_size,
             num_layers=plan.num_layers,
             hidden_size=plan.hidden_size,
-            layers=self.layout.layers,
-            encodings=None if self.layout.plain else self.layout.fields,
-            errors=None if self.layout.plain else _errors(state),
+            layers=layout.layers,
+            encodings=None if layout.plain else layout.fields,
+            errors=None if layout.plain else _errors(state),
             basis=state.basis,
             partitions=[state.done[number] for number in range(plan.partitions)],
             source={
@@ -176,7 +197,7 @@ class Build:
                 "compute": plan.compute,
                 "chunk_rows": plan.chunk_rows,
             },
-            **summary(self.layout.schemes),
+            **summary(layout.schemes),
         )
         write_index(self.output, index)
         (self.output / STATE).unlink()
@@ -217,8 +238,8 @@ def _partitions(asked: int | None, vocab: int, layout: Layout) -> int:
     return asked
 
 
-def _check_space(output: Path, needed: int) -> None:
-    free = shutil.disk_usage(output).free
+def _check_space(output: Path, state: State) -> None:
+    needed, free = sum(map(state.bytes, state.missing)), shutil.disk_usage(output).free
     if free < needed:
         raise UserError(
             f"{output} needs {needed / 1e9:.2f} GB and has {free / 1e9:.2f} GB free; choose another folder"

@@ -100,7 +100,7 @@ def layout(schemes: Sequence[Scheme], hidden: int) -> list[Encoding]:
         scales, zeros, _ = scheme.sizes(hidden)
         encodings.append(
             Encoding(
-                **scheme.model_dump(),
+                **scheme.model_dump(include=set(Scheme.model_fields)),
                 scales=start if scales else None,
                 zeros=start + scales if zeros else None,
                 codes=start + scales + zeros,

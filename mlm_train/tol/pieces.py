@@ -45,7 +45,10 @@ class Pieces:
         self._open: dict[int, _Open] = {}
 
     def next(self, held: Group) -> Piece | None:
-        """A piece for a worker that holds these layers; None where nothing is left to begin."""
+        """A piece for a worker that holds these layers; None where nothing is left to begin.
+
+        A partition is committed early, and a worker seldom changes its layers: a few may be open at a time.
+        """
         for number, one in self._open.items():
             if not one.waiting and not one.running:
                 one.running += 1
@@ -53,18 +56,16 @@ class Pieces:
         for number, one in self._open.items():
             if held in one.waiting:
                 return self._begin(number, held)
-        if self._closed and held in (*self.groups, ()):
+        waiting = [number for number, one in self._open.items() if one.waiting]
+        if self._closed and len(waiting) < 2 * len(self.groups):
             number = self._closed.pop()
             self._open[number] = _Open(new_draft(self._path(number)), list(self.groups))
-            return self._begin(number, held or self._rarest(number))
-        for number, one in self._open.items():
-            if one.waiting:
-                return self._begin(number, one.waiting[0])
+            # Workers that hold nothing of use begin with different groups.
+            spread = self.groups[len(waiting) % len(self.groups)]
+            return self._begin(number, held if held in self.groups else spread)
+        if waiting:
+            return self._begin(waiting[0], self._open[waiting[0]].waiting[0])
         return None
-
-    def _rarest(self, number: int) -> Group:
-        """For a worker that holds nothing yet: neighbours in line begin with different groups."""
-        return self.groups[len(self._open) % len(self.groups)]
 
     def _begin(self, number: int, group: Group) -> Piece:
         one = self._open[number]

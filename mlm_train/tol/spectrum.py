@@ -7,10 +7,14 @@ eigenvalues the squared singular values.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from mlm_train.files import draft_of
 
 _ROWS = 2048  # of one fp32 product, whose error grows with the numbers it adds
 _COLUMNS = 512  # of one product: narrow enough to leave out most of the upper triangle, and still fast
@@ -66,6 +70,17 @@ class Spectrum:
         # v and -v serve alike: take the one whose largest component, the first of equals, is positive.
         largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
         return cls(values, (vectors * largest.sign()).contiguous())
+
+    def save(self, path: Path) -> None:
+        """Write both, the vectors in fp32; the file is there when it is whole."""
+        save_file({"values": self.values, "vectors": self.vectors.float()}, draft_of(path))
+        draft_of(path).rename(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """What `save` wrote."""
+        tensors = load_file(path)
+        return cls(tensors["values"], tensors["vectors"])
 
     @property
     def hidden(self) -> int:

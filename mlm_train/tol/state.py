@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mlm_train.errors import UserError
 from mlm_train.files import draft_of, listed, refuse_used, sha256_of, write_text
@@ -38,10 +38,10 @@ class Storage(Record):
         self.scheme(self.rank)
         return self
 
-    @property
-    def chooses_ranks(self) -> bool:
-        """Whether ranks follow from the numbers."""
-        return self.budget is not None
+    def without_ranks(self) -> "Storage":
+        """The same, with no layer cut: it takes as many bytes or more."""
+        whole = [scheme.model_copy(update={"rank": None}) for scheme in self.schemes or ()]
+        return self.model_copy(update={"rank": None, "budget": None, "schemes": whole or None})
 
     def scheme(self, rank: int | None) -> Scheme:
         """A layer of that rank."""
@@ -123,12 +123,13 @@ class Layout(Record):
         return RowShape.packed(row_bytes(self.fields, self.hidden_size, plain=False))
 
 
-class State(Record):
+class State(BaseModel):
     """tol.build.json: exists while a build is unfinished. `done`: committed partitions by number.
 
     sums: for each of them and each layer the squared error and the squared norm of its numbers.
     """
 
+    model_config = ConfigDict(extra="forbid")
     plan: Plan
     layout: Layout | None = None
     basis: File | None = None
@@ -139,6 +140,12 @@ class State(Record):
     def missing(self) -> list[int]:
         """Partitions still to be made, ascending."""
         return [number for number in range(self.plan.partitions) if number not in self.done]
+
+    def bytes(self, number: int) -> int:
+        """Of a partition's file, once the layout is known."""
+        assert self.layout is not None
+        start, stop = self.plan.rows(number)
+        return self.layout.shape.file_bytes(stop - start)
 
     def save(self, output: Path) -> None:
         """Commit: what `done` names is never made again."""

@@ -14,6 +14,7 @@ from mlm_train.tol.codec import NotFinite, decode, encode, layout
 from mlm_train.tol.compute import FfnM, Numbers, Stored, chunks_of, from_numpy
 from mlm_train.tol.format import Partition
 from mlm_train.tol.partition import Draft, commit_draft
+from mlm_train.tol.spectrum import Gram, Spectrum
 from mlm_train.tol.state import Layout, Plan
 from mlm_train.tol.table import read_basis
 
@@ -62,6 +63,18 @@ class Worker:
                 file.write(first - start, encoder.edges[0], encoder.encode(numbers, first, last))
             file.sync()
         return encoder.sums
+
+    def spectrum(self, layer: int, weights: list[Any], path: str) -> None:
+        """Write the spectrum of a layer, over the whole vocabulary."""
+        plan, numbers = self.job.plan, self._open((layer,), weights)
+        gram = Gram(plan.hidden_size)
+        for first, last in chunks_of(0, plan.vocab_size, plan.chunk_rows):
+            for values in numbers.values(first, last):
+                gram.add(values)
+        try:
+            Spectrum.of(gram).save(Path(path))
+        except ValueError as error:
+            raise UserError(f"layer {layer} cannot be cut to low rank: {error}; train again") from None
 
     def commit(self, draft: str, path: str, number: int) -> Partition:
         """Hash a whole draft and give it its name."""

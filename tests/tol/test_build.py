@@ -113,7 +113,7 @@ def workers() -> list[psutil.Process]:
 
 
 def test_every_worker_is_killed_in_turn(tables: dict[str, Path], exported: Path, tmp_path: Path) -> None:
-    """Six times, workers that took a dead one's place among them; at most one partition is made again each."""
+    """Six times, workers that took a dead one's place among them; each costs one partition at most."""
     output = tmp_path / "tol"
     build = threading.Thread(target=build_tol, args=(exported, output, "float32", 12, 2, None, 1))
     build.start()

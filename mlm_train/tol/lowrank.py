@@ -1,0 +1,128 @@
+"""Layers cut to low rank: their spectra, the ranks under a budget, and the bases."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlm_train.errors import UserError
+from mlm_train.tol.codec import ALIGNMENT, TORCH_DTYPE, Scheme
+from mlm_train.tol.crew import Crew, WorkerDied
+from mlm_train.tol.ranks import break_even_rank, choose_ranks
+from mlm_train.tol.spectrum import Spectrum
+from mlm_train.tol.state import Layout, Plan, Storage
+
+_BASIS_BYTES = 2  # of one of its numbers
+_ATTEMPTS = 4
+
+
+def spectrum_file(output: Path, layer: int) -> Path:
+    """Where an unfinished build keeps a layer's spectrum."""
+    return output / f".spectrum-{layer:05d}.safetensors"
+
+
+def make_spectra(crew: Crew, plan: Plan, output: Path, weights: dict[int, Any]) -> list[Spectrum]:
+    """The spectra of all kept layers, those from before a kill too; a task a layer."""
+    files = {layer: spectrum_file(output, layer) for layer in plan.layers}
+    waiting = [layer for layer, file in files.items() if not file.is_file()][::-1]
+    running, attempts = 0, dict.fromkeys(waiting, 0)
+    while waiting or running:
+        for member in list(crew.idle):
+            if not waiting:
+                break
+            layer = waiting.pop()
+            member.group, running = (layer,), running + 1
+            crew.do(member, layer, "spectrum", layer, [weights.get(layer)], str(files[layer]))
+        for layer, result in crew.finished():
+            running -= 1
+            if isinstance(result, WorkerDied):
+                attempts[layer] += 1
+                if attempts[layer] == _ATTEMPTS:
+                    raise UserError(f"a worker died {_ATTEMPTS} times ({result}); give it memory")
+                waiting.append(layer)
+    return [Spectrum.load(file) for file in files.values()]
+
+
+def lay_out(plan: Plan, spectra: Sequence[Spectrum]) -> Layout:
+    """The schemes of the storage that was asked for, with a rank of its own for each layer where it has a
+    budget. A layer whose rank would save nothing is stored whole, one of rank 0 is dropped.
+
+    Raises UserError for a budget that holds nothing.
+    """
+    storage = plan.storage
+    if storage.budget is None:
+        return Layout.of(storage, plan.num_layers, plan.hidden_size)
+    room = float(storage.budget)
+    for _ in range(20):  # what alignment, headers and whole layers take beyond the estimate is given back
+        layout = _within(plan, spectra, room)
+        if layout is None:
+            break
+        excess = table_bytes(plan, layout) - storage.budget
+        if excess <= 0:
+            return layout
+        room -= excess
+    raise UserError(
+        f"a budget of {storage.budget / 1e9:.3f} GB holds no layer of {plan.vocab_size} rows; give more, or "
+        "fewer bytes a number (--dtype int4)"
+    )
+
+
+def _within(plan: Plan, spectra: Sequence[Spectrum], room: float) -> Layout | None:
+    storage, hidden = plan.storage, plan.hidden_size
+    number = bytes_of_a_number(storage)
+    cost = plan.vocab_size * number + hidden * _BASIS_BYTES
+    ranks = choose_ranks(spectra, room, cost, step=rank_step(storage))
+    whole = break_even_rank(plan.vocab_size, hidden, number, number, _BASIS_BYTES)
+    kept = [(layer, rank) for layer, rank in zip(plan.layers, ranks, strict=True) if rank]
+    if not kept:
+        return None
+    schemes = [storage.scheme(None if rank >= min(whole, hidden) else rank) for _, rank in kept]
+    return Layout(hidden_size=hidden, layers=[layer for layer, _ in kept], schemes=schemes)
+
+
+def bytes_of_a_number(storage: Storage | Scheme) -> float:
+    """With its share of a scale and a zero."""
+    if storage.group_size is None:
+        return TORCH_DTYPE[storage.dtype].itemsize
+    shared = 2 if storage.symmetric else 3
+    return (1.0 if storage.dtype == "int8" else 0.5) + shared / storage.group_size
+
+
+def rank_step(storage: Storage) -> int:
+    """Ranks that fill their groups, or the alignment of a layer."""
+    if storage.group_size is not None:
+        return storage.group_size
+    return ALIGNMENT // TORCH_DTYPE[storage.dtype].itemsize
+
+
+def table_bytes(plan: Plan, layout: Layout) -> int:
+    """Of all files but the index; the basis' header is counted as 1 KiB and 128 bytes a layer."""
+    ranges = map(plan.rows, range(plan.partitions))
+    total = sum(layout.shape.file_bytes(stop - start) for start, stop in ranges)
+    ranks = [scheme.rank for scheme in layout.schemes if scheme.rank is not None]
+    if ranks:
+        total += 1024 + sum(128 + rank * plan.hidden_size * _BASIS_BYTES for rank in ranks)
+    return total
+
+
+def bases_of(layout: Layout, layers: Sequence[int], spectra: Sequence[Spectrum]) -> dict[int, torch.Tensor]:
+    """The bases of the layers that have a rank."""
+    by_layer = dict(zip(layers, spectra, strict=True))
+    return {
+        layer: by_layer[layer].basis(scheme.rank)
+        for layer, scheme in zip(layout.layers, layout.schemes, strict=True)
+        if scheme.rank is not None
+    }
+
+
+def remove_spectra(output: Path) -> None:
+    """They are of no use any more."""
+    for path in output.glob(".spectrum-*"):
+        path.unlink(missing_ok=True)
+
+
+def has_ranks(storage: Storage) -> bool:
+    """Whether some layer is cut, so that spectra are needed."""
+    ranks = [scheme.rank for scheme in storage.schemes or ()]
+    return storage.rank is not None or storage.budget is not None or any(ranks)
