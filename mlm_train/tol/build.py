@@ -51,7 +51,7 @@ class Build:
         if table is None:
             assert model is not None
             folder = Path(model).absolute()
-            self.config = _checked_config(folder)
+            self.config = open_source(folder)
             source: dict[str, Any] = {
                 "checkpoint": fingerprint(folder),
                 "vocab_size": self.config.vocab_size,
@@ -219,7 +219,7 @@ def build_tol(
     return build.run(workers, ray_address)
 
 
-def _checked_config(model: Path) -> ModelConfig:
+def open_source(model: str | Path) -> ModelConfig:
     """The config of an export whose tensors fit it. Raises UserError for a model without FFN-M."""
     config = read_config(model)
     if not config.has_memory:
@@ -227,6 +227,13 @@ def _checked_config(model: Path) -> ModelConfig:
     with open_tensors(model) as tensors:
         tensors.check(config)
     return config
+
+
+def compute_of(model: str | Path) -> PlainDtype:
+    """The type in which an export's FFN-M runs: bfloat16 where its weights are, else float32."""
+    with open_tensors(model) as tensors:
+        stored = {tensors.dtype(name) for name in tensors.names() if "memory_mlp" in name}
+    return "bfloat16" if stored == {"BF16"} else "float32"
 
 
 def _partitions(asked: int | None, vocab: int, layout: Layout) -> int:

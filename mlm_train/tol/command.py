@@ -1,15 +1,22 @@
-"""`mlm-train tol`: build and verify token-wise lookups."""
+"""`mlm-train tol`: build, compress and verify token-wise lookups."""
 
 import argparse
 import json
 import sys
+from typing import TYPE_CHECKING
 
 from mlm_train.arguments import add_action
+from mlm_train.tol.options import add_storage_arguments, storage_of
 
-HELP = """Build and verify token-wise lookups (ToL): FFN-M's output for every token of the vocabulary.
+if TYPE_CHECKING:
+    from mlm_train.tol.build import Build
+    from mlm_train.tol.format import TolIndex
+
+HELP = """Token-wise lookups (ToL): FFN-M's output for every token of the vocabulary, built, compressed, verified.
 
 examples:
   mlm-train tol build exports/run1 --output tol/run1
+  mlm-train tol compress tol/run1 --output tol/run1-int4 --dtype int4
   mlm-train tol verify tol/run1 --model exports/run1"""
 
 _BUILD_HELP = """Compute FFN-M for the whole vocabulary on Ray and write it as a ToL folder.
@@ -19,8 +26,18 @@ model and the output must lie on storage that every node sees under the same pat
 
 examples:
   mlm-train tol build exports/run1 --output tol/run1
-  mlm-train tol build exports/run1 --output tol/run1 --dtype float16 --workers 8
+  mlm-train tol build exports/run1 --output tol/run1 --dtype int4 --group-size 32
+  mlm-train tol build exports/run1 --output tol/run1 --dtype int8 --budget 3.2GB
   mlm-train tol build /shared/run1 --output /shared/tol1 --workers 64 --ray-address auto"""
+
+_COMPRESS_HELP = """Write a table in fewer bytes: fewer bits, low rank, fewer layers, or all of them.
+
+Streams through the table on Ray; one that was killed goes on where it stopped.
+
+examples:
+  mlm-train tol compress tol/run1 --output tol/run1-int8 --dtype int8
+  mlm-train tol compress tol/run1 --output tol/run1-r512 --dtype bfloat16 --rank 512
+  mlm-train tol compress tol/run1 --output tol/run1-1gb --dtype int8 --budget 1GB --drop 11-13"""
 
 _VERIFY_HELP = """Check a ToL folder: coverage, sizes, SHA-256, finite values; with --model also the values.
 
@@ -32,49 +49,97 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `build` and `verify`."""
+    """Add the actions."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     build = add_action(actions, "build", "compute FFN-M for every token", _BUILD_HELP)
     build.add_argument("model", metavar="MODEL", help="folder written by `mlm-train export`")
-    build.add_argument("--output", metavar="DIR", required=True, help="folder to write; new or unfinished")
+    add_storage_arguments(build, default="bfloat16")
     build.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float16", "float32"),
-        default="bfloat16",
-        help="type of the stored numbers (default %(default)s)",
+        "--compute",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="type of FFN-M's products (default: that of the weights)",
     )
-    build.add_argument(
+    build.add_argument("--device", default="cpu", help="where FFN-M runs: cpu or cuda (default %(default)s)")
+    compress = add_action(actions, "compress", "write a table in fewer bytes", _COMPRESS_HELP)
+    compress.add_argument("table", metavar="TOL", help="folder written by `mlm-train tol build`")
+    add_storage_arguments(compress, default=None)
+    for action in (build, compress):
+        _add_work_arguments(action)
+    verify = add_action(actions, "verify", "check a ToL folder", _VERIFY_HELP)
+    verify.add_argument("folder", metavar="DIR", help="folder written by `mlm-train tol build`")
+    verify.add_argument("--model", metavar="MODEL", help="recompute rows with this export")
+    verify.add_argument("--sample", type=int, metavar="N", help="recompute N random rows (default: all)")
+    verify.add_argument("--json", action="store_true", help="write one JSON object instead of a line")
+
+
+def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder to write; new or unfinished")
+    parser.add_argument(
         "--partitions",
         type=int,
         metavar="N",
         help="files, each a range of the vocabulary (default: about 512 MB each, at least 8)",
     )
-    build.add_argument(
-        "--workers", type=int, metavar="N", default=2, help="single-threaded processes (default %(default)s)"
+    parser.add_argument(
+        "--workers", type=int, metavar="N", default=2, help="processes, one a GPU (default %(default)s)"
     )
-    build.add_argument("--ray-address", metavar="A", help="use a running Ray cluster, such as auto")
-    verify = add_action(actions, "verify", "check a ToL folder", _VERIFY_HELP)
-    verify.add_argument("folder", metavar="DIR", help="folder written by `mlm-train tol build`")
-    verify.add_argument("--model", metavar="MODEL", help="the export it was built from: recompute its rows")
-    verify.add_argument("--sample", type=int, metavar="N", help="recompute N random rows instead of all")
-    verify.add_argument("--json", action="store_true", help="write one JSON object instead of a line")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", default=1, help="threads of each (default %(default)s)"
+    )
+    parser.add_argument("--ray-address", metavar="A", help="use a running Ray cluster, such as auto")
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, or 2 when verify finds damage."""
-    return _build(args) if args.action == "build" else _verify(args)
-
-
-def _build(args: argparse.Namespace) -> int:
-    from mlm_train.tol.build import build_tol
-
-    index = build_tol(args.model, args.output, args.dtype, args.partitions, args.workers, args.ray_address)
-    size = sum(partition.bytes for partition in index.partitions)
-    print(
-        f"{args.output}: {index.vocab_size} rows of {len(index.layers)} layers x {index.hidden_size} in "
-        f"{index.dtype}, {size / 1e9:.3f} GB in {len(index.partitions)} partitions"
-    )
+    if args.action == "verify":
+        return _verify(args)
+    build = _compression(args) if args.action == "compress" else _build(args)
+    index = build.run(args.workers, args.ray_address)
+    print(f"{args.output}: {describe(index)}")
     return 0
+
+
+def describe(index: "TolIndex") -> str:
+    """A table in one line."""
+    how = index.dtype if index.group_size is None else f"{index.dtype} by {index.group_size}"
+    if index.rank is not None:
+        ranks = [rank for rank in index.rank if rank is not None]
+        how += f", rank {min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else f", rank {ranks[0]}"
+    known = [error for error in index.errors or () if error is not None]
+    lost = f", relative error {min(known):.2e} to {max(known):.2e} a layer" if known else ""
+    return (
+        f"{index.vocab_size} rows of {len(index.layers)} layers x {index.hidden_size} in {how}, "
+        f"{index.bytes / 1e9:.3f} GB in {len(index.partitions)} partitions{lost}"
+    )
+
+
+def _build(args: argparse.Namespace) -> "Build":
+    from mlm_train.tol.build import Build, compute_of, open_source
+
+    config = open_source(args.model)
+    storage = storage_of(args, list(range(config.num_hidden_layers)), config.hidden_size)
+    compute = compute_of(args.model) if args.compute == "auto" else args.compute
+    return Build(
+        args.model,
+        args.output,
+        storage,
+        partitions=args.partitions,
+        compute=compute,
+        threads=args.threads,
+        device=args.device,
+    )
+
+
+def _compression(args: argparse.Namespace) -> "Build":
+    from mlm_train.tol.build import Build
+    from mlm_train.tol.format import read_index
+
+    index = read_index(args.table)
+    storage = storage_of(args, index.layers, index.hidden_size)
+    return Build(
+        None, args.output, storage, table=args.table, partitions=args.partitions, threads=args.threads
+    )
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -167,9 +167,9 @@ def summary(schemes: list[Encoding] | list[Scheme]) -> dict[str, object]:
     }
 
 
-def read_index(folder: Path) -> TolIndex:
+def read_index(folder: str | Path) -> TolIndex:
     """The index of a ToL folder; UserError for a missing, broken or unknown one."""
-    file = folder / INDEX
+    file = Path(folder) / INDEX
     tree = read_json(file, REBUILD)
     try:
         return TolIndex.model_validate(tree)
