@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mlm_train.tol.build import Build
     from mlm_train.tol.format import TolIndex
 
-HELP = """Token-wise lookups (ToL): FFN-M's output for every token of the vocabulary, built, compressed, verified.
+HELP = """Token-wise lookups (ToL), FFN-M's output for every token of the vocabulary: build, compress, verify.
 
 examples:
   mlm-train tol build exports/run1 --output tol/run1

@@ -6,7 +6,7 @@ from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from mlm_train.errors import UserError
@@ -112,7 +112,7 @@ def write_bases(folder: Path, bases: dict[int, Tensor]) -> File:
     """Write bases [rank, hidden] of the layers that have a rank, as float16."""
     path = folder / BASIS
     draft = draft_of(path)
-    save_file({basis_name(layer): basis.half().contiguous() for layer, basis in bases.items()}, draft)
+    draft.write_bytes(save({basis_name(layer): basis.half().contiguous() for layer, basis in bases.items()}))
     sync(draft)
     draft.rename(path)
     sync(folder)
