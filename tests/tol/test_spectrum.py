@@ -172,19 +172,32 @@ def test_ranks_are_the_best(draws: torch.Generator, hidden: int, step: int, weig
 
 
 def test_ranks_of_unequal_costs(draws: torch.Generator) -> None:
-    """Costs that differ, a step that leaves a short last block: at most one block from the best."""
-    for trial in range(30):
-        spectra = [random_spectrum(draws, hidden, last) for hidden, last in ((7, -0.2), (8, -1), (8, -2.5))]
-        costs = (3 + 10 * torch.rand(3, generator=draws)).tolist()
-        budget = sum(8 * cost for cost in costs) * (trial + 1) / 30
+    """Costs that differ, a step that leaves a short last block: less than one block from the best."""
+    for trial in range(100):
+        spectra = [random_spectrum(draws, hidden, last) for hidden, last in ((7, -0.2), (7, -0.5), (8, -1))]
+        costs = (10 ** torch.rand(3, generator=draws)).tolist()
+        budget = sum(8 * cost for cost in costs) * (trial + 1) / 100
         ranks = choose_ranks(spectra, budget, costs, step=3)
-        assert sum(rank * cost for rank, cost in zip(ranks, costs, strict=True)) <= budget
-        assert all(rank % 3 == 0 or rank == s.hidden for rank, s in zip(ranks, spectra, strict=True))
-        block = max(s.error(start) ** 2 - s.error(start + 3) ** 2 for s in spectra for start in (0, 3, 6))
-        error = total_error(spectra, ranks, [1] * 3)
-        best = cheapest(spectra, budget, costs, [1] * 3, 3)
-        assert best <= error * (1 + 1e-9) and error < best + block
-    assert ranks == [7, 8, 8]
+        left = budget - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
+        assert left >= 0
+        lost = 0.0
+        for spectrum, rank, cost in zip(spectra, ranks, costs, strict=True):
+            assert rank % 3 == 0 or rank == spectrum.hidden
+            after = min(rank + 3, spectrum.hidden)
+            assert rank == after or (after - rank) * cost > left
+            lost = max(lost, spectrum.error(rank) ** 2 - spectrum.error(after) ** 2)
+        error, best = total_error(spectra, ranks, [1] * 3), cheapest(spectra, budget, costs, [1] * 3, 3)
+        assert best * (1 - 1e-9) <= error <= best * (1 + 1e-9) + lost
+    assert ranks == [7, 7, 8]
+
+
+def test_gain_is_counted_a_byte() -> None:
+    def flat(hidden: int) -> Spectrum:
+        return Spectrum(torch.full((hidden,), 0.3, dtype=torch.float64), torch.eye(hidden).double())
+
+    assert choose_ranks([flat(2), flat(2)], 3, [3, 1]) == [0, 2]
+    # After 3 of layer 0's 4 ranks: its last one gains 0.25 for 3 bytes, 3 ranks of layer 1 gain 0.24.
+    assert choose_ranks([flat(4), flat(6)], 12, [3, 1], [1, 0.48], step=3) == [4, 0]
 
 
 def test_unequal_ranks_beat_equal_ones(draws: torch.Generator) -> None:
