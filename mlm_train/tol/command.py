@@ -48,6 +48,18 @@ examples:
   mlm-train tol verify tol/run1 --model exports/run1 --sample 1000"""
 
 
+_ALLOCATE_HELP = """Choose for each layer among fewer bits, low rank and dropping it, by what that costs the model.
+
+Measures every choice of every layer on text (--samples windows of the training split), finds the best mixes
+for every size, prints them, and measures the one chosen on the validation split beside uniform ways of
+the same size. `tol compress --allocation FILE` then writes the table.
+
+examples:
+  mlm-train tol allocate tol/run1 --model exports/run1 --data data/mine --budget 1.5GB --output mix.json
+  mlm-train tol allocate tol/run1 --model exports/run1 --data data/mine --tolerance 0.5% --output mix.json
+  mlm-train tol compress tol/run1 --allocation mix.json --output tol/run1-mix"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the actions."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -66,6 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_storage_arguments(compress, default=None)
     for action in (build, compress):
         _add_work_arguments(action)
+    _add_allocate_arguments(
+        add_action(actions, "allocate", "choose how each layer is stored", _ALLOCATE_HELP)
+    )
     verify = add_action(actions, "verify", "check a ToL folder", _VERIFY_HELP)
     verify.add_argument("folder", metavar="DIR", help="folder written by `mlm-train tol build`")
     verify.add_argument("--model", metavar="MODEL", help="recompute rows with this export")
@@ -90,10 +105,27 @@ def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ray-address", metavar="A", help="use a running Ray cluster, such as auto")
 
 
+def _add_allocate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("table", metavar="TOL", help="a table in a plain type, from `tol build`")
+    parser.add_argument("--model", metavar="MODEL", required=True, help="export that it was built from")
+    parser.add_argument("--data", metavar="DIR", required=True, help="folder of `data prepare`")
+    parser.add_argument("--budget", metavar="SIZE", help="bytes of the whole table, such as 1.5GB")
+    parser.add_argument("--tolerance", metavar="P%", help="the smallest table whose perplexity grows no more")
+    parser.add_argument("--output", metavar="FILE", required=True, help="JSON for `compress --allocation`")
+    parser.add_argument("--plot", metavar="FILE", help="a PNG of sizes and perplexities")
+    parser.add_argument("--samples", type=int, default=64, help="windows to measure on (default %(default)s)")
+    parser.add_argument("--sequence-length", type=int, metavar="N", help="default: the model's longest")
+    parser.add_argument("--micro-batch", type=int, default=8, help="windows a pass (default %(default)s)")
+
+
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, or 2 when verify finds damage."""
     if args.action == "verify":
         return _verify(args)
+    if args.action == "allocate":
+        from mlm_train.tol.study import allocate
+
+        return allocate(args)
     build = _compression(args) if args.action == "compress" else _build(args)
     index = build.run(args.workers, args.ray_address)
     print(f"{args.output}: {describe(index)}")

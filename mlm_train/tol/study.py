@@ -1,0 +1,228 @@
+"""`mlm-train tol allocate`: choose how each layer is stored, within a budget or a tolerance, and measure it."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table as Columns
+
+from mlm_train.errors import UserError
+from mlm_train.evaluate.scorer import Scorer
+from mlm_train.files import write_json, writing
+from mlm_train.tol.allocate import (
+    Choice,
+    Mix,
+    Trial,
+    best_mixes,
+    bytes_of,
+    choices,
+    layout_of,
+    measure,
+    spectra_of,
+    within,
+)
+from mlm_train.tol.codec import GROUP, Scheme
+from mlm_train.tol.format import check_fits, read_index
+from mlm_train.tol.options import size_of
+from mlm_train.tol.table import Table
+
+
+class Study:
+    """The table, the model, and what each choice of each layer costs."""
+
+    def __init__(self, args: argparse.Namespace, console: Console) -> None:
+        self.table = Table.open_folder(args.table)
+        self.index = self.table.index
+        text = {"length": args.sequence_length, "micro_batch": args.micro_batch}
+        learnt = Scorer(args.model, args.data, "train", count=args.samples, **text)
+        check_fits(Path(args.table), self.index, learnt.config)
+        self.scorer = Scorer(args.model, args.data, "validation", **text)
+        self.trial = Trial(self.table, spectra_of(self.table))
+        self.options = choices(self.index.hidden_size)
+        self.sizes = np.array([self.size([option]) for option in self.options])
+
+        def shown(numbers: range) -> Any:
+            hidden = not console.is_terminal
+            return track(numbers, "sensitivities", console=console, disable=hidden, transient=True)
+
+        batches = list(learnt.batches())
+        self.costs = measure(learnt.model, self.trial, batches, self.options, shown)
+        self.front = best_mixes(self.costs, self.sizes)
+        self.exact = self.perplexity({})
+
+    def size(self, chosen: Sequence[Choice]) -> int:
+        """Bytes of layers that are stored so; headers apart."""
+        rows, hidden = self.index.vocab_size, self.index.hidden_size
+        return sum(bytes_of(one, rows, hidden) for one in chosen)
+
+    def perplexity(self, chosen: dict[int, Choice]) -> float:
+        """Measured on the validation split."""
+        self.trial.chosen = chosen
+        try:
+            return self.scorer.score(self.trial).perplexity
+        finally:
+            self.trial.chosen = {}
+
+    def of(self, mix: Mix) -> dict[int, Choice]:
+        """A mix' choice for each layer."""
+        picks = (self.options[pick] for pick in mix.picks)
+        return dict(zip(self.index.layers, picks, strict=True))
+
+    def growth(self, perplexity: float) -> float:
+        """Against exact lookups, as a fraction."""
+        return perplexity / self.exact - 1
+
+    def smallest(self, tolerance: float) -> Mix:
+        """The smallest mix whose measured perplexity grows by no more, by bisection over the best mixes."""
+        low, high = 0, len(self.front) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self.growth(self.perplexity(self.of(self.front[middle]))) <= tolerance:
+                high = middle
+            else:
+                low = middle + 1
+        return self.front[low]
+
+    def uniform(self, size: int) -> dict[str, dict[int, Choice]]:
+        """Every layer alike: int8, int4, and the largest rank in bfloat16 that fits into so many bytes."""
+        layers, rows, hidden = self.index.layers, self.index.vocab_size, self.index.hidden_size
+        found: dict[str, Choice] = {
+            f"{dtype}, groups of {group}": Scheme(dtype=dtype, group_size=group)
+            for dtype, group in (("int8", GROUP), ("int4", GROUP), ("int4", GROUP // 2))
+        }
+        rank = int(size / len(layers) / (2 * (rows + hidden)))
+        if 0 < rank < hidden:
+            found[f"rank {rank}, bfloat16"] = Scheme(dtype="bfloat16", rank=rank)
+        return {name: dict.fromkeys(layers, choice) for name, choice in found.items()}
+
+
+def allocate(args: argparse.Namespace) -> int:
+    """Measure, choose, show, write."""
+    if (args.budget is None) == (args.tolerance is None):
+        raise UserError("give --budget or --tolerance")
+    tolerance = None if args.tolerance is None else _fraction(args.tolerance)
+    budget = None if args.budget is None else size_of(args.budget, "--budget")
+    index = read_index(args.table)
+    if index.encodings is not None:
+        raise UserError(f"{args.table} is compressed already; give the table that `tol build` wrote")
+    console = Console(stderr=True)
+    study = Study(args, console)
+    mix = study.smallest(tolerance) if tolerance is not None else within(study.front, budget or 0)
+    layout = None if mix is None else layout_of(study.table, study.options, mix.picks)
+    if mix is None or layout is None:
+        least = min(one.bytes for one in study.front if one.bytes)
+        raise UserError(f"--budget {args.budget} holds no layer; the smallest mix takes {least / 1e6:.2f} MB")
+    measured = _measured(study, mix)
+    tree = {
+        "layers": layout.layers,
+        "schemes": [scheme.model_dump(mode="json") for scheme in layout.schemes],
+        "bytes": mix.bytes,
+        "predicted_growth": math.expm1(mix.cost),
+        "exact_perplexity": study.exact,
+        "measured": measured,
+        "sensitivities": study.costs.tolist(),
+        "options": [None if one is None else one.model_dump(mode="json") for one in study.options],
+        "pareto": [{"bytes": one.bytes, "predicted_growth": math.expm1(one.cost)} for one in study.front],
+    }
+    with writing(Path(args.output)):
+        write_json(Path(args.output), tree)
+    _show(study, mix, measured)
+    if args.plot:
+        _plot(study, mix, measured, Path(args.plot))
+    print(f"{args.output}: `mlm-train tol compress {args.table} --allocation {args.output} --output DIR`")
+    return 0
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 10:
+        raise UserError(f"--tolerance {text}: give a share such as 0.5% or 0.005")
+    return value
+
+
+def _measured(study: Study, mix: Mix) -> dict[str, dict[str, float]]:
+    """The mix and uniform ways: bytes, perplexity, growth."""
+    ways = {"chosen": study.of(mix)} | study.uniform(mix.bytes)
+    found = {}
+    for name, chosen in ways.items():
+        perplexity = study.perplexity(chosen)
+        growth = study.growth(perplexity)
+        size = study.size(list(chosen.values()))
+        found[name] = {"bytes": size, "perplexity": perplexity, "growth": growth}
+    return found
+
+
+def _show(study: Study, mix: Mix, measured: dict[str, dict[str, float]]) -> None:
+    console = Console()
+    front = Columns("MB", "perplexity grows by, predicted", "layers", title="best mixes")
+    every = max(1, len(study.front) // 12)
+    for one in study.front[::-every][::-1]:
+        front.add_row(f"{one.bytes / 1e6:.3f}", f"{math.expm1(one.cost):+.3%}", _words(study.of(one)))
+    console.print(front)
+    chosen = Columns("layer", "stored as", "costs, nats a token", title="chosen")
+    for (layer, choice), pick, costs in zip(study.of(mix).items(), mix.picks, study.costs, strict=True):
+        chosen.add_row(str(layer), words(choice), f"{costs[pick]:.2e}")
+    console.print(chosen)
+    result = Columns("way", "MB", "perplexity", "grows by", title="measured on the validation split")
+    result.add_row("exact", f"{study.index.bytes / 1e6:.3f}", f"{study.exact:.4f}", "")
+    for name, one in measured.items():
+        size = f"{one['bytes'] / 1e6:.3f}"
+        result.add_row(name, size, f"{one['perplexity']:.4f}", f"{one['growth']:+.3%}")
+    console.print(result)
+
+
+def words(choice: Choice) -> str:
+    """A way to store a layer, in a few words."""
+    if choice is None:
+        return "dropped"
+    said = choice.dtype if choice.rank is None else f"rank {choice.rank} in {choice.dtype}"
+    if choice.group_size is not None:
+        said += f", groups of {choice.group_size}" + ("" if choice.symmetric else " with a zero")
+    return said
+
+
+def _words(chosen: dict[int, Choice]) -> str:
+    """How many layers are stored how."""
+    counts: dict[str, int] = {}
+    for choice in chosen.values():
+        counts[words(choice)] = counts.get(words(choice), 0) + 1
+    return "; ".join(f"{count} x {said}" for said, count in counts.items())
+
+
+def _plot(study: Study, mix: Mix, measured: dict[str, dict[str, float]], file: Path) -> None:
+    """Growth of perplexity against bytes: the best mixes as predicted, and what was measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    front = [one for one in study.front if one.bytes]
+    floor = 1e-5  # what a logarithmic axis can show of nothing
+    predicted = [max(math.expm1(one.cost), floor) * 100 for one in front]
+    axes.plot(
+        [one.bytes / 1e6 for one in front], predicted, label="best mixes, predicted", color="tab:orange"
+    )
+    for name, one in measured.items():
+        marker = "*" if name == "chosen" else "o"
+        label = f"{name}, measured {one['growth']:+.3%}"
+        axes.scatter(
+            one["bytes"] / 1e6, max(one["growth"], floor) * 100, marker=marker, label=label, zorder=3
+        )
+    axes.set_yscale("log")
+    axes.set_xlabel("MB")
+    axes.set_ylabel("perplexity grows by, % (0.001 % and less at the bottom)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    with writing(file):
+        figure.savefig(file, dpi=110, format="png", metadata={"Software": None})
+    pyplot.close(figure)
