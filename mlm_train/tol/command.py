@@ -48,7 +48,7 @@ examples:
   mlm-train tol verify tol/run1 --model exports/run1 --sample 1000"""
 
 
-_ALLOCATE_HELP = """Choose for each layer among fewer bits, low rank and dropping it, by what that costs the model.
+_ALLOCATE_HELP = """Choose for each layer among fewer bits, low rank and dropping it, by what it costs.
 
 Measures every choice of every layer on text (--samples windows of the training split), finds the best mixes
 for every size, prints them, and measures the one chosen on the validation split beside uniform ways of

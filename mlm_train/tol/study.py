@@ -1,4 +1,4 @@
-"""`mlm-train tol allocate`: choose how each layer is stored, within a budget or a tolerance, and measure it."""
+"""`mlm-train tol allocate`: how each layer is stored within a budget or a tolerance, chosen and measured."""
 
 import argparse
 import math
@@ -95,9 +95,10 @@ class Study:
             f"{dtype}, groups of {group}": Scheme(dtype=dtype, group_size=group)
             for dtype, group in (("int8", GROUP), ("int4", GROUP), ("int4", GROUP // 2))
         }
-        rank = int(size / len(layers) / (2 * (rows + hidden)))
-        if 0 < rank < hidden:
-            found[f"rank {rank}, bfloat16"] = Scheme(dtype="bfloat16", rank=rank)
+        ranks = (Scheme(dtype="bfloat16", rank=rank) for rank in range(hidden - 1, 0, -1))
+        fitting = (one for one in ranks if len(layers) * bytes_of(one, rows, hidden) <= size)
+        if (largest := next(fitting, None)) is not None:
+            found[f"rank {largest.rank}, bfloat16"] = largest
         return {name: dict.fromkeys(layers, choice) for name, choice in found.items()}
 
 
@@ -173,9 +174,9 @@ def _show(study: Study, mix: Mix, measured: dict[str, dict[str, float]]) -> None
     console.print(chosen)
     result = Columns("way", "MB", "perplexity", "grows by", title="measured on the validation split")
     result.add_row("exact", f"{study.index.bytes / 1e6:.3f}", f"{study.exact:.4f}", "")
-    for name, one in measured.items():
-        size = f"{one['bytes'] / 1e6:.3f}"
-        result.add_row(name, size, f"{one['perplexity']:.4f}", f"{one['growth']:+.3%}")
+    for name, way in measured.items():
+        size = f"{way['bytes'] / 1e6:.3f}"
+        result.add_row(name, size, f"{way['perplexity']:.4f}", f"{way['growth']:+.3%}")
     console.print(result)
 
 
@@ -208,15 +209,11 @@ def _plot(study: Study, mix: Mix, measured: dict[str, dict[str, float]], file: P
     front = [one for one in study.front if one.bytes]
     floor = 1e-5  # what a logarithmic axis can show of nothing
     predicted = [max(math.expm1(one.cost), floor) * 100 for one in front]
-    axes.plot(
-        [one.bytes / 1e6 for one in front], predicted, label="best mixes, predicted", color="tab:orange"
-    )
-    for name, one in measured.items():
-        marker = "*" if name == "chosen" else "o"
-        label = f"{name}, measured {one['growth']:+.3%}"
-        axes.scatter(
-            one["bytes"] / 1e6, max(one["growth"], floor) * 100, marker=marker, label=label, zorder=3
-        )
+    axes.plot([one.bytes / 1e6 for one in front], predicted, label="best mixes, predicted", color="grey")
+    for name, way in measured.items():
+        height, marker = max(way["growth"], floor) * 100, "*" if name == "chosen" else "o"
+        label = f"{name}, measured {way['growth']:+.3%}"
+        axes.scatter(way["bytes"] / 1e6, height, marker=marker, label=label, zorder=3)
     axes.set_yscale("log")
     axes.set_xlabel("MB")
     axes.set_ylabel("perplexity grows by, % (0.001 % and less at the bottom)")
