@@ -2,9 +2,8 @@
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -46,7 +45,7 @@ class Study:
         self.options = choices(self.index.hidden_size)
         self.sizes = np.array([self.size([option]) for option in self.options])
 
-        def shown(numbers: range) -> Any:
+        def shown(numbers: Iterable[int]) -> Iterable[int]:
             hidden = not console.is_terminal
             return track(numbers, "sensitivities", console=console, disable=hidden, transient=True)
 
