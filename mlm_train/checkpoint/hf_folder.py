@@ -27,6 +27,7 @@ __all__ = [
     "fingerprint",
     "load_model",
     "open_tensors",
+    "open_weights",
     "read_config",
     "write_folder",
 ]
@@ -124,18 +125,14 @@ def _write_weights(
 
 
 class FolderTensors:
-    """Lazy access to an export's tensors by name, memory-mapped; a context manager."""
+    """Lazy access to a folder's logical tensors by export name, memory-mapped; a context manager.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file_of: dict[str, Any] = {}
-        for file in _weight_files(path):
-            try:
-                opened = safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                reason = str(error).replace("\n", " ")
-                raise UserError(f"{file} is damaged ({reason}); {AGAIN}") from None
-            self._file_of |= dict.fromkeys(opened.keys(), opened)
+    `file_of`: name -> what gives its slice, as an open safetensors file does. `fix`: for a tensor that is
+    not there.
+    """
+
+    def __init__(self, path: Path, file_of: dict[str, Any], fix: str = AGAIN) -> None:
+        self.path, self._file_of, self._fix = path, file_of, fix
 
     def __enter__(self) -> Self:
         return self
@@ -171,7 +168,7 @@ class FolderTensors:
 
     def _slice(self, name: str) -> Any:
         if name not in self._file_of:
-            raise UserError(f"{self.path}: tensor {name} is missing; {AGAIN}")
+            raise UserError(f"{self.path}: tensor {name} is missing; {self._fix}")
         return self._file_of[name].get_slice(name)
 
     def check(self, config: ModelConfig, with_memory: bool = True) -> None:
@@ -192,7 +189,21 @@ class FolderTensors:
 
 def open_tensors(path: str | Path) -> FolderTensors:
     """Open an export's weights; UserError for a missing or damaged file."""
-    return FolderTensors(Path(path))
+    path = Path(path)
+    file_of: dict[str, Any] = {}
+    for file in _weight_files(path):
+        opened = open_weights(file, AGAIN)
+        file_of |= dict.fromkeys(opened.keys(), opened)
+    return FolderTensors(path, file_of)
+
+
+def open_weights(file: Path, fix: str) -> Any:
+    """A safetensors file, memory-mapped; UserError with `fix` where it is damaged."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        reason = str(error).replace("\n", " ")
+        raise UserError(f"{file} is damaged ({reason}); {fix}") from None
 
 
 def _weight_files(path: Path) -> list[Path]:

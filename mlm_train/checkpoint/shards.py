@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 BLOCK = 2**24  # bytes written and hashed at once
+PLACES = "DCP_SHARDING_INFO"  # where the format's own reader looks for where each part begins
 DTYPES = {torch.float32: "F32", torch.uint8: "U8"}  # what a checkpoint holds, in the format's words
 
 
@@ -53,7 +54,7 @@ def _write_shard(path: Path, tensors: dict[str, Tensor], starts: dict[str, list[
     # Larger elements first, as the format's own writer does: each begins at a multiple of its size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     places = {name: {"saved_offsets": starts[name]} for name in names}
-    header: dict[str, Any] = {"__metadata__": {"DCP_SHARDING_INFO": json.dumps(places), "format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {PLACES: json.dumps(places), "format": "pt"}}
     end = 0
     for name in names:
         begin, end = end, end + tensors[name].nbytes

@@ -1,0 +1,8 @@
+"""What the ranks of test_logical_folder.py run."""
+
+from tests.commands import mlm_train
+
+
+def pretrain(words: list[str]) -> None:
+    """A run of several ranks, as torchrun would start each."""
+    mlm_train("pretrain", *words)
