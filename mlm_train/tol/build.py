@@ -2,12 +2,13 @@
 
 import itertools
 import shutil
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 from mlm_train import __version__
-from mlm_train.checkpoint.hf_folder import fingerprint, open_tensors, read_config
+from mlm_train.checkpoint.logical_folder import OpenedModel, open_model
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.files import sha256_of, writing
@@ -16,11 +17,20 @@ from mlm_train.tol.cluster import ray_cluster
 from mlm_train.tol.codec import TORCH_DTYPE, PlainDtype
 from mlm_train.tol.compute import ffn_m_weights, to_numpy
 from mlm_train.tol.crew import Crew
-from mlm_train.tol.format import BASIS, INDEX, TolIndex, read_index, summary, write_index
+from mlm_train.tol.format import (
+    BASIS,
+    INDEX,
+    Partition,
+    TolIndex,
+    read_index,
+    schemes_of,
+    summary,
+    write_index,
+)
 from mlm_train.tol.lowrank import bases_of, has_ranks, lay_out, make_spectra, remove_spectra
 from mlm_train.tol.pieces import Group, Pieces
 from mlm_train.tol.progress import ByteProgress
-from mlm_train.tol.state import STATE, Layout, Plan, State, Storage, begin, remove_drafts
+from mlm_train.tol.state import STATE, Layout, Plan, State, Storage, begin, is_whole, remove_drafts
 from mlm_train.tol.table import write_bases
 from mlm_train.tol.worker import Job
 
@@ -28,6 +38,9 @@ CHUNK_ROWS = 2048
 GROUP_BYTES = 768 * 2**20  # weights of the layers that a worker holds at once
 _PARTITION_BYTES = 512 * 2**20
 _LEAST_PARTITIONS = 8
+
+
+Committed = Callable[[State], None]
 
 
 class Build:
@@ -41,7 +54,7 @@ class Build:
         *,
         table: str | Path | None = None,
         partitions: int | None = None,
-        compute: PlainDtype = "float32",
+        compute: PlainDtype | Literal["auto"] = "auto",
         chunk_rows: int = CHUNK_ROWS,
         threads: int = 1,
         device: str = "cpu",
@@ -50,14 +63,15 @@ class Build:
         self.config: ModelConfig | None = None
         if table is None:
             assert model is not None
-            folder = Path(model).absolute()
-            self.config = open_source(folder)
+            with open_model(Path(model).absolute(), needs_ffn_m=True) as opened:
+                folder, self.config = opened.path, opened.config
+                checkpoint, own = opened.fingerprint, compute_of(opened)
             source: dict[str, Any] = {
-                "checkpoint": fingerprint(folder),
+                "checkpoint": checkpoint,
                 "vocab_size": self.config.vocab_size,
                 "num_layers": self.config.num_hidden_layers,
                 "hidden_size": self.config.hidden_size,
-                "compute": compute,
+                "compute": own if compute == "auto" else compute,
                 "chunk_rows": chunk_rows,
             }
         else:
@@ -88,11 +102,67 @@ class Build:
             if state.layout is not None:
                 _check_space(self.output, state)
             if state.layout is None or state.missing:
-                self._work(state, workers, ray_address)
+                self._work(state, workers, ray_address, lambda state: state.save(self.output))
             return self._commit(state)
 
-    def _work(self, state: State, workers: int, ray_address: str | None) -> None:
-        """All that needs Ray."""
+    def repair(self, workers: int = 2, ray_address: str | None = None) -> list[Partition]:
+        """Make the damaged partitions of a finished table again; those that were.
+
+        A build of `like_index`. Raises UserError for a damaged basis, from which alone rows of low rank
+        can be read.
+        """
+        with writing(self.output), owned(self.output, "being built"):
+            index = read_index(self.output)
+            if index.basis is not None and not is_whole(self.output, index.basis, INDEX):
+                raise UserError(f"{self.output / index.basis.file} is damaged: build the table again")
+            layout = Layout(
+                hidden_size=index.hidden_size, layers=index.layers, schemes=schemes_of(index.fields)
+            )
+            whole = {
+                number: partition
+                for number, partition in enumerate(index.partitions)
+                if is_whole(self.output, partition, INDEX)
+            }
+            state = State(plan=self.plan, layout=layout, basis=index.basis, done=dict(whole))
+            if state.missing:
+                # No state is kept: what a repair has made before it was killed is whole.
+                self._work(state, workers, ray_address, lambda _: None)
+                remove_drafts(self.output)
+            partitions = [state.done[number] for number in range(self.plan.partitions)]
+            write_index(self.output, index.model_copy(update={"partitions": partitions}))
+            return [one for number, one in state.done.items() if number not in whole]
+
+    @classmethod
+    def like_index(
+        cls, output: str | Path, model: str | Path | None, table: str | Path | None, device: str = "cpu"
+    ) -> Self:
+        """The build that made a table. Raises UserError where it was made from something else."""
+        index = read_index(output)
+        schemes = schemes_of(index.fields)
+        storage = Storage(layers=index.layers, schemes=schemes)
+        if index.encodings is None:
+            storage = Storage(layers=index.layers, dtype=schemes[0].dtype)
+        source = index.source
+        build = cls(
+            model,
+            output,
+            storage,
+            table=table,
+            partitions=len(index.partitions),
+            compute=source.compute,
+            chunk_rows=source.chunk_rows or CHUNK_ROWS,
+            threads=source.threads,
+            device=device,
+        )
+        if (build.plan.checkpoint, build.plan.table) != (source.checkpoint, source.table):
+            raise UserError(f"{output} was not built from {model or table}; give what it was built from")
+        ours = [(build.plan.file(n), build.plan.rows(n)) for n in range(build.plan.partitions)]
+        if ours != [(partition.file, partition.rows) for partition in index.partitions]:
+            raise UserError(f"{output} was not cut by this program: build it again")
+        return build
+
+    def _work(self, state: State, workers: int, ray_address: str | None, committed: Committed) -> None:
+        """All that needs Ray. committed: called after each partition."""
         groups, threads = self.groups, self.plan.threads
         size = min(workers, len(state.missing) * len(groups))
         shared = self._weight_bytes() * len(self.plan.layers)
@@ -102,7 +172,7 @@ class Build:
             try:
                 if state.layout is None:
                     self._cut(state, crew, weights)
-                self._fill(state, crew, weights, groups)
+                self._fill(state, crew, weights, groups, committed)
             finally:
                 crew.dismiss()
 
@@ -133,7 +203,9 @@ class Build:
         edges = [i * len(layers) // count for i in range(count + 1)]
         return [tuple(layers[a:b]) for a, b in itertools.pairwise(edges)]
 
-    def _fill(self, state: State, crew: Crew, weights: dict[int, Any], groups: list[Group]) -> None:
+    def _fill(
+        self, state: State, crew: Crew, weights: dict[int, Any], groups: list[Group], committed: Committed
+    ) -> None:
         """Keep the workers busy until every missing partition is committed."""
         layout = state.layout
         assert layout is not None
@@ -159,9 +231,9 @@ class Build:
                 for piece, result in crew.finished():
                     if (done := pieces.ended(piece, result)) is not None:
                         state.done[piece.number], state.sums[piece.number] = done
-                        state.save(self.output)
-                committed = sum(partition.bytes for partition in state.done.values())
-                progress.show(committed + pieces.written(sizes))
+                        committed(state)
+                whole = sum(partition.bytes for partition in state.done.values())
+                progress.show(whole + pieces.written(sizes))
 
     def _shared_weights(self) -> dict[int, Any]:
         """A reference of each kept layer's weights; Ray keeps one copy a node."""
@@ -171,8 +243,8 @@ class Build:
             return {}
         assert self.job.model is not None
         layers = self.plan.layers
-        with open_tensors(self.job.model) as tensors:
-            weights = ffn_m_weights(tensors, self.config, layers, self.plan.compute)
+        with open_model(self.job.model, verify=False) as opened:
+            weights = ffn_m_weights(opened.tensors, self.config, layers, self.plan.compute)
             return {layer: ray.put(to_numpy(one)) for layer, one in zip(layers, weights, strict=True)}
 
     def _commit(self, state: State) -> TolIndex:
@@ -196,6 +268,7 @@ class Build:
                 "table": plan.table,
                 "compute": plan.compute,
                 "chunk_rows": plan.chunk_rows,
+                "threads": plan.threads,
             },
             **summary(layout.schemes),
         )
@@ -215,24 +288,13 @@ def build_tol(
 ) -> TolIndex:
     """Write the ToL of an export in a plain type, computed in fp32; `Build` does everything else."""
     storage = Storage(dtype=dtype)
-    build = Build(model, output, storage, partitions=partitions, chunk_rows=chunk_rows)
+    build = Build(model, output, storage, partitions=partitions, compute="float32", chunk_rows=chunk_rows)
     return build.run(workers, ray_address)
 
 
-def open_source(model: str | Path) -> ModelConfig:
-    """The config of an export whose tensors fit it. Raises UserError for a model without FFN-M."""
-    config = read_config(model)
-    if not config.has_memory:
-        raise UserError(f"{model} is a base model and has no FFN-M; give a memory or flex export")
-    with open_tensors(model) as tensors:
-        tensors.check(config)
-    return config
-
-
-def compute_of(model: str | Path) -> PlainDtype:
-    """The type in which an export's FFN-M runs: bfloat16 where its weights are, else float32."""
-    with open_tensors(model) as tensors:
-        stored = {tensors.dtype(name) for name in tensors.names() if "memory_mlp" in name}
+def compute_of(model: OpenedModel) -> PlainDtype:
+    """The type in which a model's FFN-M runs: bfloat16 where its weights are, else float32."""
+    stored = {model.dtype(name) for name in model.tensors.names() if "memory_mlp" in name}
     return "bfloat16" if stored == {"BF16"} else "float32"
 
 

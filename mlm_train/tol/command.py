@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the actions."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     build = add_action(actions, "build", "compute FFN-M for every token", _BUILD_HELP)
-    build.add_argument("model", metavar="MODEL", help="folder written by `mlm-train export`")
+    build.add_argument("model", metavar="MODEL", help="an export, a run's folder, or a checkpoint (step-*)")
     add_storage_arguments(build, default="bfloat16")
     build.add_argument(
         "--compute",
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     verify = add_action(actions, "verify", "check a ToL folder", _VERIFY_HELP)
     verify.add_argument("folder", metavar="DIR", help="folder written by `mlm-train tol build`")
-    verify.add_argument("--model", metavar="MODEL", help="recompute rows with this export")
+    verify.add_argument("--model", metavar="MODEL", help="recompute rows with this model")
     verify.add_argument("--sample", type=int, metavar="N", help="recompute N random rows (default: all)")
     verify.add_argument("--json", action="store_true", help="write one JSON object instead of a line")
 
@@ -101,6 +101,9 @@ def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", default=1, help="threads of each (default %(default)s)"
+    )
+    parser.add_argument(
+        "--repair", action="store_true", help="make the damaged partitions of a finished --output again"
     )
     parser.add_argument("--ray-address", metavar="A", help="use a running Ray cluster, such as auto")
 
@@ -126,9 +129,23 @@ def run(args: argparse.Namespace) -> int:
         from mlm_train.tol.study import allocate
 
         return allocate(args)
+    if args.repair:
+        return _repair(args)
     build = _compression(args) if args.action == "compress" else _build(args)
     index = build.run(args.workers, args.ray_address)
     print(f"{args.output}: {describe(index)}")
+    return 0
+
+
+def _repair(args: argparse.Namespace) -> int:
+    from mlm_train.tol.build import Build
+
+    model, table = (None, args.table) if args.action == "compress" else (args.model, None)
+    device = "cpu" if args.action == "compress" else args.device
+    again = Build.like_index(args.output, model, table, device).repair(args.workers, args.ray_address)
+    for partition in again:
+        print(f"made again: {partition.file}, rows [{partition.rows[0]}, {partition.rows[1]})")
+    print(f"{args.output}: {len(again)} partitions were damaged; it is whole")
     return 0
 
 
@@ -147,17 +164,18 @@ def describe(index: "TolIndex") -> str:
 
 
 def _build(args: argparse.Namespace) -> "Build":
-    from mlm_train.tol.build import Build, compute_of, open_source
+    from mlm_train.checkpoint.logical_folder import open_model
+    from mlm_train.tol.build import Build
 
-    config = open_source(args.model)
+    with open_model(args.model, needs_ffn_m=True, verify=False) as opened:
+        config = opened.config
     storage = storage_of(args, list(range(config.num_hidden_layers)), config.hidden_size)
-    compute = compute_of(args.model) if args.compute == "auto" else args.compute
     return Build(
         args.model,
         args.output,
         storage,
         partitions=args.partitions,
-        compute=compute,
+        compute=args.compute,
         threads=args.threads,
         device=args.device,
     )
@@ -193,6 +211,6 @@ def _verify(args: argparse.Namespace) -> int:
             f"; {report.recomputed} rows recomputed, largest error {report.max_abs_error:.2e} "
             f"({report.max_rel_error:.2e} of the row's largest value)"
         )
-    verdict = "damaged: build it again" if report.damages else "whole"
+    verdict = "damaged: `tol build --repair` makes it whole" if report.damages else "whole"
     print(f"{args.folder}: {rows} rows in {len(report.index.partitions)} partitions, {verdict}{values}")
     return code

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlm_train.checkpoint.hf_folder import FolderTensors, open_tensors
+from mlm_train.checkpoint.hf_folder import FolderTensors
+from mlm_train.checkpoint.logical_folder import open_model
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.model.block import MemoryBlock
@@ -94,7 +95,10 @@ def from_numpy(arrays: dict[str, tuple[np.ndarray, str, tuple[int, ...]]]) -> La
 
 
 class FfnM:
-    """FFN_M_l(x0) of these layers. The products run in `compute`, all else in fp32, as autocast does."""
+    """FFN_M_l(x0) of these layers, of a model that was verified before.
+
+    The products run in `compute`, all else in fp32, as autocast does.
+    """
 
     def __init__(
         self,
@@ -104,7 +108,7 @@ class FfnM:
         compute: PlainDtype = "float32",
         device: str = "cpu",
     ) -> None:
-        self.model, self.device = model, torch.device(device)
+        self.tensors, self.device = open_model(model, verify=False).tensors, torch.device(device)
         there = {
             layer: {name: tensor.to(device) for name, tensor in one.items()} for layer, one in weights.items()
         }
@@ -113,9 +117,8 @@ class FfnM:
 
     def values(self, first: int, last: int) -> Iterator[Tensor]:
         """Rows [first, last) of one layer after another, on the CPU: [n, hidden] of `compute`."""
-        with open_tensors(self.model) as tensors:
-            x0 = tensors.rows(EMBEDDING, first, last).to(self.device, torch.float32)
-        yield from self.of(x0)
+        x0 = self.tensors.rows(EMBEDDING, first, last)
+        yield from self.of(x0.to(self.device, torch.float32))
 
     @torch.no_grad()
     def of(self, x0: Tensor) -> Iterator[Tensor]:

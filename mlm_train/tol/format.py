@@ -47,7 +47,8 @@ class Source(Record):
     """What the table was made from, and how its numbers were computed, so that a part can be made again.
 
     checkpoint: fingerprint of the model. table: SHA-256 of the index that it was compressed from, if any.
-    compute, chunk_rows: the type of FFN-M's products, and how many rows went through them at once.
+    compute, chunk_rows, threads: the type of FFN-M's products, how many rows went through them at once, and
+    the threads of a worker.
     """
 
     checkpoint: str
@@ -56,6 +57,7 @@ class Source(Record):
     table: str | None = None
     compute: PlainDtype = "float32"
     chunk_rows: int | None = None
+    threads: int = 1
 
 
 class TolIndex(Record):
@@ -153,6 +155,11 @@ def row_bytes(fields: list[Encoding], hidden: int, plain: bool) -> int:
         return sum(sum(field.sizes(hidden)) for field in fields)
     first = [field.spans(hidden)[0][0] for field in fields]
     return max(start + field.bytes(hidden) for start, field in zip(first, fields, strict=True))
+
+
+def schemes_of(fields: list[Encoding]) -> list[Scheme]:
+    """The same without places."""
+    return [Scheme(**field.model_dump(include=set(Scheme.model_fields))) for field in fields]
 
 
 def summary(schemes: list[Encoding] | list[Scheme]) -> dict[str, object]:

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mlm_train.checkpoint.hf_folder import FolderTensors, fingerprint, open_tensors, read_config
+from mlm_train.checkpoint.hf_folder import FolderTensors
+from mlm_train.checkpoint.logical_folder import open_model
 from mlm_train.errors import UserError
 from mlm_train.files import sha256_of
 from mlm_train.tol.codec import TORCH_DTYPE, Encoding, decode, encode, grouped, layout
@@ -118,22 +119,20 @@ def verify_tol(
     if model is None:
         _check_partitions(folder, report, None)
         return report
-    model = Path(model)
-    config = read_config(model)
-    check_fits(folder, index, config)
-    if fingerprint(model) != index.source.checkpoint:
-        raise UserError(
-            f"{folder} was built from another export than {model}; give the one it was built from"
-        )
+    opened = open_model(model)
+    check_fits(folder, index, opened.config)
+    if opened.fingerprint != index.source.checkpoint:
+        raise UserError(f"{folder} was built from another model than {model}; give the one it was built from")
     chosen = None
     if sample is not None and sample < index.vocab_size:
         order = torch.randperm(index.vocab_size, generator=torch.Generator().manual_seed(seed))
         chosen = order[:sample].sort().values
-    with open_tensors(model) as tensors:
-        weights = ffn_m_weights(tensors, config, index.layers, index.source.compute)
-        numbers = FfnM(model, config, dict(zip(index.layers, weights, strict=True)), index.source.compute)
+    with opened:
+        weights = ffn_m_weights(opened.tensors, opened.config, index.layers, index.source.compute)
+        by_layer = dict(zip(index.layers, weights, strict=True))
+        numbers = FfnM(opened.path, opened.config, by_layer, index.source.compute)
         table = Table(index, [], read_bases(folder, index))
-        _check_partitions(folder, report, _Recompute(tensors, numbers, table, chosen))
+        _check_partitions(folder, report, _Recompute(opened.tensors, numbers, table, chosen))
     return report
 
 

@@ -177,7 +177,7 @@ def test_bad_input(
     large.memory_blocks()[2].memory_mlp.down_proj.weight.mul_(1e6)
     export(tmp_path / "large", large)
     cases = (
-        (tmp_path / "none", {}, "does not exist"),
+        (tmp_path / "none", {}, "is no folder; give an export"),
         (base, {}, "base model"),
         (exported, {"partitions": 602}, "--partitions 602: give 1 to 601"),
         (exported, {"partitions": 0}, "--partitions 0"),

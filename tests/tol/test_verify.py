@@ -117,7 +117,7 @@ def test_bad_arguments(table: Path, exported: Path, tmp_path: Path) -> None:
         verify_tol(table, sample=3)
     with pytest.raises(UserError, match=r"tol\.index\.json does not exist"):
         verify_tol(tmp_path / "nothing")
-    with pytest.raises(UserError, match="another export"):
+    with pytest.raises(UserError, match="another model"):
         verify_tol(table, export(tmp_path / "other", random_model(intermediate_size=30)))
     with pytest.raises(UserError, match="hidden_size=32 and the model 16"):
         verify_tol(table, export(tmp_path / "thin", random_model(hidden_size=16)))
