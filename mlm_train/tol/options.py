@@ -28,7 +28,6 @@ def add_storage_arguments(parser: argparse.ArgumentParser, default: str | None) 
         "--dtype",
         choices=(*TORCH_DTYPE, *LEVELS),
         default=default,
-        required=default is None,
         help="type of the stored numbers" + (f" (default {default})" if default else ""),
     )
     parser.add_argument(
@@ -56,6 +55,8 @@ def storage_of(args: argparse.Namespace, layers: list[int], hidden: int) -> Stor
     """What the words ask for, of a table with these layers. Raises UserError naming a wrong one."""
     if args.allocation:
         return _allocated(Path(args.allocation), layers, hidden)
+    if args.dtype is None:
+        raise UserError("give --dtype or --allocation: how the numbers are to be stored")
     if args.dtype not in LEVELS and (args.group_size is not None or args.asymmetric):
         raise UserError(f"--group-size and --asymmetric are of int8 and int4, not of {args.dtype}")
     for name, most in (("group_size", None), ("rank", hidden)):

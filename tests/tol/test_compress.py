@@ -1,0 +1,223 @@
+"""Tables in fewer bytes: what is read back is what a scheme makes of FFN-M, from weights or a table."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mlm_train.checkpoint.hf_folder import load_model
+from mlm_train.cli import main
+from mlm_train.errors import UserError
+from mlm_train.memory import make_source
+from mlm_train.model.transformer import Transformer
+from mlm_train.tol import build as building
+from mlm_train.tol.build import Build
+from mlm_train.tol.codec import Scheme
+from mlm_train.tol.format import BASIS, INDEX, read_index
+from mlm_train.tol.state import Storage
+from mlm_train.tol.store import TolSource
+from mlm_train.tol.table import Table
+from mlm_train.tol.verify import verify_tol
+from tests.commands import refused
+from tests.tol.conftest import export, random_model
+from tests.tol.test_build import digests
+
+MIXED = [
+    Scheme(dtype="int4", group_size=8, symmetric=False),
+    Scheme(dtype="float16", rank=20),
+    Scheme(dtype="int8", group_size=16),
+]
+STORAGES = {
+    "int8": (Storage(dtype="int8", group_size=16), 0.006),
+    "int4": (Storage(dtype="int4", group_size=8, symmetric=False), 0.07),
+    "rank": (Storage(dtype="bfloat16", rank=24), 0.25),
+    "rank and bits": (Storage(dtype="int8", group_size=8, rank=24), 0.25),
+    "mixed": (Storage(schemes=MIXED), 0.4),
+    "dropped": (Storage(dtype="int8", group_size=16, layers=[0, 2]), 0.006),
+}
+
+
+def build(source: Path, output: Path, storage: Storage, **options: object) -> None:
+    from_table = (source / INDEX).is_file()
+    places = {"model": None, "table": source} if from_table else {"model": source}
+    Build(**places, output=output, storage=storage, partitions=3, chunk_rows=100, **options).run()
+
+
+def true_rows(model: Transformer) -> Tensor:
+    """FFN-M of every token in float64: [vocabulary, layers, hidden]."""
+    blocks = [block.double() for block in random_model().memory_blocks().values()]
+    return torch.stack([block.ffn_m(model.embed_tokens.weight.double()) for block in blocks], dim=1)
+
+
+def stored_rows(folder: Path) -> dict[int, Tensor]:
+    table = Table.open_folder(folder)
+    rows = table.range(0, table.index.vocab_size)
+    values = {layer: table.values(rows, layer) for layer in table.index.layers}
+    return {layer: one.double() for layer, one in values.items() if one is not None}
+
+
+@pytest.mark.parametrize("name", STORAGES)
+def test_from_weights_and_from_a_table(
+    name: str, ray: None, tables: dict[str, Path], exported: Path, model: Transformer, tmp_path: Path
+) -> None:
+    storage, limit = STORAGES[name]
+    true = true_rows(model)
+    for source, folder in ((exported, tmp_path / "weights"), (tables["float32"], tmp_path / "table")):
+        build(source, folder, storage)
+        index, stored = read_index(folder), stored_rows(folder)
+        assert list(stored) == (storage.layers or [0, 1, 2]) and index.errors is not None
+        for (layer, rows), said in zip(stored.items(), index.errors, strict=True):
+            error = float((rows - true[:, layer]).norm() / true[:, layer].norm())
+            assert error < limit and said == pytest.approx(error, rel=1e-4)
+        report = verify_tol(folder, exported)
+        assert not report.damages and report.recomputed == 601
+        assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) == index.bytes
+
+
+def test_low_rank_is_the_best_of_its_rank(
+    ray: None, exported: Path, model: Transformer, tmp_path: Path
+) -> None:
+    build(exported, tmp_path / "tol", Storage(dtype="float32", rank=12))
+    for layer, rows in stored_rows(tmp_path / "tol").items():
+        true = true_rows(model)[:, layer]
+        left = torch.linalg.svdvals(true)[12:].norm()
+        assert float((rows - true).norm()) == pytest.approx(float(left), rel=1e-3)
+        assert torch.linalg.matrix_rank(rows, rtol=1e-5) == 12
+
+
+def test_a_budget_is_kept_and_used_where_it_counts(ray: None, tmp_path: Path) -> None:
+    """Layer 1 has half the rank by its weights: it gets fewer numbers than the others."""
+    model = random_model()
+    model.memory_blocks()[1].memory_mlp.down_proj.weight[16:] = 0.0
+    source = export(tmp_path / "model", model)
+    for budget in (40_000, 70_000, 100_000):
+        folder = tmp_path / str(budget)
+        build(source, folder, Storage(dtype="float16", budget=budget))
+        index = read_index(folder)
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        assert 0.75 * budget <= size <= budget
+        ranks = dict(zip(index.layers, index.rank or [], strict=True))
+        assert all(ranks.get(1, 0) <= min(16, ranks.get(layer, 32)) for layer in (0, 2))
+    with pytest.raises(UserError, match="holds no layer of 601 rows; give more"):
+        build(source, tmp_path / "none", Storage(dtype="float16", budget=3_000))
+    assert not (tmp_path / "none" / INDEX).exists()
+
+
+@pytest.mark.parametrize("name", ["int4", "rank and bits", "mixed"])
+def test_groups_of_layers_and_workers_do_not_change_a_byte(
+    name: str, ray: None, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, _ = STORAGES[name]
+    build(exported, tmp_path / "one", storage)
+    monkeypatch.setattr(building, "GROUP_BYTES", 1)  # a layer each
+    build(exported, tmp_path / "groups", storage)
+    assert digests(tmp_path / "one") == digests(tmp_path / "groups")
+    assert read_index(tmp_path / "one").errors == read_index(tmp_path / "groups").errors
+
+
+def test_a_model_serves_from_it(
+    ray: None, exported: Path, model: Transformer, tables: dict[str, Path], tmp_path: Path
+) -> None:
+    ids = torch.arange(120).view(4, 30) ** 2 % 601
+    served = load_model(exported, with_memory=False)
+    computed = model(ids, make_source("per_token", model.memory_blocks()))
+    for name, limit in (("int8", 0.01), ("int4", 0.1)):
+        build(tables["float32"], tmp_path / name, STORAGES[name][0])
+        for in_memory in (False, True):
+            source = TolSource.open_folder(tmp_path / name, served.config, in_memory)
+            found = served(ids, source)
+            assert (found - computed).abs().max() <= limit * computed.abs().max()
+
+
+def test_bfloat16_products(ray: None, exported: Path, model: Transformer, tmp_path: Path) -> None:
+    build(exported, tmp_path / "tol", Storage(dtype="bfloat16"), compute="bfloat16")
+    index = read_index(tmp_path / "tol")
+    assert index.source.compute == "bfloat16" and not verify_tol(tmp_path / "tol", exported).damages
+    for layer, rows in stored_rows(tmp_path / "tol").items():
+        true = true_rows(model)[:, layer]
+        assert 1e-4 < float((rows - true).norm() / true.norm()) < 2e-2
+
+
+def test_a_wrong_value_is_found_though_its_file_is_whole(ray: None, exported: Path, tmp_path: Path) -> None:
+    """A table of other weights under this model's fingerprint."""
+    build(exported, tmp_path / "tol", STORAGES["int8"][0])
+    other = export(tmp_path / "other", random_model(intermediate_size=30))
+    build(other, tmp_path / "wrong", STORAGES["int8"][0])
+    tree = json.loads((tmp_path / "wrong" / INDEX).read_text())
+    tree["source"] = json.loads((tmp_path / "tol" / INDEX).read_text())["source"]
+    (tmp_path / "wrong" / INDEX).write_text(json.dumps(tree))
+    damages = [str(damage) for damage in verify_tol(tmp_path / "wrong", exported).damages]
+    assert len(damages) == 3 and all("values are not FFN-M's" in damage for damage in damages)
+
+
+@pytest.mark.parametrize("name", ["int4", "rank"])
+def test_repair_makes_damaged_partitions_again(
+    name: str, ray: None, exported: Path, tables: dict[str, Path], tmp_path: Path
+) -> None:
+    for source, words in ((exported, "build"), (tables["bfloat16"], "compress")):
+        folder = tmp_path / words
+        build(source, folder, STORAGES[name][0])
+        before, index = digests(folder), (folder / INDEX).read_bytes()
+        first, second, third = read_index(folder).partitions
+        (folder / first.file).unlink()
+        data = bytearray((folder / second.file).read_bytes())
+        data[-1] ^= 1
+        (folder / second.file).write_bytes(data)
+        untouched = (folder / third.file).stat().st_mtime_ns
+        command = ["tol", words, str(source), "--output", str(folder), "--repair"]
+        command += ["--dtype", "int8"] * (words == "compress")
+        with pytest.raises(SystemExit) as ended:
+            main(command)
+        assert not ended.value.code
+        assert digests(folder) == before and (folder / INDEX).read_bytes() == index
+        assert (folder / third.file).stat().st_mtime_ns == untouched
+
+
+def test_repair_refuses(ray: None, exported: Path, tables: dict[str, Path], tmp_path: Path) -> None:
+    table = tmp_path / "tol"
+    build(exported, table, STORAGES["rank"][0])
+    other = export(tmp_path / "other", random_model(intermediate_size=30))
+    assert "was not built from" in refused("tol", "build", other, "--output", table, "--repair")
+    assert "does not exist" in refused("tol", "build", exported, "--output", tmp_path / "no", "--repair")
+    (table / BASIS).write_bytes(b"x" * 100)
+    assert f"{BASIS} is damaged: build" in refused("tol", "build", exported, "--output", table, "--repair")
+    assert "SHA-256 is not the index's" in refused("tol", "verify", table, "--model", exported)
+
+
+def test_bad_words(tables: dict[str, Path], exported: Path, tmp_path: Path) -> None:
+    table, output = tables["bfloat16"], ("--output", tmp_path / "out")
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "foreign.json").write_text(
+        json.dumps({"layers": [0, 9], "schemes": [{"dtype": "int4", "group_size": 64}] * 2})
+    )
+    cases = {
+        ("--dtype", "bfloat16", "--group-size", 8): "--group-size and --asymmetric are of int8 and int4",
+        ("--dtype", "int8", "--group-size", 0): "--group-size 0: give 1 or more",
+        ("--dtype", "int8", "--rank", 33): "--rank 33: give 1 to 32 (hidden_size)",
+        ("--dtype", "int8", "--rank", 3, "--budget", "1MB"): "give --rank or --budget",
+        ("--dtype", "int8", "--budget", "much"): "--budget much: give a size such as",
+        ("--dtype", "int8", "--drop", "5"): "--drop 5: there is no layer 5; those there are: [0, 1, 2]",
+        ("--dtype", "int8", "--drop", "0-2"): "--drop 0-2 leaves no layer",
+        ("--dtype", "int8", "--drop", "x"): "--drop x: give layers such as",
+        ("--allocation", tmp_path / "broken.json"): "broken.json: ",
+        ("--allocation", tmp_path / "foreign.json"): "foreign.json is of another model",
+    }
+    for words, message in cases.items():
+        assert message in refused("tol", "compress", table, *output, *words), words
+        assert message in refused("tol", "build", exported, *output, *words), words
+    assert "does not exist" in refused("tol", "compress", exported, *output, "--dtype", "int8")
+    assert "--dtype or --allocation" in refused("tol", "compress", table, *output)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dropped_layer_cannot_come_back(ray: None, tables: dict[str, Path], tmp_path: Path) -> None:
+    build(tables["bfloat16"], tmp_path / "two", Storage(dtype="int8", group_size=8, layers=[0, 2]))
+    assert "there is no layer 1; those there are: [0, 2]" in refused(
+        "tol", "compress", tmp_path / "two", "--output", tmp_path / "out", "--dtype", "int4", "--drop", "1"
+    )
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    build(tmp_path / "two", tmp_path / "again", Storage(dtype="int4", group_size=8))
+    assert read_index(tmp_path / "again").layers == [0, 2]
