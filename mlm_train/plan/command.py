@@ -107,7 +107,15 @@ def run(args: argparse.Namespace) -> int:
 
 def plan_tol(args: argparse.Namespace) -> dict[str, Any]:
     """All figures of the page, as JSON has them."""
-    from mlm_train.plan.tol import Stored, compare, ffn_m_bytes, ffn_m_flops, other_bytes, weights_seconds
+    from mlm_train.plan.tol import (
+        Stored,
+        compare,
+        ffn_m_bytes,
+        ffn_m_flops,
+        other_bytes,
+        read_bytes,
+        weights_seconds,
+    )
 
     model = _model(Path(args.model), args.overrides)
     _check(args, model)
@@ -128,7 +136,8 @@ def plan_tol(args: argparse.Namespace) -> dict[str, Any]:
         },
         "other_weights": {
             "bytes": other_bytes(model, args.weights_dtype),
-            "seconds": other_bytes(model, args.weights_dtype) / serving.tiers[0].bandwidth,
+            "bytes_a_step": read_bytes(model, args.weights_dtype),
+            "seconds": read_bytes(model, args.weights_dtype) / serving.tiers[0].bandwidth,
         },
         "tables": [_table(model, one, speed, figures["write-gbs"] * 1e9) for one in stored],
         "serving": [

@@ -102,6 +102,12 @@ def other_bytes(model: ModelConfig, dtype: str) -> int:
     return int((counts.stored - counts.ffn_m) * BITS[dtype] / 8)
 
 
+def read_bytes(model: ModelConfig, dtype: str) -> int:
+    """Of the other weights that a decoded step reads: not the embedding, unless it is the head too."""
+    counts = count_parameters(model)
+    return int((counts.active + (counts.head or counts.embedding)) * BITS[dtype] / 8)
+
+
 def ffn_m_flops(model: ModelConfig) -> int:
     """Of FFN-M for one token, all layers: three products, norms and activations left out."""
     return 6 * model.num_hidden_layers * model.hidden_size * model.intermediate_size

@@ -85,17 +85,17 @@ def _when(pays: list[tuple[int, int | None]]) -> str:
 
 def _verdicts(plan: dict[str, Any]) -> list[str]:
     """Where a ToL does not pay in time, or from which batch size on; where it does in bytes; its limit."""
-    own, others = plan["ffn_m"], plan["other_weights"]
+    own, others, batch = plan["ffn_m"], plan["other_weights"], plan["batch"][0]
     ends = [offer for offer in plan["serving"] if offer["pays"] != ALWAYS]
     found = [f"  {offer['stored']} ToL in {offer['tier']}: {_verdict(offer)}" for offer in ends]
     smaller = [table["stored"] for table in plan["tables"] if table["bytes"] < own["bytes"]]
-    share = own["seconds"][0] / (own["seconds"][0] + others["seconds"])
+    saved = own["seconds"][0] / (own["seconds"][0] + others["seconds"])
     return [
         f"In time, a ToL does not pay against FFN-M's weights in {own['tier']} (batch 1 to {LARGEST_BATCH}):",
         *(found or ["  nowhere: it pays in every tier at every batch size"]),
         f"In bytes, a ToL pays as: {'; '.join(smaller) or 'none of these, all are larger than the weights'}.",
-        f"The other weights ({others['bytes'] / 1e9:.3g} GB) take {_number(1e3 * others['seconds'])} ms of a "
-        f"step either way: at batch {plan['batch'][0]} a ToL saves at most {share:.0%}.",
+        f"A step reads {others['bytes_a_step'] / 1e9:.3g} GB of other weights either way, "
+        f"{_number(1e3 * others['seconds'])} ms: a ToL saves at most {saved:.0%} at batch {batch}.",
     ]
 
 
