@@ -110,6 +110,11 @@ def open_model(path: str | Path, needs_ffn_m: bool = False, verify: bool = True)
     return OpenedModel(folder, config, tensors, manifest)
 
 
+def read_model_config(path: str | Path) -> ModelConfig:
+    """The config of what open_model opens; its weights are not read. Raises UserError."""
+    return _described(Path(path))[2]
+
+
 def _described(path: Path) -> tuple[Path, dict[str, Any] | None, ModelConfig]:
     """The folder that holds the weights, a checkpoint's manifest, the model; checksums are not compared."""
     if _looks_exported(path):

@@ -19,6 +19,7 @@ from mlm_train.parallel.runtime import Runtime
 from mlm_train.plan.ffn_m import Speeds
 
 ROWS = (256, 2048)  # a line through two sizes: what a call costs, and what a row
+LARGEST = 2**24  # elements of a product that ffn_flops measures
 
 
 def measure_speeds(config: Config, runtime: Runtime) -> Speeds:
@@ -27,6 +28,16 @@ def measure_speeds(config: Config, runtime: Runtime) -> Speeds:
     tensor_link, data_link = measure_links(runtime)
     means = {name: statistics.fmean(speeds[name] for speeds in found) for name in found[0]}
     return Speeds(**means, tensor_link=tensor_link, data_link=data_link)
+
+
+def ffn_flops(hidden: int, keys: int) -> float:
+    """FLOPs a second of FFN-M in fp32 on this machine's CPU, all threads: what a ToL's build has.
+
+    A large FFN-M is measured with fewer keys, so that it takes about a second.
+    """
+    keys, rows = min(keys, max(1, LARGEST // hidden)), ROWS[0]
+    ffn, x = SwiGLU(hidden, keys).requires_grad_(False), torch.randn(rows, hidden)
+    return 6 * hidden * keys * rows / median_seconds(partial(ffn, x), torch.device("cpu"))
 
 
 def _measure(config: Config, device: torch.device) -> dict[str, float]:

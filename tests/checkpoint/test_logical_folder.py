@@ -14,7 +14,7 @@ from mlm_train.checkpoint.folders import newest
 from mlm_train.checkpoint.hf_config import config_json
 from mlm_train.checkpoint.joined import open_joined
 from mlm_train.checkpoint.load import config_of, open_checkpoint
-from mlm_train.checkpoint.logical_folder import OpenedModel, open_model
+from mlm_train.checkpoint.logical_folder import OpenedModel, open_model, read_model_config
 from mlm_train.errors import UserError
 from mlm_train.parallel import runtime
 from tests.checkpoint.test_half_copied import HALVES
@@ -84,7 +84,7 @@ def test_a_checkpoint_reads_as_its_export(data: Path, tmp_path: Path, layout: st
         assert set(parts_of(checkpoint).values()) == {1, 2}
     for path in (run, run / "checkpoints", checkpoint):
         with open_model(path, needs_ffn_m=True) as opened:
-            assert opened.path == checkpoint
+            assert opened.path == checkpoint and read_model_config(path) == opened.config
             same(opened, export)
     with open_model(export) as exported, open_model(checkpoint, verify=False) as again:
         same(exported, export)

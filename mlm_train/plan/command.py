@@ -1,0 +1,239 @@
+"""`mlm-train plan`: what something will take and whether it pays, before it is made."""
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlm_train.arguments import add_action
+from mlm_train.errors import UserError
+
+if TYPE_CHECKING:
+    from mlm_train.config import ModelConfig
+    from mlm_train.plan.tol import Serving, Stored, Tier
+
+HELP = """Say what something will take and whether it pays, before it is made.
+(What a training run needs: mlm-train pretrain CONFIG --dry-run)
+
+example:
+  mlm-train plan tol configs/memory-1b.yaml"""
+
+_TOL_HELP = """Size of a ToL, the time to build it, and whether looking FFN-M up pays against computing it.
+
+Nothing is built or loaded. The tiers' figures are assumptions: give those of your machine.
+
+examples:
+  mlm-train plan tol configs/memory-1b.yaml
+  mlm-train plan tol exports/run1 --batch 1 16 256 --vram-gb 8 --rank 256 512
+  mlm-train plan tol runs/micro --build-tflops 40 --json"""
+
+DTYPES = ("bfloat16", "int8", "int4")
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """A figure that the plan takes on trust: an option with a default."""
+
+    option: str
+    default: float
+    meaning: str
+
+    def of(self, args: argparse.Namespace) -> float:
+        """Its value; UserError where it is out of range."""
+        return _positive(self.option, getattr(args, self.option.replace("-", "_")))
+
+
+def _positive(option: str, value: float) -> float:
+    """The value; UserError where it is not above zero and finite."""
+    if not 0 < value < math.inf:
+        raise UserError(f"--{option} {value:g}: give a number above 0")
+    return value
+
+
+ASSUMPTIONS = (
+    Assumption("vram-gb", 24, "VRAM, GB; the KV cache is left out"),
+    Assumption("vram-gbs", 1000, "VRAM's bandwidth, GB/s"),
+    Assumption("ram-gb", 64, "RAM, GB"),
+    Assumption("ram-gbs", 25, "from RAM to the device, GB/s (16 lanes of PCIe 4)"),
+    Assumption("nvme-gb", 1000, "NVMe, GB"),
+    Assumption("nvme-gbs", 5, "from NVMe to the device, GB/s"),
+    Assumption("nvme-latency-us", 100, "a random read from NVMe, microseconds"),
+    Assumption("nvme-reads", 32, "random reads from NVMe under way at once"),
+    Assumption("tflops", 100, "products of the device that decodes, TFLOP/s"),
+    Assumption("distinct", 1, "distinct tokens of a decoded step / its batch; 1 is the worst for a ToL"),
+    Assumption("write-gbs", 1, "writing the ToL, GB/s"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `tol`."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    tol = add_action(actions, "tol", "a ToL's size, its build, and whether it pays", _TOL_HELP)
+    tol.add_argument("model", metavar="MODEL", help="a config (YAML), an export or a run's folder")
+    tol.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to a config")
+    tol.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], help="batch sizes (default 1 8 64)")
+    tol.add_argument("--rank", type=int, nargs="+", default=[], metavar="R", help="low-rank tables as well")
+    tol.add_argument(
+        "--weights-dtype",
+        choices=("float32", "bfloat16", "int8", "int4"),
+        default="bfloat16",
+        help="of the weights that a ToL would replace, and of all others (default %(default)s)",
+    )
+    tol.add_argument(
+        "--weights-in",
+        choices=("vram", "ram", "nvme"),
+        help="where FFN-M's weights would live (default: the fastest place that holds them)",
+    )
+    tol.add_argument("--build-tflops", type=float, help="of the build, TFLOP/s (default: measured here)")
+    for figure in ASSUMPTIONS:
+        text = f"{figure.meaning} (default {figure.default:g})"
+        tol.add_argument(f"--{figure.option}", type=float, default=figure.default, metavar="X", help=text)
+    tol.add_argument("--json", action="store_true", help="write one JSON object instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compute and print."""
+    from mlm_train.plan.tol_page import print_page
+
+    plan = plan_tol(args)
+    if args.json:
+        print(json.dumps(plan, indent=1))
+    else:
+        print_page(plan)
+    return 0
+
+
+def plan_tol(args: argparse.Namespace) -> dict[str, Any]:
+    """All figures of the page, as JSON has them."""
+    from mlm_train.plan.tol import (
+        Stored,
+        compare,
+        ffn_m_bytes,
+        ffn_m_flops,
+        other_bytes,
+        read_bytes,
+        weights_seconds,
+    )
+
+    model = _model(Path(args.model), args.overrides)
+    _check(args, model)
+    serving, figures = _serving(args)
+    home = _home(args, model, serving)
+    stored = [Stored(dtype, rank) for rank in (None, *args.rank) for dtype in DTYPES]
+    speed, measured = _build_speed(args, model)
+    return {
+        "model": args.model,
+        "batch": args.batch,
+        "assumed": figures | {"weights-dtype": args.weights_dtype},
+        "build_tflops": {"value": speed / 1e12, "measured": measured},
+        "ffn_m": {
+            "bytes": ffn_m_bytes(model, args.weights_dtype),
+            "flops_a_token": ffn_m_flops(model),
+            "tier": home.name,
+            "seconds": weights_seconds(model, serving, home, args.batch).tolist(),
+        },
+        "other_weights": {
+            "bytes": other_bytes(model, args.weights_dtype),
+            "bytes_a_step": read_bytes(model, args.weights_dtype),
+            "seconds": read_bytes(model, args.weights_dtype) / serving.tiers[0].bandwidth,
+        },
+        "tables": [_table(model, one, speed, figures["write-gbs"] * 1e9) for one in stored],
+        "serving": [
+            offer._asdict() | {"stored": str(offer.stored)}
+            for offer in compare(model, serving, home, stored, args.batch)
+        ],
+    }
+
+
+def _model(path: Path, overrides: list[str]) -> "ModelConfig":
+    """Of a config file, or of a folder whose weights are not read."""
+    from mlm_train.checkpoint.logical_folder import read_model_config
+    from mlm_train.config import load_config
+
+    if not path.is_dir():
+        return load_config(path, overrides).model
+    if overrides:
+        raise UserError(f"{overrides[0]}: {path} is no config; change fields of a config (YAML)")
+    return read_model_config(path)
+
+
+def _check(args: argparse.Namespace, model: "ModelConfig") -> None:
+    """UserError for what no ToL can be made of, and for counts out of range."""
+    if not model.has_memory:
+        raise UserError(f"{args.model} is a base model and has no FFN-M; give a memory or flex model")
+    for batch in args.batch:
+        if batch < 1:
+            raise UserError(f"--batch {batch}: give at least 1")
+    for rank in args.rank:
+        if not 1 <= rank <= model.hidden_size:
+            raise UserError(f"--rank {rank}: give 1 to {model.hidden_size} (model.hidden_size)")
+    if args.distinct > 1:
+        raise UserError(f"--distinct {args.distinct:g}: give at most 1")
+
+
+def _serving(args: argparse.Namespace) -> "tuple[Serving, dict[str, float]]":
+    """What decodes, and the figures behind it by option."""
+    from mlm_train.plan.tol import BLOCK, NVME, RAM, VRAM, Serving, Tier
+
+    figures = {figure.option: figure.of(args) for figure in ASSUMPTIONS}
+    giga = {option: 1e9 * value for option, value in figures.items()}
+    tiers = (
+        Tier(VRAM, giga["vram-gb"], giga["vram-gbs"]),
+        Tier(RAM, giga["ram-gb"], giga["ram-gbs"]),
+        Tier(
+            NVME,
+            giga["nvme-gb"],
+            giga["nvme-gbs"],
+            latency=figures["nvme-latency-us"] * 1e-6,
+            in_flight=figures["nvme-reads"],
+            block=BLOCK,
+        ),
+    )
+    return Serving(tiers, figures["tflops"] * 1e12, figures["distinct"], args.weights_dtype), figures
+
+
+def _home(args: argparse.Namespace, model: "ModelConfig", serving: "Serving") -> "Tier":
+    """Where FFN-M's weights live; UserError where they, or the other weights, have no room."""
+    from mlm_train.plan.tol import ffn_m_bytes, home_of_weights, other_bytes
+
+    others, needed = other_bytes(model, serving.weights), ffn_m_bytes(model, serving.weights)
+    if others > serving.tiers[0].capacity:
+        raise UserError(
+            f"--vram-gb {args.vram_gb:g}: the weights apart from FFN-M take {others / 1e9:.3g} GB; give more"
+        )
+    if args.weights_in is None:
+        home = home_of_weights(model, serving)
+        if home is None:
+            raise UserError(f"no tier has {needed / 1e9:.3g} GB for FFN-M's weights; give a larger --nvme-gb")
+        return home
+    home = next(tier for tier in serving.tiers if tier.name.lower() == args.weights_in)
+    if not serving.fits(model, home, needed):
+        raise UserError(
+            f"--weights-in {args.weights_in}: FFN-M's weights take {needed / 1e9:.3g} GB, more than is free "
+            f"there; give a larger --{args.weights_in}-gb, or leave --weights-in out"
+        )
+    return home
+
+
+def _build_speed(args: argparse.Namespace, model: "ModelConfig") -> tuple[float, bool]:
+    """FLOPs a second, and whether they were measured."""
+    if args.build_tflops is not None:
+        return _positive("build-tflops", args.build_tflops) * 1e12, False
+    from mlm_train.plan.speeds import ffn_flops
+
+    return ffn_flops(model.hidden_size, model.intermediate_size), True
+
+
+def _table(model: "ModelConfig", stored: "Stored", speed: float, written: float) -> dict[str, Any]:
+    from mlm_train.plan.tol import build_seconds, row_bytes, tol_bytes
+
+    compute, write = build_seconds(model, stored, speed, written)
+    return {
+        "stored": str(stored),
+        "row_bytes": row_bytes(model, stored),
+        "bytes": tol_bytes(model, stored),
+        "compute_seconds": compute,
+        "write_seconds": write,
+    }

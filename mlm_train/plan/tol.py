@@ -1,0 +1,178 @@
+"""What a ToL will take, and whether looking FFN-M up pays against computing it, before anything is built.
+
+Bytes and FLOPs are exact (headers of files left out); times follow from bandwidths and speeds that the
+caller states. GB are 1e9 bytes.
+"""
+
+from collections.abc import Sequence
+from math import ceil
+from typing import NamedTuple
+
+import numpy as np
+
+from mlm_train.config import ModelConfig
+from mlm_train.model.counts import count_parameters
+
+BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.25, "int4": 4.25}  # a float16 scale for each group
+GROUP, SCALE = 64, 2  # numbers that share a scale; bytes of it
+ALIGNMENT = 16  # bytes: where each layer of a row begins that is not stored whole and plain
+BASIS = 2  # bytes of an element of a low-rank layer's basis
+BLOCK = 4096  # bytes that an NVMe device reads at least
+LARGEST_BATCH = 2**16  # the search for where a ToL pays ends here
+VRAM, RAM, NVME = "VRAM", "RAM", "NVMe"
+
+Batches = Sequence[int] | np.ndarray  # batch sizes
+
+
+class Stored(NamedTuple):
+    """How a ToL's numbers are kept, all layers alike; rank None keeps them all."""
+
+    dtype: str
+    rank: int | None = None
+
+    def __str__(self) -> str:
+        return self.dtype if self.rank is None else f"{self.dtype}, rank {self.rank}"
+
+
+class Tier(NamedTuple):
+    """Where bytes live. `bandwidth`: bytes a second to the device that decodes."""
+
+    name: str
+    capacity: float  # bytes
+    bandwidth: float
+    latency: float = 0.0  # seconds of a random read
+    in_flight: float = 1.0  # random reads under way at once
+    block: int = 1  # bytes that a read is rounded up to
+
+
+class Serving(NamedTuple):
+    """What decodes: its tiers, fastest first, and its products."""
+
+    tiers: tuple[Tier, Tier, Tier]  # VRAM, RAM, NVMe
+    flops: float  # a second
+    distinct: float  # distinct tokens of a decoded step / its batch
+    weights: str  # type of the weights that a ToL would replace, and of all others
+
+    def fits(self, model: ModelConfig, tier: Tier, size: int) -> bool:
+        """Whether a tier holds so many bytes; VRAM has the other weights already."""
+        return size + (other_bytes(model, self.weights) if tier.name == VRAM else 0) <= tier.capacity
+
+
+class Offer(NamedTuple):
+    """A ToL in a tier, against FFN-M's weights."""
+
+    stored: Stored
+    tier: str
+    bytes: int
+    fits: bool
+    seconds: list[float]  # of a decoded step, a batch size each
+    pays: list[tuple[int, int | None]]  # batch sizes [first, stop) at which it is faster; None: no end found
+
+
+def row_bytes(model: ModelConfig, stored: Stored) -> int:
+    """Of a token's row, all layers."""
+    width = model.hidden_size if stored.rank is None else stored.rank
+    if stored.dtype in ("int8", "int4"):
+        layer = ceil(width / GROUP) * SCALE + ceil(width * (8 if stored.dtype == "int8" else 4) / 8)
+    else:
+        layer = width * int(BITS[stored.dtype]) // 8
+    if stored.dtype in ("int8", "int4") or stored.rank is not None:
+        layer = ceil(layer / ALIGNMENT) * ALIGNMENT
+    return model.num_hidden_layers * layer
+
+
+def basis_bytes(model: ModelConfig, stored: Stored) -> int:
+    """Of all layers' bases [rank, hidden], kept once and used by every row."""
+    return model.num_hidden_layers * (stored.rank or 0) * model.hidden_size * BASIS
+
+
+def tol_bytes(model: ModelConfig, stored: Stored) -> int:
+    """Of the whole table and its bases."""
+    return model.vocab_size * row_bytes(model, stored) + basis_bytes(model, stored)
+
+
+def ffn_m_bytes(model: ModelConfig, dtype: str) -> int:
+    """Of the weights that a ToL replaces."""
+    return int(count_parameters(model).ffn_m * BITS[dtype] / 8)
+
+
+def other_bytes(model: ModelConfig, dtype: str) -> int:
+    """Of all other weights, head and embedding among them: they stay in VRAM either way."""
+    counts = count_parameters(model)
+    return int((counts.stored - counts.ffn_m) * BITS[dtype] / 8)
+
+
+def read_bytes(model: ModelConfig, dtype: str) -> int:
+    """Of the other weights that a decoded step reads: not the embedding, unless it is the head too."""
+    counts = count_parameters(model)
+    return int((counts.active + (counts.head or counts.embedding)) * BITS[dtype] / 8)
+
+
+def ffn_m_flops(model: ModelConfig) -> int:
+    """Of FFN-M for one token, all layers: three products, norms and activations left out."""
+    return 6 * model.num_hidden_layers * model.hidden_size * model.intermediate_size
+
+
+def build_seconds(model: ModelConfig, stored: Stored, flops: float, written: float) -> tuple[float, float]:
+    """To compute FFN-M for the vocabulary at so many FLOPs a second, and to write so many bytes a second."""
+    return model.vocab_size * ffn_m_flops(model) / flops, tol_bytes(model, stored) / written
+
+
+def rows_of(batches: Batches, distinct: float) -> np.ndarray:
+    """Rows that a decoded step looks up, or computes: one a distinct token of the batch."""
+    return np.maximum(1.0, np.asarray(batches) * distinct)
+
+
+def weights_seconds(model: ModelConfig, serving: Serving, tier: Tier, batches: Batches) -> np.ndarray:
+    """FFN-M's share of a decoded step: its weights moved once, or its FLOPs, whichever takes longer."""
+    moved = ffn_m_bytes(model, serving.weights) / tier.bandwidth
+    return np.maximum(moved, rows_of(batches, serving.distinct) * ffn_m_flops(model) / serving.flops)
+
+
+def lookup_seconds(
+    model: ModelConfig, serving: Serving, stored: Stored, tier: Tier, batches: Batches
+) -> np.ndarray:
+    """The same read from a ToL: bytes of the rows, or latency of their reads, whichever takes longer.
+
+    Low rank then multiplies with the bases, which lie in VRAM. Turning codes into values is left out.
+    """
+    rows = rows_of(batches, serving.distinct)
+    moved = rows * ceil(row_bytes(model, stored) / tier.block) * tier.block / tier.bandwidth
+    waited = np.maximum(1.0, rows / tier.in_flight) * tier.latency
+    if stored.rank is None:
+        return np.maximum(moved, waited)
+    flops = 2 * model.num_hidden_layers * stored.rank * model.hidden_size
+    bases = basis_bytes(model, stored) / serving.tiers[0].bandwidth
+    return np.maximum(moved, waited) + np.maximum(bases, rows * flops / serving.flops)
+
+
+def home_of_weights(model: ModelConfig, serving: Serving) -> Tier | None:
+    """The fastest tier that holds FFN-M's weights; None where none does."""
+    needed = ffn_m_bytes(model, serving.weights)
+    return next((tier for tier in serving.tiers if serving.fits(model, tier, needed)), None)
+
+
+def compare(
+    model: ModelConfig, serving: Serving, home: Tier, stored: Sequence[Stored], batches: Batches
+) -> list[Offer]:
+    """Every way of storing in every tier, against FFN-M's weights that live in `home`."""
+    every = np.arange(1, LARGEST_BATCH + 1)
+    weights = weights_seconds(model, serving, home, every)
+    offers = []
+    for one in stored:
+        for tier in serving.tiers:
+            size = tol_bytes(model, one)
+            seconds = lookup_seconds(model, serving, one, tier, batches).tolist()
+            fits = serving.fits(model, tier, size)
+            faster = lookup_seconds(model, serving, one, tier, every) < weights
+            offers.append(Offer(one, tier.name, size, fits, seconds, _spans(faster) if fits else []))
+    return offers
+
+
+def _spans(faster: np.ndarray) -> list[tuple[int, int | None]]:
+    """Runs [first, stop) of batch sizes where it is true; the first element is batch size 1."""
+    edges = np.flatnonzero(np.diff(faster, prepend=False, append=False)) + 1
+    return [
+        (int(first), int(stop) if stop <= len(faster) else None)
+        for first, stop in zip(edges[::2], edges[1::2], strict=True)
+    ]

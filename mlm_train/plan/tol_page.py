@@ -1,0 +1,129 @@
+"""The plan of a ToL as one page of text."""
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mlm_train.plan.tol import LARGEST_BATCH
+
+WIDTH = 110
+ALWAYS = [(1, None)]  # all batch sizes
+FORMULAE = """Formulae (GB = 1e9 bytes; rows = max(1, batch x --distinct))
+  row bytes     layers x hidden x 16, 8.25 or 4.25 bits (int8, int4: a float16 scale for each group of 64);
+                low rank: r numbers a layer, and once a basis of r x hidden float16 in VRAM;
+                a layer of int8, int4 or low rank is padded to a multiple of 16 bytes
+  table         vocabulary x row bytes + bases
+  build         vocabulary x 6 x layers x hidden x intermediate FLOPs / speed, then bytes / --write-gbs
+  FFN-M's step  longer of: weights' bytes / bandwidth of where they live; rows x FLOPs / --tflops
+  ToL's step    longer of: rows x row bytes / bandwidth (NVMe: whole blocks of 4096 bytes);
+                NVMe: max(1, rows / --nvme-reads) x --nvme-latency-us;
+                low rank adds the longer of: bases / --vram-gbs; rows x 2 x layers x r x hidden / --tflops
+Left out: turning codes into values, caches, reads ahead, copies that overlap other work, the KV cache."""
+
+
+def print_page(plan: dict[str, Any]) -> None:
+    """Tables, verdicts, formulae, and what was assumed."""
+    console = Console(width=WIDTH, highlight=False, soft_wrap=True)
+    console.print(_sizes(plan), soft_wrap=False)
+    console.print(_steps(plan), soft_wrap=False)
+    for line in (*_verdicts(plan), "", FORMULAE, "", *_assumed(plan)):
+        console.print(line, markup=False)
+
+
+def _sizes(plan: dict[str, Any]) -> Table:
+    columns = ("stored as", "bytes a row", "GB", "times FFN-M's weights", "compute, s", "write, s")
+    table = _table(f"ToL of {plan['model']}", columns)
+    weights = plan["ffn_m"]["bytes"]
+    table.add_row(
+        f"FFN-M's weights ({plan['assumed']['weights-dtype']})", "", _number(weights / 1e9), "1", "", ""
+    )
+    for one in plan["tables"]:
+        size, times = _number(one["bytes"] / 1e9), _number(one["bytes"] / weights)
+        seconds = (_number(one["compute_seconds"]), _number(one["write_seconds"]))
+        table.add_row(one["stored"], f"{one['row_bytes']:,}", size, times, *seconds)
+    return table
+
+
+def _steps(plan: dict[str, Any]) -> Table:
+    """Milliseconds, with a star where the ToL is faster."""
+    columns = ["read from", *(f"batch {batch}, ms" for batch in plan["batch"]), "pays at"]
+    table = _table("FFN-M's share of a decoded step (* faster than the first line)", columns)
+    own = plan["ffn_m"]
+    own_cells = (_number(1e3 * value) for value in own["seconds"])
+    table.add_row(f"FFN-M's weights in {own['tier']}, computed", *own_cells, "")
+    for offer in plan["serving"]:
+        name = f"{offer['stored']} ToL in {offer['tier']}"
+        if not offer["fits"]:
+            table.add_row(name, *("-" for _ in plan["batch"]), "does not fit")
+            continue
+        cells = [
+            _number(1e3 * value) + ("*" if value < other else " ")
+            for value, other in zip(offer["seconds"], own["seconds"], strict=True)
+        ]
+        table.add_row(name, *cells, _when(offer["pays"]))
+    return table
+
+
+def _table(title: str, columns: tuple[str, ...] | list[str]) -> Table:
+    """Names to the left, numbers to the right."""
+    table = Table(title=title, box=box.SIMPLE, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number > 0 else "left")
+    return table
+
+
+def _when(pays: list[tuple[int, int | None]]) -> str:
+    """Batch sizes in words."""
+    if not pays:
+        return "no batch"
+    if pays == ALWAYS:
+        return "any batch"
+    return ", ".join(f"batch {a} on" if b is None else f"batch {a} to {b - 1}" for a, b in pays)
+
+
+def _verdicts(plan: dict[str, Any]) -> list[str]:
+    """Where a ToL does not pay in time, or from which batch size on; where it does in bytes; its limit."""
+    own, others, batch = plan["ffn_m"], plan["other_weights"], plan["batch"][0]
+    ends = [offer for offer in plan["serving"] if offer["pays"] != ALWAYS]
+    found = [f"  {offer['stored']} ToL in {offer['tier']}: {_verdict(offer)}" for offer in ends]
+    smaller = [table["stored"] for table in plan["tables"] if table["bytes"] < own["bytes"]]
+    saved = own["seconds"][0] / (own["seconds"][0] + others["seconds"])
+    return [
+        f"In time, a ToL does not pay against FFN-M's weights in {own['tier']} (batch 1 to {LARGEST_BATCH}):",
+        *(found or ["  nowhere: it pays in every tier at every batch size"]),
+        f"In bytes, a ToL pays as: {'; '.join(smaller) or 'none of these, all are larger than the weights'}.",
+        f"A step reads {others['bytes_a_step'] / 1e9:.3g} GB of other weights either way, "
+        f"{_number(1e3 * others['seconds'])} ms: a ToL saves at most {saved:.0%} at batch {batch}.",
+    ]
+
+
+def _verdict(offer: dict[str, Any]) -> str:
+    if not offer["fits"]:
+        return f"it does not fit ({offer['bytes'] / 1e9:.3g} GB)"
+    pays = offer["pays"]
+    if not pays:
+        return "at no batch size"
+    stop = pays[-1][1]
+    return f"it pays only at {_when(pays)}" + ("" if stop is None else f", not from batch {stop} on")
+
+
+def _assumed(plan: dict[str, Any]) -> list[str]:
+    """Every figure with its option."""
+    from mlm_train.plan.command import ASSUMPTIONS
+
+    build = plan["build_tflops"]
+    source = "measured on this machine's CPU, fp32, all threads" if build["measured"] else "as given"
+    lines = [
+        f"--build-tflops {build['value']:.3g}: {source}",
+        "Assumed, not measured (change them by option):",
+    ]
+    figures = plan["assumed"]
+    lines += [f"  --{one.option} {figures[one.option]:g}: {one.meaning}" for one in ASSUMPTIONS]
+    return [*lines, f"  --weights-dtype {figures['weights-dtype']}: of all weights"]
+
+
+def _number(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 1e-3 else f"{value:.6f}"
