@@ -19,9 +19,9 @@ from mlm_train.model.source import MemoryReader
 from mlm_train.model.transformer import Transformer
 from mlm_train.tol.codec import GROUP, Scheme, decode, encode, layout
 from mlm_train.tol.compute import chunks_of
-from mlm_train.tol.spectrum import Gram, Spectrum
+from mlm_train.tol.spectrum import Gram, Spectrum, scaled_basis
 from mlm_train.tol.state import Layout
-from mlm_train.tol.table import Table
+from mlm_train.tol.table import Table, projector
 
 _ROWS = 2048
 _RANKS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
@@ -72,7 +72,10 @@ class Trial:
 
     def __init__(self, table: Table, spectra: dict[int, Spectrum]) -> None:
         self.table = table
-        self._bases = {layer: spectrum.vectors.half().float() for layer, spectrum in spectra.items()}
+        rows, hidden = table.index.vocab_size, table.index.hidden_size
+        self._bases = {
+            layer: scaled_basis(spectrum, hidden, rows).half().float() for layer, spectrum in spectra.items()
+        }
         self.chosen: dict[int, Choice] = {}
         self._ids: Tensor | None = None
         self._exact: dict[int, Tensor] = {}
@@ -101,7 +104,7 @@ class Trial:
         hidden = values.shape[1]
         basis = None if scheme.rank is None else self._bases[layer][: scheme.rank]
         out = torch.empty(len(values), scheme.bytes(hidden), dtype=torch.uint8)
-        encode(scheme, values if basis is None else values @ basis.T, out)
+        encode(scheme, values if basis is None else values @ projector(basis), out)
         stored = decode(layout([scheme], hidden)[0], out, hidden).float()
         return stored if basis is None else stored @ basis
 

@@ -180,7 +180,7 @@ class Build:
         """Choose the ranks, write the bases, and commit both."""
         spectra = make_spectra(crew, self.plan, self.output, weights)
         layout = lay_out(self.plan, spectra)
-        bases = bases_of(layout, self.plan.layers, spectra)
+        bases = bases_of(self.plan, layout, spectra)
         state.basis = write_bases(self.output, bases) if bases else None
         state.layout = layout
         _check_space(self.output, state)

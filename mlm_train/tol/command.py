@@ -3,12 +3,15 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_train.arguments import add_action
+from mlm_train.errors import UserError
 from mlm_train.tol.options import add_storage_arguments, storage_of
 
 if TYPE_CHECKING:
+    from mlm_train.evaluate.scorer import Scorer
     from mlm_train.tol.build import Build
     from mlm_train.tol.format import TolIndex
 
@@ -75,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--device", default="cpu", help="where FFN-M runs: cpu or cuda (default %(default)s)")
     compress = add_action(actions, "compress", "write a table in fewer bytes", _COMPRESS_HELP)
     compress.add_argument("table", metavar="TOL", help="folder written by `mlm-train tol build`")
+    compress.add_argument("--model", metavar="MODEL", help="with --evaluate: the export it was built from")
     add_storage_arguments(compress, default=None)
     for action in (build, compress):
         _add_work_arguments(action)
@@ -101,6 +105,9 @@ def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", default=1, help="threads of each (default %(default)s)"
+    )
+    parser.add_argument(
+        "--evaluate", metavar="DATA", help="also perplexity on the validation split of this data"
     )
     parser.add_argument(
         "--repair", action="store_true", help="make the damaged partitions of a finished --output again"
@@ -132,9 +139,43 @@ def run(args: argparse.Namespace) -> int:
     if args.repair:
         return _repair(args)
     build = _compression(args) if args.action == "compress" else _build(args)
+    scorer = _scorer(args)  # before the work: its bad input costs nothing then
     index = build.run(args.workers, args.ray_address)
     print(f"{args.output}: {describe(index)}")
+    if scorer is not None:
+        print(_compared(args, scorer))
     return 0
+
+
+def _scorer(args: argparse.Namespace) -> "Scorer | None":
+    if args.evaluate is None:
+        return None
+    from mlm_train.evaluate.scorer import Scorer
+
+    if args.model is None:
+        raise UserError("--evaluate needs --model: the export that the table was built from")
+    if not (Path(args.model) / "config.json").is_file():
+        raise UserError(f"--evaluate: {args.model} is no export; write one with `mlm-train export`")
+    return Scorer(args.model, args.evaluate, with_memory=args.action == "build")
+
+
+def _compared(args: argparse.Namespace, scorer: "Scorer") -> str:
+    """What the table does to perplexity, in one line."""
+    from mlm_train.memory import make_source
+    from mlm_train.model.source import MemorySource
+    from mlm_train.tol.store import TolSource
+
+    before: MemorySource
+    if args.action == "build":
+        before, what = make_source("unique", scorer.model.memory_blocks()), "FFN-M computed"
+    else:
+        before, what = TolSource.open_folder(args.table, scorer.config), str(args.table)
+    exact = scorer.score(before).perplexity
+    found = scorer.score(TolSource.open_folder(args.output, scorer.config))
+    return (
+        f"perplexity {exact:.4f} with {what}, {found.perplexity:.4f} with {args.output}: "
+        f"{found.perplexity / exact - 1:+.3%} over {found.tokens:,} tokens"
+    )
 
 
 def _repair(args: argparse.Namespace) -> int:

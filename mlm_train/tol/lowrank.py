@@ -10,7 +10,7 @@ from mlm_train.errors import UserError
 from mlm_train.tol.codec import ALIGNMENT, TORCH_DTYPE, Scheme
 from mlm_train.tol.crew import Crew, WorkerDied
 from mlm_train.tol.ranks import break_even_rank, choose_ranks
-from mlm_train.tol.spectrum import Spectrum
+from mlm_train.tol.spectrum import Spectrum, scaled_basis
 from mlm_train.tol.state import Layout, Plan, Storage
 
 _BASIS_BYTES = 2  # of one of its numbers
@@ -106,11 +106,11 @@ def table_bytes(plan: Plan, layout: Layout) -> int:
     return total
 
 
-def bases_of(layout: Layout, layers: Sequence[int], spectra: Sequence[Spectrum]) -> dict[int, torch.Tensor]:
+def bases_of(plan: Plan, layout: Layout, spectra: Sequence[Spectrum]) -> dict[int, torch.Tensor]:
     """The bases of the layers that have a rank."""
-    by_layer = dict(zip(layers, spectra, strict=True))
+    by_layer = dict(zip(plan.layers, spectra, strict=True))
     return {
-        layer: by_layer[layer].basis(scheme.rank)
+        layer: scaled_basis(by_layer[layer], scheme.rank, plan.vocab_size)
         for layer, scheme in zip(layout.layers, layout.schemes, strict=True)
         if scheme.rank is not None
     }

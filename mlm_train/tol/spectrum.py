@@ -100,3 +100,15 @@ class Spectrum:
     def basis(self, rank: int) -> Tensor:
         """Bᵀ [rank, h] with orthonormal rows, `rank` in 0..h: a row t of T is cut to (t·B)·Bᵀ."""
         return self.vectors[:rank].clone()  # a view would take the whole matrix along when it is sent
+
+
+def scaled_basis(spectrum: Spectrum, rank: int, rows: int) -> Tensor:
+    """The basis [rank, h], each row times the root mean square that its column of the U part would have.
+
+    All columns of the U part then have the same size, so that neighbours share a scale without loss:
+    otherwise the first, which belong to the largest singular values, would set it for all of their group.
+    A row is not made smaller than a hundredth of the first, for the sake of float16.
+    """
+    sizes = spectrum.values[:rank] / rows**0.5
+    sizes = sizes.clamp_min(max(0.01 * float(sizes[0]), 1e-6))
+    return spectrum.basis(rank) * sizes.unsqueeze(1).to(spectrum.vectors.dtype)

@@ -78,7 +78,7 @@ class Table:
 
     def in_basis(self, values: Tensor, layer: int) -> Tensor:
         """A low-rank layer's numbers [n, hidden] as it stores them, [n, rank]."""
-        return values.float() @ self._bases[layer].T
+        return values.float() @ projector(self._bases[layer])
 
 
 def read_bases(folder: Path, index: TolIndex) -> dict[int, Tensor]:
@@ -106,6 +106,11 @@ def read_basis(path: Path, layer: int) -> Tensor:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged: {error}; {REBUILD}") from None
     return basis.float()
+
+
+def projector(basis: Tensor) -> Tensor:
+    """[hidden, rank] that gives the numbers whose product with a basis of orthogonal rows is nearest."""
+    return (basis / basis.square().sum(1, keepdim=True)).T
 
 
 def write_bases(folder: Path, bases: dict[int, Tensor]) -> File:

@@ -16,7 +16,7 @@ from mlm_train.tol.format import Partition
 from mlm_train.tol.partition import Draft, commit_draft
 from mlm_train.tol.spectrum import Gram, Spectrum
 from mlm_train.tol.state import Layout, Plan
-from mlm_train.tol.table import read_basis
+from mlm_train.tol.table import projector, read_basis
 
 Sums = list[tuple[float, float]]  # a layer: squared error and squared norm of its numbers
 
@@ -126,7 +126,7 @@ class _Encoder:
     def _encode(self, position: int, values: Tensor, out: Tensor, first: int) -> None:
         scheme, layer = self.schemes[position], self.layers[position]
         basis = self.bases.get(layer)
-        kept = values if basis is None else values.float() @ basis.T
+        kept = values if basis is None else values.float() @ projector(basis)
         try:
             encode(scheme, kept, out)
         except NotFinite as found:
