@@ -133,6 +133,7 @@ def plot(found: Inspection, file: Path) -> None:
         axis.set_xlabel("layer")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_ylim(bottom=0)
+        axis.set_axisbelow(True)
         axis.grid(alpha=0.3)
     figure.tight_layout()
     with writing(file):
@@ -149,7 +150,7 @@ def _draw_spectra(axis: "Axes", layers: Sequence[Layer]) -> None:
         count = range(1, len(one.singular_values) + 1)
         colour = colours(number / max(1, len(layers)))
         axis.semilogy(count, one.singular_values, color=colour, label=f"layer {one.layer}")
-    axis.set_xlabel("number")
+    axis.set_xlabel("index")
     axis.set_title("singular values of each layer")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="x-small", ncols=1 + len(layers) // 12)
