@@ -68,12 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_storage_arguments(compress, default=None)
     for action in (build, compress):
         _add_work_arguments(action)
-    add_inspect(actions)
     verify = add_action(actions, "verify", "check a ToL folder", _VERIFY_HELP)
     verify.add_argument("folder", metavar="DIR", help="folder written by `mlm-train tol build`")
     verify.add_argument("--model", metavar="MODEL", help="recompute rows with this export")
     verify.add_argument("--sample", type=int, metavar="N", help="recompute N random rows (default: all)")
     verify.add_argument("--json", action="store_true", help="write one JSON object instead of a line")
+    add_inspect(actions)
 
 
 def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
