@@ -1,4 +1,4 @@
-"""`mlm-train tol`: build, compress and verify token-wise lookups."""
+"""`mlm-train tol`: token-wise lookups, from the build to a look into them."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mlm_train.arguments import add_action
 from mlm_train.errors import UserError
+from mlm_train.tol.inspect_command import add_inspect, run_inspect
 from mlm_train.tol.options import add_storage_arguments, storage_of
 
 if TYPE_CHECKING:
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
     from mlm_train.tol.build import Build
     from mlm_train.tol.format import TolIndex
 
-HELP = """Token-wise lookups (ToL), FFN-M's output for every token of the vocabulary: build, compress, verify.
+HELP = """Token-wise lookups (ToL): FFN-M's output for every token of the vocabulary.
 
 examples:
   mlm-train tol build exports/run1 --output tol/run1
   mlm-train tol compress tol/run1 --output tol/run1-int4 --dtype int4
-  mlm-train tol verify tol/run1 --model exports/run1"""
+  mlm-train tol verify tol/run1 --model exports/run1
+  mlm-train tol inspect tol/run1 --model exports/run1"""
 
 _BUILD_HELP = """Compute FFN-M for the whole vocabulary on Ray and write it as a ToL folder.
 
@@ -90,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verify.add_argument("--model", metavar="MODEL", help="recompute rows with this model")
     verify.add_argument("--sample", type=int, metavar="N", help="recompute N random rows (default: all)")
     verify.add_argument("--json", action="store_true", help="write one JSON object instead of a line")
+    add_inspect(actions)
 
 
 def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,6 +133,8 @@ def _add_allocate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, or 2 when verify finds damage."""
+    if args.action == "inspect":
+        return run_inspect(args)
     if args.action == "verify":
         return _verify(args)
     if args.action == "allocate":
