@@ -16,7 +16,8 @@ examples:
   mlm-train bench train --data runs/bench/data --preset a --json train.a.json
   mlm-train bench x0 --stages 2 4 --json x0.json
   mlm-train bench loss --json loss.json
-  mlm-train bench data --data runs/bench/data --json data.json"""
+  mlm-train bench data --data runs/bench/data --json data.json
+  mlm-train bench tol --folder /scratch --json tol.json"""
 
 _TRAIN_HELP = """Speed, memory and FLOPs of a training step: base, memory, flex, and transformers' Llama.
 
@@ -79,6 +80,16 @@ examples:
   mlm-train bench data --data runs/quickstart/data --sequence-length 256
   mlm-train bench data --data runs/bench/data --runs 9 --json data.json"""
 
+_TOL_HELP = """Build a ToL from random weights, beside bare matrix products and plain writing.
+
+Products and FFN-M run in turn, in as many fresh processes as the build has workers, before and after the
+build; partitions and plain files are written in turn. Presets: 1b (the paper's: 24 layers, hidden 2,048,
+FFN 5,464, vocabulary 128,256; 18 GB in --folder, removed at the end), tiny (for tests).
+
+examples:
+  mlm-train bench tol --preset 1b --folder /scratch --json tol.json --plot tol.png
+  mlm-train bench tol --preset 1b --layers 2 --vocabulary 8192"""
+
 _PROFILE_HELP = """Show where the time of a training step goes, by what its operations are for.
 
 Forward and backward of a step's micro-batches on one CPU process, FFN-M's tables included, the optimizer left
@@ -106,6 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     checkpoint.add_argument("--runs", type=int, metavar="N", default=5, help="times each (default 5)")
     checkpoint.add_argument("--json", metavar="FILE", help="write the figures there")
     _add_data(actions)
+    _add_tol(actions)
     loss = add_action(actions, "loss", "the head and its loss, chunked against plain", _LOSS_HELP)
     sizes = (("vocabulary", 128256, "words"), ("hidden", 1024, "hidden size"), ("tokens", 4096, "tokens"))
     _add_sizes(loss, sizes)
@@ -135,6 +147,19 @@ def _add_data(actions: "Actions") -> None:
     )
     _add_sizes(data, sizes)
     data.add_argument("--json", metavar="FILE", help="write the figures there")
+
+
+def _add_tol(actions: "Actions") -> None:
+    tol = add_action(actions, "tol", "a build of a ToL, beside its matrix products", _TOL_HELP)
+    tol.add_argument("--preset", choices=("1b", "tiny"), default="1b", help="the shape (default 1b)")
+    for name in ("layers", "hidden", "ffn", "vocabulary"):
+        tol.add_argument(f"--{name}", type=int, metavar="N", help="default: the preset's")
+    sizes = (("workers", 2, "of the build"), ("threads", 1, "of each"), ("runs", 3, "turns before and after"))
+    _add_sizes(tol, sizes)
+    tol.add_argument("--folder", metavar="DIR", default=".", help="on the disk to measure (default .)")
+    tol.add_argument("--keep", action="store_true", help="keep the model and its table there")
+    tol.add_argument("--json", metavar="FILE", help="write the figures there")
+    tol.add_argument("--plot", metavar="FILE", help="draw them there, a PNG")
 
 
 def _add_profile(actions: "Actions") -> None:
@@ -231,6 +256,10 @@ def run(args: argparse.Namespace) -> int:
 
         size = Size(args.sequence_length, args.batch, args.samples, args.runs)
         return bench_data(args.data, size, args.json)
+    if args.action == "tol":
+        from mlm_train.bench.tol import bench_tol
+
+        return bench_tol(args)
     if args.action == "profile":
         from mlm_train.bench.profile import bench_profile
 

@@ -1,0 +1,263 @@
+"""`bench tol`: what a build of a ToL costs beside bare matrix products and plain writing.
+
+A random export in bf16 is written and built on Ray. Before and after, as many processes as the build has
+workers run bare products and FFN-M in turn; last, one process writes partitions and plain files in turn.
+"""
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from mlm_train.bench import report, tol_show, tol_worker
+from mlm_train.checkpoint.hf_folder import expected_shapes, write_folder
+from mlm_train.config import ModelConfig
+from mlm_train.errors import UserError
+from mlm_train.tol.build import CHUNK_ROWS, Build
+from mlm_train.tol.cluster import ray_cluster
+from mlm_train.tol.state import Layout, Storage
+
+PRESETS = {  # layers, hidden, FFN-M's width, vocabulary
+    "1b": {"layers": 24, "hidden": 2048, "ffn": 5464, "vocabulary": 128256},
+    "tiny": {"layers": 2, "hidden": 64, "ffn": 172, "vocabulary": 4096},
+}
+CHUNKS = (1024, 2048, 4096)  # rows a product
+ROWS = max(CHUNKS)  # of each layer in a turn
+SHARD_BYTES = 2**30
+SEED = 1234
+POLL = 0.25  # seconds between two looks at the workers' memory
+
+
+@dataclass
+class Measured:
+    """Repeated figures by name, and what each is in."""
+
+    values: dict[str, list[float]] = field(default_factory=dict)
+    units: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, value: float, unit: str) -> None:
+        """One more value of a figure."""
+        self.values.setdefault(name, []).append(value)
+        self.units[name] = unit
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Seconds of what stands inside; added to what this name has had."""
+        started = time.perf_counter()
+        yield
+        self.add(name, time.perf_counter() - started, "s")
+
+    def median(self, name: str) -> float:
+        """Of a figure."""
+        return statistics.median(self.values[name])
+
+    def ratio(self, above: str, below: str) -> float:
+        """The median over turns, in each of which both were measured."""
+        pairs = zip(self.values[above], self.values[below], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    @property
+    def best_chunk(self) -> str:
+        """The chunk size at which all processes' products are fastest."""
+        return min((f"gemm.{chunk}" for chunk in CHUNKS), key=self.median)
+
+
+def bench_tol(args: argparse.Namespace) -> int:
+    """Measure, print, write; 0."""
+    config = _config(args)
+    _check(args, config)
+    found, measured = report.machine(), Measured()
+    with _folder(args.folder, args.keep) as folder:
+        measure(folder, config, args, measured)
+    rows = [report.row(name, values, measured.units[name]) for name, values in measured.values.items()]
+    ratios = ratios_of(measured, config, args.workers)
+    tol_show.show(rows, ratios, found, measured.best_chunk)
+    if args.json is not None:
+        report.write_report(Path(args.json), found, rows, ratios)
+    if args.plot is not None:
+        tol_show.plot(rows, config.num_hidden_layers, measured.best_chunk, Path(args.plot))
+    return 0
+
+
+def _config(args: argparse.Namespace) -> ModelConfig:
+    sizes = PRESETS[args.preset] | {
+        name: given for name in PRESETS[args.preset] if (given := getattr(args, name)) is not None
+    }
+    for name, value in sizes.items():
+        if value < 1:
+            raise UserError(f"--{name} {value}: give at least 1")
+    if sizes["vocabulary"] < ROWS:
+        raise UserError(f"--vocabulary {sizes['vocabulary']}: give at least {ROWS}, the rows of a turn")
+    if sizes["hidden"] % 64:
+        raise UserError(f"--hidden {sizes['hidden']}: give a multiple of 64, the size of a head")
+    return ModelConfig(
+        kind="memory",
+        vocab_size=sizes["vocabulary"],
+        hidden_size=sizes["hidden"],
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=sizes["hidden"] // 64,
+        intermediate_size=sizes["ffn"],
+    )
+
+
+def _check(args: argparse.Namespace, config: ModelConfig) -> None:
+    for name in ("runs", "workers", "threads"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: give at least 1")
+    for option, file in (("--json", args.json), ("--plot", args.plot)):
+        if file is not None:
+            report.check_writable(Path(file), option)
+    if not Path(args.folder).is_dir():
+        raise UserError(f"--folder {args.folder}: name a folder that exists")
+    export = 2 * sum(shape.numel() for shape in expected_shapes(config).values())
+    table = 2 * config.vocab_size * config.num_hidden_layers * config.hidden_size
+    needed, free = export + table * 9 / 8, shutil.disk_usage(args.folder).free  # and a partition more
+    if free < needed:
+        raise UserError(
+            f"--folder {args.folder} has {free / 1e9:.1f} GB free and {needed / 1e9:.1f} are needed"
+        )
+
+
+@contextmanager
+def _folder(parent: str, keep: bool) -> Iterator[Path]:
+    """A new folder, removed at the end unless `keep`."""
+    folder = Path(tempfile.mkdtemp(prefix="bench-tol-", dir=parent))
+    try:
+        yield folder
+    finally:
+        if keep:
+            Console(stderr=True).print(f"kept: {folder}", soft_wrap=True)
+        else:
+            shutil.rmtree(folder)
+
+
+def measure(folder: Path, config: ModelConfig, args: argparse.Namespace, measured: Measured) -> None:
+    """Everything, from an empty folder."""
+    export = folder / "model"
+    write_folder(export, config, random_tensors(config), dtype=torch.bfloat16, shard_bytes=SHARD_BYTES)
+    with measured.timed("parts.open"):
+        build = Build(export, folder / "tol", Storage(), threads=args.threads)
+    _in_turn(build, export, args, measured)
+    weights = 2 * 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
+    with ExitStack() as stack:
+        with measured.timed("ray_start"):
+            stack.enter_context(ray_cluster(args.workers * args.threads, shared_bytes=weights))
+        with Memory() as memory, measured.timed("parts.run"):
+            build.run(args.workers)
+    measured.add("whole", measured.median("parts.open") + measured.median("parts.run"), "s")
+    for private, resident in memory.peaks.values():
+        measured.add("worker.private", private / 2**20, "MiB")
+        measured.add("worker.resident", resident / 2**20, "MiB")
+    _in_turn(build, export, args, measured)
+    _files(folder, build, args, measured)
+
+
+def random_tensors(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of an export, one at a time."""
+    torch.manual_seed(SEED)
+    for name, shape in expected_shapes(config).items():
+        mean = 1.0 if name.endswith("norm.weight") else 0.0
+        yield name, torch.empty(shape, dtype=torch.bfloat16).normal_(mean, config.init_std)
+
+
+def _in_turn(build: Build, export: Path, args: argparse.Namespace, measured: Measured) -> None:
+    """Seconds a layer of products and FFN-M, in turn: of all processes together, and of one alone."""
+    group, vocabulary = build.groups[0], build.plan.vocab_size
+    ways: list[tuple[str, Callable[[int, int], float], int]] = [
+        (f"gemm.{chunk}", tol_worker.products, chunk) for chunk in CHUNKS
+    ]
+    ways.append(("compute", tol_worker.ffn_m, CHUNK_ROWS))
+    with ExitStack() as stack:
+        processes = [stack.enter_context(tol_worker.start_process(args.threads)) for _ in range(args.workers)]
+        for ready in [process.submit(tol_worker.open_layers, export, group) for process in processes]:
+            ready.result()
+        for _ in track(range(args.runs), "products", console=Console(stderr=True), transient=True):
+            for prefix, some in (("", processes), ("one.", processes[:1])):
+                for name, work, chunk in ways:
+                    rate = len(group) * _rate(some, work, chunk)
+                    measured.add(prefix + name, vocabulary / rate, "s a layer")
+
+
+def _rate(processes: list[ProcessPoolExecutor], work: Callable[[int, int], float], chunk: int) -> float:
+    """Rows a second of all, started together."""
+    running = [process.submit(work, ROWS, chunk) for process in processes]
+    return sum(ROWS / future.result() for future in running)
+
+
+def _files(folder: Path, build: Build, args: argparse.Namespace, measured: Measured) -> None:
+    """The parts of a partition beside FFN-M, and plain writing, in turn."""
+    plan = build.plan
+    place = Layout.of(plan.storage, plan.num_layers, plan.hidden_size)
+    start, stop = plan.rows(0)
+    size = place.shape.file_bytes(stop - start)
+    with tol_worker.start_process(args.threads) as process:
+        for _ in track(range(args.runs), "files", console=Console(stderr=True), transient=True):
+            work = (folder, place, build.groups, stop - start, plan.chunk_rows)
+            spent = process.submit(tol_worker.files, *work).result()
+            for part in ("encode", "write", "hash", "commit"):
+                measured.add(f"parts.{part}", spent[part], "s a partition")
+            measured.add("plain.write", size / spent["plain"] / 1e9, "GB/s")
+            measured.add("tol.write", size / spent["write"] / 1e9, "GB/s")
+
+
+class Memory:
+    """The peak memory of each of a build's workers, looked at while the block runs: private, resident bytes.
+
+    Resident counts the weights too, which the workers share. Only a Ray that this process started is seen.
+    """
+
+    def __init__(self) -> None:
+        self.peaks: dict[int, tuple[int, int]] = {}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(POLL):
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    if not "".join(process.cmdline()[:1]).startswith("ray::Worker"):
+                        continue
+                    now = process.memory_full_info()
+                except psutil.Error:
+                    continue  # it has just ended
+                before = self.peaks.get(process.pid, (0, 0))
+                self.peaks[process.pid] = (max(before[0], now.uss), max(before[1], now.rss))
+
+
+def ratios_of(measured: Measured, config: ModelConfig, workers: int) -> dict[str, float]:
+    """What others read; products at their best chunk size."""
+    best = measured.best_chunk
+    ratios = {
+        "compute_over_gemm": measured.ratio("compute", best),
+        "whole_over_gemm": measured.median("whole") / (measured.median(best) * config.num_hidden_layers),
+        "write_over_plain": measured.ratio("tol.write", "plain.write"),
+    }
+    if workers == 2:
+        values = (measured.values[name] for name in ("one.compute", "compute", f"one.{best}", best))
+        turns = zip(*values, strict=True)
+        ratios["two_workers_over_gemm_scaling"] = statistics.median(
+            (one / both) / (one_gemm / both_gemm) for one, both, one_gemm, both_gemm in turns
+        )
+    return ratios

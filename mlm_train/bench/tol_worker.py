@@ -1,0 +1,130 @@
+"""What the processes of `bench tol` run: bare matrix products, FFN-M, and files as a build writes them."""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from mlm_train.checkpoint.logical_folder import open_model
+from mlm_train.files import sha256_of, sync
+from mlm_train.tol.codec import encode
+from mlm_train.tol.compute import FfnM, chunks_of, ffn_m_weights
+from mlm_train.tol.partition import Draft, commit_draft, new_draft
+from mlm_train.tol.pieces import Group
+from mlm_train.tol.state import Layout
+
+BLOCK = 2**24  # bytes of a plain write
+_layers: "Layers"  # of this process
+
+
+def start_process(threads: int) -> ProcessPoolExecutor:
+    """One fresh process, with that many threads for torch."""
+    context = get_context("spawn")
+    return ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=(threads,))
+
+
+class Layers:
+    """FFN-M of some layers of an export, in bf16, and the weights of its products."""
+
+    def __init__(self, folder: Path, layers: Sequence[int]) -> None:
+        with open_model(folder, verify=False) as opened:
+            self.config = opened.config
+            weights = ffn_m_weights(opened.tensors, self.config, layers, "bfloat16")
+            held = dict(zip(layers, weights, strict=True))
+        self.numbers = FfnM(folder, self.config, held, "bfloat16")
+
+    @torch.no_grad()
+    def products(self, rows: int, chunk: int) -> float:
+        """Seconds of the layers' products alone, for `rows` rows in chunks: gate and up as one, then down."""
+        x0 = torch.randn(chunk, self.config.hidden_size).bfloat16()
+        inner = torch.randn(chunk, self.config.intermediate_size).bfloat16()
+        networks = [block.memory_mlp for block in self.numbers.blocks]
+        started = time.perf_counter()
+        for _ in range(rows // chunk):
+            for network in networks:
+                network.gate_up_proj(x0)
+                network.down_proj(inner)
+        return time.perf_counter() - started
+
+    def ffn_m(self, rows: int, chunk: int) -> float:
+        """Seconds in which a worker computes the first `rows` rows of the layers."""
+        started = time.perf_counter()
+        for first, last in chunks_of(0, rows, chunk):
+            for _ in self.numbers.values(first, last):
+                pass
+        return time.perf_counter() - started
+
+
+def open_layers(folder: Path, layers: Sequence[int]) -> None:
+    """Load them into this process, and run each way once: libraries load and choose kernels."""
+    global _layers
+    _layers = Layers(folder, layers)
+    _layers.products(64, 64)
+    _layers.ffn_m(64, 64)
+
+
+def products(rows: int, chunk: int) -> float:
+    """Layers.products of this process."""
+    return _layers.products(rows, chunk)
+
+
+def ffn_m(rows: int, chunk: int) -> float:
+    """Layers.ffn_m of this process."""
+    return _layers.ffn_m(rows, chunk)
+
+
+def files(folder: Path, place: Layout, groups: Sequence[Group], rows: int, chunk: int) -> dict[str, float]:
+    """Seconds of a plain partition's parts without FFN-M, and of writing as many bytes. Nothing stays.
+
+    write: the space taken, all rows written group by group, and synced. commit: synced, hashed and named.
+    """
+    path, spent = (
+        folder / "rows.safetensors",
+        dict.fromkeys(("plain", "encode", "write", "hash", "commit"), 0.0),
+    )
+    values = torch.randn(chunk, place.hidden_size).bfloat16()
+    with _added(spent, "plain"):
+        _write_plain(path, place.shape.file_bytes(rows))
+    path.unlink()
+    draft = new_draft(path)
+    with _added(spent, "write"):
+        file = Draft(draft, place.shape, rows)
+    with file:
+        for group in groups:
+            begin = place.edges[place.layers.index(group[0])]
+            for first, last in chunks_of(0, rows, chunk):
+                data = torch.empty(last - first, place.bytes_of(group), dtype=torch.uint8)
+                with _added(spent, "encode"):
+                    for out in data.chunk(len(group), 1):
+                        encode(place.schemes[0], values[: last - first], out)
+                with _added(spent, "write"):
+                    file.write(first, begin, data)
+        with _added(spent, "write"):
+            file.sync()
+    with _added(spent, "hash"):
+        sha256_of(draft)
+    with _added(spent, "commit"):
+        commit_draft(draft, path, (0, rows))
+    path.unlink()
+    return spent
+
+
+@contextmanager
+def _added(spent: dict[str, float], part: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    spent[part] += time.perf_counter() - started
+
+
+def _write_plain(path: Path, size: int) -> None:
+    """A file of that many bytes, from its start to its end, flushed to disk."""
+    block = memoryview(os.urandom(min(BLOCK, size)))
+    with path.open("wb", buffering=0) as file:
+        while size:
+            size -= file.write(block[: min(size, len(block))])
+    sync(path)
