@@ -302,28 +302,26 @@ def test_two_builders(source: Path, unbroken: dict[str, Path], tmp_path: Path) -
 
 @pytest.mark.parametrize("task", ["spectrum", "fill"])
 def test_workers_outlive_their_builder(
-    source: Path, unbroken: dict[str, Path], tmp_path: Path, task: str
+    source: Path, unbroken: dict[str, Path], tmp_path: Path, cluster: "subprocess.Popen[str]", task: str
 ) -> None:
-    """They sleep, and the Ray that would end them, while another build makes the whole table."""
-    output = tmp_path / "tol"
-    process = builder(source, output, LOW_RANK)
-    builders = psutil.Process(process.pid)
+    """They sleep, and the cluster that would end them, while another build makes the whole table."""
+    output, nodes = tmp_path / "tol", psutil.Process(cluster.pid)
+    assert cluster.stdout is not None
+    process = builder(source, output, LOW_RANK, ray_address=cluster.stdout.readline().strip())
     asleep: list[psutil.Process] = []
-    wait_until(lambda: asleep.extend(workers(builders, task)) or asleep, process)
-    asleep += [child for child in builders.children(recursive=True) if child not in asleep]
+    wait_until(lambda: asleep.extend(workers(nodes, task)) or asleep, process)
+    late = asleep[0]
+    late.suspend()
+    asleep = [late, *(child for child in nodes.children(recursive=True) if child != late)]
     for child in asleep:
         child.suspend()
-    assert len(list(output.glob(".*.part"))) >= 1
+    assert list(output.glob(".*.part"))
     process.kill()
     process.wait()
     build_of(source, output, LOW_RANK).run()
-    assert same(output, unbroken["low_rank"])
-    assert all(child.status() == psutil.STATUS_STOPPED for child in asleep)
-    for child in asleep:
-        child.resume()
-        if child is asleep[0]:
-            time.sleep(1)  # the worker goes on alone
-    time.sleep(3)
+    assert same(output, unbroken["low_rank"]) and late.status() == psutil.STATUS_STOPPED
+    late.resume()
+    time.sleep(2)  # it goes on alone
     end(asleep)
     assert same(output, unbroken["low_rank"])
 
