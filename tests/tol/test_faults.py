@@ -302,17 +302,19 @@ def test_two_builders(source: Path, unbroken: dict[str, Path], tmp_path: Path) -
 
 @pytest.mark.parametrize("task", ["spectrum", "fill"])
 def test_workers_outlive_their_builder(
-    source: Path, unbroken: dict[str, Path], tmp_path: Path, cluster: "subprocess.Popen[str]", task: str
+    source: Path, unbroken: dict[str, Path], tmp_path: Path, task: str
 ) -> None:
-    """They sleep, and the cluster that would end them, while another build makes the whole table."""
-    output, nodes = tmp_path / "tol", psutil.Process(cluster.pid)
-    assert cluster.stdout is not None
-    process = builder(source, output, LOW_RANK, ray_address=cluster.stdout.readline().strip())
-    asleep: list[psutil.Process] = []
-    wait_until(lambda: asleep.extend(workers(nodes, task)) or asleep, process)
-    late = asleep[0]
+    """One sleeps, and the Ray that would end it, while another build makes the whole table."""
+    output = tmp_path / "tol"
+    process = builder(source, output, LOW_RANK)
+    found: list[psutil.Process] = []
+    wait_until(lambda: found.extend(workers(psutil.Process(process.pid), task)) or found, process)
+    late = found[0]
     late.suspend()
-    asleep = [late, *(child for child in nodes.children(recursive=True) if child != late)]
+    asleep = [
+        late,
+        *(child for child in psutil.Process(process.pid).children(recursive=True) if child != late),
+    ]
     for child in asleep:
         child.suspend()
     assert list(output.glob(".*.part"))
