@@ -300,34 +300,6 @@ def test_two_builders(source: Path, unbroken: dict[str, Path], tmp_path: Path) -
     assert same(output, unbroken["groups"])
 
 
-@pytest.mark.parametrize("task", ["spectrum", "fill"])
-def test_workers_outlive_their_builder(
-    source: Path, unbroken: dict[str, Path], tmp_path: Path, task: str
-) -> None:
-    """One sleeps, and the Ray that would end it, while another build makes the whole table."""
-    output = tmp_path / "tol"
-    process = builder(source, output, LOW_RANK)
-    found: list[psutil.Process] = []
-    wait_until(lambda: found.extend(workers(psutil.Process(process.pid), task)) or found, process)
-    late = found[0]
-    late.suspend()
-    asleep = [
-        late,
-        *(child for child in psutil.Process(process.pid).children(recursive=True) if child != late),
-    ]
-    for child in asleep:
-        child.suspend()
-    assert list(output.glob(".*.part"))
-    process.kill()
-    process.wait()
-    build_of(source, output, LOW_RANK).run()
-    assert same(output, unbroken["low_rank"]) and late.status() == psutil.STATUS_STOPPED
-    late.resume()
-    time.sleep(2)  # it goes on alone
-    end(asleep)
-    assert same(output, unbroken["low_rank"])
-
-
 def test_a_draft_that_was_thrown_away(source: Path, tmp_path: Path) -> None:
     """A late worker makes no file of it, and its error ends no build."""
     build = build_of(source, tmp_path, GROUPS)
