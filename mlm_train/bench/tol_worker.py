@@ -14,7 +14,7 @@ from mlm_train.checkpoint.logical_folder import open_model
 from mlm_train.files import sha256_of, sync
 from mlm_train.tol.codec import encode
 from mlm_train.tol.compute import FfnM, chunks_of, ffn_m_weights
-from mlm_train.tol.partition import Draft, commit_draft, new_draft
+from mlm_train.tol.partition import Draft, hash_draft, make_draft, name_draft, new_draft
 from mlm_train.tol.pieces import Group
 from mlm_train.tol.state import Layout
 
@@ -93,6 +93,7 @@ def files(folder: Path, place: Layout, groups: Sequence[Group], rows: int, chunk
     path.unlink()
     draft = new_draft(path)
     with _added(spent, "write"):
+        make_draft(draft, place.shape, rows)
         file = Draft(draft, place.shape, rows)
     with file:
         for group in groups:
@@ -109,7 +110,8 @@ def files(folder: Path, place: Layout, groups: Sequence[Group], rows: int, chunk
     with _added(spent, "hash"):
         sha256_of(draft)
     with _added(spent, "commit"):
-        commit_draft(draft, path, (0, rows))
+        hash_draft(draft, path.name, (0, rows))
+        name_draft(draft, path)
     path.unlink()
     return spent
 

@@ -26,7 +26,7 @@ class Damaged(UserError):
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write it with its checksum, all at once."""
-    write_json(folder / MANIFEST, manifest | {SEAL: _seal(manifest)})
+    write_json(folder / MANIFEST, manifest | {SEAL: seal_of(manifest)})
 
 
 def read_manifest(folder: Path, kind: str, version: int) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def read_manifest(folder: Path, kind: str, version: int) -> dict[str, Any]:
         raise Damaged(f"{path} is damaged: it does not describe a {kind}", fix)
     seal = manifest.pop(SEAL, None)
     described = manifest.get("format"), manifest.get("version")
-    if seal != _seal(manifest) and (seal is not None or described == (kind, version)):
+    if seal != seal_of(manifest) and (seal is not None or described == (kind, version)):
         raise Damaged(f"{path} is damaged: its checksum differs", fix)
     if described[0] != kind:
         raise UserError(f"{path} does not describe a {kind}")
@@ -55,7 +55,7 @@ def read_manifest(folder: Path, kind: str, version: int) -> dict[str, Any]:
     return manifest
 
 
-def _seal(manifest: dict[str, Any]) -> str:
+def seal_of(manifest: dict[str, Any]) -> str:
     """SHA-256 of what it says, whatever the order and the spaces."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 

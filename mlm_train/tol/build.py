@@ -27,15 +27,25 @@ from mlm_train.tol.format import (
     summary,
     write_index,
 )
-from mlm_train.tol.lowrank import bases_of, has_ranks, lay_out, make_spectra, remove_spectra
+from mlm_train.tol.lowrank import bases_of, has_ranks, lay_out, make_spectra
 from mlm_train.tol.pieces import Group, Pieces
 from mlm_train.tol.progress import ByteProgress
-from mlm_train.tol.state import STATE, Layout, Plan, State, Storage, begin, is_whole, remove_drafts
+from mlm_train.tol.state import (
+    STATE,
+    Layout,
+    Plan,
+    State,
+    Storage,
+    begin,
+    is_whole,
+    remove_drafts,
+    remove_spectra,
+)
 from mlm_train.tol.table import write_bases
 from mlm_train.tol.worker import Job
 
 CHUNK_ROWS = 2048
-GROUP_BYTES = 768 * 2**20  # weights of the layers that a worker holds at once
+GROUP_BYTES = 768 * 2**20
 _PARTITION_BYTES = 512 * 2**20
 _LEAST_PARTITIONS = 8
 
@@ -44,7 +54,10 @@ Committed = Callable[[State], None]
 
 
 class Build:
-    """What is built from what: an export's FFN-M, or with `table` the rows of a ToL."""
+    """What is built from what: an export's FFN-M, or with `table` the rows of a ToL.
+
+    group_bytes: weights of the layers that a worker holds at once, one layer at least.
+    """
 
     def __init__(
         self,
@@ -58,8 +71,9 @@ class Build:
         chunk_rows: int = CHUNK_ROWS,
         threads: int = 1,
         device: str = "cpu",
+        group_bytes: int = GROUP_BYTES,
     ) -> None:
-        self.output = Path(output).absolute()
+        self.output, self.group_bytes = Path(output).absolute(), group_bytes
         self.config: ModelConfig | None = None
         if table is None:
             assert model is not None
@@ -166,23 +180,26 @@ class Build:
         groups, threads = self.groups, self.plan.threads
         size = min(workers, len(state.missing) * len(groups))
         shared = self._weight_bytes() * len(self.plan.layers)
-        with ray_cluster(size * threads, ray_address, shared):
-            weights = self._shared_weights()
-            crew = Crew(self.job, size, threads)
-            try:
-                if state.layout is None:
-                    self._cut(state, crew, weights)
-                self._fill(state, crew, weights, groups, committed)
-            finally:
-                crew.dismiss()
+        try:
+            with ray_cluster(size * threads, ray_address, shared):
+                weights = self._shared_weights()
+                crew = Crew(self.job, size, threads)
+                try:
+                    if state.layout is None:
+                        self._cut(state, crew, weights)
+                    self._fill(state, crew, weights, groups, committed)
+                finally:
+                    crew.dismiss()
+        finally:
+            remove_drafts(self.output)  # after an error, such as a full disk
 
     def _cut(self, state: State, crew: Crew, weights: dict[int, Any]) -> None:
         """Choose the ranks, write the bases, and commit both."""
-        spectra = make_spectra(crew, self.plan, self.output, weights)
+        spectra = make_spectra(crew, state, self.output, weights)
         layout = lay_out(self.plan, spectra)
         bases = bases_of(self.plan, layout, spectra)
         state.basis = write_bases(self.output, bases) if bases else None
-        state.layout = layout
+        state.layout, state.spectra = layout, {}
         _check_space(self.output, state)
         state.save(self.output)
         remove_spectra(self.output)
@@ -198,7 +215,7 @@ class Build:
     def groups(self) -> list[Group]:
         """Neighbouring layers whose weights are held together."""
         layers = self.plan.layers
-        size = max(1, GROUP_BYTES // max(1, self._weight_bytes()))
+        size = max(1, self.group_bytes // max(1, self._weight_bytes()))
         count = -(-len(layers) // size)
         edges = [i * len(layers) // count for i in range(count + 1)]
         return [tuple(layers[a:b]) for a, b in itertools.pairwise(edges)]
@@ -211,7 +228,7 @@ class Build:
         assert layout is not None
         kept = [tuple(layer for layer in group if layer in layout.layers) for group in groups]
         groups = [group for group in kept if group]
-        pieces = Pieces(self.output, self.plan, state.missing, groups)
+        pieces = Pieces(self.output, self.plan, layout.shape, state.missing, groups)
         sizes = {group: layout.bytes_of(group) for group in groups}
         basis = str(self.output / BASIS)
         total = sum(state.bytes(number) for number in range(self.plan.partitions))
@@ -223,7 +240,7 @@ class Build:
                         break
                     draft = str(piece.draft)
                     if piece.layers is None:
-                        crew.do(member, piece, "commit", draft, str(piece.path), piece.number)
+                        crew.do(member, piece, "hash", draft, piece.number)
                         continue
                     member.group = piece.layers
                     shared = [weights.get(layer) for layer in piece.layers]
@@ -251,7 +268,7 @@ class Build:
         """Write the index, the last file; then the state goes."""
         plan, layout = self.plan, state.layout
         assert layout is not None
-        remove_drafts(self.output)
+        remove_spectra(self.output)  # of a build killed as soon as it had its layout
         index = TolIndex(
             vocab_size=plan.vocab_size,
             num_layers=plan.num_layers,
@@ -318,7 +335,8 @@ def _check_space(output: Path, state: State) -> None:
 def _errors(state: State) -> list[float | None]:
     """The relative error of each kept layer over all rows; None where it was not measured."""
     errors: list[float | None] = []
-    for pairs in zip(*state.sums.values(), strict=True):
+    sums = [state.sums[number] for number in range(state.plan.partitions)]  # not as they were committed
+    for pairs in zip(*sums, strict=True):
         error, norm = (sum(one[i] for one in pairs) for i in (0, 1))
         errors.append((error / norm) ** 0.5 if norm else None)
     return errors

@@ -7,6 +7,7 @@ from mlm_train.errors import UserError
 from mlm_train.tol.worker import Job, Worker
 
 POLL = 0.5  # seconds
+_STARTS = 4  # of each worker, on the average, after which one must have come up
 
 
 class WorkerDied(Exception):
@@ -36,6 +37,7 @@ class Crew:
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
         self._class = ray.remote(**options)(Worker)
         self._busy: dict[Any, Member] = {}
+        self._starts_left = self._patience = _STARTS * size
         self.idle: list[Member] = []
         for _ in range(size):
             self._hire()
@@ -51,12 +53,9 @@ class Crew:
         self._busy[getattr(member.actor, method).remote(*args)] = member
 
     def finished(self) -> list[tuple[Any, Any]]:
-        """What has ended within POLL seconds: tasks, and their results or WorkerDied.
-
-        Errors that a task itself raised are raised here.
-        """
+        """What has ended within POLL seconds: tasks, and their results; WorkerDied, or what a task raised."""
         import ray
-        from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
+        from ray.exceptions import ActorUnschedulableError, OutOfMemoryError, RayActorError, RayTaskError
 
         ended = []
         ready, _ = ray.wait(list(self._busy), timeout=POLL)
@@ -67,18 +66,30 @@ class Crew:
                 result = ray.get(reference)
             except ActorUnschedulableError as error:
                 raise UserError(f"the Ray cluster has no place for a worker: {_line(error)}") from None
-            except RayActorError as error:
+            except (RayActorError, OutOfMemoryError) as error:
                 result = WorkerDied(_line(error))
-                self._hire()
+                self._replace(member, task is None, result)
             except RayTaskError as error:
-                if isinstance(error.cause, UserError | OSError):
-                    raise error.cause from None
-                raise
+                result = error.cause if isinstance(error.cause, UserError | OSError) else error
+                self.idle.append(member)
             else:
+                self._starts_left = self._patience
                 self.idle.append(member)
             if task is not None:
                 ended.append((task, result))
         return ended
+
+    def _replace(self, member: Member, starting: bool, death: WorkerDied) -> None:
+        """Take another for one that died; UserError where none comes up any more."""
+        import ray
+
+        ray.kill(member.actor)  # it may be out of reach, and still hold its place
+        self._starts_left -= starting
+        if not self._starts_left:
+            raise UserError(
+                f"workers die as they start ({death}); give them memory, and every node this program"
+            )
+        self._hire()
 
     def dismiss(self) -> None:
         """End all workers at once."""

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from mlm_train.checkpoint.hf_config import read_json
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
-from mlm_train.files import is_plain_name, write_text
+from mlm_train.files import is_plain_name, sha256_of, write_text
 from mlm_train.tol.codec import TORCH_DTYPE, Dtype, Encoding, PlainDtype, Record, Scheme
 
 INDEX = "tol.index.json"
@@ -35,6 +35,11 @@ class File(Record):
         if not is_plain_name(value):
             raise ValueError("must be a plain file name inside the folder")
         return value
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """A file that is there."""
+        return cls(file=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
 class Partition(File):

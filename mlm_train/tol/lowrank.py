@@ -9,9 +9,11 @@ import torch
 from mlm_train.errors import UserError
 from mlm_train.tol.codec import ALIGNMENT, TORCH_DTYPE, Scheme
 from mlm_train.tol.crew import Crew, WorkerDied
+from mlm_train.tol.format import File
+from mlm_train.tol.partition import name_draft, new_draft
 from mlm_train.tol.ranks import break_even_rank, choose_ranks
 from mlm_train.tol.spectrum import Spectrum, scaled_basis
-from mlm_train.tol.state import Layout, Plan, Storage
+from mlm_train.tol.state import SPECTRA, Layout, Plan, State, Storage
 
 _BASIS_BYTES = 2  # of one of its numbers
 _ATTEMPTS = 4
@@ -19,13 +21,13 @@ _ATTEMPTS = 4
 
 def spectrum_file(output: Path, layer: int) -> Path:
     """Where an unfinished build keeps a layer's spectrum."""
-    return output / f".spectrum-{layer:05d}.safetensors"
+    return output / SPECTRA.format(f"{layer:05d}")
 
 
-def make_spectra(crew: Crew, plan: Plan, output: Path, weights: dict[int, Any]) -> list[Spectrum]:
-    """The spectra of all kept layers, those from before a kill too; a task a layer."""
-    files = {layer: spectrum_file(output, layer) for layer in plan.layers}
-    waiting = [layer for layer, file in files.items() if not file.is_file()][::-1]
+def make_spectra(crew: Crew, state: State, output: Path, weights: dict[int, Any]) -> list[Spectrum]:
+    """The spectra of all kept layers, those that the state names already too; a task a layer."""
+    files = {layer: spectrum_file(output, layer) for layer in state.plan.layers}
+    waiting = [layer for layer in files if layer not in state.spectra][::-1]
     running, attempts = 0, dict.fromkeys(waiting, 0)
     while waiting or running:
         for member in list(crew.idle):
@@ -33,14 +35,23 @@ def make_spectra(crew: Crew, plan: Plan, output: Path, weights: dict[int, Any]) 
                 break
             layer = waiting.pop()
             member.group, running = (layer,), running + 1
-            crew.do(member, layer, "spectrum", layer, [weights.get(layer)], str(files[layer]))
-        for layer, result in crew.finished():
+            draft = new_draft(files[layer])
+            draft.touch()
+            crew.do(member, (layer, draft), "spectrum", layer, [weights.get(layer)], str(draft))
+        for (layer, draft), result in crew.finished():
             running -= 1
             if isinstance(result, WorkerDied):
+                draft.unlink(missing_ok=True)
                 attempts[layer] += 1
                 if attempts[layer] == _ATTEMPTS:
                     raise UserError(f"a worker died {_ATTEMPTS} times ({result}); give it memory")
                 waiting.append(layer)
+            elif isinstance(result, Exception):
+                raise result
+            else:
+                name_draft(draft, files[layer])
+                state.spectra[layer] = File.of(files[layer])
+                state.save(output)
     return [Spectrum.load(file) for file in files.values()]
 
 
@@ -114,12 +125,6 @@ def bases_of(plan: Plan, layout: Layout, spectra: Sequence[Spectrum]) -> dict[in
         for layer, scheme in zip(layout.layers, layout.schemes, strict=True)
         if scheme.rank is not None
     }
-
-
-def remove_spectra(output: Path) -> None:
-    """They are of no use any more."""
-    for path in output.glob(".spectrum-*"):
-        path.unlink(missing_ok=True)
 
 
 def has_ranks(storage: Storage) -> bool:

@@ -66,33 +66,44 @@ class RowShape(NamedTuple):
         return len(self.header(rows)) + rows * self.size
 
 
-def draft_pattern(file: str) -> str:
-    """Glob of the unfinished copies of a partition; an attempt has its own, so that two cannot mix."""
-    return f".{file}.*.part"
+DRAFTS = ".*.part"  # glob of files that do not have their name yet
 
 
 def new_draft(path: Path) -> Path:
-    """The name of one."""
+    """A name for an unfinished copy of a file; an attempt has its own, so that two cannot mix."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
 
 
-class Draft:
-    """A partition that is being written; its space is taken when it is made, every byte is written once.
+def make_draft(path: Path, shape: RowShape, rows: int) -> None:
+    """Make a partition's file: its header, and the space of its rows; a full disk says so here.
 
-    Several processes may fill one, each its own bytes: equal rows give equal files. A context manager.
+    Once, before anybody fills it: where a file system cannot reserve space the C library writes into every
+    block, over what another process may be putting there.
+    """
+    header = shape.header(rows)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        os.posix_fallocate(file, 0, len(header) + rows * shape.size)
+        os.pwrite(file, header, 0)
+    except BaseException:
+        path.unlink()
+        raise
+    finally:
+        os.close(file)
+
+
+class Draft:
+    """A made draft that is being filled; every byte is written once. A context manager.
+
+    Several processes may fill one, each its own bytes: equal rows give equal files. Opening makes no file, so
+    that a worker of a build that was killed, however late it wakes, leaves nothing in the folder.
     """
 
     def __init__(self, path: Path, shape: RowShape, rows: int) -> None:
         assert sys.byteorder == "little", "safetensors data are little-endian"
-        header = shape.header(rows)
-        self.path, self.shape, self.start = path, shape, len(header)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            os.posix_fallocate(self._file, 0, self.start + rows * shape.size)  # a full disk says so here
-            os.pwrite(self._file, header, 0)
-        except BaseException:
-            os.close(self._file)
-            raise
+        self.path, self.shape, self.start = path, shape, len(shape.header(rows))
+        # Not for reading: NFS would then read whole pages, and write other workers' old bytes back with ours.
+        self._file = os.open(path, os.O_WRONLY)
 
     def __enter__(self) -> Self:
         return self
@@ -121,15 +132,19 @@ def _write(file: int, data: np.ndarray, at: int) -> None:
         view, at = view[written:], at + written
 
 
-def commit_draft(draft: Path, path: Path, rows: tuple[int, int]) -> Partition:
-    """Give a whole draft its name; it is hashed as it lies on disk."""
-    with draft.open("rb+") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        size = file.tell()
-        os.fsync(file.fileno())
+def hash_draft(draft: Path, file: str, rows: tuple[int, int]) -> Partition:
+    """A whole draft as the partition `file`: hashed as it lies on disk, where it survives a power cut."""
+    with draft.open("rb+") as whole:
+        digest = hashlib.file_digest(whole, "sha256").hexdigest()
+        size = whole.tell()
+        os.fsync(whole.fileno())
+    return Partition(file=file, rows=rows, bytes=size, sha256=digest)
+
+
+def name_draft(draft: Path, path: Path) -> None:
+    """Give a whole draft its name; only the process that holds the folder does that."""
     draft.rename(path)
     sync(path.parent)
-    return Partition(file=path.name, rows=rows, bytes=size, sha256=digest)
 
 
 def write_partition(
@@ -137,12 +152,15 @@ def write_partition(
 ) -> Partition:
     """Write `chunks` of rows, [n, ...] of any type, one after another, as one partition."""
     draft, row = new_draft(path), 0
+    make_draft(draft, shape, rows[1] - rows[0])
     try:
         with Draft(draft, shape, rows[1] - rows[0]) as file:
             for chunk in chunks:
                 file.write(row, 0, chunk.contiguous().view(torch.uint8).flatten(1))
                 row += len(chunk)
-        return commit_draft(draft, path, rows)
+        partition = hash_draft(draft, path.name, rows)
+        name_draft(draft, path)
+        return partition
     except BaseException:
         draft.unlink(missing_ok=True)
         raise

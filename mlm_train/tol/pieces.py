@@ -7,7 +7,7 @@ from pathlib import Path
 from mlm_train.errors import UserError
 from mlm_train.tol.crew import WorkerDied
 from mlm_train.tol.format import Partition
-from mlm_train.tol.partition import new_draft
+from mlm_train.tol.partition import RowShape, make_draft, name_draft, new_draft
 from mlm_train.tol.state import Plan
 from mlm_train.tol.worker import Sums
 
@@ -17,11 +17,10 @@ Group = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Piece:
-    """One task. layers: those to write into the draft; None: the draft is whole and wants its name."""
+    """One task. layers: those to write into the draft; None: the draft is whole and is to be hashed."""
 
     number: int
     draft: Path
-    path: Path
     layers: Group | None
 
 
@@ -37,10 +36,16 @@ class _Open:
 
 
 class Pieces:
-    """The order: a group that the worker holds already, of the earliest partition."""
+    """The order: a group that the worker holds already, of the earliest partition.
 
-    def __init__(self, output: Path, plan: Plan, missing: Sequence[int], groups: Sequence[Group]) -> None:
-        self.output, self.plan, self.groups = output, plan, list(groups)
+    Drafts are made, named and removed here: workers only fill them, so that one that lives on after its
+    builder, or was given up, changes no file that counts.
+    """
+
+    def __init__(
+        self, output: Path, plan: Plan, shape: RowShape, missing: Sequence[int], groups: Sequence[Group]
+    ) -> None:
+        self.output, self.plan, self.shape, self.groups = output, plan, shape, list(groups)
         self._closed = list(missing)[::-1]
         self._open: dict[int, _Open] = {}
 
@@ -59,7 +64,7 @@ class Pieces:
         waiting = [number for number, one in self._open.items() if one.waiting]
         if self._closed and len(waiting) < 2 * len(self.groups):
             number = self._closed.pop()
-            self._open[number] = _Open(new_draft(self._path(number)), list(self.groups))
+            self._open[number] = self._attempt(number, 1)
             # Workers that hold nothing of use begin with different groups.
             spread = self.groups[len(waiting) % len(self.groups)]
             return self._begin(number, held if held in self.groups else spread)
@@ -74,15 +79,22 @@ class Pieces:
         return self._piece(number, group)
 
     def _piece(self, number: int, layers: Group | None) -> Piece:
-        return Piece(number, self._open[number].draft, self._path(number), layers)
+        return Piece(number, self._open[number].draft, layers)
 
     def _path(self, number: int) -> Path:
         return self.output / self.plan.file(number)
 
-    def ended(self, piece: Piece, result: Sums | Partition | WorkerDied) -> tuple[Partition, Sums] | None:
-        """Take a piece's result; the partition and the sums of all its layers, once it is committed.
+    def _attempt(self, number: int, attempts: int) -> _Open:
+        draft = new_draft(self._path(number))
+        start, stop = self.plan.rows(number)
+        make_draft(draft, self.shape, stop - start)
+        return _Open(draft, list(self.groups), attempts=attempts)
 
-        A worker's death throws the partition's draft away, since what it has written is not known.
+    def ended(self, piece: Piece, result: Sums | Partition | Exception) -> tuple[Partition, Sums] | None:
+        """Take a piece's result; the partition and the sums of all its layers, once it has its name.
+
+        A worker's death throws the partition's draft away, since what it has written is not known. Any
+        other error is raised, unless it is about a draft that was thrown away.
         """
         one = self._open.get(piece.number)
         if one is None or one.draft != piece.draft:
@@ -90,7 +102,10 @@ class Pieces:
         one.running -= 1
         if isinstance(result, WorkerDied):
             self._again(piece.number, one, result)
+        elif isinstance(result, Exception):
+            raise result
         elif isinstance(result, Partition):
+            name_draft(piece.draft, self._path(piece.number))
             del self._open[piece.number]
             return result, [pair for group in self.groups for pair in one.sums[group]]
         else:
@@ -105,9 +120,7 @@ class Pieces:
                 "and run again: finished partitions are kept"
             )
         one.draft.unlink(missing_ok=True)
-        self._open[number] = _Open(
-            new_draft(self._path(number)), list(self.groups), attempts=one.attempts + 1
-        )
+        self._open[number] = self._attempt(number, one.attempts + 1)
 
     def written(self, row_bytes: dict[Group, int]) -> int:
         """Bytes of the groups that open partitions hold already."""

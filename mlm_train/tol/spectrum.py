@@ -6,15 +6,14 @@ T is never whole in memory: the eigenvectors of TᵀT [h, h] are the right singu
 eigenvalues the squared singular values.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
-
-from mlm_train.files import draft_of
 
 _ROWS = 2048  # of one fp32 product, whose error grows with the numbers it adds
 _COLUMNS = 512  # of one product: narrow enough to leave out most of the upper triangle, and still fast
@@ -72,9 +71,11 @@ class Spectrum:
         return cls(values, (vectors * largest.sign()).contiguous())
 
     def save(self, path: Path) -> None:
-        """Write both, the vectors in fp32; the file is there when it is whole."""
-        save_file({"values": self.values, "vectors": self.vectors.float()}, draft_of(path))
-        draft_of(path).rename(path)
+        """Write both, the vectors in fp32, into an empty file that is there; it survives a power cut then."""
+        with path.open("rb+") as file:  # save_file's error for a full disk is not an OSError
+            file.write(save({"values": self.values, "vectors": self.vectors.float()}))
+            file.flush()
+            os.fsync(file.fileno())
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -5,15 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from mlm_train.checkpoint.manifest import SEAL, seal_of
 from mlm_train.errors import UserError
-from mlm_train.files import draft_of, listed, refuse_used, sha256_of, write_text
+from mlm_train.files import draft_of, listed, refuse_used, sha256_of, write_json
 from mlm_train.tol.codec import TORCH_DTYPE, Dtype, Encoding, PlainDtype, Record, Scheme, layout
 from mlm_train.tol.format import BASIS, File, Partition, plain_fields, row_bytes
-from mlm_train.tol.partition import RowShape, draft_pattern
+from mlm_train.tol.partition import DRAFTS, RowShape
 
 STATE = "tol.build.json"
+SPECTRA = ".spectrum-{}.safetensors"  # of a layer, which an unfinished build keeps
 
 
 class Storage(Record):
@@ -124,14 +126,16 @@ class Layout(Record):
 
 
 class State(BaseModel):
-    """tol.build.json: exists while a build is unfinished. `done`: committed partitions by number.
+    """tol.build.json: exists while a build is unfinished; it carries a checksum of itself.
 
-    sums: for each of them and each layer the squared error and the squared norm of its numbers.
+    spectra: of layers, until the layout is known. done: committed partitions by number; sums: for each of
+    them and each layer the squared error and the squared norm of its numbers.
     """
 
     model_config = ConfigDict(extra="forbid")
     plan: Plan
     layout: Layout | None = None
+    spectra: dict[int, File] = Field(default_factory=dict)
     basis: File | None = None
     done: dict[int, Partition] = Field(default_factory=dict)
     sums: dict[int, list[tuple[float, float]]] = Field(default_factory=dict)
@@ -148,12 +152,24 @@ class State(BaseModel):
         return self.layout.shape.file_bytes(stop - start)
 
     def save(self, output: Path) -> None:
-        """Commit: what `done` names is never made again."""
-        write_text(output / STATE, json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
+        """Commit: what it names is never made again."""
+        tree = self.model_dump(mode="json")
+        write_json(output / STATE, tree | {SEAL: seal_of(tree)})
+
+    @classmethod
+    def load(cls, file: Path) -> Self:
+        """What `save` wrote; UserError where it was changed since."""
+        try:
+            tree = json.loads(file.read_bytes())
+            if tree.pop(SEAL) != seal_of(tree):
+                raise ValueError("its checksum differs")
+            return cls.model_validate(tree)
+        except (ValueError, AttributeError, KeyError, TypeError):
+            raise UserError(f"{file} is damaged; remove {file.parent} and build again") from None
 
 
 def begin(output: Path, plan: Plan) -> State:
-    """The state to go on from, saved. Committed partitions are read again; damaged ones are dropped.
+    """The state to go on from, saved. Committed files are read again; damaged ones are dropped.
 
     Raises UserError for a folder with other contents, and one with partitions of another plan.
     """
@@ -169,12 +185,10 @@ def begin(output: Path, plan: Plan) -> State:
 def _resumed(output: Path, plan: Plan) -> State | None:
     """The folder's unfinished build; None, and nothing of it left, when it never committed anything."""
     file = output / STATE
-    try:
-        state = State.model_validate_json(file.read_bytes())
-    except ValidationError:
-        raise UserError(f"{file} is damaged; remove {output} and build again") from None
+    state = State.load(file)
     remove_drafts(output)
     if state.plan != plan and not state.done:
+        remove_spectra(output)
         for name in (*map(state.plan.file, state.missing), BASIS):
             (output / name).unlink(missing_ok=True)
         file.unlink()
@@ -190,11 +204,12 @@ def _resumed(output: Path, plan: Plan) -> State | None:
                 raise UserError(
                     f"{output} is an unfinished build with {name}={before}, not {now}; give {before} again"
                 )
+    spectra = {layer: one for layer, one in state.spectra.items() if is_whole(output, one, STATE)}
     whole = {number: part for number, part in state.done.items() if is_whole(output, part, STATE)}
     if state.basis is not None and not is_whole(output, state.basis, STATE):
         # Another basis may differ in its last bits: rows of the old one are of no use with it.
         return state.model_copy(update={"layout": None, "basis": None, "done": {}, "sums": {}})
-    return state.model_copy(update={"done": whole})
+    return state.model_copy(update={"spectra": spectra, "done": whole})
 
 
 def is_whole(folder: Path, file: File, index: str) -> bool:
@@ -204,6 +219,12 @@ def is_whole(folder: Path, file: File, index: str) -> bool:
 
 
 def remove_drafts(output: Path) -> None:
-    """Remove what killed workers left half written."""
-    for draft in output.glob(draft_pattern("rows-*")):
+    """Remove what killed processes left half written."""
+    for draft in output.glob(DRAFTS):
         draft.unlink(missing_ok=True)
+
+
+def remove_spectra(output: Path) -> None:
+    """Those of layers whose ranks are chosen, or of another plan, are of no use any more."""
+    for path in output.glob(SPECTRA.format("*")):
+        path.unlink(missing_ok=True)

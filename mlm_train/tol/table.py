@@ -10,10 +10,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mlm_train.errors import UserError
-from mlm_train.files import draft_of, listed, sha256_of, sync
+from mlm_train.files import listed, sha256_of, sync
 from mlm_train.tol.codec import decode
 from mlm_train.tol.format import BASIS, INDEX, REBUILD, File, TolIndex, read_index
-from mlm_train.tol.partition import map_partition
+from mlm_train.tol.partition import map_partition, name_draft, new_draft
 
 
 class Table:
@@ -116,12 +116,11 @@ def projector(basis: Tensor) -> Tensor:
 def write_bases(folder: Path, bases: dict[int, Tensor]) -> File:
     """Write bases [rank, hidden] of the layers that have a rank, as float16."""
     path = folder / BASIS
-    draft = draft_of(path)
+    draft = new_draft(path)
     draft.write_bytes(save({basis_name(layer): basis.half().contiguous() for layer, basis in bases.items()}))
     sync(draft)
-    draft.rename(path)
-    sync(folder)
-    return File(file=BASIS, bytes=path.stat().st_size, sha256=sha256_of(path))
+    name_draft(draft, path)
+    return File.of(path)
 
 
 def basis_name(layer: int) -> str:

@@ -13,7 +13,7 @@ from mlm_train.errors import UserError
 from mlm_train.tol.codec import NotFinite, decode, encode, layout
 from mlm_train.tol.compute import FfnM, Numbers, Stored, chunks_of, from_numpy
 from mlm_train.tol.format import Partition
-from mlm_train.tol.partition import Draft, commit_draft
+from mlm_train.tol.partition import Draft, hash_draft
 from mlm_train.tol.spectrum import Gram, Spectrum
 from mlm_train.tol.state import Layout, Plan
 from mlm_train.tol.table import projector, read_basis
@@ -50,7 +50,7 @@ class Worker:
     def fill(
         self, draft: str, number: int, layers: Sequence[int], weights: list[Any], place: Layout, basis: str
     ) -> Sums:
-        """Write these layers of a partition into its draft, which is made if it is not there.
+        """Write these layers of a partition into its draft, which the builder has made.
 
         `basis`: the file with the bases of low-rank layers.
         """
@@ -64,21 +64,22 @@ class Worker:
             file.sync()
         return encoder.sums
 
-    def spectrum(self, layer: int, weights: list[Any], path: str) -> None:
-        """Write the spectrum of a layer, over the whole vocabulary."""
+    def spectrum(self, layer: int, weights: list[Any], draft: str) -> None:
+        """Write the spectrum of a layer, over the whole vocabulary, into its draft, which is there."""
         plan, numbers = self.job.plan, self._open((layer,), weights)
         gram = Gram(plan.hidden_size)
         for first, last in chunks_of(0, plan.vocab_size, plan.chunk_rows):
             for values in numbers.values(first, last):
                 gram.add(values)
         try:
-            Spectrum.of(gram).save(Path(path))
+            Spectrum.of(gram).save(Path(draft))
         except ValueError as error:
             raise UserError(f"layer {layer} cannot be cut to low rank: {error}; train again") from None
 
-    def commit(self, draft: str, path: str, number: int) -> Partition:
-        """Hash a whole draft and give it its name."""
-        return commit_draft(Path(draft), Path(path), self.job.plan.rows(number))
+    def hash(self, draft: str, number: int) -> Partition:
+        """The partition that a whole draft is; the builder gives it its name."""
+        plan = self.job.plan
+        return hash_draft(Path(draft), plan.file(number), plan.rows(number))
 
     def _open(self, layers: tuple[int, ...], weights: list[Any]) -> Numbers:
         """The numbers of these layers; the group before is let go."""

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -22,11 +21,11 @@ from mlm_train.errors import UserError
 from mlm_train.files import locked
 from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
-from mlm_train.tol.build import build_tol
+from mlm_train.tol.build import Build, build_tol
 from mlm_train.tol.cluster import _check_reachable
 from mlm_train.tol.codec import TORCH_DTYPE
 from mlm_train.tol.format import INDEX, read_index
-from mlm_train.tol.state import STATE
+from mlm_train.tol.state import STATE, State, Storage
 from tests.commands import listening
 from tests.tol.conftest import export, random_model
 
@@ -102,47 +101,16 @@ def test_killed_builder_resumes_to_the_same_bytes(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def workers() -> list[psutil.Process]:
-    """The processes of a build that fill partitions now."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if process.cmdline()[:1] == ["ray::Worker.fill"]:
-                found.append(process)
-    return found
-
-
-def test_every_worker_is_killed_in_turn(tables: dict[str, Path], exported: Path, tmp_path: Path) -> None:
-    """Six times, workers that took a dead one's place among them; each costs one partition at most."""
-    output = tmp_path / "tol"
-    build = threading.Thread(target=build_tol, args=(exported, output, "float32", 12, 2, None, 1))
-    build.start()
-    killed: set[int] = set()
-    while build.is_alive() and len(killed) < 6:
-        for victim in workers():
-            if victim.pid not in killed and len(killed) < 6:
-                victim.kill()
-                killed.add(victim.pid)
-        time.sleep(0.05)
-    build.join(120)
-    assert not build.is_alive() and len(killed) == 6
-    build_tol(exported, tmp_path / "again", "float32", 12, 2, None, 1)
-    assert digests(output) == digests(tmp_path / "again")
-    assert not list(output.glob(".*"))
-
-
 def test_unfinished_builds(tables: dict[str, Path], exported: Path, tmp_path: Path) -> None:
     """A damaged committed partition is built again; another plan, or another model, is refused."""
     output = tmp_path / "tol"
     index = build_tol(exported, output, "bfloat16", 3)
     before = digests(output)
     (output / INDEX).unlink()
-    plan = {"checkpoint": index.source.checkpoint, "vocab_size": 601, "num_layers": 3, "hidden_size": 32}
-    plan |= {"storage": {"dtype": "bfloat16"}, "compute": "float32", "partitions": 3, "chunk_rows": 2048}
-    done = {number: partition.model_dump() for number, partition in enumerate(index.partitions)}
-    sums = {number: [(0.0, 0.0)] * 3 for number in done}
-    state = json.dumps({"plan": plan | {"threads": 1}, "done": done, "sums": sums})
-    (output / STATE).write_text(state)
+    state = State(plan=Build(exported, output, Storage(), partitions=3).plan)
+    state.done = dict(enumerate(index.partitions))
+    state.sums = {number: [(0.0, 0.0)] * 3 for number in state.done}
+    state.save(output)
     for options, message in (
         ({"partitions": 4}, "partitions=3"),
         ({"partitions": 3, "dtype": "float16"}, "dtype=bf"),
