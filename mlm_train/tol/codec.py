@@ -133,7 +133,7 @@ def encode(scheme: Scheme, values: Tensor, out: Tensor) -> None:
 
 
 def _all_finite(values: Tensor) -> bool:
-    """Whether no number is NaN or infinite: extremes pass both on, and are found in one pass over `values`."""
+    """Whether no number is NaN or infinite: the extremes pass both on, and need one pass."""
     return values.numel() == 0 or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
