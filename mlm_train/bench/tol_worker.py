@@ -88,8 +88,10 @@ def files(folder: Path, place: Layout, groups: Sequence[Group], rows: int, chunk
         dict.fromkeys(("plain", "encode", "write", "hash", "commit"), 0.0),
     )
     values = torch.randn(chunk, place.hidden_size).bfloat16()
+    size = place.shape.file_bytes(rows)
+    block = memoryview(os.urandom(min(BLOCK, size)))
     with _added(spent, "plain"):
-        _write_plain(path, place.shape.file_bytes(rows))
+        _write_plain(path, block, size)
     path.unlink()
     draft = new_draft(path)
     with _added(spent, "write"):
@@ -123,9 +125,8 @@ def _added(spent: dict[str, float], part: str) -> Iterator[None]:
     spent[part] += time.perf_counter() - started
 
 
-def _write_plain(path: Path, size: int) -> None:
-    """A file of that many bytes, from its start to its end, flushed to disk."""
-    block = memoryview(os.urandom(min(BLOCK, size)))
+def _write_plain(path: Path, block: memoryview, size: int) -> None:
+    """`size` bytes from a file's start to its end, a block at a time, flushed to disk."""
     with path.open("wb", buffering=0) as file:
         while size:
             size -= file.write(block[: min(size, len(block))])

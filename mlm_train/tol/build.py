@@ -183,7 +183,7 @@ class Build:
         try:
             with ray_cluster(size * threads, ray_address, shared):
                 weights = self._shared_weights()
-                crew = Crew(self.job, size, threads)
+                crew = Crew(self.job, size, threads, gpus=float(self.job.device.startswith("cuda")))
                 try:
                     if state.layout is None:
                         self._cut(state, crew, weights)
