@@ -17,15 +17,16 @@ from mlm_train.tol.compute import FfnM, chunks_of, ffn_m_weights
 from mlm_train.tol.partition import Draft, hash_draft, make_draft, name_draft, new_draft
 from mlm_train.tol.pieces import Group
 from mlm_train.tol.state import Layout
+from mlm_train.tol.worker import prepare_process
 
 BLOCK = 2**24  # bytes of a plain write
 _layers: "Layers"  # of this process
 
 
 def start_process(threads: int) -> ProcessPoolExecutor:
-    """One fresh process, with that many threads for torch."""
+    """One fresh process, set up as a build's worker is."""
     context = get_context("spawn")
-    return ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=(threads,))
+    return ProcessPoolExecutor(1, context, initializer=prepare_process, initargs=(threads,))
 
 
 class Layers:
