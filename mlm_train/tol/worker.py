@@ -35,7 +35,7 @@ class Job:
 
 def prepare_process(threads: int) -> None:
     """Set torch up for a worker; before its first tensor."""
-    # FFN-M's large results are allocated anew for every chunk: in small pages, faults are a fifth of its time.
+    # FFN-M's results are allocated anew for every chunk: in small pages, faults are a fifth of its time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     torch.set_num_threads(threads)
 
