@@ -12,11 +12,10 @@ import numpy as np
 
 from mlm_train.config import ModelConfig
 from mlm_train.model.counts import count_parameters
+from mlm_train.tol.codec import GROUP, LEVELS, Scheme
+from mlm_train.tol.format import BASIS_ITEM
 
 BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.25, "int4": 4.25}  # a float16 scale for each group
-GROUP, SCALE = 64, 2  # numbers that share a scale; bytes of it
-ALIGNMENT = 16  # bytes: where each layer of a row begins that is not stored whole and plain
-BASIS = 2  # bytes of an element of a low-rank layer's basis
 BLOCK = 4096  # bytes that an NVMe device reads at least
 LARGEST_BATCH = 2**16  # the search for where a ToL pays ends here
 VRAM, RAM, NVME = "VRAM", "RAM", "NVMe"
@@ -71,19 +70,16 @@ class Offer(NamedTuple):
 
 def row_bytes(model: ModelConfig, stored: Stored) -> int:
     """Of a token's row, all layers."""
-    width = model.hidden_size if stored.rank is None else stored.rank
-    if stored.dtype in ("int8", "int4"):
-        layer = ceil(width / GROUP) * SCALE + ceil(width * (8 if stored.dtype == "int8" else 4) / 8)
-    else:
-        layer = width * int(BITS[stored.dtype]) // 8
-    if stored.dtype in ("int8", "int4") or stored.rank is not None:
-        layer = ceil(layer / ALIGNMENT) * ALIGNMENT
+    group = GROUP if stored.dtype in LEVELS else None
+    scheme = Scheme.model_validate({"dtype": stored.dtype, "rank": stored.rank, "group_size": group})
+    plain = stored.dtype not in LEVELS and stored.rank is None  # layers follow each other without padding
+    layer = sum(scheme.sizes(model.hidden_size)) if plain else scheme.bytes(model.hidden_size)
     return model.num_hidden_layers * layer
 
 
 def basis_bytes(model: ModelConfig, stored: Stored) -> int:
     """Of all layers' bases [rank, hidden], kept once and used by every row."""
-    return model.num_hidden_layers * (stored.rank or 0) * model.hidden_size * BASIS
+    return model.num_hidden_layers * (stored.rank or 0) * model.hidden_size * BASIS_ITEM
 
 
 def tol_bytes(model: ModelConfig, stored: Stored) -> int:

@@ -19,13 +19,13 @@ from mlm_train.model.source import MemoryReader
 from mlm_train.model.transformer import Transformer
 from mlm_train.tol.codec import GROUP, Scheme, decode, encode, layout
 from mlm_train.tol.compute import chunks_of
+from mlm_train.tol.format import BASIS_ITEM
 from mlm_train.tol.spectrum import Gram, Spectrum, scaled_basis
 from mlm_train.tol.state import Layout
 from mlm_train.tol.table import Table, projector
 
 _ROWS = 2048
 _RANKS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
-_BASIS_BYTES = 2
 _STEPS = 8192  # of the dynamic programming's bytes
 DROPPED = None  # the scheme of a layer that is not stored
 Choice = Scheme | None
@@ -51,7 +51,7 @@ def bytes_of(choice: Choice, rows: int, hidden: int) -> int:
     """Of one layer in the whole table, its basis included."""
     if choice is None:
         return 0
-    return rows * choice.bytes(hidden) + _BASIS_BYTES * hidden * (choice.rank or 0)
+    return rows * choice.bytes(hidden) + BASIS_ITEM * hidden * (choice.rank or 0)
 
 
 def spectra_of(table: Table) -> dict[int, Spectrum]:

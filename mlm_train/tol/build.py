@@ -141,7 +141,6 @@ class Build:
             if state.missing:
                 # No state is kept: what a repair has made before it was killed is whole.
                 self._work(state, workers, ray_address, lambda _: None)
-                remove_drafts(self.output)
             partitions = [state.done[number] for number in range(self.plan.partitions)]
             write_index(self.output, index.model_copy(update={"partitions": partitions}))
             return [one for number, one in state.done.items() if number not in whole]

@@ -210,11 +210,10 @@ def describe(index: "TolIndex") -> str:
 
 
 def _build(args: argparse.Namespace) -> "Build":
-    from mlm_train.checkpoint.logical_folder import open_model
+    from mlm_train.checkpoint.logical_folder import read_model_config
     from mlm_train.tol.build import Build
 
-    with open_model(args.model, needs_ffn_m=True, verify=False) as opened:
-        config = opened.config
+    config = read_model_config(args.model)
     storage = storage_of(args, list(range(config.num_hidden_layers)), config.hidden_size)
     return Build(
         args.model,

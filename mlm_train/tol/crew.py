@@ -7,6 +7,7 @@ from mlm_train.errors import UserError
 from mlm_train.tol.worker import Job, Worker
 
 POLL = 0.5  # seconds
+ATTEMPTS = 4  # workers that may die over one task
 _STARTS = 4  # of each worker, on the average, after which one must have come up
 
 

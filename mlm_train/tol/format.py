@@ -19,6 +19,7 @@ from mlm_train.tol.codec import TORCH_DTYPE, Dtype, Encoding, PlainDtype, Record
 
 INDEX = "tol.index.json"
 BASIS = "basis.safetensors"
+BASIS_ITEM = 2  # bytes of a basis' number, float16
 REBUILD = "build it again with `mlm-train tol build`"
 
 

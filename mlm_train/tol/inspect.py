@@ -15,7 +15,7 @@ from mlm_train.errors import UserError
 from mlm_train.model.counts import count_parameters
 from mlm_train.tol.codec import Encoding
 from mlm_train.tol.compute import chunks_of
-from mlm_train.tol.format import TolIndex, check_fits, read_index
+from mlm_train.tol.format import BASIS_ITEM, TolIndex, check_fits, read_index
 from mlm_train.tol.progress import ByteProgress
 from mlm_train.tol.spectrum import Gram, Spectrum
 from mlm_train.tol.table import Table
@@ -24,7 +24,6 @@ from mlm_train.tol.vocabulary import Vocabulary
 
 SHARES = (0.9, 0.99, 0.999)  # of a layer's energy
 _BFLOAT16 = 2
-_BASIS = 2  # bytes of a number of a basis, float16
 _HUGE = 1e15  # a Gram cannot take their squares
 
 
@@ -270,7 +269,7 @@ def _sizes(index: TolIndex, config: ModelConfig | None) -> Sizes:
 
 
 def _basis_bytes(field: Encoding, hidden: int) -> int:
-    return (field.rank or 0) * hidden * _BASIS
+    return (field.rank or 0) * hidden * BASIS_ITEM
 
 
 def _layers(index: TolIndex, sums: _Sums, words: Vocabulary, top: int) -> list[Layer]:

@@ -8,15 +8,12 @@ import torch
 
 from mlm_train.errors import UserError
 from mlm_train.tol.codec import ALIGNMENT, TORCH_DTYPE, Scheme
-from mlm_train.tol.crew import Crew, WorkerDied
-from mlm_train.tol.format import File
+from mlm_train.tol.crew import ATTEMPTS, Crew, WorkerDied
+from mlm_train.tol.format import BASIS_ITEM, File
 from mlm_train.tol.partition import name_draft, new_draft
 from mlm_train.tol.ranks import break_even_rank, choose_ranks
 from mlm_train.tol.spectrum import Spectrum, scaled_basis
 from mlm_train.tol.state import SPECTRA, Layout, Plan, State, Storage
-
-_BASIS_BYTES = 2  # of one of its numbers
-_ATTEMPTS = 4
 
 
 def spectrum_file(output: Path, layer: int) -> Path:
@@ -43,8 +40,8 @@ def make_spectra(crew: Crew, state: State, output: Path, weights: dict[int, Any]
             if isinstance(result, WorkerDied):
                 draft.unlink(missing_ok=True)
                 attempts[layer] += 1
-                if attempts[layer] == _ATTEMPTS:
-                    raise UserError(f"a worker died {_ATTEMPTS} times ({result}); give it memory")
+                if attempts[layer] == ATTEMPTS:
+                    raise UserError(f"a worker died {ATTEMPTS} times ({result}); give it memory")
                 waiting.append(layer)
             elif isinstance(result, Exception):
                 raise result
@@ -82,9 +79,9 @@ def lay_out(plan: Plan, spectra: Sequence[Spectrum]) -> Layout:
 def _within(plan: Plan, spectra: Sequence[Spectrum], room: float) -> Layout | None:
     storage, hidden = plan.storage, plan.hidden_size
     number = bytes_of_a_number(storage)
-    cost = plan.vocab_size * number + hidden * _BASIS_BYTES
+    cost = plan.vocab_size * number + hidden * BASIS_ITEM
     ranks = choose_ranks(spectra, room, cost, step=rank_step(storage))
-    whole = break_even_rank(plan.vocab_size, hidden, number, number, _BASIS_BYTES)
+    whole = break_even_rank(plan.vocab_size, hidden, number, number, BASIS_ITEM)
     kept = [(layer, rank) for layer, rank in zip(plan.layers, ranks, strict=True) if rank]
     if not kept:
         return None
@@ -113,7 +110,7 @@ def table_bytes(plan: Plan, layout: Layout) -> int:
     total = sum(layout.shape.file_bytes(stop - start) for start, stop in ranges)
     ranks = [scheme.rank for scheme in layout.schemes if scheme.rank is not None]
     if ranks:
-        total += 1024 + sum(128 + rank * plan.hidden_size * _BASIS_BYTES for rank in ranks)
+        total += 1024 + sum(128 + rank * plan.hidden_size * BASIS_ITEM for rank in ranks)
     return total
 
 

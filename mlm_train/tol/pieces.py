@@ -5,13 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlm_train.errors import UserError
-from mlm_train.tol.crew import WorkerDied
+from mlm_train.tol.crew import ATTEMPTS, WorkerDied
 from mlm_train.tol.format import Partition
 from mlm_train.tol.partition import RowShape, make_draft, name_draft, new_draft
 from mlm_train.tol.state import Plan
 from mlm_train.tol.worker import Sums
 
-_ATTEMPTS = 4
 Group = tuple[int, ...]
 
 
@@ -114,9 +113,9 @@ class Pieces:
         return None
 
     def _again(self, number: int, one: _Open, death: WorkerDied) -> None:
-        if one.attempts == _ATTEMPTS:
+        if one.attempts == ATTEMPTS:
             raise UserError(
-                f"a worker died {_ATTEMPTS} times ({death}); give it memory or fewer --workers "
+                f"a worker died {ATTEMPTS} times ({death}); give it memory or fewer --workers "
                 "and run again: finished partitions are kept"
             )
         one.draft.unlink(missing_ok=True)
