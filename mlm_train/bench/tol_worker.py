@@ -33,11 +33,10 @@ class Layers:
     """FFN-M of some layers of an export, in bf16, and the weights of its products."""
 
     def __init__(self, folder: Path, layers: Sequence[int]) -> None:
-        with open_model(folder, verify=False) as opened:
-            self.config = opened.config
-            weights = ffn_m_weights(opened.tensors, self.config, layers, "bfloat16")
-            held = dict(zip(layers, weights, strict=True))
-        self.numbers = FfnM(folder, self.config, held, "bfloat16")
+        opened = open_model(folder, verify=False)
+        self.config = opened.config
+        weights = ffn_m_weights(opened.tensors, self.config, layers, "bfloat16")
+        self.numbers = FfnM(opened, dict(zip(layers, weights, strict=True)), "bfloat16")
 
     @torch.no_grad()
     def products(self, rows: int, chunk: int) -> float:
