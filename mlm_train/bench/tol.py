@@ -39,7 +39,7 @@ CHUNKS = (1024, 2048, 4096)  # rows a product
 ROWS = max(CHUNKS)  # of each layer in a turn
 SHARD_BYTES = 2**30
 SEED = 1234
-POLL = 0.25  # seconds between two looks at the workers' memory
+POLL = 2.0  # seconds between two looks at the workers' memory, which cost some 0.1 s
 
 
 @dataclass
@@ -159,9 +159,9 @@ def measure(folder: Path, config: ModelConfig, args: argparse.Namespace, measure
         with Memory() as memory, measured.timed("parts.run"):
             build.run(args.workers)
     measured.add("whole", measured.median("parts.open") + measured.median("parts.run"), "s")
-    for private, resident in memory.peaks.values():
-        measured.add("worker.private", private / 2**20, "MiB")
-        measured.add("worker.resident", resident / 2**20, "MiB")
+    for peaks in memory.peaks.values():
+        for kind, peak in peaks.items():
+            measured.add(f"worker.{kind}", peak / 2**20, "MiB")
     _in_turn(build, export, args, measured)
     _files(folder, build, args, measured)
 
@@ -215,13 +215,14 @@ def _files(folder: Path, build: Build, args: argparse.Namespace, measured: Measu
 
 
 class Memory:
-    """The peak memory of each of a build's workers, looked at while the block runs: private, resident bytes.
+    """The peak memory of each of a build's workers, in bytes, looked at while the block runs.
 
-    Resident counts the weights too, which the workers share. Only a Ray that this process started is seen.
+    private: what a worker alone holds; share: and its part of what several processes hold, such as the
+    weights; resident: and all of that. Only a Ray that this process started is seen.
     """
 
     def __init__(self) -> None:
-        self.peaks: dict[int, tuple[int, int]] = {}
+        self.peaks: dict[int, dict[str, int]] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -242,8 +243,9 @@ class Memory:
                     now = process.memory_full_info()
                 except psutil.Error:
                     continue  # it has just ended
-                before = self.peaks.get(process.pid, (0, 0))
-                self.peaks[process.pid] = (max(before[0], now.uss), max(before[1], now.rss))
+                before = self.peaks.setdefault(process.pid, {})
+                for kind, size in (("private", now.uss), ("share", now.pss), ("resident", now.rss)):
+                    before[kind] = max(before.get(kind, 0), size)
 
 
 def ratios_of(measured: Measured, config: ModelConfig, workers: int) -> dict[str, float]:

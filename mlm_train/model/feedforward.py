@@ -1,6 +1,5 @@
 """Feed-forward networks. FFN, FFN-M and the default FFN-C are the same SwiGLU."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,9 +19,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden] -> [..., hidden]."""
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        if torch.is_grad_enabled():
-            return self.down_proj(F.silu(gate) * up)
-        return self.down_proj(F.silu(gate, inplace=True).mul_(up))  # nobody else reads them
+        return self.down_proj(F.silu(gate) * up)
 
 
 class LinearFFN(nn.Module):

@@ -131,11 +131,10 @@ class FfnM:
     @torch.no_grad()
     def of(self, x0: Tensor) -> Iterator[Tensor]:
         """The same for embedding rows [n, hidden]."""
-        normed = torch.empty_like(x0, dtype=self.compute)
         unit = functional.rms_norm(x0, x0.shape[-1:], eps=self.eps)
         for block in self.blocks:
-            torch.mul(unit, block.memory_layernorm.weight, out=normed)
-            yield block.memory_mlp(normed).cpu()
+            normed = unit * block.memory_layernorm.weight
+            yield block.memory_mlp(normed.to(self.compute)).cpu()
 
 
 class Stored:

@@ -68,7 +68,7 @@ def test_files_gone_short_or_not_finite(table: Path) -> None:
     damages = [str(damage) for damage in verify_tol(table).damages]
     assert len(damages) == 6
     expected = (
-        "rows [0, 85): the file is missing",
+        "rows [0, 50): the file is missing",
         "bytes, not",
         "header",
         "SHA-256",
