@@ -39,7 +39,8 @@ CHUNKS = (1024, 2048, 4096)  # rows a product
 ROWS = max(CHUNKS)  # of each layer in a turn
 SHARD_BYTES = 2**30
 SEED = 1234
-POLL = 2.0  # seconds between two looks at the workers' memory, which cost some 0.1 s
+POLL = 0.25  # seconds between two looks at the workers' memory
+RESTS = 20  # times as long as a look took, at least: large processes take some 0.1 s
 
 
 @dataclass
@@ -235,17 +236,23 @@ class Memory:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._ended.wait(POLL):
+        pause = POLL / 5  # a small build is over soon
+        while not self._ended.wait(pause):
+            took = 0.0
             for process in psutil.Process().children(recursive=True):
                 try:
                     if not "".join(process.cmdline()[:1]).startswith("ray::Worker"):
                         continue
+                    started = time.perf_counter()
                     now = process.memory_full_info()
                 except psutil.Error:
                     continue  # it has just ended
+                took += time.perf_counter() - started
                 before = self.peaks.setdefault(process.pid, {})
                 for kind, size in (("private", now.uss), ("share", now.pss), ("resident", now.rss)):
                     before[kind] = max(before.get(kind, 0), size)
+            if self.peaks:
+                pause = max(POLL, RESTS * took)
 
 
 def ratios_of(measured: Measured, config: ModelConfig, workers: int) -> dict[str, float]:
