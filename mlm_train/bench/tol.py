@@ -40,6 +40,7 @@ ROWS = max(CHUNKS)  # of each layer in a turn
 SHARD_BYTES = 2**30
 SEED = 1234
 POLL = 0.25  # seconds between two looks at the workers' memory
+RESTS = 20  # times as long as a look took, at least: large processes take some 0.1 s
 
 
 @dataclass
@@ -159,9 +160,9 @@ def measure(folder: Path, config: ModelConfig, args: argparse.Namespace, measure
         with Memory() as memory, measured.timed("parts.run"):
             build.run(args.workers)
     measured.add("whole", measured.median("parts.open") + measured.median("parts.run"), "s")
-    for private, resident in memory.peaks.values():
-        measured.add("worker.private", private / 2**20, "MiB")
-        measured.add("worker.resident", resident / 2**20, "MiB")
+    for peaks in memory.peaks.values():
+        for kind, peak in peaks.items():
+            measured.add(f"worker.{kind}", peak / 2**20, "MiB")
     _in_turn(build, export, args, measured)
     _files(folder, build, args, measured)
 
@@ -215,13 +216,14 @@ def _files(folder: Path, build: Build, args: argparse.Namespace, measured: Measu
 
 
 class Memory:
-    """The peak memory of each of a build's workers, looked at while the block runs: private, resident bytes.
+    """The peak memory of each of a build's workers, in bytes, looked at while the block runs.
 
-    Resident counts the weights too, which the workers share. Only a Ray that this process started is seen.
+    private: what a worker alone holds; share: and its part of what several processes hold, such as the
+    weights; resident: and all of that. Only a Ray that this process started is seen.
     """
 
     def __init__(self) -> None:
-        self.peaks: dict[int, tuple[int, int]] = {}
+        self.peaks: dict[int, dict[str, int]] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -234,16 +236,23 @@ class Memory:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._ended.wait(POLL):
+        pause = POLL / 5  # a small build is over soon
+        while not self._ended.wait(pause):
+            took = 0.0
             for process in psutil.Process().children(recursive=True):
                 try:
                     if not "".join(process.cmdline()[:1]).startswith("ray::Worker"):
                         continue
+                    started = time.perf_counter()
                     now = process.memory_full_info()
                 except psutil.Error:
                     continue  # it has just ended
-                before = self.peaks.get(process.pid, (0, 0))
-                self.peaks[process.pid] = (max(before[0], now.uss), max(before[1], now.rss))
+                took += time.perf_counter() - started
+                before = self.peaks.setdefault(process.pid, {})
+                for kind, size in (("private", now.uss), ("share", now.pss), ("resident", now.rss)):
+                    before[kind] = max(before.get(kind, 0), size)
+            if self.peaks:
+                pause = max(POLL, RESTS * took)
 
 
 def ratios_of(measured: Measured, config: ModelConfig, workers: int) -> dict[str, float]:

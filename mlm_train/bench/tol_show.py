@@ -17,7 +17,8 @@ over the whole vocabulary, all processes together, in turn; one.*: a single proc
 whole: parts.open (the export read and hashed) and parts.run (the workers' start, writing and hashing too).
 Of the other parts, one process alone: parts.write takes the space, writes and syncs; parts.commit hashes
 again (parts.hash: hashing alone), syncs and names.
-worker.private: what a worker alone holds at its peak; worker.resident: with the weights, which all share."""
+worker.private: what a worker alone holds at its peak; worker.share: with its part of what others hold too
+(weights, files that are read); worker.resident: with all of that."""
 
 
 def show(rows: list[Row], ratios: dict[str, float], found: dict[str, Any], best: str) -> None:

@@ -33,11 +33,10 @@ class Layers:
     """FFN-M of some layers of an export, in bf16, and the weights of its products."""
 
     def __init__(self, folder: Path, layers: Sequence[int]) -> None:
-        with open_model(folder, verify=False) as opened:
-            self.config = opened.config
-            weights = ffn_m_weights(opened.tensors, self.config, layers, "bfloat16")
-            held = dict(zip(layers, weights, strict=True))
-        self.numbers = FfnM(folder, self.config, held, "bfloat16")
+        opened = open_model(folder, verify=False)
+        self.config = opened.config
+        weights = ffn_m_weights(opened.tensors, self.config, layers, "bfloat16")
+        self.numbers = FfnM(opened, dict(zip(layers, weights, strict=True)), "bfloat16")
 
     @torch.no_grad()
     def products(self, rows: int, chunk: int) -> float:
@@ -45,17 +44,21 @@ class Layers:
         x0 = torch.randn(chunk, self.config.hidden_size).bfloat16()
         inner = torch.randn(chunk, self.config.intermediate_size).bfloat16()
         networks = [block.memory_mlp for block in self.numbers.blocks]
-        started = time.perf_counter()
-        for _ in range(rows // chunk):
+        started = 0.0
+        for number in range(1 + rows // chunk):
+            if number == 1:  # after one that finds its memory
+                started = time.perf_counter()
             for network in networks:
                 network.gate_up_proj(x0)
                 network.down_proj(inner)
         return time.perf_counter() - started
 
     def ffn_m(self, rows: int, chunk: int) -> float:
-        """Seconds in which a worker computes the first `rows` rows of the layers."""
-        started = time.perf_counter()
-        for first, last in chunks_of(0, rows, chunk):
+        """Seconds in which a worker computes `rows` rows of the layers, after a first chunk."""
+        started = 0.0
+        for first, last in chunks_of(0, chunk + rows, chunk):
+            if first == chunk:
+                started = time.perf_counter()
             for _ in self.numbers.values(first, last):
                 pass
         return time.perf_counter() - started

@@ -23,7 +23,7 @@ from mlm_train.bench.train_ways import Way, build_way
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
 from mlm_train.errors import UserError
-from mlm_train.parallel.host_memory import give_back
+from mlm_train.host_memory import give_back
 from mlm_train.parallel.topology import Topology
 from mlm_train.train.batches import MicroBatch, step_batches
 

@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +19,7 @@ from mlm_train.errors import UserError
 from mlm_train.files import listed, new_folder, sha256_of, write_json
 from mlm_train.model.logical import named_pieces, pieces
 from mlm_train.model.transformer import Transformer
+from mlm_train.model.unfilled import unfilled
 
 __all__ = [
     "FolderTensors",
@@ -35,11 +37,12 @@ __all__ = [
 AGAIN = "export it again, or copy the folder again"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 4 * 2**30
+_HASHED_AT_ONCE = 4  # files
 
 
 def expected_shapes(config: ModelConfig, with_memory: bool = True) -> dict[str, torch.Size]:
     """Name -> shape of every tensor of an export, in the order of the model."""
-    with torch.device("meta"):
+    with unfilled():
         model = Transformer(config, with_memory)
     return {name: tensor.shape for name, tensor in named_pieces(model)}
 
@@ -243,7 +246,7 @@ def load_model(path: str | Path, with_memory: bool = True, dtype: torch.dtype = 
     """
     path = Path(path)
     config = read_config(path)
-    with torch.device("meta"):
+    with unfilled():
         model = Transformer(config, with_memory)
     model.to(dtype).to_empty(device="cpu").requires_grad_(False)
     fill_model(path, model)
@@ -268,6 +271,8 @@ def fingerprint(path: str | Path) -> str:
     path = Path(path)
     read_config(path)
     total = hashlib.sha256()
-    for file in (path / "config.json", *_weight_files(path)):
-        total.update(f"{file.name} {sha256_of(file)}\n".encode())
+    files = (path / "config.json", *_weight_files(path))
+    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+        for file, digest in zip(files, pool.map(sha256_of, files), strict=True):
+            total.update(f"{file.name} {digest}\n".encode())
     return total.hexdigest()

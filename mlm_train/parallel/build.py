@@ -12,6 +12,7 @@ from mlm_train.memory import Table, make_source
 from mlm_train.model.loss import Words, head_loss
 from mlm_train.model.source import MemorySource
 from mlm_train.model.transformer import Transformer
+from mlm_train.model.unfilled import unfilled
 from mlm_train.parallel.execution import Executor, Loss, Sequential
 from mlm_train.parallel.mappings import TensorGroup
 from mlm_train.parallel.pipeline import Pipeline
@@ -42,7 +43,7 @@ def shapes_of(config: Config, topology: Topology, group: TensorGroup) -> Transfo
     """This rank's share of the model, without storage: its layers, its part of each of them."""
     spans = my_spans(config, topology)
     replicated = config.transport == "replicate"
-    with torch.device("meta"):
+    with unfilled():
         model = Transformer(
             config.model,
             layers=[layer for span in spans for layer in span.layers],

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mlm_train.config import Config, TrainConfig
 from mlm_train.errors import PeerFailure, SharedUserError, UserError
+from mlm_train.host_memory import keep_freed
 from mlm_train.parallel.failures import one_line
-from mlm_train.parallel.host_memory import keep_freed
 from mlm_train.parallel.place import Place
 from mlm_train.parallel.stacks import keep_flight_records
 from mlm_train.parallel.topology import Topology

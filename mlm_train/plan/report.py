@@ -35,12 +35,12 @@ def print_plan(config: Config, topology: Topology, console: Console) -> None:
 
 def _shapes(config: Config) -> Table:
     """Logical tensors of one layer and around the layers."""
-    import torch
 
     from mlm_train.model.logical import named_pieces
     from mlm_train.model.transformer import Transformer
+    from mlm_train.model.unfilled import unfilled
 
-    with torch.device("meta"):  # shapes only, nothing is allocated
+    with unfilled():  # shapes only, nothing is allocated
         one_layer = config.model.model_copy(update={"num_hidden_layers": 1})
         model = Transformer(one_layer)
     table = Table("tensor", "shape", "count")

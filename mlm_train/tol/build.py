@@ -15,7 +15,6 @@ from mlm_train.files import sha256_of, writing
 from mlm_train.ownership import owned
 from mlm_train.tol.cluster import ray_cluster
 from mlm_train.tol.codec import TORCH_DTYPE, PlainDtype
-from mlm_train.tol.compute import ffn_m_weights, to_numpy
 from mlm_train.tol.crew import Crew
 from mlm_train.tol.format import (
     BASIS,
@@ -30,6 +29,7 @@ from mlm_train.tol.format import (
 from mlm_train.tol.lowrank import bases_of, has_ranks, lay_out, make_spectra
 from mlm_train.tol.pieces import Group, Pieces
 from mlm_train.tol.progress import ByteProgress
+from mlm_train.tol.shared import Weights, shared_weights
 from mlm_train.tol.state import (
     STATE,
     Layout,
@@ -45,7 +45,7 @@ from mlm_train.tol.table import write_bases
 from mlm_train.tol.worker import Job
 
 CHUNK_ROWS = 2048
-GROUP_BYTES = 768 * 2**20
+GROUP_BYTES = 512 * 2**20
 _PARTITION_BYTES = 512 * 2**20
 _LEAST_PARTITIONS = 8
 
@@ -100,7 +100,7 @@ class Build:
         count = _partitions(partitions, source["vocab_size"], plain)
         self.plan = Plan(**source, storage=storage, partitions=count, threads=threads)
         places = {"model": None, "table": str(folder)} if table else {"model": str(folder), "table": None}
-        self.job = Job(**places, config=self.config, plan=self.plan, device=device)
+        self.job = Job(**places, plan=self.plan, device=device)
 
     def run(self, workers: int = 2, ray_address: str | None = None) -> TolIndex:
         """Build, or finish an unfinished build of the same plan.
@@ -181,18 +181,18 @@ class Build:
         shared = self._weight_bytes() * len(self.plan.layers)
         try:
             with ray_cluster(size * threads, ray_address, shared):
-                weights = self._shared_weights()
                 crew = Crew(self.job, size, threads, gpus=float(self.job.device.startswith("cuda")))
                 try:
-                    if state.layout is None:
-                        self._cut(state, crew, weights)
-                    self._fill(state, crew, weights, groups, committed)
+                    with shared_weights(self.job.model, self.plan, size * len(groups[0])) as weights:
+                        if state.layout is None:
+                            self._cut(state, crew, weights)
+                        self._fill(state, crew, weights, groups, committed)
                 finally:
                     crew.dismiss()
         finally:
             remove_drafts(self.output)  # after an error, such as a full disk
 
-    def _cut(self, state: State, crew: Crew, weights: dict[int, Any]) -> None:
+    def _cut(self, state: State, crew: Crew, weights: Weights) -> None:
         """Choose the ranks, write the bases, and commit both."""
         spectra = make_spectra(crew, state, self.output, weights)
         layout = lay_out(self.plan, spectra)
@@ -220,7 +220,7 @@ class Build:
         return [tuple(layers[a:b]) for a, b in itertools.pairwise(edges)]
 
     def _fill(
-        self, state: State, crew: Crew, weights: dict[int, Any], groups: list[Group], committed: Committed
+        self, state: State, crew: Crew, weights: Weights, groups: list[Group], committed: Committed
     ) -> None:
         """Keep the workers busy until every missing partition is committed."""
         layout = state.layout
@@ -242,26 +242,14 @@ class Build:
                         crew.do(member, piece, "hash", draft, piece.number)
                         continue
                     member.group = piece.layers
-                    shared = [weights.get(layer) for layer in piece.layers]
-                    crew.do(member, piece, "fill", draft, piece.number, piece.layers, shared, layout, basis)
+                    held = weights(piece.layers)
+                    crew.do(member, piece, "fill", draft, piece.number, piece.layers, held, layout, basis)
                 for piece, result in crew.finished():
                     if (done := pieces.ended(piece, result)) is not None:
                         state.done[piece.number], state.sums[piece.number] = done
                         committed(state)
                 whole = sum(partition.bytes for partition in state.done.values())
                 progress.show(whole + pieces.written(sizes))
-
-    def _shared_weights(self) -> dict[int, Any]:
-        """A reference of each kept layer's weights; Ray keeps one copy a node."""
-        import ray
-
-        if self.config is None:
-            return {}
-        assert self.job.model is not None
-        layers = self.plan.layers
-        with open_model(self.job.model, verify=False) as opened:
-            weights = ffn_m_weights(opened.tensors, self.config, layers, self.plan.compute)
-            return {layer: ray.put(to_numpy(one)) for layer, one in zip(layers, weights, strict=True)}
 
     def _commit(self, state: State) -> TolIndex:
         """Write the index, the last file; then the state goes."""

@@ -122,7 +122,7 @@ def encode(scheme: Scheme, values: Tensor, out: Tensor) -> None:
         if scheme.dtype == "int4":
             codes = _pack(codes)
         fields = [scales, codes] if zeros is None else [scales, zeros, codes]
-    if not _all_finite(fields[0]):
+    if not all_finite(fields[0]):
         raise NotFinite(int((~fields[0].isfinite()).any(1).nonzero()[0]), scheme.dtype)
     start = 0
     for field in fields:
@@ -132,7 +132,7 @@ def encode(scheme: Scheme, values: Tensor, out: Tensor) -> None:
     out[:, start:] = 0
 
 
-def _all_finite(values: Tensor) -> bool:
+def all_finite(values: Tensor) -> bool:
     """Whether no number is NaN or infinite: the extremes pass both on, and need one pass."""
     return values.numel() == 0 or bool(torch.stack(values.aminmax()).isfinite().all())
 

@@ -8,19 +8,22 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mlm_train.checkpoint.hf_folder import FolderTensors
-from mlm_train.checkpoint.logical_folder import open_model
+from mlm_train.checkpoint.logical_folder import OpenedModel
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.model.block import MemoryBlock
 from mlm_train.model.logical import pieces
 from mlm_train.model.transformer import Transformer
-from mlm_train.tol.codec import TORCH_DTYPE, PlainDtype
+from mlm_train.model.unfilled import unfilled
+from mlm_train.tol.codec import TORCH_DTYPE, PlainDtype, all_finite
 from mlm_train.tol.table import Table
 
 EMBEDDING = "model.embed_tokens.weight"
 LayerWeights = dict[str, Tensor]
+Arrays = dict[str, tuple[np.ndarray, str, tuple[int, ...]]]  # bytes, type and shape of each
 
 
 class Numbers(Protocol):
@@ -32,19 +35,24 @@ class Numbers(Protocol):
 
 
 def ffn_m_weights(
-    tensors: FolderTensors, config: ModelConfig, layers: Sequence[int], compute: PlainDtype = "float32"
+    tensors: FolderTensors,
+    config: ModelConfig,
+    layers: Sequence[int],
+    compute: PlainDtype = "float32",
+    in_place: bool = False,
 ) -> Iterator[LayerWeights]:
     """FFN-M's parameters by their names in a MemoryBlock, layer after layer; nothing else is read.
 
-    Those of its products are of type `compute`, its norm's are fp32. Raises UserError naming a tensor that
-    holds a NaN or an infinity.
+    Those of its products are of type `compute`, its norm's are fp32. in_place: each layer's take the place of
+    those before. Raises UserError naming a tensor that holds a NaN or an infinity.
     """
-    with torch.device("meta"):
+    with unfilled():
         model = Transformer(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    weights: LayerWeights = {}
     for layer in layers:
         prefix = f"layers.{layer}."
-        weights: LayerWeights = {}
+        weights = weights if in_place else {}
         for piece in pieces(model):
             name = piece.parameter.removeprefix(prefix)
             if name == piece.parameter or not name.startswith(("memory_layernorm.", "memory_mlp.")):
@@ -54,7 +62,7 @@ def ffn_m_weights(
                 weights[name] = torch.empty(shapes[piece.parameter], dtype=dtype)
             part = piece.of(weights[name])
             part.copy_(tensors.tensor(piece.name))
-            if not part.isfinite().all():
+            if not all_finite(part):
                 raise UserError(
                     f"{tensors.path}: tensor {piece.name} has NaN or infinite values; train again"
                 )
@@ -65,15 +73,15 @@ def ffn_m_blocks(config: ModelConfig, weights: dict[int, LayerWeights]) -> list[
     """Blocks whose `ffn_m` runs on the weights of these layers, without a copy; the rest has no storage."""
     blocks = []
     for layer, state in weights.items():
-        with torch.device("meta"):
+        with unfilled():
             block = MemoryBlock(config, layer).requires_grad_(False)
         block.load_state_dict(state, strict=False, assign=True)
         blocks.append(block)
     return blocks
 
 
-def to_numpy(weights: LayerWeights) -> dict[str, tuple[np.ndarray, str, tuple[int, ...]]]:
-    """Each tensor's bytes as an array, which Ray shares between a node's processes, its type and shape."""
+def to_numpy(weights: LayerWeights) -> Arrays:
+    """Each tensor's bytes as an array, which Ray shares between a node's processes."""
     return {
         name: (
             tensor.view(torch.uint8).numpy(),
@@ -84,7 +92,7 @@ def to_numpy(weights: LayerWeights) -> dict[str, tuple[np.ndarray, str, tuple[in
     }
 
 
-def from_numpy(arrays: dict[str, tuple[np.ndarray, str, tuple[int, ...]]]) -> LayerWeights:
+def from_numpy(arrays: Arrays) -> LayerWeights:
     """Tensors over shared, read-only arrays."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
@@ -95,25 +103,25 @@ def from_numpy(arrays: dict[str, tuple[np.ndarray, str, tuple[int, ...]]]) -> La
 
 
 class FfnM:
-    """FFN_M_l(x0) of these layers, of a model that was verified before.
+    """FFN_M_l(x0) of these layers.
 
-    The products run in `compute`, all else in fp32, as autocast does.
+    What MemoryBlock.ffn_m gives under autocast to `compute`, to the bit on a CPU (tests/tol/test_compute.py),
+    with what the norms of all layers share computed once.
     """
 
     def __init__(
         self,
-        model: str | Path,
-        config: ModelConfig,
+        model: OpenedModel,
         weights: dict[int, LayerWeights],
         compute: PlainDtype = "float32",
         device: str = "cpu",
     ) -> None:
-        self.tensors, self.device = open_model(model, verify=False).tensors, torch.device(device)
+        self.tensors, self.device = model.tensors, torch.device(device)
         there = {
             layer: {name: tensor.to(device) for name, tensor in one.items()} for layer, one in weights.items()
         }
-        self.blocks = ffn_m_blocks(config, there)
-        self.compute = TORCH_DTYPE[compute]
+        self.blocks = ffn_m_blocks(model.config, there)
+        self.compute, self.eps = TORCH_DTYPE[compute], model.config.rms_norm_eps
 
     def values(self, first: int, last: int) -> Iterator[Tensor]:
         """Rows [first, last) of one layer after another, on the CPU: [n, hidden] of `compute`."""
@@ -123,11 +131,10 @@ class FfnM:
     @torch.no_grad()
     def of(self, x0: Tensor) -> Iterator[Tensor]:
         """The same for embedding rows [n, hidden]."""
-        narrow = self.compute != torch.float32
+        unit = functional.rms_norm(x0, x0.shape[-1:], eps=self.eps)
         for block in self.blocks:
-            with torch.autocast(self.device.type, self.compute, enabled=narrow):
-                rows = block.ffn_m(x0)
-            yield rows.cpu()
+            normed = unit * block.memory_layernorm.weight
+            yield block.memory_mlp(normed.to(self.compute)).cpu()
 
 
 class Stored:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -12,6 +11,7 @@ from mlm_train.tol.crew import ATTEMPTS, Crew, WorkerDied
 from mlm_train.tol.format import BASIS_ITEM, File
 from mlm_train.tol.partition import name_draft, new_draft
 from mlm_train.tol.ranks import break_even_rank, choose_ranks
+from mlm_train.tol.shared import Weights
 from mlm_train.tol.spectrum import Spectrum, scaled_basis
 from mlm_train.tol.state import SPECTRA, Layout, Plan, State, Storage
 
@@ -21,7 +21,7 @@ def spectrum_file(output: Path, layer: int) -> Path:
     return output / SPECTRA.format(f"{layer:05d}")
 
 
-def make_spectra(crew: Crew, state: State, output: Path, weights: dict[int, Any]) -> list[Spectrum]:
+def make_spectra(crew: Crew, state: State, output: Path, weights: Weights) -> list[Spectrum]:
     """The spectra of all kept layers, those that the state names already too; a task a layer."""
     files = {layer: spectrum_file(output, layer) for layer in state.plan.layers}
     waiting = [layer for layer in files if layer not in state.spectra][::-1]
@@ -34,7 +34,7 @@ def make_spectra(crew: Crew, state: State, output: Path, weights: dict[int, Any]
             member.group, running = (layer,), running + 1
             draft = new_draft(files[layer])
             draft.touch()
-            crew.do(member, (layer, draft), "spectrum", layer, [weights.get(layer)], str(draft))
+            crew.do(member, (layer, draft), "spectrum", layer, weights((layer,)), str(draft))
         for (layer, draft), result in crew.finished():
             running -= 1
             if isinstance(result, WorkerDied):

@@ -4,12 +4,13 @@ Its header is padded so that the rows begin at a multiple of 4096 bytes, which d
 want. Every layer of a token lies in one contiguous row.
 """
 
+import errno
 import hashlib
 import json
 import os
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -23,6 +24,8 @@ from mlm_train.tol.codec import TORCH_DTYPE
 from mlm_train.tol.format import INDEX, Partition, TolIndex
 
 ALIGNMENT = 4096
+_DONT_CACHE = 0x80  # RWF_DONTCACHE of Linux 6.14, for pwritev and preadv
+_HASHED_AT_ONCE = 2**20  # bytes
 _SAFETENSORS_DTYPE = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -103,42 +106,70 @@ class Draft:
         assert sys.byteorder == "little", "safetensors data are little-endian"
         self.path, self.shape, self.start = path, shape, len(shape.header(rows))
         # Not for reading: NFS would then read whole pages, and write other workers' old bytes back with ours.
-        self._file = os.open(path, os.O_WRONLY)
+        self._file = _Uncached(os.open(path, os.O_WRONLY))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._file)
+        os.close(self._file.number)
 
     def write(self, row: int, column: int, data: Tensor) -> None:
         """Bytes [column, column + n) of rows from `row` on: uint8 [rows, n]."""
         lines: np.ndarray = data.numpy()
         if data.shape[1] == self.shape.size:
-            _write(self._file, lines.reshape(-1), self.start + row * self.shape.size)
+            self._file.write(lines.reshape(-1), self.start + row * self.shape.size)
             return
+        # A page that neighbours share would be written to disk once for each of them.
+        cached = bool((self.shape.size | column | data.shape[1]) % ALIGNMENT)
         for number, line in enumerate(lines, row):
-            _write(self._file, line, self.start + number * self.shape.size + column)
+            self._file.write(line, self.start + number * self.shape.size + column, cached)
 
     def sync(self) -> None:
         """Have what was written here survive a power cut."""
-        os.fsync(self._file)
+        os.fsync(self._file.number)
 
 
-def _write(file: int, data: np.ndarray, at: int) -> None:
-    view = data.data
-    while view:
-        written = os.pwrite(file, view, at)
-        view, at = view[written:], at + written
+class _Uncached:
+    """Reads and writes that leave nothing in the system's page cache, where the system can do that.
+
+    A table may be larger than memory: kept, its pages drive out the weights, and every further page has to
+    be made free first. It also sends what is written to disk at once, not all when it is synced.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number, self._flags = number, _DONT_CACHE
+
+    def write(self, data: np.ndarray, at: int, cached: bool = False) -> None:
+        view = data.data
+        while view:
+            written = self._tried(os.pwritev, view, at, 0 if cached else self._flags)
+            view, at = view[written:], at + written
+
+    def read(self, view: memoryview, at: int) -> int:
+        """Fill `view` from there; how many bytes there were."""
+        return self._tried(os.preadv, view, at, self._flags)
+
+    def _tried(self, call: Callable[..., int], view: memoryview, at: int, flags: int) -> int:
+        try:
+            return call(self.number, [view], at, flags)
+        except OSError as error:
+            if not flags or error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+        self._flags = 0  # an older system, or another file system
+        return call(self.number, [view], at)
 
 
 def hash_draft(draft: Path, file: str, rows: tuple[int, int]) -> Partition:
     """A whole draft as the partition `file`: hashed as it lies on disk, where it survives a power cut."""
-    with draft.open("rb+") as whole:
-        digest = hashlib.file_digest(whole, "sha256").hexdigest()
-        size = whole.tell()
+    digest, size, view = hashlib.sha256(), 0, memoryview(bytearray(_HASHED_AT_ONCE))
+    with draft.open("rb+", buffering=0) as whole:
         os.fsync(whole.fileno())
-    return Partition(file=file, rows=rows, bytes=size, sha256=digest)
+        reader = _Uncached(whole.fileno())
+        while count := reader.read(view, size):
+            digest.update(view[:count])
+            size += count
+    return Partition(file=file, rows=rows, bytes=size, sha256=digest.hexdigest())
 
 
 def name_draft(draft: Path, path: Path) -> None:

@@ -130,7 +130,7 @@ def verify_tol(
     with opened:
         weights = ffn_m_weights(opened.tensors, opened.config, index.layers, index.source.compute)
         by_layer = dict(zip(index.layers, weights, strict=True))
-        numbers = FfnM(opened.path, opened.config, by_layer, index.source.compute)
+        numbers = FfnM(opened, by_layer, index.source.compute)
         table = Table(index, [], read_bases(folder, index))
         _check_partitions(folder, report, _Recompute(opened.tensors, numbers, table, chosen))
     return report

@@ -3,14 +3,16 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mlm_train.config import ModelConfig
+from mlm_train.checkpoint.logical_folder import OpenedModel, open_model
 from mlm_train.errors import UserError
+from mlm_train.host_memory import keep_freed
 from mlm_train.tol.codec import NotFinite, decode, encode, layout
 from mlm_train.tol.compute import FfnM, Numbers, Stored, chunks_of, from_numpy
 from mlm_train.tol.format import Partition
@@ -28,15 +30,15 @@ class Job:
 
     model: str | None
     table: str | None
-    config: ModelConfig | None
     plan: Plan
     device: str = "cpu"
 
 
 def prepare_process(threads: int) -> None:
     """Set torch up for a worker; before its first tensor."""
-    # FFN-M's results are allocated anew for every chunk: in small pages, faults are a fifth of its time.
+    # What a chunk needs is the next one's too: asked for again, page by page, it is a fifth of its time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    keep_freed(every_size=True)
     torch.set_num_threads(threads)
 
 
@@ -53,7 +55,14 @@ class Worker:
         self._numbers: Numbers | None = None
 
     def ready(self) -> None:
-        """Returns once the worker runs."""
+        """Returns once the worker runs, and has read what every piece needs."""
+        if self.job.model is not None:
+            _ = self._model
+
+    @cached_property
+    def _model(self) -> OpenedModel:
+        assert self.job.model is not None
+        return open_model(self.job.model, verify=False)
 
     def fill(
         self, draft: str, number: int, layers: Sequence[int], weights: list[Any], place: Layout, basis: str
@@ -100,9 +109,8 @@ class Worker:
         if job.table is not None:
             self._numbers = Stored(job.table, layers)
         else:
-            assert job.model is not None and job.config is not None
-            shared = {layer: from_numpy(ray.get(one)) for layer, one in zip(layers, weights, strict=True)}
-            self._numbers = FfnM(job.model, job.config, shared, job.plan.compute, job.device)
+            shared = {layer: from_numpy(one) for layer, one in zip(layers, ray.get(weights), strict=True)}
+            self._numbers = FfnM(self._model, shared, job.plan.compute, job.device)
         self._layers = layers
         return self._numbers
 

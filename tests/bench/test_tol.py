@@ -47,13 +47,13 @@ def test_the_report_and_what_is_kept(tmp_path: Path) -> None:
     rows = {row["name"]: row for row in found["rows"]}
     assert rows.keys() == {
         *PROCESSES, *(f"one.{name}" for name in PROCESSES), *(f"parts.{part}" for part in PARTS),
-        "parts.open", "parts.run", "whole", "ray_start", "worker.private", "worker.resident",
+        "parts.open", "parts.run", "whole", "ray_start", "worker.private", "worker.share", "worker.resident",
         "plain.write", "tol.write",
     }  # fmt: skip
     assert all(row["min"] > 0 for row in rows.values())
     assert all(rows[name]["runs"] == 4 for name in PROCESSES)  # two turns before, two after
     assert rows["worker.private"]["runs"] == 2
-    assert rows["worker.private"]["max"] < rows["worker.resident"]["max"]
+    assert rows["worker.private"]["max"] < rows["worker.share"]["max"] < rows["worker.resident"]["max"]
     assert rows["whole"]["median"] == rows["parts.open"]["median"] + rows["parts.run"]["median"]
     ratios = found["ratios"]
     assert ratios.keys() == {

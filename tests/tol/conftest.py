@@ -48,7 +48,7 @@ def exported(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def tables(exported: Path, ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A ToL of each type; 7 partitions do not divide 601 rows, nor do chunks of 50 their parts."""
+    """A ToL of each type; 7 partitions divide neither 601 rows nor their 13 chunks."""
     root = tmp_path_factory.mktemp("tables")
     for dtype in ("bfloat16", "float16", "float32"):
         build_tol(exported, root / dtype, dtype, partitions=7, chunk_rows=50)

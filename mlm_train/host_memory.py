@@ -4,19 +4,23 @@ import ctypes
 from typing import Any
 
 # Of glibc's malloc.h: mallopt's parameters.
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-LARGEST_MMAP_THRESHOLD = 32 * 2**20  # the most that it takes on 64 bits
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
+LARGEST_MMAP_THRESHOLD = 32 * 2**20  # the most that any glibc takes on 64 bits
 
 
-def keep_freed() -> None:
-    """Freed memory stays with the process, blocks of more than 32 MiB apart.
+def keep_freed(every_size: bool = False) -> None:
+    """Freed memory stays with the process, blocks of more than 32 MiB apart, or those too.
 
     A micro-batch frees what the next one asks for again; given back in between, it would be asked for page
-    by page, each zeroed by the system first (docs/performance.md).
+    by page, each zeroed by the system first (docs/performance.md). every_size: for work whose blocks are
+    few and alike; others may leave holes that nothing fits into.
     """
     mallopt = _function("mallopt")
     if mallopt is not None:
-        mallopt(MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
+        if every_size:
+            mallopt(MMAP_MAX, 0)
+        else:
+            mallopt(MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
         mallopt(TRIM_THRESHOLD, -1)
 
 

@@ -1,0 +1,48 @@
+"""FFN-M's weights where all of a build's workers find them: one copy a node, in Ray's object store."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from mlm_train.checkpoint.logical_folder import open_model
+from mlm_train.tol.compute import ffn_m_weights, to_numpy
+from mlm_train.tol.state import Plan
+
+Weights = Callable[[Sequence[int]], list[Any]]  # references of these layers' weights
+
+
+@contextmanager
+def shared_weights(model: str | None, plan: Plan, ahead: int) -> Iterator[Weights]:
+    """Put layer after layer into the store, `ahead` of the last that was asked for; nothing without a model.
+
+    Not all at once: the first workers start meanwhile. Asking raises UserError, naming a tensor with a
+    NaN, as soon as one was read, of whatever layer.
+    """
+    if model is None:
+        yield lambda _: []
+        return
+    import ray
+
+    with open_model(model, verify=False) as opened, ThreadPoolExecutor(1) as reader:
+        # ray.put copies: new memory for every layer would have to be made, and zeroed, by the system.
+        weights = ffn_m_weights(opened.tensors, opened.config, plan.layers, plan.compute, in_place=True)
+        put: list[Future[Any]] = []
+
+        def read(count: int) -> None:
+            while len(put) < min(count, len(plan.layers)):
+                put.append(reader.submit(lambda: ray.put(to_numpy(next(weights)))))
+
+        def references(layers: Sequence[int]) -> list[Any]:
+            for one in put:
+                if one.done():
+                    one.result()
+            positions = [plan.layers.index(layer) for layer in layers]
+            read(max(positions) + 1 + ahead)
+            return [put[position].result() for position in positions]
+
+        try:
+            read(ahead)
+            yield references
+        finally:
+            reader.shutdown(cancel_futures=True)
