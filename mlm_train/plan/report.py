@@ -35,7 +35,6 @@ def print_plan(config: Config, topology: Topology, console: Console) -> None:
 
 def _shapes(config: Config) -> Table:
     """Logical tensors of one layer and around the layers."""
-
     from mlm_train.model.logical import named_pieces
     from mlm_train.model.transformer import Transformer
     from mlm_train.model.unfilled import unfilled

@@ -14,10 +14,10 @@ Weights = Callable[[Sequence[int]], list[Any]]  # references of these layers' we
 
 @contextmanager
 def shared_weights(model: str | None, plan: Plan, ahead: int) -> Iterator[Weights]:
-    """Put layer after layer into the store, `ahead` of the last that was asked for; nothing without a model.
+    """Put layer after layer into the store; nothing without a model.
 
-    Not all at once: the first workers start meanwhile. Asking raises UserError, naming a tensor with a
-    NaN, as soon as one was read, of whatever layer.
+    `ahead` of them while the workers start, which needs the processors too; the others from the first asking
+    on. Asking raises UserError, naming a tensor with a NaN, as soon as one was read, of whatever layer.
     """
     if model is None:
         yield lambda _: []
@@ -30,16 +30,15 @@ def shared_weights(model: str | None, plan: Plan, ahead: int) -> Iterator[Weight
         put: list[Future[Any]] = []
 
         def read(count: int) -> None:
-            while len(put) < min(count, len(plan.layers)):
+            for _ in plan.layers[len(put) : count]:
                 put.append(reader.submit(lambda: ray.put(to_numpy(next(weights)))))
 
         def references(layers: Sequence[int]) -> list[Any]:
             for one in put:
                 if one.done():
                     one.result()
-            positions = [plan.layers.index(layer) for layer in layers]
-            read(max(positions) + 1 + ahead)
-            return [put[position].result() for position in positions]
+            read(len(plan.layers))
+            return [put[plan.layers.index(layer)].result() for layer in layers]
 
         try:
             read(ahead)

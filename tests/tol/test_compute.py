@@ -25,4 +25,4 @@ def test_as_the_model_does(model: Transformer, exported: Path, dtype: PlainDtype
     assert found.equal(true)
     with torch.enable_grad(), torch.autocast("cpu", TORCH_DTYPE[dtype], enabled=dtype != "float32"):
         trained = torch.stack([block.ffn_m(x0.clone().requires_grad_()) for block in model.layers.values()])
-    assert trained.requires_grad and trained.equal(true)  # in place or not
+    assert trained.requires_grad and trained.equal(true)  # as in training
