@@ -157,7 +157,7 @@ def measure(folder: Path, config: ModelConfig, args: argparse.Namespace, measure
     with ExitStack() as stack:
         with measured.timed("ray_start"):
             stack.enter_context(ray_cluster(args.workers * args.threads, shared_bytes=weights))
-        with Memory() as memory, measured.timed("parts.run"):
+        with Memory(args.workers) as memory, measured.timed("parts.run"):
             build.run(args.workers)
     measured.add("whole", measured.median("parts.open") + measured.median("parts.run"), "s")
     for peaks in memory.peaks.values():
@@ -219,10 +219,12 @@ class Memory:
     """The peak memory of each of a build's workers, in bytes, looked at while the block runs.
 
     private: what a worker alone holds; share: and its part of what several processes hold, such as the
-    weights; resident: and all of that. Only a Ray that this process started is seen.
+    weights; resident: and all of that. Only a Ray that this process started is seen, and none of a worker
+    whose build is over before the first look at it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
         self.peaks: dict[int, dict[str, int]] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -251,7 +253,7 @@ class Memory:
                 before = self.peaks.setdefault(process.pid, {})
                 for kind, size in (("private", now.uss), ("share", now.pss), ("resident", now.rss)):
                     before[kind] = max(before.get(kind, 0), size)
-            if self.peaks:
+            if len(self.peaks) == self.workers:
                 pause = max(POLL, RESTS * took)
 
 
