@@ -37,6 +37,7 @@ PRESETS = {  # layers, hidden, FFN-M's width, vocabulary
 }
 CHUNKS = (1024, 2048, 4096)  # rows a product
 ROWS = max(CHUNKS)  # of each layer in a turn
+LAYERS = 8  # in a turn, at most: more than the processor's caches hold
 SHARD_BYTES = 2**30
 SEED = 1234
 POLL = 0.25  # seconds between two looks at the workers' memory
@@ -177,19 +178,19 @@ def random_tensors(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
 
 def _in_turn(build: Build, export: Path, args: argparse.Namespace, measured: Measured) -> None:
     """Seconds a layer of products and FFN-M, in turn: of all processes together, and of one alone."""
-    group, vocabulary = build.groups[0], build.plan.vocab_size
+    layers, vocabulary = build.plan.layers[:LAYERS], build.plan.vocab_size
     ways: list[tuple[str, Callable[[int, int], float], int]] = [
         (f"gemm.{chunk}", tol_worker.products, chunk) for chunk in CHUNKS
     ]
     ways.append(("compute", tol_worker.ffn_m, CHUNK_ROWS))
     with ExitStack() as stack:
         processes = [stack.enter_context(tol_worker.start_process(args.threads)) for _ in range(args.workers)]
-        for ready in [process.submit(tol_worker.open_layers, export, group) for process in processes]:
+        for ready in [process.submit(tol_worker.open_layers, export, layers) for process in processes]:
             ready.result()
         for _ in track(range(args.runs), "products", console=Console(stderr=True), transient=True):
             for prefix, some in (("", processes), ("one.", processes[:1])):
                 for name, work, chunk in ways:
-                    rate = len(group) * _rate(some, work, chunk)
+                    rate = len(layers) * _rate(some, work, chunk)
                     measured.add(prefix + name, vocabulary / rate, "s a layer")
 
 
@@ -207,7 +208,7 @@ def _files(folder: Path, build: Build, args: argparse.Namespace, measured: Measu
     size = place.shape.file_bytes(stop - start)
     with tol_worker.start_process(args.threads) as process:
         for _ in track(range(args.runs), "files", console=Console(stderr=True), transient=True):
-            work = (folder, place, build.groups, stop - start, plan.chunk_rows)
+            work = (folder, place, stop - start, plan.chunk_rows)
             spent = process.submit(tol_worker.files, *work).result()
             for part in ("encode", "write", "hash", "commit"):
                 measured.add(f"parts.{part}", spent[part], "s a partition")

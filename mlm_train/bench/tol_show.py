@@ -15,8 +15,8 @@ LEGEND = """\
 gemm.N: bare matrix products of FFN-M in bf16, chunks of N rows; compute: FFN-M as a build computes it. Both
 over the whole vocabulary, all processes together, in turn; one.*: a single process.
 whole: parts.open (the export read and hashed) and parts.run (the workers' start, writing and hashing too).
-Of the other parts, one process alone: parts.write takes the space, writes and syncs; parts.commit hashes
-again (parts.hash: hashing alone), syncs and names.
+Of the other parts, one process alone: parts.write takes the space, writes and syncs; parts.commit names. A
+build hashes and writes on a thread, while it computes.
 worker.private: what a worker alone holds at its peak; worker.share: with its part of what others hold too
 (weights, files that are read); worker.resident: with all of that."""
 

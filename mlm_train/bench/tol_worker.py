@@ -1,5 +1,6 @@
 """What the processes of `bench tol` run: bare matrix products, FFN-M, and files as a build writes them."""
 
+import hashlib
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -11,11 +12,11 @@ from pathlib import Path
 import torch
 
 from mlm_train.checkpoint.logical_folder import open_model
-from mlm_train.files import sha256_of, sync
+from mlm_train.files import sync
 from mlm_train.tol.codec import encode
 from mlm_train.tol.compute import FfnM, chunks_of, ffn_m_weights
-from mlm_train.tol.partition import Draft, hash_draft, make_draft, name_draft, new_draft
-from mlm_train.tol.pieces import Group
+from mlm_train.tol.disk import FileSink, buffers
+from mlm_train.tol.partition import make_draft, name_draft, new_draft
 from mlm_train.tol.state import Layout
 from mlm_train.tol.worker import prepare_process
 
@@ -55,11 +56,11 @@ class Layers:
 
     def ffn_m(self, rows: int, chunk: int) -> float:
         """Seconds in which a worker computes `rows` rows of the layers, after a first chunk."""
-        started = 0.0
+        started, room = 0.0, torch.empty(chunk, len(self.numbers.blocks), self.config.hidden_size).bfloat16()
         for first, last in chunks_of(0, chunk + rows, chunk):
             if first == chunk:
                 started = time.perf_counter()
-            for _ in self.numbers.values(first, last):
+            for _ in self.numbers.values(first, last, room[: last - first].unbind(1)):
                 pass
         return time.perf_counter() - started
 
@@ -82,41 +83,36 @@ def ffn_m(rows: int, chunk: int) -> float:
     return _layers.ffn_m(rows, chunk)
 
 
-def files(folder: Path, place: Layout, groups: Sequence[Group], rows: int, chunk: int) -> dict[str, float]:
+def files(folder: Path, place: Layout, rows: int, chunk: int) -> dict[str, float]:
     """Seconds of a plain partition's parts without FFN-M, and of writing as many bytes. Nothing stays.
 
-    write: the space taken, all rows written group by group, and synced. commit: synced, hashed and named.
+    write: the space taken, all rows written as they are while others are computed, and synced.
     """
-    path, spent = (
-        folder / "rows.safetensors",
-        dict.fromkeys(("plain", "encode", "write", "hash", "commit"), 0.0),
-    )
+    path = folder / "rows.safetensors"
+    spent = dict.fromkeys(("plain", "encode", "write", "hash", "commit"), 0.0)
     values = torch.randn(chunk, place.hidden_size).bfloat16()
     size = place.shape.file_bytes(rows)
     block = memoryview(os.urandom(min(BLOCK, size)))
     with _added(spent, "plain"):
         _write_plain(path, block, size)
     path.unlink()
-    draft = new_draft(path)
+    draft, header, digest = new_draft(path), place.shape.header(rows), hashlib.sha256()
+    (data,) = buffers(chunk, place.shape.size, 1)
     with _added(spent, "write"):
         make_draft(draft, place.shape, rows)
-        file = Draft(draft, place.shape, rows)
-    with file:
-        for group in groups:
-            begin = place.edges[place.layers.index(group[0])]
-            for first, last in chunks_of(0, rows, chunk):
-                data = torch.empty(last - first, place.bytes_of(group), dtype=torch.uint8)
-                with _added(spent, "encode"):
-                    for out in data.chunk(len(group), 1):
-                        encode(place.schemes[0], values[: last - first], out)
-                with _added(spent, "write"):
-                    file.write(first, begin, data)
+        file = FileSink(draft, len(header))
+    for first, last in chunks_of(0, rows, chunk):
+        with _added(spent, "encode"):
+            for out in data[: last - first].chunk(len(place.layers), 1):
+                encode(place.schemes[0], values[: last - first], out)
+        with _added(spent, "hash"):
+            digest.update(data[: last - first].numpy().data)
         with _added(spent, "write"):
-            file.sync()
-    with _added(spent, "hash"):
-        sha256_of(draft)
+            file.append(data[: last - first].numpy().reshape(-1))
+    with _added(spent, "write"):
+        file.finish()
+        file.close()
     with _added(spent, "commit"):
-        hash_draft(draft, path.name, (0, rows))
         name_draft(draft, path)
     path.unlink()
     return spent

@@ -45,7 +45,9 @@ from mlm_train.tol.table import write_bases
 from mlm_train.tol.worker import Job
 
 CHUNK_ROWS = 2048
-GROUP_BYTES = 512 * 2**20
+GROUP_BYTES = 2 * 2**30
+_BUFFER_BYTES = 256 * 2**20  # of a chunk's rows; a worker has two
+_TASKS = 8  # of a worker, at least: the last one ends little before the others
 _PARTITION_BYTES = 512 * 2**20
 _LEAST_PARTITIONS = 8
 
@@ -56,7 +58,8 @@ Committed = Callable[[State], None]
 class Build:
     """What is built from what: an export's FFN-M, or with `table` the rows of a ToL.
 
-    group_bytes: weights of the layers that a worker holds at once, one layer at least.
+    group_bytes: weights of the layers that a worker holds at once, one layer at least. Where it holds all,
+    a partition is written and hashed as it is computed; filled group by group, it is read again.
     """
 
     def __init__(
@@ -176,7 +179,7 @@ class Build:
 
     def _work(self, state: State, workers: int, ray_address: str | None, committed: Committed) -> None:
         """All that needs Ray. committed: called after each partition."""
-        groups, threads = self.groups, self.plan.threads
+        groups, threads = self.groups(len(state.missing), workers), self.plan.threads
         size = min(workers, len(state.missing) * len(groups))
         shared = self._weight_bytes() * len(self.plan.layers)
         try:
@@ -210,12 +213,13 @@ class Build:
         products = 3 * self.config.hidden_size * self.config.intermediate_size
         return products * TORCH_DTYPE[self.plan.compute].itemsize
 
-    @property
-    def groups(self) -> list[Group]:
-        """Neighbouring layers whose weights are held together."""
+    def groups(self, partitions: int, workers: int) -> list[Group]:
+        """Neighbouring layers of one task: what a worker has room for, and tasks enough for all workers."""
         layers = self.plan.layers
-        size = max(1, self.group_bytes // max(1, self._weight_bytes()))
-        count = -(-len(layers) // size)
+        chunk = self.plan.chunk_rows * self.plan.hidden_size * TORCH_DTYPE[self.plan.compute].itemsize
+        size = min(self.group_bytes // max(1, self._weight_bytes()), _BUFFER_BYTES // chunk)
+        count = max(-(-len(layers) // max(1, size)), -(-_TASKS * workers // partitions))
+        count = min(count, len(layers))
         edges = [i * len(layers) // count for i in range(count + 1)]
         return [tuple(layers[a:b]) for a, b in itertools.pairwise(edges)]
 

@@ -122,8 +122,7 @@ def encode(scheme: Scheme, values: Tensor, out: Tensor) -> None:
         if scheme.dtype == "int4":
             codes = _pack(codes)
         fields = [scales, codes] if zeros is None else [scales, zeros, codes]
-    if not all_finite(fields[0]):
-        raise NotFinite(int((~fields[0].isfinite()).any(1).nonzero()[0]), scheme.dtype)
+    check_finite(fields[0], scheme.dtype)
     start = 0
     for field in fields:
         data = field.contiguous().view(torch.uint8)
@@ -132,9 +131,15 @@ def encode(scheme: Scheme, values: Tensor, out: Tensor) -> None:
     out[:, start:] = 0
 
 
+def check_finite(values: Tensor, dtype: str) -> None:
+    """Raise NotFinite, with the first row of values [n, width] where a number is not."""
+    if not all_finite(values):
+        raise NotFinite(int((~values.isfinite()).any(1).nonzero()[0]), dtype)
+
+
 def all_finite(values: Tensor) -> bool:
-    """Whether no number is NaN or infinite: the extremes pass both on, and need one pass."""
-    return values.numel() == 0 or bool(torch.stack(values.aminmax()).isfinite().all())
+    """Whether no number is NaN or infinite. Their sum, cheap to have, would be; it may also overflow."""
+    return bool(values.sum().isfinite()) or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
 class NotFinite(UserError):

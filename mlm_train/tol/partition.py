@@ -4,13 +4,12 @@ Its header is padded so that the rows begin at a multiple of 4096 bytes, which d
 want. Every layer of a token lies in one contiguous row.
 """
 
-import errno
 import hashlib
 import json
 import os
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -21,10 +20,10 @@ from torch import Tensor
 
 from mlm_train.files import listed, sync
 from mlm_train.tol.codec import TORCH_DTYPE
+from mlm_train.tol.disk import FileSink, Stream, UncachedFile, buffers
 from mlm_train.tol.format import INDEX, Partition, TolIndex
 
 ALIGNMENT = 4096
-_DONT_CACHE = 0x80  # RWF_DONTCACHE of Linux 6.14, for pwritev and preadv
 _HASHED_AT_ONCE = 2**20  # bytes
 _SAFETENSORS_DTYPE = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -96,7 +95,7 @@ def make_draft(path: Path, shape: RowShape, rows: int) -> None:
 
 
 class Draft:
-    """A made draft that is being filled; every byte is written once. A context manager.
+    """A made draft that is being filled, some layers at a time, every byte once. A context manager.
 
     Several processes may fill one, each its own bytes: equal rows give equal files. Opening makes no file, so
     that a worker of a build that was killed, however late it wakes, leaves nothing in the folder.
@@ -104,22 +103,18 @@ class Draft:
 
     def __init__(self, path: Path, shape: RowShape, rows: int) -> None:
         assert sys.byteorder == "little", "safetensors data are little-endian"
-        self.path, self.shape, self.start = path, shape, len(shape.header(rows))
-        # Not for reading: NFS would then read whole pages, and write other workers' old bytes back with ours.
-        self._file = _Uncached(os.open(path, os.O_WRONLY))
+        self.shape, self.start = shape, len(shape.header(rows))
+        self._file = UncachedFile(path, os.O_WRONLY)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._file.number)
+        self._file.close()
 
     def write(self, row: int, column: int, data: Tensor) -> None:
         """Bytes [column, column + n) of rows from `row` on: uint8 [rows, n]."""
         lines: np.ndarray = data.numpy()
-        if data.shape[1] == self.shape.size:
-            self._file.write(lines.reshape(-1), self.start + row * self.shape.size)
-            return
         # A page that neighbours share would be written to disk once for each of them.
         cached = bool((self.shape.size | column | data.shape[1]) % ALIGNMENT)
         for number, line in enumerate(lines, row):
@@ -127,49 +122,24 @@ class Draft:
 
     def sync(self) -> None:
         """Have what was written here survive a power cut."""
-        os.fsync(self._file.number)
-
-
-class _Uncached:
-    """Reads and writes that leave nothing in the system's page cache, where the system can do that.
-
-    A table may be larger than memory: kept, its pages drive out the weights, and every further page has to
-    be made free first. It also sends what is written to disk at once, not all when it is synced.
-    """
-
-    def __init__(self, number: int) -> None:
-        self.number, self._flags = number, _DONT_CACHE
-
-    def write(self, data: np.ndarray, at: int, cached: bool = False) -> None:
-        view = data.data
-        while view:
-            written = self._tried(os.pwritev, view, at, 0 if cached else self._flags)
-            view, at = view[written:], at + written
-
-    def read(self, view: memoryview, at: int) -> int:
-        """Fill `view` from there; how many bytes there were."""
-        return self._tried(os.preadv, view, at, self._flags)
-
-    def _tried(self, call: Callable[..., int], view: memoryview, at: int, flags: int) -> int:
-        try:
-            return call(self.number, [view], at, flags)
-        except OSError as error:
-            if not flags or error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise
-        self._flags = 0  # an older system, or another file system
-        return call(self.number, [view], at)
+        self._file.sync()
 
 
 def hash_draft(draft: Path, file: str, rows: tuple[int, int]) -> Partition:
     """A whole draft as the partition `file`: hashed as it lies on disk, where it survives a power cut."""
     digest, size, view = hashlib.sha256(), 0, memoryview(bytearray(_HASHED_AT_ONCE))
-    with draft.open("rb+", buffering=0) as whole:
-        os.fsync(whole.fileno())
-        reader = _Uncached(whole.fileno())
-        while count := reader.read(view, size):
+    with UncachedFile(draft, os.O_RDWR) as whole:
+        whole.sync()
+        while count := whole.read(view, size):
             digest.update(view[:count])
             size += count
     return Partition(file=file, rows=rows, bytes=size, sha256=digest.hexdigest())
+
+
+def stream_draft(draft: Path, shape: RowShape, rows: int, room: Sequence[Tensor]) -> Stream:
+    """A made draft that takes whole rows, from the first to the last; `room`: two buffers."""
+    header = shape.header(rows)
+    return Stream(FileSink(draft, len(header)), header, room)
 
 
 def name_draft(draft: Path, path: Path) -> None:
@@ -182,16 +152,17 @@ def write_partition(
     path: Path, rows: tuple[int, int], shape: RowShape, chunks: Sequence[Tensor]
 ) -> Partition:
     """Write `chunks` of rows, [n, ...] of any type, one after another, as one partition."""
-    draft, row = new_draft(path), 0
+    draft = new_draft(path)
     make_draft(draft, shape, rows[1] - rows[0])
     try:
-        with Draft(draft, shape, rows[1] - rows[0]) as file:
+        room = buffers(max(map(len, chunks)), shape.size)
+        with stream_draft(draft, shape, rows[1] - rows[0], room) as file:
             for chunk in chunks:
-                file.write(row, 0, chunk.contiguous().view(torch.uint8).flatten(1))
-                row += len(chunk)
-        partition = hash_draft(draft, path.name, rows)
+                file.rows(len(chunk)).copy_(chunk.contiguous().view(torch.uint8).flatten(1))
+                file.put(len(chunk))
+            digest = file.finish()
         name_draft(draft, path)
-        return partition
+        return Partition(file=path.name, rows=rows, bytes=file.bytes, sha256=digest)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise

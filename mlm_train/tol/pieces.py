@@ -9,14 +9,14 @@ from mlm_train.tol.crew import ATTEMPTS, WorkerDied
 from mlm_train.tol.format import Partition
 from mlm_train.tol.partition import RowShape, make_draft, name_draft, new_draft
 from mlm_train.tol.state import Plan
-from mlm_train.tol.worker import Sums
+from mlm_train.tol.worker import Filled, Sums
 
 Group = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One task. layers: those to write into the draft; None: the draft is whole and is to be hashed."""
+    """One task. layers: those to write into the draft; None: the draft was filled and is to be hashed."""
 
     number: int
     draft: Path
@@ -35,7 +35,8 @@ class _Open:
 
 
 class Pieces:
-    """The order: a group that the worker holds already, of the earliest partition.
+    """The order: a group that the worker holds already, of the earliest partition. Large ones come first: no
+    worker is left with one at the end.
 
     Drafts are made, named and removed here: workers only fill them, so that one that lives on after its
     builder, or was given up, changes no file that counts.
@@ -45,7 +46,7 @@ class Pieces:
         self, output: Path, plan: Plan, shape: RowShape, missing: Sequence[int], groups: Sequence[Group]
     ) -> None:
         self.output, self.plan, self.shape, self.groups = output, plan, shape, list(groups)
-        self._closed = list(missing)[::-1]
+        self._closed = sorted(missing, key=lambda number: (self._rows(number), -number))
         self._open: dict[int, _Open] = {}
 
     def next(self, held: Group) -> Piece | None:
@@ -80,16 +81,19 @@ class Pieces:
     def _piece(self, number: int, layers: Group | None) -> Piece:
         return Piece(number, self._open[number].draft, layers)
 
+    def _rows(self, number: int) -> int:
+        start, stop = self.plan.rows(number)
+        return stop - start
+
     def _path(self, number: int) -> Path:
         return self.output / self.plan.file(number)
 
     def _attempt(self, number: int, attempts: int) -> _Open:
         draft = new_draft(self._path(number))
-        start, stop = self.plan.rows(number)
-        make_draft(draft, self.shape, stop - start)
+        make_draft(draft, self.shape, self._rows(number))
         return _Open(draft, list(self.groups), attempts=attempts)
 
-    def ended(self, piece: Piece, result: Sums | Partition | Exception) -> tuple[Partition, Sums] | None:
+    def ended(self, piece: Piece, result: Filled | Partition | Exception) -> tuple[Partition, Sums] | None:
         """Take a piece's result; the partition and the sums of all its layers, once it has its name.
 
         A worker's death throws the partition's draft away, since what it has written is not known. Any
@@ -104,13 +108,18 @@ class Pieces:
         elif isinstance(result, Exception):
             raise result
         elif isinstance(result, Partition):
-            name_draft(piece.draft, self._path(piece.number))
-            del self._open[piece.number]
-            return result, [pair for group in self.groups for pair in one.sums[group]]
+            return self._name(piece, one, result)
         else:
             assert piece.layers is not None
-            one.sums[piece.layers] = result
+            one.sums[piece.layers] = result.sums
+            if result.partition is not None:
+                return self._name(piece, one, result.partition)
         return None
+
+    def _name(self, piece: Piece, one: _Open, partition: Partition) -> tuple[Partition, Sums]:
+        name_draft(piece.draft, self._path(piece.number))
+        del self._open[piece.number]
+        return partition, [pair for group in self.groups for pair in one.sums[group]]
 
     def _again(self, number: int, one: _Open, death: WorkerDied) -> None:
         if one.attempts == ATTEMPTS:
@@ -125,6 +134,5 @@ class Pieces:
         """Bytes of the groups that open partitions hold already."""
         total = 0
         for number, one in self._open.items():
-            start, stop = self.plan.rows(number)
-            total += sum(row_bytes[group] for group in one.sums) * (stop - start)
+            total += sum(row_bytes[group] for group in one.sums) * self._rows(number)
         return total

@@ -1,11 +1,12 @@
 """A Ray actor of a build: computes a range of rows for a group of layers and puts it into a partition."""
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,15 +14,23 @@ from torch import Tensor
 from mlm_train.checkpoint.logical_folder import OpenedModel, open_model
 from mlm_train.errors import UserError
 from mlm_train.host_memory import keep_freed
-from mlm_train.tol.codec import NotFinite, decode, encode, layout
+from mlm_train.tol.codec import TORCH_DTYPE, NotFinite, check_finite, decode, encode, layout
 from mlm_train.tol.compute import FfnM, Numbers, Stored, chunks_of, from_numpy
+from mlm_train.tol.disk import buffers
 from mlm_train.tol.format import Partition
-from mlm_train.tol.partition import Draft, hash_draft
+from mlm_train.tol.partition import Draft, hash_draft, stream_draft
 from mlm_train.tol.spectrum import Gram, Spectrum
 from mlm_train.tol.state import Layout, Plan
 from mlm_train.tol.table import projector, read_basis
 
 Sums = list[tuple[float, float]]  # a layer: squared error and squared norm of its numbers
+
+
+class Filled(NamedTuple):
+    """What came of filling some layers of a draft; with all of them, it is the partition."""
+
+    sums: Sums
+    partition: Partition | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,7 @@ class Worker:
         self.job = job
         self._layers: tuple[int, ...] = ()
         self._numbers: Numbers | None = None
+        self._room: list[Tensor] = []
 
     def ready(self) -> None:
         """Returns once the worker runs, and has read what every piece needs."""
@@ -66,20 +76,38 @@ class Worker:
 
     def fill(
         self, draft: str, number: int, layers: Sequence[int], weights: list[Any], place: Layout, basis: str
-    ) -> Sums:
+    ) -> Filled:
         """Write these layers of a partition into its draft, which the builder has made.
 
         `basis`: the file with the bases of low-rank layers.
         """
-        plan = self.job.plan
+        plan, path = self.job.plan, Path(draft)
         start, stop = plan.rows(number)
-        encoder = _Encoder(place, layers, Path(basis))
+        chunks = chunks_of(start, stop, plan.chunk_rows)
+        encoder = Encoder(place, layers, Path(basis))
         numbers = self._open(tuple(layers), weights)
-        with Draft(Path(draft), place.shape, stop - start) as file:
-            for first, last in chunks_of(start, stop, plan.chunk_rows):
-                file.write(first - start, encoder.edges[0], encoder.encode(numbers, first, last))
+        if list(layers) == place.layers:
+            with stream_draft(path, place.shape, stop - start, self._buffers(encoder.bytes)) as stream:
+                for first, last in chunks:
+                    encoder.encode(numbers, first, last, stream.rows(last - first))
+                    stream.put(last - first)
+                digest = stream.finish()
+            whole = Partition(file=plan.file(number), rows=(start, stop), bytes=stream.bytes, sha256=digest)
+            return Filled(encoder.sums, whole)
+        with Draft(path, place.shape, stop - start) as file:
+            for first, last in chunks:
+                out = torch.empty(last - first, encoder.bytes, dtype=torch.uint8)
+                encoder.encode(numbers, first, last, out)
+                file.write(first - start, encoder.edges[0], out)
             file.sync()
-        return encoder.sums
+        return Filled(encoder.sums)
+
+    def _buffers(self, row_bytes: int) -> list[Tensor]:
+        """For a chunk's rows; kept, since new memory costs a system time."""
+        if not self._room or self._room[0].shape[1] != row_bytes:
+            self._room = []
+            self._room = buffers(self.job.plan.chunk_rows, row_bytes)
+        return self._room
 
     def spectrum(self, layer: int, weights: list[Any], draft: str) -> None:
         """Write the spectrum of a layer, over the whole vocabulary, into its draft, which is there."""
@@ -94,7 +122,7 @@ class Worker:
             raise UserError(f"layer {layer} cannot be cut to low rank: {error}; train again") from None
 
     def hash(self, draft: str, number: int) -> Partition:
-        """The partition that a whole draft is; the builder gives it its name."""
+        """The partition that a draft is which several workers have filled; the builder gives it its name."""
         plan = self.job.plan
         return hash_draft(Path(draft), plan.file(number), plan.rows(number))
 
@@ -115,7 +143,7 @@ class Worker:
         return self._numbers
 
 
-class _Encoder:
+class Encoder:
     """Turns numbers of some neighbouring layers into their bytes of rows, and measures what that loses."""
 
     def __init__(self, place: Layout, layers: Sequence[int], basis: Path) -> None:
@@ -130,22 +158,35 @@ class _Encoder:
             for layer, scheme in zip(layers, self.schemes, strict=True)
             if scheme.rank is not None
         }
+        self.bytes = self.edges[-1] - self.edges[0]
         self.sums: Sums = [(0.0, 0.0)] * len(layers)
 
-    def encode(self, numbers: Numbers, first: int, last: int) -> Tensor:
-        """Rows [first, last): uint8 [n, bytes of these layers]."""
+    def encode(self, numbers: Numbers, first: int, last: int, out: Tensor) -> None:
+        """Rows [first, last) into `out`: uint8 [n, bytes of these layers]."""
         edges = [edge - self.edges[0] for edge in self.edges]
-        out = torch.empty(last - first, edges[-1], dtype=torch.uint8)
-        for position, values in enumerate(numbers.values(first, last)):
-            self._encode(position, values, out[:, edges[position] : edges[position + 1]], first)
-        return out
+        parts = [out[:, begin:end] for begin, end in itertools.pairwise(edges)]
+        places = [self._place(position, part) for position, part in enumerate(parts)]
+        for position, values in enumerate(numbers.values(first, last, places)):
+            self._encode(position, values, parts[position], places[position], first)
 
-    def _encode(self, position: int, values: Tensor, out: Tensor, first: int) -> None:
+    def _place(self, position: int, out: Tensor) -> Tensor | None:
+        """Where numbers as they are stored can be put, without encoding: [n, hidden]."""
+        scheme = self.schemes[position]
+        if scheme.rank is not None or scheme.quantised:
+            return None
+        dtype = TORCH_DTYPE[scheme.dtype]
+        out[:, self.hidden * dtype.itemsize :] = 0
+        return out.view(dtype)[:, : self.hidden]
+
+    def _encode(self, position: int, values: Tensor, out: Tensor, place: Tensor | None, first: int) -> None:
         scheme, layer = self.schemes[position], self.layers[position]
         basis = self.bases.get(layer)
         kept = values if basis is None else values.float() @ projector(basis)
         try:
-            encode(scheme, kept, out)
+            if values is place:
+                check_finite(values, scheme.dtype)
+            else:
+                encode(scheme, kept, out)
         except NotFinite as found:
             raise _not_finite(found, first + found.row, layer) from None
         if basis is None and not scheme.quantised:

@@ -80,9 +80,9 @@ def test_nothing_stays(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_files_of_layer_groups(tmp_path: Path) -> None:
+def test_files_leave_nothing(tmp_path: Path) -> None:
     place = Layout.of(Storage(), 5, 64)
-    spent = tol_worker.files(tmp_path, place, [(0, 1), (2, 3, 4)], CHUNK_ROWS + 7, CHUNK_ROWS)
+    spent = tol_worker.files(tmp_path, place, CHUNK_ROWS + 7, CHUNK_ROWS)
     assert spent.keys() == {"plain", *PARTS} and min(spent.values()) > 0
     assert not list(tmp_path.iterdir())
 

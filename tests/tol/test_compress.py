@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from mlm_train.cli import main
 from mlm_train.errors import UserError
 from mlm_train.memory import make_source
 from mlm_train.model.transformer import Transformer
-from mlm_train.tol import build as building
 from mlm_train.tol.build import Build
 from mlm_train.tol.codec import Scheme
 from mlm_train.tol.format import BASIS, INDEX, read_index
@@ -40,10 +40,11 @@ STORAGES = {
 }
 
 
-def build(source: Path, output: Path, storage: Storage, **options: object) -> None:
+def build(source: Path, output: Path, storage: Storage, workers: int = 2, **options: Any) -> None:
     from_table = (source / INDEX).is_file()
     places = {"model": None, "table": source} if from_table else {"model": source}
-    Build(**places, output=output, storage=storage, partitions=3, chunk_rows=100, **options).run()
+    options = {"partitions": 3, "chunk_rows": 100} | options
+    Build(**places, output=output, storage=storage, **options).run(workers)
 
 
 def true_rows(model: Transformer) -> Tensor:
@@ -108,14 +109,28 @@ def test_a_budget_is_kept_and_used_where_it_counts(ray: None, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ["int4", "rank and bits", "mixed"])
 def test_groups_of_layers_and_workers_do_not_change_a_byte(
-    name: str, ray: None, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, ray: None, exported: Path, tmp_path: Path
 ) -> None:
     storage, _ = STORAGES[name]
-    build(exported, tmp_path / "one", storage)
-    monkeypatch.setattr(building, "GROUP_BYTES", 1)  # a layer each
-    build(exported, tmp_path / "groups", storage)
-    assert digests(tmp_path / "one") == digests(tmp_path / "groups")
-    assert read_index(tmp_path / "one").errors == read_index(tmp_path / "groups").errors
+    """All layers at once and in order, or group by group: that is also what a few partitions are cut into."""
+    for folder, workers, options in (("one", 1, {}), ("few", 2, {}), ("groups", 1, {"group_bytes": 1})):
+        build(exported, tmp_path / folder, storage, workers, partitions=8, chunk_rows=75, **options)
+        assert digests(tmp_path / "one") == digests(tmp_path / folder)
+        assert read_index(tmp_path / "one").errors == read_index(tmp_path / folder).errors
+
+
+def test_groups(exported: Path, tmp_path: Path) -> None:
+    """Of 3 layers: what fits into memory, and 8 tasks for each worker."""
+
+    def groups(partitions: int, workers: int, **options: Any) -> list[int]:
+        built = Build(exported, tmp_path / "tol", Storage(), **options)
+        return [len(group) for group in built.groups(partitions, workers)]
+
+    assert groups(8, 1) == groups(99, 2) == [3]
+    assert groups(15, 2) == [1, 2] and groups(5, 2) == groups(1, 1) == [1, 1, 1]
+    layer = 3 * 32 * 44 * 4
+    assert groups(8, 1, group_bytes=2 * layer) == [1, 2] and groups(8, 1, group_bytes=1) == [1, 1, 1]
+    assert groups(8, 1, chunk_rows=2**21) == [1, 1, 1]  # rows, too, take memory
 
 
 def test_a_model_serves_from_it(

@@ -304,7 +304,7 @@ def test_a_draft_that_was_thrown_away(source: Path, tmp_path: Path) -> None:
     """A late worker makes no file of it, and its error ends no build."""
     build = build_of(source, tmp_path, GROUPS)
     layout = Layout.of(build.plan.storage, 3, 32)
-    pieces = Pieces(tmp_path, build.plan, layout.shape, [0], build.groups)
+    pieces = Pieces(tmp_path, build.plan, layout.shape, [0], build.groups(1, 2))
     first, second = pieces.next(()), pieces.next(())
     assert first is not None and second is not None and first.draft == second.draft
     assert pieces.ended(first, WorkerDied("killed")) is None
