@@ -41,7 +41,7 @@ LAYERS = 8  # in a turn, at most: more than the processor's caches hold
 SHARD_BYTES = 2**30
 SEED = 1234
 POLL = 0.25  # seconds between two looks at the workers' memory
-RESTS = 20  # times as long as a look took, at least: large processes take some 0.1 s
+RESTS = 100  # times as long as a look took, at least: of large processes one takes some 0.2 s of a processor
 
 
 @dataclass

@@ -18,12 +18,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden] -> [..., hidden]."""
-        return self.down_proj(self.inner(x))
-
-    def inner(self, x: Tensor) -> Tensor:
-        """What is projected down: x [..., hidden] -> [..., intermediate]."""
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return self.down_proj(F.silu(gate) * up)
 
 
 class LinearFFN(nn.Module):

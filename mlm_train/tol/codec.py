@@ -122,19 +122,14 @@ def encode(scheme: Scheme, values: Tensor, out: Tensor) -> None:
         if scheme.dtype == "int4":
             codes = _pack(codes)
         fields = [scales, codes] if zeros is None else [scales, zeros, codes]
-    check_finite(fields[0], scheme.dtype)
+    if not all_finite(fields[0]):
+        raise NotFinite(int((~fields[0].isfinite()).any(1).nonzero()[0]), scheme.dtype)
     start = 0
     for field in fields:
         data = field.contiguous().view(torch.uint8)
         out[:, start : start + data.shape[1]] = data
         start += data.shape[1]
     out[:, start:] = 0
-
-
-def check_finite(values: Tensor, dtype: str) -> None:
-    """Raise NotFinite, with the first row of values [n, width] where a number is not."""
-    if not all_finite(values):
-        raise NotFinite(int((~values.isfinite()).any(1).nonzero()[0]), dtype)
 
 
 def all_finite(values: Tensor) -> bool:

@@ -26,18 +26,11 @@ LayerWeights = dict[str, Tensor]
 Arrays = dict[str, tuple[np.ndarray, str, tuple[int, ...]]]  # bytes, type and shape of each
 
 
-Places = Sequence[Tensor | None] | None
-
-
 class Numbers(Protocol):
     """Where rows come from."""
 
-    def values(self, first: int, last: int, places: Places = None) -> Iterator[Tensor]:
-        """Rows [first, last) of one layer after another, each [n, hidden] in a plain type.
-
-        places: for each layer None, or a tensor of that shape on the CPU, which is given back filled where it
-        has the type of the numbers.
-        """
+    def values(self, first: int, last: int) -> Iterator[Tensor]:
+        """Rows [first, last) of one layer after another, each [n, hidden] in a plain type."""
         ...
 
 
@@ -130,24 +123,18 @@ class FfnM:
         self.blocks = ffn_m_blocks(model.config, there)
         self.compute, self.eps = TORCH_DTYPE[compute], model.config.rms_norm_eps
 
-    def values(self, first: int, last: int, places: Places = None) -> Iterator[Tensor]:
+    def values(self, first: int, last: int) -> Iterator[Tensor]:
         """Rows [first, last) of one layer after another, on the CPU: [n, hidden] of `compute`."""
         x0 = self.tensors.rows(EMBEDDING, first, last)
-        yield from self.of(x0.to(self.device, torch.float32), places)
+        yield from self.of(x0.to(self.device, torch.float32))
 
     @torch.no_grad()
-    def of(self, x0: Tensor, places: Places = None) -> Iterator[Tensor]:
+    def of(self, x0: Tensor) -> Iterator[Tensor]:
         """The same for embedding rows [n, hidden]."""
         unit = functional.rms_norm(x0, x0.shape[-1:], eps=self.eps)
-        for block, place in zip(self.blocks, places or [None] * len(self.blocks), strict=True):
-            normed = (unit * block.memory_layernorm.weight).to(self.compute)
-            mlp = block.memory_mlp
-            if place is None or place.dtype != self.compute:
-                yield mlp(normed).cpu()
-            elif self.device.type == "cpu":  # saves copying what is as large as FFN-M's weights
-                yield torch.mm(mlp.inner(normed), mlp.down_proj.weight.t(), out=place)
-            else:
-                yield place.copy_(mlp(normed))
+        for block in self.blocks:
+            normed = unit * block.memory_layernorm.weight
+            yield block.memory_mlp(normed.to(self.compute)).cpu()
 
 
 class Stored:
@@ -159,8 +146,8 @@ class Stored:
         if missing:
             raise UserError(f"{folder} does not hold layer {missing[0]}: it was dropped there")
 
-    def values(self, first: int, last: int, places: Places = None) -> Iterator[Tensor]:
-        """Rows [first, last) of one layer after another: [n, hidden], where they lie."""
+    def values(self, first: int, last: int) -> Iterator[Tensor]:
+        """Rows [first, last) of one layer after another: [n, hidden]."""
         rows = self.table.range(first, last)
         for layer in self.layers:
             values = self.table.values(rows, layer)

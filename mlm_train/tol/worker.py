@@ -1,6 +1,5 @@
 """A Ray actor of a build: computes a range of rows for a group of layers and puts it into a partition."""
 
-import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor
 from mlm_train.checkpoint.logical_folder import OpenedModel, open_model
 from mlm_train.errors import UserError
 from mlm_train.host_memory import keep_freed
-from mlm_train.tol.codec import TORCH_DTYPE, NotFinite, check_finite, decode, encode, layout
+from mlm_train.tol.codec import NotFinite, decode, encode, layout
 from mlm_train.tol.compute import FfnM, Numbers, Stored, chunks_of, from_numpy
 from mlm_train.tol.disk import buffers
 from mlm_train.tol.format import Partition
@@ -84,7 +83,7 @@ class Worker:
         plan, path = self.job.plan, Path(draft)
         start, stop = plan.rows(number)
         chunks = chunks_of(start, stop, plan.chunk_rows)
-        encoder = Encoder(place, layers, Path(basis))
+        encoder = _Encoder(place, layers, Path(basis))
         numbers = self._open(tuple(layers), weights)
         if list(layers) == place.layers:
             with stream_draft(path, place.shape, stop - start, self._buffers(encoder.bytes)) as stream:
@@ -143,7 +142,7 @@ class Worker:
         return self._numbers
 
 
-class Encoder:
+class _Encoder:
     """Turns numbers of some neighbouring layers into their bytes of rows, and measures what that loses."""
 
     def __init__(self, place: Layout, layers: Sequence[int], basis: Path) -> None:
@@ -164,29 +163,15 @@ class Encoder:
     def encode(self, numbers: Numbers, first: int, last: int, out: Tensor) -> None:
         """Rows [first, last) into `out`: uint8 [n, bytes of these layers]."""
         edges = [edge - self.edges[0] for edge in self.edges]
-        parts = [out[:, begin:end] for begin, end in itertools.pairwise(edges)]
-        places = [self._place(position, part) for position, part in enumerate(parts)]
-        for position, values in enumerate(numbers.values(first, last, places)):
-            self._encode(position, values, parts[position], places[position], first)
+        for position, values in enumerate(numbers.values(first, last)):
+            self._encode(position, values, out[:, edges[position] : edges[position + 1]], first)
 
-    def _place(self, position: int, out: Tensor) -> Tensor | None:
-        """Where numbers as they are stored can be put, without encoding: [n, hidden]."""
-        scheme = self.schemes[position]
-        if scheme.rank is not None or scheme.quantised:
-            return None
-        dtype = TORCH_DTYPE[scheme.dtype]
-        out[:, self.hidden * dtype.itemsize :] = 0
-        return out.view(dtype)[:, : self.hidden]
-
-    def _encode(self, position: int, values: Tensor, out: Tensor, place: Tensor | None, first: int) -> None:
+    def _encode(self, position: int, values: Tensor, out: Tensor, first: int) -> None:
         scheme, layer = self.schemes[position], self.layers[position]
         basis = self.bases.get(layer)
         kept = values if basis is None else values.float() @ projector(basis)
         try:
-            if values is place:
-                check_finite(values, scheme.dtype)
-            else:
-                encode(scheme, kept, out)
+            encode(scheme, kept, out)
         except NotFinite as found:
             raise _not_finite(found, first + found.row, layer) from None
         if basis is None and not scheme.quantised:
