@@ -30,7 +30,7 @@ from mlm_train.tol.state import STATE, Layout, State, Storage
 from tests.commands import ROOT, start
 from tests.tol.conftest import export, random_model
 
-ROWS, PARTITIONS, CHUNK = 12007, 12, 16
+ROWS, PARTITIONS, CHUNK = 12007, 16, 16
 LOW_RANK = {"dtype": "int8", "group_size": 8, "budget": ROWS * 60}
 GROUPS = {"dtype": "float32"}
 CODE = """
@@ -60,15 +60,19 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(tmp_path_factory.mktemp("faults") / "model", random_model(vocab_size=ROWS))
 
 
+def options_of(storage: dict[str, Any]) -> dict[str, int]:
+    """A layer each is a task, and a partition is read again; or a task is all of a partition, in order."""
+    groups = {"group_bytes": 1} if storage == GROUPS else {}
+    return {"partitions": PARTITIONS, "chunk_rows": CHUNK, **groups}
+
+
 def build_of(model: Path, output: Path, storage: dict[str, Any]) -> Build:
-    """Three groups of layers, 12 partitions."""
-    return Build(model, output, Storage(**storage), partitions=PARTITIONS, chunk_rows=CHUNK, group_bytes=1)
+    return Build(model, output, Storage(**storage), **options_of(storage))
 
 
 def builder(model: Path, output: Path, storage: dict[str, Any], **run: object) -> "subprocess.Popen[str]":
     """The same in a process of its own."""
-    options = {"partitions": PARTITIONS, "chunk_rows": CHUNK, "group_bytes": 1}
-    words = json.dumps([str(model), str(output), storage, options, run])
+    words = json.dumps([str(model), str(output), storage, options_of(storage), run])
     command = [sys.executable, "-c", CODE, words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
