@@ -37,10 +37,10 @@ class Study:
     def __init__(self, args: argparse.Namespace, console: Console) -> None:
         self.table = Table.open_folder(args.table)
         self.index = self.table.index
-        text = {"length": args.sequence_length, "micro_batch": args.micro_batch}
-        learnt = Scorer(args.model, args.data, "train", count=args.samples, **text)
-        check_fits(Path(args.table), self.index, learnt.config)
-        self.scorer = Scorer(args.model, args.data, "validation", **text)
+        numbers = {"length": args.sequence_length, "micro_batch": args.micro_batch}
+        self.scorer = Scorer(args.model, args.data, **numbers)
+        learnt = self.scorer.windows_of("train", args.samples)
+        check_fits(Path(args.table), self.index, self.scorer.config)
         self.trial = Trial(self.table, spectra_of(self.table))
         self.options = choices(self.index.hidden_size)
         self.sizes = np.array([self.size([option]) for option in self.options])
@@ -50,7 +50,7 @@ class Study:
             return track(numbers, "sensitivities", console=console, disable=hidden, transient=True)
 
         batches = list(learnt.batches())
-        self.costs = measure(learnt.model, self.trial, batches, self.options, shown)
+        self.costs = measure(self.scorer.model, self.trial, batches, self.options, shown)
         self.front = best_mixes(self.costs, self.sizes)
         self.exact = self.perplexity({})
 
