@@ -6,6 +6,7 @@ And a worker that a build of long ago has left: it changes nothing. By the comma
 import contextlib
 import json
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,13 +15,33 @@ import pytest
 
 from mlm_train.tol.build import Build
 from mlm_train.tol.state import STATE, State, Storage
-from tests.commands import start
+from tests.commands import ROOT, start
 from tests.tol.conftest import end, export, random_model
 from tests.tol.test_faults import progress, same, wait_until, workers
 
 PARTITIONS = 6
 ONE_DONE = 5  # of `progress`
 LAST_ROWS = 2**20  # bytes at a partition's end
+CODE = """
+import sys
+import psutil
+from mlm_train.errors import UserError
+from mlm_train.tol.build import Build
+from mlm_train.tol.cluster import ray_cluster
+from mlm_train.tol.shared import shared_weights
+from mlm_train.tol.state import Storage
+model, output = sys.argv[1:]
+plan = Build(model, output, Storage()).plan
+with ray_cluster(1):
+    (raylet,) = (one for one in psutil.Process().children() if one.name() == "raylet")
+    raylet.kill()
+    raylet.wait()
+    try:
+        with shared_weights(model, plan, 1) as weights:
+            weights(plan.layers)
+    except UserError as error:
+        print(error)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -86,22 +107,34 @@ def test_a_process_of_ray_is_killed(source: Path, unbroken: Path, tmp_path: Path
     output = tmp_path / "tol"
     process = command(source, output, 2)
     wait_until(lambda: progress(output) >= ONE_DONE, process)
-    children = psutil.Process(process.pid).children(recursive=True)
+    builder = psutil.Process(process.pid)
+    builder.suspend()  # while it still has much to do
+    children = builder.children(recursive=True)
     try:
+        assert progress(output) <= ONE_DONE + 2
         (victim,) = (child for child in children if child.name() == name)
+        busy = [child for child in children if child.name().startswith("ray::Worker")]
         victim.kill()
+        builder.resume()
         begun = time.monotonic()
         said, _ = process.communicate(timeout=120)
         seconds = round(time.monotonic() - begun, 1)
         line = f"mlm-train: Ray's own process {name} was killed, or found no memory; run again: "
         assert process.returncode == 2 and said.startswith(line) and said.count("\n") == 1, said
         assert not list(output.glob(".*.part"))
-        workers_left = [child for child in children if child.name().startswith("ray::Worker")]
-        assert not psutil.wait_procs(workers_left, 60)[1]
+        assert not psutil.wait_procs(busy, 60)[1]
     finally:
         end(children)
     goes_on(source, output, unbroken)
     print(json.dumps({"killed": name, "the build ended after seconds": seconds}))
+
+
+def test_weights_for_a_ray_that_is_gone(source: Path, tmp_path: Path) -> None:
+    """Ray itself ends a process that puts something into a store without a raylet."""
+    words = [sys.executable, "-c", CODE, str(source), str(tmp_path / "tol")]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0 and not ended.stderr, ended
+    assert ended.stdout.startswith("Ray's own process raylet was killed") and ended.stdout.count("\n") == 1
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int, int, bytes]]:
@@ -110,9 +143,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int, int, bytes]]:
     return {name: (stat.st_ino, stat.st_mtime_ns, stat.st_size, data) for name, (stat, data) in files.items()}
 
 
-def stop_in_mid_fill(
-    cluster: psutil.Process, process: "subprocess.Popen[str]"
-) -> tuple[psutil.Process, Path]:
+def stop_one(cluster: psutil.Process, process: "subprocess.Popen[str]") -> tuple[psutil.Process, Path]:
     """A stopped worker, and the draft that it has opened and still has to write: all of it, in one go."""
     found: list[tuple[psutil.Process, Path]] = []
 
@@ -134,12 +165,12 @@ def stop_in_mid_fill(
 def test_an_orphan_wakes_after_the_next_build(
     source: Path, unbroken: Path, tmp_path: Path, cluster: "subprocess.Popen[str]"
 ) -> None:
-    """As on a machine that was paused: all of Ray, and a worker in mid-partition. It then writes all of it."""
+    """All of its Ray was paused with it, as a machine is, in mid-partition; it then writes all of that."""
     assert cluster.stdout is not None
     output, address = tmp_path / "tol", cluster.stdout.readline().strip()
     process = command(source, output, 2, "--ray-address", address)
     wait_until(lambda: progress(output) >= ONE_DONE, process)
-    orphan, draft = stop_in_mid_fill(psutil.Process(cluster.pid), process)
+    orphan, draft = stop_one(psutil.Process(cluster.pid), process)
     others = [one for one in psutil.Process(cluster.pid).children(recursive=True) if one != orphan]
     for one in others:
         one.suspend()  # or they would kill it, as soon as its builder is gone
@@ -154,11 +185,10 @@ def test_an_orphan_wakes_after_the_next_build(
             assert time.monotonic() < begun + 120, "it does not go on"
             time.sleep(0.01)
         seconds, written = time.monotonic() - begun, orphan.io_counters().write_chars - written
+        orphan.kill()
         assert written >= LAST_ROWS and snapshot(output) == before
         print(json.dumps({"bytes written by an orphan": written, "seconds": round(seconds, 1)}))
     finally:
         for one in others:
             with contextlib.suppress(psutil.Error):
                 one.resume()
-    orphan.kill()
-    assert snapshot(output) == before
