@@ -110,7 +110,7 @@ def test_damage_and_mistakes(export: Path, tol: Path, tmp_path: Path) -> None:
     assert "no tokens" in refused(*generate, "--prompt", "")
     assert "no tokens" in refused(*generate, "--prompt-ids", "")
     assert "max_position_embeddings" in refused(*generate, "--prompt", "x " * 200)
-    assert "config.json" in refused("generate", "--model", tmp_path, "--prompt-ids", "1")
+    assert "holds no model" in refused("generate", "--model", tmp_path, "--prompt-ids", "1")
     broken = Path(shutil.copytree(tol, tmp_path / "broken"))
     victim = sorted(broken.glob("rows-*"))[1]
     contents = bytearray(victim.read_bytes())

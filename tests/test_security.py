@@ -15,8 +15,9 @@ import psutil
 import pytest
 import torch
 
-from mlm_train.checkpoint.hf_folder import load_model, open_tensors, write_folder
+from mlm_train.checkpoint.hf_folder import open_tensors, write_folder
 from mlm_train.checkpoint.load import config_of, load_weights, open_checkpoint
+from mlm_train.checkpoint.logical_folder import load_model
 from mlm_train.checkpoint.manifest import SEAL, write_manifest
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.tokenizer import tokenizer_of
