@@ -25,8 +25,7 @@ class TolSource:
         A layer that the table dropped reads as zeros. Raises UserError when the folder is damaged as far
         as sizes and headers show, or belongs to a model of another shape.
         """
-        folder = Path(folder)
-        check_fits(folder, read_index(folder), config)
+        check_fits(Path(folder), read_index(folder), config)
         return cls(Table.open_folder(folder, in_memory))
 
     def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
