@@ -41,7 +41,9 @@ def _opened(url: str, shown: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it."""
     import fsspec
 
-    scheme = url.partition("://")[0]
+    scheme, _, path = url.partition("://")
+    if not path:
+        raise UserError(f"{shown}: name a folder in it, such as {scheme}://.../tol")
     if "::" in url:
         raise UserError(f"{shown}: give one address, not a chain of them (::)")
     if scheme not in fsspec.available_protocols():
@@ -61,13 +63,13 @@ class UrlPlace:
     far = True
 
     def __init__(self, url: str) -> None:
-        self.address, self._shown = url.rstrip("/"), shown(url.rstrip("/"))
-        self._whole = url.partition("://")[0] in WHOLE
+        scheme, _, path = url.partition("://")
+        self.address = f"{scheme}://{path.rstrip('/')}"
+        self._shown = shown(self.address)
+        self._whole = scheme in WHOLE
         self._lease: Lease | None = None
         self._fs, root = _opened(self.address, self._shown)
         self._root = root.rstrip("/")
-        if not self._root:
-            raise UserError(f"{self._shown}: name a folder in it, such as {self._shown}/tol")
 
     def __str__(self) -> str:
         return self._shown

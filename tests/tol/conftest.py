@@ -1,5 +1,6 @@
-"""An export with random weights, and one Ray for all tests of this folder."""
+"""An export with random weights, one Ray for all tests of this folder, and a store of objects."""
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,20 @@ from mlm_train.tol.cluster import ray_cluster
 
 
 @pytest.fixture(scope="session")
-def ray() -> Iterator[None]:
+def s3_socket() -> Iterator[socket.socket]:
+    """Where the tests' S3 will listen (test_url.py); known before Ray starts, whose workers are told so too."""
+    with socket.socket() as waiting, pytest.MonkeyPatch.context() as environment:
+        waiting.bind(("127.0.0.1", 0))
+        environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{waiting.getsockname()[1]}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            environment.setenv(name, "test")
+        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        environment.setenv("NO_PROXY", "127.0.0.1")
+        yield waiting
+
+
+@pytest.fixture(scope="session")
+def ray(s3_socket: socket.socket) -> Iterator[None]:
     with ray_cluster(workers=2):
         yield
 
