@@ -17,7 +17,7 @@ from mlm_train.tol.cluster import ray_cluster
 
 @pytest.fixture(scope="session")
 def s3_socket() -> Iterator[socket.socket]:
-    """Where the tests' S3 will listen (test_url.py); known before Ray starts, whose workers are told so too."""
+    """Where the S3 of test_url.py will listen; known before Ray starts, whose workers are told so too."""
     with socket.socket() as waiting, pytest.MonkeyPatch.context() as environment:
         waiting.bind(("127.0.0.1", 0))
         environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{waiting.getsockname()[1]}")
