@@ -102,10 +102,12 @@ class Lease:
         tree = self.mine._replace(time=time.time())._asdict()
         place.write(OWNER, (json.dumps(tree) + "\n").encode())
 
-    def renew(self, place: "UrlPlace", ended: threading.Event) -> None:
+    def renew(self, open_place: Callable[[], "UrlPlace"], ended: threading.Event) -> None:
         """Keep the mark fresh; end this process once it is another's, whatever the main thread does."""
+        place = None
         while not ended.wait(REFRESH):
             try:
+                place = place or open_place()
                 self._check(place)
                 self._write(place)
             except Lost as error:
@@ -131,7 +133,7 @@ def leased(open_place: Callable[[], "UrlPlace"], doing: str) -> Iterator[Lease]:
     lease = Lease(open_place())
     lease.take(doing)
     ended = threading.Event()
-    thread = threading.Thread(target=lambda: lease.renew(open_place(), ended), name="tol-lease", daemon=True)
+    thread = threading.Thread(target=lambda: lease.renew(open_place, ended), name="tol-lease", daemon=True)
     thread.start()
     try:
         yield lease

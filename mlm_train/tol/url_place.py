@@ -133,6 +133,8 @@ class UrlPlace:
     def remove(self, name: str) -> None:
         """Remove a file that may be gone already."""
         self._check()
+        if self.size(name) is None:
+            return  # what a store says of a file that is not there is not always FileNotFoundError
         with reaching(self.at(name)), contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._path(name))
 
@@ -183,7 +185,7 @@ def reaching_files(url: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{url} cannot be written: {error}; run again") from error
+        raise UserError(f"{url}: {error}; mend that and run again") from error
 
 
 class UrlSink:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import psutil
 import pytest
 
 from mlm_train.errors import UserError
+from mlm_train.tol import lease
 from mlm_train.tol.build import Build
 from mlm_train.tol.fetch import FETCHED, fetch_tol
 from mlm_train.tol.format import BASIS, INDEX, index_at
@@ -25,7 +27,7 @@ from mlm_train.tol.place import place_of, refuse_url
 from mlm_train.tol.state import STATE, State, Storage
 from mlm_train.tol.url_place import UrlPlace
 from mlm_train.tol.verify import verify_tol
-from tests.commands import refused, start
+from tests.commands import ROOT, refused, start
 from tests.tol.conftest import export, random_model
 from tests.tol.test_compress import MIXED
 from tests.tol.test_faults import end, same, workers
@@ -84,6 +86,12 @@ def objects(s3_socket: socket.socket) -> Iterator[Objects]:
     yield objects
     objects.release()
     objects.server.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, where no two builders begin at once."""
+    monkeypatch.setattr(lease, "SETTLE", 0.05)
 
 
 @pytest.fixture(params=["s3", "file"])
@@ -236,6 +244,40 @@ def test_two_builders(s3: str, source: Path, unbroken: Path, objects: Objects, t
     assert first.returncode == 0, said
     fetch_tol(s3, tmp_path / "fetched")
     assert same(tmp_path / "fetched", unbroken)
+
+
+HOLD = """
+import sys, time
+from mlm_train.errors import UserError
+from mlm_train.tol.place import place_of
+place = place_of(sys.argv[1])
+place.names()
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    with place.held("being built"):
+        time.sleep(3)
+        place.write("mine", b"1")
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_three_begin_at_once(s3: str) -> None:
+    """One of them gets the place, whichever looked first."""
+    command = [sys.executable, "-c", HOLD, s3]
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    processes = [subprocess.Popen(command, cwd=ROOT, text=True, **pipes) for _ in range(3)]
+    for process in processes:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert sorted(process.returncode for process in processes) == [0, 1, 1], said
+    assert all("taken over by" in line or "is being built by" in line for line in said if line), said
+    assert names(s3) == ["mine"]
 
 
 def test_an_owner_that_sleeps_loses_it(
