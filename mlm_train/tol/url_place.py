@@ -42,7 +42,7 @@ def _opened(url: str, shown: str) -> tuple[Any, str]:
     import fsspec
 
     scheme, _, path = url.partition("://")
-    if not path:
+    if not path.strip("/"):
         raise UserError(f"{shown}: name a folder in it, such as {scheme}://.../tol")
     if "::" in url:
         raise UserError(f"{shown}: give one address, not a chain of them (::)")
@@ -78,6 +78,12 @@ class UrlPlace:
         """Its URL."""
         return f"{self._shown}/{name}"
 
+    @property
+    def _fresh(self) -> Any:
+        """The file system, without the listings that it has kept: other processes write there too."""
+        self._fs.invalidate_cache()
+        return self._fs
+
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
@@ -85,7 +91,7 @@ class UrlPlace:
         """A small file; None where it is not there."""
         with reaching(self.at(name)):
             try:
-                return bytes(self._fs.cat_file(self._path(name)))
+                return bytes(self._fresh.cat_file(self._path(name)))
             except FileNotFoundError:
                 return None
 
@@ -108,23 +114,21 @@ class UrlPlace:
                 yield block
 
     def _open(self, name: str, mode: str) -> BinaryIO:
-        return self._fs.open(self._path(name), mode)
+        return self._fresh.open(self._path(name), mode)
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where it is not there."""
         with reaching(self.at(name)):
-            self._fs.invalidate_cache()  # of what other processes have written since
             try:
-                return int(self._fs.info(self._path(name))["size"])
+                return int(self._fresh.info(self._path(name))["size"])
             except FileNotFoundError:
                 return None
 
     def names(self) -> list[str]:
         """All that lies there, but for the mark of who holds it."""
         with reaching(self._shown):
-            self._fs.invalidate_cache()
             try:
-                paths = self._fs.ls(self._root, detail=False)
+                paths = self._fresh.ls(self._root, detail=False)
             except FileNotFoundError:
                 return []
         names = {path.rstrip("/").removeprefix(f"{self._root}/") for path in paths} - {self._root, OWNER}

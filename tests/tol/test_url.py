@@ -43,7 +43,7 @@ STORAGES = {
 
 
 class Objects:
-    """An S3 that can keep requests waiting."""
+    """An S3 that can keep requests waiting, or deny them."""
 
     def __init__(self, listening: socket.socket) -> None:
         from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
@@ -52,6 +52,7 @@ class Objects:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._app = DomainDispatcherApplication(create_backend_app)
         self._kept: tuple[str, str] | None = None
+        self.denied: str | None = None  # a name that cannot be written
         self.waiting, self._go = threading.Event(), threading.Event()
         listening.listen(64)
         self.server = make_server("127.0.0.1", 0, self, threaded=True, fd=listening.fileno())
@@ -61,6 +62,9 @@ class Objects:
         if kept and environ["REQUEST_METHOD"] == kept[0] and kept[1] in environ["PATH_INFO"]:
             self.waiting.set()
             assert self._go.wait(120)
+        if self.denied and environ["REQUEST_METHOD"] == "PUT" and self.denied in environ["PATH_INFO"]:
+            respond("403 Forbidden", [("Content-Type", "application/xml")])
+            return [b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"]
         return self._app(environ, respond)
 
     def keep(self, method: str, name: str) -> None:
@@ -228,6 +232,22 @@ def test_killed_workers(s3: str, source: Path, unbroken: Path, objects: Objects,
     one.join(100)
     fetch_tol(s3, tmp_path / "fetched")
     assert same(tmp_path / "fetched", unbroken) and OWNER not in names(s3)
+
+
+def test_a_store_that_refuses(
+    s3: str, source: Path, unbroken: Path, objects: Objects, tmp_path: Path
+) -> None:
+    """A worker's write, and the builder's; one line, and the next build goes on."""
+    for name in (STATE, BASIS, "rows-00007"):  # in the order in which they are written
+        objects.denied = name
+        said = refused("tol", "build", source, "--output", s3, *OPTIONS)
+        objects.denied = None
+        assert said.startswith(f"mlm-train: {s3}/{name}") and "Access Denied; check the address" in said
+        assert OWNER not in names(s3)
+    last = start("tol", "build", source, "--output", s3, *OPTIONS)
+    assert last.communicate(timeout=100) and last.returncode == 0
+    fetch_tol(s3, tmp_path / "fetched")
+    assert same(tmp_path / "fetched", unbroken)
 
 
 def test_two_builders(s3: str, source: Path, unbroken: Path, objects: Objects, tmp_path: Path) -> None:
@@ -406,6 +426,7 @@ def test_bad_addresses(objects: Objects, exported: Path, tables: dict[str, Path]
         f"{missing}://bucket/tol": "needs the package",
         "nowhere://bucket/tol": "there is no nowhere://; give s3://",
         "s3://": "name a folder in it",
+        "file://": "name a folder in it",
         "simplecache::s3://bucket/tol": "not a chain",
         "s3://no-such-bucket/tol": "bucket does not exist",
         f"file://{tmp_path}/file/tol": "Not a directory",
