@@ -204,6 +204,7 @@ def test_a_killed_builder_goes_on(
     whole = place.read(kept) or b""
     put(url, kept, bytes(len(whole)))
     said = ""
+    time.sleep(2)
     for _ in range(5):  # refused as long as the first one's mark is fresh
         last = start("tol", "build", source, "--output", url, *OPTIONS)
         said, _ = last.communicate(timeout=100)
