@@ -83,22 +83,32 @@ def sync(path: Path) -> None:
 
 
 def draft_of(path: Path) -> Path:
-    """Where write_text puts a file before it takes its name."""
+    """Where replace_file puts a file before it takes its name."""
     return path.with_name(f".{path.name}.writing")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file at once: readers see the old text or the new one, whole."""
+def replace_file(path: Path, data: bytes) -> None:
+    """Replace a small file at once: readers see the old bytes or the new ones, whole."""
     draft = draft_of(path)
-    draft.write_text(text, encoding="utf-8")
+    draft.write_bytes(data)
     sync(draft)
     draft.rename(path)
     sync(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """replace_file of text in UTF-8."""
+    replace_file(path, text.encode())
+
+
+def json_text(tree: Any) -> str:
+    """A JSON value as our files hold it."""
+    return json.dumps(tree, indent=1) + "\n"
+
+
 def write_json(path: Path, tree: Any) -> None:
     """write_text of a JSON value."""
-    write_text(path, json.dumps(tree, indent=1) + "\n")
+    write_text(path, json_text(tree))
 
 
 @contextmanager

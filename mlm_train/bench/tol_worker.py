@@ -16,7 +16,7 @@ from mlm_train.files import sync
 from mlm_train.tol.codec import encode
 from mlm_train.tol.compute import FfnM, chunks_of, ffn_m_weights
 from mlm_train.tol.disk import FileSink, buffers
-from mlm_train.tol.partition import make_draft, name_draft, new_draft
+from mlm_train.tol.place import make_draft, name_draft, new_draft
 from mlm_train.tol.state import Layout
 from mlm_train.tol.worker import prepare_process
 
@@ -99,7 +99,7 @@ def files(folder: Path, place: Layout, rows: int, chunk: int) -> dict[str, float
     draft, header, digest = new_draft(path), place.shape.header(rows), hashlib.sha256()
     (data,) = buffers(chunk, place.shape.size, 1)
     with _added(spent, "write"):
-        make_draft(draft, place.shape, rows)
+        make_draft(draft, size, header)
         file = FileSink(draft, len(header))
     for first, last in chunks_of(0, rows, chunk):
         with _added(spent, "encode"):

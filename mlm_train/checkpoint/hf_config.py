@@ -94,11 +94,20 @@ def read_config(path: str | Path) -> ModelConfig:
 def read_json(file: Path, fix: str) -> dict[str, Any]:
     """A JSON file whose top level is a mapping; UserError naming the file and `fix` otherwise."""
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
+        data = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{file} does not exist; {fix}") from None
+        data = None
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    return parse_json(data, file, fix)
+
+
+def parse_json(data: bytes | None, file: Path | str, fix: str) -> dict[str, Any]:
+    """The same of a file's contents; None: it is not there."""
+    if data is None:
+        raise UserError(f"{file} does not exist; {fix}")
+    try:
+        tree = json.loads(data.decode("utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is not JSON ({error}); {fix}") from None
     if not isinstance(tree, dict):

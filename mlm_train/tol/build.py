@@ -1,7 +1,6 @@
 """Building a ToL on Ray: tasks of a range of rows and a group of layers, resumable after any death."""
 
 import itertools
-import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,16 +10,15 @@ from mlm_train import __version__
 from mlm_train.checkpoint.logical_folder import OpenedModel, open_model
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
-from mlm_train.files import sha256_of, writing
-from mlm_train.ownership import owned
+from mlm_train.files import sha256_of
 from mlm_train.tol.cluster import ray_cluster
 from mlm_train.tol.codec import TORCH_DTYPE, PlainDtype
 from mlm_train.tol.crew import Crew
 from mlm_train.tol.format import (
-    BASIS,
     INDEX,
     Partition,
     TolIndex,
+    index_at,
     read_index,
     schemes_of,
     summary,
@@ -28,6 +26,7 @@ from mlm_train.tol.format import (
 )
 from mlm_train.tol.lowrank import bases_of, has_ranks, lay_out, make_spectra
 from mlm_train.tol.pieces import Group, Pieces
+from mlm_train.tol.place import Place, place_of, remove_drafts
 from mlm_train.tol.progress import ByteProgress
 from mlm_train.tol.shared import Weights, shared_weights
 from mlm_train.tol.state import (
@@ -38,7 +37,6 @@ from mlm_train.tol.state import (
     Storage,
     begin,
     is_whole,
-    remove_drafts,
     remove_spectra,
 )
 from mlm_train.tol.table import write_bases
@@ -58,8 +56,10 @@ Committed = Callable[[State], None]
 class Build:
     """What is built from what: an export's FFN-M, or with `table` the rows of a ToL.
 
+    output: a folder that all workers see under that path, or a URL that means one place for all of them.
     group_bytes: weights of the layers that a worker holds at once, one layer at least. Where it holds all,
-    a partition is written and hashed as it is computed; filled group by group, it is read again.
+    as it must for a URL, a partition is written and hashed as it is computed; filled group by group, it is
+    read again.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Build:
         device: str = "cpu",
         group_bytes: int = GROUP_BYTES,
     ) -> None:
-        self.output, self.group_bytes = Path(output).absolute(), group_bytes
+        self.place, self.group_bytes = place_of(output), group_bytes
         self.config: ModelConfig | None = None
         if table is None:
             assert model is not None
@@ -92,8 +92,7 @@ class Build:
                 "chunk_rows": chunk_rows,
             }
         else:
-            folder = Path(table).absolute()
-            index = read_index(folder)
+            index, folder = read_index(table), Path(table).absolute()
             source = {name: getattr(index, name) for name in ("vocab_size", "num_layers", "hidden_size")}
             source |= {"checkpoint": index.source.checkpoint, "table": sha256_of(folder / INDEX)}
             source |= {"compute": index.source.compute, "chunk_rows": chunk_rows}
@@ -103,23 +102,24 @@ class Build:
         count = _partitions(partitions, source["vocab_size"], plain)
         self.plan = Plan(**source, storage=storage, partitions=count, threads=threads)
         places = {"model": None, "table": str(folder)} if table else {"model": str(folder), "table": None}
-        self.job = Job(**places, plan=self.plan, device=device)
+        self.job = Job(**places, output=self.place.address, plan=self.plan, device=device)
 
     def run(self, workers: int = 2, ray_address: str | None = None) -> TolIndex:
         """Build, or finish an unfinished build of the same plan.
 
-        Raises UserError for a folder in use, too little space, and numbers that the type cannot hold.
+        Raises UserError for a place in use or out of reach, too little space, and numbers that the type
+        cannot hold.
         """
         if workers < 1:
             raise UserError(f"--workers {workers}: give at least 1")
-        with writing(self.output), owned(self.output, "being built"):
-            state = begin(self.output, self.plan)
+        with self.place.held("being built"):
+            state = begin(self.place, self.plan)
             if state.layout is None and not has_ranks(self.plan.storage):
                 state.layout = lay_out(self.plan, [])
             if state.layout is not None:
-                _check_space(self.output, state)
+                _check_space(self.place, state)
             if state.layout is None or state.missing:
-                self._work(state, workers, ray_address, lambda state: state.save(self.output))
+                self._work(state, workers, ray_address, lambda state: state.save(self.place))
             return self._commit(state)
 
     def repair(self, workers: int = 2, ray_address: str | None = None) -> list[Partition]:
@@ -128,24 +128,24 @@ class Build:
         A build of `like_index`. Raises UserError for a damaged basis, from which alone rows of low rank
         can be read.
         """
-        with writing(self.output), owned(self.output, "being built"):
-            index = read_index(self.output)
-            if index.basis is not None and not is_whole(self.output, index.basis, INDEX):
-                raise UserError(f"{self.output / index.basis.file} is damaged: build the table again")
+        with self.place.held("being built"):
+            index = index_at(self.place)
+            if index.basis is not None and not is_whole(self.place, index.basis):
+                raise UserError(f"{self.place.at(index.basis.file)} is damaged: build the table again")
             layout = Layout(
                 hidden_size=index.hidden_size, layers=index.layers, schemes=schemes_of(index.fields)
             )
             whole = {
                 number: partition
                 for number, partition in enumerate(index.partitions)
-                if is_whole(self.output, partition, INDEX)
+                if is_whole(self.place, partition)
             }
             state = State(plan=self.plan, layout=layout, basis=index.basis, done=dict(whole))
             if state.missing:
                 # No state is kept: what a repair has made before it was killed is whole.
                 self._work(state, workers, ray_address, lambda _: None)
             partitions = [state.done[number] for number in range(self.plan.partitions)]
-            write_index(self.output, index.model_copy(update={"partitions": partitions}))
+            write_index(self.place, index.model_copy(update={"partitions": partitions}))
             return [one for number, one in state.done.items() if number not in whole]
 
     @classmethod
@@ -153,7 +153,7 @@ class Build:
         cls, output: str | Path, model: str | Path | None, table: str | Path | None, device: str = "cpu"
     ) -> Self:
         """The build that made a table. Raises UserError where it was made from something else."""
-        index = read_index(output)
+        index = index_at(place_of(output))
         schemes = schemes_of(index.fields)
         storage = Storage(layers=index.layers, schemes=schemes)
         if index.encodings is None:
@@ -193,18 +193,18 @@ class Build:
                 finally:
                     crew.dismiss()
         finally:
-            remove_drafts(self.output)  # after an error, such as a full disk
+            remove_drafts(self.place)  # after an error, such as a full disk
 
     def _cut(self, state: State, crew: Crew, weights: Weights) -> None:
         """Choose the ranks, write the bases, and commit both."""
-        spectra = make_spectra(crew, state, self.output, weights)
+        spectra = make_spectra(crew, state, self.place, weights)
         layout = lay_out(self.plan, spectra)
         bases = bases_of(self.plan, layout, spectra)
-        state.basis = write_bases(self.output, bases) if bases else None
+        state.basis = write_bases(self.place, bases) if bases else None
         state.layout, state.spectra = layout, {}
-        _check_space(self.output, state)
-        state.save(self.output)
-        remove_spectra(self.output)
+        _check_space(self.place, state)
+        state.save(self.place)
+        remove_spectra(self.place)
 
     def _weight_bytes(self) -> int:
         """Of one layer of FFN-M; nothing where rows are read."""
@@ -216,6 +216,8 @@ class Build:
     def groups(self, partitions: int, workers: int) -> list[Group]:
         """Neighbouring layers of one task: what a worker has room for, and tasks enough for all workers."""
         layers = self.plan.layers
+        if self.place.far:
+            return [tuple(layers)]  # a partition is written from its first byte to its last
         chunk = self.plan.chunk_rows * self.plan.hidden_size * TORCH_DTYPE[self.plan.compute].itemsize
         size = min(self.group_bytes // max(1, self._weight_bytes()), _BUFFER_BYTES // chunk)
         count = max(-(-len(layers) // max(1, size)), -(-_TASKS * workers // partitions))
@@ -231,9 +233,8 @@ class Build:
         assert layout is not None
         kept = [tuple(layer for layer in group if layer in layout.layers) for group in groups]
         groups = [group for group in kept if group]
-        pieces = Pieces(self.output, self.plan, layout.shape, state.missing, groups)
+        pieces = Pieces(self.place, self.plan, layout.shape, state.missing, groups)
         sizes = {group: layout.bytes_of(group) for group in groups}
-        basis = str(self.output / BASIS)
         total = sum(state.bytes(number) for number in range(self.plan.partitions))
         with ByteProgress("rows", total) as progress:
             while state.missing:
@@ -241,7 +242,7 @@ class Build:
                     piece = pieces.next(member.group)
                     if piece is None:
                         break
-                    draft = str(piece.draft)
+                    draft, basis = piece.draft, state.basis
                     if piece.layers is None:
                         crew.do(member, piece, "hash", draft, piece.number)
                         continue
@@ -259,7 +260,7 @@ class Build:
         """Write the index, the last file; then the state goes."""
         plan, layout = self.plan, state.layout
         assert layout is not None
-        remove_spectra(self.output)  # of a build killed as soon as it had its layout
+        remove_spectra(self.place)  # of a build killed as soon as it had its layout
         index = TolIndex(
             vocab_size=plan.vocab_size,
             num_layers=plan.num_layers,
@@ -280,8 +281,8 @@ class Build:
             },
             **summary(layout.schemes),
         )
-        write_index(self.output, index)
-        (self.output / STATE).unlink()
+        write_index(self.place, index)
+        self.place.remove(STATE)
         return index
 
 
@@ -315,11 +316,11 @@ def _partitions(asked: int | None, vocab: int, layout: Layout) -> int:
     return asked
 
 
-def _check_space(output: Path, state: State) -> None:
-    needed, free = sum(map(state.bytes, state.missing)), shutil.disk_usage(output).free
-    if free < needed:
+def _check_space(place: Place, state: State) -> None:
+    needed, free = sum(map(state.bytes, state.missing)), place.free()
+    if free is not None and free < needed:
         raise UserError(
-            f"{output} needs {needed / 1e9:.2f} GB and has {free / 1e9:.2f} GB free; choose another folder"
+            f"{place} needs {needed / 1e9:.2f} GB and has {free / 1e9:.2f} GB free; choose another folder"
         )
 
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from mlm_train.arguments import MODEL_KINDS, add_action
 from mlm_train.errors import UserError
+from mlm_train.tol.fetch_command import add_fetch, run_fetch
 from mlm_train.tol.inspect_command import add_inspect, run_inspect
 from mlm_train.tol.options import add_storage_arguments, storage_of
+from mlm_train.tol.place import refuse_url
 
 if TYPE_CHECKING:
     from mlm_train.evaluate.scorer import Scorer
@@ -21,19 +23,22 @@ HELP = """Token-wise lookups (ToL): FFN-M's output for every token of the vocabu
 examples:
   mlm-train tol build exports/run1 --output tol/run1
   mlm-train tol compress tol/run1 --output tol/run1-int4 --dtype int4
+  mlm-train tol fetch s3://bucket/tol/run1 /scratch/run1
   mlm-train tol verify tol/run1 --model exports/run1
   mlm-train tol inspect tol/run1 --model exports/run1"""
 
 _BUILD_HELP = """Compute FFN-M for the whole vocabulary on Ray and write it as a ToL folder.
 
 A build that was killed goes on where it stopped: run the same command again. With --ray-address the
-model and the output must lie on storage that every node sees under the same path.
+model and the output must lie on storage that every node sees under the same path. The output may also be
+a URL: s3://, gs://, sftp:// and what else fsspec knows, with the credentials that each node has.
 
 examples:
   mlm-train tol build exports/run1 --output tol/run1
   mlm-train tol build exports/run1 --output tol/run1 --dtype int4 --group-size 32
   mlm-train tol build exports/run1 --output tol/run1 --dtype int8 --budget 3.2GB
-  mlm-train tol build /shared/run1 --output /shared/tol1 --workers 64 --ray-address auto"""
+  mlm-train tol build /shared/run1 --output /shared/tol1 --workers 64 --ray-address auto
+  mlm-train tol build exports/run1 --output s3://bucket/tol/run1"""
 
 _COMPRESS_HELP = """Write a table in fewer bytes: fewer bits, low rank, fewer layers, or all of them.
 
@@ -45,6 +50,7 @@ examples:
   mlm-train tol compress tol/run1 --output tol/run1-1gb --dtype int8 --budget 1GB --drop 11-13"""
 
 _VERIFY_HELP = """Check a ToL folder: coverage, sizes, SHA-256, finite values; with --model also the values.
+At a URL sizes and SHA-256.
 
 Exit code 2 and one line for each damaged range of rows.
 
@@ -88,15 +94,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_action(actions, "allocate", "choose how each layer is stored", _ALLOCATE_HELP)
     )
     verify = add_action(actions, "verify", "check a ToL folder", _VERIFY_HELP)
-    verify.add_argument("folder", metavar="DIR", help="folder written by `mlm-train tol build`")
+    verify.add_argument("folder", metavar="DIR|URL", help="where `mlm-train tol build` wrote it")
     verify.add_argument("--model", metavar="MODEL", help=f"recompute rows with it: {MODEL_KINDS}")
     verify.add_argument("--sample", type=int, metavar="N", help="recompute N random rows (default: all)")
     verify.add_argument("--json", action="store_true", help="write one JSON object instead of a line")
     add_inspect(actions)
+    add_fetch(actions)
 
 
 def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", metavar="DIR", required=True, help="folder to write; new or unfinished")
+    parser.add_argument(
+        "--output", metavar="DIR|URL", required=True, help="folder to write; new or unfinished"
+    )
     parser.add_argument(
         "--partitions",
         type=int,
@@ -137,6 +146,8 @@ def run(args: argparse.Namespace) -> int:
         return run_inspect(args)
     if args.action == "verify":
         return _verify(args)
+    if args.action == "fetch":
+        return run_fetch(args)
     if args.action == "allocate":
         from mlm_train.tol.study import allocate
 
@@ -155,6 +166,7 @@ def run(args: argparse.Namespace) -> int:
 def _scorer(args: argparse.Namespace, build: "Build") -> "Scorer | None":
     if args.evaluate is None:
         return None
+    refuse_url(args.output)
     from mlm_train.evaluate.scorer import Scorer
     from mlm_train.tol.format import check_fits, read_index
 

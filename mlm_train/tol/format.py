@@ -4,6 +4,7 @@ docs/tol-format.md describes it for readers in any language. Rows leave the mode
 written last.
 """
 
+import hashlib
 import itertools
 import json
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from mlm_train.checkpoint.hf_config import read_json
+from mlm_train.checkpoint.hf_config import parse_json
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
-from mlm_train.files import is_plain_name, sha256_of, write_text
+from mlm_train.files import is_plain_name
 from mlm_train.tol.codec import TORCH_DTYPE, Dtype, Encoding, PlainDtype, Record, Scheme
+from mlm_train.tol.place import Folder, Place, refuse_url
 
 INDEX = "tol.index.json"
 BASIS = "basis.safetensors"
@@ -37,10 +39,10 @@ class File(Record):
             raise ValueError("must be a plain file name inside the folder")
         return value
 
-    @classmethod
-    def of(cls, path: Path) -> Self:
-        """A file that is there."""
-        return cls(file=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
+
+def file_of(name: str, data: bytes) -> File:
+    """A small file with these contents."""
+    return File(file=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 class Partition(File):
@@ -181,9 +183,19 @@ def summary(schemes: list[Encoding] | list[Scheme]) -> dict[str, object]:
 
 
 def read_index(folder: str | Path) -> TolIndex:
-    """The index of a ToL folder; UserError for a missing, broken or unknown one."""
-    file = Path(folder) / INDEX
-    tree = read_json(file, REBUILD)
+    """The index of a ToL folder; UserError for a missing, broken or unknown one, and for a URL."""
+    refuse_url(folder)
+    return index_at(Folder(Path(folder)))
+
+
+def index_at(place: Place) -> TolIndex:
+    """The same of a folder or a URL."""
+    return parse_index(place.read(INDEX), place.at(INDEX))
+
+
+def parse_index(data: bytes | None, file: str) -> TolIndex:
+    """What the file INDEX holds; None: it is not there."""
+    tree = parse_json(data, file, REBUILD)
     try:
         return TolIndex.model_validate(tree)
     except ValidationError as error:
@@ -193,9 +205,10 @@ def read_index(folder: str | Path) -> TolIndex:
         raise UserError(f"{file}: {where + ': ' if where else ''}{reason}; {REBUILD}") from None
 
 
-def write_index(folder: Path, index: TolIndex) -> None:
-    """Make a folder a ToL: call it when every partition is in place."""
-    write_text(folder / INDEX, json.dumps(index.model_dump(mode="json"), indent=2) + "\n")
+def write_index(place: Place | Path, index: TolIndex) -> None:
+    """Make a place, or a folder, a ToL: call it when every partition is there."""
+    place = Folder(place) if isinstance(place, Path) else place
+    place.write(INDEX, (json.dumps(index.model_dump(mode="json"), indent=2) + "\n").encode())
 
 
 def check_fits(folder: Path, index: TolIndex, config: ModelConfig) -> None:

@@ -1,30 +1,24 @@
 """Layers cut to low rank: their spectra, the ranks under a budget, and the bases."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from mlm_train.errors import UserError
 from mlm_train.tol.codec import ALIGNMENT, TORCH_DTYPE, Scheme
 from mlm_train.tol.crew import ATTEMPTS, Crew, WorkerDied
-from mlm_train.tol.format import BASIS_ITEM, File
-from mlm_train.tol.partition import name_draft, new_draft
+from mlm_train.tol.format import BASIS_ITEM, File, file_of
+from mlm_train.tol.place import Place
 from mlm_train.tol.ranks import break_even_rank, choose_ranks
 from mlm_train.tol.shared import Weights
 from mlm_train.tol.spectrum import Spectrum, scaled_basis
-from mlm_train.tol.state import SPECTRA, Layout, Plan, State, Storage
+from mlm_train.tol.state import Layout, Plan, State, Storage, spectrum_name
 
 
-def spectrum_file(output: Path, layer: int) -> Path:
-    """Where an unfinished build keeps a layer's spectrum."""
-    return output / SPECTRA.format(f"{layer:05d}")
-
-
-def make_spectra(crew: Crew, state: State, output: Path, weights: Weights) -> list[Spectrum]:
+def make_spectra(crew: Crew, state: State, place: Place, weights: Weights) -> list[Spectrum]:
     """The spectra of all kept layers, those that the state names already too; a task a layer."""
-    files = {layer: spectrum_file(output, layer) for layer in state.plan.layers}
-    waiting = [layer for layer in files if layer not in state.spectra][::-1]
+    layers = state.plan.layers
+    waiting = [layer for layer in layers if layer not in state.spectra][::-1]
     running, attempts = 0, dict.fromkeys(waiting, 0)
     while waiting or running:
         for member in list(crew.idle):
@@ -32,13 +26,12 @@ def make_spectra(crew: Crew, state: State, output: Path, weights: Weights) -> li
                 break
             layer = waiting.pop()
             member.group, running = (layer,), running + 1
-            draft = new_draft(files[layer])
-            draft.touch()
-            crew.do(member, (layer, draft), "spectrum", layer, weights((layer,)), str(draft))
+            draft = place.draft(spectrum_name(layer), 0)
+            crew.do(member, (layer, draft), "spectrum", layer, weights((layer,)), draft)
         for (layer, draft), result in crew.finished():
             running -= 1
             if isinstance(result, WorkerDied):
-                draft.unlink(missing_ok=True)
+                place.remove(draft)
                 attempts[layer] += 1
                 if attempts[layer] == ATTEMPTS:
                     raise UserError(f"a worker died {ATTEMPTS} times ({result}); give it memory")
@@ -46,10 +39,17 @@ def make_spectra(crew: Crew, state: State, output: Path, weights: Weights) -> li
             elif isinstance(result, Exception):
                 raise result
             else:
-                name_draft(draft, files[layer])
-                state.spectra[layer] = File.of(files[layer])
-                state.save(output)
-    return [Spectrum.load(file) for file in files.values()]
+                place.name_draft(draft, result.file, result.bytes)
+                state.spectra[layer] = result
+                state.save(place)
+    return [_spectrum(place, state.spectra[layer]) for layer in layers]
+
+
+def _spectrum(place: Place, file: File) -> Spectrum:
+    data = place.read(file.file)
+    if data is None or file_of(file.file, data) != file:
+        raise UserError(f"{place.at(file.file)} was changed while the build ran; run it again")
+    return Spectrum.unpack(data)
 
 
 def lay_out(plan: Plan, spectra: Sequence[Spectrum]) -> Layout:

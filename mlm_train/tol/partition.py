@@ -7,7 +7,6 @@ want. Every layer of a token lies in one contiguous row.
 import hashlib
 import json
 import os
-import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mlm_train.files import listed, sync
+from mlm_train.files import listed
 from mlm_train.tol.codec import TORCH_DTYPE
 from mlm_train.tol.disk import FileSink, Stream, UncachedFile, buffers
 from mlm_train.tol.format import INDEX, Partition, TolIndex
+from mlm_train.tol.place import make_draft, name_draft, new_draft
 
 ALIGNMENT = 4096
 _HASHED_AT_ONCE = 2**20  # bytes
@@ -66,32 +66,6 @@ class RowShape(NamedTuple):
     def file_bytes(self, rows: int) -> int:
         """Size of a partition's file."""
         return len(self.header(rows)) + rows * self.size
-
-
-DRAFTS = ".*.part"  # glob of files that do not have their name yet
-
-
-def new_draft(path: Path) -> Path:
-    """A name for an unfinished copy of a file; an attempt has its own, so that two cannot mix."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
-
-
-def make_draft(path: Path, shape: RowShape, rows: int) -> None:
-    """Make a partition's file: its header, and the space of its rows; a full disk says so here.
-
-    Once, before anybody fills it: where a file system cannot reserve space the C library writes into every
-    block, over what another process may be putting there.
-    """
-    header = shape.header(rows)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        os.posix_fallocate(file, 0, len(header) + rows * shape.size)
-        os.pwrite(file, header, 0)
-    except BaseException:
-        path.unlink()
-        raise
-    finally:
-        os.close(file)
 
 
 class Draft:
@@ -142,21 +116,16 @@ def stream_draft(draft: Path, shape: RowShape, rows: int, room: Sequence[Tensor]
     return Stream(FileSink(draft, len(header)), header, room)
 
 
-def name_draft(draft: Path, path: Path) -> None:
-    """Give a whole draft its name; only the process that holds the folder does that."""
-    draft.rename(path)
-    sync(path.parent)
-
-
 def write_partition(
     path: Path, rows: tuple[int, int], shape: RowShape, chunks: Sequence[Tensor]
 ) -> Partition:
     """Write `chunks` of rows, [n, ...] of any type, one after another, as one partition."""
     draft = new_draft(path)
-    make_draft(draft, shape, rows[1] - rows[0])
+    count = rows[1] - rows[0]
+    make_draft(draft, shape.file_bytes(count), shape.header(count))
     try:
         room = buffers(max(map(len, chunks)), shape.size)
-        with stream_draft(draft, shape, rows[1] - rows[0], room) as file:
+        with stream_draft(draft, shape, count, room) as file:
             for chunk in chunks:
                 file.rows(len(chunk)).copy_(chunk.contiguous().view(torch.uint8).flatten(1))
                 file.put(len(chunk))

@@ -3,12 +3,12 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from mlm_train.errors import UserError
 from mlm_train.tol.crew import ATTEMPTS, WorkerDied
 from mlm_train.tol.format import Partition
-from mlm_train.tol.partition import RowShape, make_draft, name_draft, new_draft
+from mlm_train.tol.partition import RowShape
+from mlm_train.tol.place import Place
 from mlm_train.tol.state import Plan
 from mlm_train.tol.worker import Filled, Sums
 
@@ -20,7 +20,7 @@ class Piece:
     """One task. layers: those to write into the draft; None: the draft was filled and is to be hashed."""
 
     number: int
-    draft: Path
+    draft: str
     layers: Group | None
 
 
@@ -28,7 +28,7 @@ class Piece:
 class _Open:
     """A partition that is being made. An attempt writes a draft of its own: two can never mix."""
 
-    draft: Path
+    draft: str
     waiting: list[Group]
     running: int = 0
     sums: dict[Group, Sums] = field(default_factory=dict)
@@ -38,14 +38,14 @@ class Pieces:
     """The order: a group that the worker holds already, of the earliest partition. Large ones come first: no
     worker is left with one at the end.
 
-    Drafts are made, named and removed here: workers only fill them, so that one that lives on after its
-    builder, or was given up, changes no file that counts.
+    Drafts are begun, named and removed here: workers only fill them, so that one that lives on after its
+    builder, or was given up, changes no file of a folder that counts (at a URL: url_place.py).
     """
 
     def __init__(
-        self, output: Path, plan: Plan, shape: RowShape, missing: Sequence[int], groups: Sequence[Group]
+        self, place: Place, plan: Plan, shape: RowShape, missing: Sequence[int], groups: Sequence[Group]
     ) -> None:
-        self.output, self.plan, self.shape, self.groups = output, plan, shape, list(groups)
+        self.place, self.plan, self.shape, self.groups = place, plan, shape, list(groups)
         self._closed = sorted(missing, key=lambda number: (self._rows(number), -number))
         self._open: dict[int, _Open] = {}
         self._deaths: Counter[int] = Counter()
@@ -86,12 +86,9 @@ class Pieces:
         start, stop = self.plan.rows(number)
         return stop - start
 
-    def _path(self, number: int) -> Path:
-        return self.output / self.plan.file(number)
-
     def _attempt(self, number: int) -> _Open:
-        draft = new_draft(self._path(number))
-        make_draft(draft, self.shape, self._rows(number))
+        rows = self._rows(number)
+        draft = self.place.draft(self.plan.file(number), self.shape.file_bytes(rows), self.shape.header(rows))
         return _Open(draft, list(self.groups))
 
     def ended(self, piece: Piece, result: Filled | Partition | Exception) -> tuple[Partition, Sums] | None:
@@ -118,7 +115,7 @@ class Pieces:
         return None
 
     def _name(self, piece: Piece, one: _Open, partition: Partition) -> tuple[Partition, Sums]:
-        name_draft(piece.draft, self._path(piece.number))
+        self.place.name_draft(piece.draft, partition.file, partition.bytes)
         del self._open[piece.number]
         return partition, [pair for group in self.groups for pair in one.sums[group]]
 
@@ -129,7 +126,7 @@ class Pieces:
                 f"a worker died {ATTEMPTS} times ({death}); give it memory or fewer --workers "
                 "and run again: finished partitions are kept"
             )
-        one.draft.unlink(missing_ok=True)
+        self.place.remove(one.draft)
         del self._open[number]
         self._closed.insert(0, number)  # after all others: it may be what kills them
 

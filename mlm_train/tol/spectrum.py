@@ -6,13 +6,11 @@ T is never whole in memory: the eigenvectors of TᵀT [h, h] are the right singu
 eigenvalues the squared singular values.
 """
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 _ROWS = 2048  # of one fp32 product, whose error grows with the numbers it adds
@@ -70,17 +68,14 @@ class Spectrum:
         largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
         return cls(values, (vectors * largest.sign()).contiguous())
 
-    def save(self, path: Path) -> None:
-        """Write both, the vectors in fp32, into an empty file that is there; it survives a power cut then."""
-        with path.open("rb+") as file:  # save_file's error for a full disk is not an OSError
-            file.write(save({"values": self.values, "vectors": self.vectors.float()}))
-            file.flush()
-            os.fsync(file.fileno())
+    def pack(self) -> bytes:
+        """Both as a safetensors file, the vectors in fp32."""
+        return save({"values": self.values, "vectors": self.vectors.float()})
 
     @classmethod
-    def load(cls, path: Path) -> Self:
-        """What `save` wrote."""
-        tensors = load_file(path)
+    def unpack(cls, data: bytes) -> Self:
+        """What `pack` gave."""
+        tensors = load(data)
         return cls(tensors["values"], tensors["vectors"])
 
     @property

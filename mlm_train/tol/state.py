@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Self
 
@@ -9,10 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mlm_train.checkpoint.manifest import SEAL, seal_of
 from mlm_train.errors import UserError
-from mlm_train.files import draft_of, listed, refuse_used, sha256_of, write_json
+from mlm_train.files import draft_of, json_text
 from mlm_train.tol.codec import TORCH_DTYPE, Dtype, Encoding, PlainDtype, Record, Scheme, layout
 from mlm_train.tol.format import BASIS, File, Partition, plain_fields, row_bytes
-from mlm_train.tol.partition import DRAFTS, RowShape
+from mlm_train.tol.partition import RowShape
+from mlm_train.tol.place import Place, remove_drafts, sha256_at
 
 STATE = "tol.build.json"
 SPECTRA = ".spectrum-{}.safetensors"  # of a layer, which an unfinished build keeps
@@ -157,80 +159,85 @@ class State(BaseModel):
         start, stop = self.plan.rows(number)
         return self.layout.shape.file_bytes(stop - start)
 
-    def save(self, output: Path) -> None:
+    def save(self, place: Place) -> None:
         """Commit: what it names is never made again."""
         tree = self.model_dump(mode="json")
-        write_json(output / STATE, tree | {SEAL: seal_of(tree)})
+        place.write(STATE, json_text(tree | {SEAL: seal_of(tree)}).encode())
 
     @classmethod
-    def load(cls, file: Path) -> Self:
-        """What `save` wrote; UserError where it was changed since."""
+    def load(cls, place: Place) -> Self | None:
+        """What `save` wrote, None where nothing did; UserError where it was changed since."""
+        if (data := place.read(STATE)) is None:
+            return None
         try:
-            tree = json.loads(file.read_bytes())
+            tree = json.loads(data)
             if tree.pop(SEAL) != seal_of(tree):
                 raise ValueError("its checksum differs")
             return cls.model_validate(tree)
         except (ValueError, AttributeError, KeyError, TypeError):
-            raise UserError(f"{file} is damaged; remove {file.parent} and build again") from None
+            raise UserError(f"{place.at(STATE)} is damaged; remove {place} and build again") from None
 
 
-def begin(output: Path, plan: Plan) -> State:
-    """The state to go on from, saved. Committed files are read again; damaged ones are dropped.
+def begin(place: Place, plan: Plan) -> State:
+    """The state to go on from, saved. Committed files are looked at again; damaged ones are dropped.
 
-    Raises UserError for a folder with other contents, and one with partitions of another plan.
+    Raises UserError for a place with other contents, and one with partitions of another plan.
     """
-    state = _resumed(output, plan) if (output / STATE).exists() else None
+    state = State.load(place)
+    if state is not None:
+        state = _resumed(place, plan, state)
     if state is None:
-        draft_of(output / STATE).unlink(missing_ok=True)  # of a build killed in its first moment
-        refuse_used(output)
+        place.remove(draft_of(Path(STATE)).name)  # of a build killed in its first moment
+        if place.names():
+            raise UserError(
+                f"{place} exists already and nothing is overwritten; remove it or name a new folder"
+            )
         state = State(plan=plan)
-    state.save(output)
+    state.save(place)
     return state
 
 
-def _resumed(output: Path, plan: Plan) -> State | None:
-    """The folder's unfinished build; None, and nothing of it left, when it never committed anything."""
-    file = output / STATE
-    state = State.load(file)
-    remove_drafts(output)
+def _resumed(place: Place, plan: Plan, state: State) -> State | None:
+    """The unfinished build there; None, and nothing of it left, when it never committed anything."""
+    remove_drafts(place)
     if state.plan != plan and not state.done:
-        remove_spectra(output)
+        remove_spectra(place)
         for name in (*map(state.plan.file, state.missing), BASIS):
-            (output / name).unlink(missing_ok=True)
-        file.unlink()
+            place.remove(name)
+        place.remove(STATE)
         return None
     if state.plan.checkpoint != plan.checkpoint:
-        raise UserError(f"{output} is an unfinished build of another model; give a new folder")
+        raise UserError(f"{place} is an unfinished build of another model; give a new folder")
     if state.plan.table != plan.table:
-        raise UserError(f"{output} is an unfinished compression of another table; give a new folder")
+        raise UserError(f"{place} is an unfinished compression of another table; give a new folder")
     for old, new in ((state.plan.storage, plan.storage), (state.plan, plan)):
         for name in type(old).model_fields:
             before, now = getattr(old, name), getattr(new, name)
             if before != now:
                 raise UserError(
-                    f"{output} is an unfinished build with {name}={before}, not {now}; give {before} again"
+                    f"{place} is an unfinished build with {name}={before}, not {now}; give {before} again"
                 )
-    spectra = {layer: one for layer, one in state.spectra.items() if is_whole(output, one, STATE)}
-    whole = {number: part for number, part in state.done.items() if is_whole(output, part, STATE)}
-    if state.basis is not None and not is_whole(output, state.basis, STATE):
+    spectra = {layer: one for layer, one in state.spectra.items() if is_whole(place, one)}
+    # To read all rows back from a URL would take as long as building them.
+    whole = {n: part for n, part in state.done.items() if is_whole(place, part, by_size=place.far)}
+    if state.basis is not None and not is_whole(place, state.basis):
         # Another basis may differ in its last bits: rows of the old one are of no use with it.
         return state.model_copy(update={"layout": None, "basis": None, "done": {}, "sums": {}})
     return state.model_copy(update={"spectra": spectra, "done": whole})
 
 
-def is_whole(folder: Path, file: File, index: str) -> bool:
-    """Whether a file is there with the contents that an index gives it."""
-    path = listed(folder, file.file, index)
-    return path.is_file() and path.stat().st_size == file.bytes and sha256_of(path) == file.sha256
+def is_whole(place: Place, file: File, by_size: bool = False) -> bool:
+    """Whether a file is there with the contents that an index gives it; `by_size`: as its size shows."""
+    return place.size(file.file) == file.bytes and (by_size or sha256_at(place, file.file) == file.sha256)
 
 
-def remove_drafts(output: Path) -> None:
-    """Remove what killed processes left half written."""
-    for draft in output.glob(DRAFTS):
-        draft.unlink(missing_ok=True)
+def spectrum_name(layer: int) -> str:
+    """The file with a layer's spectrum."""
+    return SPECTRA.format(f"{layer:05d}")
 
 
-def remove_spectra(output: Path) -> None:
+def remove_spectra(place: Place) -> None:
     """Those of layers whose ranks are chosen, or of another plan, are of no use any more."""
-    for path in output.glob(SPECTRA.format("*")):
-        path.unlink(missing_ok=True)
+    for name in place.names():
+        if fnmatch(name, SPECTRA.format("*")):
+            place.remove(name)

@@ -25,9 +25,8 @@ class TolSource:
         A layer that the table dropped reads as zeros. Raises UserError when the folder is damaged as far
         as sizes and headers show, or belongs to a model of another shape.
         """
-        folder = Path(folder)
         table = Table.open_folder(folder, in_memory)
-        check_fits(folder, table.index, config)
+        check_fits(Path(folder), table.index, config)
         return cls(table)
 
     def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:

@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from mlm_train.errors import UserError
-from mlm_train.files import listed, sha256_of, sync
+from mlm_train.files import listed
 from mlm_train.tol.codec import decode
-from mlm_train.tol.format import BASIS, INDEX, REBUILD, File, TolIndex, read_index
-from mlm_train.tol.partition import map_partition, name_draft, new_draft
+from mlm_train.tol.format import BASIS, INDEX, REBUILD, File, TolIndex, file_of, read_index
+from mlm_train.tol.partition import map_partition
+from mlm_train.tol.place import Folder, Place
 
 
 class Table:
@@ -32,8 +33,8 @@ class Table:
 
         Raises UserError when the folder is damaged as far as sizes and headers show.
         """
-        folder = Path(folder)
         index = read_index(folder)
+        folder = Path(folder)
         partitions = []
         for partition in index.partitions:
             try:
@@ -85,27 +86,27 @@ def read_bases(folder: Path, index: TolIndex) -> dict[int, Tensor]:
     """The bases of low-rank layers, fp32 [rank, hidden] by layer; UserError for a damaged file."""
     if index.basis is None:
         return {}
-    path = listed(folder, index.basis.file, INDEX)
-    if not path.is_file() or sha256_of(path) != index.basis.sha256:
-        raise UserError(f"{path} is missing or damaged: its SHA-256 is not the index's; {REBUILD}")
-    bases = {}
-    for layer, field in zip(index.layers, index.fields, strict=True):
-        if field.rank is None:
-            continue
-        bases[layer] = read_basis(path, layer)
-        if bases[layer].shape != (field.rank, index.hidden_size):
-            raise UserError(f"{path}: {basis_name(layer)} does not fit the index; {REBUILD}")
+    listed(folder, index.basis.file, INDEX)
+    schemes = zip(index.layers, index.fields, strict=True)
+    ranks = {layer: field.rank for layer, field in schemes if field.rank is not None}
+    bases = bases_at(Folder(folder), index.basis, list(ranks))
+    for layer, rank in ranks.items():
+        if bases[layer].shape != (rank, index.hidden_size):
+            where = folder / index.basis.file
+            raise UserError(f"{where}: {basis_name(layer)} does not fit the index; {REBUILD}")
     return bases
 
 
-def read_basis(path: Path, layer: int) -> Tensor:
-    """A layer's basis in its file: fp32 [rank, hidden]."""
+def bases_at(place: Place, file: File, layers: Sequence[int]) -> dict[int, Tensor]:
+    """The bases of these layers, fp32 [rank, hidden], out of their file; UserError for a damaged one."""
+    data, where = place.read(file.file), place.at(file.file)
+    if data is None or file_of(file.file, data) != file:
+        raise UserError(f"{where} is missing or damaged: its SHA-256 is not the index's; {REBUILD}")
     try:
-        with safe_open(path, framework="pt") as file:
-            basis: Tensor = file.get_tensor(basis_name(layer))
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged: {error}; {REBUILD}") from None
-    return basis.float()
+        bases = load(data)
+        return {layer: bases[basis_name(layer)].float() for layer in layers}
+    except (SafetensorError, KeyError) as error:
+        raise UserError(f"{where} is damaged: {error}; {REBUILD}") from None
 
 
 def projector(basis: Tensor) -> Tensor:
@@ -113,14 +114,11 @@ def projector(basis: Tensor) -> Tensor:
     return (basis / basis.square().sum(1, keepdim=True)).T
 
 
-def write_bases(folder: Path, bases: dict[int, Tensor]) -> File:
+def write_bases(place: Place, bases: dict[int, Tensor]) -> File:
     """Write bases [rank, hidden] of the layers that have a rank, as float16."""
-    path = folder / BASIS
-    draft = new_draft(path)
-    draft.write_bytes(save({basis_name(layer): basis.half().contiguous() for layer, basis in bases.items()}))
-    sync(draft)
-    name_draft(draft, path)
-    return File.of(path)
+    data = save({basis_name(layer): basis.half().contiguous() for layer, basis in bases.items()})
+    place.write(BASIS, data)
+    return file_of(BASIS, data)
 
 
 def basis_name(layer: int) -> str:

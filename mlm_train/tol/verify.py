@@ -13,9 +13,11 @@ from mlm_train.errors import UserError
 from mlm_train.files import sha256_of
 from mlm_train.tol.codec import TORCH_DTYPE, Encoding, decode, encode, grouped, layout
 from mlm_train.tol.compute import EMBEDDING, FfnM, chunks_of, ffn_m_weights
-from mlm_train.tol.format import Partition, TolIndex, check_fits, read_index
+from mlm_train.tol.format import Partition, TolIndex, check_fits, index_at, read_index
 from mlm_train.tol.partition import map_partition
+from mlm_train.tol.place import Place, is_url, place_of
 from mlm_train.tol.progress import ByteProgress
+from mlm_train.tol.state import is_whole
 from mlm_train.tol.table import Table, read_bases
 
 CHUNK_ROWS = 512
@@ -108,12 +110,15 @@ def verify_tol(
 ) -> Report:
     """Check coverage, sizes, SHA-256 and finite values, and with `model` recompute rows from its weights.
 
+    `folder` may be a URL where there is no `model`: everything is read, and nothing kept.
+
     `sample`: recompute that many rows, drawn with `seed`, instead of all. Damage is reported, not raised;
     UserError is for an unreadable index and a model that the table was not built from.
     """
-    folder = Path(folder)
+    if is_url(folder):
+        return _verify_url(place_of(folder), model)
     index = read_index(folder)
-    report = Report(index)
+    folder, report = Path(folder), Report(index)
     if sample is not None and (model is None or sample < 1):
         raise UserError(f"--sample {sample}: needs --model and at least 1 row")
     if model is None:
@@ -133,6 +138,26 @@ def verify_tol(
         numbers = FfnM(opened, by_layer, index.source.compute)
         table = Table(index, [], read_bases(folder, index))
         _check_partitions(folder, report, _Recompute(opened.tensors, numbers, table, chosen))
+    return report
+
+
+def _verify_url(place: Place, model: str | Path | None) -> Report:
+    """Every file's size and SHA-256, which are those of finite values: none else are written."""
+    if model is not None:
+        raise UserError(
+            f"--model compares rows of a folder: mlm-train tol fetch {place} FOLDER, and verify that"
+        )
+    report = Report(index_at(place))
+    basis, partitions = report.index.basis, report.index.partitions
+    rows = [(partition, partition.rows) for partition in partitions]
+    files = [*([(basis, (0, report.index.vocab_size))] if basis else []), *rows]
+    with ByteProgress("verify", report.index.bytes) as progress:
+        done = 0
+        for file, (start, stop) in files:
+            if not is_whole(place, file):
+                what = "the file is missing, or its size or SHA-256 is not the index's"
+                report.damages.append(Damage(file.file, start, stop, what))
+            progress.show(done := done + file.bytes)
     return report
 
 

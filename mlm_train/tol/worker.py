@@ -15,12 +15,13 @@ from mlm_train.errors import UserError
 from mlm_train.host_memory import keep_freed
 from mlm_train.tol.codec import NotFinite, decode, encode, layout
 from mlm_train.tol.compute import FfnM, Numbers, Stored, chunks_of, from_numpy
-from mlm_train.tol.disk import buffers
-from mlm_train.tol.format import Partition
-from mlm_train.tol.partition import Draft, hash_draft, stream_draft
+from mlm_train.tol.disk import Stream, buffers
+from mlm_train.tol.format import File, Partition, file_of
+from mlm_train.tol.partition import Draft, hash_draft
+from mlm_train.tol.place import Place, place_of, put
 from mlm_train.tol.spectrum import Gram, Spectrum
-from mlm_train.tol.state import Layout, Plan
-from mlm_train.tol.table import projector, read_basis
+from mlm_train.tol.state import Layout, Plan, spectrum_name
+from mlm_train.tol.table import bases_at, projector
 
 Sums = list[tuple[float, float]]  # a layer: squared error and squared norm of its numbers
 
@@ -34,10 +35,14 @@ class Filled(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker of a build knows. model: the folder with FFN-M; table: one to take the rows from."""
+    """What every worker of a build knows.
+
+    model: the folder with FFN-M; table: one to take the rows from; output: the folder or URL to write to.
+    """
 
     model: str | None
     table: str | None
+    output: str
     plan: Plan
     device: str = "cpu"
 
@@ -62,6 +67,7 @@ class Worker:
         self._layers: tuple[int, ...] = ()
         self._numbers: Numbers | None = None
         self._room: list[Tensor] = []
+        self._basis: tuple[File, tuple[int, ...], dict[int, Tensor]] | None = None
 
     def ready(self) -> None:
         """Returns once the worker runs, and has read what every piece needs."""
@@ -73,33 +79,54 @@ class Worker:
         assert self.job.model is not None
         return open_model(self.job.model, verify=False)
 
+    @cached_property
+    def _place(self) -> Place:
+        return place_of(self.job.output)
+
     def fill(
-        self, draft: str, number: int, layers: Sequence[int], weights: list[Any], place: Layout, basis: str
+        self,
+        draft: str,
+        number: int,
+        layers: Sequence[int],
+        weights: list[Any],
+        layout: Layout,
+        basis: File | None,
     ) -> Filled:
-        """Write these layers of a partition into its draft, which the builder has made.
+        """Write these layers of a partition into its draft, which the builder has begun.
 
         `basis`: the file with the bases of low-rank layers.
         """
-        plan, path = self.job.plan, Path(draft)
+        plan = self.job.plan
         start, stop = plan.rows(number)
         chunks = chunks_of(start, stop, plan.chunk_rows)
-        encoder = _Encoder(place, layers, Path(basis))
+        encoder = _Encoder(layout, layers, self._bases(basis, layout, layers))
         numbers = self._open(tuple(layers), weights)
-        if list(layers) == place.layers:
-            with stream_draft(path, place.shape, stop - start, self._buffers(encoder.bytes)) as stream:
+        if list(layers) == layout.layers:
+            header, room = layout.shape.header(stop - start), self._buffers(encoder.bytes)
+            with Stream(self._place.sink(draft, header), header, room) as stream:
                 for first, last in chunks:
                     encoder.encode(numbers, first, last, stream.rows(last - first))
                     stream.put(last - first)
                 digest = stream.finish()
             whole = Partition(file=plan.file(number), rows=(start, stop), bytes=stream.bytes, sha256=digest)
             return Filled(encoder.sums, whole)
-        with Draft(path, place.shape, stop - start) as file:
+        with Draft(Path(self._place.at(draft)), layout.shape, stop - start) as file:
             for first, last in chunks:
                 out = torch.empty(last - first, encoder.bytes, dtype=torch.uint8)
                 encoder.encode(numbers, first, last, out)
                 file.write(first - start, encoder.edges[0], out)
             file.sync()
         return Filled(encoder.sums)
+
+    def _bases(self, basis: File | None, layout: Layout, layers: Sequence[int]) -> dict[int, Tensor]:
+        """Those of these layers that have one; kept while the worker fills the same layers."""
+        ranks = dict(zip(layout.layers, layout.schemes, strict=True))
+        cut = tuple(layer for layer in layers if ranks[layer].rank is not None)
+        if basis is None or not cut:
+            return {}
+        if self._basis is None or self._basis[:2] != (basis, cut):
+            self._basis = (basis, cut, bases_at(self._place, basis, cut))
+        return self._basis[2]
 
     def _buffers(self, row_bytes: int) -> list[Tensor]:
         """For a chunk's rows; kept, since new memory costs a system time."""
@@ -108,22 +135,24 @@ class Worker:
             self._room = buffers(self.job.plan.chunk_rows, row_bytes)
         return self._room
 
-    def spectrum(self, layer: int, weights: list[Any], draft: str) -> None:
-        """Write the spectrum of a layer, over the whole vocabulary, into its draft, which is there."""
+    def spectrum(self, layer: int, weights: list[Any], draft: str) -> File:
+        """Write the spectrum of a layer, over the whole vocabulary, into its draft; what that is."""
         plan, numbers = self.job.plan, self._open((layer,), weights)
         gram = Gram(plan.hidden_size)
         for first, last in chunks_of(0, plan.vocab_size, plan.chunk_rows):
             for values in numbers.values(first, last):
                 gram.add(values)
         try:
-            Spectrum.of(gram).save(Path(draft))
+            data = Spectrum.of(gram).pack()
         except ValueError as error:
             raise UserError(f"layer {layer} cannot be cut to low rank: {error}; train again") from None
+        put(self._place.sink(draft), data)
+        return file_of(spectrum_name(layer), data)
 
     def hash(self, draft: str, number: int) -> Partition:
         """The partition that a draft is which several workers have filled; the builder gives it its name."""
         plan = self.job.plan
-        return hash_draft(Path(draft), plan.file(number), plan.rows(number))
+        return hash_draft(Path(self._place.at(draft)), plan.file(number), plan.rows(number))
 
     def _open(self, layers: tuple[int, ...], weights: list[Any]) -> Numbers:
         """The numbers of these layers; the group before is let go."""
@@ -145,18 +174,14 @@ class Worker:
 class _Encoder:
     """Turns numbers of some neighbouring layers into their bytes of rows, and measures what that loses."""
 
-    def __init__(self, place: Layout, layers: Sequence[int], basis: Path) -> None:
+    def __init__(self, place: Layout, layers: Sequence[int], bases: dict[int, Tensor]) -> None:
         first = place.layers.index(layers[0])
         span = slice(first, first + len(layers))
         assert place.layers[span] == list(layers)
         self.layers, self.hidden = layers, place.hidden_size
         self.schemes = place.schemes[span]
         self.edges = place.edges[first : first + len(layers) + 1]
-        self.bases = {
-            layer: read_basis(basis, layer)
-            for layer, scheme in zip(layers, self.schemes, strict=True)
-            if scheme.rank is not None
-        }
+        self.bases = bases
         self.bytes = self.edges[-1] - self.edges[0]
         self.sums: Sums = [(0.0, 0.0)] * len(layers)
 

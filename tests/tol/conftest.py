@@ -1,9 +1,10 @@
-"""An export with random weights, one Ray for all tests of this folder, and a cluster for some."""
+"""An export with random weights, one Ray for all tests of this folder, a cluster, and a store of objects."""
 
 import contextlib
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,20 @@ cluster.shutdown()
 
 
 @pytest.fixture(scope="session")
-def ray() -> Iterator[None]:
+def s3_socket() -> Iterator[socket.socket]:
+    """Where the S3 of test_url.py will listen; known before Ray starts, whose workers are told so too."""
+    with socket.socket() as waiting, pytest.MonkeyPatch.context() as environment:
+        waiting.bind(("127.0.0.1", 0))
+        environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{waiting.getsockname()[1]}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            environment.setenv(name, "test")
+        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        environment.setenv("NO_PROXY", "127.0.0.1")
+        yield waiting
+
+
+@pytest.fixture(scope="session")
+def ray(s3_socket: socket.socket) -> Iterator[None]:
     with ray_cluster(workers=2):
         yield
 

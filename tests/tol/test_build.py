@@ -25,6 +25,7 @@ from mlm_train.tol.build import Build, build_tol
 from mlm_train.tol.cluster import _check_reachable
 from mlm_train.tol.codec import TORCH_DTYPE
 from mlm_train.tol.format import INDEX, read_index
+from mlm_train.tol.place import Folder
 from mlm_train.tol.state import STATE, State, Storage
 from tests.commands import listening
 from tests.tol.conftest import export, random_model
@@ -110,7 +111,7 @@ def test_unfinished_builds(tables: dict[str, Path], exported: Path, tmp_path: Pa
     state = State(plan=Build(exported, output, Storage(), partitions=3).plan)
     state.done = dict(enumerate(index.partitions))
     state.sums = {number: [(0.0, 0.0)] * 3 for number in state.done}
-    state.save(output)
+    state.save(Folder(output))
     for options, message in (
         ({"partitions": 4}, "partitions=3"),
         ({"partitions": 3, "dtype": "float16"}, "dtype=bf"),

@@ -24,6 +24,7 @@ from mlm_train.tol.crew import Crew, WorkerDied
 from mlm_train.tol.format import BASIS, INDEX
 from mlm_train.tol.partition import Draft
 from mlm_train.tol.pieces import Pieces
+from mlm_train.tol.place import Folder
 from mlm_train.tol.state import STATE, Layout, State, Storage
 from tests.commands import ROOT, start
 from tests.tol.conftest import end, export, random_model
@@ -103,7 +104,7 @@ def progress(folder: Path) -> int:
     """0 once there is a state, 1 to 3 with so many spectra, 4 with a layout, and 1 more a partition."""
     if not (folder / STATE).exists():
         return -1
-    state = State.load(folder / STATE)
+    state = State.load(Folder(folder))
     return len(state.spectra) + 4 * (state.layout is not None) + len(state.done)
 
 
@@ -162,7 +163,7 @@ def test_the_builder_is_killed_at_random_moments(
         assert process.wait() == -signal.SIGKILL and not (output / INDEX).exists()
         end(left)
         left = children
-        state = State.load(output / STATE)
+        state = State.load(Folder(output))
         inodes = {part.file: (output / part.file).stat().st_ino for part in state.done.values()}
         assert kept.items() <= inodes.items()
         redone += len(list(output.glob(".rows-*.part")))
@@ -232,7 +233,7 @@ def test_the_disk_fills(source: Path, ray: None, tmp_path: Path, small_disk: Pat
         assert last.startswith(line) and last.count("\n") == 1, last
         assert progress(output) >= moment and not list(output.glob(".*.part"))
         (small_disk / "other").unlink()
-    done = State.load(output / STATE).done.values()
+    done = State.load(Folder(output)).done.values()
     kept = {part.file: (output / part.file).stat().st_ino for part in done}
     files = contents(output)
     for folder in (output, tmp_path / "unbroken"):
@@ -262,15 +263,15 @@ def test_a_draft_that_was_thrown_away(source: Path, tmp_path: Path) -> None:
     """A late worker makes no file of it, and its error ends no build."""
     build = build_of(source, tmp_path, GROUPS)
     layout = Layout.of(build.plan.storage, 3, 32)
-    pieces = Pieces(tmp_path, build.plan, layout.shape, [0], build.groups(1, 2))
+    pieces = Pieces(Folder(tmp_path), build.plan, layout.shape, [0], build.groups(1, 2))
     first, second = pieces.next(()), pieces.next(())
     assert first is not None and second is not None and first.draft == second.draft
     assert pieces.ended(first, WorkerDied("killed")) is None
     with pytest.raises(FileNotFoundError) as late:
-        Draft(second.draft, layout.shape, 10)
+        Draft(tmp_path / second.draft, layout.shape, 10)
     assert pieces.ended(second, late.value) is None
     third = pieces.next(())
-    assert third is not None and [third.draft] == list(tmp_path.iterdir())
+    assert third is not None and [tmp_path / third.draft] == list(tmp_path.iterdir())
     with pytest.raises(OSError, match="full"):
         pieces.ended(third, OSError("full"))
 
@@ -301,7 +302,7 @@ def test_damage_before_a_build_goes_on(source: Path, unbroken: dict[str, Path], 
         process.kill()
         process.wait()
         end(left)
-        state = State.load(output / STATE)
+        state = State.load(Folder(output))
         for damage in damages:
             folder = shutil.copytree(output, tmp_path / damage)
             DAMAGES[damage](folder, state)

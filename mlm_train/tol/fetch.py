@@ -1,0 +1,92 @@
+"""Copying a table from a URL, or a folder, into a folder: checked while it is written, resumable."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from mlm_train.errors import UserError
+from mlm_train.tol.disk import Stream, buffers
+from mlm_train.tol.format import INDEX, File, TolIndex, parse_index
+from mlm_train.tol.place import BLOCK_BYTES, Folder, Place, place_of, refuse_url, remove_drafts
+from mlm_train.tol.progress import ByteProgress
+from mlm_train.tol.state import is_whole
+
+FETCHED = "tol.fetch.json"  # the index of what is being copied, until all of it is there
+
+
+def fetch_tol(source: str | Path, folder: str | Path) -> TolIndex:
+    """Copy a table; its index is the last file. Files that a killed copy left whole are kept.
+
+    A folder that holds the table already is made whole again where it is damaged. Raises UserError for a
+    folder with other contents, too little space, and a source whose bytes are not those of its index.
+    """
+    refuse_url(folder)
+    origin, target = place_of(source), Folder(Path(folder).absolute())
+    if origin.address == target.address:
+        raise UserError(f"{target} is to be copied to itself; name another folder")
+    data = origin.read(INDEX)
+    index = parse_index(data, origin.at(INDEX))
+    assert data is not None
+    with target.held("being fetched"):
+        _begin(target, data, origin)
+        files: list[File] = [*([index.basis] if index.basis else []), *index.partitions]
+        missing = [file for file in files if not is_whole(target, file)]
+        _check_space(target, missing)
+        done = sum(file.bytes for file in files) - sum(file.bytes for file in missing)
+        with ByteProgress("fetch", index.bytes) as progress:
+            for file in missing:
+                _copy(origin, target, file, lambda count: progress.show(done + count))  # noqa: B023
+                done += file.bytes
+        target.write(INDEX, data)
+        target.remove(FETCHED)
+    return index
+
+
+def _begin(target: Folder, index: bytes, origin: Place) -> None:
+    """Note what is copied; UserError where the folder holds anything else."""
+    there = [data for data in (target.read(INDEX), target.read(FETCHED)) if data is not None]
+    if there and any(data != index for data in there):
+        raise UserError(f"{target} holds another table than {origin}; remove it or name a new folder")
+    if not there:
+        target.remove(f".{FETCHED}.writing")  # of a copy killed in its first moment
+        if target.names():
+            raise UserError(
+                f"{target} exists already and nothing is overwritten; remove it or name a new folder"
+            )
+        target.write(FETCHED, index)
+    remove_drafts(target)
+
+
+def _check_space(target: Folder, missing: list[File]) -> None:
+    needed, free = sum(file.bytes for file in missing), target.free()
+    if free is not None and free < needed:
+        raise UserError(
+            f"{target} needs {needed / 1e9:.2f} GB and has {free / 1e9:.2f} GB free; choose another folder"
+        )
+
+
+def _copy(origin: Place, target: Folder, file: File, shown: Callable[[int], None]) -> None:
+    """Copy a file; `shown` takes the bytes of it that are there."""
+    draft = target.draft(file.file, file.bytes)
+    try:
+        with Stream(target.sink(draft), b"", buffers(BLOCK_BYTES, 1)) as stream:
+            for block in origin.blocks(file.file):
+                if stream.bytes + len(block) > file.bytes:
+                    break  # longer than it should be, which is told below
+                room = stream.rows(len(block))
+                room[:, 0] = torch.frombuffer(bytearray(block), dtype=torch.uint8)
+                stream.put(len(block))
+                shown(stream.bytes)
+            digest = stream.finish()
+        if digest != file.sha256:
+            raise UserError(
+                f"{origin.at(file.file)} is damaged: it is not what the index names; make it again with "
+                "`mlm-train tol build --repair`, then fetch again: whole files are kept"
+            )
+        target.name_draft(draft, file.file, file.bytes)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            target.remove(draft)
+        raise

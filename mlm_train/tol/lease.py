@@ -1,0 +1,152 @@
+"""Who builds at a URL: one process at a time, by a file there that its owner keeps fresh.
+
+Stores have no locks. The owner writes `tol.owner.json` again every REFRESH seconds and reads it before each
+commit. Another process is refused while the file is fresh, and takes it over once nobody has renewed it; the
+one before, should it live on, finds another's name there and ends.
+
+What that does not close is the moment between an owner's look and its commit. It takes an owner that slept
+for FRESH seconds and woke just then; what it commits is what the same plan gives its successor too.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from mlm_train.errors import UserError
+from mlm_train.ownership import Attempt
+
+if TYPE_CHECKING:
+    from mlm_train.tol.url_place import UrlPlace
+
+OWNER = "tol.owner.json"
+# Seconds for which a mark counts. All processes must agree, so it is for tests only to change.
+FRESH = float(os.environ.get("MLM_TOL_FRESH_SECONDS") or 60)
+REFRESH = FRESH / 4
+SETTLE = FRESH / 30  # longer than a read and a write take: of two that begin together one sees the other
+
+
+class Lost(UserError):
+    """Another process has taken the place."""
+
+
+class Owner(NamedTuple):
+    """What the file says: whose it is, and when that was written, by the owner's clock."""
+
+    id: str
+    host: str
+    pid: int
+    job: str | None
+    restart: int
+    time: float
+
+    @classmethod
+    def here(cls) -> "Owner":
+        """This process, by a new id."""
+        job, restart = Attempt.here() or (None, 0)
+        return cls(secrets.token_hex(8), socket.gethostname(), os.getpid(), job, restart, time.time())
+
+    def follows(self, other: "Owner") -> bool:
+        """Whether Slurm has started this one in the other's stead."""
+        return self.job is not None and self.job == other.job and self.restart > other.restart
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+class Lease:
+    """Holds a URL for this process; see `leased`."""
+
+    def __init__(self, place: "UrlPlace") -> None:
+        self.place, self.mine = place, Owner.here()
+
+    def take(self, doing: str) -> None:
+        """Become the owner; UserError where another one lives."""
+        before = _read(self.place)
+        if before is not None and not self.mine.follows(before) and self._lives(before):
+            raise UserError(
+                f"{self.place} is {doing} by {before}; wait for it, or {FRESH:.0f} s where it is gone, "
+                "or name another"
+            )
+        if before is not None:
+            print(f"mlm-train: {self.place}: taken over from {before}, which is gone", file=sys.stderr)
+        self._write(self.place)
+        time.sleep(SETTLE)
+        self.check()
+
+    def _lives(self, owner: Owner) -> bool:
+        if abs(time.time() - owner.time) < FRESH:
+            return True
+        # Clocks of machines differ: one that lives renews its mark, whatever time that says.
+        time.sleep(1.5 * REFRESH)
+        now = _read(self.place)
+        return now is not None and now != owner
+
+    def check(self) -> None:
+        """Raise Lost where this process is not the owner any more."""
+        self._check(self.place)
+
+    def _check(self, place: "UrlPlace") -> None:
+        found = _read(place)
+        if found is None or found.id != self.mine.id:
+            by = found or "another process, which has ended"
+            raise Lost(f"{place} was taken over by {by}; this process ends and writes nothing more")
+
+    def _write(self, place: "UrlPlace") -> None:
+        tree = self.mine._replace(time=time.time())._asdict()
+        place.write(OWNER, (json.dumps(tree) + "\n").encode())
+
+    def renew(self, open_place: Callable[[], "UrlPlace"], ended: threading.Event) -> None:
+        """Keep the mark fresh; end this process once it is another's, whatever the main thread does."""
+        place = None
+        while not ended.wait(REFRESH):
+            try:
+                place = place or open_place()
+                self._check(place)
+                self._write(place)
+            except Lost as error:
+                with contextlib.suppress(OSError):
+                    os.write(2, f"mlm-train: {error}\n".encode())
+                os._exit(2)
+            except UserError:
+                continue  # out of reach now: the next commit says so, or it is back by then
+
+    def end(self) -> None:
+        """Give the place back."""
+        with contextlib.suppress(UserError):  # out of reach, or another's: the mark grows old by itself
+            self.check()
+            self.place.remove(OWNER)
+
+
+@contextlib.contextmanager
+def leased(open_place: Callable[[], "UrlPlace"], doing: str) -> Iterator[Lease]:
+    """Hold a place while the block runs; `doing` says what another holder does.
+
+    open_place: opens it anew, without a lease; the file systems of some stores serve one thread each.
+    """
+    lease = Lease(open_place())
+    lease.take(doing)
+    ended = threading.Event()
+    thread = threading.Thread(target=lambda: lease.renew(open_place, ended), name="tol-lease", daemon=True)
+    thread.start()
+    try:
+        yield lease
+    finally:
+        ended.set()
+        thread.join()
+        lease.end()
+
+
+def _read(place: "UrlPlace") -> Owner | None:
+    """The owner; None where there is none, or none that can be made out."""
+    data = place.read(OWNER)
+    try:
+        return None if data is None else Owner(**json.loads(data))
+    except (ValueError, TypeError):
+        return None

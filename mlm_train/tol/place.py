@@ -1,0 +1,237 @@
+"""Where a table goes: a folder, or a URL of any store that fsspec knows. Plain names of files in either.
+
+A file comes into being as a draft, which workers fill, and the builder alone gives it its name. In a folder a
+draft is a hidden file, made by the builder, filled by one worker or several, and renamed once it is whole and
+flushed. At a URL (url_place.py) it is written from its first byte to its last, by one worker.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from mlm_train.errors import UserError
+from mlm_train.files import listed, replace_file, sha256_of, sync, writing
+from mlm_train.ownership import owned
+from mlm_train.tol.disk import FileSink, Sink
+
+DRAFTS = ".*.part"  # glob of files that do not have their name yet
+BLOCK_BYTES = 8 * 2**20  # of one read, or one write, of a file that is read or written in order
+
+
+class Place(Protocol):
+    """Files by their plain names. Methods raise UserError, or OSError that `held` turns into one.
+
+    address: what `place_of` makes the same place of, in any process. far: files are written in order by one
+    worker each, and reading one back takes as long as it took to write.
+    """
+
+    address: str
+    far: bool
+
+    def at(self, name: str) -> str:
+        """Where a file is, for messages."""
+
+    def read(self, name: str) -> bytes | None:
+        """A small file; None where it is not there."""
+
+    def write(self, name: str, data: bytes) -> None:
+        """Replace a small file at once: readers see the old one or the new one, whole."""
+
+    def blocks(self, name: str) -> Iterator[bytes]:
+        """A file from start to end, BLOCK_BYTES at most at a time."""
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where it is not there."""
+
+    def names(self) -> list[str]:
+        """All that lies there."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file that may be gone already."""
+
+    def free(self) -> int | None:
+        """Bytes of space; None where that is not known."""
+
+    def draft(self, name: str, size: int, header: bytes = b"") -> str:
+        """Begin a file of that size, or of an unknown one (0); what its draft is called."""
+
+    def sink(self, draft: str, header: bytes = b"") -> Sink:
+        """Fill a draft, from behind `header` on, with which it was begun. In any process."""
+
+    def name_draft(self, draft: str, name: str, size: int) -> None:
+        """Give a whole draft, of `size` bytes, its name; only the process that holds the place does that."""
+
+    def held(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        """Keep other processes from changing the place; UserError where one does (`doing`, of that one)."""
+
+
+def place_of(where: str | Path) -> Place:
+    """The place that a path or a URL means. UserError for a URL that cannot be used from here."""
+    if not is_url(where):
+        return Folder(Path(where).absolute())
+    from mlm_train.tol.url_place import UrlPlace
+
+    return UrlPlace(str(where))
+
+
+def is_url(where: str | Path) -> bool:
+    """Whether it is an address of a store, not a path."""
+    return "://" in str(where)
+
+
+def shown(url: str) -> str:
+    """A URL without the password that it may hold."""
+    return re.sub(r"://([^/@:]*):[^/@]*@", r"://\1@", url)
+
+
+def refuse_url(where: str | Path) -> None:
+    """UserError for a URL where rows are to be read: they are mapped into memory, from a folder."""
+    found = re.match(r"([A-Za-z][\w+.-]*):/+(.*)", str(where))  # a Path has one slash where a URL has two
+    if found and not Path(where).exists():
+        url = shown(f"{found[1]}://{found[2]}")
+        raise UserError(f"{url} is a URL; copy the table first: mlm-train tol fetch {url} FOLDER")
+
+
+def sha256_at(place: Place, name: str) -> str:
+    """Hexadecimal SHA-256 of a file, read from start to end."""
+    if isinstance(place, Folder):
+        return sha256_of(place.path / name)
+    digest = hashlib.sha256()
+    for block in place.blocks(name):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def put(sink: Sink, data: bytes) -> None:
+    """Fill a draft with all of its bytes at once."""
+    try:
+        sink.append(np.frombuffer(data, np.uint8))
+        sink.finish()
+    finally:
+        sink.close()
+
+
+def remove_drafts(place: Place) -> None:
+    """Remove what killed processes left half written."""
+    for name in place.names():
+        if fnmatch(name, DRAFTS):
+            place.remove(name)
+
+
+def new_draft(path: Path) -> Path:
+    """A name for an unfinished copy of a file; an attempt has its own, so that two cannot mix."""
+    return path.with_name(draft_name(path.name))
+
+
+def draft_name(name: str) -> str:
+    """What a draft of a file is called; no two are called alike."""
+    return f".{name}.{os.getpid()}-{secrets.token_hex(4)}.part"
+
+
+def make_draft(path: Path, size: int, header: bytes = b"") -> None:
+    """Make a draft: its header, and the space of its bytes; a full disk says so here.
+
+    Once, before anybody fills it: where a file system cannot reserve space the C library writes into every
+    block, over what another process may be putting there.
+    """
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        if size:
+            os.posix_fallocate(file, 0, size)
+        os.pwrite(file, header, 0)
+    except BaseException:
+        path.unlink()
+        raise
+    finally:
+        os.close(file)
+
+
+def name_draft(draft: Path, path: Path) -> None:
+    """Give a whole draft its name."""
+    draft.rename(path)
+    sync(path.parent)
+
+
+class Folder:
+    """A folder that all workers see under one path."""
+
+    far = False
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.address = path, str(path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def at(self, name: str) -> str:
+        """Its path."""
+        return str(self.path / name)
+
+    def read(self, name: str) -> bytes | None:
+        """A file; None where it is not there."""
+        try:
+            return (self.path / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise UserError(f"{self.path / name} cannot be read: {error.strerror}") from None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Flushed, and renamed."""
+        replace_file(self.path / name, data)
+
+    def blocks(self, name: str) -> Iterator[bytes]:
+        """A file from start to end; UserError for a link that leads out of the folder."""
+        path = listed(self.path, name, "the index")
+        try:
+            with path.open("rb") as file:
+                while block := file.read(BLOCK_BYTES):
+                    yield block
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; UserError for a link that leads out of the folder."""
+        path = listed(self.path, name, "the index")
+        return path.stat().st_size if path.is_file() else None
+
+    def names(self) -> list[str]:
+        """All that lies there."""
+        return [path.name for path in self.path.iterdir()]
+
+    def remove(self, name: str) -> None:
+        """Remove a file that may be gone already."""
+        (self.path / name).unlink(missing_ok=True)
+
+    def free(self) -> int | None:
+        """Of its file system."""
+        return shutil.disk_usage(self.path).free
+
+    def draft(self, name: str, size: int, header: bytes = b"") -> str:
+        """Made here, so that a worker that outlives its builder leaves nothing in the folder."""
+        draft = self.path / draft_name(name)
+        make_draft(draft, size, header)
+        return draft.name
+
+    def sink(self, draft: str, header: bytes = b"") -> Sink:
+        """Past the page cache."""
+        return FileSink(self.path / draft, len(header))
+
+    def name_draft(self, draft: str, name: str, size: int) -> None:
+        """By a rename."""
+        name_draft(self.path / draft, self.path / name)
+
+    @contextlib.contextmanager
+    def held(self, doing: str) -> Iterator[None]:
+        """By a lock that goes with the process."""
+        with writing(self.path), owned(self.path, doing):
+            yield
