@@ -9,6 +9,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -143,6 +144,8 @@ def test_monitor_serves_the_run_on_loopback(run: Path) -> None:
             time.sleep(0.3)
         assert {"train/loss", "validation/loss", "speed/mfu"} <= tags["tensorboard"].keys()
     finally:
+        left = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         process.terminate()
         process.wait(timeout=30)
+    assert not psutil.wait_procs(left, 30)[1]
     assert "is not a folder" in refused("monitor", run / "nothing")

@@ -274,8 +274,7 @@ def test_tensorboard_listens_on_loopback(run: Path) -> None:
             time.sleep(0.2)
         assert found == {"127.0.0.1"}
     finally:
-        for child in psutil.Process(monitor.pid).children(recursive=True):
-            child.terminate()
+        monitor.terminate()
         monitor.communicate(timeout=30)
 
 
