@@ -65,7 +65,7 @@ class Build:
     def __init__(
         self,
         model: str | Path | None,
-        output: str | Path,
+        output: str | Path | Place,
         storage: Storage,
         *,
         table: str | Path | None = None,
@@ -76,7 +76,8 @@ class Build:
         device: str = "cpu",
         group_bytes: int = GROUP_BYTES,
     ) -> None:
-        self.place, self.group_bytes = place_of(output), group_bytes
+        self.place = place_of(output) if isinstance(output, str | Path) else output
+        self.group_bytes = group_bytes
         self.config: ModelConfig | None = None
         if table is None:
             assert model is not None
@@ -121,6 +122,21 @@ class Build:
             if state.layout is None or state.missing:
                 self._work(state, workers, ray_address, lambda state: state.save(self.place))
             return self._commit(state)
+
+    def finished(self) -> TolIndex | None:
+        """The index, where this build has ended already; UserError where that is of another table."""
+        if self.place.read(INDEX) is None or self.place.read(STATE) is not None:
+            return None
+        index, plan = index_at(self.place), self.plan
+        same = [
+            (getattr(index.source, name), getattr(plan, name)) for name in ("checkpoint", "table", "compute")
+        ]
+        same.append((len(index.partitions), plan.partitions))
+        if not has_ranks(plan.storage):
+            same.append((schemes_of(index.fields), lay_out(plan, []).schemes))
+        if any(ours != theirs for ours, theirs in same):
+            raise UserError(f"{self.place} holds another table; remove it or name a new folder")
+        return index
 
     def repair(self, workers: int = 2, ray_address: str | None = None) -> list[Partition]:
         """Make the damaged partitions of a finished table again; those that were.
@@ -183,7 +199,7 @@ class Build:
         size = min(workers, len(state.missing) * len(groups))
         shared = self._weight_bytes() * len(self.plan.layers)
         try:
-            with ray_cluster(size * threads, ray_address, shared):
+            with ray_cluster(size * threads, ray_address, shared), self.place.served():
                 crew = Crew(self.job, size, threads, gpus=float(self.job.device.startswith("cuda")))
                 try:
                     with shared_weights(self.job.model, self.plan, size * len(groups[0])) as weights:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mlm_train.evaluate.scorer import Scorer
     from mlm_train.tol.build import Build
     from mlm_train.tol.format import TolIndex
+    from mlm_train.tol.node_place import OwnFolder
 
 HELP = """Token-wise lookups (ToL): FFN-M's output for every token of the vocabulary.
 
@@ -125,6 +126,11 @@ def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
         "--repair", action="store_true", help="make the damaged partitions of a finished --output again"
     )
     parser.add_argument("--ray-address", metavar="A", help="use a running Ray cluster, such as auto")
+    parser.add_argument(
+        "--each-node",
+        action="store_true",
+        help="--output is a folder of each node's own: built on this one, then copied to all others",
+    )
 
 
 def _add_allocate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -156,11 +162,31 @@ def run(args: argparse.Namespace) -> int:
         return _repair(args)
     build = _compression(args) if args.action == "compress" else _build(args)
     scorer = _scorer(args, build)  # before the work: its bad input costs nothing then
-    index = build.run(args.workers, args.ray_address)
-    print(f"{args.output}: {describe(index)}")
+    index = build.finished() if args.each_node else None
+    index = index or build.run(args.workers, args.ray_address)
+    print(f"{build.place}: {describe(index)}")
+    if args.each_node:
+        print(f"copied to {_copied(build, args.ray_address)} other nodes")
     if scorer is not None:
         print(_compared(args, scorer))
     return 0
+
+
+def _copied(build: "Build", ray_address: str | None) -> int:
+    from mlm_train.tol.node_place import OwnFolder, copy_to_nodes
+
+    assert isinstance(build.place, OwnFolder)
+    return copy_to_nodes(build.place, ray_address)
+
+
+def _place(args: argparse.Namespace) -> "str | OwnFolder":
+    """Where a table is to go."""
+    if not args.each_node:
+        return str(args.output)
+    from mlm_train.tol.node_place import OwnFolder
+
+    refuse_url(args.output)
+    return OwnFolder(args.output)
 
 
 def _scorer(args: argparse.Namespace, build: "Build") -> "Scorer | None":
@@ -230,7 +256,7 @@ def _build(args: argparse.Namespace) -> "Build":
     storage = storage_of(args, list(range(config.num_hidden_layers)), config.hidden_size)
     return Build(
         args.model,
-        args.output,
+        _place(args),
         storage,
         partitions=args.partitions,
         compute=args.compute,
@@ -246,7 +272,7 @@ def _compression(args: argparse.Namespace) -> "Build":
     index = read_index(args.table)
     storage = storage_of(args, index.layers, index.hidden_size)
     return Build(
-        None, args.output, storage, table=args.table, partitions=args.partitions, threads=args.threads
+        None, _place(args), storage, table=args.table, partitions=args.partitions, threads=args.threads
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from mlm_train.errors import UserError
 from mlm_train.tol.disk import Stream, buffers
 from mlm_train.tol.format import INDEX, File, TolIndex, parse_index
-from mlm_train.tol.place import BLOCK_BYTES, Folder, Place, place_of, refuse_url, remove_drafts
+from mlm_train.tol.place import BLOCK_BYTES, Files, Folder, place_of, refuse_url, remove_drafts
 from mlm_train.tol.progress import ByteProgress
 from mlm_train.tol.state import is_whole
 
@@ -26,6 +26,11 @@ def fetch_tol(source: str | Path, folder: str | Path) -> TolIndex:
     origin, target = place_of(source), Folder(Path(folder).absolute())
     if origin.address == target.address:
         raise UserError(f"{target} is to be copied to itself; name another folder")
+    return copy_table(origin, target)
+
+
+def copy_table(origin: Files, target: Folder) -> TolIndex:
+    """fetch_tol, from any process's view of a place."""
     data = origin.read(INDEX)
     index = parse_index(data, origin.at(INDEX))
     assert data is not None
@@ -44,7 +49,7 @@ def fetch_tol(source: str | Path, folder: str | Path) -> TolIndex:
     return index
 
 
-def _begin(target: Folder, index: bytes, origin: Place) -> None:
+def _begin(target: Folder, index: bytes, origin: Files) -> None:
     """Note what is copied; UserError where the folder holds anything else."""
     there = [data for data in (target.read(INDEX), target.read(FETCHED)) if data is not None]
     if there and any(data != index for data in there):
@@ -67,7 +72,7 @@ def _check_space(target: Folder, missing: list[File]) -> None:
         )
 
 
-def _copy(origin: Place, target: Folder, file: File, shown: Callable[[int], None]) -> None:
+def _copy(origin: Files, target: Folder, file: File, shown: Callable[[int], None]) -> None:
     """Copy a file; `shown` takes the bytes of it that are there."""
     draft = target.draft(file.file, file.bytes)
     try:

@@ -24,14 +24,15 @@ from mlm_train.ownership import owned
 from mlm_train.tol.disk import FileSink, Sink
 
 DRAFTS = ".*.part"  # glob of files that do not have their name yet
+KEEPER = "keeper:"  # of addresses that only processes of one build understand
 BLOCK_BYTES = 8 * 2**20  # of one read, or one write, of a file that is read or written in order
 
 
-class Place(Protocol):
-    """Files by their plain names. Methods raise UserError, or OSError that `held` turns into one.
+class Files(Protocol):
+    """Files by their plain names, as any process sees them. Methods raise UserError or OSError.
 
-    address: what `place_of` makes the same place of, in any process. far: files are written in order by one
-    worker each, and reading one back takes as long as it took to write.
+    address: what `files_at` makes the same of, in any process. far: files are written in order by one worker
+    each.
     """
 
     address: str
@@ -43,14 +44,21 @@ class Place(Protocol):
     def read(self, name: str) -> bytes | None:
         """A small file; None where it is not there."""
 
-    def write(self, name: str, data: bytes) -> None:
-        """Replace a small file at once: readers see the old one or the new one, whole."""
-
     def blocks(self, name: str) -> Iterator[bytes]:
         """A file from start to end, BLOCK_BYTES at most at a time."""
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where it is not there."""
+
+    def sink(self, draft: str, header: bytes = b"") -> Sink:
+        """Fill a draft, from behind `header` on, with which it was begun."""
+
+
+class Place(Files, Protocol):
+    """And what the one process does that holds the place. `held` turns an OSError into a UserError."""
+
+    def write(self, name: str, data: bytes) -> None:
+        """Replace a small file at once: readers see the old one or the new one, whole."""
 
     def names(self) -> list[str]:
         """All that lies there."""
@@ -64,14 +72,14 @@ class Place(Protocol):
     def draft(self, name: str, size: int, header: bytes = b"") -> str:
         """Begin a file of that size, or of an unknown one (0); what its draft is called."""
 
-    def sink(self, draft: str, header: bytes = b"") -> Sink:
-        """Fill a draft, from behind `header` on, with which it was begun. In any process."""
-
     def name_draft(self, draft: str, name: str, size: int) -> None:
-        """Give a whole draft, of `size` bytes, its name; only the process that holds the place does that."""
+        """Give a whole draft, of `size` bytes, its name."""
 
     def held(self, doing: str) -> contextlib.AbstractContextManager[None]:
         """Keep other processes from changing the place; UserError where one does (`doing`, of that one)."""
+
+    def served(self) -> contextlib.AbstractContextManager[None]:
+        """Let workers have it, once Ray runs."""
 
 
 def place_of(where: str | Path) -> Place:
@@ -81,6 +89,15 @@ def place_of(where: str | Path) -> Place:
     from mlm_train.tol.url_place import UrlPlace
 
     return UrlPlace(str(where))
+
+
+def files_at(address: str) -> Files:
+    """What a place's address means, in a process of its build."""
+    if not address.startswith(KEEPER):
+        return place_of(address)
+    from mlm_train.tol.node_place import KeptFiles
+
+    return KeptFiles(address)
 
 
 def is_url(where: str | Path) -> bool:
@@ -229,6 +246,10 @@ class Folder:
     def name_draft(self, draft: str, name: str, size: int) -> None:
         """By a rename."""
         name_draft(self.path / draft, self.path / name)
+
+    def served(self) -> contextlib.AbstractContextManager[None]:
+        """They see it."""
+        return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def held(self, doing: str) -> Iterator[None]:

@@ -14,7 +14,7 @@ from mlm_train.files import listed
 from mlm_train.tol.codec import decode
 from mlm_train.tol.format import BASIS, INDEX, REBUILD, File, TolIndex, file_of, read_index
 from mlm_train.tol.partition import map_partition
-from mlm_train.tol.place import Folder, Place
+from mlm_train.tol.place import Files, Folder, Place
 
 
 class Table:
@@ -97,7 +97,7 @@ def read_bases(folder: Path, index: TolIndex) -> dict[int, Tensor]:
     return bases
 
 
-def bases_at(place: Place, file: File, layers: Sequence[int]) -> dict[int, Tensor]:
+def bases_at(place: Files, file: File, layers: Sequence[int]) -> dict[int, Tensor]:
     """The bases of these layers, fp32 [rank, hidden], out of their file; UserError for a damaged one."""
     data, where = place.read(file.file), place.at(file.file)
     if data is None or file_of(file.file, data) != file:

@@ -170,6 +170,10 @@ class UrlPlace:
         if self._lease is not None:
             self._lease.check()
 
+    def served(self) -> contextlib.AbstractContextManager[None]:
+        """They open it themselves."""
+        return contextlib.nullcontext()
+
     @contextlib.contextmanager
     def held(self, doing: str) -> Iterator[None]:
         """By a mark that this process renews (lease.py)."""

@@ -18,7 +18,7 @@ from mlm_train.tol.compute import FfnM, Numbers, Stored, chunks_of, from_numpy
 from mlm_train.tol.disk import Stream, buffers
 from mlm_train.tol.format import File, Partition, file_of
 from mlm_train.tol.partition import Draft, hash_draft
-from mlm_train.tol.place import Place, place_of, put
+from mlm_train.tol.place import Files, files_at, put
 from mlm_train.tol.spectrum import Gram, Spectrum
 from mlm_train.tol.state import Layout, Plan, spectrum_name
 from mlm_train.tol.table import bases_at, projector
@@ -80,8 +80,8 @@ class Worker:
         return open_model(self.job.model, verify=False)
 
     @cached_property
-    def _place(self) -> Place:
-        return place_of(self.job.output)
+    def _place(self) -> Files:
+        return files_at(self.job.output)
 
     def fill(
         self,

@@ -1,0 +1,223 @@
+"""A folder of each node's own: a table is built into the builder's, over Ray, then copied to all other nodes.
+
+Workers elsewhere do not see the builder's folder. What they write goes to an actor on the builder's node, its
+keeper, a block at a time; the other nodes fetch the finished table from it (fetch.py), every file checked.
+"""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from mlm_train.errors import UserError
+from mlm_train.tol.cluster import ray_cluster
+from mlm_train.tol.disk import FileSink, Sink
+from mlm_train.tol.place import BLOCK_BYTES, KEEPER, Folder
+
+
+class OwnFolder(Folder):
+    """The builder's folder, which only its node sees; names of environment variables in it are replaced."""
+
+    far = True
+
+    def __init__(self, path: str | Path) -> None:
+        self.asked = str(path)
+        super().__init__(expanded(self.asked))
+        self._keeper = f"tol-{secrets.token_hex(8)}"
+        self.address = KEEPER + self._keeper
+
+    @contextlib.contextmanager
+    def served(self) -> Iterator[None]:
+        """By a keeper on this node, while Ray runs."""
+        import ray
+
+        here = ray.get_runtime_context().get_node_id()
+        keeper = ray.remote(num_cpus=0, max_concurrency=16)(Keeper)
+        actor = keeper.options(name=self._keeper, scheduling_strategy=_on(here)).remote(str(self.path))
+        ray.get(actor.ready.remote())
+        try:
+            yield
+        finally:
+            ray.kill(actor)
+
+
+def expanded(path: str) -> Path:
+    """A path on this node, absolute; UserError for a variable that is not set here."""
+    found = os.path.expandvars(path)
+    if "$" in found:
+        raise UserError(f"{path}: a variable in it is not set on this node ({os.uname().nodename})")
+    return Path(found).absolute()
+
+
+def _on(node: str) -> Any:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node, soft=False)
+
+
+class Keeper:
+    """A Ray actor: the files of a folder, for processes of other nodes."""
+
+    def __init__(self, path: str) -> None:
+        self._folder = Folder(Path(path))
+
+    def ready(self) -> None:
+        """Returns once it runs."""
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where it is not there."""
+        return self._folder.size(name)
+
+    def read(self, name: str) -> bytes | None:
+        """A small file; None where it is not there."""
+        return self._folder.read(name)
+
+    def block(self, name: str, start: int) -> bytes:
+        """At most BLOCK_BYTES of a file, from `start` on; nothing at its end."""
+        with open(self._folder.at(name), "rb", buffering=0) as file:
+            return os.pread(file.fileno(), BLOCK_BYTES, start)
+
+    def put(self, draft: str, start: int, data: np.ndarray) -> None:
+        """Bytes of a draft that the builder has made."""
+        with contextlib.closing(FileSink(self._folder.path / draft, start)) as sink:
+            sink.append(data)
+
+    def sync(self, draft: str) -> None:
+        """Have all of a draft survive a power cut."""
+        with contextlib.closing(self._folder.sink(draft)) as sink:
+            sink.finish()
+
+
+class KeptFiles:
+    """The builder's folder as processes of its build see it, from any node."""
+
+    far = True
+
+    def __init__(self, address: str) -> None:
+        import ray
+
+        self.address = address
+        self._keeper = ray.get_actor(address.removeprefix(KEEPER))
+
+    def __str__(self) -> str:
+        return "the builder's folder"
+
+    def at(self, name: str) -> str:
+        """For messages."""
+        return f"{name} in {self}"
+
+    def ask(self, method: str, *args: object) -> Any:
+        """What the keeper answers. Raises what it raised, and UserError where it is gone."""
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        try:
+            return ray.get(getattr(self._keeper, method).remote(*args))
+        except RayActorError:
+            raise UserError(f"{self} is out of reach: its node or the build is gone; run again") from None
+        except RayTaskError as error:
+            raise error.cause if isinstance(error.cause, OSError | UserError) else error from None
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where it is not there."""
+        size: int | None = self.ask("size", name)
+        return size
+
+    def read(self, name: str) -> bytes | None:
+        """A small file; None where it is not there."""
+        data: bytes | None = self.ask("read", name)
+        return data
+
+    def blocks(self, name: str) -> Iterator[bytes]:
+        """A file from start to end."""
+        start = 0
+        while block := self.ask("block", name, start):
+            yield block
+            start += len(block)
+
+    def sink(self, draft: str, header: bytes = b"") -> Sink:
+        """A block at a time."""
+        return KeptSink(self, draft, len(header))
+
+
+class KeptSink:
+    """A draft in the builder's folder, filled in order."""
+
+    def __init__(self, place: KeptFiles, draft: str, start: int) -> None:
+        self._place, self._draft, self._at = place, draft, start
+
+    def append(self, data: np.ndarray) -> None:
+        """The next bytes; one block is under way at a time, so that Ray's store stays small."""
+        for start in range(0, len(data), BLOCK_BYTES):
+            block = data[start : start + BLOCK_BYTES]
+            self._place.ask("put", self._draft, self._at, block)
+            self._at += len(block)
+
+    def finish(self) -> None:
+        """Have all of them survive a power cut."""
+        self._place.ask("sync", self._draft)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def copy_to_nodes(place: OwnFolder, ray_address: str | None) -> int:
+    """Give every other node of the cluster the finished table of this one; how many those are.
+
+    A node's copy that was broken off goes on; files that are whole are kept. Raises UserError naming the
+    first node where it failed, once all have ended.
+    """
+    import ray
+
+    with ray_cluster(1, ray_address), place.served():
+        here = ray.get_runtime_context().get_node_id()
+        names = {node["NodeID"]: node["NodeName"] for node in ray.nodes() if node["Alive"]}
+        copy = ray.remote(num_cpus=0, max_retries=0)(_copy_here)
+        running = {
+            copy.options(scheduling_strategy=_on(node)).remote(place.address, place.asked): name
+            for node, name in names.items()
+            if node != here
+        }
+        failed = []
+        ended = _as_they_end(list(running))
+        for one in track(ended, "nodes", len(running), console=Console(stderr=True), transient=True):
+            if (reason := _failure(one)) is not None:
+                failed.append(f"node {running[one]}: {reason}")
+        if failed:
+            more = f" (and {len(failed) - 1} more nodes)" if len(failed) > 1 else ""
+            raise UserError(f"{failed[0]}{more}; run again: what was copied is kept")
+        return len(running)
+
+
+def _copy_here(address: str, path: str) -> None:
+    from mlm_train.tol.fetch import copy_table
+
+    copy_table(KeptFiles(address), Folder(expanded(path)))
+
+
+def _as_they_end(running: list[Any]) -> Iterator[Any]:
+    import ray
+
+    while running:
+        (one,), running = ray.wait(running)
+        yield one
+
+
+def _failure(one: Any) -> str | None:
+    """Why a copy failed; None where it did not."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        ray.get(one)
+    except RayTaskError as error:
+        return str(error.cause).partition("\n")[0]
+    except RayError as error:
+        return str(error).partition("\n")[0]
+    return None
