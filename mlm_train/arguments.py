@@ -3,6 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING
 
+MODEL_KINDS = "an export, a run's folder, or one of its checkpoints (step-*)"
+
 if TYPE_CHECKING:
     Actions = argparse._SubParsersAction[argparse.ArgumentParser]
 

@@ -40,7 +40,7 @@ SUMMARY = {
     "tol": "build and verify token-wise lookups (ToL)",
     "plan": "size of a ToL, time to build it, and whether it pays",
     "generate": "continue a prompt, with FFN-M computed or looked up",
-    "evaluate": "perplexity of an exported model, or its logits",
+    "evaluate": "perplexity of a model, or its logits",
     "monitor": "show a run in TensorBoard",
     "bench": "measure this machine, with what is moved counted",
     "doctor": "say what this machine can run",

@@ -9,6 +9,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -110,7 +111,7 @@ def test_damage_and_mistakes(export: Path, tol: Path, tmp_path: Path) -> None:
     assert "no tokens" in refused(*generate, "--prompt", "")
     assert "no tokens" in refused(*generate, "--prompt-ids", "")
     assert "max_position_embeddings" in refused(*generate, "--prompt", "x " * 200)
-    assert "config.json" in refused("generate", "--model", tmp_path, "--prompt-ids", "1")
+    assert "holds no model" in refused("generate", "--model", tmp_path, "--prompt-ids", "1")
     broken = Path(shutil.copytree(tol, tmp_path / "broken"))
     victim = sorted(broken.glob("rows-*"))[1]
     contents = bytearray(victim.read_bytes())
@@ -143,6 +144,8 @@ def test_monitor_serves_the_run_on_loopback(run: Path) -> None:
             time.sleep(0.3)
         assert {"train/loss", "validation/loss", "speed/mfu"} <= tags["tensorboard"].keys()
     finally:
+        left = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         process.terminate()
         process.wait(timeout=30)
+    assert not psutil.wait_procs(left, 30)[1]
     assert "is not a folder" in refused("monitor", run / "nothing")

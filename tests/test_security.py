@@ -15,8 +15,9 @@ import psutil
 import pytest
 import torch
 
-from mlm_train.checkpoint.hf_folder import load_model, open_tensors, write_folder
+from mlm_train.checkpoint.hf_folder import open_tensors, write_folder
 from mlm_train.checkpoint.load import config_of, load_weights, open_checkpoint
+from mlm_train.checkpoint.logical_folder import load_model
 from mlm_train.checkpoint.manifest import SEAL, write_manifest
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.tokenizer import tokenizer_of
@@ -273,8 +274,7 @@ def test_tensorboard_listens_on_loopback(run: Path) -> None:
             time.sleep(0.2)
         assert found == {"127.0.0.1"}
     finally:
-        for child in psutil.Process(monitor.pid).children(recursive=True):
-            child.terminate()
+        monitor.terminate()
         monitor.communicate(timeout=30)
 
 

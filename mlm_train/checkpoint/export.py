@@ -5,7 +5,7 @@ from pathlib import Path
 from mlm_train.checkpoint.folders import resolve
 from mlm_train.checkpoint.hf_folder import write_folder
 from mlm_train.checkpoint.load import config_of, load_weights, open_checkpoint
-from mlm_train.data.tokenizer import FILE_OF_KIND
+from mlm_train.data.tokenizer import tokenizer_file
 from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
 
@@ -23,13 +23,12 @@ def export_checkpoint(source: Path, output: Path, dtype: str) -> Path:
     config = config_of(manifest).model
     model = Transformer(config)
     load_weights(folder, model)
-    run = folder.parent.parent
-    tokenizers = [run / name for name in FILE_OF_KIND.values() if (run / name).is_file()]
+    tokenizer = tokenizer_file(folder.absolute().parent.parent)
     write_folder(
         output,
         config,
         named_pieces(model),
-        tokenizers,
+        [] if tokenizer is None else [tokenizer],
         getattr(torch, dtype),
         eos_token_id=manifest["data"]["eod_id"],
     )

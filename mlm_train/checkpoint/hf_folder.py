@@ -27,7 +27,6 @@ __all__ = [
     "expected_shapes",
     "fill_model",
     "fingerprint",
-    "load_model",
     "open_tensors",
     "open_weights",
     "read_config",
@@ -189,6 +188,17 @@ class FolderTensors:
         if surplus:
             raise UserError(f"{self.path}: tensor {surplus[0]} does not belong to a {config.kind} model")
 
+    @torch.no_grad()
+    def fill(self, model: Transformer) -> None:
+        """Copy them into a model's parameters, whatever their dtype and device, each straight to its place.
+
+        Raises UserError naming the first tensor that does not fit the model's config.
+        """
+        self.check(model.config, model.with_memory)
+        parameters = dict(model.named_parameters())
+        for piece in pieces(model):
+            piece.of(parameters[piece.parameter]).copy_(piece.cut(self.tensor(piece.name)))
+
 
 def open_tensors(path: str | Path) -> FolderTensors:
     """Open an export's weights; UserError for a missing or damaged file."""
@@ -238,32 +248,10 @@ def _instead(path: Path) -> str:
     )
 
 
-def load_model(path: str | Path, with_memory: bool = True, dtype: torch.dtype = torch.float32) -> Transformer:
-    """The model of an export, in eval mode on the CPU, without gradients.
-
-    `with_memory=False` builds and reads everything but FFN-M, which a ToL then serves. Every tensor is
-    read straight into its place. Raises UserError for a folder that is not a whole export.
-    """
-    path = Path(path)
-    config = read_config(path)
-    with unfilled():
-        model = Transformer(config, with_memory)
-    model.to(dtype).to_empty(device="cpu").requires_grad_(False)
-    fill_model(path, model)
-    return model.eval()
-
-
-@torch.no_grad()
 def fill_model(path: str | Path, model: Transformer) -> None:
-    """Copy an export's tensors into a model's parameters, whatever their dtype and device.
-
-    Raises UserError naming the first tensor that does not fit the model's config.
-    """
-    parameters = dict(model.named_parameters())
+    """Fill a model from an export; see FolderTensors.fill."""
     with open_tensors(path) as tensors:
-        tensors.check(model.config, model.with_memory)
-        for piece in pieces(model):
-            piece.of(parameters[piece.parameter]).copy_(piece.cut(tensors.tensor(piece.name)))
+        tensors.fill(model)
 
 
 def fingerprint(path: str | Path) -> str:

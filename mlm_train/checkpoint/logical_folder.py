@@ -8,11 +8,12 @@ import json
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
+from mlm_train.arguments import MODEL_KINDS
 from mlm_train.checkpoint.folders import resolve
 from mlm_train.checkpoint.hf_config import config_json
 from mlm_train.checkpoint.hf_folder import (
@@ -24,22 +25,43 @@ from mlm_train.checkpoint.hf_folder import (
 from mlm_train.checkpoint.manifest import verify_files
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
+from mlm_train.model.transformer import Transformer
+from mlm_train.model.unfilled import unfilled
+
+if TYPE_CHECKING:
+    from mlm_train.data.tokenizer import Tokenizer
 
 _HASHED_AT_ONCE = 2**24  # bytes
-_KINDS = "an export, a run's folder, or one of its checkpoints (step-*)"
 
 
-class OpenedModel:
-    """A model's config and logical tensors by export name; a context manager.
+class ModelFolder:
+    """What a user's path stands for.
 
     `path`: the export, or the checkpoint that was chosen. A run that goes on has a newer one soon, so other
     processes are to open this path. `manifest`: of a checkpoint.
     """
 
-    def __init__(
-        self, path: Path, config: ModelConfig, tensors: FolderTensors, manifest: dict[str, Any] | None = None
-    ) -> None:
-        self.path, self.config, self.tensors, self.manifest = path, config, tensors, manifest
+    def __init__(self, path: Path, config: ModelConfig, manifest: dict[str, Any] | None) -> None:
+        self.path, self.config, self.manifest = path, config, manifest
+
+    @property
+    def home(self) -> Path:
+        """Where its tokenizer lies, if anywhere: the export, or the folder of a checkpoint's run."""
+        return self.path if self.manifest is None else self.path.absolute().parent.parent
+
+    def tokenizer(self) -> "Tokenizer":
+        """The one that lies there; UserError where none does."""
+        from mlm_train.data.tokenizer import tokenizer_of
+
+        return tokenizer_of(self.home, None if self.manifest is None else self.manifest["data"]["eod_id"])
+
+
+class OpenedModel(ModelFolder):
+    """A model's config and logical tensors by export name; a context manager."""
+
+    def __init__(self, folder: ModelFolder, tensors: FolderTensors) -> None:
+        super().__init__(folder.path, folder.config, folder.manifest)
+        self.tensors = tensors
 
     def __enter__(self) -> Self:
         return self
@@ -65,6 +87,14 @@ class OpenedModel:
         """A tensor's stored type in the format's words, such as BF16."""
         return self.tensors.dtype(name)
 
+    def load(self, with_memory: bool = True, dtype: torch.dtype = torch.float32) -> Transformer:
+        """The whole model, or all but FFN-M, in eval mode on the CPU, without gradients."""
+        with unfilled():
+            model = Transformer(self.config, with_memory)
+        model.to(dtype).to_empty(device="cpu").requires_grad_(False)
+        self.tensors.fill(model)
+        return model.eval()
+
     @cached_property
     def fingerprint(self) -> str:
         """A SHA-256 that names the model, wherever its folder lies. All weights are read.
@@ -87,49 +117,60 @@ class OpenedModel:
         return total.hexdigest()
 
 
-def open_model(path: str | Path, needs_ffn_m: bool = False, verify: bool = True) -> OpenedModel:
+def open_model(
+    path: str | Path, needs_ffn_m: bool = False, verify: bool = True, with_memory: bool = True
+) -> OpenedModel:
     """Open an export, a checkpoint (every checksum is compared first) or a run's newest checkpoint.
 
     `needs_ffn_m`: refuse a base model. `verify=False`: for a checkpoint that this command has verified
-    already; sizes of files are still compared. Raises UserError for what is no model, damaged, or copied
-    by half.
+    already; sizes of files are still compared. `with_memory=False`: an export may lack the weights of FFN-M.
+    Raises UserError for what is no model, damaged, or copied by half.
     """
-    path = Path(path)
-    folder, manifest, config = _described(path)
-    if needs_ffn_m and not config.has_memory:
+    folder = find_model(path)
+    if needs_ffn_m and not folder.config.has_memory:
         raise UserError(f"{path} is a base model and has no FFN-M; give a memory or flex model")
-    if manifest is None:
-        tensors = open_tensors(folder)
+    if folder.manifest is None:
+        tensors = open_tensors(folder.path)
     else:
         from mlm_train.checkpoint.joined import open_joined
 
         if verify:
-            verify_files(folder, manifest["files"])
-        tensors = open_joined(folder, manifest)
-    tensors.check(config)
-    return OpenedModel(folder, config, tensors, manifest)
+            verify_files(folder.path, folder.manifest["files"])
+        tensors = open_joined(folder.path, folder.manifest)
+    tensors.check(folder.config, with_memory)
+    return OpenedModel(folder, tensors)
+
+
+def load_model(path: str | Path, with_memory: bool = True, dtype: torch.dtype = torch.float32) -> Transformer:
+    """The model of what open_model opens.
+
+    `with_memory=False` builds and reads everything but FFN-M, which a ToL then serves.
+    """
+    with open_model(path, with_memory=with_memory) as opened:
+        return opened.load(with_memory, dtype)
 
 
 def read_model_config(path: str | Path) -> ModelConfig:
     """The config of what open_model opens; its weights are not read. Raises UserError."""
-    return _described(Path(path))[2]
+    return find_model(path).config
 
 
-def _described(path: Path) -> tuple[Path, dict[str, Any] | None, ModelConfig]:
-    """The folder that holds the weights, a checkpoint's manifest, the model; checksums are not compared."""
+def find_model(path: str | Path) -> ModelFolder:
+    """What open_model opens; checksums are not compared, weights not read. Raises UserError."""
+    path = Path(path)
     if _looks_exported(path):
-        return path, None, read_config(path)
+        return ModelFolder(path, read_config(path), None)
     # Slow to import: it brings torch.distributed.checkpoint.
     from mlm_train.checkpoint.load import config_of, open_checkpoint
 
     if not path.is_dir():
-        raise UserError(f"{path} is no folder; give {_KINDS}")
+        raise UserError(f"{path} is no folder; give {MODEL_KINDS}")
     try:
         folder = resolve(path)
     except UserError:
-        raise UserError(f"{path} holds no model; give {_KINDS}") from None
+        raise UserError(f"{path} holds no model; give {MODEL_KINDS}") from None
     manifest = open_checkpoint(folder, hashes=False)
-    return folder, manifest, config_of(manifest).model
+    return ModelFolder(folder, config_of(manifest).model, manifest)
 
 
 def _looks_exported(path: Path) -> bool:

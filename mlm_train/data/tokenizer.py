@@ -118,11 +118,17 @@ def tokenizer_of(folder: str | Path, eod: str | int | None = None) -> Tokenizer:
     eos_token_id of config.json). Raises UserError for a missing or unreadable tokenizer.
     """
     folder = Path(folder)
-    for name in FILE_OF_KIND.values():
-        if (folder / name).is_file():
-            return Tokenizer.load(folder / name, _recorded_end(folder) if eod is None else eod)
-    names = " or ".join(FILE_OF_KIND.values())
-    raise UserError(f"{folder} holds no tokenizer; copy the {names} of the training data into it")
+    file = tokenizer_file(folder)
+    if file is None:
+        names = " or ".join(FILE_OF_KIND.values())
+        raise UserError(f"{folder} holds no tokenizer; copy the {names} of the training data into it")
+    return Tokenizer.load(file, _recorded_end(folder) if eod is None else eod)
+
+
+def tokenizer_file(folder: Path) -> Path | None:
+    """The tokenizer's file in a folder; None where there is none."""
+    files = (folder / name for name in FILE_OF_KIND.values())
+    return next((file for file in files if file.is_file()), None)
 
 
 def _kind_of(path: Path) -> Kind:

@@ -1,4 +1,4 @@
-"""Logits of an exported model on given tokens, for comparison with other implementations."""
+"""Logits of a model on given tokens, for comparison with other implementations."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mlm_train.checkpoint.hf_folder import load_model
+from mlm_train.checkpoint.logical_folder import load_model
 from mlm_train.errors import UserError
 from mlm_train.files import draft_of, sync, writing
 from mlm_train.memory import make_source

@@ -1,4 +1,4 @@
-"""Perplexity of an exported model on prepared data, with FFN-M computed or looked up."""
+"""Perplexity of a model on prepared data, with FFN-M computed or looked up."""
 
 import math
 from collections.abc import Iterable

@@ -1,24 +1,55 @@
-"""A model and windows of text, opened once, to be scored with several memory sources."""
+"""A model and prepared text, opened once, to be scored with several memory sources."""
 
+import sys
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
-from mlm_train.checkpoint.hf_folder import load_model, read_config
+from mlm_train.checkpoint.logical_folder import open_model
+from mlm_train.config import ModelConfig
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
+from mlm_train.data.tokenizer import tokenizer_file
 from mlm_train.errors import UserError
 from mlm_train.evaluate.perplexity import Perplexity, measure_perplexity
+from mlm_train.files import sha256_of
+from mlm_train.memory import make_source
 from mlm_train.model.source import MemorySource
+from mlm_train.model.transformer import Transformer
+
+
+class Windows:
+    """The first `count` windows of a split (all where None), `length` tokens each. UserError for none."""
+
+    def __init__(
+        self, data: PreparedData, split: str, length: int, count: int | None, micro_batch: int
+    ) -> None:
+        for name, value in (("sequence-length", length), ("samples", count), ("micro-batch", micro_batch)):
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value}: give at least 1")
+        self.samples, self.micro_batch = Samples(data.split(split), length, None), micro_batch
+        whole = self.samples.samples_per_epoch
+        self.count = whole if count is None else min(count, whole)
+
+    def batches(self, show: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """(ids, labels), int64 [micro_batch, length]; with `show`, a progress bar on a terminal."""
+        starts = range(0, self.count, self.micro_batch)
+        hidden = not (show and sys.stderr.isatty())
+        for start in track(starts, "evaluate", console=Console(stderr=True), disable=hidden, transient=True):
+            yield self.samples.batch(start, min(self.micro_batch, self.count - start))
 
 
 class Scorer:
-    """The first `count` windows of a split (all where None), `length` tokens each, the model's longest by
-    default; the model's FFN-M is left out unless `with_memory`.
+    """A model (an export, a run's newest checkpoint, a checkpoint) and windows of text.
 
-    Raises UserError for data of another tokenizer, or with more ids than the model knows.
+    length: tokens a window, the model's longest by default. count: windows, all by default. with_memory:
+    FFN-M too can be computed. verify=False: the model was verified by this command already. Raises UserError
+    for numbers that cannot be, for data of another tokenizer, or with more ids than the model knows.
     """
 
     def __init__(
@@ -30,28 +61,52 @@ class Scorer:
         count: int | None = None,
         micro_batch: int = 8,
         with_memory: bool = False,
+        verify: bool = True,
     ) -> None:
-        from mlm_train.evaluate.command import check_tokenizer
-
-        folder, prepared = Path(model), PreparedData.open(data)
-        self.config = read_config(folder)
-        check_tokenizer(folder, prepared)
-        if prepared.vocab_size > self.config.vocab_size:
+        self.data = PreparedData.open(data)
+        self._opened = open_model(model, verify=verify, with_memory=with_memory)
+        self._with_memory = with_memory
+        self.config: ModelConfig = self._opened.config
+        _check_tokenizer(self._opened.home, self.data)
+        if self.data.vocab_size > self.config.vocab_size:
             raise UserError(
-                f"{data} has {prepared.vocab_size} ids and {model} knows {self.config.vocab_size}: "
+                f"{data} has {self.data.vocab_size} ids and {model} knows {self.config.vocab_size}: "
                 "prepare the data with the model's tokenizer"
             )
-        self.samples = Samples(prepared.split(split), length or self.config.max_position_embeddings, None)
-        whole = self.samples.samples_per_epoch
-        self.count, self.micro_batch = whole if count is None else min(count, whole), micro_batch
-        self.model = load_model(folder, with_memory=with_memory)
+        longest = self.config.max_position_embeddings
+        if length is not None and length > longest:
+            raise UserError(
+                f"--sequence-length {length} is longer than the model's max_position_embeddings={longest}"
+            )
+        self._length, self._micro_batch = longest if length is None else length, micro_batch
+        self.windows = self.windows_of(split, count)
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(ids, labels) of the windows."""
-        for start in range(0, self.count, self.micro_batch):
-            yield self.samples.batch(start, min(self.micro_batch, self.count - start))
+    def windows_of(self, split: str, count: int | None = None) -> Windows:
+        """Others than those that `score` takes."""
+        return Windows(self.data, split, self._length, count, self._micro_batch)
+
+    @cached_property
+    def model(self) -> Transformer:
+        """Loaded when it is first asked for: what comes before may need the memory."""
+        with self._opened:
+            return self._opened.load(self._with_memory)
+
+    @property
+    def computed(self) -> MemorySource | None:
+        """FFN-M computed by the model's own weights; None of a base model."""
+        return make_source("unique", self.model.memory_blocks()) if self.config.has_memory else None
 
     @torch.inference_mode()
     def score(self, source: MemorySource | None) -> Perplexity:
         """Perplexity with FFN-M from that source."""
-        return measure_perplexity(self.model, source, self.batches())
+        return measure_perplexity(self.model, source, self.windows.batches(show=True))
+
+
+def _check_tokenizer(home: Path, data: PreparedData) -> None:
+    """Refuse data whose ids come from another tokenizer than the model's own."""
+    file, theirs = tokenizer_file(home), data.manifest.tokenizer
+    if file is not None and (file.name != theirs.file or sha256_of(file) != theirs.sha256):
+        raise UserError(
+            f"{file} is not the tokenizer of {data.path} (hashes differ): "
+            "prepare the data with the model's tokenizer"
+        )

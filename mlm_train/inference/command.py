@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from mlm_train.arguments import MODEL_KINDS
 from mlm_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,12 +23,10 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the model, the prompt and how tokens are drawn."""
-    parser.add_argument(
-        "--model", metavar="EXPORT", required=True, help="folder written by `mlm-train export`"
-    )
+    parser.add_argument("--model", metavar="MODEL", required=True, help=MODEL_KINDS)
     parser.add_argument("--tol", metavar="TOLDIR", help="folder written by `mlm-train tol build`")
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="text; the export holds the tokenizer")
+    prompt.add_argument("--prompt", metavar="TEXT", help="text; the tokenizer lies in the export or the run")
     prompt.add_argument(
         "--prompt-ids",
         metavar="IDS",
@@ -48,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
     """Stream the new tokens, or write {"ids", "text", "prefill_ms", "decode_ms_per_token"}."""
     tokenizer = None
     if args.prompt_ids is None:
-        from mlm_train.data.tokenizer import tokenizer_of
+        from mlm_train.checkpoint.logical_folder import find_model
 
-        tokenizer = tokenizer_of(args.model)
+        tokenizer = find_model(args.model).tokenizer()
         prompt = list(tokenizer.encode(args.prompt))
     else:
         prompt = _ids(args.prompt_ids)
@@ -78,15 +77,14 @@ def _ids(text: str) -> list[int]:
 
 
 def _decoder(model_dir: str, tol_dir: str | None) -> "Decoder":
-    from mlm_train.checkpoint.hf_folder import load_model, read_config
+    from mlm_train.checkpoint.logical_folder import load_model, read_model_config
     from mlm_train.inference.decode import Decoder
     from mlm_train.memory import make_source
     from mlm_train.tol.store import TolSource
 
     if tol_dir is not None:
-        store = TolSource.open_folder(
-            tol_dir, read_config(model_dir)
-        )  # first: it fails faster than the weights load
+        # First: it fails faster than the weights load.
+        store = TolSource.open_folder(tol_dir, read_model_config(model_dir))
         return Decoder(load_model(model_dir, with_memory=False), store)
     model = load_model(model_dir)
     return Decoder(model, make_source("unique", model.memory_blocks()) if model.config.has_memory else None)

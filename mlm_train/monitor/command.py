@@ -1,7 +1,7 @@
 """`mlm-train monitor`: TensorBoard over a run, on loopback."""
 
 import argparse
-import subprocess
+import os
 import sys
 from pathlib import Path
 
@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Start TensorBoard in the foreground."""
+    """Become TensorBoard, so that whoever ends this process ends it."""
     if not Path(args.run).is_dir():
         raise UserError(f"{args.run} is not a folder: give train.output of a run")
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", args.run]
-    return subprocess.call([*command, "--host", "127.0.0.1", "--port", str(args.port)])
+    os.execv(sys.executable, [*command, "--host", "127.0.0.1", "--port", str(args.port)])

@@ -34,7 +34,7 @@ Choice = Scheme | None
 def choices(hidden: int) -> list[Choice]:
     """The ways to store a layer that are tried: dropped, fewer bits, low rank, and low rank in fewer bits."""
     found: list[Choice] = [DROPPED, Scheme(dtype="bfloat16")]
-    for size in (GROUP // 4, GROUP // 2, GROUP, 2 * GROUP):
+    for size in (16, 24, 32, 48, 64, 96, 128):  # smaller ones may be free: layers are padded to 16 bytes
         found.append(Scheme(dtype="int4", group_size=size))
         found.append(Scheme(dtype="int4", group_size=size, symmetric=False))
     found.append(Scheme(dtype="int8", group_size=GROUP))

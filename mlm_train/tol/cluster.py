@@ -12,6 +12,7 @@ from pathlib import Path
 from mlm_train.errors import UserError
 
 _LEAST_STORE = 128 * 2**20
+_NEEDED = ("gcs_server", "raylet")  # Ray's other processes only log and show
 
 
 @contextmanager
@@ -56,10 +57,34 @@ def ray_cluster(workers: int, address: str | None = None, shared_bytes: int = 0)
                 _temp_dir=scratch,
                 **quiet,
             )
+        _hush()
         yield
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_ray() -> None:
+    """UserError once a process of the Ray that this process has started is gone.
+
+    Left to itself, Ray would end this process then: after some seconds, or a minute, in the midst of a line.
+    """
+    from ray._private import worker
+
+    node = worker._global_node
+    gone = [] if node is None else [name for name, _ in node.dead_processes() if name in _NEEDED]
+    if gone:
+        raise UserError(
+            f"Ray's own process {gone[0]} was killed, or found no memory; run again: what is finished is kept"
+        )
+
+
+def _hush() -> None:
+    """Have Ray not print pages of its logs where a process dies: a build says itself what that comes to."""
+    from ray._private.worker import global_worker
+
+    global_worker.threads_stopped.set()
+    global_worker.gcs_error_subscriber.close()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlm_train.arguments import add_action
+from mlm_train.arguments import MODEL_KINDS, add_action
 from mlm_train.errors import UserError
 from mlm_train.tol.fetch_command import add_fetch, run_fetch
 from mlm_train.tol.inspect_command import add_inspect, run_inspect
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the actions."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     build = add_action(actions, "build", "compute FFN-M for every token", _BUILD_HELP)
-    build.add_argument("model", metavar="MODEL", help="an export, a run's folder, or a checkpoint (step-*)")
+    build.add_argument("model", metavar="MODEL", help=MODEL_KINDS)
     add_storage_arguments(build, default="bfloat16")
     build.add_argument(
         "--compute",
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--device", default="cpu", help="where FFN-M runs: cpu or cuda (default %(default)s)")
     compress = add_action(actions, "compress", "write a table in fewer bytes", _COMPRESS_HELP)
     compress.add_argument("table", metavar="TOL", help="folder written by `mlm-train tol build`")
-    compress.add_argument("--model", metavar="MODEL", help="with --evaluate: the export it was built from")
+    compress.add_argument("--model", metavar="MODEL", help=f"with --evaluate, its model: {MODEL_KINDS}")
     add_storage_arguments(compress, default=None)
     for action in (build, compress):
         _add_work_arguments(action)
@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     verify = add_action(actions, "verify", "check a ToL folder", _VERIFY_HELP)
     verify.add_argument("folder", metavar="DIR|URL", help="where `mlm-train tol build` wrote it")
-    verify.add_argument("--model", metavar="MODEL", help="recompute rows with this model")
+    verify.add_argument("--model", metavar="MODEL", help=f"recompute rows with it: {MODEL_KINDS}")
     verify.add_argument("--sample", type=int, metavar="N", help="recompute N random rows (default: all)")
     verify.add_argument("--json", action="store_true", help="write one JSON object instead of a line")
     add_inspect(actions)
@@ -129,7 +129,7 @@ def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_allocate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", metavar="TOL", help="a table in a plain type, from `tol build`")
-    parser.add_argument("--model", metavar="MODEL", required=True, help="export that it was built from")
+    parser.add_argument("--model", metavar="MODEL", required=True, help=f"its model: {MODEL_KINDS}")
     parser.add_argument("--data", metavar="DIR", required=True, help="folder of `data prepare`")
     parser.add_argument("--budget", metavar="SIZE", help="bytes of the whole table, such as 1.5GB")
     parser.add_argument("--tolerance", metavar="P%", help="the smallest table whose perplexity grows no more")
@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
     if args.repair:
         return _repair(args)
     build = _compression(args) if args.action == "compress" else _build(args)
-    scorer = _scorer(args)  # before the work: its bad input costs nothing then
+    scorer = _scorer(args, build)  # before the work: its bad input costs nothing then
     index = build.run(args.workers, args.ray_address)
     print(f"{args.output}: {describe(index)}")
     if scorer is not None:
@@ -163,28 +163,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _scorer(args: argparse.Namespace) -> "Scorer | None":
+def _scorer(args: argparse.Namespace, build: "Build") -> "Scorer | None":
     if args.evaluate is None:
         return None
     refuse_url(args.output)
     from mlm_train.evaluate.scorer import Scorer
+    from mlm_train.tol.format import check_fits, read_index
 
+    if build.job.model is not None:
+        # The checkpoint that the build has verified: a run that goes on may have a newer one.
+        return Scorer(build.job.model, args.evaluate, with_memory=True, verify=False)
     if args.model is None:
-        raise UserError("--evaluate needs --model: the export that the table was built from")
-    if not (Path(args.model) / "config.json").is_file():
-        raise UserError(f"--evaluate: {args.model} is no export; write one with `mlm-train export`")
-    return Scorer(args.model, args.evaluate, with_memory=args.action == "build")
+        raise UserError("--evaluate needs --model: the model that the table was built from")
+    scorer = Scorer(args.model, args.evaluate)
+    check_fits(Path(args.table), read_index(args.table), scorer.config)
+    return scorer
 
 
 def _compared(args: argparse.Namespace, scorer: "Scorer") -> str:
     """What the table does to perplexity, in one line."""
-    from mlm_train.memory import make_source
-    from mlm_train.model.source import MemorySource
     from mlm_train.tol.store import TolSource
 
-    before: MemorySource
     if args.action == "build":
-        before, what = make_source("unique", scorer.model.memory_blocks()), "FFN-M computed"
+        before, what = scorer.computed, "FFN-M computed"
     else:
         before, what = TolSource.open_folder(args.table, scorer.config), str(args.table)
     exact = scorer.score(before).perplexity

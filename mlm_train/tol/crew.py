@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlm_train.errors import UserError
+from mlm_train.tol.cluster import check_ray
 from mlm_train.tol.worker import Job, Worker
 
 POLL = 0.5  # seconds
@@ -60,6 +61,7 @@ class Crew:
 
         ended = []
         ready, _ = ray.wait(list(self._busy), timeout=POLL)
+        check_ray()
         for reference in ready:
             member = self._busy.pop(reference)
             task, member.task = member.task, None

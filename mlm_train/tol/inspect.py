@@ -9,13 +9,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from mlm_train.checkpoint.hf_folder import read_config
-from mlm_train.config import ModelConfig
+from mlm_train.checkpoint.logical_folder import ModelFolder, find_model
 from mlm_train.errors import UserError
 from mlm_train.model.counts import count_parameters
 from mlm_train.tol.codec import Encoding
 from mlm_train.tol.compute import chunks_of
-from mlm_train.tol.format import BASIS_ITEM, TolIndex, check_fits, read_index
+from mlm_train.tol.format import BASIS_ITEM, TolIndex, check_fits
 from mlm_train.tol.progress import ByteProgress
 from mlm_train.tol.spectrum import Gram, Spectrum
 from mlm_train.tol.table import Table
@@ -116,20 +115,19 @@ def inspect_tol(
 ) -> Inspection:
     """Read a table once, a chunk of rows at a time; beside it a Gram [h, h] of each layer in fp64 is held.
 
-    model: an export of the table's shape, for the size of FFN-M and for its tokenizer. neighbours: tokens,
-    as ids or as text, whose `top` nearest rows are looked for. Raises UserError for a damaged table, a model
-    of another shape, and an unknown token.
+    model: one of the table's shape, for the size of FFN-M and the tokenizer in its folder. neighbours:
+    tokens, as ids or as text, whose `top` nearest rows are looked for. Raises UserError for a damaged table,
+    a model of another shape, and an unknown token.
     """
     if top < 1:
         raise UserError(f"--top {top}: give at least 1")
     folder = Path(folder)
-    index = read_index(folder)
-    config = None
-    if model is not None:
-        config = read_config(model)
-        check_fits(folder, index, config)
-    words = Vocabulary.of(index.vocab_size, model)
     table = Table.open_folder(folder)
+    index = table.index
+    found = None if model is None else find_model(model)
+    if found is not None:
+        check_fits(folder, index, found.config)
+    words = Vocabulary.of(index.vocab_size, found)
     nearest = _Nearest(table, [words.find(word) for word in neighbours], top)
     sums = _stream(table, folder, nearest)
     return Inspection(
@@ -137,7 +135,7 @@ def inspect_tol(
         vocab_size=index.vocab_size,
         num_layers=index.num_layers,
         hidden_size=index.hidden_size,
-        sizes=_sizes(index, config),
+        sizes=_sizes(index, found),
         layers=_layers(index, sums, words, top),
         largest=_largest(sums.norms.square().sum(1).sqrt(), words, top),
         likeness=sums.pairs.likeness(),
@@ -256,7 +254,7 @@ class _Nearest:
         return zip(self._ids.tolist(), self._of.tolist(), self._best.tolist(), strict=True)
 
 
-def _sizes(index: TolIndex, config: ModelConfig | None) -> Sizes:
+def _sizes(index: TolIndex, model: ModelFolder | None) -> Sizes:
     rows = index.vocab_size * index.row_bytes
     bases = sum(_basis_bytes(field, index.hidden_size) for field in index.fields)
     return Sizes(
@@ -264,7 +262,7 @@ def _sizes(index: TolIndex, config: ModelConfig | None) -> Sizes:
         row=index.row_bytes,
         other=index.bytes - rows - bases,
         bfloat16=index.vocab_size * index.num_layers * index.hidden_size * _BFLOAT16,
-        ffn_m=None if config is None else count_parameters(config).ffn_m * _BFLOAT16,
+        ffn_m=None if model is None else count_parameters(model.config).ffn_m * _BFLOAT16,
     )
 
 

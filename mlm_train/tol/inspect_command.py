@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlm_train.arguments import add_action
+from mlm_train.arguments import MODEL_KINDS, add_action
 
 if TYPE_CHECKING:
     from mlm_train.arguments import Actions
@@ -25,7 +25,9 @@ def add_inspect(actions: "Actions") -> None:
     """Add the action."""
     parser = add_action(actions, "inspect", "show what a table holds", _HELP)
     parser.add_argument("table", metavar="TOL", help="folder written by `mlm-train tol build`")
-    parser.add_argument("--model", metavar="EXPORT", help="its model: FFN-M's size, and tokens as text")
+    parser.add_argument(
+        "--model", metavar="MODEL", help=f"for FFN-M's size, and tokens as text: {MODEL_KINDS}"
+    )
     parser.add_argument("--plot", metavar="FILE", help="also draw spectra, norms and errors as a PNG")
     parser.add_argument("--json", action="store_true", help="write one JSON object instead of tables")
     parser.add_argument(

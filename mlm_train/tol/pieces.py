@@ -1,5 +1,6 @@
 """Which pieces of a build are to be done next: partitions, each filled group of layers by group of layers."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -30,7 +31,6 @@ class _Open:
     draft: str
     waiting: list[Group]
     running: int = 0
-    attempts: int = 1
     sums: dict[Group, Sums] = field(default_factory=dict)
 
 
@@ -48,6 +48,7 @@ class Pieces:
         self.place, self.plan, self.shape, self.groups = place, plan, shape, list(groups)
         self._closed = sorted(missing, key=lambda number: (self._rows(number), -number))
         self._open: dict[int, _Open] = {}
+        self._deaths: Counter[int] = Counter()
 
     def next(self, held: Group) -> Piece | None:
         """A piece for a worker that holds these layers; None where nothing is left to begin.
@@ -64,7 +65,7 @@ class Pieces:
         waiting = [number for number, one in self._open.items() if one.waiting]
         if self._closed and len(waiting) < 2 * len(self.groups):
             number = self._closed.pop()
-            self._open[number] = self._attempt(number, 1)
+            self._open[number] = self._attempt(number)
             # Workers that hold nothing of use begin with different groups.
             spread = self.groups[len(waiting) % len(self.groups)]
             return self._begin(number, held if held in self.groups else spread)
@@ -85,10 +86,10 @@ class Pieces:
         start, stop = self.plan.rows(number)
         return stop - start
 
-    def _attempt(self, number: int, attempts: int) -> _Open:
+    def _attempt(self, number: int) -> _Open:
         rows = self._rows(number)
         draft = self.place.draft(self.plan.file(number), self.shape.file_bytes(rows), self.shape.header(rows))
-        return _Open(draft, list(self.groups), attempts=attempts)
+        return _Open(draft, list(self.groups))
 
     def ended(self, piece: Piece, result: Filled | Partition | Exception) -> tuple[Partition, Sums] | None:
         """Take a piece's result; the partition and the sums of all its layers, once it has its name.
@@ -119,13 +120,15 @@ class Pieces:
         return partition, [pair for group in self.groups for pair in one.sums[group]]
 
     def _again(self, number: int, one: _Open, death: WorkerDied) -> None:
-        if one.attempts == ATTEMPTS:
+        self._deaths[number] += 1
+        if self._deaths[number] == ATTEMPTS:
             raise UserError(
                 f"a worker died {ATTEMPTS} times ({death}); give it memory or fewer --workers "
                 "and run again: finished partitions are kept"
             )
         self.place.remove(one.draft)
-        self._open[number] = self._attempt(number, one.attempts + 1)
+        del self._open[number]
+        self._closed.insert(0, number)  # after all others: it may be what kills them
 
     def written(self, row_bytes: dict[Group, int]) -> int:
         """Bytes of the groups that open partitions hold already."""

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mlm_train.checkpoint.logical_folder import open_model
+from mlm_train.tol.cluster import check_ray
 from mlm_train.tol.compute import ffn_m_weights, to_numpy
 from mlm_train.tol.state import Plan
 
@@ -29,9 +30,14 @@ def shared_weights(model: str | None, plan: Plan, ahead: int) -> Iterator[Weight
         weights = ffn_m_weights(opened.tensors, opened.config, plan.layers, plan.compute, in_place=True)
         put: list[Future[Any]] = []
 
+        def share() -> Any:
+            layer = to_numpy(next(weights))
+            check_ray()  # where its raylet is gone, ray.put ends this process without a word
+            return ray.put(layer)
+
         def read(count: int) -> None:
             for _ in plan.layers[len(put) : count]:
-                put.append(reader.submit(lambda: ray.put(to_numpy(next(weights)))))
+                put.append(reader.submit(share))
 
         def references(layers: Sequence[int]) -> list[Any]:
             for one in put:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mlm_train.config import ModelConfig
 from mlm_train.model.source import MemoryReader
-from mlm_train.tol.format import check_fits, read_index
+from mlm_train.tol.format import check_fits
 from mlm_train.tol.table import Table
 
 
@@ -25,8 +25,9 @@ class TolSource:
         A layer that the table dropped reads as zeros. Raises UserError when the folder is damaged as far
         as sizes and headers show, or belongs to a model of another shape.
         """
-        check_fits(Path(folder), read_index(folder), config)
-        return cls(Table.open_folder(folder, in_memory))
+        table = Table.open_folder(folder, in_memory)
+        check_fits(Path(folder), table.index, config)
+        return cls(table)
 
     def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
         """Read each distinct id's row once, for all layers; ids [batch, sequence], x0 their embeddings."""

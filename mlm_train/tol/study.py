@@ -26,7 +26,7 @@ from mlm_train.tol.allocate import (
     within,
 )
 from mlm_train.tol.codec import GROUP, Scheme
-from mlm_train.tol.format import check_fits, read_index
+from mlm_train.tol.format import check_fits
 from mlm_train.tol.options import size_of
 from mlm_train.tol.table import Table
 
@@ -34,13 +34,12 @@ from mlm_train.tol.table import Table
 class Study:
     """The table, the model, and what each choice of each layer costs."""
 
-    def __init__(self, args: argparse.Namespace, console: Console) -> None:
-        self.table = Table.open_folder(args.table)
-        self.index = self.table.index
-        text = {"length": args.sequence_length, "micro_batch": args.micro_batch}
-        learnt = Scorer(args.model, args.data, "train", count=args.samples, **text)
-        check_fits(Path(args.table), self.index, learnt.config)
-        self.scorer = Scorer(args.model, args.data, "validation", **text)
+    def __init__(self, args: argparse.Namespace, table: Table, console: Console) -> None:
+        self.table, self.index = table, table.index
+        numbers = {"length": args.sequence_length, "micro_batch": args.micro_batch}
+        self.scorer = Scorer(args.model, args.data, **numbers)
+        learnt = self.scorer.windows_of("train", args.samples)
+        check_fits(Path(args.table), self.index, self.scorer.config)
         self.trial = Trial(self.table, spectra_of(self.table))
         self.options = choices(self.index.hidden_size)
         self.sizes = np.array([self.size([option]) for option in self.options])
@@ -50,7 +49,7 @@ class Study:
             return track(numbers, "sensitivities", console=console, disable=hidden, transient=True)
 
         batches = list(learnt.batches())
-        self.costs = measure(learnt.model, self.trial, batches, self.options, shown)
+        self.costs = measure(self.scorer.model, self.trial, batches, self.options, shown)
         self.front = best_mixes(self.costs, self.sizes)
         self.exact = self.perplexity({})
 
@@ -107,11 +106,11 @@ def allocate(args: argparse.Namespace) -> int:
         raise UserError("give --budget or --tolerance")
     tolerance = None if args.tolerance is None else _fraction(args.tolerance)
     budget = None if args.budget is None else size_of(args.budget, "--budget")
-    index = read_index(args.table)
-    if index.encodings is not None:
+    table = Table.open_folder(args.table)
+    if table.index.encodings is not None:
         raise UserError(f"{args.table} is compressed already; give the table that `tol build` wrote")
     console = Console(stderr=True)
-    study = Study(args, console)
+    study = Study(args, table, console)
     mix = study.smallest(tolerance) if tolerance is not None else within(study.front, budget or 0)
     layout = None if mix is None else layout_of(study.table, study.options, mix.picks)
     if mix is None or layout is None:

@@ -1,9 +1,9 @@
 """Tokens of a table as text and back, where its model's folder holds a tokenizer."""
 
-from pathlib import Path
 from typing import Self
 
-from mlm_train.data.tokenizer import FILE_OF_KIND, Tokenizer, tokenizer_of
+from mlm_train.checkpoint.logical_folder import ModelFolder
+from mlm_train.data.tokenizer import Tokenizer, tokenizer_file
 from mlm_train.errors import UserError
 
 
@@ -15,11 +15,11 @@ class Vocabulary:
         self._before = [] if tokenizer is None else tokenizer.encode("a")
 
     @classmethod
-    def of(cls, size: int, model: str | Path | None) -> Self:
-        """With the tokenizer of an export's folder, if one lies there."""
-        if model is None or not any((Path(model) / name).is_file() for name in FILE_OF_KIND.values()):
+    def of(cls, size: int, model: ModelFolder | None) -> Self:
+        """With the model's tokenizer, if its folder holds one."""
+        if model is None or tokenizer_file(model.home) is None:
             return cls(size, None)
-        return cls(size, tokenizer_of(model))
+        return cls(size, model.tokenizer())
 
     def text(self, token: int) -> str | None:
         """A token's text, a space before it included; None where there is no tokenizer that knows it."""

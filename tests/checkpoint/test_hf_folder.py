@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mlm_train.checkpoint import hf_folder
-from mlm_train.checkpoint.hf_folder import load_model, open_tensors, read_config, write_folder
+from mlm_train.checkpoint.hf_folder import open_tensors, read_config, write_folder
+from mlm_train.checkpoint.logical_folder import load_model
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.memory import make_source

@@ -85,7 +85,7 @@ def test_text(
 ) -> None:
     export, _ = folders
     module = types.ModuleType("tokenizer")
-    module.tokenizer_of = lambda folder: Letters()  # type: ignore[attr-defined]
+    module.tokenizer_of = lambda folder, eod: Letters()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mlm_train.data.tokenizer", module)
     words = ["--model", export, "--prompt", "ab", "--max-new-tokens", "6"]
     assert call(*words, "--json") == 0

@@ -1,9 +1,17 @@
-"""An export with random weights, one Ray for all tests of this folder, and a store of objects."""
+"""An export with random weights, one Ray for all tests of this folder, a cluster, and a store of objects."""
 
+import contextlib
+import os
+import re
+import shutil
 import socket
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -13,6 +21,19 @@ from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.tol.build import build_tol
 from mlm_train.tol.cluster import ray_cluster
+
+CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+node = {"num_cpus": 1, "object_store_memory": 128 * 2**20}
+cluster = Cluster(initialize_head=True, head_node_args=node)
+second = cluster.add_node(**node)
+print(cluster.address, flush=True)
+for _ in sys.stdin:
+    cluster.remove_node(second)
+    print("removed", flush=True)
+cluster.shutdown()
+"""
 
 
 @pytest.fixture(scope="session")
@@ -67,3 +88,35 @@ def tables(exported: Path, ray: None, tmp_path_factory: pytest.TempPathFactory) 
     for dtype in ("bfloat16", "float16", "float32"):
         build_tol(exported, root / dtype, dtype, partitions=7, chunk_rows=50)
     return {dtype: root / dtype for dtype in ("bfloat16", "float16", "float32")}
+
+
+def end(processes: list[psutil.Process]) -> None:
+    """Of a builder that is gone, which Ray's own take half a minute to notice, and their folders."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            for scratch in re.findall(r"/tmp/mlm-ray-\w+", str(process.cmdline())):
+                shutil.rmtree(scratch, ignore_errors=True)
+            process.kill()
+
+
+@pytest.fixture
+def cluster() -> Iterator["subprocess.Popen[str]"]:
+    """A Ray cluster of two nodes on this machine, a CPU each; its second node goes when it reads a line.
+
+    In a process of its own, since this one may use another Ray. Its first line is its address.
+    """
+    scratch = tempfile.mkdtemp(prefix="mlm-ray-", dir="/tmp")  # Ray's sockets want short paths
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER],
+        env=os.environ | {"RAY_TMPDIR": scratch, "RAY_USAGE_STATS_ENABLED": "0"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        left = psutil.Process(process.pid).children(recursive=True)
+        process.communicate(timeout=60)
+        end(left)
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlm_train.checkpoint.hf_folder import load_model
+from mlm_train.checkpoint.logical_folder import load_model
 from mlm_train.cli import main
 from mlm_train.errors import UserError
 from mlm_train.memory import make_source

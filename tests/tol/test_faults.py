@@ -4,12 +4,10 @@ import contextlib
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,9 +27,9 @@ from mlm_train.tol.pieces import Pieces
 from mlm_train.tol.place import Folder
 from mlm_train.tol.state import STATE, Layout, State, Storage
 from tests.commands import ROOT, start
-from tests.tol.conftest import export, random_model
+from tests.tol.conftest import end, export, random_model
 
-ROWS, PARTITIONS, CHUNK = 12007, 12, 16
+ROWS, PARTITIONS, CHUNK = 12007, 16, 16
 LOW_RANK = {"dtype": "int8", "group_size": 8, "budget": ROWS * 60}
 GROUPS = {"dtype": "float32"}
 CODE = """
@@ -41,18 +39,6 @@ from mlm_train.tol.state import Storage
 model, output, storage, options, run = json.loads(sys.argv[1])
 Build(model, output, Storage(**storage), **options).run(**run)
 """
-CLUSTER = """
-import sys
-from ray.cluster_utils import Cluster
-node = {"num_cpus": 1, "object_store_memory": 128 * 2**20}
-cluster = Cluster(initialize_head=True, head_node_args=node)
-second = cluster.add_node(**node)
-print(cluster.address, flush=True)
-for _ in sys.stdin:
-    cluster.remove_node(second)
-    print("removed", flush=True)
-cluster.shutdown()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +47,19 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(tmp_path_factory.mktemp("faults") / "model", random_model(vocab_size=ROWS))
 
 
+def options_of(storage: dict[str, Any]) -> dict[str, int]:
+    """A layer each is a task, and a partition is read again; or a task is all of a partition, in order."""
+    groups = {"group_bytes": 1} if storage == GROUPS else {}
+    return {"partitions": PARTITIONS, "chunk_rows": CHUNK, **groups}
+
+
 def build_of(model: Path, output: Path, storage: dict[str, Any]) -> Build:
-    """Three groups of layers, 12 partitions."""
-    return Build(model, output, Storage(**storage), partitions=PARTITIONS, chunk_rows=CHUNK, group_bytes=1)
+    return Build(model, output, Storage(**storage), **options_of(storage))
 
 
 def builder(model: Path, output: Path, storage: dict[str, Any], **run: object) -> "subprocess.Popen[str]":
     """The same in a process of its own."""
-    options = {"partitions": PARTITIONS, "chunk_rows": CHUNK, "group_bytes": 1}
-    words = json.dumps([str(model), str(output), storage, options, run])
+    words = json.dumps([str(model), str(output), storage, options_of(storage), run])
     command = [sys.executable, "-c", CODE, words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
@@ -126,15 +116,6 @@ def workers(process: psutil.Process, task: str) -> list[psutil.Process]:
             if child.cmdline()[:1] == [f"ray::Worker.{task}"]:
                 found.append(child)
     return found
-
-
-def end(processes: list[psutil.Process]) -> None:
-    """Of a builder that is gone, which Ray's own take half a minute to notice, and their folders."""
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            for scratch in re.findall(r"/tmp/mlm-ray-\w+", str(process.cmdline())):
-                shutil.rmtree(scratch, ignore_errors=True)
-            process.kill()
 
 
 def test_every_worker_is_killed_in_turn(source: Path, unbroken: dict[str, Path], tmp_path: Path) -> None:
@@ -194,29 +175,6 @@ def test_the_builder_is_killed_at_random_moments(
     assert same(output, unbroken["low_rank"])
     seconds = round(time.monotonic() - begun, 1)
     print(json.dumps({"builder killed": len(moments), "partitions begun again": redone, "seconds": seconds}))
-
-
-@pytest.fixture
-def cluster() -> Iterator["subprocess.Popen[str]"]:
-    """A Ray cluster of two nodes on this machine, a CPU each; its second node goes when it reads a line.
-
-    In a process of its own, since this one may use another Ray. Its first line is its address.
-    """
-    scratch = tempfile.mkdtemp(prefix="mlm-ray-", dir="/tmp")  # Ray's sockets want short paths
-    process = subprocess.Popen(
-        [sys.executable, "-c", CLUSTER],
-        env=os.environ | {"RAY_TMPDIR": scratch, "RAY_USAGE_STATS_ENABLED": "0"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        left = psutil.Process(process.pid).children(recursive=True)
-        process.communicate(timeout=60)
-        end(left)
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @pytest.mark.parametrize("name", ["low_rank", "groups"])

@@ -225,7 +225,7 @@ def test_bad_input(with_text: tuple[Path, Path], tmp_path: Path) -> None:
         ((short,), "(rows [10, 30)) is damaged"),
         ((folder, "--model", thin), "hidden_size=32 and the model 16"),
         ((folder, "--model", base), "base model"),
-        ((folder, "--model", tmp_path / "none"), "does not exist"),
+        ((folder, "--model", tmp_path / "none"), "is no folder; give an export, a run's folder"),
         ((folder, "--top", 0), "--top 0: give at least 1"),
         ((folder, "--neighbours", 520), "--neighbours 520: there is no such token; give 0 to 519"),
         ((folder, "--neighbours", "self"), "'self': give ids, or a --model"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlm_train.checkpoint.hf_folder import load_model
+from mlm_train.checkpoint.logical_folder import load_model
 from mlm_train.errors import UserError
 from mlm_train.memory import make_source
 from mlm_train.model.transformer import Transformer

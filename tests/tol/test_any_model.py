@@ -1,0 +1,105 @@
+"""Commands about a table take its model as an export, as a run's folder, or as a checkpoint, alike."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mlm_train.parallel import runtime
+from tests.commands import TINY, mlm_train, refused
+from tests.tol.test_faults import flip
+
+
+def train(data: Path, run: Path, *words: str) -> None:
+    try:
+        paths = (f"data.path={data}", f"train.output={run}")
+        mlm_train("pretrain", "configs/micro.yaml", *TINY, *paths, "train.steps=2", *words)
+    finally:
+        runtime.stop()
+
+
+@pytest.fixture(scope="module")
+def folders(data: Path, ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run, its checkpoint, its export, and the table of it."""
+    root = tmp_path_factory.mktemp("any")
+    train(data, root / "run")
+    mlm_train("export", root / "run", "--output", root / "export")
+    mlm_train("tol", "build", root / "export", "--output", root / "tol", "--dtype", "float32")
+    found = {name: root / name for name in ("run", "export", "tol")}
+    return found | {"checkpoint": root / "run" / "checkpoints" / "step-00000002"}
+
+
+MODELS = ("export", "run", "checkpoint")
+
+
+def test_perplexity(
+    folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By `evaluate`, computed and looked up, by `tol build` and by `tol compress`: to the last digit."""
+    said = []
+    for name in MODELS:
+        model, out = ("--model", folders[name]), tmp_path / name
+        short = ("--data", data, "--samples", 5, "--json")
+        mlm_train("evaluate", *model, *short)
+        mlm_train("evaluate", *model, *short, "--tol", folders["tol"])
+        mlm_train("tol", "build", folders[name], "--output", out / "tol", "--evaluate", data)
+        words = ("--output", out / "int8", "--dtype", "int8", "--evaluate", data)
+        mlm_train("tol", "compress", folders["tol"], *words, *model)
+        said.append(capsys.readouterr().out.replace(str(out), "OUT"))
+    assert said[0] == said[1] == said[2]
+    computed, looked_up = (json.loads(line) for line in said[0].splitlines()[:2])
+    assert computed["windows"] == 5 and looked_up["perplexity"] == pytest.approx(computed["perplexity"])
+    assert said[0].count("perplexity ") == 2
+
+
+def test_allocate_inspect_and_generate(
+    folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said, mixes = [], []
+    for name in MODELS:
+        model, out = ("--model", folders[name]), tmp_path / f"{name}.json"
+        mlm_train("tol", "inspect", folders["tol"], *model, "--json", "--neighbours", " self")
+        mlm_train("generate", *model, "--prompt", "def", "--max-new-tokens", 4, "--json")
+        inspected, generated = map(json.loads, capsys.readouterr().out.splitlines())
+        said.append((inspected, generated["ids"]))
+        words = ("--samples", 2, "--budget", "50kB", "--output", out)
+        mlm_train("tol", "allocate", folders["tol"], *model, "--data", data, *words)
+        capsys.readouterr()
+        mixes.append(json.loads(out.read_text()))
+    assert said[0] == said[1] == said[2] and mixes[0] == mixes[1] == mixes[2]
+    assert said[0][0]["sizes"]["ffn_m"] and said[0][0]["neighbours"][0]["text"] == " self"
+
+
+def test_bad_input(folders: dict[str, Path], data: Path, corpus: Path, tmp_path: Path) -> None:
+    """One line, and nothing is written."""
+    table, out = folders["tol"], ("--output", tmp_path / "out")
+    train(data, tmp_path / "base", "model.kind=base")
+    damaged = Path(shutil.copytree(folders["run"], tmp_path / "damaged"))
+    flip(next(damaged.glob("checkpoints/step-*/*.safetensors")))
+    (tmp_path / "empty").mkdir()
+    for name, line in (
+        ("base", "base model"),
+        ("damaged", "is damaged: its checksum differs"),
+        ("empty", "empty holds no model; give an export, a run's folder, or one of its checkpoints (step-*)"),
+        ("none", "none is no folder; give an export, a run's folder, or one of its checkpoints (step-*)"),
+    ):
+        model = tmp_path / name
+        text = ("--model", model, "--data", data)
+        assert line in refused("tol", "build", model, *out, "--evaluate", data)
+        compress = ("tol", "compress", table, *out, "--dtype", "int8")
+        assert line in refused(*compress, "--model", model, "--evaluate", data)
+        assert line in refused("tol", "allocate", table, *text, *out, "--budget", "1MB")
+        assert line in refused("evaluate", *text, "--tol", table)
+        if name != "damaged":  # weights are not read
+            assert line in refused("tol", "inspect", table, "--model", model)
+    other = tmp_path / "other"
+    mlm_train("data", "prepare", "--input", corpus, "--output", other, "--tokenizer", "train:400")
+    for model in (folders["run"], folders["checkpoint"]):
+        line = refused("tol", "build", model, *out, "--evaluate", other)
+        assert f"{folders['run'] / 'tokenizer.model'} is not the tokenizer of {other}" in line
+    numbers = ("tol", "allocate", table, "--model", folders["run"], "--data", data, *out, "--budget", "1MB")
+    assert "--samples 0: give at least 1" in refused(*numbers, "--samples", 0)
+    assert "--micro-batch 0: give at least 1" in refused(*numbers, "--micro-batch", 0)
+    assert "--sequence-length 65 is longer" in refused(*numbers, "--sequence-length", 65)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,202 @@
+"""Deaths that end a ToL build: one line says so, what is finished stays, and the same command goes on.
+
+And a worker that a build of long ago has left: it changes nothing. By the command, in real processes.
+"""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mlm_train.tol.build import Build
+from mlm_train.tol.state import STATE, State, Storage
+from tests.commands import ROOT, start
+from tests.tol.conftest import end, export, random_model
+from tests.tol.test_faults import progress, same, wait_until, workers
+
+PARTITIONS = 16  # so that a task is all layers of one
+ONE_DONE = 5  # of `progress`
+LAST_ROWS = 2**19  # bytes at a partition's end
+CODE = """
+import sys
+import psutil
+from mlm_train.errors import UserError
+from mlm_train.tol.build import Build
+from mlm_train.tol.cluster import ray_cluster
+from mlm_train.tol.shared import shared_weights
+from mlm_train.tol.state import Storage
+model, output = sys.argv[1:]
+plan = Build(model, output, Storage()).plan
+with ray_cluster(1):
+    (raylet,) = (one for one in psutil.Process().children() if one.name() == "raylet")
+    raylet.kill()
+    raylet.wait()
+    try:
+        with shared_weights(model, plan, 1) as weights:
+            weights(plan.layers)
+    except UserError as error:
+        print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A partition takes a good part of a second, so that a worker is hit while it fills one."""
+    model = random_model(vocab_size=24576, hidden_size=64, intermediate_size=16384)
+    return export(tmp_path_factory.mktemp("deaths") / "model", model)
+
+
+@pytest.fixture(scope="module")
+def unbroken(source: Path, ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("unbroken") / "tol"
+    Build(source, output, Storage(dtype="float32"), partitions=PARTITIONS).run()
+    return output
+
+
+def command(source: Path, output: Path, count: int, *more: str) -> "subprocess.Popen[str]":
+    words = ("--dtype", "float32", "--partitions", PARTITIONS, "--workers", count, *more)
+    return start("tol", "build", source, "--output", output, *words)
+
+
+def finished(output: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of each committed partition."""
+    files = [output / part.file for part in State.load(output / STATE).done.values()]
+    return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
+
+
+def goes_on(source: Path, output: Path, unbroken: Path) -> None:
+    """The same command ends now, leaves alone what was finished, and comes to the same bytes."""
+    kept = finished(output)
+    process = command(source, output, 2)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert 1 <= len(kept) < PARTITIONS
+    found = {name: ((output / name).stat().st_ino, (output / name).stat().st_mtime_ns) for name in kept}
+    assert found == kept and same(output, unbroken)
+
+
+def drafts(worker: psutil.Process) -> list[Path]:
+    """That it has opened."""
+    with contextlib.suppress(psutil.Error):
+        return [Path(file.path) for file in worker.open_files() if file.path.endswith(".part")]
+    return []
+
+
+def test_four_deaths_over_one_piece(source: Path, unbroken: Path, tmp_path: Path) -> None:
+    """The second partition kills whoever fills it: it is tried again after all others."""
+    output, done, begun = tmp_path / "tol", list[int](), time.monotonic()
+    process = command(source, output, 1)
+    builder = psutil.Process(process.pid)
+    while process.poll() is None:
+        assert time.monotonic() < begun + 300, "the build hangs"
+        for victim in workers(builder, "fill"):
+            if any(draft.name.startswith(".rows-00001-") for draft in drafts(victim)):
+                victim.kill()
+                victim.wait(60)
+                done.append(len(State.load(output / STATE).done))
+        time.sleep(0.01)
+    said, _ = process.communicate()
+    assert process.returncode == 2 and said.count("\n") == 1, said
+    assert said.startswith("mlm-train: a worker died 4 times ("), said
+    assert said.endswith("run again: finished partitions are kept\n"), said
+    seconds = round(time.monotonic() - begun, 1)
+    assert done == [1, *[PARTITIONS - 1] * 3] and not list(output.glob(".*.part"))
+    goes_on(source, output, unbroken)
+    print(json.dumps({"workers killed over one piece": len(done), "seconds": seconds}))
+
+
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_a_process_of_ray_is_killed(source: Path, unbroken: Path, tmp_path: Path, name: str) -> None:
+    output = tmp_path / "tol"
+    process = command(source, output, 2)
+    wait_until(lambda: progress(output) >= ONE_DONE, process)
+    builder = psutil.Process(process.pid)
+    builder.suspend()  # while it still has much to do
+    children = builder.children(recursive=True)
+    try:
+        assert progress(output) <= ONE_DONE + 2
+        (victim,) = (child for child in children if child.name() == name)
+        busy = [child for child in children if child.name().startswith("ray::Worker")]
+        victim.kill()
+        builder.resume()
+        begun = time.monotonic()
+        said, _ = process.communicate(timeout=120)
+        seconds = round(time.monotonic() - begun, 1)
+        line = f"mlm-train: Ray's own process {name} was killed, or found no memory; run again: "
+        assert process.returncode == 2 and said.startswith(line) and said.count("\n") == 1, said
+        assert not list(output.glob(".*.part"))
+        assert not psutil.wait_procs(busy, 60)[1]
+    finally:
+        end(children)
+    goes_on(source, output, unbroken)
+    print(json.dumps({"killed": name, "the build ended after seconds": seconds}))
+
+
+def test_weights_for_a_ray_that_is_gone(source: Path, tmp_path: Path) -> None:
+    """Ray itself ends a process that puts something into a store without a raylet."""
+    words = [sys.executable, "-c", CODE, str(source), str(tmp_path / "tol")]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0 and not ended.stderr, ended
+    assert ended.stdout.startswith("Ray's own process raylet was killed") and ended.stdout.count("\n") == 1
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int, int, bytes]]:
+    """Every file, hidden ones too: inode, time, size, contents."""
+    files = {path.name: (path.stat(), path.read_bytes()) for path in folder.iterdir()}
+    return {name: (stat.st_ino, stat.st_mtime_ns, stat.st_size, data) for name, (stat, data) in files.items()}
+
+
+def stop_one(cluster: psutil.Process, process: "subprocess.Popen[str]") -> tuple[psutil.Process, Path]:
+    """A stopped worker, and the draft that it has opened and still has to write: all of it, in one go."""
+    found: list[tuple[psutil.Process, Path]] = []
+
+    def stop() -> bool:
+        for worker in workers(cluster, "fill"):
+            worker.suspend()
+            wait_until(lambda: worker.status() == psutil.STATUS_STOPPED, process)  # noqa: B023
+            opened = drafts(worker)
+            if opened and not any(opened[0].read_bytes()[-LAST_ROWS:]):
+                found.append((worker, opened[0]))
+                return True
+            worker.resume()
+        return False
+
+    wait_until(stop, process)
+    return found[0]
+
+
+def test_an_orphan_wakes_after_the_next_build(
+    source: Path, unbroken: Path, tmp_path: Path, cluster: "subprocess.Popen[str]"
+) -> None:
+    """All of its Ray was paused with it, as a machine is, in mid-partition; it then writes all of that."""
+    assert cluster.stdout is not None
+    output, address = tmp_path / "tol", cluster.stdout.readline().strip()
+    process = command(source, output, 2, "--ray-address", address)
+    wait_until(lambda: progress(output) >= ONE_DONE, process)
+    orphan, draft = stop_one(psutil.Process(cluster.pid), process)
+    others = [one for one in psutil.Process(cluster.pid).children(recursive=True) if one != orphan]
+    for one in others:
+        one.suspend()  # or they would kill it, as soon as its builder is gone
+    try:
+        process.kill()
+        process.wait()
+        goes_on(source, output, unbroken)
+        assert orphan.status() == psutil.STATUS_STOPPED and not draft.exists()
+        before, written, begun = snapshot(output), orphan.io_counters().write_chars, time.monotonic()
+        orphan.resume()
+        while orphan.cmdline()[:1] == ["ray::Worker.fill"]:
+            assert time.monotonic() < begun + 120, "it does not go on"
+            time.sleep(0.01)
+        seconds, written = time.monotonic() - begun, orphan.io_counters().write_chars - written
+        orphan.kill()
+        assert written >= LAST_ROWS and snapshot(output) == before
+        print(json.dumps({"bytes written by an orphan": written, "seconds": round(seconds, 1)}))
+    finally:
+        for one in others:
+            with contextlib.suppress(psutil.Error):
+                one.resume()
