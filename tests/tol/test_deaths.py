@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from mlm_train.tol.build import Build
-from mlm_train.tol.state import STATE, State, Storage
+from mlm_train.tol.place import Folder
+from mlm_train.tol.state import State, Storage
 from tests.commands import ROOT, start
 from tests.tol.conftest import end, export, random_model
 from tests.tol.test_faults import progress, same, wait_until, workers
@@ -65,7 +66,7 @@ def command(source: Path, output: Path, count: int, *more: str) -> "subprocess.P
 
 def finished(output: Path) -> dict[str, tuple[int, int]]:
     """Inode and time of each committed partition."""
-    files = [output / part.file for part in State.load(output / STATE).done.values()]
+    files = [output / part.file for part in State.load(Folder(output)).done.values()]
     return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
 
 
@@ -98,7 +99,7 @@ def test_four_deaths_over_one_piece(source: Path, unbroken: Path, tmp_path: Path
             if any(draft.name.startswith(".rows-00001-") for draft in drafts(victim)):
                 victim.kill()
                 victim.wait(60)
-                done.append(len(State.load(output / STATE).done))
+                done.append(len(State.load(Folder(output)).done))
         time.sleep(0.01)
     said, _ = process.communicate()
     assert process.returncode == 2 and said.count("\n") == 1, said

@@ -28,9 +28,9 @@ from mlm_train.tol.state import STATE, State, Storage
 from mlm_train.tol.url_place import UrlPlace
 from mlm_train.tol.verify import verify_tol
 from tests.commands import ROOT, refused, start
-from tests.tol.conftest import export, random_model
+from tests.tol.conftest import end, export, random_model
 from tests.tol.test_compress import MIXED
-from tests.tol.test_faults import end, same, workers
+from tests.tol.test_faults import same, workers
 
 PARTITIONS = 24
 LOW_RANK = Storage(dtype="int8", group_size=8, rank=16)
