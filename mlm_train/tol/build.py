@@ -26,7 +26,7 @@ from mlm_train.tol.format import (
 )
 from mlm_train.tol.lowrank import bases_of, has_ranks, lay_out, make_spectra
 from mlm_train.tol.pieces import Group, Pieces
-from mlm_train.tol.place import Place, place_of, remove_drafts
+from mlm_train.tol.place import Place, as_place, remove_drafts
 from mlm_train.tol.progress import ByteProgress
 from mlm_train.tol.shared import Weights, shared_weights
 from mlm_train.tol.state import (
@@ -76,7 +76,7 @@ class Build:
         device: str = "cpu",
         group_bytes: int = GROUP_BYTES,
     ) -> None:
-        self.place = place_of(output) if isinstance(output, str | Path) else output
+        self.place = as_place(output)
         self.group_bytes = group_bytes
         self.config: ModelConfig | None = None
         if table is None:
@@ -166,10 +166,15 @@ class Build:
 
     @classmethod
     def like_index(
-        cls, output: str | Path, model: str | Path | None, table: str | Path | None, device: str = "cpu"
+        cls,
+        output: str | Path | Place,
+        model: str | Path | None,
+        table: str | Path | None,
+        device: str = "cpu",
     ) -> Self:
         """The build that made a table. Raises UserError where it was made from something else."""
-        index = index_at(place_of(output))
+        output = as_place(output)
+        index = index_at(output)
         schemes = schemes_of(index.fields)
         storage = Storage(layers=index.layers, schemes=schemes)
         if index.encodings is None:
@@ -232,7 +237,7 @@ class Build:
     def groups(self, partitions: int, workers: int) -> list[Group]:
         """Neighbouring layers of one task: what a worker has room for, and tasks enough for all workers."""
         layers = self.plan.layers
-        if self.place.far:
+        if self.place.in_order:
             return [tuple(layers)]  # a partition is written from its first byte to its last
         chunk = self.plan.chunk_rows * self.plan.hidden_size * TORCH_DTYPE[self.plan.compute].itemsize
         size = min(self.group_bytes // max(1, self._weight_bytes()), _BUFFER_BYTES // chunk)

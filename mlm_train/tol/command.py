@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mlm_train.arguments import MODEL_KINDS, add_action
 from mlm_train.errors import UserError
+from mlm_train.ownership import started_again
 from mlm_train.tol.fetch_command import add_fetch, run_fetch
 from mlm_train.tol.inspect_command import add_inspect, run_inspect
 from mlm_train.tol.options import add_storage_arguments, storage_of
@@ -38,6 +39,7 @@ examples:
   mlm-train tol build exports/run1 --output tol/run1
   mlm-train tol build exports/run1 --output tol/run1 --dtype int4 --group-size 32
   mlm-train tol build exports/run1 --output tol/run1 --dtype int8 --budget 3.2GB
+  mlm-train tol build /shared/run1 --output '$TMPDIR/tol1' --each-node --ray-address auto
   mlm-train tol build /shared/run1 --output /shared/tol1 --workers 64 --ray-address auto
   mlm-train tol build exports/run1 --output s3://bucket/tol/run1"""
 
@@ -162,21 +164,25 @@ def run(args: argparse.Namespace) -> int:
         return _repair(args)
     build = _compression(args) if args.action == "compress" else _build(args)
     scorer = _scorer(args, build)  # before the work: its bad input costs nothing then
-    index = build.finished() if args.each_node else None
+    index = build.finished() if args.each_node or started_again() else None
     index = index or build.run(args.workers, args.ray_address)
     print(f"{build.place}: {describe(index)}")
-    if args.each_node:
-        print(f"copied to {_copied(build, args.ray_address)} other nodes")
+    _copy(build, args)
     if scorer is not None:
         print(_compared(args, scorer))
     return 0
 
 
-def _copied(build: "Build", ray_address: str | None) -> int:
+def _copy(build: "Build", args: argparse.Namespace) -> None:
+    """With --each-node: to all others."""
+    if not args.each_node:
+        return
+    args.output = str(build.place)  # as it is called on this node
     from mlm_train.tol.node_place import OwnFolder, copy_to_nodes
 
     assert isinstance(build.place, OwnFolder)
-    return copy_to_nodes(build.place, ray_address)
+    count = copy_to_nodes(build.place, args.ray_address)
+    print(f"copied to {count} other node{'' if count == 1 else 's'}")
 
 
 def _place(args: argparse.Namespace) -> "str | OwnFolder":
@@ -227,10 +233,12 @@ def _repair(args: argparse.Namespace) -> int:
 
     model, table = (None, args.table) if args.action == "compress" else (args.model, None)
     device = "cpu" if args.action == "compress" else args.device
-    again = Build.like_index(args.output, model, table, device).repair(args.workers, args.ray_address)
+    build = Build.like_index(_place(args), model, table, device)
+    again = build.repair(args.workers, args.ray_address)
     for partition in again:
         print(f"made again: {partition.file}, rows [{partition.rows[0]}, {partition.rows[1]})")
-    print(f"{args.output}: {len(again)} partitions were damaged; it is whole")
+    print(f"{build.place}: {len(again)} partitions were damaged; it is whole")
+    _copy(build, args)
     return 0
 
 

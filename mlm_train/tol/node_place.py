@@ -7,6 +7,7 @@ keeper, a block at a time; the other nodes fetch the finished table from it (fet
 import contextlib
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from mlm_train.tol.place import BLOCK_BYTES, KEEPER, Folder
 class OwnFolder(Folder):
     """The builder's folder, which only its node sees; names of environment variables in it are replaced."""
 
-    far = True
+    in_order = True
 
     def __init__(self, path: str | Path) -> None:
         self.asked = str(path)
@@ -96,8 +97,6 @@ class Keeper:
 
 class KeptFiles:
     """The builder's folder as processes of its build see it, from any node."""
-
-    far = True
 
     def __init__(self, address: str) -> None:
         import ray
@@ -173,6 +172,8 @@ def copy_to_nodes(place: OwnFolder, ray_address: str | None) -> int:
     A node's copy that was broken off goes on; files that are whole are kept. Raises UserError naming the
     first node where it failed, once all have ended.
     """
+    if ray_address is None:
+        return 0  # a Ray of this node alone
     import ray
 
     with ray_cluster(1, ray_address), place.served():
@@ -186,7 +187,9 @@ def copy_to_nodes(place: OwnFolder, ray_address: str | None) -> int:
         }
         failed = []
         ended = _as_they_end(list(running))
-        for one in track(ended, "nodes", len(running), console=Console(stderr=True), transient=True):
+        hidden = not sys.stderr.isatty()
+        console = Console(stderr=True)
+        for one in track(ended, "nodes", len(running), console=console, disable=hidden, transient=True):
             if (reason := _failure(one)) is not None:
                 failed.append(f"node {running[one]}: {reason}")
         if failed:

@@ -31,12 +31,10 @@ BLOCK_BYTES = 8 * 2**20  # of one read, or one write, of a file that is read or 
 class Files(Protocol):
     """Files by their plain names, as any process sees them. Methods raise UserError or OSError.
 
-    address: what `files_at` makes the same of, in any process. far: files are written in order by one worker
-    each.
+    address: what `files_at` makes the same of, in any process.
     """
 
     address: str
-    far: bool
 
     def at(self, name: str) -> str:
         """Where a file is, for messages."""
@@ -55,7 +53,14 @@ class Files(Protocol):
 
 
 class Place(Files, Protocol):
-    """And what the one process does that holds the place. `held` turns an OSError into a UserError."""
+    """And what the one process does that holds the place. `held` turns an OSError into a UserError.
+
+    in_order: a file is written from its first byte to its last, by one worker. far: reading one back takes as
+    long as it took to write.
+    """
+
+    in_order: bool
+    far: bool
 
     def write(self, name: str, data: bytes) -> None:
         """Replace a small file at once: readers see the old one or the new one, whole."""
@@ -89,6 +94,11 @@ def place_of(where: str | Path) -> Place:
     from mlm_train.tol.url_place import UrlPlace
 
     return UrlPlace(str(where))
+
+
+def as_place(where: str | Path | Place) -> Place:
+    """The same of a path or a URL; else what is given."""
+    return place_of(where) if isinstance(where, str | Path) else where
 
 
 def files_at(address: str) -> Files:
@@ -181,7 +191,7 @@ def name_draft(draft: Path, path: Path) -> None:
 class Folder:
     """A folder that all workers see under one path."""
 
-    far = False
+    in_order, far = False, False
 
     def __init__(self, path: Path) -> None:
         self.path, self.address = path, str(path)

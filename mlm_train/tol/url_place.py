@@ -60,7 +60,7 @@ def _opened(url: str, shown: str) -> tuple[Any, str]:
 class UrlPlace:
     """A URL; each process and each thread opens its own, by its own machine's credentials."""
 
-    far = True
+    in_order, far = True, True
 
     def __init__(self, url: str) -> None:
         scheme, _, path = url.partition("://")
