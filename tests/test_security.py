@@ -28,6 +28,7 @@ from mlm_train.parallel import runtime
 from mlm_train.parallel.stacks import flight_record, write_evidence
 from mlm_train.tol.format import Source, TolIndex, write_index
 from mlm_train.tol.partition import RowShape, write_partition
+from mlm_train.tol.place import Folder
 from mlm_train.tol.store import TolSource
 from tests.commands import ROOT, TINY, listening, mlm_train, refused, start
 from tests.tol.conftest import random_model
@@ -109,7 +110,7 @@ def tol(folder: Path) -> Path:
     source = Source(checkpoint="0" * 64, created="2026-01-01", tool_version="0")
     shape = {"vocab_size": 601, "num_layers": 3, "hidden_size": 32, "dtype": "float32"}
     index = {**shape, "layers": [0, 1, 2], "partitions": [partition], "source": source}
-    write_index(folder, TolIndex.model_validate(index))
+    write_index(Folder(folder), TolIndex.model_validate(index))
     return folder
 
 

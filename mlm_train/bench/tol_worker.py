@@ -15,8 +15,8 @@ from mlm_train.checkpoint.logical_folder import open_model
 from mlm_train.files import sync
 from mlm_train.tol.codec import encode
 from mlm_train.tol.compute import FfnM, chunks_of, ffn_m_weights
-from mlm_train.tol.disk import FileSink, buffers
-from mlm_train.tol.place import make_draft, name_draft, new_draft
+from mlm_train.tol.disk import buffers
+from mlm_train.tol.place import Folder
 from mlm_train.tol.state import Layout
 from mlm_train.tol.worker import prepare_process
 
@@ -83,28 +83,28 @@ def ffn_m(rows: int, chunk: int) -> float:
     return _layers.ffn_m(rows, chunk)
 
 
-def files(folder: Path, place: Layout, rows: int, chunk: int) -> dict[str, float]:
+def files(folder: Path, layout: Layout, rows: int, chunk: int) -> dict[str, float]:
     """Seconds of a plain partition's parts without FFN-M, and of writing as many bytes. Nothing stays.
 
     write: the space taken, all rows written as they are while others are computed, and synced.
     """
     path = folder / "rows.safetensors"
     spent = dict.fromkeys(("plain", "encode", "write", "hash", "commit"), 0.0)
-    values = torch.randn(chunk, place.hidden_size).bfloat16()
-    size = place.shape.file_bytes(rows)
+    values = torch.randn(chunk, layout.hidden_size).bfloat16()
+    size = layout.shape.file_bytes(rows)
     block = memoryview(os.urandom(min(BLOCK, size)))
     with _added(spent, "plain"):
         _write_plain(path, block, size)
     path.unlink()
-    draft, header, digest = new_draft(path), place.shape.header(rows), hashlib.sha256()
-    (data,) = buffers(chunk, place.shape.size, 1)
+    place, header, digest = Folder(folder), layout.shape.header(rows), hashlib.sha256()
+    (data,) = buffers(chunk, layout.shape.size, 1)
     with _added(spent, "write"):
-        make_draft(draft, size, header)
-        file = FileSink(draft, len(header))
+        draft = place.draft(path.name, size, header)
+        file = place.sink(draft, header)
     for first, last in chunks_of(0, rows, chunk):
         with _added(spent, "encode"):
-            for out in data[: last - first].chunk(len(place.layers), 1):
-                encode(place.schemes[0], values[: last - first], out)
+            for out in data[: last - first].chunk(len(layout.layers), 1):
+                encode(layout.schemes[0], values[: last - first], out)
         with _added(spent, "hash"):
             digest.update(data[: last - first].numpy().data)
         with _added(spent, "write"):
@@ -113,7 +113,7 @@ def files(folder: Path, place: Layout, rows: int, chunk: int) -> dict[str, float
         file.finish()
         file.close()
     with _added(spent, "commit"):
-        name_draft(draft, path)
+        place.name_draft(draft, path.name, size)
     path.unlink()
     return spent
 

@@ -26,7 +26,7 @@ from mlm_train.tol.format import (
 )
 from mlm_train.tol.lowrank import bases_of, has_ranks, lay_out, make_spectra
 from mlm_train.tol.pieces import Group, Pieces
-from mlm_train.tol.place import Place, as_place, remove_drafts
+from mlm_train.tol.place import Place, check_space, place_of, remove_drafts
 from mlm_train.tol.progress import ByteProgress
 from mlm_train.tol.shared import Weights, shared_weights
 from mlm_train.tol.state import (
@@ -56,10 +56,10 @@ Committed = Callable[[State], None]
 class Build:
     """What is built from what: an export's FFN-M, or with `table` the rows of a ToL.
 
-    output: a folder that all workers see under that path, or a URL that means one place for all of them.
-    group_bytes: weights of the layers that a worker holds at once, one layer at least. Where it holds all,
-    as it must for a URL, a partition is written and hashed as it is computed; filled group by group, it is
-    read again.
+    output: a folder that all workers see under that path, a URL that means one place for all of them, or
+    another place. group_bytes: weights of the layers that a worker holds at once, one layer at least. Where
+    it holds all, as it must where files are written in order, a partition is written and hashed as it is
+    computed; filled group by group, it is read again.
     """
 
     def __init__(
@@ -76,8 +76,7 @@ class Build:
         device: str = "cpu",
         group_bytes: int = GROUP_BYTES,
     ) -> None:
-        self.place = as_place(output)
-        self.group_bytes = group_bytes
+        self.place, self.group_bytes = place_of(output), group_bytes
         self.config: ModelConfig | None = None
         if table is None:
             assert model is not None
@@ -118,7 +117,7 @@ class Build:
             if state.layout is None and not has_ranks(self.plan.storage):
                 state.layout = lay_out(self.plan, [])
             if state.layout is not None:
-                _check_space(self.place, state)
+                check_space(self.place, sum(map(state.bytes, state.missing)))
             if state.layout is None or state.missing:
                 self._work(state, workers, ray_address, lambda state: state.save(self.place))
             return self._commit(state)
@@ -173,7 +172,7 @@ class Build:
         device: str = "cpu",
     ) -> Self:
         """The build that made a table. Raises UserError where it was made from something else."""
-        output = as_place(output)
+        output = place_of(output)
         index = index_at(output)
         schemes = schemes_of(index.fields)
         storage = Storage(layers=index.layers, schemes=schemes)
@@ -223,7 +222,7 @@ class Build:
         bases = bases_of(self.plan, layout, spectra)
         state.basis = write_bases(self.place, bases) if bases else None
         state.layout, state.spectra = layout, {}
-        _check_space(self.place, state)
+        check_space(self.place, sum(map(state.bytes, state.missing)))
         state.save(self.place)
         remove_spectra(self.place)
 
@@ -335,14 +334,6 @@ def _partitions(asked: int | None, vocab: int, layout: Layout) -> int:
     if not 1 <= asked <= vocab:
         raise UserError(f"--partitions {asked}: give 1 to {vocab} (the vocabulary)")
     return asked
-
-
-def _check_space(place: Place, state: State) -> None:
-    needed, free = sum(map(state.bytes, state.missing)), place.free()
-    if free is not None and free < needed:
-        raise UserError(
-            f"{place} needs {needed / 1e9:.2f} GB and has {free / 1e9:.2f} GB free; choose another folder"
-        )
 
 
 def _errors(state: State) -> list[float | None]:

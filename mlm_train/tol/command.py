@@ -169,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{build.place}: {describe(index)}")
     _copy(build, args)
     if scorer is not None:
-        print(_compared(args, scorer))
+        print(_compared(args, build, scorer))
     return 0
 
 
@@ -177,7 +177,6 @@ def _copy(build: "Build", args: argparse.Namespace) -> None:
     """With --each-node: to all others."""
     if not args.each_node:
         return
-    args.output = str(build.place)  # as it is called on this node
     from mlm_train.tol.node_place import OwnFolder, copy_to_nodes
 
     assert isinstance(build.place, OwnFolder)
@@ -212,7 +211,7 @@ def _scorer(args: argparse.Namespace, build: "Build") -> "Scorer | None":
     return scorer
 
 
-def _compared(args: argparse.Namespace, scorer: "Scorer") -> str:
+def _compared(args: argparse.Namespace, build: "Build", scorer: "Scorer") -> str:
     """What the table does to perplexity, in one line."""
     from mlm_train.tol.store import TolSource
 
@@ -221,7 +220,7 @@ def _compared(args: argparse.Namespace, scorer: "Scorer") -> str:
     else:
         before, what = TolSource.open_folder(args.table, scorer.config), str(args.table)
     exact = scorer.score(before).perplexity
-    found = scorer.score(TolSource.open_folder(args.output, scorer.config))
+    found = scorer.score(TolSource.open_folder(str(build.place), scorer.config))
     return (
         f"perplexity {exact:.4f} with {what}, {found.perplexity:.4f} with {args.output}: "
         f"{found.perplexity / exact - 1:+.3%} over {found.tokens:,} tokens"

@@ -9,7 +9,16 @@ import torch
 from mlm_train.errors import UserError
 from mlm_train.tol.disk import Stream, buffers
 from mlm_train.tol.format import INDEX, File, TolIndex, parse_index
-from mlm_train.tol.place import BLOCK_BYTES, Files, Folder, place_of, refuse_url, remove_drafts
+from mlm_train.tol.place import (
+    BLOCK_BYTES,
+    Files,
+    Folder,
+    check_space,
+    place_of,
+    refuse_url,
+    refuse_used,
+    remove_drafts,
+)
 from mlm_train.tol.progress import ByteProgress
 from mlm_train.tol.state import is_whole
 
@@ -38,8 +47,9 @@ def copy_table(origin: Files, target: Folder) -> TolIndex:
         _begin(target, data, origin)
         files: list[File] = [*([index.basis] if index.basis else []), *index.partitions]
         missing = [file for file in files if not is_whole(target, file)]
-        _check_space(target, missing)
-        done = sum(file.bytes for file in files) - sum(file.bytes for file in missing)
+        needed = sum(file.bytes for file in missing)
+        check_space(target, needed)
+        done = sum(file.bytes for file in files) - needed
         with ByteProgress("fetch", index.bytes) as progress:
             for file in missing:
                 _copy(origin, target, file, lambda count: progress.show(done + count))  # noqa: B023
@@ -55,21 +65,9 @@ def _begin(target: Folder, index: bytes, origin: Files) -> None:
     if there and any(data != index for data in there):
         raise UserError(f"{target} holds another table than {origin}; remove it or name a new folder")
     if not there:
-        target.remove(f".{FETCHED}.writing")  # of a copy killed in its first moment
-        if target.names():
-            raise UserError(
-                f"{target} exists already and nothing is overwritten; remove it or name a new folder"
-            )
+        refuse_used(target, FETCHED)
         target.write(FETCHED, index)
     remove_drafts(target)
-
-
-def _check_space(target: Folder, missing: list[File]) -> None:
-    needed, free = sum(file.bytes for file in missing), target.free()
-    if free is not None and free < needed:
-        raise UserError(
-            f"{target} needs {needed / 1e9:.2f} GB and has {free / 1e9:.2f} GB free; choose another folder"
-        )
 
 
 def _copy(origin: Files, target: Folder, file: File, shown: Callable[[int], None]) -> None:

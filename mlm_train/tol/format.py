@@ -205,9 +205,8 @@ def parse_index(data: bytes | None, file: str) -> TolIndex:
         raise UserError(f"{file}: {where + ': ' if where else ''}{reason}; {REBUILD}") from None
 
 
-def write_index(place: Place | Path, index: TolIndex) -> None:
-    """Make a place, or a folder, a ToL: call it when every partition is there."""
-    place = Folder(place) if isinstance(place, Path) else place
+def write_index(place: Place, index: TolIndex) -> None:
+    """Make a place a ToL: call it when every partition is there."""
     place.write(INDEX, (json.dumps(index.model_dump(mode="json"), indent=2) + "\n").encode())
 
 

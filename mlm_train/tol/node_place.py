@@ -7,7 +7,6 @@ keeper, a block at a time; the other nodes fetch the finished table from it (fet
 import contextlib
 import os
 import secrets
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,17 +70,13 @@ class Keeper:
     def ready(self) -> None:
         """Returns once it runs."""
 
-    def size(self, name: str) -> int | None:
-        """Bytes of a file; None where it is not there."""
-        return self._folder.size(name)
-
     def read(self, name: str) -> bytes | None:
         """A small file; None where it is not there."""
         return self._folder.read(name)
 
     def block(self, name: str, start: int) -> bytes:
         """At most BLOCK_BYTES of a file, from `start` on; nothing at its end."""
-        with open(self._folder.at(name), "rb", buffering=0) as file:
+        with open(self._folder.path / name, "rb", buffering=0) as file:
             return os.pread(file.fileno(), BLOCK_BYTES, start)
 
     def put(self, draft: str, start: int, data: np.ndarray) -> None:
@@ -122,11 +117,6 @@ class KeptFiles:
             raise UserError(f"{self} is out of reach: its node or the build is gone; run again") from None
         except RayTaskError as error:
             raise error.cause if isinstance(error.cause, OSError | UserError) else error from None
-
-    def size(self, name: str) -> int | None:
-        """Bytes of a file; None where it is not there."""
-        size: int | None = self.ask("size", name)
-        return size
 
     def read(self, name: str) -> bytes | None:
         """A small file; None where it is not there."""
@@ -187,8 +177,8 @@ def copy_to_nodes(place: OwnFolder, ray_address: str | None) -> int:
         }
         failed = []
         ended = _as_they_end(list(running))
-        hidden = not sys.stderr.isatty()
         console = Console(stderr=True)
+        hidden = not console.is_terminal
         for one in track(ended, "nodes", len(running), console=console, disable=hidden, transient=True):
             if (reason := _failure(one)) is not None:
                 failed.append(f"node {running[one]}: {reason}")
@@ -219,8 +209,7 @@ def _failure(one: Any) -> str | None:
 
     try:
         ray.get(one)
-    except RayTaskError as error:
-        return str(error.cause).partition("\n")[0]
     except RayError as error:
-        return str(error).partition("\n")[0]
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        return str(cause).partition("\n")[0]
     return None

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from mlm_train.files import listed
 from mlm_train.tol.codec import TORCH_DTYPE
-from mlm_train.tol.disk import FileSink, Stream, UncachedFile, buffers
+from mlm_train.tol.disk import Stream, UncachedFile, buffers
 from mlm_train.tol.format import INDEX, Partition, TolIndex
-from mlm_train.tol.place import make_draft, name_draft, new_draft
+from mlm_train.tol.place import Folder
 
 ALIGNMENT = 4096
 _HASHED_AT_ONCE = 2**20  # bytes
@@ -110,30 +110,24 @@ def hash_draft(draft: Path, file: str, rows: tuple[int, int]) -> Partition:
     return Partition(file=file, rows=rows, bytes=size, sha256=digest.hexdigest())
 
 
-def stream_draft(draft: Path, shape: RowShape, rows: int, room: Sequence[Tensor]) -> Stream:
-    """A made draft that takes whole rows, from the first to the last; `room`: two buffers."""
-    header = shape.header(rows)
-    return Stream(FileSink(draft, len(header)), header, room)
-
-
 def write_partition(
     path: Path, rows: tuple[int, int], shape: RowShape, chunks: Sequence[Tensor]
 ) -> Partition:
     """Write `chunks` of rows, [n, ...] of any type, one after another, as one partition."""
-    draft = new_draft(path)
-    count = rows[1] - rows[0]
-    make_draft(draft, shape.file_bytes(count), shape.header(count))
+    place, count = Folder(path.parent), rows[1] - rows[0]
+    header = shape.header(count)
+    draft = place.draft(path.name, shape.file_bytes(count), header)
     try:
         room = buffers(max(map(len, chunks)), shape.size)
-        with stream_draft(draft, shape, count, room) as file:
+        with Stream(place.sink(draft, header), header, room) as stream:
             for chunk in chunks:
-                file.rows(len(chunk)).copy_(chunk.contiguous().view(torch.uint8).flatten(1))
-                file.put(len(chunk))
-            digest = file.finish()
-        name_draft(draft, path)
-        return Partition(file=path.name, rows=rows, bytes=file.bytes, sha256=digest)
+                stream.rows(len(chunk)).copy_(chunk.contiguous().view(torch.uint8).flatten(1))
+                stream.put(len(chunk))
+            digest = stream.finish()
+        place.name_draft(draft, path.name, stream.bytes)
+        return Partition(file=path.name, rows=rows, bytes=stream.bytes, sha256=digest)
     except BaseException:
-        draft.unlink(missing_ok=True)
+        place.remove(draft)
         raise
 
 

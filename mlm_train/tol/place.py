@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from mlm_train.errors import UserError
-from mlm_train.files import listed, replace_file, sha256_of, sync, writing
+from mlm_train.files import draft_of, listed, replace_file, sha256_of, sync, writing
 from mlm_train.ownership import owned
 from mlm_train.tol.disk import FileSink, Sink
 
@@ -45,9 +45,6 @@ class Files(Protocol):
     def blocks(self, name: str) -> Iterator[bytes]:
         """A file from start to end, BLOCK_BYTES at most at a time."""
 
-    def size(self, name: str) -> int | None:
-        """Bytes of a file; None where it is not there."""
-
     def sink(self, draft: str, header: bytes = b"") -> Sink:
         """Fill a draft, from behind `header` on, with which it was begun."""
 
@@ -61,6 +58,9 @@ class Place(Files, Protocol):
 
     in_order: bool
     far: bool
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where it is not there."""
 
     def write(self, name: str, data: bytes) -> None:
         """Replace a small file at once: readers see the old one or the new one, whole."""
@@ -87,18 +87,15 @@ class Place(Files, Protocol):
         """Let workers have it, once Ray runs."""
 
 
-def place_of(where: str | Path) -> Place:
-    """The place that a path or a URL means. UserError for a URL that cannot be used from here."""
+def place_of(where: str | Path | Place) -> Place:
+    """The place that a path or a URL means; one that is given. UserError for a URL that cannot be used."""
+    if not isinstance(where, str | Path):
+        return where
     if not is_url(where):
         return Folder(Path(where).absolute())
     from mlm_train.tol.url_place import UrlPlace
 
     return UrlPlace(str(where))
-
-
-def as_place(where: str | Path | Place) -> Place:
-    """The same of a path or a URL; else what is given."""
-    return place_of(where) if isinstance(where, str | Path) else where
 
 
 def files_at(address: str) -> Files:
@@ -147,45 +144,45 @@ def put(sink: Sink, data: bytes) -> None:
         sink.close()
 
 
-def remove_drafts(place: Place) -> None:
-    """Remove what killed processes left half written."""
+def remove_matching(place: Place, pattern: str) -> None:
+    """Remove the files of such names (a glob)."""
     for name in place.names():
-        if fnmatch(name, DRAFTS):
+        if fnmatch(name, pattern):
             place.remove(name)
 
 
-def new_draft(path: Path) -> Path:
-    """A name for an unfinished copy of a file; an attempt has its own, so that two cannot mix."""
-    return path.with_name(draft_name(path.name))
+def remove_drafts(place: Place) -> None:
+    """Remove what killed processes left half written."""
+    remove_matching(place, DRAFTS)
+
+
+def refuse_used(place: Place, note: str) -> None:
+    """UserError where something lies there: nothing is overwritten.
+
+    note: the file that is written there first; a process that was killed meanwhile left nothing else.
+    """
+    place.remove(writing_name(note))
+    if place.names():
+        raise UserError(f"{place} exists already and nothing is overwritten; remove it or name a new folder")
+
+
+def check_space(place: Place, needed: int) -> None:
+    """UserError where a place is known to have fewer bytes free."""
+    free = place.free()
+    if free is not None and free < needed:
+        raise UserError(
+            f"{place} needs {needed / 1e9:.2f} GB and has {free / 1e9:.2f} GB free; choose another folder"
+        )
+
+
+def writing_name(name: str) -> str:
+    """What a small file is called before it takes its name."""
+    return draft_of(Path(name)).name
 
 
 def draft_name(name: str) -> str:
-    """What a draft of a file is called; no two are called alike."""
+    """What a draft of a file is called: an attempt has its own, so that two cannot mix."""
     return f".{name}.{os.getpid()}-{secrets.token_hex(4)}.part"
-
-
-def make_draft(path: Path, size: int, header: bytes = b"") -> None:
-    """Make a draft: its header, and the space of its bytes; a full disk says so here.
-
-    Once, before anybody fills it: where a file system cannot reserve space the C library writes into every
-    block, over what another process may be putting there.
-    """
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        if size:
-            os.posix_fallocate(file, 0, size)
-        os.pwrite(file, header, 0)
-    except BaseException:
-        path.unlink()
-        raise
-    finally:
-        os.close(file)
-
-
-def name_draft(draft: Path, path: Path) -> None:
-    """Give a whole draft its name."""
-    draft.rename(path)
-    sync(path.parent)
 
 
 class Folder:
@@ -245,9 +242,27 @@ class Folder:
 
     def draft(self, name: str, size: int, header: bytes = b"") -> str:
         """Made here, so that a worker that outlives its builder leaves nothing in the folder."""
-        draft = self.path / draft_name(name)
-        make_draft(draft, size, header)
-        return draft.name
+        draft = draft_name(name)
+        self._make(self.path / draft, size, header)
+        return draft
+
+    @staticmethod
+    def _make(path: Path, size: int, header: bytes) -> None:
+        """Header and space; a full disk says so here.
+
+        Once, before anybody fills it: where a file system cannot reserve space the C library writes into
+        every block, over what another process may be putting there.
+        """
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            if size:
+                os.posix_fallocate(file, 0, size)
+            os.pwrite(file, header, 0)
+        except BaseException:
+            path.unlink()
+            raise
+        finally:
+            os.close(file)
 
     def sink(self, draft: str, header: bytes = b"") -> Sink:
         """Past the page cache."""
@@ -255,7 +270,8 @@ class Folder:
 
     def name_draft(self, draft: str, name: str, size: int) -> None:
         """By a rename."""
-        name_draft(self.path / draft, self.path / name)
+        (self.path / draft).rename(self.path / name)
+        sync(self.path)
 
     def served(self) -> contextlib.AbstractContextManager[None]:
         """They see it."""

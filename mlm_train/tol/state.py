@@ -2,19 +2,17 @@
 
 import json
 from collections.abc import Sequence
-from fnmatch import fnmatch
-from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mlm_train.checkpoint.manifest import SEAL, seal_of
 from mlm_train.errors import UserError
-from mlm_train.files import draft_of, json_text
+from mlm_train.files import json_text
 from mlm_train.tol.codec import TORCH_DTYPE, Dtype, Encoding, PlainDtype, Record, Scheme, layout
 from mlm_train.tol.format import BASIS, File, Partition, plain_fields, row_bytes
 from mlm_train.tol.partition import RowShape
-from mlm_train.tol.place import Place, remove_drafts, sha256_at
+from mlm_train.tol.place import Place, refuse_used, remove_drafts, remove_matching, sha256_at
 
 STATE = "tol.build.json"
 SPECTRA = ".spectrum-{}.safetensors"  # of a layer, which an unfinished build keeps
@@ -187,11 +185,7 @@ def begin(place: Place, plan: Plan) -> State:
     if state is not None:
         state = _resumed(place, plan, state)
     if state is None:
-        place.remove(draft_of(Path(STATE)).name)  # of a build killed in its first moment
-        if place.names():
-            raise UserError(
-                f"{place} exists already and nothing is overwritten; remove it or name a new folder"
-            )
+        refuse_used(place, STATE)
         state = State(plan=plan)
     state.save(place)
     return state
@@ -238,6 +232,4 @@ def spectrum_name(layer: int) -> str:
 
 def remove_spectra(place: Place) -> None:
     """Those of layers whose ranks are chosen, or of another plan, are of no use any more."""
-    for name in place.names():
-        if fnmatch(name, SPECTRA.format("*")):
-            place.remove(name)
+    remove_matching(place, SPECTRA.format("*"))

@@ -19,7 +19,7 @@ import numpy as np
 from mlm_train.errors import UserError
 from mlm_train.tol.disk import Sink
 from mlm_train.tol.lease import OWNER, Lease, leased
-from mlm_train.tol.place import BLOCK_BYTES, draft_name, shown
+from mlm_train.tol.place import BLOCK_BYTES, draft_name, shown, writing_name
 
 # Stores whose files appear when they are closed, whole, and where a rename copies.
 WHOLE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "hf"}
@@ -99,7 +99,7 @@ class UrlPlace:
         """One object, or a file that is renamed."""
         self._check()
         with reaching(self.at(name)):
-            draft = name if self._whole else f".{name}.writing"
+            draft = name if self._whole else writing_name(name)
             self._fs.pipe_file(self._path(draft), data)
             self._rename(draft, name)
 

@@ -18,7 +18,7 @@ from mlm_train.tol.compute import FfnM, Numbers, Stored, chunks_of, from_numpy
 from mlm_train.tol.disk import Stream, buffers
 from mlm_train.tol.format import File, Partition, file_of
 from mlm_train.tol.partition import Draft, hash_draft
-from mlm_train.tol.place import Files, files_at, put
+from mlm_train.tol.place import Files, Folder, files_at, put
 from mlm_train.tol.spectrum import Gram, Spectrum
 from mlm_train.tol.state import Layout, Plan, spectrum_name
 from mlm_train.tol.table import bases_at, projector
@@ -83,6 +83,12 @@ class Worker:
     def _place(self) -> Files:
         return files_at(self.job.output)
 
+    @property
+    def _folder(self) -> Path:
+        """The same where it is one: only there a file is filled group by group."""
+        assert isinstance(self._place, Folder)
+        return self._place.path
+
     def fill(
         self,
         draft: str,
@@ -110,7 +116,7 @@ class Worker:
                 digest = stream.finish()
             whole = Partition(file=plan.file(number), rows=(start, stop), bytes=stream.bytes, sha256=digest)
             return Filled(encoder.sums, whole)
-        with Draft(Path(self._place.at(draft)), layout.shape, stop - start) as file:
+        with Draft(self._folder / draft, layout.shape, stop - start) as file:
             for first, last in chunks:
                 out = torch.empty(last - first, encoder.bytes, dtype=torch.uint8)
                 encoder.encode(numbers, first, last, out)
@@ -152,7 +158,7 @@ class Worker:
     def hash(self, draft: str, number: int) -> Partition:
         """The partition that a draft is which several workers have filled; the builder gives it its name."""
         plan = self.job.plan
-        return hash_draft(Path(self._place.at(draft)), plan.file(number), plan.rows(number))
+        return hash_draft(self._folder / draft, plan.file(number), plan.rows(number))
 
     def _open(self, layers: tuple[int, ...], weights: list[Any]) -> Numbers:
         """The numbers of these layers; the group before is let go."""
@@ -174,13 +180,13 @@ class Worker:
 class _Encoder:
     """Turns numbers of some neighbouring layers into their bytes of rows, and measures what that loses."""
 
-    def __init__(self, place: Layout, layers: Sequence[int], bases: dict[int, Tensor]) -> None:
-        first = place.layers.index(layers[0])
+    def __init__(self, layout: Layout, layers: Sequence[int], bases: dict[int, Tensor]) -> None:
+        first = layout.layers.index(layers[0])
         span = slice(first, first + len(layers))
-        assert place.layers[span] == list(layers)
-        self.layers, self.hidden = layers, place.hidden_size
-        self.schemes = place.schemes[span]
-        self.edges = place.edges[first : first + len(layers) + 1]
+        assert layout.layers[span] == list(layers)
+        self.layers, self.hidden = layers, layout.hidden_size
+        self.schemes = layout.schemes[span]
+        self.edges = layout.edges[first : first + len(layers) + 1]
         self.bases = bases
         self.bytes = self.edges[-1] - self.edges[0]
         self.sums: Sums = [(0.0, 0.0)] * len(layers)

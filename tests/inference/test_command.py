@@ -14,6 +14,7 @@ from mlm_train.cli import main
 from mlm_train.model.logical import named_pieces
 from mlm_train.tol.format import Source, TolIndex, write_index
 from mlm_train.tol.partition import RowShape, write_partition
+from mlm_train.tol.place import Folder
 from tests.inference.test_decode import random_model
 
 
@@ -36,7 +37,7 @@ def folders(tmp_path: Path) -> tuple[str, str]:
     source = Source(checkpoint=fingerprint(export), created="", tool_version="")
     shapes = {"vocab_size": 97, "num_layers": 3, "hidden_size": 32}
     index = {"dtype": "float32", "layers": [0, 1, 2], "partitions": parts, "source": source, **shapes}
-    write_index(tol, TolIndex.model_validate(index))
+    write_index(Folder(tol), TolIndex.model_validate(index))
     return str(export), str(tol)
 
 

@@ -11,8 +11,8 @@ import torch
 from mlm_train.files import sha256_of
 from mlm_train.tol import disk
 from mlm_train.tol.disk import BLOCK, FileSink, Stream, UncachedFile, buffers
-from mlm_train.tol.partition import ALIGNMENT, RowShape, stream_draft, write_partition
-from mlm_train.tol.place import make_draft
+from mlm_train.tol.partition import ALIGNMENT, RowShape, write_partition
+from mlm_train.tol.place import Folder
 
 MIB = 2**20
 
@@ -37,15 +37,16 @@ def test_a_stream(system: str, row_bytes: int, tmp_path: Path, monkeypatch: pyte
     shape, counts = RowShape.packed(row_bytes), [3 * MIB // row_bytes, 2 * MIB // row_bytes + 1, 1, 5]
     random = torch.Generator().manual_seed(row_bytes)
     chunks = [torch.randint(256, (count, row_bytes), dtype=torch.uint8, generator=random) for count in counts]
-    make_draft(tmp_path / "draft", shape.file_bytes(sum(counts)), shape.header(sum(counts)))
-    with stream_draft(tmp_path / "draft", shape, sum(counts), buffers(max(counts), row_bytes)) as stream:
+    place, header = Folder(tmp_path), shape.header(sum(counts))
+    draft = place.draft("rows", shape.file_bytes(sum(counts)), header)
+    with Stream(place.sink(draft, header), header, buffers(max(counts), row_bytes)) as stream:
         for chunk in chunks:
             stream.rows(len(chunk)).copy_(chunk)
             stream.put(len(chunk))
         digest = stream.finish()
-    found = (tmp_path / "draft").read_bytes()
+    found = (tmp_path / draft).read_bytes()
     assert found == shape.header(sum(counts)) + b"".join(chunk.numpy().tobytes() for chunk in chunks)
-    assert (len(found), sha256_of(tmp_path / "draft")) == (stream.bytes, digest)
+    assert (len(found), sha256_of(tmp_path / draft)) == (stream.bytes, digest)
 
 
 def test_long_writes_go_past_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from mlm_train.tol.codec import TORCH_DTYPE
 from mlm_train.tol.format import INDEX, Source, TolIndex, write_index
 from mlm_train.tol.inspect import Inspection, Scored, inspect_tol
 from mlm_train.tol.partition import RowShape, write_partition
+from mlm_train.tol.place import Folder
 from mlm_train.tol.state import Storage
 from mlm_train.tol.table import Table
 from tests.commands import mlm_train, refused
@@ -50,7 +51,7 @@ def write(folder: Path, rows: Tensor, dtype: str = "float32", layers: tuple[int,
         partitions=partitions,
         source=Source(checkpoint="0" * 64, created="now", tool_version="0"),
     )
-    write_index(folder, index)
+    write_index(Folder(folder), index)
     return folder
 
 
