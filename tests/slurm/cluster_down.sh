@@ -47,12 +47,11 @@ for process in /proc/[0-9]*; do
     fi
 done
 if [[ -s $base/run/munged.pid ]]; then end "$(<"$base/run/munged.pid")" munged; fi
-if [[ -s $base/run/netns ]]; then
-    while read -r namespace; do
-        ip link del "mlmslurm${namespace#mlm-node}" 2>/dev/null # with its peer
-        ip netns del "$namespace" 2>/dev/null
-    done <"$base/run/netns"
-    ip link del mlmslurm0 2>/dev/null
+if [[ -s $base/run/number ]]; then
+    number=$(<"$base/run/number")
+    for link in "/sys/class/net/mlmslurm$number-"*; do ip link del "${link##*/}" 2>/dev/null; done # with its peer
+    for namespace in "/run/netns/mlm$number-node"*; do ip netns del "${namespace##*/}" 2>/dev/null; done
+    ip link del "mlmslurm$number" 2>/dev/null
 fi
-if [[ -f $base/env.sh || -f $base/run/netns ]]; then rm -rf "$base"; fi
+if [[ -f $base/env.sh || -f $base/run/number ]]; then rm -rf "$base"; fi
 exit 0

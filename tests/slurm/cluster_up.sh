@@ -2,13 +2,14 @@
 # A real Slurm of several nodes on this one machine, for tests: no systemd, no containers. Each node is a
 # network namespace with a hostname, an address and GPUs that are none. It keeps accounts: a database of its
 # own, whose socket lies in its folder, and one account `us` that root belongs to. As root, on Debian or Ubuntu.
+# Several may run side by side: each takes a number that is free, and its names, addresses and ports by it.
 #
 #   export CLUSTER_DIR=/tmp/somewhere; tests/slurm/cluster_up.sh && . "$CLUSTER_DIR/env.sh"
 #   kill -9 "$(<"$CLUSTER_DIR/run/slurmd.node2.pid")"    # a node dies
 #   tests/slurm/cluster_up.sh --node node2               # and comes back
 #   tests/slurm/cluster_down.sh
 #
-# CLUSTER_NODES (4), CLUSTER_CPUS a node (8), CLUSTER_GPUS a node (8; 0: none), CLUSTER_PORT (16817).
+# CLUSTER_NODES (4), CLUSTER_CPUS a node (8), CLUSTER_GPUS a node (8; 0: none).
 set -Eeuo pipefail  # E: what fails in a function is undone, too
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -16,8 +17,6 @@ base=${CLUSTER_DIR:?set CLUSTER_DIR to a folder of its own, with a short path}
 nodes=${CLUSTER_NODES:-4}
 cpus=${CLUSTER_CPUS:-8}
 gpus=${CLUSTER_GPUS:-8}
-port=${CLUSTER_PORT:-16817}
-subnet=10.231.0
 export SLURM_CONF=$base/etc/slurm.conf
 
 say() { printf 'cluster_up: %s\n' "$*" >&2; }
@@ -46,7 +45,7 @@ install_slurm() {
 # on_node NODE COMMAND...: with that node's network, hostname and /etc/hosts.
 on_node() {
     # shellcheck disable=SC2016
-    nsenter "--net=/run/netns/mlm-$1" unshare --uts --mount sh -c '
+    nsenter "--net=/run/netns/mlm$(<"$base/run/number")-$1" unshare --uts --mount sh -c '
         hostname "$1"
         mount --bind "$2/hosts" /etc/hosts
         mount --bind "$2/nsswitch.conf" /etc/nsswitch.conf
@@ -56,19 +55,30 @@ on_node() {
 
 address() { echo "$subnet.$((10 + $1))"; }
 
+# The number is taken by making the bridge, which one of two at once can. What a killed test run left keeps its own.
+take_number() {
+    for ((number = 0; number < 64; number++)); do
+        if ip link add "mlmslurm$number" type bridge 2>>"$base/log/network.log"; then
+            echo "$number" >"$base/run/number"
+            subnet=10.231.$number
+            port=$((16817 + 200 * number))
+            return
+        fi
+    done
+    return 1
+}
+
 make_network() {
     local i
-    seq -f 'mlm-node%.0f' "$nodes" >"$base/run/netns"
-    ip link add mlmslurm0 type bridge
-    ip addr add "$subnet.1/24" dev mlmslurm0
-    ip link set mlmslurm0 up
+    ip addr add "$subnet.1/24" dev "mlmslurm$number"
+    ip link set "mlmslurm$number" up
     for ((i = 1; i <= nodes; i++)); do
-        ip netns add "mlm-node$i"
-        ip link add "mlmslurm$i" type veth peer name eth0 netns "mlm-node$i"
-        ip link set "mlmslurm$i" master mlmslurm0 up
-        ip -n "mlm-node$i" addr add "$(address "$i")/24" dev eth0
-        ip -n "mlm-node$i" link set eth0 up
-        ip -n "mlm-node$i" link set lo up
+        ip netns add "mlm$number-node$i"
+        ip link add "mlmslurm$number-$i" type veth peer name eth0 netns "mlm$number-node$i"
+        ip link set "mlmslurm$number-$i" master "mlmslurm$number" up
+        ip -n "mlm$number-node$i" addr add "$(address "$i")/24" dev eth0
+        ip -n "mlm$number-node$i" link set eth0 up
+        ip -n "mlm$number-node$i" link set lo up
     done
 }
 
@@ -218,6 +228,7 @@ failed() {
     "$here/cluster_down.sh"
 }
 trap failed ERR
+take_number
 make_network
 write_names
 write_config

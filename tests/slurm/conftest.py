@@ -54,9 +54,13 @@ class Cluster:
         assert done.returncode == 0, (words, done.stdout, done.stderr)
         return done.stdout
 
+    def namespace(self, node: str) -> str:
+        """The name of its network namespace."""
+        return f"mlm{(self.folder / 'run/number').read_text().strip()}-{node}"
+
     def lose(self, node: str) -> None:
         """The node is gone, with all that runs on it."""
-        for pid in self.do("ip", "netns", "pids", f"mlm-{node}").split():
+        for pid in self.do("ip", "netns", "pids", self.namespace(node)).split():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
 

@@ -32,7 +32,8 @@ def test_evaluation_tensorboard_and_a_sweep(
     node = board.field("BatchHost")
     assert found and f"ssh -N -L {found[1]}:127.0.0.1:{found[1]} -J login {node}" in board.text()
     board.wait_for("TensorBoard 2")  # its own line: it listens
-    sockets = cluster.do("ip", "netns", "exec", f"mlm-{node}", "ss", "-Hltn", f"sport = :{found[1]}")
+    inside = ["ip", "netns", "exec", cluster.namespace(node)]
+    sockets = cluster.do(*inside, "ss", "-Hltn", f"sport = :{found[1]}")
     assert f"127.0.0.1:{found[1]}" in sockets and len(sockets.splitlines()) == 1
     cluster.do("scancel", board.number)
     assert board.end() == "CANCELLED"
