@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 import traceback
+from typing import NoReturn
 
 from mlm_train import __version__
 from mlm_train.errors import PeerFailure, SharedUserError, UserError
@@ -47,9 +48,18 @@ SUMMARY = {
 }
 
 
-def build_parser(chosen: str | None) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with options in one line, as every other mistake is said."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        _say(f"{message}; see `{self.prog} --help`")
+        raise SystemExit(2)
+
+
+def build_parser(chosen: str | None) -> Parser:
     """The parser; only the chosen command's arguments are added."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlm-train",
         description="Distributed pretraining of MemoryLLM: feed-forward memory that can be looked up.",
         epilog="example:\n  mlm-train pretrain configs/micro.yaml train.steps=20\n\n"
@@ -75,10 +85,11 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def _parsed(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+def _parsed(parser: Parser, argv: list[str]) -> argparse.Namespace:
     """The arguments; overrides of a config may stand after options too, where argparse leaves them."""
     args, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.prog += f" {args.command}"
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest

@@ -27,10 +27,11 @@ from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime
 from mlm_train.parallel.stacks import flight_record, write_evidence
 from mlm_train.tol.format import Source, TolIndex, write_index
-from mlm_train.tol.partition import RowShape, write_partition
+from mlm_train.tol.partition import RowShape
 from mlm_train.tol.place import Folder
 from mlm_train.tol.store import TolSource
 from tests.commands import ROOT, TINY, listening, mlm_train, refused, start
+from tests.partitions import write_partition
 from tests.tol.conftest import random_model
 
 SECRET = "tok-5ecretc4nary"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_train.arguments import add_action
+from mlm_train.sizes import size
 
 if TYPE_CHECKING:
     from mlm_train.data.prepare import Progress
@@ -67,7 +68,7 @@ def _add_collect(parser: argparse.ArgumentParser) -> None:
         help="folders of .py .md .rst .txt files (default: Python's standard library)",
     )
     parser.add_argument(
-        "--max-bytes", type=_bytes, default="40MB", metavar="SIZE", help="text kept at most (default 40MB)"
+        "--max-bytes", type=size, default="40MB", metavar="SIZE", help="text kept at most (default 40MB)"
     )
     parser.add_argument(
         "--validation-fraction",
@@ -213,18 +214,6 @@ def _progress_bar() -> "Iterator[Progress]":
         yield advance
         for task in bar.tasks:  # shares of bytes may add up to a hair less than the whole
             bar.update(task.id, completed=task.total)
-
-
-def _bytes(text: str) -> int:
-    from pydantic import ByteSize, TypeAdapter, ValidationError
-
-    try:
-        size = int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 40MB or 500000") from None
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be at least one byte")
-    return size
 
 
 def _positive(text: str) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mlm_train.arguments import MODEL_KINDS, add_action
 from mlm_train.errors import UserError
 from mlm_train.ownership import started_again
+from mlm_train.sizes import in_units, size
 from mlm_train.tol.fetch_command import add_fetch, run_fetch
 from mlm_train.tol.inspect_command import add_inspect, run_inspect
 from mlm_train.tol.options import add_storage_arguments, storage_of
@@ -139,7 +140,7 @@ def _add_allocate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", metavar="TOL", help="a table in a plain type, from `tol build`")
     parser.add_argument("--model", metavar="MODEL", required=True, help=f"its model: {MODEL_KINDS}")
     parser.add_argument("--data", metavar="DIR", required=True, help="folder of `data prepare`")
-    parser.add_argument("--budget", metavar="SIZE", help="bytes of the whole table, such as 1.5GB")
+    parser.add_argument("--budget", type=size, metavar="SIZE", help="bytes of the whole table, such as 1.5GB")
     parser.add_argument("--tolerance", metavar="P%", help="the smallest table whose perplexity grows no more")
     parser.add_argument("--output", metavar="FILE", required=True, help="JSON for `compress --allocation`")
     parser.add_argument("--plot", metavar="FILE", help="a PNG of sizes and perplexities")
@@ -249,9 +250,10 @@ def describe(index: "TolIndex") -> str:
         how += f", rank {min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else f", rank {ranks[0]}"
     known = [error for error in index.errors or () if error is not None]
     lost = f", relative error {min(known):.2e} to {max(known):.2e} a layer" if known else ""
+    layers = f"{len(index.layers)} layer" + "s" * (len(index.layers) != 1)
     return (
-        f"{index.vocab_size} rows of {len(index.layers)} layers x {index.hidden_size} in {how}, "
-        f"{index.bytes / 1e9:.3f} GB in {len(index.partitions)} partitions{lost}"
+        f"{index.vocab_size} rows of {layers} x {index.hidden_size} in {how}, "
+        f"{in_units(index.bytes)} in {len(index.partitions)} partitions{lost}"
     )
 
 

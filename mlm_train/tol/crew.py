@@ -1,5 +1,7 @@
 """The workers of a build, on as many nodes as there are: who is idle, who has died, what they were doing."""
 
+import sys
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +10,7 @@ from mlm_train.tol.cluster import check_ray
 from mlm_train.tol.worker import Job, Worker
 
 POLL = 0.5  # seconds
+PATIENCE = 30.0  # seconds that workers may take to start before it is said
 ATTEMPTS = 4  # workers that may die over one task
 _STARTS = 4  # of each worker, on the average, after which one must have come up
 
@@ -35,18 +38,21 @@ class Crew:
         import ray
 
         self.job = job
+        self._kinds = ("CPU", "GPU") if gpus else ("CPU",)
         # An actor that is given up must not come back: its partition is made anew, under another name.
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
         self._class = ray.remote(**options)(Worker)
         self._busy: dict[Any, Member] = {}
         self._starts_left = self._patience = _STARTS * size
-        self.idle: list[Member] = []
+        self.size, self.idle = size, list[Member]()
+        self._told = False
         for _ in range(size):
             self._hire()
 
     def _hire(self) -> None:
         member = Member(self._class.remote(self.job))
         self._busy[member.actor.ready.remote()] = member
+        self._hired = time.monotonic()
 
     def do(self, member: Member, task: Any, method: str, *args: Any) -> None:
         """Have an idle member do something; `finished` says when, with `task`."""
@@ -62,6 +68,7 @@ class Crew:
         ended = []
         ready, _ = ray.wait(list(self._busy), timeout=POLL)
         check_ray()
+        self._tell_who_waits()
         for reference in ready:
             member = self._busy.pop(reference)
             task, member.task = member.task, None
@@ -93,6 +100,22 @@ class Crew:
                 f"workers die as they start ({death}); give them memory, and every node this program"
             )
         self._hire()
+
+    def _tell_who_waits(self) -> None:
+        """Once: Ray itself waits without a word for a place that may never be free. Others work meanwhile."""
+        import ray
+
+        waiting = sum(member.task is None for member in self._busy.values())
+        if self._told or not waiting or time.monotonic() - self._hired < PATIENCE:
+            return
+        self._told = True
+        free, all_of_them = ray.available_resources(), ray.cluster_resources()
+        of_each = [f"{free.get(kind, 0):g} of {all_of_them.get(kind, 0):g} {kind}s" for kind in self._kinds]
+        print(
+            f"{waiting} of {self.size} workers have not started: they wait for a place "
+            f"(free in Ray: {', '.join(of_each)}), or for a slow disk",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
 
     def dismiss(self) -> None:
         """End all workers at once."""

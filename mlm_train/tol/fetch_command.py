@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from mlm_train.arguments import add_action
+from mlm_train.sizes import in_units
 
 if TYPE_CHECKING:
     from mlm_train.arguments import Actions
@@ -33,6 +34,6 @@ def run_fetch(args: argparse.Namespace) -> int:
     index = fetch_tol(args.source, args.folder)
     print(
         f"{args.folder}: {index.vocab_size} rows in {len(index.partitions)} partitions, "
-        f"{index.bytes / 1e9:.3f} GB, as at {shown(args.source)}"
+        f"{in_units(index.bytes)}, as at {shown(args.source)}"
     )
     return 0

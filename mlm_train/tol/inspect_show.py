@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlm_train.files import writing
+from mlm_train.sizes import in_units
 from mlm_train.tol.inspect import Inspection, Layer, Scored
 
 if TYPE_CHECKING:
@@ -35,10 +36,10 @@ def _summary(found: Inspection) -> Iterator[str]:
         f"{found.table}: {found.vocab_size:,} rows of {len(found.layers)} of {found.num_layers} layers "
         f"x {found.hidden_size}"
     )
-    yield f"{_size(sizes.bytes)}, {sizes.row:,} bytes a row; headers {_size(sizes.other)}"
-    yield f"{sizes.bytes / sizes.bfloat16:.3f} of all layers in bfloat16 ({_size(sizes.bfloat16)})"
+    yield f"{in_units(sizes.bytes)}, {sizes.row:,} bytes a row; headers {in_units(sizes.other)}"
+    yield f"{sizes.bytes / sizes.bfloat16:.3f} of all layers in bfloat16 ({in_units(sizes.bfloat16)})"
     if sizes.ffn_m is not None:
-        yield f"{sizes.bytes / sizes.ffn_m:.2f} x FFN-M's weights in bfloat16 ({_size(sizes.ffn_m)})"
+        yield f"{sizes.bytes / sizes.ffn_m:.2f} x FFN-M's weights in bfloat16 ({in_units(sizes.ffn_m)})"
 
 
 def _stored(layers: Sequence[Layer]) -> Table:
@@ -50,7 +51,7 @@ def _stored(layers: Sequence[Layer]) -> Table:
             _or_dash(one.group_size),
             _or_dash(one.rank),
             f"{one.row_bytes:,}",
-            _size(one.bytes),
+            in_units(one.bytes),
             "-" if one.error is None else f"{one.error:.2e}",
         )
     return table
@@ -99,16 +100,6 @@ def _table(*headings: str) -> Table:
 
 def _or_dash(number: int | None) -> str:
     return "-" if number is None else str(number)
-
-
-def _size(size: int) -> str:
-    """Bytes in the largest decimal unit that leaves one or more."""
-    value, unit = float(size), "bytes"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{size:,} bytes" if unit == "bytes" else f"{value:.2f} {unit}"
 
 
 def plot(found: Inspection, file: Path) -> None:

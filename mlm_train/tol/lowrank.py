@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from mlm_train.errors import UserError
+from mlm_train.sizes import in_units
 from mlm_train.tol.codec import ALIGNMENT, TORCH_DTYPE, Scheme
 from mlm_train.tol.crew import ATTEMPTS, Crew, WorkerDied
 from mlm_train.tol.format import BASIS_ITEM, File, file_of
@@ -70,9 +71,10 @@ def lay_out(plan: Plan, spectra: Sequence[Spectrum]) -> Layout:
         if excess <= 0:
             return layout
         room -= excess
+    least = table_bytes(plan, _layout(plan, {plan.layers[0]: rank_step(storage)}))
     raise UserError(
-        f"a budget of {storage.budget / 1e9:.3f} GB holds no layer of {plan.vocab_size} rows; give more, or "
-        "fewer bytes a number (--dtype int4)"
+        f"a budget of {in_units(storage.budget)} holds no layer: {in_units(least)} is the least in "
+        f"{storage.dtype} and {plan.partitions} partitions; give more"
     )
 
 
@@ -81,12 +83,17 @@ def _within(plan: Plan, spectra: Sequence[Spectrum], room: float) -> Layout | No
     number = bytes_of_a_number(storage)
     cost = plan.vocab_size * number + hidden * BASIS_ITEM
     ranks = choose_ranks(spectra, room, cost, step=rank_step(storage))
-    whole = break_even_rank(plan.vocab_size, hidden, number, number, BASIS_ITEM)
-    kept = [(layer, rank) for layer, rank in zip(plan.layers, ranks, strict=True) if rank]
-    if not kept:
-        return None
-    schemes = [storage.scheme(None if rank >= min(whole, hidden) else rank) for _, rank in kept]
-    return Layout(hidden_size=hidden, layers=[layer for layer, _ in kept], schemes=schemes)
+    kept = {layer: rank for layer, rank in zip(plan.layers, ranks, strict=True) if rank}
+    return _layout(plan, kept) if kept else None
+
+
+def _layout(plan: Plan, ranks: dict[int, int]) -> Layout:
+    """Layers and their ranks; a rank that saves nothing is none."""
+    number = bytes_of_a_number(plan.storage)
+    whole = break_even_rank(plan.vocab_size, plan.hidden_size, number, number, BASIS_ITEM)
+    cut = [rank if rank < min(whole, plan.hidden_size) else None for rank in ranks.values()]
+    schemes = [plan.storage.scheme(rank) for rank in cut]
+    return Layout(hidden_size=plan.hidden_size, layers=list(ranks), schemes=schemes)
 
 
 def bytes_of_a_number(storage: Storage | Scheme) -> float:

@@ -2,17 +2,14 @@
 
 import argparse
 import json
-import re
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from mlm_train.errors import UserError
+from mlm_train.sizes import size
 from mlm_train.tol.codec import GROUP, LEVELS, TORCH_DTYPE, Record, Scheme
 from mlm_train.tol.state import Storage
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 class Allocation(Record):
@@ -43,6 +40,7 @@ def add_storage_arguments(parser: argparse.ArgumentParser, default: str | None) 
     parser.add_argument("--rank", type=int, metavar="R", help="cut every layer to rank R")
     parser.add_argument(
         "--budget",
+        type=size,
         metavar="SIZE",
         help="bytes of the whole table, such as 3.2GB: each layer gets its own rank",
     )
@@ -77,16 +75,8 @@ def storage_of(args: argparse.Namespace, layers: list[int], hidden: int) -> Stor
         symmetric=not args.asymmetric,
         layers=kept,
         rank=args.rank,
-        budget=None if args.budget is None else size_of(args.budget, "--budget"),
+        budget=args.budget,
     )
-
-
-def size_of(text: str, option: str) -> int:
-    """Bytes of a size such as 3.2GB or 512MiB."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if not found or found[2].upper() not in _UNITS:
-        raise UserError(f"{option} {text}: give a size such as 3.2GB or 512MiB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def _dropped(text: str, layers: list[int]) -> set[int]:

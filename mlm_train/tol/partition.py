@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -19,9 +18,8 @@ from torch import Tensor
 
 from mlm_train.files import listed
 from mlm_train.tol.codec import TORCH_DTYPE
-from mlm_train.tol.disk import Stream, UncachedFile, buffers
+from mlm_train.tol.disk import UncachedFile
 from mlm_train.tol.format import INDEX, Partition, TolIndex
-from mlm_train.tol.place import Folder
 
 ALIGNMENT = 4096
 _HASHED_AT_ONCE = 2**20  # bytes
@@ -108,27 +106,6 @@ def hash_draft(draft: Path, file: str, rows: tuple[int, int]) -> Partition:
             digest.update(view[:count])
             size += count
     return Partition(file=file, rows=rows, bytes=size, sha256=digest.hexdigest())
-
-
-def write_partition(
-    path: Path, rows: tuple[int, int], shape: RowShape, chunks: Sequence[Tensor]
-) -> Partition:
-    """Write `chunks` of rows, [n, ...] of any type, one after another, as one partition."""
-    place, count = Folder(path.parent), rows[1] - rows[0]
-    header = shape.header(count)
-    draft = place.draft(path.name, shape.file_bytes(count), header)
-    try:
-        room = buffers(max(map(len, chunks)), shape.size)
-        with Stream(place.sink(draft, header), header, room) as stream:
-            for chunk in chunks:
-                stream.rows(len(chunk)).copy_(chunk.contiguous().view(torch.uint8).flatten(1))
-                stream.put(len(chunk))
-            digest = stream.finish()
-        place.name_draft(draft, path.name, stream.bytes)
-        return Partition(file=path.name, rows=rows, bytes=stream.bytes, sha256=digest)
-    except BaseException:
-        place.remove(draft)
-        raise
 
 
 def map_partition(folder: Path, index: TolIndex, partition: Partition) -> Tensor:

@@ -21,6 +21,7 @@ import numpy as np
 from mlm_train.errors import UserError
 from mlm_train.files import draft_of, listed, replace_file, sha256_of, sync, writing
 from mlm_train.ownership import owned
+from mlm_train.sizes import in_units
 from mlm_train.tol.disk import FileSink, Sink
 
 DRAFTS = ".*.part"  # glob of files that do not have their name yet
@@ -171,7 +172,7 @@ def check_space(place: Place, needed: int) -> None:
     free = place.free()
     if free is not None and free < needed:
         raise UserError(
-            f"{place} needs {needed / 1e9:.2f} GB and has {free / 1e9:.2f} GB free; choose another folder"
+            f"{place} needs {in_units(needed)} and has {in_units(free)} free; choose another folder"
         )
 
 

@@ -13,6 +13,7 @@ from rich.table import Table as Columns
 from mlm_train.errors import UserError
 from mlm_train.evaluate.scorer import Scorer
 from mlm_train.files import write_json, writing
+from mlm_train.sizes import in_units
 from mlm_train.tol.allocate import (
     Choice,
     Mix,
@@ -27,7 +28,6 @@ from mlm_train.tol.allocate import (
 )
 from mlm_train.tol.codec import GROUP, Scheme
 from mlm_train.tol.format import check_fits
-from mlm_train.tol.options import size_of
 from mlm_train.tol.table import Table
 
 
@@ -105,17 +105,18 @@ def allocate(args: argparse.Namespace) -> int:
     if (args.budget is None) == (args.tolerance is None):
         raise UserError("give --budget or --tolerance")
     tolerance = None if args.tolerance is None else _fraction(args.tolerance)
-    budget = None if args.budget is None else size_of(args.budget, "--budget")
     table = Table.open_folder(args.table)
     if table.index.encodings is not None:
         raise UserError(f"{args.table} is compressed already; give the table that `tol build` wrote")
     console = Console(stderr=True)
     study = Study(args, table, console)
-    mix = study.smallest(tolerance) if tolerance is not None else within(study.front, budget or 0)
+    mix = study.smallest(tolerance) if tolerance is not None else within(study.front, args.budget)
     layout = None if mix is None else layout_of(study.table, study.options, mix.picks)
     if mix is None or layout is None:
         least = min(one.bytes for one in study.front if one.bytes)
-        raise UserError(f"--budget {args.budget} holds no layer; the smallest mix takes {least / 1e6:.2f} MB")
+        raise UserError(
+            f"--budget {in_units(args.budget)} holds no layer; the smallest mix takes {in_units(least)}"
+        )
     measured = _measured(study, mix)
     tree = {
         "layers": layout.layers,

@@ -13,9 +13,10 @@ from mlm_train.checkpoint.hf_folder import fingerprint, write_folder
 from mlm_train.cli import main
 from mlm_train.model.logical import named_pieces
 from mlm_train.tol.format import Source, TolIndex, write_index
-from mlm_train.tol.partition import RowShape, write_partition
+from mlm_train.tol.partition import RowShape
 from mlm_train.tol.place import Folder
 from tests.inference.test_decode import random_model
+from tests.partitions import write_partition
 
 
 @pytest.fixture

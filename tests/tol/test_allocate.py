@@ -175,7 +175,7 @@ def test_bad_input(trained: tuple[Path, Path], data: Path, tmp_path: Path) -> No
     )
     assert "give --budget or --tolerance" in refused(*words)
     assert "--tolerance much: give a share" in refused(*words, "--tolerance", "much")
-    assert "--budget 10 holds no layer; the smallest mix takes" in refused(*words, "--budget", 10)
+    assert "--budget 10 bytes holds no layer; the smallest mix takes" in refused(*words, "--budget", 10)
     mlm_train("tol", "compress", table, "--output", tmp_path / "int8", "--dtype", "int8")
     again = ("tol", "allocate", tmp_path / "int8", *words[3:], "--budget", "1MB")
     assert "is compressed already" in refused(*again)

@@ -102,7 +102,7 @@ def test_a_budget_is_kept_and_used_where_it_counts(ray: None, tmp_path: Path) ->
         assert 0.75 * budget <= size <= budget
         ranks = dict(zip(index.layers, index.rank or [], strict=True))
         assert all(ranks.get(1, 0) <= min(16, ranks.get(layer, 32)) for layer in (0, 2))
-    with pytest.raises(UserError, match="holds no layer of 601 rows; give more"):
+    with pytest.raises(UserError, match=r"holds no layer: .* is the least in .*; give more"):
         build(source, tmp_path / "none", Storage(dtype="float16", budget=3_000))
     assert not (tmp_path / "none" / INDEX).exists()
 
@@ -213,7 +213,7 @@ def test_bad_words(tables: dict[str, Path], exported: Path, tmp_path: Path) -> N
         ("--dtype", "int8", "--group-size", 0): "--group-size 0: give 1 or more",
         ("--dtype", "int8", "--rank", 33): "--rank 33: give 1 to 32 (hidden_size)",
         ("--dtype", "int8", "--rank", 3, "--budget", "1MB"): "give --rank or --budget",
-        ("--dtype", "int8", "--budget", "much"): "--budget much: give a size such as",
+        ("--dtype", "int8", "--budget", "much"): "argument --budget: 'much' is not a size such as 40MB",
         ("--dtype", "int8", "--drop", "5"): "--drop 5: there is no layer 5; those there are: [0, 1, 2]",
         ("--dtype", "int8", "--drop", "0-2"): "--drop 0-2 leaves no layer",
         ("--dtype", "int8", "--drop", "x"): "--drop x: give layers such as",

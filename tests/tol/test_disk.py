@@ -11,8 +11,9 @@ import torch
 from mlm_train.files import sha256_of
 from mlm_train.tol import disk
 from mlm_train.tol.disk import BLOCK, FileSink, Stream, UncachedFile, buffers
-from mlm_train.tol.partition import ALIGNMENT, RowShape, write_partition
+from mlm_train.tol.partition import ALIGNMENT, RowShape
 from mlm_train.tol.place import Folder
+from tests.partitions import write_partition
 
 MIB = 2**20
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from mlm_train.tol.format import BASIS, INDEX
 from mlm_train.tol.partition import Draft
 from mlm_train.tol.pieces import Pieces
 from mlm_train.tol.place import Folder
+from mlm_train.tol.progress import ByteProgress
 from mlm_train.tol.state import STATE, Layout, State, Storage
 from tests.commands import ROOT, start
 from tests.tol.conftest import end, export, random_model
@@ -284,6 +286,39 @@ def test_workers_that_never_start(source: Path, ray: None, tmp_path: Path) -> No
         while True:
             crew.finished()
     crew.dismiss()
+
+
+def test_workers_without_a_place_are_told_once(
+    source: Path,
+    ray: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("mlm_train.tol.crew.PATIENCE", 0.0)
+    crew = Crew(build_of(source, tmp_path, GROUPS).job, 3, 1)
+    try:
+        while len(crew.idle) < 2:
+            crew.finished()
+        crew.finished()
+    finally:
+        crew.dismiss()
+    told = capsys.readouterr().err
+    assert re.fullmatch(r"[123] of 3 workers have not started: .*free in Ray: \d of 2 CPUs.*\n", told), told
+
+
+def test_a_log_has_lines_with_the_remaining_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter((100.0, 130.0, 161.0, 170.0, 222.0))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    with ByteProgress("rows", 10_000_000_000) as progress:
+        for done in (4_000_000_000, 4_100_000_000, 5_000_000_000, 5_100_000_000, 7_050_000_000):
+            progress.show(done)
+    assert capsys.readouterr().err.splitlines() == [
+        "rows: 5.00 GB of 10.00 GB, 16.39 MB/s, 0:05:05 left",
+        "rows: 7.05 GB of 10.00 GB, 25.00 MB/s, 0:01:58 left",
+    ]
 
 
 def flip(path: Path) -> None:

@@ -16,11 +16,12 @@ from mlm_train.tol.build import Build
 from mlm_train.tol.codec import TORCH_DTYPE
 from mlm_train.tol.format import INDEX, Source, TolIndex, write_index
 from mlm_train.tol.inspect import Inspection, Scored, inspect_tol
-from mlm_train.tol.partition import RowShape, write_partition
+from mlm_train.tol.partition import RowShape
 from mlm_train.tol.place import Folder
 from mlm_train.tol.state import Storage
 from mlm_train.tol.table import Table
 from tests.commands import mlm_train, refused
+from tests.partitions import write_partition
 from tests.tol.conftest import export, random_model
 
 

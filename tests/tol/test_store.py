@@ -12,9 +12,10 @@ from mlm_train.errors import UserError
 from mlm_train.memory import make_source
 from mlm_train.model.transformer import Transformer
 from mlm_train.tol.format import INDEX, read_index, write_index
-from mlm_train.tol.partition import RowShape, write_partition
+from mlm_train.tol.partition import RowShape
 from mlm_train.tol.place import Folder
 from mlm_train.tol.store import TolSource
+from tests.partitions import write_partition
 from tests.tol.conftest import random_model
 
 IDS = torch.arange(120).view(4, 30) ** 2 % 601
