@@ -37,9 +37,7 @@ class ByteProgress:
         )
         self._task = self._progress.add_task(what, total=total)
         self._what, self._total = what, total
-        self._first: tuple[float, int] | None = (
-            None  # when, and what was there already
-        )
+        self._first: tuple[float, int] | None = None  # when, and what was there already
         self._line = 0.0
 
     def __enter__(self) -> Self:
