@@ -22,6 +22,7 @@ from mlm_train.tol.place import Folder, Place, refuse_url
 INDEX = "tol.index.json"
 BASIS = "basis.safetensors"
 BASIS_ITEM = 2  # bytes of a basis' number, float16
+_NO_DIGEST = "0" * 64
 REBUILD = "build it again with `mlm-train tol build`"
 
 
@@ -99,6 +100,8 @@ class TolIndex(Record):
             self._check_plain()
         else:
             self._check_encodings(self.encodings)
+        if self.errors is not None and len(self.errors) != len(kept):
+            raise ValueError(f"{len(self.errors)} errors are given for {len(kept)} layers")
         self._check_coverage()
         return self
 
@@ -196,18 +199,29 @@ def index_at(place: Place) -> TolIndex:
 def parse_index(data: bytes | None, file: str) -> TolIndex:
     """What the file INDEX holds; None: it is not there."""
     tree = parse_json(data, file, REBUILD)
+    digest = tree.pop("digest", None)
     try:
-        return TolIndex.model_validate(tree)
+        index = TolIndex.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{file}: {where + ': ' if where else ''}{reason}; {REBUILD}") from None
+    if digest is not None and digest != _digest(data or b"", str(digest)):
+        raise UserError(f"{file} is damaged, or was changed by hand: its digest is another; {REBUILD}")
+    return index
 
 
 def write_index(place: Place, index: TolIndex) -> None:
     """Make a place a ToL: call it when every partition is there."""
-    place.write(INDEX, (json.dumps(index.model_dump(mode="json"), indent=2) + "\n").encode())
+    tree = index.model_dump(mode="json") | {"digest": _NO_DIGEST}
+    data = (json.dumps(tree, indent=2) + "\n").encode()
+    place.write(INDEX, data.replace(_NO_DIGEST.encode(), _digest(data, _NO_DIGEST).encode()))
+
+
+def _digest(index: bytes, digest: str) -> str:
+    """SHA-256 of the index's bytes with zeros for the digest in them."""
+    return hashlib.sha256(index.replace(digest.encode(), _NO_DIGEST.encode())).hexdigest()
 
 
 def check_fits(folder: Path, index: TolIndex, config: ModelConfig) -> None:

@@ -184,5 +184,5 @@ def test_bad_input(
         build_tol(exported, tmp_path / "used")
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100))
-    with pytest.raises(UserError, match="GB free"):
+    with pytest.raises(UserError, match=r"148\.16 kB and has 100 bytes free"):
         build_tol(exported, tmp_path / "full")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mlm_train.tol import codec
 from mlm_train.tol.codec import LEVELS, Encoding, NotFinite, Scheme, decode, layout
+from tests.commands import ROOT
 
 HIDDEN = 75  # odd, and no multiple of a group
 SCHEMES = [
@@ -80,6 +81,37 @@ def test_layers_of_a_row_lie_where_the_format_says() -> None:
         for row, found in zip(rows, values.double().tolist(), strict=True):
             true = [float(value) for value in read_by_hand(row.numpy().tobytes(), encoding, HIDDEN)]
             assert np.allclose(found, true, rtol=1e-6, atol=0.0)
+
+
+def test_the_example_of_the_page() -> None:
+    """Our codec writes its bytes and reads its numbers, and so does the reader by hand."""
+    page = (ROOT / "docs/tol-format.md").read_text().partition("### An example")[2]
+    stored, held = ("".join(block) for block in _blocks(page)[:2])
+    row = bytes.fromhex(stored)
+    layers = [[float(word) for word in line.split()] for line in held.strip().splitlines()]
+    schemes = [
+        Scheme(dtype="int4", group_size=4, symmetric=False),
+        Scheme(dtype="int8", group_size=4),
+        Scheme(dtype="bfloat16", rank=2),
+    ]
+    encodings = layout(schemes, 6)
+    assert [(e.scales, e.zeros, e.codes) for e in encodings] == [(0, 4, 6), (16, None, 20), (None, None, 32)]
+    rows = torch.tensor([list(row)], dtype=torch.uint8)
+    for encoding, layer in zip(encodings, layers, strict=True):
+        assert decode(encoding, rows, 6)[0].tolist() == layer
+        assert [float(value) for value in read_by_hand(row, encoding, 6)] == layer
+    given = [[0.5, 1.5, -0.25, 1.0, 3.0, -1.0], [0.75, -1.27, 0.01, 0.3, -2.0, 1.0], [1.5, -0.25]]
+    parts = []
+    for scheme, values in zip(schemes, given, strict=True):
+        parts.append(torch.empty(1, scheme.bytes(6), dtype=torch.uint8))
+        codec.encode(scheme, torch.tensor([values]), parts[-1])
+    assert bytes(torch.cat(parts, 1)[0].tolist()) == row
+
+
+def _blocks(page: str) -> list[list[str]]:
+    """The indented blocks of a Markdown text."""
+    groups = itertools.groupby(page.splitlines(keepends=True), lambda line: line.startswith("    "))
+    return [list(lines) for indented, lines in groups if indented]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: f"{scheme.dtype}-{scheme.symmetric}")

@@ -57,11 +57,12 @@ def test_wrong_or_damaged_tables(model: Transformer, tables: dict[str, Path], tm
     ):
         with pytest.raises(UserError, match=message):
             TolSource.open_folder(folder, random_model(**fields).config)
-    tree = json.loads((folder / INDEX).read_text())
-    (folder / INDEX).write_text(json.dumps(tree | {"dtype": "bfloat16"}))
+    whole = (folder / INDEX).read_text()
+    tree = json.loads(whole)
+    (folder / INDEX).write_text(json.dumps(tree | {"dtype": "bfloat16", "digest": None}))
     with pytest.raises(UserError, match=r"holds \[50, 3, 32\] F32, not \[50, 3, 32\] BF16"):
         TolSource.open_folder(folder, model.config)
-    (folder / INDEX).write_text(json.dumps(tree))
+    (folder / INDEX).write_text(whole)
     file = folder / tree["partitions"][3]["file"]
     file.write_bytes(file.read_bytes()[:-2])
     with pytest.raises(UserError, match=file.name):

@@ -336,7 +336,7 @@ def test_fetch_refuses(tables: dict[str, Path], tmp_path: Path, monkeypatch: pyt
     with pytest.raises(UserError, match="is a URL; copy the table first"):
         fetch_tol(table, "s3://bucket/x")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("usage", (), {"free": 100}))
-    with pytest.raises(UserError, match="GB free"):
+    with pytest.raises(UserError, match=r"144\.06 kB and has 100 bytes free"):
         fetch_tol(table, tmp_path / "full")
 
 

@@ -1,6 +1,7 @@
 """Verification: whole tables pass, every damage is named."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 
 from mlm_train.cli import main
 from mlm_train.errors import UserError
-from mlm_train.tol.format import INDEX, read_index
+from mlm_train.tol.format import INDEX, parse_index, read_index
 from mlm_train.tol.verify import verify_tol
 from tests.tol.conftest import export, random_model
 
@@ -94,6 +95,10 @@ def rewrite(table: Path, **fields: Any) -> None:
         ({"vocab_size": 700}, r"rows \[601, 700\) are in no partition"),
         ({"partitions": []}, "are in no partition"),
         ({"surprise": 1}, "surprise"),
+        ({"errors": [0.1]}, "1 errors are given for 3 layers"),
+        ({"hidden_size": 31}, "its digest is another"),
+        ({"layers": [0, 1, 2], "num_layers": 4}, "its digest is another"),
+        ({"digest": 5}, "its digest is another"),
     ],
 )
 def test_bad_index(table: Path, fields: dict[str, Any], message: str) -> None:
@@ -101,6 +106,16 @@ def test_bad_index(table: Path, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         verify_tol(table)
     assert "\n" not in str(caught.value)
+
+
+def test_any_flipped_bit_of_the_index_is_found(table: Path) -> None:
+    whole = (table / INDEX).read_bytes()
+    assert parse_index(whole, "index") == read_index(table)
+    for place in range(len(whole)):
+        data = bytearray(whole)
+        data[place] ^= 1 << random.randrange(8)
+        with pytest.raises(UserError, match="index"):
+            parse_index(bytes(data), "index")
 
 
 @pytest.mark.parametrize("name", ["../rows", "/etc/passwd", "a/b", "..", ""])
