@@ -23,7 +23,12 @@ def sha256_of(path: Path) -> str:
 
 def is_plain_name(name: object) -> bool:
     """Whether it names a file of one folder, whatever the system: no path, no `..`."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and name not in ("", ".", "..")
+        and not set(name) & set("/\\\0")
+    )
 
 
 def listed(folder: Path, name: object, index: str, around: Path | None = None) -> Path:

@@ -16,6 +16,7 @@ from mlm_train.tol.codec import TORCH_DTYPE, PlainDtype
 from mlm_train.tol.crew import Crew
 from mlm_train.tol.format import (
     INDEX,
+    STATE,
     Partition,
     TolIndex,
     index_at,
@@ -30,7 +31,6 @@ from mlm_train.tol.place import Place, check_space, place_of, remove_drafts
 from mlm_train.tol.progress import ByteProgress
 from mlm_train.tol.shared import Weights, shared_weights
 from mlm_train.tol.state import (
-    STATE,
     Layout,
     Plan,
     State,
@@ -39,7 +39,7 @@ from mlm_train.tol.state import (
     is_whole,
     remove_spectra,
 )
-from mlm_train.tol.table import write_bases
+from mlm_train.tol.table import check_rows, write_bases
 from mlm_train.tol.worker import Job
 
 CHUNK_ROWS = 2048
@@ -119,6 +119,7 @@ class Build:
             if state.layout is not None:
                 check_space(self.place, sum(map(state.bytes, state.missing)))
             if state.layout is None or state.missing:
+                self._check_source(state, workers)
                 self._work(state, workers, ray_address, lambda state: state.save(self.place))
             return self._commit(state)
 
@@ -146,7 +147,9 @@ class Build:
         with self.place.held("being built"):
             index = index_at(self.place)
             if index.basis is not None and not is_whole(self.place, index.basis):
-                raise UserError(f"{self.place.at(index.basis.file)} is damaged: build the table again")
+                raise UserError(
+                    f"{self.place.at(index.basis.file)} is damaged: build the table again into a new folder"
+                )
             layout = Layout(
                 hidden_size=index.hidden_size, layers=index.layers, schemes=schemes_of(index.fields)
             )
@@ -157,6 +160,7 @@ class Build:
             }
             state = State(plan=self.plan, layout=layout, basis=index.basis, done=dict(whole))
             if state.missing:
+                self._check_source(state, workers)
                 # No state is kept: what a repair has made before it was killed is whole.
                 self._work(state, workers, ray_address, lambda _: None)
             partitions = [state.done[number] for number in range(self.plan.partitions)]
@@ -196,6 +200,12 @@ class Build:
         if ours != [(partition.file, partition.rows) for partition in index.partitions]:
             raise UserError(f"{output} was not cut by this program: build it again")
         return build
+
+    def _check_source(self, state: State, threads: int) -> None:
+        """That what will be compressed is whole; an export was hashed when it was opened."""
+        if self.job.table is not None:
+            rows = [(0, self.plan.vocab_size)] if state.layout is None else map(self.plan.rows, state.missing)
+            check_rows(self.job.table, rows, threads)
 
     def _work(self, state: State, workers: int, ray_address: str | None, committed: Committed) -> None:
         """All that needs Ray. committed: called after each partition."""

@@ -304,6 +304,6 @@ def _verify(args: argparse.Namespace) -> int:
             f"; {report.recomputed} rows recomputed, largest error {report.max_abs_error:.2e} "
             f"({report.max_rel_error:.2e} of the row's largest value)"
         )
-    verdict = "damaged: `tol build --repair` makes it whole" if report.damages else "whole"
+    verdict = f"damaged: {report.cure}" if report.damages else "whole"
     print(f"{args.folder}: {rows} rows in {len(report.index.partitions)} partitions, {verdict}{values}")
     return code

@@ -8,7 +8,7 @@ import torch
 
 from mlm_train.errors import UserError
 from mlm_train.tol.disk import Stream, buffers
-from mlm_train.tol.format import INDEX, File, TolIndex, parse_index
+from mlm_train.tol.format import FETCHED, INDEX, File, TolIndex, index_bytes, parse_index
 from mlm_train.tol.place import (
     BLOCK_BYTES,
     Files,
@@ -21,8 +21,6 @@ from mlm_train.tol.place import (
 )
 from mlm_train.tol.progress import ByteProgress
 from mlm_train.tol.state import is_whole
-
-FETCHED = "tol.fetch.json"  # the index of what is being copied, until all of it is there
 
 
 def fetch_tol(source: str | Path, folder: str | Path) -> TolIndex:
@@ -40,9 +38,8 @@ def fetch_tol(source: str | Path, folder: str | Path) -> TolIndex:
 
 def copy_table(origin: Files, target: Folder) -> TolIndex:
     """fetch_tol, from any process's view of a place."""
-    data = origin.read(INDEX)
+    data = index_bytes(origin)
     index = parse_index(data, origin.at(INDEX))
-    assert data is not None
     with target.held("being fetched"):
         _begin(target, data, origin)
         files: list[File] = [*([index.basis] if index.basis else []), *index.partitions]
@@ -52,7 +49,11 @@ def copy_table(origin: Files, target: Folder) -> TolIndex:
         done = sum(file.bytes for file in files) - needed
         with ByteProgress("fetch", index.bytes) as progress:
             for file in missing:
-                _copy(origin, target, file, lambda count: progress.show(done + count))  # noqa: B023
+                if not _copy(origin, target, file, lambda count: progress.show(done + count)):  # noqa: B023
+                    raise UserError(
+                        f"{origin.at(file.file)} is damaged: it is not what the index names; make "
+                        f"it again with {index.repair}, then fetch again: whole files are kept"
+                    )
                 done += file.bytes
         target.write(INDEX, data)
         target.remove(FETCHED)
@@ -70,26 +71,22 @@ def _begin(target: Folder, index: bytes, origin: Files) -> None:
     remove_drafts(target)
 
 
-def _copy(origin: Files, target: Folder, file: File, shown: Callable[[int], None]) -> None:
-    """Copy a file; `shown` takes the bytes of it that are there."""
+def _copy(origin: Files, target: Folder, file: File, shown: Callable[[int], None]) -> bool:
+    """Copy a file, if it is what it should be; `shown` takes the bytes of it that are there."""
     draft = target.draft(file.file, file.bytes)
     try:
         with Stream(target.sink(draft), b"", buffers(BLOCK_BYTES, 1)) as stream:
             for block in origin.blocks(file.file):
                 if stream.bytes + len(block) > file.bytes:
-                    break  # longer than it should be, which is told below
+                    break  # it grows, and its digest is another
                 room = stream.rows(len(block))
                 room[:, 0] = torch.frombuffer(bytearray(block), dtype=torch.uint8)
                 stream.put(len(block))
                 shown(stream.bytes)
             digest = stream.finish()
-        if digest != file.sha256:
-            raise UserError(
-                f"{origin.at(file.file)} is damaged: it is not what the index names; make it again with "
-                "`mlm-train tol build --repair`, then fetch again: whole files are kept"
-            )
-        target.name_draft(draft, file.file, file.bytes)
-    except BaseException:
+        if digest == file.sha256:
+            target.name_draft(draft, file.file, file.bytes)
+        return digest == file.sha256
+    finally:
         with contextlib.suppress(OSError):
             target.remove(draft)
-        raise

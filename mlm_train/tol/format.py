@@ -17,9 +17,11 @@ from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.files import is_plain_name
 from mlm_train.tol.codec import TORCH_DTYPE, Dtype, Encoding, PlainDtype, Record, Scheme
-from mlm_train.tol.place import Folder, Place, refuse_url
+from mlm_train.tol.place import Files, Folder, Place, refuse_url
 
 INDEX = "tol.index.json"
+STATE = "tol.build.json"  # of an unfinished build
+FETCHED = "tol.fetch.json"  # the index of what is being copied, until all of it is there
 BASIS = "basis.safetensors"
 BASIS_ITEM = 2  # bytes of a basis' number, float16
 _NO_DIGEST = "0" * 64
@@ -30,7 +32,7 @@ class File(Record):
     """A file of the folder, `bytes` bytes in all."""
 
     file: str
-    bytes: int
+    bytes: int = Field(ge=0, lt=2**63)
     sha256: str
 
     @field_validator("file")
@@ -65,8 +67,8 @@ class Source(Record):
     tool_version: str
     table: str | None = None
     compute: PlainDtype = "float32"
-    chunk_rows: int | None = None
-    threads: int = 1
+    chunk_rows: int | None = Field(default=None, ge=1)
+    threads: int = Field(default=1, ge=1)
 
 
 class TolIndex(Record):
@@ -115,6 +117,8 @@ class TolIndex(Record):
         spans = sorted(span for encoding in encodings for span in encoding.spans(self.hidden_size))
         if any(stop > start for (_, stop), (start, _) in itertools.pairwise(spans)):
             raise ValueError("fields of encodings lie over each other")
+        if spans[-1][1] > self.row_bytes:
+            raise ValueError("fields of encodings lie beyond the row")
         for field, value in summary(encodings).items():
             if getattr(self, field) != value:
                 raise ValueError(f"{field} is {getattr(self, field)}, and {value} in encodings")
@@ -149,6 +153,12 @@ class TolIndex(Record):
         return row_bytes(self.fields, self.hidden_size, self.encodings is None)
 
     @property
+    def repair(self) -> str:
+        """The command that makes damaged partitions again."""
+        made = "compress TABLE" if self.source.table else "build MODEL"
+        return f"`mlm-train tol {made} --output DIR --repair`"
+
+    @property
     def bytes(self) -> int:
         """Bytes of all its files, the index apart."""
         return sum(file.bytes for file in (*self.partitions, *([self.basis] if self.basis else ())))
@@ -164,7 +174,7 @@ def row_bytes(fields: list[Encoding], hidden: int, plain: bool) -> int:
     """Bytes of a row: to the end of its last layer, and where layers are encoded, of that one's padding."""
     if plain:
         return sum(sum(field.sizes(hidden)) for field in fields)
-    first = [field.spans(hidden)[0][0] for field in fields]
+    first = [min(field.spans(hidden))[0] for field in fields]
     return max(start + field.bytes(hidden) for start, field in zip(first, fields, strict=True))
 
 
@@ -193,11 +203,22 @@ def read_index(folder: str | Path) -> TolIndex:
 
 def index_at(place: Place) -> TolIndex:
     """The same of a folder or a URL."""
-    return parse_index(place.read(INDEX), place.at(INDEX))
+    return parse_index(index_bytes(place), place.at(INDEX))
 
 
-def parse_index(data: bytes | None, file: str) -> TolIndex:
-    """What the file INDEX holds; None: it is not there."""
+def index_bytes(place: Files) -> bytes:
+    """The file INDEX; UserError where there is none, which says whether the table is only unfinished."""
+    if (data := place.read(INDEX)) is not None:
+        return data
+    if place.read(STATE) is not None:
+        raise UserError(f"{place} is unfinished: run the command that began it again, and it goes on")
+    if place.read(FETCHED) is not None:
+        raise UserError(f"{place} is unfinished: run the same `mlm-train tol fetch` again, and it goes on")
+    raise UserError(f"{place.at(INDEX)} does not exist; give what `mlm-train tol build` has written")
+
+
+def parse_index(data: bytes, file: str) -> TolIndex:
+    """What the file INDEX holds."""
     tree = parse_json(data, file, REBUILD)
     digest = tree.pop("digest", None)
     try:
@@ -207,7 +228,7 @@ def parse_index(data: bytes | None, file: str) -> TolIndex:
         where = ".".join(str(part) for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{file}: {where + ': ' if where else ''}{reason}; {REBUILD}") from None
-    if digest is not None and digest != _digest(data or b"", str(digest)):
+    if digest is not None and digest != _digest(data, str(digest)):
         raise UserError(f"{file} is damaged, or was changed by hand: its digest is another; {REBUILD}")
     return index
 

@@ -10,11 +10,10 @@ from mlm_train.checkpoint.manifest import SEAL, seal_of
 from mlm_train.errors import UserError
 from mlm_train.files import json_text
 from mlm_train.tol.codec import TORCH_DTYPE, Dtype, Encoding, PlainDtype, Record, Scheme, layout
-from mlm_train.tol.format import BASIS, File, Partition, plain_fields, row_bytes
+from mlm_train.tol.format import BASIS, STATE, File, Partition, plain_fields, row_bytes
 from mlm_train.tol.partition import RowShape
 from mlm_train.tol.place import Place, refuse_used, remove_drafts, remove_matching, sha256_at
 
-STATE = "tol.build.json"
 SPECTRA = ".spectrum-{}.safetensors"  # of a layer, which an unfinished build keeps
 
 

@@ -1,6 +1,7 @@
 """A ToL folder, opened for reading: rows as they are stored, and the numbers in them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
@@ -10,11 +11,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mlm_train.errors import UserError
-from mlm_train.files import listed
+from mlm_train.files import listed, sha256_of
 from mlm_train.tol.codec import decode
 from mlm_train.tol.format import BASIS, INDEX, REBUILD, File, TolIndex, file_of, read_index
 from mlm_train.tol.partition import map_partition
 from mlm_train.tol.place import Files, Folder, Place
+from mlm_train.tol.progress import ByteProgress
 
 
 class Table:
@@ -42,7 +44,7 @@ class Table:
             except ValueError as error:
                 start, stop = partition.rows
                 where = f"{folder / partition.file} (rows [{start}, {stop}))"
-                raise UserError(f"{where} is damaged: {error}; {REBUILD}") from None
+                raise UserError(f"{where} is damaged: {error}; mend it with {index.repair}") from None
             partitions.append(rows.clone() if in_memory else rows)
         return cls(index, partitions, read_bases(folder, index))
 
@@ -80,6 +82,33 @@ class Table:
     def in_basis(self, values: Tensor, layer: int) -> Tensor:
         """A low-rank layer's numbers [n, hidden] as it stores them, [n, rank]."""
         return values.float() @ projector(self._bases[layer])
+
+
+def check_rows(folder: str | Path, ranges: Iterable[tuple[int, int]], threads: int) -> None:
+    """Read the partitions with these rows whole, and compare their SHA-256 with the index's.
+
+    What is made of damaged rows looks as whole as anything. Raises UserError naming the partition.
+    """
+    index, folder, wanted = read_index(folder), Path(folder), list(ranges)
+    needed = [
+        partition
+        for partition in index.partitions
+        if any(first < partition.rows[1] and partition.rows[0] < last for first, last in wanted)
+    ]
+    done = 0
+    with (
+        ByteProgress("check", sum(partition.bytes for partition in needed)) as progress,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        found = pool.map(lambda partition: sha256_of(listed(folder, partition.file, INDEX)), needed)
+        for partition, digest in zip(needed, found, strict=True):
+            if digest != partition.sha256:
+                start, stop = partition.rows
+                raise UserError(
+                    f"{folder / partition.file} (rows [{start}, {stop})) is damaged: its SHA-256 is not the "
+                    f"index's; mend it with {index.repair}"
+                )
+            progress.show(done := done + partition.bytes)
 
 
 def read_bases(folder: Path, index: TolIndex) -> dict[int, Tensor]:

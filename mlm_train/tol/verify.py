@@ -13,9 +13,9 @@ from mlm_train.errors import UserError
 from mlm_train.files import sha256_of
 from mlm_train.tol.codec import TORCH_DTYPE, Encoding, decode, encode, grouped, layout
 from mlm_train.tol.compute import EMBEDDING, FfnM, chunks_of, ffn_m_weights
-from mlm_train.tol.format import Partition, TolIndex, check_fits, index_at, read_index
+from mlm_train.tol.format import File, Partition, TolIndex, check_fits, index_at, read_index
 from mlm_train.tol.partition import map_partition
-from mlm_train.tol.place import Place, is_url, place_of
+from mlm_train.tol.place import Folder, Place, is_url, place_of
 from mlm_train.tol.progress import ByteProgress
 from mlm_train.tol.state import is_whole
 from mlm_train.tol.table import Table, read_bases
@@ -48,6 +48,13 @@ class Report:
     max_abs_error: float = 0.0
     max_rel_error: float = 0.0
     damages: list[Damage] = field(default_factory=list)
+
+    @property
+    def cure(self) -> str:
+        """What makes the table whole again."""
+        if self.index.basis is not None and self.index.basis.file in {one.file for one in self.damages}:
+            return "build it again into a new folder, since no row can be made again without the basis"
+        return f"{self.index.repair} makes it whole"
 
 
 class _Recompute:
@@ -122,6 +129,7 @@ def verify_tol(
     if sample is not None and (model is None or sample < 1):
         raise UserError(f"--sample {sample}: needs --model and at least 1 row")
     if model is None:
+        _check_basis(Folder(folder), report)
         _check_partitions(folder, report, None)
         return report
     opened = open_model(model)
@@ -136,8 +144,11 @@ def verify_tol(
         weights = ffn_m_weights(opened.tensors, opened.config, index.layers, index.source.compute)
         by_layer = dict(zip(index.layers, weights, strict=True))
         numbers = FfnM(opened, by_layer, index.source.compute)
-        table = Table(index, [], read_bases(folder, index))
-        _check_partitions(folder, report, _Recompute(opened.tensors, numbers, table, chosen))
+        recompute = None  # without its basis a row of low rank says nothing
+        if _check_basis(Folder(folder), report):
+            table = Table(index, [], read_bases(folder, index))
+            recompute = _Recompute(opened.tensors, numbers, table, chosen)
+        _check_partitions(folder, report, recompute)
     return report
 
 
@@ -148,17 +159,27 @@ def _verify_url(place: Place, model: str | Path | None) -> Report:
             f"--model compares rows of a folder: mlm-train tol fetch {place} FOLDER, and verify that"
         )
     report = Report(index_at(place))
-    basis, partitions = report.index.basis, report.index.partitions
-    rows = [(partition, partition.rows) for partition in partitions]
-    files = [*([(basis, (0, report.index.vocab_size))] if basis else []), *rows]
+    _check_basis(place, report)
+    done = 0
     with ByteProgress("verify", report.index.bytes) as progress:
-        done = 0
-        for file, (start, stop) in files:
-            if not is_whole(place, file):
-                what = "the file is missing, or its size or SHA-256 is not the index's"
-                report.damages.append(Damage(file.file, start, stop, what))
-            progress.show(done := done + file.bytes)
+        for partition in report.index.partitions:
+            _check_file(place, partition, partition.rows, report)
+            progress.show(done := done + partition.bytes)
     return report
+
+
+def _check_basis(place: Place, report: Report) -> bool:
+    """Whether it is whole, or there is none; its damage is that of all rows."""
+    basis = report.index.basis
+    return basis is None or _check_file(place, basis, (0, report.index.vocab_size), report)
+
+
+def _check_file(place: Place, file: File, rows: tuple[int, int], report: Report) -> bool:
+    whole = is_whole(place, file)
+    if not whole:
+        what = "the file is missing, or its size or SHA-256 is not the index's"
+        report.damages.append(Damage(file.file, *rows, what))
+    return whole
 
 
 def _check_partitions(folder: Path, report: Report, recompute: _Recompute | None) -> None:

@@ -4,7 +4,7 @@ import json
 import time
 from pathlib import Path
 
-from mlm_train.tol.state import STATE
+from mlm_train.tol.format import STATE
 from tests.commands import ROOT
 from tests.slurm.conftest import Cluster
 from tests.tol.conftest import export, random_model

@@ -24,9 +24,9 @@ from mlm_train.model.transformer import Transformer
 from mlm_train.tol.build import Build, build_tol
 from mlm_train.tol.cluster import _check_reachable
 from mlm_train.tol.codec import TORCH_DTYPE
-from mlm_train.tol.format import INDEX, read_index
+from mlm_train.tol.format import INDEX, STATE, read_index
 from mlm_train.tol.place import Folder
-from mlm_train.tol.state import STATE, State, Storage
+from mlm_train.tol.state import State, Storage
 from tests.commands import listening
 from tests.tol.conftest import export, random_model
 

@@ -21,7 +21,7 @@ from mlm_train.tol.state import Storage
 from mlm_train.tol.store import TolSource
 from mlm_train.tol.table import Table
 from mlm_train.tol.verify import verify_tol
-from tests.commands import refused
+from tests.commands import mlm_train, refused
 from tests.tol.conftest import export, random_model
 from tests.tol.test_build import digests
 
@@ -200,7 +200,38 @@ def test_repair_refuses(ray: None, exported: Path, tables: dict[str, Path], tmp_
     assert "does not exist" in refused("tol", "build", exported, "--output", tmp_path / "no", "--repair")
     (table / BASIS).write_bytes(b"x" * 100)
     assert f"{BASIS} is damaged: build" in refused("tol", "build", exported, "--output", table, "--repair")
-    assert "SHA-256 is not the index's" in refused("tol", "verify", table, "--model", exported)
+    for model in (None, exported):
+        report = verify_tol(table, model)
+        assert [(one.file, one.start, one.stop) for one in report.damages] == [(BASIS, 0, 601)]
+        assert report.recomputed == 0 and "into a new folder" in report.cure
+    (table / BASIS).unlink()
+    with pytest.raises(SystemExit) as ended:
+        main(["tol", "verify", str(table)])
+    assert ended.value.code == 2
+
+
+def test_damaged_rows_are_not_compressed(
+    ray: None, exported: Path, tables: dict[str, Path], tmp_path: Path
+) -> None:
+    """Before anything is written from them, and where an unfinished compression goes on."""
+    source, output = shutil.copytree(tables["bfloat16"], tmp_path / "source"), tmp_path / "out"
+    file = source / read_index(source).partitions[2].file
+    whole = file.read_bytes()
+    flipped = whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
+    file.write_bytes(flipped)
+    message = r"rows-00002.*rows \[150, 250\).* is damaged: .*mend it with `mlm-train tol build MODEL"
+    for storage in (STORAGES["int8"][0], STORAGES["rank"][0]):
+        with pytest.raises(UserError, match=message):
+            build(source, output, storage)
+    assert not list(output.glob("*.safetensors"))
+    file.write_bytes(whole)
+    build(source, output, STORAGES["int8"][0])
+    damaged = output / read_index(output).partitions[2].file
+    damaged.unlink()
+    assert "tol compress TABLE" in verify_tol(output).cure
+    file.write_bytes(flipped)  # its rows are not those that are to be made again
+    mlm_train("tol", "compress", source, "--output", output, "--repair", "--dtype", "int8")
+    assert damaged.is_file() and not verify_tol(output).damages
 
 
 def test_bad_words(tables: dict[str, Path], exported: Path, tmp_path: Path) -> None:

@@ -22,12 +22,12 @@ import pytest
 from mlm_train.errors import UserError
 from mlm_train.tol.build import Build
 from mlm_train.tol.crew import Crew, WorkerDied
-from mlm_train.tol.format import BASIS, INDEX
+from mlm_train.tol.format import BASIS, INDEX, STATE
 from mlm_train.tol.partition import Draft
 from mlm_train.tol.pieces import Pieces
 from mlm_train.tol.place import Folder
 from mlm_train.tol.progress import ByteProgress
-from mlm_train.tol.state import STATE, Layout, State, Storage
+from mlm_train.tol.state import Layout, State, Storage
 from tests.commands import ROOT, start
 from tests.tol.conftest import end, export, random_model
 

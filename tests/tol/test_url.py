@@ -19,11 +19,11 @@ import pytest
 from mlm_train.errors import UserError
 from mlm_train.tol import lease
 from mlm_train.tol.build import Build
-from mlm_train.tol.fetch import FETCHED, fetch_tol
-from mlm_train.tol.format import BASIS, INDEX, index_at
+from mlm_train.tol.fetch import fetch_tol
+from mlm_train.tol.format import BASIS, FETCHED, INDEX, STATE, index_at
 from mlm_train.tol.lease import OWNER
 from mlm_train.tol.place import place_of, refuse_url
-from mlm_train.tol.state import STATE, State, Storage
+from mlm_train.tol.state import State, Storage
 from mlm_train.tol.verify import verify_tol
 from tests.commands import ROOT, refused, start
 from tests.tol.conftest import end, export, random_model

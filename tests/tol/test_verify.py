@@ -118,7 +118,34 @@ def test_any_flipped_bit_of_the_index_is_found(table: Path) -> None:
             parse_index(bytes(data), "index")
 
 
-@pytest.mark.parametrize("name", ["../rows", "/etc/passwd", "a/b", "..", ""])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"codes": 39}, "beyond the row"),
+        ({"scales": 10**30}, "beyond the row"),
+        ({"threads": 0}, "threads"),
+        ({"chunk_rows": -1}, "chunk_rows"),
+        ({"bytes": -1}, "bytes"),
+        ({"bytes": 1e30}, "bytes"),
+    ],
+)
+def test_numbers_of_an_index_that_cannot_be(fields: dict[str, Any], message: str) -> None:
+    """Where no digest tells: one that somebody wrote."""
+    encoding = {"dtype": "int8", "group_size": 16, "symmetric": True, "scales": 0, "codes": 4}
+    partition = {"file": "rows", "rows": [0, 9], "bytes": 1, "sha256": ""}
+    source = {"checkpoint": "", "created": "", "tool_version": ""}
+    index = {"format": "mlm-tol", "version": 1, "vocab_size": 9, "num_layers": 1, "hidden_size": 32}
+    index |= {"dtype": "int8", "group_size": 16, "layers": [0], "encodings": [encoding]}
+    index |= {"partitions": [partition], "source": source}
+    parse_index(json.dumps(index).encode(), "index")
+    for part in (encoding, partition, source):
+        known = {"threads", "chunk_rows"} if part is source else set(part)
+        part |= {name: value for name, value in fields.items() if name in known}
+    with pytest.raises(UserError, match=message):
+        parse_index(json.dumps(index).encode(), "index")
+
+
+@pytest.mark.parametrize("name", ["../rows", "/etc/passwd", "a/b", "..", "", "a\nb", "a\x1b[2Jb"])
 def test_paths_stay_inside(table: Path, name: str) -> None:
     tree = json.loads((table / INDEX).read_text())
     tree["partitions"][0]["file"] = name
@@ -132,6 +159,11 @@ def test_bad_arguments(table: Path, exported: Path, tmp_path: Path) -> None:
         verify_tol(table, sample=3)
     with pytest.raises(UserError, match=r"tol\.index\.json does not exist"):
         verify_tol(tmp_path / "nothing")
+    for note, command in (("tol.build.json", "the command that began it"), ("tol.fetch.json", "tol fetch")):
+        (tmp_path / note).mkdir()
+        (tmp_path / note / note).touch()
+        with pytest.raises(UserError, match=f"is unfinished: run .*{command}"):
+            verify_tol(tmp_path / note)
     with pytest.raises(UserError, match="another model"):
         verify_tol(table, export(tmp_path / "other", random_model(intermediate_size=30)))
     with pytest.raises(UserError, match="hidden_size=32 and the model 16"):
