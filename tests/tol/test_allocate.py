@@ -18,7 +18,7 @@ from mlm_train.tol.state import Storage
 from mlm_train.tol.store import TolSource
 from mlm_train.tol.table import Table
 from tests.commands import TINY, mlm_train, refused
-from tests.tol.conftest import random_model
+from tests.tol.conftest import export, random_model
 from tests.tol.test_inspect import alike, write
 
 OPTIONS = [
@@ -224,6 +224,21 @@ def test_refused_before_a_model_is_looked_at(
     assert message in said
     assert index.read_bytes() == before and {path.name for path in tmp_path.iterdir()} == {"mine.json"}
     assert (tmp_path / "mine.json").read_text() == '{"layers": [0]}'
+
+
+def test_data_of_more_ids_than_the_model_knows(
+    data: Path, refusing: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """As of pretraining: fewer may be, since a vocabulary is padded."""
+    model, (table, _) = export(tmp_path / "model", random_model(vocab_size=300)), refusing
+    evaluated = ("--dtype", "int8", "--evaluate", data, "--output", tmp_path / "out")
+    for words in (
+        ("evaluate", "--data", data),
+        ("tol", "allocate", table, "--data", data, "--budget", "1MB", "--output", tmp_path / "mix.json"),
+        ("tol", "compress", table, *evaluated),
+    ):
+        assert f"{data} has 512 ids and {model} knows 300: prepare" in refused(*words, "--model", model)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "mix.json").exists()
 
 
 def test_bad_input(trained: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
