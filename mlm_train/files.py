@@ -18,6 +18,7 @@ from mlm_train.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LARGEST_RESULT = 2**28  # bytes of a JSON or a picture that a command writes: far more than any has
 # What marks a folder whose files belong together: a table, one being built, prepared data or a checkpoint, a
 # model.
 _MARKS = ("tol.index.json", "tol.build.json", "manifest.json", "config.json")
@@ -155,7 +156,8 @@ def check_output(option: str, name: str | Path, is_ours: Callable[[Path], bool],
         )
     if os.path.lexists(path):
         try:
-            replaceable = path.is_file() and (path.stat().st_size == 0 or is_ours(path))
+            size = path.stat().st_size if path.is_file() else LARGEST_RESULT
+            replaceable = size == 0 or (size < LARGEST_RESULT and is_ours(path))
         except OSError:
             replaceable = False
         if not replaceable:

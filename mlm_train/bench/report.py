@@ -103,7 +103,7 @@ def check_writable(path: Path, option: str = "--json") -> None:
 def _is_report(path: Path) -> bool:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(tree, dict) and {"machine", "rows"} <= tree.keys()
 

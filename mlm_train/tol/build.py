@@ -24,7 +24,7 @@ from mlm_train.tol.format import (
     summary,
     write_index,
 )
-from mlm_train.tol.lowrank import bases_of, has_ranks, lay_out, make_spectra
+from mlm_train.tol.lowrank import bases_of, check_budget, has_ranks, lay_out, make_spectra
 from mlm_train.tol.pieces import Group, Pieces
 from mlm_train.tol.place import Place, check_space, place_of, remove_drafts
 from mlm_train.tol.progress import ByteProgress
@@ -101,6 +101,7 @@ class Build:
         plain = Layout.of(storage.without_ranks(), source["num_layers"], source["hidden_size"])
         count = partitions_of(partitions, source["vocab_size"], plain)
         self.plan = Plan(**source, storage=storage, partitions=count, threads=threads)
+        check_budget(self.plan)
         places = {"model": None, "table": str(folder)} if table else {"model": str(folder), "table": None}
         self.job = Job(**places, output=self.place.address, plan=self.plan, device=device)
 

@@ -71,10 +71,24 @@ def lay_out(plan: Plan, spectra: Sequence[Spectrum]) -> Layout:
         if excess <= 0:
             return layout
         room -= excess
-    least = _bytes(plan, _layout(plan, {plan.layers[0]: rank_step(storage)}))
-    raise UserError(
-        f"a budget of {in_units(storage.budget)} holds no layer: {in_units(least)} is the least in "
-        f"{storage.dtype} and {plan.partitions} partitions; give more"
+    raise _too_small(storage.budget, plan)
+
+
+def check_budget(plan: Plan) -> None:
+    """UserError for a budget of which it is known before any spectrum that it holds nothing."""
+    if plan.storage.budget is not None and plan.storage.budget < _least(plan):
+        raise _too_small(plan.storage.budget, plan)
+
+
+def _least(plan: Plan) -> int:
+    """Bytes of a table of one layer, of the smallest rank."""
+    return _bytes(plan, _layout(plan, {plan.layers[0]: rank_step(plan.storage)}))
+
+
+def _too_small(budget: int, plan: Plan) -> UserError:
+    return UserError(
+        f"a budget of {in_units(budget)} holds no layer: {in_units(_least(plan))} is the least in "
+        f"{plan.storage.dtype} and {plan.partitions} partitions; give more"
     )
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from mlm_train.errors import UserError
+from mlm_train.files import LARGEST_RESULT
 from mlm_train.sizes import size
 from mlm_train.tol.codec import GROUP, LEVELS, TORCH_DTYPE, Record, Scheme
 from mlm_train.tol.state import Storage
 
 _WORDS = ("dtype", "group_size", "asymmetric", "drop", "rank", "budget")  # of args
-_RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
-_LARGEST_FILE = 2**28  # bytes of an allocation: far more than any has
+_RANGE = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
 
 
 class Allocation(Record):
@@ -132,7 +132,7 @@ def _allocated(file: Path, layers: list[int], hidden: int) -> Storage:
 
 def read_allocation(file: Path) -> Allocation:
     """A file of `tol allocate`. Raises ValueError saying what is wrong with it, and OSError."""
-    if file.stat().st_size > _LARGEST_FILE:
+    if file.stat().st_size >= LARGEST_RESULT:
         raise ValueError("too large for an allocation")
     try:
         tree = json.loads(file.read_bytes())
