@@ -2,17 +2,26 @@
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlm_train.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LARGEST_RESULT = 2**28  # bytes of a JSON or a picture that a command writes: far more than any has
+# What marks a folder whose files belong together: a table, one being built, prepared data or a checkpoint, a
+# model.
+_MARKS = ("tol.index.json", "tol.build.json", "manifest.json", "config.json")
 
 
 def sha256_of(path: Path) -> str:
@@ -95,9 +104,14 @@ def draft_of(path: Path) -> Path:
 def replace_file(path: Path, data: bytes) -> None:
     """Replace a small file at once: readers see the old bytes or the new ones, whole."""
     draft = draft_of(path)
-    draft.write_bytes(data)
-    sync(draft)
-    draft.rename(path)
+    try:
+        draft.write_bytes(data)
+        sync(draft)
+        draft.rename(path)
+    except OSError:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 
@@ -114,6 +128,50 @@ def json_text(tree: Any) -> str:
 def write_json(path: Path, tree: Any) -> None:
     """write_text of a JSON value."""
     write_text(path, json_text(tree))
+
+
+def write_figure(path: Path, figure: "Figure") -> None:
+    """A figure of matplotlib as a PNG; UserError where it cannot be written, and nothing is changed then."""
+    data = io.BytesIO()
+    figure.savefig(data, dpi=110, format="png", metadata={"Software": None})
+    with writing(path):
+        replace_file(path, data.getvalue())
+
+
+def is_png(path: Path) -> bool:
+    """Whether a file begins as a PNG does."""
+    with path.open("rb") as file:
+        return file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def check_output(option: str, name: str | Path, is_ours: Callable[[Path], bool], what: str) -> Path:
+    """The path of the file that an option names, looked at before the work whose result it is to take.
+
+    Raises UserError where nothing can be written there, and where that would take something away: a file
+    that `is_ours` does not know as an earlier result (`what`, in words), one of a table's, model's or
+    data's folder. An empty file may be replaced.
+    """
+    path, folder = Path(name), Path(name).absolute().parent
+    if not str(name) or path.is_dir() or not folder.is_dir():
+        raise UserError(f"{option} {str(name) or repr('')}: name a file in a folder that exists")
+    if mark := next((mark for mark in _MARKS if (folder / mark).exists()), None):
+        raise UserError(
+            f"{option} {path} lies in the folder of {folder / mark}, which takes no other files; "
+            "name a file elsewhere"
+        )
+    if os.path.lexists(path):
+        try:
+            size = path.stat().st_size if path.is_file() else LARGEST_RESULT
+            replaceable = size == 0 or (size < LARGEST_RESULT and is_ours(path))
+        except OSError:
+            replaceable = False
+        if not replaceable:
+            raise UserError(f"{option} {path} exists and is no {what}: it is not replaced; name another file")
+    draft = draft_of(path)
+    with writing(path), suppress(FileExistsError):
+        os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        draft.unlink()
+    return path
 
 
 @contextmanager

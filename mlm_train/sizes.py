@@ -17,10 +17,12 @@ def size(text: str) -> int:
 
 
 def in_units(size: float) -> str:
-    """Bytes in the largest decimal unit that leaves one or more: 634.66 kB, 11.63 GB."""
+    """Bytes in the largest decimal unit that leaves one or more: 1 byte, 634.66 kB, 11.63 GB."""
     value, unit = float(size), "bytes"
     for larger in ("kB", "MB", "GB", "TB"):
         if value < 1000:
             break
         value, unit = value / 1000, larger
-    return f"{size:,.0f} bytes" if unit == "bytes" else f"{value:.2f} {unit}"
+    if unit == "bytes":
+        return "1 byte" if round(size) == 1 else f"{size:,.0f} bytes"
+    return f"{value:.2f} {unit}"

@@ -14,7 +14,9 @@ from mlm_train.config import ModelConfig, load_config
 from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.plan import tol
+from mlm_train.plan.command import _giga
 from mlm_train.plan.tol import Serving, Stored, Tier
+from mlm_train.sizes import in_units
 from tests.commands import ROOT, mlm_train, refused
 
 PAPER = ROOT / "configs" / "memory-1b.yaml"
@@ -180,7 +182,8 @@ def test_json_and_page_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     mlm_train("plan", "tol", PAPER, *GIVEN)
     page = capsys.readouterr().out
     for words in (
-        "12.6", "7.82", "bfloat16 ToL in NVMe: it pays only at batch 1 to 81, not from batch 82 on",
+        "12.61 GB", "7.82", "1.61 ms", "98.3 ns*", "252 us*",
+        "bfloat16 ToL in NVMe: it pays only at batch 1 to 81, not from batch 82 on",
         "none of these, all are larger", "--ram-gbs 25", "--nvme-latency-us 100", "Formulae",
         "--build-tflops 0.25: as given", "saves at most 55% at batch 1.",
     ):  # fmt: skip
@@ -192,8 +195,8 @@ def test_page_where_nothing_pays_or_fits(capsys: pytest.CaptureFixture[str]) -> 
     late = ("--nvme-latency-us", 5000, "--nvme-reads", 10**6)
     mlm_train("plan", "tol", PAPER, *GIVEN, "--vram-gb", 4, "--ram-gb", 10, *late)
     page = capsys.readouterr().out
-    assert "bfloat16 ToL in VRAM: it does not fit (12.6 GB)" in page
-    assert "bfloat16 ToL in RAM: it does not fit (12.6 GB)" in page
+    assert "bfloat16 ToL in VRAM: it does not fit (12.61 GB)" in page
+    assert "bfloat16 ToL in RAM: it does not fit (12.61 GB)" in page
     # 5 ms of latency against 16.1139917 us of products a row: 310.3 rows.
     assert "int4 ToL in NVMe: it pays only at batch 311 on\n" in page
     mlm_train("plan", "tol", PAPER, *GIVEN, "--nvme-gbs", 0.01, "--nvme-latency-us", 5000, "--tflops", 1000)
@@ -226,6 +229,21 @@ def test_overrides_change_a_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["tables"][0]["bytes"] == 1000 * 24 * 2048 * 2
 
 
+def test_small_figures_have_units_that_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    """A table of 1000 x 2 x 32 numbers: 128 kB."""
+    tiny = ("model.vocab_size=1000", "model.hidden_size=32", "model.num_hidden_layers=2")
+    shape = ("model.num_attention_heads=4", "model.intermediate_size=64")
+    mlm_train("plan", "tol", PAPER, *tiny, *shape, *GIVEN)
+    page = capsys.readouterr().out
+    assert "128.00 kB" in page and " ns*" in page and "0.000" not in page
+    assert [in_units(size) for size in (0, 1, 2, 1000)] == ["0 bytes", "1 byte", "2 bytes", "1.00 kB"]
+
+
+@pytest.mark.parametrize("size", [1, 999, 1_234_567, 1_001_000_000, 9_994_000_000, 123_456_789_012])
+def test_what_a_message_says_is_enough_is(size: int) -> None:
+    assert size <= float(_giga(size)) * 1e9 <= 1.011 * size
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -234,13 +252,17 @@ def test_overrides_change_a_config(capsys: pytest.CaptureFixture[str]) -> None:
         ((ROOT / "docs",), "holds no model"),
         ((PAPER, "--batch", 0), "--batch 0"),
         ((PAPER, "--rank", 2049), "--rank 2049"),
-        ((PAPER, "--vram-gb", 1), "--vram-gb 1"),
+        (
+            (PAPER, "--vram-gb", 1),
+            "weights apart from FFN-M take 1.86 GB; give at least 1.86",
+        ),
+        ((PAPER, "model.vocab_size="), "model.vocab_size has no value: input should be a valid integer"),
         ((PAPER, "--ram-gbs", 0), "--ram-gbs 0"),
         ((PAPER, "--write-gbs", "inf"), "--write-gbs inf"),
         ((PAPER, "--distinct", 2), "--distinct 2"),
         ((PAPER, "--build-tflops", "nan"), "--build-tflops nan"),
-        ((PAPER, "--vram-gb", 3, "--weights-in", "vram"), "--weights-in vram"),
-        ((PAPER, "--vram-gb", 2, "--ram-gb", 1, "--nvme-gb", 1), "--nvme-gb"),
+        ((PAPER, "--vram-gb", 3, "--weights-in", "vram"), "give --vram-gb 3.47 or more"),
+        ((PAPER, "--vram-gb", 2, "--ram-gb", 1, "--nvme-gb", 1), "give --nvme-gb 1.62 or more"),
     ],
 )
 def test_bad_input_is_one_line(words: tuple[object, ...], said: str) -> None:

@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlm_train.errors import UserError
-from mlm_train.files import write_json, writing
+from mlm_train.files import check_output, is_png, write_json, writing
 
 
 def row(name: str, values: Sequence[float], unit: str) -> dict[str, Any]:
@@ -95,11 +94,18 @@ def _result_of(order_file: Path) -> Path:
 
 def check_writable(path: Path, option: str = "--json") -> None:
     """UserError now rather than after minutes of measuring."""
-    folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir():
-        raise UserError(f"{option} {path}: name a file in a folder that exists")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise UserError(f"{option} {path} cannot be written: name another file")
+    if option == "--plot":
+        check_output(option, path, is_png, "PNG")
+    else:
+        check_output(option, path, _is_report, "report of a benchmark")
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(tree, dict) and {"machine", "rows"} <= tree.keys()
 
 
 def write_report(

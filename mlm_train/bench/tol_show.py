@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlm_train.bench import report
-from mlm_train.files import writing
+from mlm_train.files import write_figure
 
 Row = dict[str, Any]
 
@@ -55,6 +55,5 @@ def plot(rows: list[Row], layers: int, best: str, file: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("s, median (whiskers: least and most)")
     figure.tight_layout()
-    with writing(file):
-        figure.savefig(file, dpi=110, format="png", metadata={"Software": None})
+    write_figure(file, figure)
     pyplot.close(figure)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mlm_train.bench import report
 from mlm_train.bench.train_figures import PARTS, Measured, Row
-from mlm_train.files import writing
+from mlm_train.files import write_figure
 
 WIDTH = 132  # of the tables
 WORDS = 110  # of a line of words
@@ -197,8 +197,7 @@ def plot(tree: dict[str, Any], file: Path) -> None:
     right.grid(alpha=0.3)
     right.legend()
     figure.tight_layout()
-    with writing(file):
-        figure.savefig(file, dpi=110, format="png", metadata={"Software": None})
+    write_figure(file, figure)
     pyplot.close(figure)
 
 

@@ -152,4 +152,6 @@ def _one_line(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"config: {where} is missing; set it in the YAML or as {where}=..."
     text = first["msg"].removeprefix("Value error, ")
-    return f"{where}={first['input']!r}: {text[0].lower()}{text[1:]}"
+    # Nothing after the `=`, or `null`, is no value to repeat.
+    given = " has no value" if first["input"] is None else f"={first['input']!r}"
+    return f"{where}{given}: {text[0].lower()}{text[1:]}"

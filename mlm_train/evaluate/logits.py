@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mlm_train.checkpoint.logical_folder import load_model
 from mlm_train.errors import UserError
-from mlm_train.files import draft_of, sync, writing
+from mlm_train.files import check_output, draft_of, sync, writing
 from mlm_train.memory import make_source
 
 TENSOR = "tokens"
@@ -24,6 +24,7 @@ def dump_logits(model_dir: str | Path, tokens_file: str | Path, out_file: str | 
     out = Path(out_file)
     if out.exists():
         raise UserError(f"{out} exists; give a new file, or remove it")
+    check_output("--dump-logits", out, lambda _: False, "new file")
     tokens = _read_tokens(Path(tokens_file))
     model = load_model(model_dir)
     config = model.config

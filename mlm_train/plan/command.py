@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlm_train.arguments import add_action
 from mlm_train.errors import UserError
+from mlm_train.sizes import in_units
 
 if TYPE_CHECKING:
     from mlm_train.config import ModelConfig
@@ -201,20 +202,30 @@ def _home(args: argparse.Namespace, model: "ModelConfig", serving: "Serving") ->
     others, needed = other_bytes(model, serving.weights), ffn_m_bytes(model, serving.weights)
     if others > serving.tiers[0].capacity:
         raise UserError(
-            f"--vram-gb {args.vram_gb:g}: the weights apart from FFN-M take {others / 1e9:.3g} GB; give more"
+            f"--vram-gb {args.vram_gb:g}: the weights apart from FFN-M take {in_units(others)}; "
+            f"give at least {_giga(others)}"
         )
     if args.weights_in is None:
         home = home_of_weights(model, serving)
         if home is None:
-            raise UserError(f"no tier has {needed / 1e9:.3g} GB for FFN-M's weights; give a larger --nvme-gb")
+            raise UserError(
+                f"no tier has {in_units(needed)} for FFN-M's weights; give --nvme-gb {_giga(needed)} or more"
+            )
         return home
     home = next(tier for tier in serving.tiers if tier.name.lower() == args.weights_in)
     if not serving.fits(model, home, needed):
+        whole = needed + (others if home is serving.tiers[0] else 0)
         raise UserError(
-            f"--weights-in {args.weights_in}: FFN-M's weights take {needed / 1e9:.3g} GB, more than is free "
-            f"there; give a larger --{args.weights_in}-gb, or leave --weights-in out"
+            f"--weights-in {args.weights_in}: FFN-M's weights take {in_units(needed)}, more than is free "
+            f"there; give --{args.weights_in}-gb {_giga(whole)} or more, or leave --weights-in out"
         )
     return home
+
+
+def _giga(size: int) -> str:
+    """GB that are enough for so many bytes, in three digits."""
+    text = f"{size / 1e9:.3g}"
+    return text if float(text) * 1e9 >= size else f"{size / 1e9 * 1.005:.3g}"
 
 
 def _build_speed(args: argparse.Namespace, model: "ModelConfig") -> tuple[float, bool]:

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlm_train.plan.tol import LARGEST_BATCH
+from mlm_train.sizes import in_units
 
 WIDTH = 110
 ALWAYS = [(1, None)]  # all batch sizes
@@ -33,25 +34,23 @@ def print_page(plan: dict[str, Any]) -> None:
 
 
 def _sizes(plan: dict[str, Any]) -> Table:
-    columns = ("stored as", "bytes a row", "GB", "times FFN-M's weights", "compute, s", "write, s")
+    columns = ("stored as", "bytes a row", "size", "times FFN-M's weights", "compute", "write")
     table = _table(f"ToL of {plan['model']}", columns)
     weights = plan["ffn_m"]["bytes"]
-    table.add_row(
-        f"FFN-M's weights ({plan['assumed']['weights-dtype']})", "", _number(weights / 1e9), "1", "", ""
-    )
+    table.add_row(f"FFN-M's weights ({plan['assumed']['weights-dtype']})", "", in_units(weights), "1", "", "")
     for one in plan["tables"]:
-        size, times = _number(one["bytes"] / 1e9), _number(one["bytes"] / weights)
-        seconds = (_number(one["compute_seconds"]), _number(one["write_seconds"]))
+        size, times = in_units(one["bytes"]), _number(one["bytes"] / weights)
+        seconds = (_time(one["compute_seconds"]), _time(one["write_seconds"]))
         table.add_row(one["stored"], f"{one['row_bytes']:,}", size, times, *seconds)
     return table
 
 
 def _steps(plan: dict[str, Any]) -> Table:
-    """Milliseconds, with a star where the ToL is faster."""
-    columns = ["read from", *(f"batch {batch}, ms" for batch in plan["batch"]), "pays at"]
+    """Times, with a star where the ToL is faster."""
+    columns = ["read from", *(f"batch {batch}" for batch in plan["batch"]), "pays at"]
     table = _table("FFN-M's share of a decoded step (* faster than the first line)", columns)
     own = plan["ffn_m"]
-    own_cells = (_number(1e3 * value) for value in own["seconds"])
+    own_cells = (f"{_time(value)} " for value in own["seconds"])
     table.add_row(f"FFN-M's weights in {own['tier']}, computed", *own_cells, "")
     for offer in plan["serving"]:
         name = f"{offer['stored']} ToL in {offer['tier']}"
@@ -59,7 +58,7 @@ def _steps(plan: dict[str, Any]) -> Table:
             table.add_row(name, *("-" for _ in plan["batch"]), "does not fit")
             continue
         cells = [
-            _number(1e3 * value) + ("*" if value < other else " ")
+            _time(value) + ("*" if value < other else " ")
             for value, other in zip(offer["seconds"], own["seconds"], strict=True)
         ]
         table.add_row(name, *cells, _when(offer["pays"]))
@@ -94,14 +93,14 @@ def _verdicts(plan: dict[str, Any]) -> list[str]:
         f"In time, a ToL does not pay against FFN-M's weights in {own['tier']} (batch 1 to {LARGEST_BATCH}):",
         *(found or ["  nowhere: it pays in every tier at every batch size"]),
         f"In bytes, a ToL pays as: {'; '.join(smaller) or 'none of these, all are larger than the weights'}.",
-        f"A step reads {others['bytes_a_step'] / 1e9:.3g} GB of other weights either way, "
-        f"{_number(1e3 * others['seconds'])} ms: a ToL saves at most {saved:.0%} at batch {batch}.",
+        f"A step reads {in_units(others['bytes_a_step'])} of other weights either way, "
+        f"{_time(others['seconds'])}: a ToL saves at most {saved:.0%} at batch {batch}.",
     ]
 
 
 def _verdict(offer: dict[str, Any]) -> str:
     if not offer["fits"]:
-        return f"it does not fit ({offer['bytes'] / 1e9:.3g} GB)"
+        return f"it does not fit ({in_units(offer['bytes'])})"
     pays = offer["pays"]
     if not pays:
         return "at no batch size"
@@ -122,6 +121,14 @@ def _assumed(plan: dict[str, Any]) -> list[str]:
     figures = plan["assumed"]
     lines += [f"  --{one.option} {figures[one.option]:g}: {one.meaning}" for one in ASSUMPTIONS]
     return [*lines, f"  --weights-dtype {figures['weights-dtype']}: of all weights"]
+
+
+def _time(seconds: float) -> str:
+    """In the largest unit that leaves one or more."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * factor >= 1:
+            return f"{_number(seconds * factor)} {unit}"
+    return f"{_number(seconds * 1e9)} ns"
 
 
 def _number(value: float) -> str:

@@ -7,7 +7,7 @@ errors happen to lower the loss earn nothing by it. Sums over layers predict a m
 for every number of bytes are found by dynamic programming.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,11 +17,13 @@ from torch.nn import functional as F
 
 from mlm_train.model.source import MemoryReader
 from mlm_train.model.transformer import Transformer
+from mlm_train.tol.build import partitions_of
 from mlm_train.tol.codec import GROUP, Scheme, decode, encode, layout
 from mlm_train.tol.compute import chunks_of
-from mlm_train.tol.format import BASIS_ITEM
+from mlm_train.tol.format import BASIS_ITEM, TolIndex
+from mlm_train.tol.lowrank import table_bytes
 from mlm_train.tol.spectrum import Gram, Spectrum, scaled_basis
-from mlm_train.tol.state import Layout
+from mlm_train.tol.state import Layout, Storage
 from mlm_train.tol.table import Table, projector
 
 _ROWS = 2048
@@ -48,7 +50,7 @@ def choices(hidden: int) -> list[Choice]:
 
 
 def bytes_of(choice: Choice, rows: int, hidden: int) -> int:
-    """Of one layer in the whole table, its basis included."""
+    """Of one layer in the whole table, its basis included; headers apart."""
     if choice is None:
         return 0
     return rows * choice.bytes(hidden) + BASIS_ITEM * hidden * (choice.rank or 0)
@@ -195,11 +197,15 @@ def within(front: Sequence[Mix], budget: int) -> Mix | None:
     return fitting[-1] if fitting else None
 
 
-def layout_of(table: Table, options: Sequence[Choice], picks: Sequence[int]) -> Layout | None:
-    """A mix as a layout; None where it drops every layer."""
-    chosen = {layer: options[pick] for layer, pick in zip(table.index.layers, picks, strict=True)}
+def layout_of(index: TolIndex, chosen: Mapping[int, Choice]) -> Layout:
+    """A choice for each layer, not all of them dropped, as a layout."""
     kept = {layer: scheme for layer, scheme in chosen.items() if scheme is not None}
-    if not kept:
-        return None
-    hidden = table.index.hidden_size
-    return Layout(hidden_size=hidden, layers=list(kept), schemes=list(kept.values()))
+    return Layout(hidden_size=index.hidden_size, layers=list(kept), schemes=list(kept.values()))
+
+
+def size_of(index: TolIndex, chosen: Mapping[int, Choice]) -> int:
+    """Bytes of the files that `tol compress --allocation` makes of it, headers included, the index not."""
+    found = layout_of(index, chosen)
+    storage = Storage(layers=found.layers, schemes=found.schemes)
+    whole = Layout.of(storage.without_ranks(), index.num_layers, index.hidden_size)
+    return table_bytes(found, index.vocab_size, partitions_of(None, index.vocab_size, whole))

@@ -25,7 +25,7 @@ from mlm_train.tol.format import (
     summary,
     write_index,
 )
-from mlm_train.tol.lowrank import bases_of, has_ranks, lay_out, make_spectra
+from mlm_train.tol.lowrank import bases_of, check_budget, has_ranks, lay_out, make_spectra
 from mlm_train.tol.pieces import Group, Pieces
 from mlm_train.tol.place import Place, check_space, place_of, remove_drafts
 from mlm_train.tol.progress import ByteProgress
@@ -99,8 +99,9 @@ class Build:
             if storage.layers is None:
                 storage = storage.model_copy(update={"layers": index.layers})
         plain = Layout.of(storage.without_ranks(), source["num_layers"], source["hidden_size"])
-        count = _partitions(partitions, source["vocab_size"], plain)
+        count = partitions_of(partitions, source["vocab_size"], plain)
         self.plan = Plan(**source, storage=storage, partitions=count, threads=threads)
+        check_budget(self.plan)
         places = {"model": None, "table": str(folder)} if table else {"model": str(folder), "table": None}
         self.job = Job(**places, output=self.place.address, plan=self.plan, device=device)
 
@@ -337,7 +338,7 @@ def compute_of(model: OpenedModel) -> PlainDtype:
     return "bfloat16" if stored == {"BF16"} else "float32"
 
 
-def _partitions(asked: int | None, vocab: int, layout: Layout) -> int:
+def partitions_of(asked: int | None, vocab: int, layout: Layout) -> int:
     """How many; not a function of the workers, so that any number of them can resume to the same files."""
     if asked is None:
         asked = min(vocab, max(_LEAST_PARTITIONS, -(-layout.shape.file_bytes(vocab) // _PARTITION_BYTES)))

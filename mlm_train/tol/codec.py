@@ -25,6 +25,7 @@ TORCH_DTYPE: dict[str, torch.dtype] = {
 }
 LEVELS = {"int8": (-127, 127), "int4": (-8, 7)}  # smallest and largest code
 GROUP = 64
+_MOST = 2**31 - 1  # of a rank and a group: readers keep them in 32 bits
 ALIGNMENT = 16  # wide loads of a GPU want it
 # Factors on the range of a group that the search for its scale tries: the best clips a little at four bits.
 _FACTORS = {"int8": (1.0,), "int4": (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)}
@@ -40,8 +41,8 @@ class Scheme(Record):
     """How one layer is stored. rank: numbers a row after the cut to low rank; None keeps all."""
 
     dtype: Dtype
-    rank: int | None = Field(default=None, ge=1)
-    group_size: int | None = Field(default=None, ge=1)
+    rank: int | None = Field(default=None, ge=1, le=_MOST)
+    group_size: int | None = Field(default=None, ge=1, le=_MOST)
     symmetric: bool = True
 
     @model_validator(mode="after")
@@ -169,7 +170,11 @@ def decode(encoding: Encoding, rows: Tensor, hidden: int) -> Tensor:
 
 
 def grouped(values: Tensor, size: int) -> Tensor:
-    """Numbers by groups: [n, width] -> [n, groups, size], zeros after the end."""
+    """Numbers by groups: [n, width] -> [n, groups, size], zeros after the end.
+
+    A group that is wider than the row is the row: no memory for what is beyond it.
+    """
+    size = min(size, values.shape[1])
     missing = -values.shape[1] % size
     return torch.nn.functional.pad(values, (0, missing)).unflatten(1, (-1, size))
 

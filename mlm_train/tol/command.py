@@ -12,7 +12,7 @@ from mlm_train.ownership import started_again
 from mlm_train.sizes import in_units, size
 from mlm_train.tol.fetch_command import add_fetch, run_fetch
 from mlm_train.tol.inspect_command import add_inspect, run_inspect
-from mlm_train.tol.options import add_storage_arguments, storage_of
+from mlm_train.tol.options import add_storage_arguments, given, storage_of
 from mlm_train.tol.place import refuse_url
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from mlm_train.tol.build import Build
     from mlm_train.tol.format import TolIndex
     from mlm_train.tol.node_place import OwnFolder
+
+BUILT = "bfloat16"  # what a build stores where nothing is said
 
 HELP = """Token-wise lookups (ToL): FFN-M's output for every token of the vocabulary.
 
@@ -80,12 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     build = add_action(actions, "build", "compute FFN-M for every token", _BUILD_HELP)
     build.add_argument("model", metavar="MODEL", help=MODEL_KINDS)
-    add_storage_arguments(build, default="bfloat16")
+    add_storage_arguments(build, default=BUILT)
     build.add_argument(
         "--compute",
         choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="type of FFN-M's products (default: that of the weights)",
+        help="type of FFN-M's products (default auto: that of the weights)",
     )
     build.add_argument("--device", default="cpu", help="where FFN-M runs: cpu or cuda (default %(default)s)")
     compress = add_action(actions, "compress", "write a table in fewer bytes", _COMPRESS_HELP)
@@ -119,9 +120,7 @@ def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, metavar="N", default=2, help="processes, one a GPU (default %(default)s)"
     )
-    parser.add_argument(
-        "--threads", type=int, metavar="N", default=1, help="threads of each (default %(default)s)"
-    )
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of each (default 1)")
     parser.add_argument(
         "--evaluate", metavar="DATA", help="also perplexity on the validation split of this data"
     )
@@ -140,7 +139,9 @@ def _add_allocate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", metavar="TOL", help="a table in a plain type, from `tol build`")
     parser.add_argument("--model", metavar="MODEL", required=True, help=f"its model: {MODEL_KINDS}")
     parser.add_argument("--data", metavar="DIR", required=True, help="folder of `data prepare`")
-    parser.add_argument("--budget", type=size, metavar="SIZE", help="bytes of the whole table, such as 1.5GB")
+    parser.add_argument(
+        "--budget", type=size, metavar="SIZE", help="bytes of the table's files, such as 1.5GB"
+    )
     parser.add_argument("--tolerance", metavar="P%", help="the smallest table whose perplexity grows no more")
     parser.add_argument("--output", metavar="FILE", required=True, help="JSON for `compress --allocation`")
     parser.add_argument("--plot", metavar="FILE", help="a PNG of sizes and perplexities")
@@ -161,8 +162,12 @@ def run(args: argparse.Namespace) -> int:
         from mlm_train.tol.study import allocate
 
         return allocate(args)
+    if args.each_node and args.ray_address is None:
+        raise UserError("--each-node needs --ray-address: the cluster whose nodes get the table")
     if args.repair:
         return _repair(args)
+    if args.action == "compress" and args.model is not None and args.evaluate is None:
+        raise UserError("--model is of --evaluate: give --evaluate DATA too, or leave --model out")
     build = _compression(args) if args.action == "compress" else _build(args)
     scorer = _scorer(args, build)  # before the work: its bad input costs nothing then
     index = build.finished() if args.each_node or started_again() else None
@@ -231,6 +236,10 @@ def _compared(args: argparse.Namespace, build: "Build", scorer: "Scorer") -> str
 def _repair(args: argparse.Namespace) -> int:
     from mlm_train.tol.build import Build
 
+    unused = given(args) or given(args, ("partitions", "threads", "evaluate"))
+    unused = unused or given(args, ("model",) if args.action == "compress" else ("compute",))
+    if unused:
+        raise UserError(f"--repair makes {args.output} as it was: leave {unused} out")
     model, table = (None, args.table) if args.action == "compress" else (args.model, None)
     device = "cpu" if args.action == "compress" else args.device
     build = Build.like_index(_place(args), model, table, device)
@@ -262,14 +271,14 @@ def _build(args: argparse.Namespace) -> "Build":
     from mlm_train.tol.build import Build
 
     config = read_model_config(args.model)
-    storage = storage_of(args, list(range(config.num_hidden_layers)), config.hidden_size)
+    storage = storage_of(args, list(range(config.num_hidden_layers)), config.hidden_size, BUILT)
     return Build(
         args.model,
         _place(args),
         storage,
         partitions=args.partitions,
-        compute=args.compute,
-        threads=args.threads,
+        compute=args.compute or "auto",
+        threads=_threads(args),
         device=args.device,
     )
 
@@ -281,8 +290,14 @@ def _compression(args: argparse.Namespace) -> "Build":
     index = read_index(args.table)
     storage = storage_of(args, index.layers, index.hidden_size)
     return Build(
-        None, _place(args), storage, table=args.table, partitions=args.partitions, threads=args.threads
+        None, _place(args), storage, table=args.table, partitions=args.partitions, threads=_threads(args)
     )
+
+
+def _threads(args: argparse.Namespace) -> int:
+    if args.threads is not None and args.threads < 1:
+        raise UserError(f"--threads {args.threads}: give at least 1")
+    return args.threads or 1
 
 
 def _verify(args: argparse.Namespace) -> int:

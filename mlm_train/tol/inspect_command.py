@@ -3,7 +3,6 @@
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_train.arguments import MODEL_KINDS, add_action
@@ -44,14 +43,16 @@ def add_inspect(actions: "Actions") -> None:
 
 def run_inspect(args: argparse.Namespace) -> int:
     """Exit code 0."""
+    from mlm_train.files import check_output, is_png
     from mlm_train.tol.inspect import inspect_tol
     from mlm_train.tol.inspect_show import plot, show
 
+    drawn = None if args.plot is None else check_output("--plot", args.plot, is_png, "PNG")
     found = inspect_tol(args.table, args.model, args.top, args.neighbours)
     if args.json:
         print(json.dumps(asdict(found), ensure_ascii=False))
     else:
         show(found)
-    if args.plot:
-        plot(found, Path(args.plot))
+    if drawn is not None:
+        plot(found, drawn)
     return 0

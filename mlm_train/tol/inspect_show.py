@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mlm_train.files import writing
+from mlm_train.files import write_figure
 from mlm_train.sizes import in_units
 from mlm_train.tol.inspect import Inspection, Layer, Scored
 
@@ -127,8 +127,7 @@ def plot(found: Inspection, file: Path) -> None:
         axis.set_axisbelow(True)
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    with writing(file):
-        figure.savefig(file, dpi=110, format="png", metadata={"Software": None})
+    write_figure(file, figure)
     pyplot.close(figure)
 
 

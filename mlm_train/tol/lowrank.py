@@ -67,14 +67,28 @@ def lay_out(plan: Plan, spectra: Sequence[Spectrum]) -> Layout:
         layout = _within(plan, spectra, room)
         if layout is None:
             break
-        excess = table_bytes(plan, layout) - storage.budget
+        excess = _bytes(plan, layout) - storage.budget
         if excess <= 0:
             return layout
         room -= excess
-    least = table_bytes(plan, _layout(plan, {plan.layers[0]: rank_step(storage)}))
-    raise UserError(
-        f"a budget of {in_units(storage.budget)} holds no layer: {in_units(least)} is the least in "
-        f"{storage.dtype} and {plan.partitions} partitions; give more"
+    raise _too_small(storage.budget, plan)
+
+
+def check_budget(plan: Plan) -> None:
+    """UserError for a budget of which it is known before any spectrum that it holds nothing."""
+    if plan.storage.budget is not None and plan.storage.budget < _least(plan):
+        raise _too_small(plan.storage.budget, plan)
+
+
+def _least(plan: Plan) -> int:
+    """Bytes of a table of one layer, of the smallest rank."""
+    return _bytes(plan, _layout(plan, {plan.layers[0]: rank_step(plan.storage)}))
+
+
+def _too_small(budget: int, plan: Plan) -> UserError:
+    return UserError(
+        f"a budget of {in_units(budget)} holds no layer: {in_units(_least(plan))} is the least in "
+        f"{plan.storage.dtype} and {plan.partitions} partitions; give more"
     )
 
 
@@ -111,14 +125,17 @@ def rank_step(storage: Storage) -> int:
     return ALIGNMENT // TORCH_DTYPE[storage.dtype].itemsize
 
 
-def table_bytes(plan: Plan, layout: Layout) -> int:
+def table_bytes(layout: Layout, rows: int, partitions: int) -> int:
     """Of all files but the index; the basis' header is counted as 1 KiB and 128 bytes a layer."""
-    ranges = map(plan.rows, range(plan.partitions))
-    total = sum(layout.shape.file_bytes(stop - start) for start, stop in ranges)
+    total = partitions * len(layout.shape.header(rows)) + rows * layout.shape.size
     ranks = [scheme.rank for scheme in layout.schemes if scheme.rank is not None]
     if ranks:
-        total += 1024 + sum(128 + rank * plan.hidden_size * BASIS_ITEM for rank in ranks)
+        total += 1024 + sum(128 + rank * layout.hidden_size * BASIS_ITEM for rank in ranks)
     return total
+
+
+def _bytes(plan: Plan, layout: Layout) -> int:
+    return table_bytes(layout, plan.vocab_size, plan.partitions)
 
 
 def bases_of(plan: Plan, layout: Layout, spectra: Sequence[Spectrum]) -> dict[int, torch.Tensor]:

@@ -2,14 +2,20 @@
 
 import argparse
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from mlm_train.errors import UserError
+from mlm_train.files import LARGEST_RESULT
 from mlm_train.sizes import size
 from mlm_train.tol.codec import GROUP, LEVELS, TORCH_DTYPE, Record, Scheme
 from mlm_train.tol.state import Storage
+
+_WORDS = ("dtype", "group_size", "asymmetric", "drop", "rank", "budget")  # of args
+_RANGE = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
 
 
 class Allocation(Record):
@@ -21,10 +27,9 @@ class Allocation(Record):
 
 def add_storage_arguments(parser: argparse.ArgumentParser, default: str | None) -> None:
     """--dtype and what goes with it."""
-    parser.add_argument(
+    parser.add_argument(  # its default comes later, in storage_of: what was given can be told from it
         "--dtype",
         choices=(*TORCH_DTYPE, *LEVELS),
-        default=default,
         help="type of the stored numbers" + (f" (default {default})" if default else ""),
     )
     parser.add_argument(
@@ -42,36 +47,52 @@ def add_storage_arguments(parser: argparse.ArgumentParser, default: str | None) 
         "--budget",
         type=size,
         metavar="SIZE",
-        help="bytes of the whole table, such as 3.2GB: each layer gets its own rank",
+        help="bytes of the table's files, such as 3.2GB: each layer gets its own rank",
     )
     parser.add_argument(
         "--allocation", metavar="FILE", help="layers and schemes from `mlm-train tol allocate`"
     )
 
 
-def storage_of(args: argparse.Namespace, layers: list[int], hidden: int) -> Storage:
-    """What the words ask for, of a table with these layers. Raises UserError naming a wrong one."""
-    if args.allocation:
+def given(args: argparse.Namespace, names: Sequence[str] = (*_WORDS, "allocation")) -> str:
+    """The options among `names` that a command line has, for a message; "" for none."""
+    found = (name for name in names if getattr(args, name) is not None and getattr(args, name) is not False)
+    return ", ".join(f"--{name.replace('_', '-')}" for name in found)
+
+
+def storage_of(
+    args: argparse.Namespace, layers: list[int], hidden: int, default: str | None = None
+) -> Storage:
+    """What the words ask for, of a table with these layers; `default`: the type where none is given.
+
+    Raises UserError naming a wrong one.
+    """
+    if args.allocation is not None:
+        if more := given(args, _WORDS):
+            raise UserError(f"--allocation says how every layer is stored: leave {more} out")
         return _allocated(Path(args.allocation), layers, hidden)
-    if args.dtype is None:
+    dtype = default if args.dtype is None else args.dtype
+    if dtype is None:
         raise UserError("give --dtype or --allocation: how the numbers are to be stored")
-    if args.dtype not in LEVELS and (args.group_size is not None or args.asymmetric):
-        raise UserError(f"--group-size and --asymmetric are of int8 and int4, not of {args.dtype}")
-    for name, most in (("group_size", None), ("rank", hidden)):
+    if dtype not in LEVELS and (args.group_size is not None or args.asymmetric):
+        raise UserError(f"--group-size and --asymmetric are of int8 and int4, not of {dtype}")
+    # A group as wide as a row is the largest there can be; the default is more than a narrow model's row.
+    for name, most in (("group_size", max(hidden, GROUP)), ("rank", hidden)):
         value = getattr(args, name)
-        if value is not None and (value < 1 or (most is not None and value > most)):
-            limit = f" to {most} (hidden_size)" if most else " or more"
-            raise UserError(f"--{name.replace('_', '-')} {value}: give 1{limit}")
+        if value is not None and not 1 <= value <= most:
+            what = " (hidden_size)" if most == hidden else ""
+            raise UserError(f"--{name.replace('_', '-')} {value}: give 1 to {most}{what}")
     if args.rank is not None and args.budget is not None:
         raise UserError("give --rank or --budget, not both")
     kept = layers
-    if args.drop:
-        kept = [layer for layer in layers if layer not in _dropped(args.drop, layers)]
+    if args.drop is not None:
+        dropped = _dropped(args.drop, layers)
+        kept = [layer for layer in layers if layer not in dropped]
         if not kept:
             raise UserError(f"--drop {args.drop} leaves no layer")
     return Storage(
-        dtype=args.dtype,
-        group_size=(args.group_size or GROUP) if args.dtype in LEVELS else None,
+        dtype=dtype,
+        group_size=(args.group_size or GROUP) if dtype in LEVELS else None,
         symmetric=not args.asymmetric,
         layers=kept,
         rank=args.rank,
@@ -82,25 +103,69 @@ def storage_of(args: argparse.Namespace, layers: list[int], hidden: int) -> Stor
 def _dropped(text: str, layers: list[int]) -> set[int]:
     found: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
-            raise UserError(f"--drop {text}: give layers such as 3,5-7")
-        found |= set(range(int(first), int(last or first) + 1))
-    if unknown := sorted(found - set(layers)):
-        raise UserError(f"--drop {text}: there is no layer {unknown[0]}; those there are: {layers}")
+        match = _RANGE.fullmatch(part.strip())
+        if match is None:
+            raise UserError(f"--drop {text or repr('')}: give layers such as 3,5-7")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise UserError(f"--drop {text}: {part.strip()} ends before it begins; write {last}-{first}")
+        # The first layer that is not there ends it: a range as long as it likes is not gone through.
+        unknown = next((layer for layer in range(first, last + 1) if layer not in layers), None)
+        if unknown is not None:
+            raise UserError(f"--drop {text}: there is no layer {unknown}; those there are: {layers}")
+        found |= set(range(first, last + 1))
     return found
 
 
 def _allocated(file: Path, layers: list[int], hidden: int) -> Storage:
     try:
-        tree = json.loads(file.read_text())
-        allocation = TypeAdapter(Allocation).validate_python(
-            {key: tree[key] for key in ("layers", "schemes")}
-        )
-    except (OSError, ValueError, ValidationError, KeyError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"--allocation {file}: {reason}; write one with `mlm-train tol allocate`") from None
-    fits = len(allocation.layers) == len(allocation.schemes) and set(allocation.layers) <= set(layers)
-    if not allocation.layers or not fits or any((one.rank or 1) > hidden for one in allocation.schemes):
-        raise UserError(f"--allocation {file} is of another model: it has layers {allocation.layers}")
-    return Storage(layers=allocation.layers, schemes=allocation.schemes)
+        found = read_allocation(file)
+        _check_fits(found, layers, hidden)
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror or error}"
+    except ValueError as error:
+        reason = str(error)
+    else:
+        return Storage(layers=found.layers, schemes=found.schemes)
+    raise UserError(f"--allocation {file}: {reason}; write one with `mlm-train tol allocate`")
+
+
+def read_allocation(file: Path) -> Allocation:
+    """A file of `tol allocate`. Raises ValueError saying what is wrong with it, and OSError."""
+    if file.stat().st_size >= LARGEST_RESULT:
+        raise ValueError("too large for an allocation")
+    try:
+        tree = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        raise ValueError("no JSON") from None
+    missing = [name for name in Allocation.model_fields if not isinstance(tree, dict) or name not in tree]
+    if missing:
+        raise ValueError(f"no allocation: it has no {missing[0]}")
+    try:
+        return Allocation.model_validate({name: tree[name] for name in Allocation.model_fields})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where, what = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{where}: {what[0].lower()}{what[1:]}") from None
+
+
+def is_allocation(file: Path) -> bool:
+    """Whether it is a file of `tol allocate`."""
+    try:
+        return bool(read_allocation(file).layers)
+    except ValueError:
+        return False
+
+
+def _check_fits(found: Allocation, layers: list[int], hidden: int) -> None:
+    """Raise ValueError for an allocation that no table with these layers can follow."""
+    count, schemes = len(found.layers), len(found.schemes)
+    if count != schemes or not count:
+        raise ValueError(f"it has {count} layers and {schemes} schemes: each layer needs one")
+    if unknown := [layer for layer in found.layers if layer not in layers]:
+        raise ValueError(f"of another model: it has layer {unknown[0]}; those there are: {layers}")
+    if found.layers != sorted(set(found.layers)):
+        raise ValueError(f"its layers are not in order, each once: {found.layers}")
+    for layer, scheme in zip(found.layers, found.schemes, strict=True):
+        if scheme.rank is not None and scheme.rank > hidden:
+            raise ValueError(f"of another model: layer {layer} has rank {scheme.rank} of {hidden}")

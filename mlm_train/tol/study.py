@@ -2,7 +2,8 @@
 
 import argparse
 import math
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from rich.table import Table as Columns
 
 from mlm_train.errors import UserError
 from mlm_train.evaluate.scorer import Scorer
-from mlm_train.files import write_json, writing
+from mlm_train.files import check_output, is_png, write_figure, write_json, writing
 from mlm_train.sizes import in_units
 from mlm_train.tol.allocate import (
     Choice,
@@ -23,11 +24,13 @@ from mlm_train.tol.allocate import (
     choices,
     layout_of,
     measure,
+    size_of,
     spectra_of,
     within,
 )
 from mlm_train.tol.codec import GROUP, Scheme
-from mlm_train.tol.format import check_fits
+from mlm_train.tol.format import TolIndex, check_fits
+from mlm_train.tol.options import is_allocation
 from mlm_train.tol.table import Table
 
 
@@ -42,7 +45,8 @@ class Study:
         check_fits(Path(args.table), self.index, self.scorer.config)
         self.trial = Trial(self.table, spectra_of(self.table))
         self.options = choices(self.index.hidden_size)
-        self.sizes = np.array([self.size([option]) for option in self.options])
+        rows, hidden = self.index.vocab_size, self.index.hidden_size
+        sizes = np.array([bytes_of(option, rows, hidden) for option in self.options])
 
         def shown(numbers: Iterable[int]) -> Iterable[int]:
             hidden = not console.is_terminal
@@ -50,13 +54,19 @@ class Study:
 
         batches = list(learnt.batches())
         self.costs = measure(self.scorer.model, self.trial, batches, self.options, shown)
-        self.front = best_mixes(self.costs, self.sizes)
+        # Headers are the same for all but a few bytes: they are added to the mixes, which they do not change.
+        mixes = (mix for mix in best_mixes(self.costs, sizes) if mix.bytes)  # no table drops every layer
+        self.front = [mix._replace(bytes=self.size(self.of(mix))) for mix in mixes]
+        if not self.front:
+            raise UserError(
+                f"no layer of {args.table} changes what {args.model} says of {args.data}: "
+                "there is nothing to choose from; give more --samples"
+            )
         self.exact = self.perplexity({})
 
-    def size(self, chosen: Sequence[Choice]) -> int:
-        """Bytes of layers that are stored so; headers apart."""
-        rows, hidden = self.index.vocab_size, self.index.hidden_size
-        return sum(bytes_of(one, rows, hidden) for one in chosen)
+    def size(self, chosen: Mapping[int, Choice]) -> int:
+        """Bytes of a table's files."""
+        return size_of(self.index, chosen)
 
     def perplexity(self, chosen: dict[int, Choice]) -> float:
         """Measured on the validation split."""
@@ -88,15 +98,18 @@ class Study:
 
     def uniform(self, size: int) -> dict[str, dict[int, Choice]]:
         """Every layer alike: int8, int4, and the largest rank in bfloat16 that fits into so many bytes."""
-        layers, rows, hidden = self.index.layers, self.index.vocab_size, self.index.hidden_size
+        layers, hidden = self.index.layers, self.index.hidden_size
         found: dict[str, Choice] = {
             f"{dtype}, groups of {group}": Scheme(dtype=dtype, group_size=group)
             for dtype, group in (("int8", GROUP), ("int4", GROUP), ("int4", GROUP // 2))
         }
-        ranks = (Scheme(dtype="bfloat16", rank=rank) for rank in range(hidden - 1, 0, -1))
-        fitting = (one for one in ranks if len(layers) * bytes_of(one, rows, hidden) <= size)
-        if (largest := next(fitting, None)) is not None:
-            found[f"rank {largest.rank}, bfloat16"] = largest
+
+        def cut(rank: int) -> Scheme:
+            return Scheme(dtype="bfloat16", rank=rank)
+
+        ranks = range(1, hidden)
+        if rank := bisect_right(ranks, size, key=lambda rank: self.size(dict.fromkeys(layers, cut(rank)))):
+            found[f"rank {rank}, bfloat16"] = cut(rank)
         return {name: dict.fromkeys(layers, choice) for name, choice in found.items()}
 
 
@@ -105,18 +118,17 @@ def allocate(args: argparse.Namespace) -> int:
     if (args.budget is None) == (args.tolerance is None):
         raise UserError("give --budget or --tolerance")
     tolerance = None if args.tolerance is None else _fraction(args.tolerance)
+    output, drawn = _outputs(args)
     table = Table.open_folder(args.table)
     if table.index.encodings is not None:
         raise UserError(f"{args.table} is compressed already; give the table that `tol build` wrote")
-    console = Console(stderr=True)
-    study = Study(args, table, console)
+    if args.budget is not None and args.budget < (least := _least_bytes(table.index)):
+        raise _too_small(args.budget, least)
+    study = Study(args, table, Console(stderr=True))
     mix = study.smallest(tolerance) if tolerance is not None else within(study.front, args.budget)
-    layout = None if mix is None else layout_of(study.table, study.options, mix.picks)
-    if mix is None or layout is None:
-        least = min(one.bytes for one in study.front if one.bytes)
-        raise UserError(
-            f"--budget {in_units(args.budget)} holds no layer; the smallest mix takes {in_units(least)}"
-        )
+    if mix is None:
+        raise _too_small(args.budget, min(one.bytes for one in study.front))
+    layout = layout_of(table.index, study.of(mix))
     measured = _measured(study, mix)
     tree = {
         "layers": layout.layers,
@@ -129,20 +141,45 @@ def allocate(args: argparse.Namespace) -> int:
         "options": [None if one is None else one.model_dump(mode="json") for one in study.options],
         "pareto": [{"bytes": one.bytes, "predicted_growth": math.expm1(one.cost)} for one in study.front],
     }
-    with writing(Path(args.output)):
-        write_json(Path(args.output), tree)
+    with writing(output):
+        write_json(output, tree)
     _show(study, mix, measured)
-    if args.plot:
-        _plot(study, mix, measured, Path(args.plot))
+    for line in _remarks(measured, tolerance):
+        print(line)
+    if drawn is not None:
+        _plot(study, mix, measured, drawn)
     print(f"{args.output}: `mlm-train tol compress {args.table} --allocation {args.output} --output DIR`")
     return 0
 
 
+def _outputs(args: argparse.Namespace) -> tuple[Path, Path | None]:
+    """Where the mix and its plot go; UserError before minutes of measuring."""
+    output = check_output("--output", args.output, is_allocation, "file of `tol allocate`")
+    if args.plot is None:
+        return output, None
+    drawn = check_output("--plot", args.plot, is_png, "PNG")
+    if drawn.resolve() == output.resolve():
+        raise UserError(f"--plot {drawn} is --output too: name another file")
+    return output, drawn
+
+
+def _least_bytes(index: TolIndex) -> int:
+    """Of the smallest table there can be: one layer."""
+    ways = (option for option in choices(index.hidden_size) if option is not None)
+    return min(size_of(index, {index.layers[0]: way}) for way in ways)
+
+
+def _too_small(budget: int, least: int) -> UserError:
+    return UserError(f"--budget {in_units(budget)} holds no layer; the smallest mix takes {in_units(least)}")
+
+
 def _fraction(text: str) -> float:
     try:
-        value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         value = -1.0
+    if value >= 1 and not text.endswith("%"):
+        raise UserError(f"--tolerance {text} is {value:.0%}: write {text}%, or a share below 1 such as 0.005")
     if not 0 <= value < 10:
         raise UserError(f"--tolerance {text}: give a share such as 0.5% or 0.005")
     return value
@@ -155,8 +192,7 @@ def _measured(study: Study, mix: Mix) -> dict[str, dict[str, float]]:
     for name, chosen in ways.items():
         perplexity = study.perplexity(chosen)
         growth = study.growth(perplexity)
-        size = study.size(list(chosen.values()))
-        found[name] = {"bytes": size, "perplexity": perplexity, "growth": growth}
+        found[name] = {"bytes": study.size(chosen), "perplexity": perplexity, "growth": growth}
     return found
 
 
@@ -177,6 +213,20 @@ def _show(study: Study, mix: Mix, measured: dict[str, dict[str, float]]) -> None
         size = f"{way['bytes'] / 1e6:.3f}"
         result.add_row(name, size, f"{way['perplexity']:.4f}", f"{way['growth']:+.3%}")
     console.print(result)
+
+
+def _remarks(measured: dict[str, dict[str, float]], tolerance: float | None) -> list[str]:
+    """Where measuring does not bear out the choice, which predictions made."""
+    chosen, found = measured["chosen"], []
+    if tolerance is not None and chosen["growth"] > tolerance:
+        found.append(f"no mix stays within {tolerance:.3%}: this is the largest, {chosen['growth']:+.3%}")
+    for name, way in measured.items():
+        if way["bytes"] <= chosen["bytes"] and way["perplexity"] < chosen["perplexity"]:
+            found.append(
+                f"measured better in no more bytes: {name} ({way['growth']:+.3%}, the chosen mix "
+                f"{chosen['growth']:+.3%}); more --samples predict better"
+            )
+    return found
 
 
 def words(choice: Choice) -> str:
@@ -219,6 +269,5 @@ def _plot(study: Study, mix: Mix, measured: dict[str, dict[str, float]], file: P
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.tight_layout()
-    with writing(file):
-        figure.savefig(file, dpi=110, format="png", metadata={"Software": None})
+    write_figure(file, figure)
     pyplot.close(figure)

@@ -123,11 +123,13 @@ def verify_tol(
     UserError is for an unreadable index and a model that the table was not built from.
     """
     if is_url(folder):
-        return _verify_url(place_of(folder), model)
+        return _verify_url(place_of(folder), model, sample)
     index = read_index(folder)
     folder, report = Path(folder), Report(index)
-    if sample is not None and (model is None or sample < 1):
-        raise UserError(f"--sample {sample}: needs --model and at least 1 row")
+    if sample is not None and sample < 1:
+        raise UserError(f"--sample {sample}: give at least 1 row")
+    if sample is not None and model is None:
+        raise UserError(f"--sample {sample} recomputes rows: give --model too, or leave it out")
     if model is None:
         _check_basis(Folder(folder), report)
         _check_partitions(folder, report, None)
@@ -152,11 +154,12 @@ def verify_tol(
     return report
 
 
-def _verify_url(place: Place, model: str | Path | None) -> Report:
+def _verify_url(place: Place, model: str | Path | None, sample: int | None) -> Report:
     """Every file's size and SHA-256, which are those of finite values: none else are written."""
-    if model is not None:
+    if model is not None or sample is not None:
+        option = "--sample" if model is None else "--model"
         raise UserError(
-            f"--model compares rows of a folder: mlm-train tol fetch {place} FOLDER, and verify that"
+            f"{option} compares rows of a folder: mlm-train tol fetch {place} FOLDER, and verify that"
         )
     report = Report(index_at(place))
     _check_basis(place, report)

@@ -53,3 +53,6 @@ def test_bad_input(tmp_path: Path) -> None:
     out.touch()
     with pytest.raises(UserError, match="exists"):
         dump_logits(tmp_path / "export", file, out)
+    for file in ("export/new.safetensors", "none/new.safetensors"):
+        with pytest.raises(UserError, match=r"takes no other files|folder that exists"):
+            dump_logits(tmp_path / "export", tmp_path / "no", tmp_path / file)

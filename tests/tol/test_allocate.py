@@ -9,15 +9,17 @@ import pytest
 import torch
 
 from mlm_train.parallel import runtime
+from mlm_train.tol import study
 from mlm_train.tol.allocate import Trial, best_mixes, bytes_of, choices, measure, spectra_of, within
 from mlm_train.tol.build import Build
 from mlm_train.tol.codec import Scheme
-from mlm_train.tol.format import read_index
+from mlm_train.tol.format import INDEX, read_index
 from mlm_train.tol.state import Storage
 from mlm_train.tol.store import TolSource
 from mlm_train.tol.table import Table
 from tests.commands import TINY, mlm_train, refused
-from tests.tol.conftest import random_model
+from tests.tol.conftest import export, random_model
+from tests.tol.test_inspect import alike, write
 
 OPTIONS = [
     None,
@@ -134,7 +136,9 @@ def test_a_mix_for_a_trained_model(
     export, table = trained
     text = ("--model", export, "--data", data, "--samples", 16)
     out = ("--output", tmp_path / "mix.json", "--plot", tmp_path / "mix.png")
-    budget = 2 * bytes_of(Scheme(dtype="int4", group_size=64), 512, 32)
+    layer = bytes_of(Scheme(dtype="int4", group_size=64), 512, 32)
+    budget = 2 * layer + 8 * 4096  # a header in each of its partitions
+    (tmp_path / "mix.json").touch()  # an empty file may be replaced
     mlm_train("tol", "allocate", table, *text, "--budget", budget, *out)
     tree = json.loads((tmp_path / "mix.json").read_text())
     assert tree["bytes"] <= budget and (tmp_path / "mix.png").read_bytes()[:4] == b"\x89PNG"
@@ -151,11 +155,90 @@ def test_a_mix_for_a_trained_model(
         f"{ways['chosen']['perplexity']:.4f} with {tmp_path / 'small'}: {ways['chosen']['growth']:+.3%}"
         in said
     )
-    index = read_index(tmp_path / "small")
-    assert index.bytes - len(index.partitions) * 4096 <= tree["bytes"] + 2000
+    written = read_index(tmp_path / "small").bytes  # headers too; those of bases are counted as more
+    assert written <= tree["bytes"] <= min(budget, written + 2000)
 
-    mlm_train("tol", "allocate", table, *text, "--tolerance", "2%", "--output", tmp_path / "two.json")
-    assert json.loads((tmp_path / "two.json").read_text())["measured"]["chosen"]["growth"] <= 0.02
+    # Its own earlier result is replaced.
+    mlm_train("tol", "allocate", table, *text, "--tolerance", "2%", *out)
+    assert json.loads((tmp_path / "mix.json").read_text())["measured"]["chosen"]["growth"] <= 0.02
+
+    # However much is allowed, a layer is left.
+    mlm_train("tol", "allocate", table, *text, "--tolerance", "999%", *out)
+    assert len(json.loads((tmp_path / "mix.json").read_text())["layers"]) == 1
+
+
+def test_remarks() -> None:
+    def way(size: int, growth: float) -> dict[str, float]:
+        return {"bytes": size, "perplexity": 10 * (1 + growth), "growth": growth}
+
+    measured = {"chosen": way(100, 0.02), "larger": way(101, 0.01), "worse": way(90, 0.03)}
+    assert study._remarks(measured, 0.03) == study._remarks(measured, None) == []
+    (line,) = study._remarks(measured | {"int8": way(100, 0.01)}, None)
+    assert line.startswith("measured better in no more bytes: int8 (+1.000%, the chosen mix +2.000%)")
+    (line,) = study._remarks(measured, 0.01)
+    assert line.startswith("no mix stays within 1.000%")
+
+
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A table that nobody may write into, and the index as it was."""
+    folder = tmp_path_factory.mktemp("refusing") / "tol"
+    write(folder, alike(30))
+    return folder, folder / INDEX
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--output", ""), "--output '': name a file in a folder that exists"),
+        (("--output", "no/mix.json"), "no/mix.json: name a file in a folder that exists"),
+        (("--output", "."), "--output .: name a file"),
+        (("--output", "TABLE/tol.index.json"), "tol.index.json lies in the folder of"),
+        (("--output", "TABLE/new.json"), "which takes no other files"),
+        (("--output", "mine.json"), "mine.json exists and is no file of `tol allocate`"),
+        (("--output", "/dev/null"), "/dev/null exists and is no file of"),
+        (("--output", "o" * 252), "cannot be written: File name too long"),
+        (("--output", "mix.json", "--plot", "no/x.png"), "--plot no/x.png: name a file"),
+        (("--output", "mix.json", "--plot", "mine.json"), "mine.json exists and is no PNG"),
+        (("--output", "mix.json", "--plot", "./mix.json"), "is --output too"),
+        (("--output", "mix.json", "--budget", "30kB"), "holds no layer; the smallest mix takes"),
+        (("--output", "mix.json", "--tolerance", "5"), "--tolerance 5 is 500%: write 5%"),
+        (("--output", "mix.json", "--tolerance", "nan"), "give a share such as 0.5%"),
+    ],
+)
+def test_refused_before_a_model_is_looked_at(
+    refusing: tuple[Path, Path],
+    words: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The model and the data are not there at all."""
+    table, index = refusing
+    before = index.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").write_text('{"layers": [0]}')
+    words = tuple(word.replace("TABLE", str(table)) for word in words)
+    goal = () if {"--budget", "--tolerance"} & set(words) else ("--budget", "1MB")
+    said = refused("tol", "allocate", table, "--model", "none", "--data", "none", *goal, *words)
+    assert message in said
+    assert index.read_bytes() == before and {path.name for path in tmp_path.iterdir()} == {"mine.json"}
+    assert (tmp_path / "mine.json").read_text() == '{"layers": [0]}'
+
+
+def test_data_of_more_ids_than_the_model_knows(
+    data: Path, refusing: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """As of pretraining: fewer may be, since a vocabulary is padded."""
+    model, (table, _) = export(tmp_path / "model", random_model(vocab_size=300)), refusing
+    evaluated = ("--dtype", "int8", "--evaluate", data, "--output", tmp_path / "out")
+    for words in (
+        ("evaluate", "--data", data),
+        ("tol", "allocate", table, "--data", data, "--budget", "1MB", "--output", tmp_path / "mix.json"),
+        ("tol", "compress", table, *evaluated),
+    ):
+        assert f"{data} has 512 ids and {model} knows 300: prepare" in refused(*words, "--model", model)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "mix.json").exists()
 
 
 def test_bad_input(trained: tuple[Path, Path], data: Path, tmp_path: Path) -> None:

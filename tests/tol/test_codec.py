@@ -186,6 +186,21 @@ def test_what_a_type_cannot_hold_is_refused(dtype: str, bad: float) -> None:
     assert (caught.value.row, caught.value.dtype) == (6, dtype)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", LEVELS)
+def test_a_group_wider_than_a_row_is_the_row(dtype: str, symmetric: bool) -> None:
+    """Bytes are the same, and so is the memory: none for what lies beyond the row."""
+    values = numbers(40, HIDDEN)
+    given = {"dtype": dtype, "symmetric": symmetric}
+    exact, wide = (Scheme.model_validate(given | {"group_size": size}) for size in (HIDDEN, 2**31 - 1))
+    assert exact.sizes(HIDDEN) == wide.sizes(HIDDEN)
+    size = sum(exact.sizes(HIDDEN))
+    assert torch.equal(encode(exact, values)[:, :size], encode(wide, values)[:, :size])
+    assert torch.equal(
+        *(decode(layout([one], HIDDEN)[0], encode(exact, values), HIDDEN) for one in (exact, wide))
+    )
+
+
 def test_schemes_that_mean_nothing() -> None:
     for fields in ({"dtype": "int8"}, {"dtype": "bfloat16", "group_size": 64}, {"dtype": "int4", "rank": 0}):
         with pytest.raises(ValueError, match=r"group_size|greater than"):

@@ -104,7 +104,7 @@ def test_a_budget_is_kept_and_used_where_it_counts(ray: None, tmp_path: Path) ->
         assert all(ranks.get(1, 0) <= min(16, ranks.get(layer, 32)) for layer in (0, 2))
     with pytest.raises(UserError, match=r"holds no layer: .* is the least in .*; give more"):
         build(source, tmp_path / "none", Storage(dtype="float16", budget=3_000))
-    assert not (tmp_path / "none" / INDEX).exists()
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("name", ["int4", "rank and bits", "mixed"])
@@ -184,7 +184,6 @@ def test_repair_makes_damaged_partitions_again(
         (folder / second.file).write_bytes(data)
         untouched = (folder / third.file).stat().st_mtime_ns
         command = ["tol", words, str(source), "--output", str(folder), "--repair"]
-        command += ["--dtype", "int8"] * (words == "compress")
         with pytest.raises(SystemExit) as ended:
             main(command)
         assert not ended.value.code
@@ -236,28 +235,100 @@ def test_damaged_rows_are_not_compressed(
 
 def test_bad_words(tables: dict[str, Path], exported: Path, tmp_path: Path) -> None:
     table, output = tables["bfloat16"], ("--output", tmp_path / "out")
-    (tmp_path / "broken.json").write_text("{")
-    (tmp_path / "foreign.json").write_text(
-        json.dumps({"layers": [0, 9], "schemes": [{"dtype": "int4", "group_size": 64}] * 2})
-    )
+    whole = allocation(tmp_path / "whole.json", [0, 1])
     cases = {
         ("--dtype", "bfloat16", "--group-size", 8): "--group-size and --asymmetric are of int8 and int4",
-        ("--dtype", "int8", "--group-size", 0): "--group-size 0: give 1 or more",
+        ("--dtype", "int8", "--group-size", 0): "--group-size 0: give 1 to 64",
+        ("--dtype", "int8", "--group-size", 10**20): "00000: give 1 to 64",
         ("--dtype", "int8", "--rank", 33): "--rank 33: give 1 to 32 (hidden_size)",
         ("--dtype", "int8", "--rank", 3, "--budget", "1MB"): "give --rank or --budget",
         ("--dtype", "int8", "--budget", "much"): "argument --budget: 'much' is not a size such as 40MB",
         ("--dtype", "int8", "--drop", "5"): "--drop 5: there is no layer 5; those there are: [0, 1, 2]",
         ("--dtype", "int8", "--drop", "0-2"): "--drop 0-2 leaves no layer",
         ("--dtype", "int8", "--drop", "x"): "--drop x: give layers such as",
-        ("--allocation", tmp_path / "broken.json"): "broken.json: ",
-        ("--allocation", tmp_path / "foreign.json"): "foreign.json is of another model",
+        ("--dtype", "int8", "--drop", ""): "--drop '': give layers such as",
+        ("--dtype", "int8", "--drop", "0-"): "--drop 0-: give layers such as",
+        ("--dtype", "int8", "--drop", "0,"): "--drop 0,: give layers such as",
+        ("--dtype", "int8", "--drop", "9" * 5000): "give layers such as",
+        ("--dtype", "int8", "--drop", "0-99999999999999"): "there is no layer 3; those there are: [0, 1, 2]",
+        ("--dtype", "int8", "--drop", "2-1"): "--drop 2-1: 2-1 ends before it begins; write 1-2",
+        (
+            "--allocation",
+            whole,
+            "--dtype",
+            "int8",
+        ): "how every layer is stored: leave --dtype out",
+        ("--allocation", whole, "--drop", "0", "--asymmetric"): "leave --asymmetric, --drop out",
+        ("--allocation", ""): "--allocation .: cannot be read: Is a directory",
+        ("--repair", "--dtype", "int8"): "as it was: leave --dtype out",
+        ("--repair", "--partitions", 3, "--evaluate", "x"): "leave --partitions, --evaluate out",
+        ("--dtype", "int8", "--each-node"): "--each-node needs --ray-address",
+        ("--dtype", "int8", "--threads", 0): "--threads 0: give at least 1",
     }
     for words, message in cases.items():
         assert message in refused("tol", "compress", table, *output, *words), words
         assert message in refused("tol", "build", exported, *output, *words), words
     assert "does not exist" in refused("tol", "compress", exported, *output, "--dtype", "int8")
     assert "--dtype or --allocation" in refused("tol", "compress", table, *output)
+    more = ("--dtype", "int8", "--model", exported)
+    assert "give --evaluate DATA too" in refused("tol", "compress", table, *output, *more)
+    assert "leave --model out" in refused("tol", "compress", table, *output, "--repair", *more[2:])
+    again = ("--repair", "--compute", "auto")
+    assert "leave --compute out" in refused("tol", "build", exported, *output, *again)
     assert not (tmp_path / "out").exists()
+
+
+def allocation(file: Path, layers: list[int], count: int | None = None, **fields: object) -> Path:
+    """A file such as `tol allocate` writes."""
+    scheme = {"dtype": "int4", "group_size": 16} | fields
+    schemes = [scheme] * (len(layers) if count is None else count)
+    file.write_text(json.dumps({"layers": layers, "schemes": schemes, "more": None}))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("layers", "fields", "message"),
+    [
+        ([0, 9], {}, "of another model: it has layer 9; those there are: [0, 1, 2]"),
+        ([2, 0], {}, "its layers are not in order, each once: [2, 0]"),
+        ([0, 1, 1], {}, "its layers are not in order, each once: [0, 1, 1]"),
+        ([0, 1], {"count": 1}, "it has 2 layers and 1 schemes: each layer needs one"),
+        ([], {}, "it has 0 layers and 0 schemes"),
+        ([0], {"rank": 33}, "layer 0 has rank 33 of 32"),
+        ([0], {"group_size": 10**30}, "schemes.0.group_size: input should be less than or equal to"),
+        ([0], {"dtype": "bfloat16"}, "schemes.0: bfloat16 has no group_size"),
+        ([0], {"speed": 3}, "schemes.0.speed: extra inputs are not permitted"),
+    ],
+)
+def test_wrong_allocations(
+    exported: Path, tmp_path: Path, layers: list[int], fields: dict[str, Any], message: str
+) -> None:
+    file = allocation(tmp_path / "mix.json", layers, **fields)
+    said = refused("tol", "build", exported, "--output", tmp_path / "out", "--allocation", file)
+    assert message in said and said.endswith("write one with `mlm-train tol allocate`")
+    assert said.count(str(file)) == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"{", "no JSON"),
+        (b"\xff\xfe\x00", "no JSON"),
+        (b"[" * 10**5, "no JSON"),
+        (b"null", "no allocation: it has no layers"),
+        (b'{"layers": [0]}', "no allocation: it has no schemes"),
+        (b'{"layers": {}, "schemes": []}', "layers: input should be a valid list"),
+        (None, "cannot be read: No such file or directory"),
+    ],
+)
+def test_files_that_are_no_allocations(
+    exported: Path, tmp_path: Path, data: bytes | None, message: str
+) -> None:
+    file = tmp_path / "mix.json"
+    if data is not None:
+        file.write_bytes(data)
+    said = refused("tol", "build", exported, "--output", tmp_path / "out", "--allocation", file)
+    assert f"--allocation {file}: {message}; write one with" in said and said.count(str(file)) == 1
 
 
 def test_a_dropped_layer_cannot_come_back(ray: None, tables: dict[str, Path], tmp_path: Path) -> None:

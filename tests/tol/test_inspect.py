@@ -1,5 +1,6 @@
 """What `tol inspect` says of a table, against float64 over all its rows at once."""
 
+import errno
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mlm_train import files
 from mlm_train.checkpoint.hf_folder import write_folder
 from mlm_train.data.tokenizer import tokenizer_of
 from mlm_train.errors import UserError
@@ -211,6 +213,23 @@ def test_command(with_text: tuple[Path, Path], tmp_path: Path, capsys: pytest.Ca
         assert part in shown
 
 
+def test_a_plot_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier one stays where the disk is full, and no draft of the new one."""
+    folder, file = write(tmp_path / "tol", alike(20)), tmp_path / "plot.png"
+    mlm_train("tol", "inspect", folder, "--plot", file)
+    before = file.read_bytes()
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "sync", full)
+        said = refused("tol", "inspect", folder, "--plot", file)
+    assert f"{file} cannot be written: No space left" in said
+    assert file.read_bytes() == before and {path.name for path in tmp_path.iterdir()} == {"tol", "plot.png"}
+    mlm_train("tol", "inspect", folder, "--plot", file)
+
+
 def test_bad_input(with_text: tuple[Path, Path], tmp_path: Path) -> None:
     folder, model = with_text
     thin = export(tmp_path / "thin", random_model(vocab_size=520, hidden_size=16))
@@ -220,6 +239,7 @@ def test_bad_input(with_text: tuple[Path, Path], tmp_path: Path) -> None:
     damaged = write(tmp_path / "damaged", infinite)
     short = write(tmp_path / "short", alike(30))
     (short / "rows-10.safetensors").write_bytes(b"short")
+    (tmp_path / "mine.json").write_text("{}")
     for words, message in (
         ((tmp_path / "none",), "tol.index.json does not exist"),
         ((model,), "tol.index.json does not exist"),
@@ -233,6 +253,10 @@ def test_bad_input(with_text: tuple[Path, Path], tmp_path: Path) -> None:
         ((folder, "--neighbours", "self"), "'self': give ids, or a --model"),
         ((folder, "--model", model, "--neighbours", "self self"), "tokens ("),
         ((folder, "--model", model, "--neighbours", ""), "is 0 tokens"),
-        ((folder, "--plot", tmp_path / "none" / "p.png"), "cannot be written"),
+        ((folder, "--plot", tmp_path / "none" / "p.png"), "name a file in a folder that exists"),
+        ((folder, "--plot", ""), "--plot '': name a file"),
+        ((folder, "--plot", folder / INDEX), f"lies in the folder of {folder / INDEX}"),
+        ((folder, "--plot", model / "p.png"), "which takes no other files"),
+        ((folder, "--plot", tmp_path / "mine.json"), "mine.json exists and is no PNG"),
     ):
         assert message in refused("tol", "inspect", *words)

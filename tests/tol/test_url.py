@@ -366,6 +366,7 @@ def test_bad_addresses(objects: Objects, exported: Path, tables: dict[str, Path]
     ):
         assert "is a URL; copy the table first: mlm-train tol fetch s3://bucket/" in refused(*words)
     assert "tol fetch" in refused("tol", "verify", "s3://bucket/tol", "--model", exported)
+    assert "--sample compares rows" in refused("tol", "verify", "s3://bucket/tol", "--sample", 3)
     assert "does not exist" in refused("tol", "verify", "s3://bucket/tol")
     with pytest.raises(UserError, match=r"sftp://me@host/tol is a URL"):
         refuse_url("sftp://me:secret@host/tol")
