@@ -85,6 +85,11 @@ class Scorer:
         """Others than those that `score` takes."""
         return Windows(self.data, split, self._length, count, self._micro_batch)
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the model: see OpenedModel.fingerprint."""
+        return self._opened.fingerprint
+
     @cached_property
     def model(self) -> Transformer:
         """Loaded when it is first asked for: what comes before may need the memory."""

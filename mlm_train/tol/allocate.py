@@ -1,41 +1,28 @@
-"""Which layer gets which bytes: what each way to store each layer costs the model, and the best mix.
+"""Which layer gets which bytes: the ways to store one, and the best mixes.
 
-A layer's sensitivity to a scheme is what the model's loss (nats a token) grows by when that layer alone is
-stored so, or the mean KL divergence of its predictions from those with exact lookups, whichever is larger:
-low rank costs far more loss than it moves predictions, and codes whose
-errors happen to lower the loss earn nothing by it. Sums over layers predict a mix; the mixes of least sum
-for every number of bytes are found by dynamic programming.
+Sums of sensitivities over layers predict what a mix costs; the mixes of least sum for every number of bytes
+are found by dynamic programming.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from mlm_train.model.source import MemoryReader
-from mlm_train.model.transformer import Transformer
 from mlm_train.tol.build import partitions_of
-from mlm_train.tol.codec import GROUP, Scheme, decode, encode, layout
-from mlm_train.tol.compute import chunks_of
+from mlm_train.tol.codec import GROUP, Scheme
 from mlm_train.tol.format import BASIS_ITEM, TolIndex
 from mlm_train.tol.lowrank import table_bytes
-from mlm_train.tol.spectrum import Gram, Spectrum, scaled_basis
+from mlm_train.tol.sensitivities import Choice
 from mlm_train.tol.state import Layout, Storage
-from mlm_train.tol.table import Table, projector
 
-_ROWS = 2048
 _RANKS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
 _STEPS = 8192  # of the dynamic programming's bytes
-DROPPED = None  # the scheme of a layer that is not stored
-Choice = Scheme | None
 
 
 def choices(hidden: int) -> list[Choice]:
     """The ways to store a layer that are tried: dropped, fewer bits, low rank, and low rank in fewer bits."""
-    found: list[Choice] = [DROPPED, Scheme(dtype="bfloat16")]
+    found: list[Choice] = [None, Scheme(dtype="bfloat16")]
     for size in (16, 24, 32, 48, 64, 96, 128):  # smaller ones may be free: layers are padded to 16 bytes
         found.append(Scheme(dtype="int4", group_size=size))
         found.append(Scheme(dtype="int4", group_size=size, symmetric=False))
@@ -54,95 +41,6 @@ def bytes_of(choice: Choice, rows: int, hidden: int) -> int:
     if choice is None:
         return 0
     return rows * choice.bytes(hidden) + BASIS_ITEM * hidden * (choice.rank or 0)
-
-
-def spectra_of(table: Table) -> dict[int, Spectrum]:
-    """The spectrum of each stored layer, by one pass over the table for each."""
-    found = {}
-    for layer in table.index.layers:
-        gram = Gram(table.index.hidden_size)
-        for first, last in chunks_of(0, table.index.vocab_size, _ROWS):
-            values = table.values(table.range(first, last), layer)
-            assert values is not None
-            gram.add(values)
-        found[layer] = Spectrum.of(gram)
-    return found
-
-
-class Trial:
-    """A memory source over a table, in which some layers are as if they were stored otherwise."""
-
-    def __init__(self, table: Table, spectra: dict[int, Spectrum]) -> None:
-        self.table = table
-        rows, hidden = table.index.vocab_size, table.index.hidden_size
-        self._bases = {
-            layer: scaled_basis(spectrum, hidden, rows).half().float() for layer, spectrum in spectra.items()
-        }
-        self.chosen: dict[int, Choice] = {}
-        self._ids: Tensor | None = None
-        self._exact: dict[int, Tensor] = {}
-
-    def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
-        """A reader of ids [batch, sequence]; the same ids again are not read again."""
-        if self._ids is None or not torch.equal(self._ids, ids):
-            distinct, self._inverse = ids.flatten().unique(return_inverse=True)
-            rows = self.table.rows(distinct.cpu())
-            values = {layer: self.table.values(rows, layer) for layer in self.table.index.layers}
-            self._exact = {layer: one.float() for layer, one in values.items() if one is not None}
-            self._ids = ids
-
-        def read(layer: int) -> Tensor:
-            exact = self._exact.get(layer)
-            if exact is None or (layer in self.chosen and self.chosen[layer] is None):
-                return torch.zeros_like(x0)
-            scheme = self.chosen.get(layer)
-            values = exact if scheme is None else self._as_stored(scheme, exact, layer)
-            return values.to(x0.device, x0.dtype).index_select(0, self._inverse).view(x0.shape)
-
-        return read
-
-    def _as_stored(self, scheme: Scheme, values: Tensor, layer: int) -> Tensor:
-        """Numbers [n, hidden] after a way through the scheme."""
-        hidden = values.shape[1]
-        basis = None if scheme.rank is None else self._bases[layer][: scheme.rank]
-        out = torch.empty(len(values), scheme.bytes(hidden), dtype=torch.uint8)
-        encode(scheme, values if basis is None else values @ projector(basis), out)
-        stored = decode(layout([scheme], hidden)[0], out, hidden).float()
-        return stored if basis is None else stored @ basis
-
-
-@torch.inference_mode()
-def measure(
-    model: Transformer,
-    trial: Trial,
-    batches: Sequence[tuple[Tensor, Tensor]],
-    options: Sequence[Choice],
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
-) -> np.ndarray:
-    """Sensitivities [layers of the table, options], nats a token, over (ids, labels) [batch, sequence]."""
-    layers = trial.table.index.layers
-    divergences, losses = np.zeros((2, len(layers), len(options)))
-    model.eval()
-    for number in progress(range(len(batches) * len(layers))):
-        (ids, labels), position = batches[number // len(layers)], number % len(layers)
-        if position == 0:
-            trial.chosen = {}
-            exact, loss = _predictions(model, trial, ids, labels)
-        for column, option in enumerate(options):
-            trial.chosen = {layers[position]: option}
-            found, changed = _predictions(model, trial, ids, labels)
-            divergence = F.kl_div(found, exact, reduction="sum", log_target=True)
-            divergences[position, column] += float(divergence)
-            losses[position, column] += changed - loss
-    trial.chosen = {}
-    tokens = sum(int((labels >= 0).sum()) for _, labels in batches)
-    return np.maximum(np.maximum(losses, divergences), 0.0) / tokens
-
-
-def _predictions(model: Transformer, trial: Trial, ids: Tensor, labels: Tensor) -> tuple[Tensor, float]:
-    """Log probabilities [batch, sequence, vocabulary], and the sum of the labels' losses."""
-    found = F.log_softmax(model(ids, trial).float(), dim=-1)
-    return found, float(F.nll_loss(found.flatten(0, 1), labels.flatten(), reduction="sum"))
 
 
 class Mix(NamedTuple):

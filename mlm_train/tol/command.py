@@ -69,7 +69,8 @@ _ALLOCATE_HELP = """Choose for each layer among fewer bits, low rank and droppin
 
 Measures every choice of every layer on text (--samples windows of the training split), finds the best mixes
 for every size, prints them, and measures the one chosen on the validation split beside uniform ways of
-the same size. `tol compress --allocation FILE` then writes the table.
+the same size. `tol compress --allocation FILE` then writes the table. One that was killed goes on where it
+stopped measuring choices, batch by batch of the text.
 
 examples:
   mlm-train tol allocate tol/run1 --model exports/run1 --data data/mine --budget 1.5GB --output mix.json

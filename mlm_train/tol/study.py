@@ -13,24 +13,21 @@ from rich.table import Table as Columns
 
 from mlm_train.errors import UserError
 from mlm_train.evaluate.scorer import Scorer
-from mlm_train.files import check_output, is_png, write_figure, write_json, writing
+from mlm_train.files import check_output, is_png, sha256_of, write_figure, write_json, writing
 from mlm_train.sizes import in_units
 from mlm_train.tol.allocate import (
-    Choice,
     Mix,
-    Trial,
     best_mixes,
     bytes_of,
     choices,
     layout_of,
-    measure,
     size_of,
-    spectra_of,
     within,
 )
 from mlm_train.tol.codec import GROUP, Scheme
-from mlm_train.tol.format import TolIndex, check_fits
+from mlm_train.tol.format import INDEX, TolIndex, check_fits
 from mlm_train.tol.options import is_allocation
+from mlm_train.tol.sensitivities import Choice, Notes, Trial, measure, spectra_of
 from mlm_train.tol.table import Table
 
 
@@ -53,7 +50,8 @@ class Study:
             return track(numbers, "sensitivities", console=console, disable=hidden, transient=True)
 
         batches = list(learnt.batches())
-        self.costs = measure(self.scorer.model, self.trial, batches, self.options, shown)
+        self.notes = self._notes(args)
+        self.costs = measure(self.scorer.model, self.trial, batches, self.options, shown, self.notes)
         # Headers are the same for all but a few bytes: they are added to the mixes, which they do not change.
         mixes = (mix for mix in best_mixes(self.costs, sizes) if mix.bytes)  # no table drops every layer
         self.front = [mix._replace(bytes=self.size(self.of(mix))) for mix in mixes]
@@ -63,6 +61,13 @@ class Study:
                 "there is nothing to choose from; give more --samples"
             )
         self.exact = self.perplexity({})
+
+    def _notes(self, args: argparse.Namespace) -> Notes:
+        """Of this table, model, text and these ways to store."""
+        table = sha256_of(Path(args.table) / INDEX)
+        ways = [None if one is None else one.model_dump(mode="json") for one in self.options]
+        text = [self.scorer.data.fingerprint, args.samples, args.sequence_length, args.micro_batch]
+        return Notes(Path(args.output), [table, self.scorer.fingerprint, text, ways])
 
     def size(self, chosen: Mapping[int, Choice]) -> int:
         """Bytes of a table's files."""
@@ -143,6 +148,7 @@ def allocate(args: argparse.Namespace) -> int:
     }
     with writing(output):
         write_json(output, tree)
+    study.notes.remove()
     _show(study, mix, measured)
     for line in _remarks(measured, tolerance):
         print(line)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 
 from mlm_train.parallel import runtime
 from mlm_train.tol import study
-from mlm_train.tol.allocate import Trial, best_mixes, bytes_of, choices, measure, spectra_of, within
+from mlm_train.tol.allocate import best_mixes, bytes_of, choices, within
 from mlm_train.tol.build import Build
 from mlm_train.tol.codec import Scheme
 from mlm_train.tol.format import INDEX, read_index
+from mlm_train.tol.sensitivities import Notes, Trial, measure, spectra_of
 from mlm_train.tol.state import Storage
 from mlm_train.tol.store import TolSource
 from mlm_train.tol.table import Table
@@ -103,6 +105,39 @@ def test_sensitivities(tables: dict[str, Path]) -> None:
         for (_, labels), b, a in zip(batches, before, after, strict=True)
     )
     assert costs[2, 0] == pytest.approx(max(divergence, loss) / ids.numel(), rel=1e-4)
+
+
+def test_a_study_that_was_killed_goes_on(tables: dict[str, Path], tmp_path: Path) -> None:
+    model, table = random_model(), Table.open_folder(tables["float32"])
+    trial = Trial(table, spectra_of(table))
+    ids = torch.randint(601, (3, 4, 20), generator=torch.Generator().manual_seed(5))
+    batches = [(one, one.roll(-1, 1)) for one in ids]
+    unbroken = measure(model, trial, batches, OPTIONS)
+    notes = Notes(tmp_path / "mix.json", ["about", 1])
+
+    def killed(numbers: Iterable[int]) -> Iterator[int]:
+        for number in numbers:
+            if number == 7:  # in the midst of the third batch of three layers each
+                raise KeyboardInterrupt
+            yield number
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(model, trial, batches, OPTIONS, killed, notes)
+    seen: list[int] = []
+
+    def watched(numbers: Iterable[int]) -> Iterator[int]:
+        for number in numbers:
+            seen.append(number)
+            yield number
+
+    others = Notes(tmp_path / "mix.json", ["about", 2])
+    assert others.read() is None and (kept := notes.read()) is not None and kept.batches == 2
+    again = measure(model, trial, batches, OPTIONS, watched, notes)
+    assert seen == [6, 7, 8] and np.array_equal(again, unbroken)
+    notes.path.write_text(notes.path.read_text()[:-5])
+    assert notes.read() is None
+    notes.remove()
+    assert not list(tmp_path.iterdir())
 
 
 def test_choices_fit_small_and_large_layers() -> None:
