@@ -229,7 +229,7 @@ def test_damaged_rows_are_not_compressed(
     damaged.unlink()
     assert "tol compress TABLE" in verify_tol(output).cure
     file.write_bytes(flipped)  # its rows are not those that are to be made again
-    mlm_train("tol", "compress", source, "--output", output, "--repair", "--dtype", "int8")
+    mlm_train("tol", "compress", source, "--output", output, "--repair")
     assert damaged.is_file() and not verify_tol(output).damages
 
 
