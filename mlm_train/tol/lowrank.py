@@ -71,10 +71,25 @@ def lay_out(plan: Plan, spectra: Sequence[Spectrum]) -> Layout:
         if excess <= 0:
             return layout
         room -= excess
-    least = table_bytes(plan, _layout(plan, {plan.layers[0]: rank_step(storage)}))
-    raise UserError(
-        f"a budget of {in_units(storage.budget)} holds no layer: {in_units(least)} is the least in "
-        f"{storage.dtype} and {plan.partitions} partitions; give more"
+    raise UserError(_too_small(plan))
+
+
+def refuse_small_budget(plan: Plan) -> None:
+    """UserError for a budget that holds nothing, whatever the weights."""
+    if plan.storage.budget is not None and plan.storage.budget < _least_bytes(plan):
+        raise UserError(_too_small(plan))
+
+
+def _least_bytes(plan: Plan) -> int:
+    return table_bytes(plan, _layout(plan, {plan.layers[0]: rank_step(plan.storage)}))
+
+
+def _too_small(plan: Plan) -> str:
+    storage = plan.storage
+    assert storage.budget is not None
+    return (
+        f"a budget of {in_units(storage.budget)} holds no layer: {in_units(_least_bytes(plan))} is the least "
+        f"in {storage.dtype} and {plan.partitions} partitions; give more"
     )
 
 
