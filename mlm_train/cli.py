@@ -103,8 +103,16 @@ def _parsed(parser: Parser, argv: list[str]) -> argparse.Namespace:
 
 def _say(line: str) -> None:
     """On the terminal; where that is a file on a full disk, the exit code still tells."""
-    with contextlib.suppress(OSError):
+    try:
         print(f"mlm-train: {line}", file=sys.stderr, flush=True)
+    except OSError:
+        _give_up(2)
+
+
+def _give_up(descriptor: int) -> None:
+    """Let go what stdout or stderr did not take: tried again as Python ends, it would change the code."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def _run(argv: list[str]) -> int:
@@ -117,12 +125,6 @@ def _run(argv: list[str]) -> int:
     finally:
         if sys.stdout is not None:
             sys.stdout.flush()  # here an error can still be told
-
-
-def _drop_output() -> None:
-    """Let what stdout did not take go: tried again as the process ends, it would change the exit code."""
-    with contextlib.suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -151,13 +153,13 @@ def main(argv: list[str] | None = None) -> None:
         _say("stopped by the user")
         raise SystemExit(130) from None
     except BrokenPipeError:
-        _drop_output()  # the reader of a pipe went away: nothing to say
+        _give_up(1)  # the reader of a pipe went away: nothing to say
         raise SystemExit(1) from None
     except OSError as error:
         if debug or (error.filename is None and error.errno not in _DISK):
             raise
         if error.filename is None:
-            _drop_output()
+            _give_up(1)
             _say(f"the output cannot be written: {told(error)}")
         else:
             _say(f"{error.filename}: {error.strerror}; check the path and its rights")
