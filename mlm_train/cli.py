@@ -146,12 +146,12 @@ def main(argv: list[str] | None = None) -> None:
             _say(f"{'' if speaks else f'[rank {rank}] '}{error}")
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
     except KeyboardInterrupt as stop:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # libraries answer a further one with a traceback
+        number, line = signal.SIGINT, "stopped by the user"
         if isinstance(stop, Terminated):
-            _say("stopped by SIGTERM; run the same command again to go on")
-            raise SystemExit(128 + signal.SIGTERM) from None
-        _say("stopped by the user")
-        raise SystemExit(130) from None
+            number, line = signal.SIGTERM, "stopped by SIGTERM; run the same command again to go on"
+        signal.signal(number, signal.SIG_IGN)  # a further one as Python ends is a traceback, or another code
+        _say(line)
+        raise SystemExit(128 + number) from None
     except BrokenPipeError:
         _give_up(1)  # the reader of a pipe went away: nothing to say
         raise SystemExit(1) from None
