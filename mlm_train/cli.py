@@ -6,14 +6,17 @@ imported, so `mlm-train --help` answers at once.
 
 import argparse
 import contextlib
+import errno
 import importlib
 import os
+import signal
 import sys
 import traceback
 from typing import NoReturn
 
 from mlm_train import __version__
-from mlm_train.errors import PeerFailure, SharedUserError, UserError
+from mlm_train.errors import PeerFailure, SharedUserError, Terminated, UserError
+from mlm_train.files import FULL, told
 from mlm_train.quiet import hush_libraries
 
 COMMANDS = {
@@ -46,6 +49,8 @@ SUMMARY = {
     "bench": "measure this machine, with what is moved counted",
     "doctor": "say what this machine can run",
 }
+
+_DISK = (*FULL, errno.EIO)  # a write's errors that are the user's to mend
 
 
 class Parser(argparse.ArgumentParser):
@@ -98,40 +103,65 @@ def _parsed(parser: Parser, argv: list[str]) -> argparse.Namespace:
 
 def _say(line: str) -> None:
     """On the terminal; where that is a file on a full disk, the exit code still tells."""
-    with contextlib.suppress(OSError):
+    try:
         print(f"mlm-train: {line}", file=sys.stderr, flush=True)
+    except OSError:
+        _give_up(2)
+
+
+def _give_up(descriptor: int) -> None:
+    """Let go what stdout or stderr did not take: tried again as Python ends, it would change the code."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+def _run(argv: list[str]) -> int:
+    """The chosen command's exit code."""
+    hush_libraries()
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    try:
+        args = _parsed(build_parser(chosen), argv)
+        return args.handler(args) or 0
+    finally:
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here an error can still be told
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command; exit with its code, or 2 for bad input, 1 for a fault of ours, 130 for Ctrl-C."""
-    hush_libraries()
+    """Run a command; exit with its code, or 2 for bad input, 1 for a fault of ours, 130 for Ctrl-C.
+
+    A full or broken disk is bad input too, also under stdout, whose errors name no file. All other errors of
+    the system that name none are faults of ours.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    chosen = next((word for word in argv if not word.startswith("-")), None)
-    args = _parsed(build_parser(chosen), argv)
+    debug = "--debug" in argv
     try:
-        code = args.handler(args)
-    except UserError as error:
-        if args.debug:
+        code = _run(argv)
+    except (UserError, PeerFailure) as error:
+        if debug:
             traceback.print_exc()
         rank = os.environ.get("RANK", "0")
-        speaks = os.environ.get("LOCAL_RANK", rank) == "0"
+        speaks = os.environ.get("LOCAL_RANK", rank) == "0" and isinstance(error, UserError)
         if speaks or not isinstance(error, SharedUserError):
             _say(f"{'' if speaks else f'[rank {rank}] '}{error}")
-        raise SystemExit(2) from None
-    except PeerFailure as failure:
-        if args.debug:
-            traceback.print_exc()
-        _say(f"[rank {os.environ.get('RANK', '0')}] {failure}")
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        _say("stopped by the user")
-        raise SystemExit(130) from None
+        raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+    except KeyboardInterrupt as stop:
+        number, line = signal.SIGINT, "stopped by the user"
+        if isinstance(stop, Terminated):
+            number, line = signal.SIGTERM, "stopped by SIGTERM; run the same command again to go on"
+        signal.signal(number, signal.SIG_IGN)  # a further one as Python ends is a traceback, or another code
+        _say(line)
+        raise SystemExit(128 + number) from None
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of a pipe went away: nothing to say
+        _give_up(1)  # the reader of a pipe went away: nothing to say
         raise SystemExit(1) from None
     except OSError as error:
-        if error.filename is None or args.debug:
+        if debug or (error.filename is None and error.errno not in _DISK):
             raise
-        _say(f"{error.filename}: {error.strerror}; check the path and its rights")
+        if error.filename is None:
+            _give_up(1)
+            _say(f"the output cannot be written: {told(error)}")
+        else:
+            _say(f"{error.filename}: {error.strerror}; check the path and its rights")
         raise SystemExit(2) from None
-    raise SystemExit(code or 0)
+    raise SystemExit(code)

@@ -13,5 +13,9 @@ class PeerFailure(Exception):
     """This rank stops because of another, whose failure is shown: one line; exit code 1."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM ends a command as Ctrl-C does; exit code 143."""
+
+
 HUNG = 75  # exit code of ranks that the watchdog ends (EX_TEMPFAIL of sysexits.h: starting again may help)
 START_AGAIN = 85  # exit code of ranks that saved a checkpoint and ended, because SIGUSR1 asked for it

@@ -1,5 +1,6 @@
 """Writing files so that a kill or a full disk never leaves half of one under its final name."""
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -22,6 +23,22 @@ LARGEST_RESULT = 2**28  # bytes of a JSON or a picture that a command writes: fa
 # What marks a folder whose files belong together: a table, one being built, prepared data or a checkpoint, a
 # model.
 _MARKS = ("tol.index.json", "tol.build.json", "manifest.json", "config.json")
+FULL = (errno.ENOSPC, errno.EDQUOT)
+_REMEDY = {
+    **dict.fromkeys(FULL, "free space or choose another place"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS), "mind the rights there or choose another place"
+    ),
+    errno.EEXIST: "it is no folder; choose another place",
+    errno.ENOTDIR: "a part of that path is a file; choose another place",
+    errno.EISDIR: "name a file",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+def told(error: OSError, otherwise: str = "choose another place") -> str:
+    """What went wrong, and what to do: as fits the error's number, or `otherwise`."""
+    return f"{error.strerror or error}; {_REMEDY.get(error.errno or 0, otherwise)}"
 
 
 def sha256_of(path: Path) -> str:
@@ -62,7 +79,7 @@ def refuse_used(path: Path) -> None:
     if path.is_dir() and not any(path.iterdir()):
         return
     if os.path.lexists(path):
-        raise UserError(f"{path} exists already and nothing is overwritten; remove it or name a new folder")
+        raise UserError(f"{path} exists already and nothing is overwritten; name a new folder, or remove it")
 
 
 @contextmanager
@@ -219,9 +236,8 @@ def _lock(path: Path, folder: Path) -> int | None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a full disk or missing rights while writing `path` into a UserError."""
+    """Turn a full disk, missing rights or a name in use, while writing `path`, into a UserError."""
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"{path} cannot be written: {reason}; free space or choose another place") from error
+        raise UserError(f"{path} cannot be written: {told(error)}") from error

@@ -48,12 +48,6 @@ class Attempt(NamedTuple):
         return f"restart {self.restart} of job {self.job}"
 
 
-def started_again() -> bool:
-    """Whether Slurm has started this job again: what it is to do may be done."""
-    attempt = Attempt.here()
-    return attempt is not None and attempt.restart > 0
-
-
 @contextlib.contextmanager
 def owned(folder: Path, doing: str) -> Iterator[None]:
     """Hold a folder as `files.locked` does; take it from an earlier attempt of the same Slurm job.

@@ -1,5 +1,7 @@
 """The command as a whole: help, versions, dry run, doctor, and errors a user may meet."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -8,6 +10,8 @@ import pytest
 
 from mlm_train import __version__
 from mlm_train.cli import COMMANDS, SUMMARY, main
+from mlm_train.errors import Terminated
+from mlm_train.stopping import stoppable
 from tests.commands import ROOT, mlm_train, refused
 
 
@@ -66,3 +70,67 @@ def test_doctor_finds_every_package(capsys: pytest.CaptureFixture[str]) -> None:
     mlm_train("doctor")
     text = capsys.readouterr().out
     assert "torch" in text and "missing" not in text
+
+
+def test_full_disks_under_stdout() -> None:
+    """Nothing but one line, and no other exit code as Python ends."""
+    for word, unbuffered in (("--version", ""), ("doctor", ""), ("doctor", "1")):
+        with open("/dev/full", "w") as full:
+            words = [sys.executable, "-m", "mlm_train", word]
+            environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+            done = subprocess.run(
+                words, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+            )
+            silent = subprocess.run(words, stdout=full, stderr=full, cwd=ROOT, env=environment)
+        assert (silent.returncode, done.returncode, done.stderr.count("\n")) == (2, 2, 1), done
+        assert done.stderr.startswith(
+            "mlm-train: the output cannot be written: No space left on device; free"
+        )
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "line"),
+    [
+        (KeyboardInterrupt, 130, "stopped by the user"),
+        (Terminated, 143, "stopped by SIGTERM; run the same command again to go on"),
+    ],
+)
+def test_stopped_while_modules_are_imported(
+    stop: type[BaseException],
+    code: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stopped(_: object) -> None:
+        raise stop
+
+    monkeypatch.setattr("mlm_train.cli.build_parser", stopped)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        main(["tol", "build"])
+    assert (end.value.code, capsys.readouterr().err) == (code, f"mlm-train: {line}\n")
+
+
+def test_further_signals_let_it_clean_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those within seconds; a later one ends the process."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with stoppable():
+        pass
+    assert all(signal.getsignal(number) == handler for number, handler in before.items())
+    ended = list[int]()
+    monkeypatch.setattr(os, "_exit", ended.append)
+    try:
+        with pytest.raises(Terminated), stoppable():
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGTERM)
+                assert not ended
+                monkeypatch.setattr("mlm_train.stopping.ECHO_SECONDS", 0.0)
+                signal.raise_signal(signal.SIGINT)
+        assert ended == [130]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

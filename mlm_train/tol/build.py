@@ -48,6 +48,8 @@ _BUFFER_BYTES = 256 * 2**20  # of a chunk's rows; a worker has two
 _TASKS = 8  # of a worker, at least: the last one ends little before the others
 _PARTITION_BYTES = 512 * 2**20
 _LEAST_PARTITIONS = 8
+_SOURCE = ("checkpoint", "table", "compute")
+_DEVICES = ("cpu", "cuda", "cuda:0")
 
 
 Committed = Callable[[State], None]
@@ -76,6 +78,12 @@ class Build:
         device: str = "cpu",
         group_bytes: int = GROUP_BYTES,
     ) -> None:
+        if threads < 1:
+            raise UserError(f"--threads {threads}: give at least 1")
+        if device not in _DEVICES:
+            raise UserError(
+                f"--device {device or repr('')}: give cpu or cuda (Ray gives each worker a GPU of its own)"
+            )
         self.place, self.group_bytes = place_of(output), group_bytes
         self.config: ModelConfig | None = None
         if table is None:
@@ -111,8 +119,7 @@ class Build:
         Raises UserError for a place in use or out of reach, too little space, and numbers that the type
         cannot hold.
         """
-        if workers < 1:
-            raise UserError(f"--workers {workers}: give at least 1")
+        _check_workers(workers)
         with self.place.held("being built"):
             state = begin(self.place, self.plan)
             if state.layout is None and not has_ranks(self.plan.storage):
@@ -129,14 +136,17 @@ class Build:
         if self.place.read(INDEX) is None or self.place.read(STATE) is not None:
             return None
         index, plan = index_at(self.place), self.plan
-        same = [
-            (getattr(index.source, name), getattr(plan, name)) for name in ("checkpoint", "table", "compute")
-        ]
-        same.append((len(index.partitions), plan.partitions))
-        if not has_ranks(plan.storage):
-            same.append((schemes_of(index.fields), lay_out(plan, []).schemes))
-        if any(ours != theirs for ours, theirs in same):
-            raise UserError(f"{self.place} holds another table; remove it or name a new folder")
+        same = all(getattr(index.source, name) == getattr(plan, name) for name in _SOURCE)
+        same &= len(index.partitions) == plan.partitions
+        schemes, storage = schemes_of(index.fields), plan.storage
+        if storage.budget is None:
+            layout = lay_out(plan, [])
+            same &= (index.layers, schemes) == (layout.layers, layout.schemes)
+        else:  # within it, what ranks the layers have depends on the weights
+            same &= schemes == [storage.scheme(one.rank) for one in schemes]
+            same &= set(index.layers) <= set(plan.layers) and index.bytes <= storage.budget
+        if not same:
+            raise UserError(f"{self.place} holds another table; name a new folder, or remove it")
         return index
 
     def repair(self, workers: int = 2, ray_address: str | None = None) -> list[Partition]:
@@ -145,6 +155,7 @@ class Build:
         A build of `like_index`. Raises UserError for a damaged basis, from which alone rows of low rank
         can be read.
         """
+        _check_workers(workers)
         with self.place.held("being built"):
             index = index_at(self.place)
             if index.basis is not None and not is_whole(self.place, index.basis):
@@ -336,6 +347,11 @@ def compute_of(model: OpenedModel) -> PlainDtype:
     """The type in which a model's FFN-M runs: bfloat16 where its weights are, else float32."""
     stored = {model.dtype(name) for name in model.tensors.names() if "memory_mlp" in name}
     return "bfloat16" if stored == {"BF16"} else "float32"
+
+
+def _check_workers(count: int) -> None:
+    if count < 1:
+        raise UserError(f"--workers {count}: give at least 1")
 
 
 def partitions_of(asked: int | None, vocab: int, layout: Layout) -> int:

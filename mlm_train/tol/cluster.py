@@ -1,18 +1,27 @@
 """Ray, started closed and quiet, or a cluster that already runs."""
 
+import contextlib
+import fcntl
 import os
+import re
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mlm_train.errors import UserError
 
 _LEAST_STORE = 128 * 2**20
 _NEEDED = ("gcs_server", "raylet")  # Ray's other processes only log and show
+_SCRATCH = "mlm-ray-"
+_OWNER = "owner"  # a file of a scratch folder, locked for as long as the process lives that made it
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @contextmanager
@@ -34,34 +43,133 @@ def ray_cluster(workers: int, address: str | None = None, shared_bytes: int = 0)
     if address is not None:
         _check_reachable(address)
         try:
-            ray.init(address=address, **quiet)
+            with _sigterm_kept():
+                ray.init(address=address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0]
             raise UserError(
-                f"--ray-address {address}: {reason}; start Ray there; set RAY_AUTH_MODE=token if it wants one"
+                f"--ray-address {address}: {first_line(error)}; start Ray there; "
+                "set RAY_AUTH_MODE=token if it wants one"
             ) from None
         try:
             yield
         finally:
-            ray.shutdown()
+            _shutdown()
         return
+    with _scratch() as scratch:
+        try:
+            with _on_loopback(), _sigterm_kept():
+                ray.init(
+                    address="local",  # whatever RAY_ADDRESS says
+                    num_cpus=workers,
+                    include_dashboard=False,
+                    object_store_memory=_LEAST_STORE + shared_bytes * 5 // 4,
+                    _temp_dir=scratch,
+                    **quiet,
+                )
+            _hush()
+            yield
+        finally:
+            _shutdown()
+
+
+@contextmanager
+def _scratch() -> Iterator[str]:
+    """A folder for Ray's files; those that killed processes of this user have left go."""
     # Ray makes sockets in there, whose paths may have about 100 bytes: a long TMPDIR is no place for it.
-    scratch = tempfile.mkdtemp(prefix="mlm-ray-", dir="/tmp" if Path("/tmp").is_dir() else None)
+    root = Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())
+    for folder in root.glob(f"{_SCRATCH}*"):
+        with contextlib.suppress(OSError):
+            _remove_abandoned(folder)
+    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=root))
+    descriptor = os.open(scratch / f"{_OWNER}.new", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        with _on_loopback():
-            ray.init(
-                address="local",  # whatever RAY_ADDRESS says
-                num_cpus=workers,
-                include_dashboard=False,
-                object_store_memory=_LEAST_STORE + shared_bytes * 5 // 4,
-                _temp_dir=scratch,
-                **quiet,
-            )
-        _hush()
+        with contextlib.suppress(OSError):  # no locks here: nor will others find it unlocked
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (scratch / f"{_OWNER}.new").rename(scratch / _OWNER)  # locked already: nobody takes it for abandoned
+        yield str(scratch / "ray")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove a scratch folder of this user whose owner is gone; one without a mark is left alone."""
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        return
+    descriptor = os.open(folder / _OWNER, os.O_RDWR | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The mark goes last: Ray's own processes may live on for half a minute, and still write there.
+        shutil.rmtree(folder / "ray", ignore_errors=True)
+        if not (folder / "ray").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Keep the handler of SIGTERM: Ray sets its own while it starts, then one that prints a crash report."""
+    from ray._private import utils
+
+    usual, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda _: None
+    hear = _sigterm_again()
+    try:
         yield
     finally:
+        utils.set_sigterm_handler = usual
+        hear()
+
+
+def _sigterm_again() -> Callable[[], object]:
+    """What sets the handler of SIGTERM that there is now; only the main thread may set one."""
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+    handler = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+    return lambda: signal.signal(signal.SIGTERM, handler)
+
+
+def _shutdown() -> None:
+    """End Ray. It lets go of SIGTERM, then takes a second for its processes: that is heard as before here."""
+    import ray
+    from ray._private import worker
+
+    hear, node = _sigterm_again(), worker._global_node
+    if node is not None:
+        end = node.kill_all_processes
+
+        def heard(*args: Any, **options: Any) -> None:
+            hear()
+            end(*args, **options)
+
+        node.kill_all_processes = heard
+    try:
         ray.shutdown()
-        shutil.rmtree(scratch, ignore_errors=True)
+    finally:
+        hear()
+
+
+def first_line(error: object) -> str:
+    """What an error of Ray says, without its colours and what it says on further lines."""
+    line = _COLOURS.sub("", str(error)).strip().partition("\n")[0]
+    return line.removesuffix("To fix this, either:").rstrip(" .:;")
+
+
+def check_room(needed: Mapping[str, float], fix: str) -> None:
+    """UserError where no node that is up has what a worker needs: it would wait for ever.
+
+    Also of a cluster that grows on demand: one node of the kind that the build needs must be up.
+    """
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(all(node.get(kind, 0) >= count for kind, count in needed.items()) for node in nodes):
+        return
+    wanted, largest = (
+        " and ".join(f"{count:g} {kind}{'s' * (count != 1)}" for kind, count in counts.items())
+        for counts in (needed, {kind: max(node.get(kind, 0) for node in nodes) for kind in needed})
+    )
+    raise UserError(f"a worker needs {wanted}, and no node in Ray has that (at most {largest}); {fix}")
 
 
 def check_ray() -> None:
@@ -102,12 +210,16 @@ def _on_loopback() -> Iterator[None]:
 
 def _check_reachable(address: str) -> None:
     """Ask the port first: Ray itself tries a dead one for minutes."""
-    host, _, port = address.rpartition(":")
+    given, name = address, f"--ray-address {address or repr('')}"
+    if address == "auto":
+        given = os.environ.get("RAY_ADDRESS", "")
+        if given in ("", "auto"):
+            return  # Ray looks for one that runs on this machine
+        name += f" (RAY_ADDRESS={given})"
+    host, _, port = given.removeprefix("ray://").rpartition(":")
     if "/" in host or not host or not port.isdigit():
-        return  # auto, or a form that only Ray understands
+        raise UserError(f"{name}: give HOST:PORT of a running Ray, or auto for that of this machine")
     try:
-        socket.create_connection((host, int(port)), timeout=5).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except (OSError, OverflowError) as error:
-        raise UserError(
-            f"--ray-address {address}: no Ray there ({error}); start one, or leave it out"
-        ) from None
+        raise UserError(f"{name}: no Ray there ({error}); start one, or leave it out") from None

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from mlm_train.arguments import MODEL_KINDS, add_action
 from mlm_train.errors import UserError
-from mlm_train.ownership import started_again
 from mlm_train.sizes import in_units, size
+from mlm_train.stopping import stoppable
 from mlm_train.tol.fetch_command import add_fetch, run_fetch
 from mlm_train.tol.inspect_command import add_inspect, run_inspect
 from mlm_train.tol.options import add_storage_arguments, given, storage_of
-from mlm_train.tol.place import refuse_url
+from mlm_train.tol.place import refuse_url_output
 
 if TYPE_CHECKING:
     from mlm_train.evaluate.scorer import Scorer
@@ -153,6 +153,11 @@ def _add_allocate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, or 2 when verify finds damage."""
+    with stoppable():
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     if args.action == "inspect":
         return run_inspect(args)
     if args.action == "verify":
@@ -171,9 +176,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--model is of --evaluate: give --evaluate DATA too, or leave --model out")
     build = _compression(args) if args.action == "compress" else _build(args)
     scorer = _scorer(args, build)  # before the work: its bad input costs nothing then
-    index = build.finished() if args.each_node or started_again() else None
-    index = index or build.run(args.workers, args.ray_address)
-    print(f"{build.place}: {describe(index)}")
+    if (index := build.finished()) is not None:
+        print(f"{build.place} is finished already: {describe(index)}")
+    else:
+        print(f"{build.place}: {describe(build.run(args.workers, args.ray_address))}")
     _copy(build, args)
     if scorer is not None:
         print(_compared(args, build, scorer))
@@ -197,14 +203,14 @@ def _place(args: argparse.Namespace) -> "str | OwnFolder":
         return str(args.output)
     from mlm_train.tol.node_place import OwnFolder
 
-    refuse_url(args.output)
+    refuse_url_output(args.output, "--each-node gives each node its own")
     return OwnFolder(args.output)
 
 
 def _scorer(args: argparse.Namespace, build: "Build") -> "Scorer | None":
     if args.evaluate is None:
         return None
-    refuse_url(args.output)
+    refuse_url_output(args.output, "--evaluate reads the table there")
     from mlm_train.evaluate.scorer import Scorer
     from mlm_train.tol.format import check_fits, read_index
 
@@ -247,7 +253,9 @@ def _repair(args: argparse.Namespace) -> int:
     again = build.repair(args.workers, args.ray_address)
     for partition in again:
         print(f"made again: {partition.file}, rows [{partition.rows[0]}, {partition.rows[1]})")
-    print(f"{build.place}: {len(again)} partitions were damaged; it is whole")
+    print(
+        f"{build.place}: {len(again)} partition{'s were' if len(again) != 1 else ' was'} damaged; it is whole"
+    )
     _copy(build, args)
     return 0
 

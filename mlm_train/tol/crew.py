@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlm_train.errors import UserError
-from mlm_train.tol.cluster import check_ray
+from mlm_train.tol.cluster import check_ray, check_room, first_line
 from mlm_train.tol.worker import Job, Worker
 
 POLL = 0.5  # seconds
@@ -31,12 +31,14 @@ class Member:
 class Crew:
     """Keeps `size` workers: one that dies is replaced, where the cluster has room for another.
 
-    cpus, gpus: what each takes of the cluster.
+    cpus, gpus: what each takes of the cluster. Raises UserError where no node has that.
     """
 
     def __init__(self, job: Job, size: int, cpus: int, gpus: float = 0.0) -> None:
         import ray
 
+        fix = "give such a node, or another --device" if gpus else "give fewer --threads"
+        check_room({"CPU": cpus} | ({"GPU": gpus} if gpus else {}), fix)
         self.job = job
         self._kinds = ("CPU", "GPU") if gpus else ("CPU",)
         # An actor that is given up must not come back: its partition is made anew, under another name.
@@ -75,9 +77,9 @@ class Crew:
             try:
                 result = ray.get(reference)
             except ActorUnschedulableError as error:
-                raise UserError(f"the Ray cluster has no place for a worker: {_line(error)}") from None
+                raise UserError(f"the Ray cluster has no place for a worker: {first_line(error)}") from None
             except (RayActorError, OutOfMemoryError) as error:
-                result = WorkerDied(_line(error))
+                result = WorkerDied(first_line(error))
                 self._replace(member, task is None, result)
             except RayTaskError as error:
                 result = error.cause if isinstance(error.cause, UserError | OSError) else error
@@ -123,7 +125,3 @@ class Crew:
 
         for member in (*self.idle, *self._busy.values()):
             ray.kill(member.actor)
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

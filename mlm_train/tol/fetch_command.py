@@ -29,8 +29,9 @@ def add_fetch(actions: "Actions") -> None:
 def run_fetch(args: argparse.Namespace) -> int:
     """Exit code 0."""
     from mlm_train.tol.fetch import fetch_tol
-    from mlm_train.tol.place import shown
+    from mlm_train.tol.place import refuse_url_output, shown
 
+    refuse_url_output(args.folder, "a copy is read from there")
     index = fetch_tol(args.source, args.folder)
     print(
         f"{args.folder}: {index.vocab_size} rows in {len(index.partitions)} partitions, "

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mlm_train.errors import UserError
-from mlm_train.tol.cluster import ray_cluster
+from mlm_train.tol.cluster import first_line, ray_cluster
 from mlm_train.tol.disk import FileSink, Sink
 from mlm_train.tol.place import BLOCK_BYTES, KEEPER, Folder
 
@@ -211,5 +211,5 @@ def _failure(one: Any) -> str | None:
         ray.get(one)
     except RayError as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
-        return str(cause).partition("\n")[0]
+        return first_line(cause)
     return None

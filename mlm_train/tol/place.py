@@ -26,6 +26,7 @@ from mlm_train.tol.disk import FileSink, Sink
 
 DRAFTS = ".*.part"  # glob of files that do not have their name yet
 KEEPER = "keeper:"  # of addresses that only processes of one build understand
+LOCAL = ("file", "local")  # schemes of folders of this machine
 BLOCK_BYTES = 8 * 2**20  # of one read, or one write, of a file that is read or written in order
 
 
@@ -92,6 +93,8 @@ def place_of(where: str | Path | Place) -> Place:
     """The place that a path or a URL means; one that is given. UserError for a URL that cannot be used."""
     if not isinstance(where, str | Path):
         return where
+    if where == "":  # as a path it would be the working folder
+        raise UserError("the folder's name is empty; name a folder or a URL")
     if not is_url(where):
         return Folder(Path(where).absolute())
     from mlm_train.tol.url_place import UrlPlace
@@ -120,10 +123,27 @@ def shown(url: str) -> str:
 
 def refuse_url(where: str | Path) -> None:
     """UserError for a URL where rows are to be read: they are mapped into memory, from a folder."""
-    found = re.match(r"([A-Za-z][\w+.-]*):/+(.*)", str(where))  # a Path has one slash where a URL has two
-    if found and not Path(where).exists():
-        url = shown(f"{found[1]}://{found[2]}")
+    if (url := _url_in(where)) is not None:
         raise UserError(f"{url} is a URL; copy the table first: mlm-train tol fetch {url} FOLDER")
+
+
+def refuse_url_output(where: str | Path, why: str) -> None:
+    """UserError for a URL, or no name at all, where a folder is to be written; `why` it must be one."""
+    if (url := _url_in(where)) is not None:
+        raise UserError(f"{url} is a URL; name a folder: {why}")
+    if where == "":
+        raise UserError(f"the folder's name is empty; name a folder: {why}")
+
+
+def _url_in(where: str | Path) -> str | None:
+    """The URL, to be shown; None for a path."""
+    if is_url(where):
+        return None if Path(where).exists() else shown(str(where))
+    # A Path has one slash where its URL had two, or three: of a host, or of this machine's files.
+    found = re.match(r"([A-Za-z][\w+.-]*):(/.*)", str(where)) if isinstance(where, Path) else None
+    if found is None or Path(where).exists():
+        return None
+    return shown(f"{found[1]}:/{'/' if found[1] in LOCAL else ''}{found[2]}")
 
 
 def sha256_at(place: Place, name: str) -> str:
@@ -164,7 +184,7 @@ def refuse_used(place: Place, note: str) -> None:
     """
     place.remove(writing_name(note))
     if place.names():
-        raise UserError(f"{place} exists already and nothing is overwritten; remove it or name a new folder")
+        raise UserError(f"{place} exists already and nothing is overwritten; name a new folder, or remove it")
 
 
 def check_space(place: Place, needed: int) -> None:

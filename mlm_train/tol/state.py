@@ -202,7 +202,8 @@ def _resumed(place: Place, plan: Plan, state: State) -> State | None:
     if state.plan.checkpoint != plan.checkpoint:
         raise UserError(f"{place} is an unfinished build of another model; give a new folder")
     if state.plan.table != plan.table:
-        raise UserError(f"{place} is an unfinished compression of another table; give a new folder")
+        what = "build from a model" if state.plan.table is None else "compression of another table"
+        raise UserError(f"{place} is an unfinished {what}; give a new folder")
     for old, new in ((state.plan.storage, plan.storage), (state.plan, plan)):
         for name in type(old).model_fields:
             before, now = getattr(old, name), getattr(new, name)

@@ -12,14 +12,17 @@ checksum.
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from mlm_train.errors import UserError
+from mlm_train.files import told
+from mlm_train.ownership import owned
 from mlm_train.tol.disk import Sink
 from mlm_train.tol.lease import OWNER, Lease, leased
-from mlm_train.tol.place import BLOCK_BYTES, draft_name, shown, writing_name
+from mlm_train.tol.place import BLOCK_BYTES, LOCAL, draft_name, shown, writing_name
 
 # Stores whose files appear when they are closed, whole, and where a rename copies.
 WHOLE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss", "hf"}
@@ -33,8 +36,11 @@ def reaching(url: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        advice = "check the address, the network and your rights there"
+        if isinstance(error, OSError) and error.errno:
+            raise UserError(f"{url}: {told(error, advice)}") from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{url}: {lines[0]}; check the address, the network and your rights there") from error
+        raise UserError(f"{url}: {lines[0]}; {advice}") from error
 
 
 def _opened(url: str, shown: str) -> tuple[Any, str]:
@@ -176,11 +182,14 @@ class UrlPlace:
 
     @contextlib.contextmanager
     def held(self, doing: str) -> Iterator[None]:
-        """By a mark that this process renews (lease.py)."""
+        """By a mark that this process renews (lease.py), and where it is a folder here by its lock too."""
         if not self._whole:
             with reaching(self._shown):
                 self._fs.makedirs(self._root, exist_ok=True)
-        with reaching_files(self._shown), leased(lambda: UrlPlace(self.address), doing) as self._lease:
+        here = self.address.partition("://")[0] in LOCAL  # others may be given the folder by its path
+        lock = owned(Path(self._root), doing) if here else contextlib.nullcontext()
+        lease = leased(lambda: UrlPlace(self.address), doing)
+        with reaching_files(self._shown), lock, lease as self._lease:
             try:
                 yield
             finally:
@@ -193,7 +202,8 @@ def reaching_files(url: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{url}: {error}; mend that and run again") from error
+        file = f"{error.filename}: " if error.filename else ""
+        raise UserError(f"{url}: {file}{told(error, 'mend that and run again')}") from error
 
 
 class UrlSink:

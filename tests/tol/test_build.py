@@ -3,11 +3,13 @@
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -22,12 +24,12 @@ from mlm_train.files import locked
 from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.tol.build import Build, build_tol
-from mlm_train.tol.cluster import _check_reachable
+from mlm_train.tol.cluster import _check_reachable, _remove_abandoned, _scratch, first_line
 from mlm_train.tol.codec import TORCH_DTYPE
 from mlm_train.tol.format import INDEX, STATE, read_index
 from mlm_train.tol.place import Folder
 from mlm_train.tol.state import State, Storage
-from tests.commands import listening
+from tests.commands import ROOT, listening, mlm_train, refused
 from tests.tol.conftest import export, random_model
 
 
@@ -125,13 +127,69 @@ def test_unfinished_builds(tables: dict[str, Path], exported: Path, tmp_path: Pa
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x01")
     build_tol(exported, output, partitions=3)
     assert digests(output) == before
-    with pytest.raises(UserError, match="nothing is overwritten"):
+    with pytest.raises(UserError, match="nothing is overwritten; name a new folder"):
         build_tol(exported, output, partitions=3)
 
 
-def test_unreachable_cluster() -> None:
-    with pytest.raises(UserError, match=r"--ray-address 127\.0\.0\.1:1: no Ray there"):
-        _check_reachable("127.0.0.1:1")
+@pytest.mark.parametrize(
+    ("address", "environment", "message"),
+    [
+        ("127.0.0.1:1", "", r"--ray-address 127\.0\.0\.1:1: no Ray there"),
+        ("auto", "127.0.0.1:1", r"--ray-address auto \(RAY_ADDRESS=127\.0\.0\.1:1\): no Ray there"),
+        ("", "", "--ray-address '': give HOST:PORT"),
+        ("http://127.0.0.1:1", "", r"--ray-address http://127\.0\.0\.1:1: give HOST:PORT"),
+    ],
+)
+def test_unreachable_cluster(
+    address: str, environment: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", environment)
+    with pytest.raises(UserError, match=message):
+        _check_reachable(address)
+
+
+def test_the_words_of_ray() -> None:
+    """Without colours, and not cut off where it lists remedies on further lines."""
+    assert first_line("\x1b[36mray::Worker\x1b[39m died.\nTraceback") == "ray::Worker died"
+    assert first_line("It looks like an HTTP address. To fix this, either:\n1. ...") == (
+        "It looks like an HTTP address"
+    )
+
+
+def test_no_node_has_what_a_worker_needs(exported: Path, ray: None, tmp_path: Path) -> None:
+    """Ray would wait without a word. No partition has been begun."""
+    for options, message in (
+        ({"device": "cuda"}, r"needs 1 CPU and 1 GPU, .* \(at most 2 CPUs and 0 GPUs\); .* --device"),
+        ({"threads": 3}, r"needs 3 CPUs, .* \(at most 2 CPUs\); give fewer --threads"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Build(exported, tmp_path / "tol", Storage(), **options).run(1)
+        assert {path.name for path in (tmp_path / "tol").iterdir()} == {STATE}
+
+
+def test_what_killed_builds_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what a process holds, what has no mark yet, and what is another user's."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom mlm_train.tol.cluster import _scratch\n"
+        "with _scratch() as folder:\n    Path(folder).mkdir()\n    print(folder, flush=True)\n    input()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
+    held = Path(process.stdout.readline().strip())
+    new = Path(tempfile.mkdtemp(prefix="mlm-ray-", dir=held.parents[1]))
+    try:
+        with _scratch():
+            assert held.exists() and new.exists()
+        process.kill()
+        process.wait()
+        with monkeypatch.context() as other:
+            other.setattr(os, "getuid", lambda: os.geteuid() + 1)
+            _remove_abandoned(held.parent)
+            assert held.parent.exists()
+        with _scratch():
+            assert not held.parent.exists() and new.exists()
+    finally:
+        new.rmdir()
 
 
 def test_bad_input(
@@ -186,3 +244,71 @@ def test_bad_input(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100))
     with pytest.raises(UserError, match=r"148\.16 kB and has 100 bytes free"):
         build_tol(exported, tmp_path / "full")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--threads", 0), "--threads 0: give at least 1"),
+        (("--threads", -1), "--threads -1: give at least 1"),
+        (("--workers", 0), "--workers 0: give at least 1"),
+        (("--device", "foo"), "--device foo: give cpu or cuda"),
+        (("--device", "cuda:7"), "--device cuda:7: give cpu or cuda"),
+        (("--device", ""), "--device '': give cpu or cuda"),
+        (("--budget", "1B"), "a budget of 1 bytes holds no layer: "),
+        (("--output", ""), "the folder's name is empty; name a folder or a URL"),
+        (("--output", "/dev/null"), "/dev/null cannot be written: File exists; it is no folder"),
+        (("--output", "FILE/x"), "cannot be written: Not a directory; a part of that path is a file"),
+        (("--output", "LINK"), "cannot be written: File exists; it is no folder"),
+        (("--output", "file:///x/y", "--evaluate", "z"), "file:///x/y is a URL; name a folder: --evaluate"),
+        (("--output", "file:///x/y", "--each-node"), "file:///x/y is a URL; name a folder: --each-node"),
+    ],
+)
+def test_options_that_cannot_work(
+    words: tuple[object, ...],
+    message: str,
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Refused before Ray starts, and nothing is left."""
+    monkeypatch.setattr("mlm_train.tol.build.ray_cluster", None)
+    (tmp_path / "FILE").touch()
+    (tmp_path / "LINK").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path)
+    assert message in refused("tol", "build", exported, "--output", "tol", *words)
+    assert {path.name for path in tmp_path.iterdir()} == {"FILE", "LINK"}
+
+
+def test_the_same_command_again(
+    tables: dict[str, Path], exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A finished build says so, and another one's folder is refused, whatever differs."""
+    output = tmp_path / "tol"
+    stored = ("--dtype", "int8", "--group-size", 8, "--partitions", 3)
+    for options in (("--budget", "60kB"), ("--rank", 8, "--drop", 1)):
+        words = ("tol", "build", exported, "--output", output, *stored, *options)
+        mlm_train(*words)
+        before = digests(output)
+        capsys.readouterr()
+        mlm_train(*words)
+        assert capsys.readouterr().out.startswith(f"{output} is finished already: 601 rows of ")
+        for other in (("--group-size", 16), ("--drop", 0), ("--partitions", 4), ("--budget", "50kB")):
+            if "--rank" in options and "--budget" in other:
+                continue
+            said = refused(*words, *other)
+            assert said == f"mlm-train: {output} holds another table; name a new folder, or remove it"
+        assert digests(output) == before
+        shutil.rmtree(output)
+
+
+def test_an_unfinished_build_is_no_compression(
+    tables: dict[str, Path], exported: Path, tmp_path: Path
+) -> None:
+    index, plan = read_index(tables["float32"]), Build(exported, tmp_path / "x", Storage(), partitions=7).plan
+    (output := tmp_path / "tol").mkdir()
+    state = State(plan=plan.model_copy(update={"checkpoint": index.source.checkpoint}))
+    state.done, state.sums = dict(enumerate(index.partitions)), {n: [(0.0, 0.0)] * 3 for n in range(7)}
+    state.save(Folder(output))
+    with pytest.raises(UserError, match="is an unfinished build from a model; give a new folder"):
+        Build(None, output, Storage(), table=tables["float32"], partitions=7).run()

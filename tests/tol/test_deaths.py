@@ -5,6 +5,7 @@ And a worker that a build of long ago has left: it changes nothing. By the comma
 
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -109,6 +110,29 @@ def test_four_deaths_over_one_piece(source: Path, unbroken: Path, tmp_path: Path
     assert done == [1, *[PARTITIONS - 1] * 3] and not list(output.glob(".*.part"))
     goes_on(source, output, unbroken)
     print(json.dumps({"workers killed over one piece": len(done), "seconds": seconds}))
+
+
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [
+        (signal.SIGINT, "stopped by the user"),
+        (signal.SIGTERM, "stopped by SIGTERM; run the same command again to go on"),
+    ],
+)
+def test_asked_to_end(
+    source: Path, unbroken: Path, tmp_path: Path, number: signal.Signals, line: str
+) -> None:
+    """Several times over, as schedulers and hands do."""
+    output = tmp_path / "tol"
+    process = command(source, output, 2)
+    wait_until(lambda: progress(output) >= ONE_DONE, process)
+    while process.poll() is None:
+        process.send_signal(number)
+        time.sleep(0.2)
+    said, _ = process.communicate()
+    assert (process.returncode, said) == (128 + number, f"mlm-train: {line}\n")
+    assert not list(output.glob(".*.part"))
+    goes_on(source, output, unbroken)
 
 
 @pytest.mark.parametrize("name", ["raylet", "gcs_server"])

@@ -97,7 +97,7 @@ def test_two_nodes(exported: Path, tmp_path: Path, nodes: tuple[str, Path, Path]
     # The builder's own copy is damaged: mended, and the other node's is as it was.
     flip(first / "tol" / kept.name)
     mended = build(exported, "$SCRATCH/tol", address, first, "--repair")
-    assert mended.returncode == 0 and "1 partitions were damaged; it is whole" in mended.stdout, mended.stderr
+    assert mended.returncode == 0 and "1 partition was damaged; it is whole" in mended.stdout, mended.stderr
     assert same(second / "tol", first / "tol") and same(first / "tol", tmp_path / "one")
     assert kept.stat().st_ino == inode
 

@@ -24,6 +24,7 @@ from mlm_train.tol.format import BASIS, FETCHED, INDEX, STATE, index_at
 from mlm_train.tol.lease import OWNER
 from mlm_train.tol.place import place_of, refuse_url
 from mlm_train.tol.state import State, Storage
+from mlm_train.tol.url_place import reaching
 from mlm_train.tol.verify import verify_tol
 from tests.commands import ROOT, refused, start
 from tests.tol.conftest import end, export, random_model
@@ -361,7 +362,6 @@ def test_bad_addresses(objects: Objects, exported: Path, tables: dict[str, Path]
     for words in (
         ("tol", "inspect", "s3://bucket/tol"),
         ("tol", "compress", "s3://bucket/tol", "--dtype", "int8", *output),
-        ("tol", "build", exported, *output, "--evaluate", tmp_path),
         ("generate", "--model", exported, "--prompt-ids", "1", "--tol", "s3://bucket/tol"),
     ):
         assert "is a URL; copy the table first: mlm-train tol fetch s3://bucket/" in refused(*words)
@@ -372,6 +372,41 @@ def test_bad_addresses(objects: Objects, exported: Path, tables: dict[str, Path]
         refuse_url("sftp://me:secret@host/tol")
     (folder := tmp_path / "odd:" / "tol").mkdir(parents=True)
     refuse_url(folder)
+
+
+def test_a_folder_by_two_names(source: Path, tmp_path: Path) -> None:
+    """One lock, whichever name came first."""
+    names = (str(tmp_path / "tol"), f"file://{tmp_path}/tol")
+    for first, second in (names, names[::-1]):
+        with place_of(first).held("being built"):
+            said = refused("tol", "build", source, "--output", second)
+            assert said.endswith("tol is being built by another process; wait for it or name another")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device"), "s3://b/t: No space left on device; free space or choose"),
+        (PermissionError("Access Denied"), "s3://b/t: Access Denied; check the address, the network and"),
+        (PermissionError(13, "Permission denied"), "s3://b/t: Permission denied; mind the rights there"),
+    ],
+)
+def test_advice_fits_the_error(error: OSError, message: str) -> None:
+    with pytest.raises(UserError) as told, reaching("s3://b/t"):
+        raise error
+    assert str(told.value).startswith(message)
+
+
+def test_urls_as_they_were_given() -> None:
+    for given, shown in (
+        ("file:///tmp/u1", "file:///tmp/u1"),
+        (Path("file:///tmp/u1"), "file:///tmp/u1"),
+        (Path("s3://bucket/u1"), "s3://bucket/u1"),
+    ):
+        with pytest.raises(UserError, match=rf"^{shown} is a URL; .* mlm-train tol fetch {shown} FOLDER$"):
+            refuse_url(given)
+    said = refused("tol", "fetch", "s3://bucket/tol", "file:///tmp/u1")
+    assert said == "mlm-train: file:///tmp/u1 is a URL; name a folder: a copy is read from there"
 
 
 def test_a_garbled_mark_is_nobodys(s3: str, source: Path, ray: None) -> None:
