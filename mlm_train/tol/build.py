@@ -132,7 +132,7 @@ class Build:
             return self._commit(state)
 
     def finished(self) -> TolIndex | None:
-        """The index, where this build has ended already; UserError where that is of another table."""
+        """The index where this build has ended; UserError where it lost a file, or is another table."""
         if self.place.read(INDEX) is None or self.place.read(STATE) is not None:
             return None
         index, plan = index_at(self.place), self.plan
@@ -147,6 +147,12 @@ class Build:
             same &= set(index.layers) <= set(plan.layers) and index.bytes <= storage.budget
         if not same:
             raise UserError(f"{self.place} holds another table; name a new folder, or remove it")
+        for file in (*index.partitions, *([index.basis] if index.basis else [])):
+            if not is_whole(self.place, file, by_size=True):
+                raise UserError(
+                    f"{self.place.at(file.file)} is missing or damaged, of a table that was finished: "
+                    f"mend it with {index.repair}"
+                )
         return index
 
     def repair(self, workers: int = 2, ray_address: str | None = None) -> list[Partition]:

@@ -255,13 +255,16 @@ def test_bad_input(
         (("--device", "foo"), "--device foo: give cpu or cuda"),
         (("--device", "cuda:7"), "--device cuda:7: give cpu or cuda"),
         (("--device", ""), "--device '': give cpu or cuda"),
-        (("--budget", "1B"), "a budget of 1 bytes holds no layer: "),
+        (("--budget", "1B"), "a budget of 1 byte holds no layer: "),
         (("--output", ""), "the folder's name is empty; name a folder or a URL"),
         (("--output", "/dev/null"), "/dev/null cannot be written: File exists; it is no folder"),
         (("--output", "FILE/x"), "cannot be written: Not a directory; a part of that path is a file"),
         (("--output", "LINK"), "cannot be written: File exists; it is no folder"),
         (("--output", "file:///x/y", "--evaluate", "z"), "file:///x/y is a URL; name a folder: --evaluate"),
-        (("--output", "file:///x/y", "--each-node"), "file:///x/y is a URL; name a folder: --each-node"),
+        (
+            ("--output", "file:///x/y", "--each-node", "--ray-address", "x:1"),
+            "file:///x/y is a URL; name a folder: --each-node",
+        ),
     ],
 )
 def test_options_that_cannot_work(
@@ -298,6 +301,11 @@ def test_the_same_command_again(
                 continue
             said = refused(*words, *other)
             assert said == f"mlm-train: {output} holds another table; name a new folder, or remove it"
+        assert digests(output) == before
+        lost = output / read_index(output).partitions[1].file
+        lost.unlink()
+        assert f"{lost} is missing or damaged" in refused(*words)
+        mlm_train(*words[:5], "--repair")
         assert digests(output) == before
         shutil.rmtree(output)
 
