@@ -9,7 +9,9 @@ from contextlib import contextmanager
 
 from mlm_train.errors import Terminated
 
-ECHO_SECONDS = 5.0  # the same signal comes more than once: from a scheduler, a launcher, an impatient hand
+# The same signal comes more than once: a scheduler signals all processes, a launcher passes its own on, and
+# a hand is impatient.
+ECHO_SECONDS = 5.0
 
 
 @contextmanager

@@ -127,7 +127,6 @@ class Build:
             if state.layout is not None:
                 check_space(self.place, sum(map(state.bytes, state.missing)))
             if state.layout is None or state.missing:
-                self._check_source(state, workers)
                 self._work(state, workers, ray_address, lambda state: state.save(self.place))
             return self._commit(state)
 
@@ -147,7 +146,7 @@ class Build:
             same &= set(index.layers) <= set(plan.layers) and index.bytes <= storage.budget
         if not same:
             raise UserError(f"{self.place} holds another table; name a new folder, or remove it")
-        for file in (*index.partitions, *([index.basis] if index.basis else [])):
+        for file in index.files:
             if not is_whole(self.place, file, by_size=True):
                 raise UserError(
                     f"{self.place.at(file.file)} is missing or damaged, of a table that was finished: "
@@ -178,7 +177,6 @@ class Build:
             }
             state = State(plan=self.plan, layout=layout, basis=index.basis, done=dict(whole))
             if state.missing:
-                self._check_source(state, workers)
                 # No state is kept: what a repair has made before it was killed is whole.
                 self._work(state, workers, ray_address, lambda _: None)
             partitions = [state.done[number] for number in range(self.plan.partitions)]
@@ -227,6 +225,7 @@ class Build:
 
     def _work(self, state: State, workers: int, ray_address: str | None, committed: Committed) -> None:
         """All that needs Ray. committed: called after each partition."""
+        self._check_source(state, workers)
         groups, threads = self.groups(len(state.missing), workers), self.plan.threads
         size = min(workers, len(state.missing) * len(groups))
         shared = self._weight_bytes() * len(self.plan.layers)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from mlm_train.errors import UserError
@@ -35,6 +35,12 @@ class Record(BaseModel):
     """What stands in JSON; fields that nobody knows are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def first_problem(error: ValidationError) -> tuple[str, str]:
+    """Where in a record something is wrong, and what."""
+    first = error.errors()[0]
+    return ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
 
 
 class Scheme(Record):

@@ -287,7 +287,7 @@ def _build(args: argparse.Namespace) -> "Build":
         storage,
         partitions=args.partitions,
         compute=args.compute or "auto",
-        threads=_threads(args),
+        threads=1 if args.threads is None else args.threads,
         device=args.device,
     )
 
@@ -299,14 +299,13 @@ def _compression(args: argparse.Namespace) -> "Build":
     index = read_index(args.table)
     storage = storage_of(args, index.layers, index.hidden_size)
     return Build(
-        None, _place(args), storage, table=args.table, partitions=args.partitions, threads=_threads(args)
+        None,
+        _place(args),
+        storage,
+        table=args.table,
+        partitions=args.partitions,
+        threads=1 if args.threads is None else args.threads,
     )
-
-
-def _threads(args: argparse.Namespace) -> int:
-    if args.threads is not None and args.threads < 1:
-        raise UserError(f"--threads {args.threads}: give at least 1")
-    return args.threads or 1
 
 
 def _verify(args: argparse.Namespace) -> int:

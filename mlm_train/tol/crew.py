@@ -37,10 +37,9 @@ class Crew:
     def __init__(self, job: Job, size: int, cpus: int, gpus: float = 0.0) -> None:
         import ray
 
+        self.job, self._needs = job, {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
         fix = "give such a node, or another --device" if gpus else "give fewer --threads"
-        check_room({"CPU": cpus} | ({"GPU": gpus} if gpus else {}), fix)
-        self.job = job
-        self._kinds = ("CPU", "GPU") if gpus else ("CPU",)
+        check_room(self._needs, fix)
         # An actor that is given up must not come back: its partition is made anew, under another name.
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
         self._class = ray.remote(**options)(Worker)
@@ -112,7 +111,7 @@ class Crew:
             return
         self._told = True
         free, all_of_them = ray.available_resources(), ray.cluster_resources()
-        of_each = [f"{free.get(kind, 0):g} of {all_of_them.get(kind, 0):g} {kind}s" for kind in self._kinds]
+        of_each = [f"{free.get(kind, 0):g} of {all_of_them.get(kind, 0):g} {kind}s" for kind in self._needs]
         print(
             f"{waiting} of {self.size} workers have not started: they wait for a place "
             f"(free in Ray: {', '.join(of_each)}), or for a slow disk",

@@ -42,11 +42,10 @@ def copy_table(origin: Files, target: Folder) -> TolIndex:
     index = parse_index(data, origin.at(INDEX))
     with target.held("being fetched"):
         _begin(target, data, origin)
-        files: list[File] = [*([index.basis] if index.basis else []), *index.partitions]
-        missing = [file for file in files if not is_whole(target, file)]
+        missing = [file for file in index.files if not is_whole(target, file)]
         needed = sum(file.bytes for file in missing)
         check_space(target, needed)
-        done = sum(file.bytes for file in files) - needed
+        done = index.bytes - needed
         with ByteProgress("fetch", index.bytes) as progress:
             for file in missing:
                 if not _copy(origin, target, file, lambda count: progress.show(done + count)):  # noqa: B023

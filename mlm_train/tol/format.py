@@ -16,7 +16,7 @@ from mlm_train.checkpoint.hf_config import parse_json
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.files import is_plain_name
-from mlm_train.tol.codec import TORCH_DTYPE, Dtype, Encoding, PlainDtype, Record, Scheme
+from mlm_train.tol.codec import TORCH_DTYPE, Dtype, Encoding, PlainDtype, Record, Scheme, first_problem
 from mlm_train.tol.place import Files, Folder, Place, refuse_url
 
 INDEX = "tol.index.json"
@@ -159,9 +159,14 @@ class TolIndex(Record):
         return f"`mlm-train tol {made} --output DIR --repair`"
 
     @property
+    def files(self) -> list[File]:
+        """All that belong to it, the index apart."""
+        return [*([self.basis] if self.basis else []), *self.partitions]
+
+    @property
     def bytes(self) -> int:
-        """Bytes of all its files, the index apart."""
-        return sum(file.bytes for file in (*self.partitions, *([self.basis] if self.basis else ())))
+        """Bytes of all its files."""
+        return sum(file.bytes for file in self.files)
 
 
 def plain_fields(dtype: str, layers: int, hidden: int) -> list[Encoding]:
@@ -224,9 +229,7 @@ def parse_index(data: bytes, file: str) -> TolIndex:
     try:
         index = TolIndex.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
+        where, reason = first_problem(error)
         raise UserError(f"{file}: {where + ': ' if where else ''}{reason}; {REBUILD}") from None
     if digest is not None and digest != _digest(data, str(digest)):
         raise UserError(f"{file} is damaged, or was changed by hand: its digest is another; {REBUILD}")

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from mlm_train.errors import UserError
 from mlm_train.files import LARGEST_RESULT
 from mlm_train.sizes import size
-from mlm_train.tol.codec import GROUP, LEVELS, TORCH_DTYPE, Record, Scheme
+from mlm_train.tol.codec import GROUP, LEVELS, TORCH_DTYPE, Record, Scheme, first_problem
 from mlm_train.tol.state import Storage
 
 _WORDS = ("dtype", "group_size", "asymmetric", "drop", "rank", "budget")  # of args
@@ -144,8 +144,7 @@ def read_allocation(file: Path) -> Allocation:
     try:
         return Allocation.model_validate({name: tree[name] for name in Allocation.model_fields})
     except ValidationError as error:
-        first = error.errors()[0]
-        where, what = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        where, what = first_problem(error)
         raise ValueError(f"{where}: {what[0].lower()}{what[1:]}") from None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mlm_train.errors import UserError
 from mlm_train.files import listed, sha256_of
 from mlm_train.tol.codec import decode
-from mlm_train.tol.format import BASIS, INDEX, REBUILD, File, TolIndex, file_of, read_index
+from mlm_train.tol.format import BASIS, INDEX, REBUILD, File, Partition, TolIndex, file_of, read_index
 from mlm_train.tol.partition import map_partition
 from mlm_train.tol.place import Files, Folder, Place
 from mlm_train.tol.progress import ByteProgress
@@ -42,9 +42,7 @@ class Table:
             try:
                 rows = map_partition(folder, index, partition)
             except ValueError as error:
-                start, stop = partition.rows
-                where = f"{folder / partition.file} (rows [{start}, {stop}))"
-                raise UserError(f"{where} is damaged: {error}; mend it with {index.repair}") from None
+                raise _damaged(folder, index, partition, str(error)) from None
             partitions.append(rows.clone() if in_memory else rows)
         return cls(index, partitions, read_bases(folder, index))
 
@@ -103,12 +101,14 @@ def check_rows(folder: str | Path, ranges: Iterable[tuple[int, int]], threads: i
         found = pool.map(lambda partition: sha256_of(listed(folder, partition.file, INDEX)), needed)
         for partition, digest in zip(needed, found, strict=True):
             if digest != partition.sha256:
-                start, stop = partition.rows
-                raise UserError(
-                    f"{folder / partition.file} (rows [{start}, {stop})) is damaged: its SHA-256 is not the "
-                    f"index's; mend it with {index.repair}"
-                )
+                raise _damaged(folder, index, partition, "its SHA-256 is not the index's")
             progress.show(done := done + partition.bytes)
+
+
+def _damaged(folder: Path, index: TolIndex, partition: Partition, what: str) -> UserError:
+    start, stop = partition.rows
+    where = f"{folder / partition.file} (rows [{start}, {stop}))"
+    return UserError(f"{where} is damaged: {what}; mend it with {index.repair}")
 
 
 def read_bases(folder: Path, index: TolIndex) -> dict[int, Tensor]:

@@ -15,11 +15,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from mlm_train.errors import START_AGAIN
+from mlm_train.stopping import ECHO_SECONDS
 
 # The first one counts where several came: a warned job is to be started again, however it ends then.
 EXIT_CODE = {signal.SIGUSR1: START_AGAIN, signal.SIGTERM: 128 + signal.SIGTERM}
 PARENT_DEATH = 1  # PR_SET_PDEATHSIG of Linux's prctl(2)
-ECHO_SECONDS = 5.0  # a scheduler signals all processes, and the launcher passes its own signal on
 
 
 def end_with_agent() -> None:
