@@ -18,7 +18,7 @@ import torch
 from mlm_train.checkpoint.hf_folder import open_tensors, write_folder
 from mlm_train.checkpoint.load import config_of, load_weights, open_checkpoint
 from mlm_train.checkpoint.logical_folder import load_model
-from mlm_train.checkpoint.manifest import SEAL, write_manifest
+from mlm_train.checkpoint.manifest import write_manifest
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.tokenizer import tokenizer_of
 from mlm_train.errors import UserError
@@ -26,6 +26,7 @@ from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime
 from mlm_train.parallel.stacks import flight_record, write_evidence
+from mlm_train.records import SEAL
 from mlm_train.tol.format import Source, TolIndex, write_index
 from mlm_train.tol.partition import RowShape
 from mlm_train.tol.place import Folder

@@ -1,13 +1,11 @@
 """config.json of an export: our ModelConfig in Hugging Face's words, and back."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
+from mlm_train.records import read_json, record_of
 
 _SHARED = (
     "vocab_size",
@@ -81,38 +79,7 @@ def read_config(path: str | Path) -> ModelConfig:
         if tree.get(name) is None:
             raise UserError(f"{file}: {name} is missing; add it, or export the model again")
         fields[name] = tree[name]
-    try:
-        return ModelConfig.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{file}: {where}={first['input']!r}: {first['msg']}") from None
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
-
-
-def read_json(file: Path, fix: str) -> dict[str, Any]:
-    """A JSON file whose top level is a mapping; UserError naming the file and `fix` otherwise."""
-    try:
-        data = file.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        data = None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
-    return parse_json(data, file, fix)
-
-
-def parse_json(data: bytes | None, file: Path | str, fix: str) -> dict[str, Any]:
-    """The same of a file's contents; None: it is not there."""
-    if data is None:
-        raise UserError(f"{file} does not exist; {fix}")
-    try:
-        tree = json.loads(data.decode("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}); {fix}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{file} holds no JSON object; {fix}")
-    return tree
+    return record_of(ModelConfig, fields, file, "add or correct it, or export the model again")
 
 
 def _kind(tree: dict[str, Any], file: Path) -> str:

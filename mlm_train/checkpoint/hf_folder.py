@@ -13,13 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mlm_train.checkpoint.hf_config import config_json, read_config, read_json
+from mlm_train.checkpoint.hf_config import config_json, read_config
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.files import listed, new_folder, sha256_of, write_json
 from mlm_train.model.logical import named_pieces, pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.model.unfilled import unfilled
+from mlm_train.records import read_json
 
 __all__ = [
     "FolderTensors",

@@ -8,12 +8,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from mlm_train.checkpoint.hf_config import read_json
 from mlm_train.checkpoint.hf_folder import FolderTensors, open_tensors, read_config, write_folder
 from mlm_train.config import ModelConfig
 from mlm_train.config.load import parse_config
 from mlm_train.errors import UserError
 from mlm_train.files import new_folder, refuse_used, write_text
+from mlm_train.records import read_json
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")

@@ -3,17 +3,15 @@
 It carries a checksum of itself, so a changed digit in it is damage too, and not another place in the data.
 """
 
-import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mlm_train.errors import UserError
 from mlm_train.files import listed, sha256_of, write_json
+from mlm_train.records import SEAL, json_value, read_regular, seal_of
 
 MANIFEST = "manifest.json"
-SEAL = "sha256"  # of the manifest's other keys
 
 
 class Damaged(UserError):
@@ -35,7 +33,7 @@ def read_manifest(folder: Path, kind: str, version: int) -> dict[str, Any]:
     if not path.is_file():
         raise Damaged(f"{folder} is no complete {kind} folder: {MANIFEST} is missing", fix)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json_value(read_regular(path))
     except ValueError:
         raise Damaged(f"{path} is damaged: it is not JSON", fix) from None
     except OSError as error:
@@ -53,11 +51,6 @@ def read_manifest(folder: Path, kind: str, version: int) -> dict[str, Any]:
             f"{path} has version {described[1]}; this program reads {version}: go on with the other"
         )
     return manifest
-
-
-def seal_of(manifest: dict[str, Any]) -> str:
-    """SHA-256 of what it says, whatever the order and the spaces."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def verify_files(folder: Path, entries: Iterable[dict[str, Any]], hashes: bool = True) -> None:

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mlm_train.errors import UserError
 from mlm_train.files import listed, sha256_of
+from mlm_train.records import Record, json_value, read_regular, record_of
 
 MANIFEST = "manifest.json"
 INDEX_HEADER = np.dtype(
@@ -30,11 +30,7 @@ INDEX_HEADER = np.dtype(
 """Start of an .idx; then int32 lengths, int64 byte offsets, int64 document boundaries."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FileRecord(_Record):
+class FileRecord(Record):
     """A file beside the manifest. bytes: its exact size."""
 
     file: str
@@ -42,7 +38,7 @@ class FileRecord(_Record):
     sha256: str
 
 
-class TokenizerRecord(_Record):
+class TokenizerRecord(Record):
     """The tokenizer's copy in the folder."""
 
     file: str
@@ -50,7 +46,7 @@ class TokenizerRecord(_Record):
     kind: Literal["sentencepiece", "huggingface"]
 
 
-class SplitRecord(_Record):
+class SplitRecord(Record):
     """One split. tokens counts end-of-document ids too; text_bytes is UTF-8."""
 
     documents: int
@@ -61,7 +57,7 @@ class SplitRecord(_Record):
     idx: FileRecord
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """What manifest.json says. fingerprint: see fingerprint_of."""
 
     format: Literal["mlm-data"] = "mlm-data"
@@ -166,7 +162,7 @@ _AGAIN = "run `mlm-train data prepare` again into a new folder, or copy the fold
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json_value(read_regular(path))
     except FileNotFoundError:
         raise UserError(
             f"{folder} holds no prepared data ({MANIFEST} is missing); "
@@ -174,12 +170,7 @@ def _read_manifest(folder: Path) -> Manifest:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); {_AGAIN}") from None
-    try:
-        manifest = Manifest.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "top level"
-        raise UserError(f"{path}: {where}: {first['msg']}; {_AGAIN}") from None
+    manifest = record_of(Manifest, tree, path, _AGAIN)
     if manifest.fingerprint != fingerprint_of(manifest.tokenizer, manifest.eod_id, manifest.splits):
         raise UserError(f"{path} was changed: its fingerprint does not match its hashes; {_AGAIN}")
     return manifest

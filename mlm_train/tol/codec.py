@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from mlm_train.errors import UserError
+from mlm_train.records import Record
 
 PlainDtype = Literal["bfloat16", "float16", "float32"]
 Dtype = Literal["bfloat16", "float16", "float32", "int8", "int4"]
@@ -29,18 +30,6 @@ _MOST = 2**31 - 1  # of a rank and a group: readers keep them in 32 bits
 ALIGNMENT = 16  # wide loads of a GPU want it
 # Factors on the range of a group that the search for its scale tries: the best clips a little at four bits.
 _FACTORS = {"int8": (1.0,), "int4": (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)}
-
-
-class Record(BaseModel):
-    """What stands in JSON; fields that nobody knows are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def first_problem(error: ValidationError) -> tuple[str, str]:
-    """Where in a record something is wrong, and what."""
-    first = error.errors()[0]
-    return ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
 
 
 class Scheme(Record):

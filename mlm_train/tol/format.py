@@ -10,13 +10,13 @@ import json
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from mlm_train.checkpoint.hf_config import parse_json
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.files import is_plain_name
-from mlm_train.tol.codec import TORCH_DTYPE, Dtype, Encoding, PlainDtype, Record, Scheme, first_problem
+from mlm_train.records import Record, parse_json, record_of
+from mlm_train.tol.codec import TORCH_DTYPE, Dtype, Encoding, PlainDtype, Scheme
 from mlm_train.tol.place import Files, Folder, Place, refuse_url
 
 INDEX = "tol.index.json"
@@ -226,11 +226,7 @@ def parse_index(data: bytes, file: str) -> TolIndex:
     """What the file INDEX holds."""
     tree = parse_json(data, file, REBUILD)
     digest = tree.pop("digest", None)
-    try:
-        index = TolIndex.model_validate(tree)
-    except ValidationError as error:
-        where, reason = first_problem(error)
-        raise UserError(f"{file}: {where + ': ' if where else ''}{reason}; {REBUILD}") from None
+    index = record_of(TolIndex, tree, file, REBUILD)
     if digest is not None and digest != _digest(data, str(digest)):
         raise UserError(f"{file} is damaged, or was changed by hand: its digest is another; {REBUILD}")
     return index

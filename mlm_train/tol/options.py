@@ -1,7 +1,6 @@
 """Command-line words that say how a table's rows are stored; `tol build` and `tol compress` share them."""
 
 import argparse
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +9,9 @@ from pydantic import ValidationError
 
 from mlm_train.errors import UserError
 from mlm_train.files import LARGEST_RESULT
+from mlm_train.records import Record, first_problem, json_value, read_regular
 from mlm_train.sizes import size
-from mlm_train.tol.codec import GROUP, LEVELS, TORCH_DTYPE, Record, Scheme, first_problem
+from mlm_train.tol.codec import GROUP, LEVELS, TORCH_DTYPE, Scheme
 from mlm_train.tol.state import Storage
 
 _WORDS = ("dtype", "group_size", "asymmetric", "drop", "rank", "budget")  # of args
@@ -135,8 +135,8 @@ def read_allocation(file: Path) -> Allocation:
     if file.stat().st_size >= LARGEST_RESULT:
         raise ValueError("too large for an allocation")
     try:
-        tree = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
+        tree = json_value(read_regular(file))
+    except ValueError:
         raise ValueError("no JSON") from None
     missing = [name for name in Allocation.model_fields if not isinstance(tree, dict) or name not in tree]
     if missing:

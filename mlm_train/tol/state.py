@@ -1,14 +1,13 @@
 """An unfinished build: what was asked for, and what is committed. tol.build.json, next to the partitions."""
 
-import json
 from collections.abc import Sequence
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mlm_train.checkpoint.manifest import SEAL, seal_of
 from mlm_train.errors import UserError
 from mlm_train.files import json_text
+from mlm_train.records import SEAL, json_value, seal_of
 from mlm_train.tol.codec import TORCH_DTYPE, Dtype, Encoding, PlainDtype, Record, Scheme, layout
 from mlm_train.tol.format import BASIS, STATE, File, Partition, plain_fields, row_bytes
 from mlm_train.tol.partition import RowShape
@@ -167,7 +166,7 @@ class State(BaseModel):
         if (data := place.read(STATE)) is None:
             return None
         try:
-            tree = json.loads(data)
+            tree = json_value(data)
             if tree.pop(SEAL) != seal_of(tree):
                 raise ValueError("its checksum differs")
             return cls.model_validate(tree)

@@ -14,8 +14,9 @@ import psutil
 import pytest
 import torch
 
-from mlm_train.checkpoint.manifest import SEAL, write_manifest
+from mlm_train.checkpoint.manifest import write_manifest
 from mlm_train.parallel import runtime
+from mlm_train.records import SEAL
 from tests.commands import ROOT, listening, mlm_train, refused, start
 from tests.train.short_runs import CONFIG, copy_of, pretrain, snapshot
 
