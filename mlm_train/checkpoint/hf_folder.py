@@ -36,6 +36,7 @@ __all__ = [
 
 AGAIN = "export it again, or copy the folder again"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"  # transformers adds its weights to the model's
 SHARD_BYTES = 4 * 2**30
 _HASHED_AT_ONCE = 4  # files
 
@@ -221,10 +222,12 @@ def open_weights(file: Path, fix: str) -> Any:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    if not (path / INDEX).exists():
-        if not (path / SINGLE).is_file():
-            raise UserError(f"{path} has no {SINGLE}{_instead(path)}")
+    if (path / ADAPTER).exists():
+        raise UserError(f"{path / ADAPTER}: weights lack an adapter's; merge it, and save the whole model")
+    if (path / SINGLE).is_file():  # before an index, as in transformers
         return [path / SINGLE]
+    if not (path / INDEX).exists():
+        raise UserError(f"{path} has no {SINGLE}{_instead(path)}")
     weight_map = read_json(path / INDEX, AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path / INDEX} has no weight_map; {AGAIN}")

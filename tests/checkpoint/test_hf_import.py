@@ -107,12 +107,12 @@ def test_what_cannot_be_imported_is_refused_in_one_line(tmp_path: Path) -> None:
     assert "config.json does not exist" in line_of(tmp_path / "nowhere")
     scaled = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
     for fields, words in (
-        ({"model_type": "mistral"}, "model_type='mistral' is not supported; it must be llama"),
-        ({"rope_parameters": scaled}, "rope_parameters: rope_type='llama3' is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: rope_type='linear' is not"),
+        ({"model_type": "mistral"}, "model_type='mistral' is not supported"),
+        ({"rope_parameters": scaled}, "rope_parameters: rope_type"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: rope_type"),
         ({"attention_bias": True}, "attention_bias=true is not supported"),
         ({"mlp_bias": True}, "mlp_bias=true is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act="),
         ({"num_key_value_heads": 3}, "must divide"),
         ({"intermediate_size": 45}, "mlp.gate_proj.weight has shape [44, 32], not [45, 32]"),
         ({"num_hidden_layers": 3}, "model.layers.3.input_layernorm.weight does not belong"),
