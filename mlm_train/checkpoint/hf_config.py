@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from mlm_train.checkpoint.hf_files import NO_TOKENS, SpecialTokens, special_tokens
 from mlm_train.checkpoint.hf_llama import (
     ARCHITECTURES,
     CORRECT,
@@ -31,7 +32,7 @@ _FLEX = ("compute_intermediate_size", "compute_form", "compute_input")
 
 
 def config_json(
-    config: ModelConfig, dtype: str = "float32", eos_token_id: int | None = None
+    config: ModelConfig, dtype: str = "float32", tokens: SpecialTokens = NO_TOKENS
 ) -> dict[str, Any]:
     """The mapping that config.json holds; `base` is a Llama for transformers.
 
@@ -51,9 +52,7 @@ def config_json(
         "attention_bias": False,
         "mlp_bias": False,
         "initializer_range": config.init_std,
-        "bos_token_id": None,
-        "eos_token_id": eos_token_id,
-        "pad_token_id": None,
+        **tokens.tree(),
         "use_cache": True,
         "dtype": dtype,
         "torch_dtype": dtype,
@@ -74,6 +73,7 @@ def read_config(path: str | Path) -> ModelConfig:
     tree = read_json(file, "give a folder written by `mlm-train export`, or a Hugging Face Llama's")
     kind = _kind(tree, file)
     check_expressible(tree, file)
+    special_tokens(file.parent)
     llama = read_llama(tree, file)
     fields: dict[str, Any] = {"kind": kind, "init_std": llama.initializer_range}
     fields |= {name: getattr(llama, name) for name in _SHARED}

@@ -49,9 +49,6 @@ class LlamaJson(BaseModel):
     initializer_range: float = Field(0.02, gt=0, le=1)
     attention_dropout: float | None = 0.0
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
-    pad_token_id: int | None = None
 
 
 def read_llama(tree: dict[str, Any], file: Path) -> LlamaJson:

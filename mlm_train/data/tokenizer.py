@@ -156,6 +156,8 @@ def _recorded_end(folder: Path) -> int | None:
             end = json.loads((folder / name).read_text(encoding="utf-8")).get(key)
         except (OSError, ValueError, AttributeError):
             continue  # the folder's own reader complains about a broken file; here it only lacks a hint
+        if isinstance(end, list):  # a chat model has several; the first ends a document
+            end = next(iter(end), None)
         if isinstance(end, int):
             return end
     return None
