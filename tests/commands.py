@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import time
+import tty
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -43,6 +45,26 @@ def refused(*words: object) -> str:
     lines = errors.getvalue().strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("mlm-train: "), lines
     return lines[0]
+
+
+def on_a_terminal(*words: object) -> str:
+    """What a command, which must succeed, writes to a standard output that is a terminal."""
+    ours, its = os.openpty()
+    tty.setraw(its)  # no carriage returns of the terminal's own
+    with ThreadPoolExecutor(1) as reader, open(ours, "rb", buffering=0) as screen:
+        seen = reader.submit(_all_of, screen)  # meanwhile: a terminal holds few bytes
+        with open(its, "w", encoding="utf-8") as stream, contextlib.redirect_stdout(stream):
+            mlm_train(*words)
+        return seen.result().decode()
+
+
+def _all_of(screen: io.FileIO) -> bytes:
+    """Until its other end is closed, which Linux tells by an error."""
+    data = b""
+    with contextlib.suppress(OSError):
+        while block := screen.read(2**16):
+            data += block
+    return data
 
 
 def start(*words: object, **environment: str) -> "subprocess.Popen[str]":
