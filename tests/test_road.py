@@ -142,7 +142,7 @@ def test_monitor_serves_the_run_on_loopback(run: Path) -> None:
             with urllib.request.urlopen(f"{address}/data/plugin/scalars/tags", timeout=30) as answer:
                 tags = json.load(answer)
             time.sleep(0.3)
-        assert {"train/loss", "validation/loss", "speed/mfu"} <= tags["tensorboard"].keys()
+        assert {"train/loss", "validation/loss", "speed/mfu_measured"} <= tags["tensorboard"].keys()
     finally:
         left = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         process.terminate()

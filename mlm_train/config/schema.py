@@ -222,7 +222,10 @@ class MonitorConfig(Section):
         1.5, gt=1, description="a rank is slow that takes so many times its stage's median"
     )
     peak_tflops: float | None = Field(
-        None, gt=0, description="arithmetic peak of one rank, 1e12 FLOP/s; MFU is shown when set"
+        None,
+        gt=0,
+        description="arithmetic peak of one rank, 1e12 FLOP/s, that MFU is measured against beside a product "
+        "measured at the start (default: the datasheet's, of accelerators that are known)",
     )
 
 
