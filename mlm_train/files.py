@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -41,9 +42,22 @@ def told(error: OSError, otherwise: str = "choose another place") -> str:
     return f"{error.strerror or error}; {_REMEDY.get(error.errno or 0, otherwise)}"
 
 
+def open_regular(path: Path) -> io.BufferedReader:
+    """A file, open to be read. Raises FileNotFoundError and the like as open does, UserError for no file at all.
+
+    A FIFO or a device in a file's place would let its reader wait for ever.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    file = open(descriptor, "rb")  # noqa: SIM115 - the caller's
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return file
+    file.close()
+    raise UserError(f"{path} is no regular file: put the file itself there")
+
+
 def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read once from start to end."""
-    with path.open("rb") as file:
+    """Hexadecimal SHA-256 of a file, read once from start to end. Raises as open_regular does."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -157,7 +171,7 @@ def write_figure(path: Path, figure: "Figure") -> None:
 
 def is_png(path: Path) -> bool:
     """Whether a file begins as a PNG does."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(8) == b"\x89PNG\r\n\x1a\n"
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from mlm_train.errors import UserError
+from mlm_train.errors import UserError, escaped
 from mlm_train.files import locked, write_text
 
 LOOK_SECONDS = 3.0
@@ -64,7 +64,8 @@ def owned(folder: Path, doing: str) -> Iterator[None]:
     patience = 0.0
     if attempt.follows(before := _noted(folder)):
         _note(folder, attempt)  # the one before reads it and goes, where it still lives
-        print(f"mlm-train: {folder}: {attempt} takes over from {before}", file=sys.stderr)
+        line = f"{folder}: {attempt} takes over from {before}"
+        print(f"mlm-train: {escaped(line)}", file=sys.stderr)
         patience = PATIENCE_SECONDS
     with locked(folder, doing, patience):
         _note(folder, attempt)
@@ -111,7 +112,7 @@ def _watching(folder: Path) -> Iterator[None]:
                 refuse_superseded(folder)
             except UserError as error:
                 with contextlib.suppress(OSError):
-                    os.write(2, f"mlm-train: {error}\n".encode())
+                    os.write(2, f"mlm-train: {escaped(str(error))}\n".encode())
                 os._exit(2)
 
     thread = threading.Thread(target=watch, name="ownership", daemon=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlm_train.bench.train_show import Figures, lines_of, plot
-from mlm_train.errors import UserError
+from mlm_train.errors import UserError, escaped
 from mlm_train.files import write_text, writing
 
 BEGIN, END = (
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         files = write_page(Path(arguments[0] if arguments else "docs"))
     except (UserError, OSError) as error:
-        print(f"mlm-train: {error}", file=sys.stderr)
+        print(f"mlm-train: {escaped(str(error))}", file=sys.stderr)
         return 2
     print(f"docs/performance.md: from {', '.join(file.name for file in files) or 'no report yet'}")
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlm_train.arguments import add_action
-from mlm_train.errors import UserError
+from mlm_train.errors import UserError, escaped
 
 HELP = """The checkpoints of a run: which there are, whether they are whole, and fewer of them.
 
@@ -124,7 +124,7 @@ def _verify(path: Path) -> int:
         try:
             manifest = open_checkpoint(folder)
         except UserError as error:
-            print(f"mlm-train: {error}", file=sys.stderr)
+            print(f"mlm-train: {escaped(str(error))}", file=sys.stderr)
             code = 2
             continue
         size = sum(entry["bytes"] for entry in manifest["files"])

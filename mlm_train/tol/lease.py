@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from mlm_train.errors import UserError
+from mlm_train.errors import UserError, escaped
 from mlm_train.ownership import Attempt
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ class Lease:
                 "or name another"
             )
         if before is not None:
-            print(f"mlm-train: {self.place}: taken over from {before}, which is gone", file=sys.stderr)
+            line = f"{self.place}: taken over from {before}, which is gone"
+            print(f"mlm-train: {escaped(line)}", file=sys.stderr)
         self._write(self.place)
         time.sleep(SETTLE)
         self.check()
@@ -112,7 +113,7 @@ class Lease:
                 self._write(place)
             except Lost as error:
                 with contextlib.suppress(OSError):
-                    os.write(2, f"mlm-train: {error}\n".encode())
+                    os.write(2, f"mlm-train: {escaped(str(error))}\n".encode())
                 os._exit(2)
             except UserError:
                 continue  # out of reach now: the next commit says so, or it is back by then
