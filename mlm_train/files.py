@@ -43,15 +43,31 @@ def told(error: OSError, otherwise: str = "choose another place") -> str:
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """A file, open to be read. Raises FileNotFoundError and the like as open does, UserError for no file at all.
+    """A file, open for reading. Raises an OSError as open does, UserError for what is no regular file.
 
     A FIFO or a device in a file's place would let its reader wait for ever.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    file = open(descriptor, "rb")  # noqa: SIM115 - the caller's
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return file
-    file.close()
+    return open(_descriptor(path, os.O_RDONLY), "rb")
+
+
+def append_regular(path: Path) -> io.FileIO:
+    """A file, made where there is none, open to be added to, unbuffered. Raises as open_regular does."""
+    return io.FileIO(_descriptor(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
+
+
+def _descriptor(path: Path, flags: int) -> int:
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # a FIFO that nobody reads, a socket
+            raise
+    else:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISREG(mode):
+            return descriptor
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     raise UserError(f"{path} is no regular file: put the file itself there")
 
 

@@ -12,10 +12,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
 
 from mlm_train.errors import UserError, escaped
 from mlm_train.files import locked, write_text
+from mlm_train.records import Record, json_value, read_regular
 
 LOOK_SECONDS = 3.0
 STARTED_AGAIN = "MLM_STARTED_AGAIN"  # set where an agent may start the ranks again
@@ -46,6 +49,13 @@ class Attempt(NamedTuple):
 
     def __str__(self) -> str:
         return f"restart {self.restart} of job {self.job}"
+
+
+class _Note(Record):
+    """What the file beside a folder says: an Attempt."""
+
+    job: str
+    restart: Annotated[int, Field(strict=True, ge=0)]
 
 
 @contextlib.contextmanager
@@ -96,8 +106,8 @@ def _note(folder: Path, attempt: Attempt) -> None:
 def _noted(folder: Path) -> Attempt | None:
     """Who was the last to take the folder; None where nobody did, or it cannot be read now."""
     try:
-        return Attempt(**json.loads(_path(folder).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return Attempt(**_Note.model_validate(json_value(read_regular(_path(folder)))).model_dump())
+    except (OSError, ValueError, UserError):
         return None
 
 

@@ -101,10 +101,9 @@ def _row(folder: Path) -> dict[str, Any]:
         return row | {"fault": str(error)}
     parallel = config_of(manifest).parallel
     row |= {
-        "tokens": manifest["progress"]["tokens"],
-        "bytes": sum(entry["bytes"] for entry in manifest["files"]),
-        "layout": f"{manifest['world']} ranks, TP{parallel.tensor} PP{parallel.pipeline} "
-        f"ZeRO-{parallel.zero}",
+        "tokens": manifest.progress.tokens,
+        "bytes": sum(entry.bytes for entry in manifest.files),
+        "layout": f"{manifest.world} ranks, TP{parallel.tensor} PP{parallel.pipeline} ZeRO-{parallel.zero}",
     }
     return row | {"fault": None}
 
@@ -127,8 +126,8 @@ def _verify(path: Path) -> int:
             print(f"mlm-train: {escaped(str(error))}", file=sys.stderr)
             code = 2
             continue
-        size = sum(entry["bytes"] for entry in manifest["files"])
-        print(f"{folder}: whole, {len(manifest['files'])} files, {size / 2**30:.2f} GiB")
+        size = sum(entry.bytes for entry in manifest.files)
+        print(f"{folder}: whole, {len(manifest.files)} files, {size / 2**30:.2f} GiB")
     return code
 
 

@@ -55,7 +55,7 @@ class ModelConfig(Section):
     )
     tie_word_embeddings: bool = Field(False, description="the head is the embedding")
     max_position_embeddings: int = Field(2048, ge=1, le=2**31, description="longest context, tokens")
-    rms_norm_eps: float = Field(1e-5, gt=0, description="epsilon inside every RMSNorm")
+    rms_norm_eps: float = Field(1e-5, gt=0, le=1, description="epsilon inside every RMSNorm")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
     init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights")
 

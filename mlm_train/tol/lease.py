@@ -19,8 +19,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from pydantic import Field
+
 from mlm_train.errors import UserError, escaped
 from mlm_train.ownership import Attempt
+from mlm_train.records import Record, json_value
 
 if TYPE_CHECKING:
     from mlm_train.tol.url_place import UrlPlace
@@ -58,6 +61,17 @@ class Owner(NamedTuple):
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
+
+
+class _Mark(Record):
+    """What the file OWNER holds: an Owner."""
+
+    id: str
+    host: str
+    pid: int
+    job: str | None
+    restart: int
+    time: float = Field(allow_inf_nan=False)
 
 
 class Lease:
@@ -148,6 +162,6 @@ def _read(place: "UrlPlace") -> Owner | None:
     """The owner; None where there is none, or none that can be made out."""
     data = place.read(OWNER)
     try:
-        return None if data is None else Owner(**json.loads(data))
-    except (ValueError, TypeError):
+        return None if data is None else Owner(**_Mark.model_validate(json_value(data)).model_dump())
+    except ValueError:
         return None
