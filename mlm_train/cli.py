@@ -15,7 +15,7 @@ import traceback
 from typing import NoReturn
 
 from mlm_train import __version__
-from mlm_train.errors import PeerFailure, SharedUserError, Terminated, UserError
+from mlm_train.errors import PeerFailure, SharedUserError, Terminated, UserError, escaped
 from mlm_train.files import FULL, told
 from mlm_train.quiet import hush_libraries
 
@@ -104,7 +104,7 @@ def _parsed(parser: Parser, argv: list[str]) -> argparse.Namespace:
 def _say(line: str) -> None:
     """On the terminal; where that is a file on a full disk, the exit code still tells."""
     try:
-        print(f"mlm-train: {line}", file=sys.stderr, flush=True)
+        print(f"mlm-train: {escaped(line)}", file=sys.stderr, flush=True)
     except OSError:
         _give_up(2)
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -41,9 +42,38 @@ def told(error: OSError, otherwise: str = "choose another place") -> str:
     return f"{error.strerror or error}; {_REMEDY.get(error.errno or 0, otherwise)}"
 
 
+def open_regular(path: Path) -> io.BufferedReader:
+    """A file, open for reading. Raises an OSError as open does, UserError for what is no regular file.
+
+    A FIFO or a device in a file's place would let its reader wait for ever.
+    """
+    return open(_descriptor(path, os.O_RDONLY), "rb")
+
+
+def append_regular(path: Path) -> io.FileIO:
+    """A file, made where there is none, open to be added to, unbuffered. Raises as open_regular does."""
+    return io.FileIO(_descriptor(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
+
+
+def _descriptor(path: Path, flags: int) -> int:
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # a FIFO that nobody reads, a socket
+            raise
+    else:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISREG(mode):
+            return descriptor
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise UserError(f"{path} is no regular file: put the file itself there")
+
+
 def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read once from start to end."""
-    with path.open("rb") as file:
+    """Hexadecimal SHA-256 of a file, read once from start to end. Raises as open_regular does."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -157,7 +187,7 @@ def write_figure(path: Path, figure: "Figure") -> None:
 
 def is_png(path: Path) -> bool:
     """Whether a file begins as a PNG does."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(8) == b"\x89PNG\r\n\x1a\n"
 
 

@@ -30,6 +30,6 @@ def export_checkpoint(source: Path, output: Path, dtype: str) -> Path:
         named_pieces(model),
         [] if tokenizer is None else [tokenizer],
         getattr(torch, dtype),
-        eos_token_id=manifest["data"]["eod_id"],
+        eos_token_id=manifest.data.eod_id,
     )
     return folder

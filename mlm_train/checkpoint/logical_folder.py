@@ -8,7 +8,7 @@ import json
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from mlm_train.checkpoint.hf_folder import (
     open_tensors,
     read_config,
 )
-from mlm_train.checkpoint.manifest import verify_files
+from mlm_train.checkpoint.manifest import Manifest, verify_files
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.model.transformer import Transformer
@@ -41,7 +41,7 @@ class ModelFolder:
     processes are to open this path. `manifest`: of a checkpoint.
     """
 
-    def __init__(self, path: Path, config: ModelConfig, manifest: dict[str, Any] | None) -> None:
+    def __init__(self, path: Path, config: ModelConfig, manifest: Manifest | None) -> None:
         self.path, self.config, self.manifest = path, config, manifest
 
     @property
@@ -53,7 +53,7 @@ class ModelFolder:
         """The one that lies there; UserError where none does."""
         from mlm_train.data.tokenizer import tokenizer_of
 
-        return tokenizer_of(self.home, None if self.manifest is None else self.manifest["data"]["eod_id"])
+        return tokenizer_of(self.home, None if self.manifest is None else self.manifest.data.eod_id)
 
 
 class OpenedModel(ModelFolder):
@@ -135,8 +135,8 @@ def open_model(
         from mlm_train.checkpoint.joined import open_joined
 
         if verify:
-            verify_files(folder.path, folder.manifest["files"])
-        tensors = open_joined(folder.path, folder.manifest)
+            verify_files(folder.path, folder.manifest.files)
+        tensors = open_joined(folder.path, folder.manifest.files)
     tensors.check(folder.config, with_memory)
     return OpenedModel(folder, tensors)
 

@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 
 from mlm_train.errors import UserError
-from mlm_train.files import listed, sha256_of
+from mlm_train.files import listed, open_regular, sha256_of
 from mlm_train.records import Record, json_value, read_regular, record_of
 
 MANIFEST = "manifest.json"
@@ -178,7 +178,7 @@ def _read_manifest(folder: Path) -> Manifest:
 
 def _check_size(path: Path, expected: int) -> None:
     try:
-        with path.open("rb") as file:  # it must be readable too
+        with open_regular(path) as file:  # it must be readable too
             actual = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
         raise UserError(f"{path} is missing ({expected} bytes expected); {_AGAIN}") from None

@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -10,11 +9,13 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from mlm_train.errors import UserError
+from mlm_train.records import read_json, read_regular
 
 Kind = Literal["sentencepiece", "huggingface"]
 FILE_OF_KIND: dict[Kind, str] = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json"}
 USUAL_END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>")
 PIECE_CHARACTERS = 1 << 20
+LARGEST = 2**28  # bytes of a tokenizer: those of 260,000 tokens have 35 million
 _CUT = re.compile(r"(?<=\S)\n(?=\S)")
 
 
@@ -56,7 +57,7 @@ class Tokenizer:
         path = Path(path)
         kind = _kind_of(path)
         try:
-            contents = path.read_bytes()
+            contents = read_regular(path, LARGEST)
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"tokenizer {path} cannot be read ({reason}); check the path") from None
@@ -153,8 +154,8 @@ def _end_id(backend: Backend, eod: str | int | None, path: Path) -> int | None:
 def _recorded_end(folder: Path) -> int | None:
     for name, key in (("manifest.json", "eod_id"), ("config.json", "eos_token_id")):
         try:
-            end = json.loads((folder / name).read_text(encoding="utf-8")).get(key)
-        except (OSError, ValueError, AttributeError):
+            end = read_json(folder / name, "").get(key)
+        except UserError:
             continue  # the folder's own reader complains about a broken file; here it only lacks a hint
         if isinstance(end, int):
             return end

@@ -16,6 +16,7 @@ from rich.progress import Progress as Bar
 
 from mlm_train.config import Config
 from mlm_train.data.samples import Consumed
+from mlm_train.errors import escaped
 from mlm_train.model.counts import train_flops_per_token
 from mlm_train.monitor.events import Appended, Events
 from mlm_train.monitor.heartbeat import Heartbeat
@@ -63,6 +64,7 @@ class Monitor:
         """One line on the terminal and in train.log."""
         if self.log is None:
             return
+        line = escaped(line)
         with contextlib.suppress(OSError):  # a job's output is a file too
             self.console.print(line, markup=False)
         self.log.add(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n".encode())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_train.arguments import MODEL_KINDS, add_action
-from mlm_train.errors import UserError
+from mlm_train.errors import UserError, escaped
 from mlm_train.sizes import in_units, size
 from mlm_train.stopping import stoppable
 from mlm_train.tol.fetch_command import add_fetch, run_fetch
@@ -313,7 +313,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     report = verify_tol(args.folder, args.model, args.sample)
     for damage in report.damages:
-        print(f"damaged: {damage}", file=sys.stderr)
+        print(f"damaged: {escaped(str(damage))}", file=sys.stderr)
     code = 2 if report.damages else 0
     if args.json:
         counts = {"rows": report.index.vocab_size, "recomputed": report.recomputed}

@@ -73,7 +73,7 @@ def roll_back(run: Run, progress: Progress) -> Progress | None:
     folder, manifest = found.folder, found.manifest
     load_training_state(folder, manifest, run.trainer.engine)
     back = replace(
-        Progress.from_dict(manifest["progress"]),
+        Progress.from_dict(manifest.progress.model_dump()),
         samples=progress.samples + spike.skip_steps * run.config.train.global_batch,
         skipped=progress.skipped,
         rollbacks=progress.rollbacks + 1,

@@ -2,12 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mlm_train.checkpoint.folders import DAMAGED, newest, resolve, set_aside, step_folders
 from mlm_train.checkpoint.hf_folder import open_tensors, read_config
 from mlm_train.checkpoint.load import check_fits, check_same_model, check_steps, config_of, open_checkpoint
-from mlm_train.checkpoint.manifest import Damaged
+from mlm_train.checkpoint.manifest import Damaged, Manifest
 from mlm_train.config import Config
 from mlm_train.data.blend import Blend
 from mlm_train.errors import UserError
@@ -21,7 +21,7 @@ class Resumed(NamedTuple):
     """The checkpoint a run goes on from."""
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     damaged: tuple[tuple[Path, str], ...] = ()  # newer ones and what is wrong with them
 
     def set_damaged_aside(self) -> list[str]:

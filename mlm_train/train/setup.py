@@ -103,7 +103,7 @@ def _build(
     progress = Progress()
     if resumed is not None:
         load_training_state(resumed.folder, resumed.manifest, engine)
-        progress = Progress.from_dict(resumed.manifest["progress"])
+        progress = Progress.from_dict(resumed.manifest.progress.model_dump())
     executor = build_executor(model, config, runtime, engine.entry)
     monitor = Monitor(config, runtime, progress, runtime.together(socket.gethostname))
     trained_on = {"fingerprint": data.fingerprint, "eod_id": data.eod_id, "order": ORDER}
