@@ -112,7 +112,8 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eod",
         metavar="TOKEN",
-        help="token that ends a document (default: the tokenizer's own, such as </s>)",
+        help="token that ends a document, one that no text can produce (default: the tokenizer's own, such "
+        "as </s>)",
     )
 
 

@@ -149,8 +149,11 @@ def _place_tokenizer(choice: str, folder: Path, corpus: Corpus, eod: str | None)
             raise UserError(f"--tokenizer {choice}: write a vocabulary size, such as train:8192")
         path = folder / FILE_OF_KIND["sentencepiece"]
         path.write_bytes(train_sentencepiece(corpus.training_texts(), int(size), corpus.size))
-        return Tokenizer.load(path, eod)
+        trained = Tokenizer.load(path, eod)
+        trained.check_end()
+        return trained
     given = tokenizer_of(choice, eod) if os.path.isdir(choice) else Tokenizer.load(choice, eod)
+    given.check_end()
     path = folder / FILE_OF_KIND[given.kind]
     shutil.copyfile(given.path, path)
     return Tokenizer.load(path, given.eod_id)
@@ -169,7 +172,15 @@ class _SplitWriter:
         self.documents = self.tokens = self.characters = self.text_bytes = 0
 
     def add(self, text: str, ids: np.ndarray, ends: bool) -> None:
-        """Append a piece of a document; with `ends`, the end-of-document id and a boundary too."""
+        """Append a piece of a document; with `ends`, the end-of-document id and a boundary too.
+
+        Raises UserError where the text holds that id already: it would be two documents.
+        """
+        if self._end in ids:
+            raise UserError(
+                f"the text of a document ({text[:40]!r}...) becomes the end-of-document id {self._end[0]}; "
+                "name another token with --eod, or use another tokenizer"
+            )
         self._pieces.append(ids)
         self.characters += len(text)
         self.text_bytes += len(text.encode("utf-8"))
