@@ -14,12 +14,12 @@ from mlm_train.data.documents import SPLITS, Document, Inputs, find_sources, lis
 from mlm_train.data.encode import encode_in_order
 from mlm_train.data.fraction import text_fraction
 from mlm_train.data.prepared import (
-    MANIFEST,
     FileRecord,
     Manifest,
     SplitRecord,
     TokenizerRecord,
     fingerprint_of,
+    write_manifest,
 )
 from mlm_train.data.tokenizer import FILE_OF_KIND, Tokenizer, tokenizer_of
 from mlm_train.data.train_tokenizer import train_sentencepiece
@@ -68,7 +68,7 @@ def prepare(
         corpus = Corpus(found, fraction, progress)
         loaded = _place_tokenizer(tokenizer, partial, corpus, eod)
         manifest = _write_tokens(partial, corpus, loaded, workers)
-        (partial / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_manifest(partial, manifest)
     tell_left_out(found.left_out)
     return manifest
 
