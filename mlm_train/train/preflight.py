@@ -11,8 +11,10 @@ from mlm_train.checkpoint.manifest import Damaged, Manifest
 from mlm_train.config import Config
 from mlm_train.data.blend import Blend
 from mlm_train.errors import UserError
+from mlm_train.monitor.report import Progress
 from mlm_train.parallel.runtime import check_compiler, check_device
 from mlm_train.parallel.topology import Topology
+from mlm_train.train.schedule import go_on
 
 LOG = "train.log"  # the first file of a run: it marks the folder as ours
 
@@ -23,6 +25,20 @@ class Resumed(NamedTuple):
     folder: Path
     manifest: Manifest
     damaged: tuple[tuple[Path, str], ...] = ()  # newer ones and what is wrong with them
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run was."""
+        return Progress.from_dict(self.manifest.progress.model_dump())
+
+    @property
+    def config(self) -> Config:
+        """Of the run that wrote it."""
+        return config_of(self.manifest)
+
+    def completes(self, config: Config) -> bool:
+        """Whether the run has done all its steps."""
+        return self.progress.step >= config.train.steps
 
     def set_damaged_aside(self) -> list[str]:
         """Rename them, and say so in lines. Only for the process that holds the run's lock."""
@@ -88,6 +104,8 @@ def find_checkpoint(config: Config, data: Blend, hashes: bool = True) -> Resumed
     if found is not None:
         check_fits(found.folder, found.manifest, config, data.fingerprint)
         check_steps(found.folder, found.manifest, config)
+        if not found.completes(config):
+            go_on(found.progress, found.config, config)
     return found
 
 
