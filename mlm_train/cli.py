@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import errno
 import importlib
+import io
 import os
 import signal
 import sys
@@ -115,9 +116,24 @@ def _give_up(descriptor: int) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
+def _check_text(argv: list[str]) -> None:
+    """Bytes that are not UTF-8 come as halves of surrogates, which no tokenizer, YAML or JSON can hold."""
+    for word in argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{word!r} on the command line is not UTF-8: write it, or rename the file"
+            ) from None
+
+
 def _run(argv: list[str]) -> int:
     """The chosen command's exit code."""
     hush_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is shown escaped
+            stream.reconfigure(errors="backslashreplace")
+    _check_text(argv)
     chosen = next((word for word in argv if not word.startswith("-")), None)
     try:
         args = _parsed(build_parser(chosen), argv)

@@ -216,7 +216,7 @@ def _scorer(args: argparse.Namespace, build: "Build") -> "Scorer | None":
 
     if build.job.model is not None:
         # The checkpoint that the build has verified: a run that goes on may have a newer one.
-        return Scorer(build.job.model, args.evaluate, with_memory=True, verify=False)
+        return Scorer(build.job.model, args.evaluate, with_memory=True, verify="sizes")
     if args.model is None:
         raise UserError("--evaluate needs --model: the model that the table was built from")
     scorer = Scorer(args.model, args.evaluate)

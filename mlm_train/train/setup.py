@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlm_train.checkpoint.folders import remove_partials
-from mlm_train.checkpoint.hf_folder import fill_model
+from mlm_train.checkpoint.hf_files import carry_over
+from mlm_train.checkpoint.hf_folder import fill_model, verify_folder
 from mlm_train.checkpoint.load import load_training_state, load_weights, open_checkpoint
 from mlm_train.checkpoint.saver import Saver
 from mlm_train.config import Config, changed_fields, dump_config
@@ -71,6 +72,8 @@ def opened_run(config: Config, data: Blend) -> Iterator[Run | None]:
                 aside = [] if found is None else found.set_damaged_aside()
                 if found is None or not found.completes(config):
                     _describe_run(output, config, data)
+                if found is None and config.checkpoint.warm_start is not None:
+                    aside += _carry(warm_start_source(config), output, data)
             return found, aside
 
         resumed, lines = runtime.everywhere(claim)
@@ -105,6 +108,13 @@ def _say_done(config: Config, resumed: Resumed, lines: Sequence[str]) -> None:
     )
     for line in (*lines, done):
         print(f"mlm-train: {line}", file=sys.stderr, flush=True)
+
+
+def _carry(source: Path, output: Path, data: Blend) -> list[str]:
+    """What lies beside the weights that the run starts from is the run's too; says what is not."""
+    home = source if (source / "config.json").is_file() else source.absolute().parent.parent
+    left = carry_over(home, output, data.tokenizer, data.eod_id)
+    return [f"not carried from {home}, which has not the data's tokenizer: {', '.join(left)}"] if left else []
 
 
 def _build(
@@ -148,8 +158,7 @@ def _first_weights(model: Transformer, config: Config, runtime: processes.Runtim
         return
     folder = warm_start_source(config)
     is_export = (folder / "config.json").is_file()
-    if not is_export:
-        runtime.everywhere(lambda: open_checkpoint(folder))
+    runtime.everywhere(lambda: verify_folder(folder, "full") if is_export else open_checkpoint(folder))
     fill = fill_model if is_export else load_weights
     runtime.together(lambda: fill(folder, model))
 
