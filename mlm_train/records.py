@@ -7,13 +7,13 @@ comes out is a value, or one line that names the file.
 import hashlib
 import json
 import os
-import stat
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mlm_train.errors import UserError
+from mlm_train.files import open_regular
 
 DEEPEST = 64  # levels of brackets: none of our files has ten
 SEAL = "sha256"  # of a record's other keys
@@ -27,20 +27,22 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def read_regular(path: Path) -> bytes:
-    """A file's bytes. Raises FileNotFoundError and the like as open does, UserError for what is no file.
+def read_regular(path: Path, most: int | None = None) -> bytes:
+    """A file's bytes. Raises FileNotFoundError and the like as open does, UserError as open_regular does.
 
-    A FIFO or a device in a file's place would let its reader wait for ever.
+    `most`: bytes; a larger file is refused and not read.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UserError(f"{path} is no regular file: put the file itself there")
+    with open_regular(path) as file:
+        if most is not None and os.fstat(file.fileno()).st_size > most:
+            raise UserError(f"{path} is larger than {most} bytes, which no such file is: name the right one")
         return file.read()
 
 
-def json_value(data: bytes | str) -> Any:
-    """The value that JSON text stands for. Raises ValueError, whatever is wrong with it, in few words."""
+def json_value(data: bytes | str, half_pairs: bool = False) -> Any:
+    """The value that JSON text stands for. Raises ValueError, whatever is wrong with it, in few words.
+
+    `half_pairs`: text may hold half a surrogate pair; the caller looks at what it takes.
+    """
     try:
         value = json.loads(data if isinstance(data, str) else data.decode("utf-8"))
     except RecursionError:
@@ -49,7 +51,8 @@ def json_value(data: bytes | str) -> Any:
         raise ValueError("the text is not UTF-8") from None
     level = [value]
     for _ in range(DEEPEST):
-        _check_text(level)
+        if not half_pairs:
+            _check_text(level)
         level = [inner for item in level if isinstance(item, dict | list) for inner in _inside(item)]
         if not level:
             return value

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from mlm_train.checkpoint.hf_files import CARRIED, carried, special_tokens
@@ -23,6 +22,7 @@ from mlm_train.checkpoint.hf_manifest import MANIFEST
 from mlm_train.checks import Check
 from mlm_train.config import ModelConfig
 from mlm_train.config.load import parse_config
+from mlm_train.config.yaml_text import yaml_text
 from mlm_train.errors import UserError
 from mlm_train.files import new_folder, refuse_used, write_text
 from mlm_train.records import read_json
@@ -143,4 +143,4 @@ def _run_config(source: Path, output: Path, model: ModelConfig) -> str:
     }
     parse_config(tree)
     header = _HEADER.format(source=source, output=output)
-    return header + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+    return header + yaml_text(tree)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from mlm_train.checkpoint.hf_folder import (
     read_config,
     verify_folder,
 )
-from mlm_train.checkpoint.manifest import verify_files
+from mlm_train.checkpoint.manifest import Manifest, verify_files
 from mlm_train.checks import Check
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
@@ -46,7 +46,7 @@ class ModelFolder:
     name, where they were compared.
     """
 
-    def __init__(self, path: Path, config: ModelConfig, manifest: dict[str, Any] | None) -> None:
+    def __init__(self, path: Path, config: ModelConfig, manifest: Manifest | None) -> None:
         self.path, self.config, self.manifest = path, config, manifest
         self.digests: Mapping[str, str] = {}
 
@@ -59,12 +59,12 @@ class ModelFolder:
         """The one that lies there; UserError where none does."""
         from mlm_train.data.tokenizer import tokenizer_of
 
-        return tokenizer_of(self.home, None if self.manifest is None else self.manifest["data"]["eod_id"])
+        return tokenizer_of(self.home, None if self.manifest is None else self.manifest.data.eod_id)
 
     @property
     def ends(self) -> tuple[int, ...]:
         """Every id that ends a text: of an export's files, or of a run's data and what it started from."""
-        end = None if self.manifest is None else self.manifest["data"]["eod_id"]
+        end = None if self.manifest is None else self.manifest.data.eod_id
         return special_tokens(self.home).ended_by(end).eos
 
 
@@ -146,7 +146,7 @@ def open_model(
     else:
         from mlm_train.checkpoint.joined import open_joined
 
-        tensors = open_joined(folder.path, folder.manifest)
+        tensors = open_joined(folder.path, folder.manifest.files)
     tensors.check(folder.config, with_memory)
     return OpenedModel(folder, tensors)
 
@@ -179,7 +179,7 @@ def find_model(path: str | Path, verify: Check = "sizes", needs_ffn_m: bool = Fa
     if folder.manifest is None:
         folder.digests = verify_folder(folder.path, verify)
     elif verify != "none":
-        verify_files(folder.path, folder.manifest["files"], hashes=verify == "full")
+        verify_files(folder.path, folder.manifest.files, hashes=verify == "full")
     return folder
 
 

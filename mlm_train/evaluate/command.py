@@ -96,12 +96,12 @@ def _baselines(args: argparse.Namespace, scorer: "Scorer") -> dict[str, float]:
 
     data, windows = scorer.data, scorer.windows
     manifest = open_checkpoint(resolve(Path(args.baselines)), "sizes")
-    if manifest["data"]["fingerprint"] != data.fingerprint:
+    if manifest.data.fingerprint != data.fingerprint:
         raise UserError(f"--baselines {args.baselines} was not trained on {args.data} (fingerprints differ)")
     config = config_of(manifest)
     trained = Samples(data.split("train"), config.data.sequence_length, config.train.seed)
     counts = BigramCounts(data.vocab_size)
-    seen = manifest["progress"]["samples"]
+    seen = manifest.progress.samples
     for start in range(0, seen, CHUNK_WINDOWS):
         counts.add(trained.windows(range(start, min(seen, start + CHUNK_WINDOWS))))
     found = counts.perplexities(windows.samples.windows(range(windows.count)))

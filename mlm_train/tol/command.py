@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 from mlm_train.arguments import MODEL_KINDS, add_action
 from mlm_train.checks import add_verify
-from mlm_train.errors import UserError
+from mlm_train.errors import UserError, escaped
 from mlm_train.sizes import in_units, size
-from mlm_train.stopping import stoppable
 from mlm_train.tol.fetch_command import add_fetch, run_fetch
 from mlm_train.tol.inspect_command import add_inspect, run_inspect
 from mlm_train.tol.options import add_storage_arguments, given, storage_of
@@ -156,11 +155,6 @@ def _add_allocate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, or 2 when verify finds damage."""
-    with stoppable():
-        return _run(args)
-
-
-def _run(args: argparse.Namespace) -> int:
     if args.action == "inspect":
         return run_inspect(args)
     if args.action == "verify":
@@ -317,7 +311,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     report = verify_tol(args.folder, args.model, args.sample)
     for damage in report.damages:
-        print(f"damaged: {damage}", file=sys.stderr)
+        print(f"damaged: {escaped(str(damage))}", file=sys.stderr)
     code = 2 if report.damages else 0
     if args.json:
         counts = {"rows": report.index.vocab_size, "recomputed": report.recomputed}

@@ -2,18 +2,20 @@
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mlm_train.checkpoint.folders import DAMAGED, newest, resolve, set_aside, step_folders
 from mlm_train.checkpoint.hf_folder import open_tensors, read_config
 from mlm_train.checkpoint.load import check_fits, check_same_model, check_steps, config_of, open_checkpoint
-from mlm_train.checkpoint.manifest import Damaged
+from mlm_train.checkpoint.manifest import Damaged, Manifest
 from mlm_train.checks import Check
 from mlm_train.config import Config
 from mlm_train.data.blend import Blend
 from mlm_train.errors import UserError
+from mlm_train.monitor.report import Progress
 from mlm_train.parallel.runtime import check_compiler, check_device
 from mlm_train.parallel.topology import Topology
+from mlm_train.train.schedule import go_on
 
 LOG = "train.log"  # the first file of a run: it marks the folder as ours
 
@@ -22,8 +24,22 @@ class Resumed(NamedTuple):
     """The checkpoint a run goes on from."""
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     damaged: tuple[tuple[Path, str], ...] = ()  # newer ones and what is wrong with them
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run was."""
+        return Progress.from_dict(self.manifest.progress.model_dump())
+
+    @property
+    def config(self) -> Config:
+        """Of the run that wrote it."""
+        return config_of(self.manifest)
+
+    def completes(self, config: Config) -> bool:
+        """Whether the run has done all its steps."""
+        return self.progress.step >= config.train.steps
 
     def set_damaged_aside(self) -> list[str]:
         """Rename them, and say so in lines. Only for the process that holds the run's lock."""
@@ -89,6 +105,8 @@ def find_checkpoint(config: Config, data: Blend, verify: Check = "full") -> Resu
     if found is not None:
         check_fits(found.folder, found.manifest, config, data.fingerprint)
         check_steps(found.folder, found.manifest, config)
+        if not found.completes(config):
+            go_on(found.progress, found.config, config)
     return found
 
 
