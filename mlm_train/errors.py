@@ -17,5 +17,13 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM ends a command as Ctrl-C does; exit code 143."""
 
 
+def escaped(text: str) -> str:
+    """Text that stays one line and moves no cursor: what cannot be printed as Python spells it, such as \\n.
+
+    A message repeats names and values that others chose.
+    """
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
 HUNG = 75  # exit code of ranks that the watchdog ends (EX_TEMPFAIL of sysexits.h: starting again may help)
 START_AGAIN = 85  # exit code of ranks that saved a checkpoint and ended, because SIGUSR1 asked for it

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_train.errors import UserError
+from mlm_train.stopping import held
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,9 +44,38 @@ def told(error: OSError, otherwise: str = "choose another place") -> str:
     return f"{error.strerror or error}; {_REMEDY.get(error.errno or 0, otherwise)}"
 
 
+def open_regular(path: Path) -> io.BufferedReader:
+    """A file, open for reading. Raises an OSError as open does, UserError for what is no regular file.
+
+    A FIFO or a device in a file's place would let its reader wait for ever.
+    """
+    return open(_descriptor(path, os.O_RDONLY), "rb")
+
+
+def append_regular(path: Path) -> io.FileIO:
+    """A file, made where there is none, open to be added to, unbuffered. Raises as open_regular does."""
+    return io.FileIO(_descriptor(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
+
+
+def _descriptor(path: Path, flags: int) -> int:
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # a FIFO that nobody reads, a socket
+            raise
+    else:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISREG(mode):
+            return descriptor
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise UserError(f"{path} is no regular file: put the file itself there")
+
+
 def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read once from start to end."""
-    with path.open("rb") as file:
+    """Hexadecimal SHA-256 of a file, read once from start to end. Raises as open_regular does."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -96,19 +127,21 @@ def new_folder(output: Path) -> Iterator[Path]:
     partial = output.with_name(f"{output.name}.partial-{uuid.uuid4().hex[:8]}")
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        with _lock_beside(output, "being written") as held:
+        with _lock_beside(output, "being written") as alone:
             refuse_used(output)  # who held the lock may have written it
-            if held:  # nobody else is at work
+            if alone:
                 _remove_partials(output)
             try:
                 partial.mkdir()
                 yield partial
-                for path in (*partial.iterdir(), partial):
-                    sync(path)
-                partial.rename(output)
-                sync(output.parent)
+                with held():
+                    for path in (*partial.iterdir(), partial):
+                        sync(path)
+                    partial.rename(output)
+                    sync(output.parent)
             finally:
-                shutil.rmtree(partial, ignore_errors=True)
+                with held():
+                    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _remove_partials(output: Path) -> None:
@@ -140,15 +173,16 @@ def draft_of(path: Path) -> Path:
 def replace_file(path: Path, data: bytes) -> None:
     """Replace a small file at once: readers see the old bytes or the new ones, whole."""
     draft = draft_of(path)
-    try:
-        draft.write_bytes(data)
-        sync(draft)
-        draft.rename(path)
-    except OSError:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+    with held():
+        try:
+            draft.write_bytes(data)
+            sync(draft)
+            draft.rename(path)
+        except OSError:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -176,7 +210,7 @@ def write_figure(path: Path, figure: "Figure") -> None:
 
 def is_png(path: Path) -> bool:
     """Whether a file begins as a PNG does."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
@@ -204,7 +238,7 @@ def check_output(option: str, name: str | Path, is_ours: Callable[[Path], bool],
         if not replaceable:
             raise UserError(f"{option} {path} exists and is no {what}: it is not replaced; name another file")
     draft = draft_of(path)
-    with writing(path), suppress(FileExistsError):
+    with writing(path), held(), suppress(FileExistsError):
         os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         draft.unlink()
     return path
@@ -230,13 +264,14 @@ def _lock_beside(folder: Path, doing: str, patience: float = 0.0) -> Iterator[bo
         if time.monotonic() >= end:
             raise UserError(f"{folder} is {doing} by another process; wait for it or name another")
         time.sleep(0.5)
-    descriptor, held = lock
+    descriptor, is_locked = lock
     try:
-        yield held
+        yield is_locked
     finally:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
-        os.close(descriptor)
+        with held():
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+            os.close(descriptor)
 
 
 def _lock(path: Path, folder: Path) -> tuple[int, bool] | None:

@@ -12,10 +12,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from mlm_train.errors import UserError
+from pydantic import Field
+
+from mlm_train.errors import UserError, escaped
 from mlm_train.files import locked, write_text
+from mlm_train.records import Record, json_value, read_regular
 
 LOOK_SECONDS = 3.0
 STARTED_AGAIN = "MLM_STARTED_AGAIN"  # set where an agent may start the ranks again
@@ -48,6 +51,13 @@ class Attempt(NamedTuple):
         return f"restart {self.restart} of job {self.job}"
 
 
+class _Note(Record):
+    """What the file beside a folder says: an Attempt."""
+
+    job: str
+    restart: Annotated[int, Field(strict=True, ge=0)]
+
+
 @contextlib.contextmanager
 def owned(folder: Path, doing: str) -> Iterator[None]:
     """Hold a folder as `files.locked` does; take it from an earlier attempt of the same Slurm job.
@@ -64,7 +74,8 @@ def owned(folder: Path, doing: str) -> Iterator[None]:
     patience = 0.0
     if attempt.follows(before := _noted(folder)):
         _note(folder, attempt)  # the one before reads it and goes, where it still lives
-        print(f"mlm-train: {folder}: {attempt} takes over from {before}", file=sys.stderr)
+        line = f"{folder}: {attempt} takes over from {before}"
+        print(f"mlm-train: {escaped(line)}", file=sys.stderr)
         patience = PATIENCE_SECONDS
     with locked(folder, doing, patience):
         _note(folder, attempt)
@@ -95,8 +106,8 @@ def _note(folder: Path, attempt: Attempt) -> None:
 def _noted(folder: Path) -> Attempt | None:
     """Who was the last to take the folder; None where nobody did, or it cannot be read now."""
     try:
-        return Attempt(**json.loads(_path(folder).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return Attempt(**_Note.model_validate(json_value(read_regular(_path(folder)))).model_dump())
+    except (OSError, ValueError, UserError):
         return None
 
 
@@ -111,7 +122,7 @@ def _watching(folder: Path) -> Iterator[None]:
                 refuse_superseded(folder)
             except UserError as error:
                 with contextlib.suppress(OSError):
-                    os.write(2, f"mlm-train: {error}\n".encode())
+                    os.write(2, f"mlm-train: {escaped(str(error))}\n".encode())
                 os._exit(2)
 
     thread = threading.Thread(target=watch, name="ownership", daemon=True)

@@ -7,13 +7,13 @@ comes out is a value, or one line that names the file.
 import hashlib
 import json
 import os
-import stat
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mlm_train.errors import UserError
+from mlm_train.files import open_regular
 
 DEEPEST = 64  # levels of brackets: none of our files has ten
 SEAL = "sha256"  # of a record's other keys
@@ -27,15 +27,14 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def read_regular(path: Path) -> bytes:
-    """A file's bytes. Raises FileNotFoundError and the like as open does, UserError for what is no file.
+def read_regular(path: Path, most: int | None = None) -> bytes:
+    """A file's bytes. Raises FileNotFoundError and the like as open does, UserError as open_regular does.
 
-    A FIFO or a device in a file's place would let its reader wait for ever.
+    `most`: bytes; a larger file is refused and not read.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UserError(f"{path} is no regular file: put the file itself there")
+    with open_regular(path) as file:
+        if most is not None and os.fstat(file.fileno()).st_size > most:
+            raise UserError(f"{path} is larger than {most} bytes, which no such file is: name the right one")
         return file.read()
 
 

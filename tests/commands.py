@@ -45,6 +45,17 @@ def refused(*words: object) -> str:
     return lines[0]
 
 
+def outcome(*words: object) -> tuple[int, str]:
+    """Run a command in this process, whatever comes of it: its exit code, and what it said on stderr."""
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            main([str(word) for word in words])
+        except SystemExit as end:
+            return int(end.code or 0), errors.getvalue()
+    return 0, errors.getvalue()
+
+
 def start(*words: object, **environment: str) -> "subprocess.Popen[str]":
     """Start a command as a process of its own, with its output in one pipe."""
     return subprocess.Popen(

@@ -1,5 +1,8 @@
 """Real text and a real tokenizer for every test that trains: the Python library's own sources."""
 
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,3 +24,22 @@ def data(corpus: Path) -> Path:
     folder = corpus.parent / "data"
     mlm_train("data", "prepare", "--input", corpus, "--output", folder, "--tokenizer", "train:512")
     return folder
+
+
+@pytest.fixture
+def fifo() -> Iterator[Callable[[Path], Path]]:
+    """Makes a FIFO in a file's place. Nobody writes into it: whoever opens it to read would wait for ever."""
+
+    def give_up(*_: object) -> None:
+        raise AssertionError("a reader waits for a FIFO")
+
+    def make(path: Path) -> Path:
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        signal.alarm(20)
+        return path
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    yield make
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)

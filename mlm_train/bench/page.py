@@ -3,15 +3,15 @@
 What stands between the marks comes from docs/bench/train.*.json alone; the words around it are people's.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mlm_train.bench.train_show import Figures, lines_of, plot
-from mlm_train.errors import UserError
+from mlm_train.errors import UserError, escaped
 from mlm_train.files import write_text, writing
+from mlm_train.records import read_json
 
 BEGIN, END = (
     f"<!-- {word} of what `make performance` writes from docs/bench -->" for word in ("begin", "end")
@@ -65,10 +65,7 @@ def _section(file: Path) -> str:
 
 
 def _report(file: Path) -> dict[str, Any]:
-    try:
-        tree: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}): run the benchmark again") from None
+    tree = read_json(file, "run the benchmark again")
     if not {"machine", "command", "rows", "ratios"} <= tree.keys() or not tree["rows"]:
         raise UserError(f"{file} is no report of `mlm-train bench train`: run it again with --json {file}")
     return tree
@@ -107,7 +104,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         files = write_page(Path(arguments[0] if arguments else "docs"))
     except (UserError, OSError) as error:
-        print(f"mlm-train: {error}", file=sys.stderr)
+        print(f"mlm-train: {escaped(str(error))}", file=sys.stderr)
         return 2
     print(f"docs/performance.md: from {', '.join(file.name for file in files) or 'no report yet'}")
     return 0

@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlm_train.errors import UserError
 from mlm_train.files import check_output, is_png, write_json, writing
+from mlm_train.records import json_value, read_regular
 
 
 def row(name: str, values: Sequence[float], unit: str) -> dict[str, Any]:
@@ -102,8 +104,8 @@ def check_writable(path: Path, option: str = "--json") -> None:
 
 def _is_report(path: Path) -> bool:
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        tree = json_value(read_regular(path))
+    except (ValueError, UserError):
         return False
     return isinstance(tree, dict) and {"machine", "rows"} <= tree.keys()
 

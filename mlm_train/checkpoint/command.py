@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlm_train.arguments import add_action
-from mlm_train.errors import UserError
+from mlm_train.errors import UserError, escaped
 
 HELP = """The checkpoints of a run: which there are, whether they are whole, and fewer of them.
 
@@ -96,15 +96,14 @@ def _row(folder: Path) -> dict[str, Any]:
     last = folder / MANIFEST if (folder / MANIFEST).is_file() else folder
     row["written"] = datetime.fromtimestamp(last.stat().st_mtime).isoformat(" ", "seconds")
     try:
-        manifest = open_checkpoint(folder, hashes=False)
+        manifest = open_checkpoint(folder, "sizes")
     except UserError as error:
         return row | {"fault": str(error)}
     parallel = config_of(manifest).parallel
     row |= {
-        "tokens": manifest["progress"]["tokens"],
-        "bytes": sum(entry["bytes"] for entry in manifest["files"]),
-        "layout": f"{manifest['world']} ranks, TP{parallel.tensor} PP{parallel.pipeline} "
-        f"ZeRO-{parallel.zero}",
+        "tokens": manifest.progress.tokens,
+        "bytes": sum(entry.bytes for entry in manifest.files),
+        "layout": f"{manifest.world} ranks, TP{parallel.tensor} PP{parallel.pipeline} ZeRO-{parallel.zero}",
     }
     return row | {"fault": None}
 
@@ -124,11 +123,11 @@ def _verify(path: Path) -> int:
         try:
             manifest = open_checkpoint(folder)
         except UserError as error:
-            print(f"mlm-train: {error}", file=sys.stderr)
+            print(f"mlm-train: {escaped(str(error))}", file=sys.stderr)
             code = 2
             continue
-        size = sum(entry["bytes"] for entry in manifest["files"])
-        print(f"{folder}: whole, {len(manifest['files'])} files, {size / 2**30:.2f} GiB")
+        size = sum(entry.bytes for entry in manifest.files)
+        print(f"{folder}: whole, {len(manifest.files)} files, {size / 2**30:.2f} GiB")
     return code
 
 

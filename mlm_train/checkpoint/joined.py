@@ -4,7 +4,6 @@ A file holds rectangles of logical tensors: tensor parallelism cuts rows or colu
 parallelism deal whole tensors out to the ranks' files. What several ranks hold alike is written once.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +13,20 @@ import torch
 from torch import Tensor
 
 from mlm_train.checkpoint.hf_folder import FolderTensors, open_weights
+from mlm_train.checkpoint.manifest import Count, FileEntry
 from mlm_train.checkpoint.shards import DTYPES, PLACES
 from mlm_train.errors import UserError
+from mlm_train.records import Record, parse_json, record_of
 
 WEIGHT = "weight/"  # before the names of weights; the optimizer's moments have others
 _FIX = "use an older one"
 _TORCH_DTYPE = {word: dtype for dtype, word in DTYPES.items()}
+
+
+class _Place(Record):
+    """Where a part begins in its logical tensor, as the file's metadata say it."""
+
+    saved_offsets: list[Count]
 
 
 class _Part(NamedTuple):
@@ -73,21 +80,28 @@ class _Joined:
         return found
 
 
-def open_joined(folder: Path, manifest: dict[str, Any]) -> FolderTensors:
-    """The weights of a checkpoint whose manifest is verified, by export name.
+def open_joined(folder: Path, files: Sequence[FileEntry]) -> FolderTensors:
+    """The weights of a checkpoint whose files, those of its manifest, are verified, by export name.
 
     Raises UserError for a file that is no safetensors file and for a tensor of which parts are missing.
     """
     parts: dict[str, list[_Part]] = {}
-    for entry in manifest["files"]:
-        opened = open_weights(folder / entry["file"], _FIX)
-        places = json.loads((opened.metadata() or {}).get(PLACES, "{}"))
+    for entry in files:
+        file = folder / entry.file
+        opened = open_weights(file, _FIX)
+        places = parse_json((opened.metadata() or {}).get(PLACES, "{}"), file, _FIX)
         for key in opened.keys():  # noqa: SIM118 (it is no dict)
             if key.startswith(WEIGHT):
                 stored = opened.get_slice(key)
                 shape = stored.get_shape()
-                start = places[key]["saved_offsets"] if key in places else [0] * len(shape)
+                start = [0] * len(shape)
+                if key in places:
+                    start = record_of(_Place, places[key], file, _FIX).saved_offsets
                 parts.setdefault(key.removeprefix(WEIGHT), []).append(_Part(stored, start, shape))
+    for name, found in parts.items():
+        ranks = {len(numbers) for part in found for numbers in (part.start, part.shape)}
+        if len(ranks) > 1 or any(part.stored.get_dtype() not in _TORCH_DTYPE for part in found):
+            raise UserError(f"checkpoint {folder}: the parts of {name} do not go together; {_FIX}")
     joined = {name: _Joined(found) for name, found in parts.items()}
     for name, tensor in joined.items():
         if not tensor.whole:

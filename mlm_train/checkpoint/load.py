@@ -1,14 +1,13 @@
 """Read a checkpoint: verify it, check that it fits, put it into model and optimizer."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mlm_train.checkpoint.manifest import read_manifest, verify_files
-from mlm_train.checkpoint.save import FORMAT, VERSION
+from mlm_train.checkpoint.manifest import Manifest, read_manifest, verify_files
 from mlm_train.checkpoint.tensors import LogicalPart, read_tensors
+from mlm_train.checks import Check
 from mlm_train.config import Config, ModelConfig
 from mlm_train.config.load import parse_config
 from mlm_train.data.order import ORDER
@@ -18,19 +17,20 @@ from mlm_train.parallel.engine import Engine
 from mlm_train.parallel.optimizer_state import STATE, finish_scatter, scatter_state
 
 
-def open_checkpoint(folder: Path, hashes: bool = True) -> dict[str, Any]:
+def open_checkpoint(folder: Path, verify: Check = "full") -> Manifest:
     """The verified manifest of a checkpoint folder. Raises UserError naming what is damaged."""
-    manifest = read_manifest(folder, FORMAT, VERSION)
-    verify_files(folder, manifest["files"], hashes)
+    manifest = read_manifest(folder)
+    if verify != "none":
+        verify_files(folder, manifest.files, hashes=verify == "full")
     return manifest
 
 
-def config_of(manifest: dict[str, Any]) -> Config:
+def config_of(manifest: Manifest) -> Config:
     """The config of the run that wrote a checkpoint."""
-    return parse_config(manifest["config"])
+    return parse_config(manifest.config)
 
 
-def check_fits(folder: Path, manifest: dict[str, Any], config: Config, fingerprint: str) -> None:
+def check_fits(folder: Path, manifest: Manifest, config: Config, fingerprint: str) -> None:
     """Refuse to continue a run with another model, other data, or another order of samples."""
     written = config_of(manifest)
     check_same_model(folder, written.model, config.model)
@@ -41,14 +41,14 @@ def check_fits(folder: Path, manifest: dict[str, Any], config: Config, fingerpri
                 f"{section}.{field}={new} but checkpoint {folder} was written with {old}: "
                 f"its place in the data would be wrong; set {section}.{field}={old} or another train.output"
             )
-    if manifest["data"].get("order") != ORDER:
+    if manifest.data.order != ORDER:
         raise UserError(
             f"checkpoint {folder} was written by a version of mlm-train with another order of samples: its "
             "place in the data would be wrong; go on with that version, or with another train.output and "
             f"checkpoint.warm_start={folder}"
         )
     accepted = config.checkpoint.accept_data
-    if manifest["data"]["fingerprint"] != fingerprint and not _names(accepted, fingerprint):
+    if manifest.data.fingerprint != fingerprint and not _names(accepted, fingerprint):
         raise UserError(
             f"checkpoint {folder} was written with other data, or another blend (fingerprints differ): use "
             "that data, another train.output, checkpoint.warm_start, or go on with this data by "
@@ -72,9 +72,9 @@ def check_same_model(folder: Path, written: ModelConfig, model: ModelConfig) -> 
             )
 
 
-def check_steps(folder: Path, manifest: dict[str, Any], config: Config) -> None:
+def check_steps(folder: Path, manifest: Manifest, config: Config) -> None:
     """Refuse a target that the run has passed."""
-    done = manifest["progress"]["step"]
+    done = manifest.progress.step
     if config.train.steps < done:
         raise UserError(
             f"train.steps={config.train.steps} but checkpoint {folder} is at step {done}: "
@@ -82,7 +82,7 @@ def check_steps(folder: Path, manifest: dict[str, Any], config: Config) -> None:
         )
 
 
-def load_training_state(folder: Path, manifest: dict[str, Any], engine: Engine) -> None:
+def load_training_state(folder: Path, manifest: Manifest, engine: Engine) -> None:
     """Fill weights, moments and RNG; every rank calls it. The manifest is verified already.
 
     A rank reads its whole share of the model before it takes ZeRO's part of it: one of STATE at a time.
@@ -92,7 +92,7 @@ def load_training_state(folder: Path, manifest: dict[str, Any], engine: Engine) 
     torch.set_rng_state(rng)
     for key in STATE:
         scatter_state(engine, key, _read_whole(folder, key, engine))
-    finish_scatter(engine, manifest["progress"]["optimizer_steps"])
+    finish_scatter(engine, manifest.progress.optimizer_steps)
 
 
 def _read_whole(folder: Path, key: str, engine: Engine) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mlm_train import __version__
 from mlm_train.checkpoint.folders import PARTIAL, commit, step_folder
-from mlm_train.checkpoint.manifest import write_manifest
+from mlm_train.checkpoint.manifest import FORMAT, VERSION, write_manifest
 from mlm_train.checkpoint.tensors import LogicalPart, write_tensors
 from mlm_train.config import Config
 from mlm_train.errors import UserError
@@ -21,9 +21,7 @@ from mlm_train.parallel.engine import Engine
 from mlm_train.parallel.optimizer_state import STATE, gather_state, optimizer_steps
 from mlm_train.parallel.runtime import Runtime
 
-FORMAT = "mlm-checkpoint"
 FP32, GIB = 4, 2**30
-VERSION = 2  # 1 had no checksum of the manifest
 
 
 def logical_state(engine: Engine) -> dict[str, Tensor]:

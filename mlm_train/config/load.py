@@ -1,20 +1,21 @@
 """YAML plus dotted overrides -> Config, with errors that name the field, the value and the fix."""
 
-import contextlib
 import difflib
 import re
 import typing
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from mlm_train.config.schema import Config
 from mlm_train.config.section import Section
+from mlm_train.config.yaml_text import DEEPEST, LONGEST, yaml_text, yaml_value
 from mlm_train.errors import UserError
+from mlm_train.records import read_regular
 
 _CREDENTIALS = re.compile(r"://[^/\s]*@")  # of a URL
+_SHOWN = 200  # characters of a value that a message repeats
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -40,8 +41,7 @@ def parse_config(tree: dict[str, Any]) -> Config:
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML, in the schema's order; load_config reads it back."""
-    tree = config.model_dump(mode="json", exclude_none=True)
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+    return yaml_text(config.model_dump(mode="json", exclude_none=True))
 
 
 def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -59,16 +59,17 @@ def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file whose top level is a mapping."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml_value(read_regular(path, 4 * LONGEST).decode("utf-8"))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file"
         raise UserError(f"config {path} does not exist; {hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        where = str(error).replace("\n", " ")
-        raise UserError(f"config {path} is not YAML: {where}") from None
+    except OSError as error:
+        raise UserError(f"config {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"config {path} is not UTF-8 text: save it as UTF-8") from None
+    except ValueError as error:
+        raise UserError(f"config {path} is not YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"config {path}: the top level must be sections such as model: and train:")
     return tree
@@ -76,23 +77,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    parts = key.split(".")
-    if not equals or not all(parts):
-        raise UserError(f"override {override!r}: write section.field=value, such as train.steps=20")
+    parts, given = key.split("."), repr(override[:_SHOWN])
+    if not equals or not all(parts) or len(parts) > DEEPEST:
+        raise UserError(f"override {given}: write section.field=value, such as train.steps=20")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: the value is not YAML") from None
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = float(value)  # YAML 1.1 reads 1e-4 as text
+        value = yaml_value(text)
+    except ValueError as error:
+        raise UserError(f"override {given}: the value is not YAML: {error}") from None
     node = tree
     for part in parts[:-1]:
         child = node.get(part)
         if child is None:
             child = node[part] = {}
         if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {part} is a value, not a section")
+            raise UserError(f"override {given}: {part} is a value, not a section")
         node = child
     node[parts[-1]] = value
 
@@ -117,7 +115,9 @@ def _refuse_unknown(tree: dict[str, Any], section: type[Section], prefix: str) -
     for key, value in tree.items():
         field = section.model_fields.get(key)
         if field is None:
-            raise UserError(f"unknown config key {prefix}{key}; {_nearest(str(key), section, prefix)}")
+            raise UserError(
+                f"unknown config key {prefix}{str(key)[:_SHOWN]}; {_nearest(str(key), section, prefix)}"
+            )
         inner = _section_of(field.annotation)
         if inner is None:
             continue
@@ -128,7 +128,7 @@ def _refuse_unknown(tree: dict[str, Any], section: type[Section], prefix: str) -
                 if isinstance(item, dict):
                     _refuse_unknown(item, inner, f"{prefix}{key}.{number}.")
         elif value is not None:
-            raise UserError(f"{prefix}{key} is a section: write fields below it, not {value!r}")
+            raise UserError(f"{prefix}{key} is a section: write fields below it, not {_shown(value)}")
 
 
 def _nearest(key: str, section: type[Section], prefix: str) -> str:
@@ -144,6 +144,10 @@ def _nearest(key: str, section: type[Section], prefix: str) -> str:
     return f"known keys: {', '.join(section.model_fields)}"
 
 
+def _shown(value: Any) -> str:
+    return repr(value)[:_SHOWN]
+
+
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(
@@ -153,5 +157,5 @@ def _one_line(error: ValidationError) -> str:
         return f"config: {where} is missing; set it in the YAML or as {where}=..."
     text = first["msg"].removeprefix("Value error, ")
     # Nothing after the `=`, or `null`, is no value to repeat.
-    given = " has no value" if first["input"] is None else f"={first['input']!r}"
+    given = " has no value" if first["input"] is None else f"={_shown(first['input'])}"
     return f"{where}{given}: {text[0].lower()}{text[1:]}"

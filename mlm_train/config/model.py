@@ -6,6 +6,10 @@ from pydantic import Field, model_validator
 
 from mlm_train.config.section import Section, blame
 
+# Far beyond any model, and no product of two is beyond 63 bits: every size can be computed and told.
+LARGEST = 2**24  # of a width, elements
+MOST_LAYERS = 2**12
+
 
 class ModelConfig(Section):
     """What is computed. Sizes count elements; derived sizes may be left out of the YAML."""
@@ -15,17 +19,19 @@ class ModelConfig(Section):
         description="base: a Llama. memory: x' = x + Attn(N(x)) + FFN_M(N_m(x0)). "
         "flex: memory plus a context-aware FFN_C(N_c(x)).",
     )
-    vocab_size: int = Field(ge=2, description="token ids, as the tokenizer counts them")
-    hidden_size: int = Field(ge=2, description="width of the residual stream, elements")
-    num_hidden_layers: int = Field(ge=1, description="blocks")
-    num_attention_heads: int = Field(ge=1, description="query heads")
+    vocab_size: int = Field(ge=2, le=2**31, description="token ids, as the tokenizer counts them")
+    hidden_size: int = Field(ge=2, le=LARGEST, description="width of the residual stream, elements")
+    num_hidden_layers: int = Field(ge=1, le=MOST_LAYERS, description="blocks")
+    num_attention_heads: int = Field(ge=1, le=2**16, description="query heads")
     num_key_value_heads: int | None = Field(
-        None, ge=1, description="key and value heads (GQA); default: as many as query heads"
+        None, ge=1, le=2**16, description="key and value heads (GQA); default: as many as query heads"
     )
     head_dim: int | None = Field(
-        None, ge=2, description="elements a head; default: hidden_size / num_attention_heads"
+        None, ge=2, le=2**16, description="elements a head; default: hidden_size / num_attention_heads"
     )
-    intermediate_size: int = Field(ge=1, description="keys of the FFN (base) or of FFN-M, elements")
+    intermediate_size: int = Field(
+        ge=1, le=LARGEST, description="keys of the FFN (base) or of FFN-M, elements"
+    )
     flex_beta: float | None = Field(
         None,
         gt=0,
@@ -33,7 +39,10 @@ class ModelConfig(Section):
         description="flex: beta of the paper; FFN-C gets about beta*hidden^2 parameters",
     )
     compute_intermediate_size: int | None = Field(
-        None, ge=1, description="flex: keys of FFN-C; default round(beta*hidden/3), linear: beta*hidden/2"
+        None,
+        ge=1,
+        le=LARGEST,
+        description="flex: keys of FFN-C; default round(beta*hidden/3), linear: beta*hidden/2",
     )
     compute_form: Literal["swiglu", "linear"] | None = Field(
         None, description="flex: FFN-C is a SwiGLU (default) or bias-free up and down products"
@@ -45,8 +54,8 @@ class ModelConfig(Section):
         None, description="alpha on FFN-M's output, one number or one a layer; default 1"
     )
     tie_word_embeddings: bool = Field(False, description="the head is the embedding")
-    max_position_embeddings: int = Field(2048, ge=1, description="longest context, tokens")
-    rms_norm_eps: float = Field(1e-5, gt=0, description="epsilon inside every RMSNorm")
+    max_position_embeddings: int = Field(2048, ge=1, le=2**31, description="longest context, tokens")
+    rms_norm_eps: float = Field(1e-5, gt=0, le=1, description="epsilon inside every RMSNorm")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
     init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights")
 

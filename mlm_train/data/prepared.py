@@ -22,7 +22,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from mlm_train.data.checks import AGAIN, INDEX_HEADER, check_documents, check_sizes, check_tokenizer
 from mlm_train.errors import UserError
-from mlm_train.files import listed, sha256_of, write_json
+from mlm_train.files import listed, open_regular, sha256_of, write_json
 from mlm_train.records import SEAL, Record, json_value, read_regular, record_of, seal_of
 
 MANIFEST = "manifest.json"
@@ -192,7 +192,7 @@ def _read_manifest(folder: Path) -> Manifest:
 
 def _check_size(path: Path, expected: int) -> None:
     try:
-        with path.open("rb") as file:  # it must be readable too
+        with open_regular(path) as file:  # it must be readable too
             actual = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
         raise UserError(f"{path} is missing ({expected} bytes expected); {AGAIN}") from None

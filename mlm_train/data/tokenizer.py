@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from mlm_train.errors import UserError
-from mlm_train.records import json_value, read_json, read_regular
+from mlm_train.records import read_json, read_regular
 
 Kind = Literal["sentencepiece", "huggingface"]
 FILE_OF_KIND: dict[Kind, str] = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json"}
@@ -17,6 +17,7 @@ USUAL_END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eot_
 DECLARED_IN = ("tokenizer_config.json", "special_tokens_map.json")  # beside a tokenizer.json
 NAMED = 5  # special tokens that an error names
 PIECE_CHARACTERS = 1 << 20
+LARGEST = 2**28  # bytes of a tokenizer: those of 260,000 tokens have 35 million
 _CUT = re.compile(r"(?<=\S)\n(?=\S)")
 
 
@@ -69,7 +70,7 @@ class Tokenizer:
         path = Path(path)
         kind = _kind_of(path)
         try:
-            contents = path.read_bytes()
+            contents = read_regular(path, LARGEST)
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"tokenizer {path} cannot be read ({reason}); check the path") from None
@@ -221,8 +222,8 @@ _FULL_WIDTH = {code: code + 0xFEE0 for code in range(0x21, 0x7F)}
 def _recorded_end(folder: Path) -> int | None:
     for name, key in (("manifest.json", "eod_id"), ("config.json", "eos_token_id")):
         try:
-            end = json_value(read_regular(folder / name)).get(key)
-        except (OSError, ValueError, AttributeError, UserError):
+            end = read_json(folder / name, "").get(key)
+        except UserError:
             continue  # the folder's own reader complains about a broken file; here it only lacks a hint
         if isinstance(end, list):  # chat models have several; the first ends what they were pretrained on
             end = next(iter(end), None)

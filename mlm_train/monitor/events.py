@@ -11,12 +11,14 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from mlm_train.files import append_regular
+
 
 class Appended:
     """A file that grows by whole pieces; what could not be written goes with the next one."""
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("ab", buffering=0)
+        self.file = append_regular(path)
         self.waiting = bytearray()
 
     def add(self, piece: bytes) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlm_train.config import Config
-from mlm_train.errors import HUNG
+from mlm_train.errors import HUNG, escaped
 from mlm_train.parallel.board import Board, bounded
 from mlm_train.parallel.failures import FAILED, explain_failure, folder_of, now
 from mlm_train.parallel.hang_report import Statement, hang_report
@@ -140,7 +140,7 @@ class Watchdog(threading.Thread):
             return False
         if not self.ended.wait(FAILURE_GRACE):  # the main thread has not found out
             line = f"stopped in {self.described()}, because rank {failed['rank']} failed first: "
-            self._say(f"mlm-train: [rank {self.topology.rank}] {line}{failed['error']}")
+            self._say(f"mlm-train: [rank {self.topology.rank}] {line}{escaped(failed['error'])}")
             self._exit(1)
         return True
 

@@ -19,8 +19,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from mlm_train.errors import UserError
+from pydantic import Field
+
+from mlm_train.errors import UserError, escaped
 from mlm_train.ownership import Attempt
+from mlm_train.records import Record, json_value
 
 if TYPE_CHECKING:
     from mlm_train.tol.url_place import UrlPlace
@@ -60,6 +63,17 @@ class Owner(NamedTuple):
         return f"process {self.pid} on {self.host}"
 
 
+class _Mark(Record):
+    """What the file OWNER holds: an Owner."""
+
+    id: str
+    host: str
+    pid: int
+    job: str | None
+    restart: int
+    time: float = Field(allow_inf_nan=False)
+
+
 class Lease:
     """Holds a URL for this process; see `leased`."""
 
@@ -75,7 +89,8 @@ class Lease:
                 "or name another"
             )
         if before is not None:
-            print(f"mlm-train: {self.place}: taken over from {before}, which is gone", file=sys.stderr)
+            line = f"{self.place}: taken over from {before}, which is gone"
+            print(f"mlm-train: {escaped(line)}", file=sys.stderr)
         self._write(self.place)
         time.sleep(SETTLE)
         self.check()
@@ -112,7 +127,7 @@ class Lease:
                 self._write(place)
             except Lost as error:
                 with contextlib.suppress(OSError):
-                    os.write(2, f"mlm-train: {error}\n".encode())
+                    os.write(2, f"mlm-train: {escaped(str(error))}\n".encode())
                 os._exit(2)
             except UserError:
                 continue  # out of reach now: the next commit says so, or it is back by then
@@ -147,6 +162,6 @@ def _read(place: "UrlPlace") -> Owner | None:
     """The owner; None where there is none, or none that can be made out."""
     data = place.read(OWNER)
     try:
-        return None if data is None else Owner(**json.loads(data))
-    except (ValueError, TypeError):
+        return None if data is None else Owner(**_Mark.model_validate(json_value(data)).model_dump())
+    except ValueError:
         return None

@@ -19,8 +19,9 @@ from typing import Protocol
 import numpy as np
 
 from mlm_train.errors import UserError
-from mlm_train.files import draft_of, listed, replace_file, sha256_of, sync, writing
+from mlm_train.files import draft_of, listed, open_regular, replace_file, sha256_of, sync, writing
 from mlm_train.ownership import owned
+from mlm_train.records import read_regular
 from mlm_train.sizes import in_units
 from mlm_train.tol.disk import FileSink, Sink
 
@@ -224,7 +225,7 @@ class Folder:
     def read(self, name: str) -> bytes | None:
         """A file; None where it is not there."""
         try:
-            return (self.path / name).read_bytes()
+            return read_regular(self.path / name)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -238,7 +239,7 @@ class Folder:
         """A file from start to end; UserError for a link that leads out of the folder."""
         path = listed(self.path, name, "the index")
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 while block := file.read(BLOCK_BYTES):
                     yield block
         except OSError as error:

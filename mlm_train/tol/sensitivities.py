@@ -11,16 +11,19 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from mlm_train.errors import UserError
 from mlm_train.files import write_json, writing
 from mlm_train.model.source import MemoryReader
 from mlm_train.model.transformer import Transformer
+from mlm_train.records import Record, json_value, read_regular
 from mlm_train.tol.codec import Scheme, decode, encode, layout
 from mlm_train.tol.compute import chunks_of
 from mlm_train.tol.spectrum import Gram, Spectrum, scaled_basis
@@ -99,6 +102,18 @@ class Sums:
         return cls(*np.zeros((2, layers, options)))
 
 
+_Numbers = list[list[Annotated[float, Field(allow_inf_nan=False)]]]
+
+
+class _Note(Record):
+    """What the file of Notes holds."""
+
+    about: str
+    batches: int = Field(ge=0)
+    divergences: _Numbers
+    losses: _Numbers
+
+
 class Notes:
     """What has been measured, in a hidden file beside the result, so that a study that was killed goes on.
 
@@ -112,11 +127,11 @@ class Notes:
     def read(self) -> Sums | None:
         """What the last `write` gave."""
         try:
-            tree = json.loads(self.path.read_bytes())
-            if tree["about"] != self._about:
+            note = _Note.model_validate(json_value(read_regular(self.path)))
+            if note.about != self._about:
                 return None
-            return Sums(np.array(tree["divergences"]), np.array(tree["losses"]), int(tree["batches"]))
-        except (OSError, ValueError, LookupError, TypeError):
+            return Sums(np.array(note.divergences), np.array(note.losses), note.batches)
+        except (OSError, ValueError, UserError):
             return None
 
     def write(self, sums: Sums) -> None:

@@ -167,10 +167,10 @@ class State(BaseModel):
             return None
         try:
             tree = json_value(data)
-            if tree.pop(SEAL) != seal_of(tree):
+            if not isinstance(tree, dict) or tree.pop(SEAL, None) != seal_of(tree):
                 raise ValueError("its checksum differs")
             return cls.model_validate(tree)
-        except (ValueError, AttributeError, KeyError, TypeError):
+        except (ValueError, UserError):
             raise UserError(f"{place.at(STATE)} is damaged; remove {place} and build again") from None
 
 

@@ -148,10 +148,10 @@ def test_a_tensor_without_all_its_parts_is_refused(data: Path, tmp_path: Path) -
     run_on_ranks("tests.checkpoint.logical_cases:pretrain", 4, words=words(data, run, *TP2_PP2))
     folder = run / "checkpoints" / "step-00000002"
     manifest = open_checkpoint(folder)
-    for left_out in range(len(manifest["files"])):
-        files = [entry for number, entry in enumerate(manifest["files"]) if number != left_out]
+    for left_out in range(len(manifest.files)):
+        files = [entry for number, entry in enumerate(manifest.files) if number != left_out]
         with pytest.raises(UserError, match=r"incomplete|missing|shape"):
-            open_joined(folder, {"files": files}).check(config_of(manifest).model)
+            open_joined(folder, files).check(config_of(manifest).model)
 
 
 def test_a_base_model_is_refused_where_ffn_m_is_needed(data: Path, tmp_path: Path) -> None:

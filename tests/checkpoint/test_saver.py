@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from mlm_train.checkpoint import save as saving
 from mlm_train.checkpoint import saver as saver_module
 from mlm_train.checkpoint.load import open_checkpoint
+from mlm_train.checkpoint.manifest import FileEntry
 from mlm_train.checkpoint.save import Snapshot, take_snapshot, write_checkpoint
 from mlm_train.checkpoint.tensors import read_tensors
 from mlm_train.config import Config, load_config
@@ -41,9 +42,9 @@ def config_of(data: Path, run: Path, *more: str) -> Config:
     return load_config(CONFIG, words(data, run, *more))
 
 
-def checksums(run: Path) -> dict[str, list[object]]:
+def checksums(run: Path) -> dict[str, list[FileEntry]]:
     """Checkpoint name -> its manifest's files; all contents are verified on the way."""
-    return {folder.name: open_checkpoint(folder)["files"] for folder in (run / "checkpoints").glob("step-*")}
+    return {folder.name: open_checkpoint(folder).files for folder in (run / "checkpoints").glob("step-*")}
 
 
 def step(run: Run) -> None:

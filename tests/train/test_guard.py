@@ -52,7 +52,7 @@ def test_skipped_steps_are_counted_and_leave_the_last_good_checkpoint(
         mlm_train(*words(data, tmp_path / "run", *steps))
     run = tmp_path / "run"
     assert saved(run) == [2, 6, 8]
-    progress = open_checkpoint(run / "checkpoints" / "step-00000008")["progress"]
+    progress = open_checkpoint(run / "checkpoints" / "step-00000008").progress.model_dump()
     assert (progress["skipped"], progress["optimizer_steps"], progress["samples"]) == (3, 5, 64)
     assert list(scalars(run, "train/skipped_steps").values()) == [0, 0, 1, 2, 2, 2, 2, 3]
     log = (run / "train.log").read_text()
@@ -113,12 +113,12 @@ def test_a_spike_takes_the_run_back_and_past_its_samples(
         mlm_train(*words(data, run, *SPIKE))
     log = (run / "train.log").read_text()
     assert "loss spike at step 16: back to step-00000010 (rollback 1), on with sample 144" in log
-    progress = open_checkpoint(run / "checkpoints" / "step-00000024")["progress"]
+    progress = open_checkpoint(run / "checkpoints" / "step-00000024").progress.model_dump()
     assert (progress["rollbacks"], progress["samples"]) == (1, 144 + 14 * 8)
     # The same by hand: from that checkpoint on, with later samples.
     mlm_train(*words(data, other, *SPIKE, "train.stop_after=10"))
     folder = other / "checkpoints" / "step-00000010"
-    manifest = open_checkpoint(folder)
+    manifest = open_checkpoint(folder).model_dump()
     manifest["progress"]["samples"] = 144
     write_manifest(folder, manifest)
     mlm_train(*words(data, other, *SPIKE))
