@@ -95,6 +95,8 @@ def _file_source(path: Path, text_key: str, split: str | None) -> Source:
                 yield _read_text(path)
         except (OSError, EOFError, zlib.error) as error:  # the last two: a damaged .gz
             raise UserError(f"input {path} cannot be read: {error}") from None
+        except MemoryError:
+            raise UserError(f"input {path} holds a document that is too large for the memory: split it") from None
 
     return Source(str(path), split, path.stat().st_size, read)
 
@@ -129,7 +131,7 @@ def _documents_of_line(line: bytes, where: str, text_key: str, size: float) -> I
         return
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON ({error}); repair or remove the line") from None
     if not isinstance(record, dict):
         raise UserError(f"{where} is not a JSON object; every line must be like {{{text_key!r}: ...}}")
@@ -168,7 +170,7 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[Document]:
                 for text in batch.column(0).to_pylist():
                     row += 1
                     yield Document(_text_of({text_key: text}, text_key, f"{path} row {row}"), size / rows)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the second: of a damaged name or text
         raise UserError(f"input {path} is not Parquet: {str(error).splitlines()[0]}") from None
 
 

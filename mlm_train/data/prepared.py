@@ -15,9 +15,10 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 
 from mlm_train.errors import UserError
 from mlm_train.files import listed, open_regular, sha256_of
@@ -30,11 +31,14 @@ INDEX_HEADER = np.dtype(
 """Start of an .idx; then int32 lengths, int64 byte offsets, int64 document boundaries."""
 
 
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+
+
 class FileRecord(Record):
     """A file beside the manifest. bytes: its exact size."""
 
     file: str
-    bytes: int
+    bytes: Count
     sha256: str
 
 
@@ -49,10 +53,10 @@ class TokenizerRecord(Record):
 class SplitRecord(Record):
     """One split. tokens counts end-of-document ids too; text_bytes is UTF-8."""
 
-    documents: int
-    tokens: int
-    characters: int
-    text_bytes: int
+    documents: Count
+    tokens: Count
+    characters: Count
+    text_bytes: Count
     bin: FileRecord
     idx: FileRecord
 
@@ -62,8 +66,8 @@ class Manifest(Record):
 
     format: Literal["mlm-data"] = "mlm-data"
     version: Literal[1] = 1
-    vocab_size: int
-    eod_id: int
+    vocab_size: Annotated[Count, Field(ge=1)]
+    eod_id: Count
     dtype: Literal["uint16", "int32"]
     documents_are: Literal["one .idx sequence each, ended by eod_id"] = (
         "one .idx sequence each, ended by eod_id"
@@ -132,10 +136,11 @@ class PreparedData:
         data = cls(path, _read_manifest(path))
         for record in data._files():
             _check_size(listed(path, record.file, MANIFEST), record.bytes)
+        data._check_counts()
         tokenizer = data.manifest.tokenizer
         if not listed(path, tokenizer.file, MANIFEST).is_file():
             raise UserError(f"{path / tokenizer.file} is missing; {_AGAIN}")
-        _check_hash(path / tokenizer.file, tokenizer.sha256)
+        _check_hash(path / tokenizer.file, tokenizer.sha256, read_regular(path / tokenizer.file))
         return data
 
     def split(self, name: str) -> TokenStream:
@@ -151,6 +156,17 @@ class PreparedData:
         """Read every file again and compare its SHA-256; UserError names one that changed."""
         for record in self._files():
             _check_hash(self.path / record.file, record.sha256)
+
+    def _check_counts(self) -> None:
+        """What the manifest counts must be what its files have room for."""
+        item = np.dtype(self.manifest.dtype).itemsize
+        for name, split in self.manifest.splits.items():
+            index = INDEX_HEADER.itemsize + 12 * split.documents + 8 * (split.documents + 1)
+            if (split.tokens * item, index) != (split.bin.bytes, split.idx.bytes):
+                raise UserError(
+                    f"{self.path / MANIFEST} counts other tokens or documents of {name} than its files hold; "
+                    f"{_AGAIN}"
+                )
 
     def _files(self) -> list[FileRecord]:
         return [file for split in self.manifest.splits.values() for file in (split.bin, split.idx)]
@@ -186,8 +202,8 @@ def _check_size(path: Path, expected: int) -> None:
         raise UserError(f"{path} has {actual} bytes instead of {expected}; {_AGAIN}")
 
 
-def _check_hash(path: Path, expected: str) -> None:
-    actual = sha256_of(path)
+def _check_hash(path: Path, expected: str, contents: bytes | None = None) -> None:
+    actual = sha256_of(path) if contents is None else hashlib.sha256(contents).hexdigest()
     if actual != expected:
         raise UserError(
             f"{path} was changed: its SHA-256 is {actual[:12]}..., "

@@ -15,7 +15,6 @@ Kind = Literal["sentencepiece", "huggingface"]
 FILE_OF_KIND: dict[Kind, str] = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json"}
 USUAL_END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>")
 PIECE_CHARACTERS = 1 << 20
-LARGEST = 2**28  # bytes of a tokenizer: those of 260,000 tokens have 35 million
 _CUT = re.compile(r"(?<=\S)\n(?=\S)")
 
 
@@ -57,7 +56,7 @@ class Tokenizer:
         path = Path(path)
         kind = _kind_of(path)
         try:
-            contents = read_regular(path, LARGEST)
+            contents = read_regular(path)
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"tokenizer {path} cannot be read ({reason}); check the path") from None
@@ -168,6 +167,8 @@ class _SentencePiece:
     def __init__(self, contents: bytes) -> None:
         from sentencepiece import SentencePieceProcessor
 
+        if not contents:
+            raise ValueError("it is empty")
         self._processor = SentencePieceProcessor(model_proto=contents)
         self.vocab_size = int(self._processor.vocab_size())
 
@@ -178,7 +179,9 @@ class _SentencePiece:
         ]
 
     def decode(self, ids: list[int]) -> str:
-        return self._processor.decode(ids)
+        # A model may have more ids than its tokenizer.
+        known = [i if i < self.vocab_size else self._processor.unk_id() for i in ids]
+        return self._processor.decode(known)
 
     def id_of(self, token: str) -> int | None:
         found = self._processor.piece_to_id(token)
