@@ -24,5 +24,5 @@ setup(
     packages=find_packages(include=["mlm_train", "mlm_train.*"]),
     install_requires=pins("requirements.txt"),
     extras_require={"dev": pins("requirements-dev.txt")},
-    entry_points={"console_scripts": ["mlm-train = mlm_train.cli:main"]},
+    entry_points={"console_scripts": ["mlm-train = mlm_train.__main__:main"]},
 )

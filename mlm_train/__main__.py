@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 
-from mlm_train.cli import main
+from mlm_train import stopping
 
 
 def _end_rank(code: int) -> None:
@@ -19,10 +19,19 @@ def _end_rank(code: int) -> None:
     os._exit(code)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Hear signals before anything large is imported, then run the command."""
+    stopping.listen()
+    from mlm_train import cli
+
     try:
-        main()
+        cli.main()
     except SystemExit as end:
+        stopping.deafen()
         if "RANK" not in os.environ or not isinstance(end.code, int):
             raise
         _end_rank(end.code)
+
+
+if __name__ == "__main__":
+    main()

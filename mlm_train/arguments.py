@@ -9,6 +9,13 @@ if TYPE_CHECKING:
     Actions = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
+def seed(text: str) -> int:
+    """Of a random generator: a whole number of 63 bits, as train.seed is."""
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) < 2**63):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
 def add_action(actions: "Actions", name: str, summary: str, text: str) -> argparse.ArgumentParser:
     """The parser of one action; `text` is its description, examples included."""
     parser = actions.add_parser(

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import errno
 import importlib
+import io
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from mlm_train import __version__
 from mlm_train.errors import PeerFailure, SharedUserError, Terminated, UserError, escaped
 from mlm_train.files import FULL, told
 from mlm_train.quiet import hush_libraries
+from mlm_train.stopping import heard, stoppable
 
 COMMANDS = {
     "data": "mlm_train.data.command",
@@ -50,6 +52,10 @@ SUMMARY = {
     "doctor": "say what this machine can run",
 }
 
+STOPPED = {
+    signal.SIGINT: "stopped by the user",
+    signal.SIGTERM: "stopped by SIGTERM; run the same command again to go on",
+}
 _DISK = (*FULL, errno.EIO)  # a write's errors that are the user's to mend
 
 
@@ -115,9 +121,24 @@ def _give_up(descriptor: int) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
+def _check_text(argv: list[str]) -> None:
+    """Bytes that are not UTF-8 come as halves of surrogates, which no tokenizer, YAML or JSON can hold."""
+    for word in argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{word!r} on the command line is not UTF-8: write it, or rename the file"
+            ) from None
+
+
 def _run(argv: list[str]) -> int:
     """The chosen command's exit code."""
     hush_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is shown escaped
+            stream.reconfigure(errors="backslashreplace")
+    _check_text(argv)
     chosen = next((word for word in argv if not word.startswith("-")), None)
     try:
         args = _parsed(build_parser(chosen), argv)
@@ -134,34 +155,52 @@ def main(argv: list[str] | None = None) -> None:
     the system that name none are faults of ours.
     """
     argv = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in argv
     try:
-        code = _run(argv)
-    except (UserError, PeerFailure) as error:
-        if debug:
-            traceback.print_exc()
-        rank = os.environ.get("RANK", "0")
-        speaks = os.environ.get("LOCAL_RANK", rank) == "0" and isinstance(error, UserError)
-        if speaks or not isinstance(error, SharedUserError):
-            _say(f"{'' if speaks else f'[rank {rank}] '}{error}")
-        raise SystemExit(2 if isinstance(error, UserError) else 1) from None
-    except KeyboardInterrupt as stop:
-        number, line = signal.SIGINT, "stopped by the user"
-        if isinstance(stop, Terminated):
-            number, line = signal.SIGTERM, "stopped by SIGTERM; run the same command again to go on"
-        signal.signal(number, signal.SIG_IGN)  # a further one as Python ends is a traceback, or another code
-        _say(line)
-        raise SystemExit(128 + number) from None
-    except BrokenPipeError:
-        _give_up(1)  # the reader of a pipe went away: nothing to say
-        raise SystemExit(1) from None
-    except OSError as error:
-        if debug or (error.filename is None and error.errno not in _DISK):
-            raise
-        if error.filename is None:
-            _give_up(1)
-            _say(f"the output cannot be written: {told(error)}")
-        else:
-            _say(f"{error.filename}: {error.strerror}; check the path and its rights")
-        raise SystemExit(2) from None
+        with stoppable():
+            code = _run(argv)
+    except (Exception, KeyboardInterrupt) as error:
+        code = _code(error, "--debug" in argv)
     raise SystemExit(code)
+
+
+def _code(error: BaseException, debug: bool) -> int:
+    """Say what has ended the command; its exit code. A fault of ours is raised again."""
+    stop = heard()
+    if stop is None and isinstance(error, KeyboardInterrupt):
+        stop = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+    if stop is not None:  # what fails after a signal fails because of it
+        if _speaks():
+            _say(STOPPED[stop])
+        return 128 + stop
+    if isinstance(error, UserError | PeerFailure):
+        return _said(error, debug)
+    if isinstance(error, BrokenPipeError):
+        _give_up(1)  # the reader of a pipe went away: nothing to say
+        return 1
+    if not isinstance(error, OSError) or debug or (error.filename is None and error.errno not in _DISK):
+        raise error
+    if error.filename is None:
+        _give_up(1)
+        _say(f"the output cannot be written: {told(error)}")
+    else:
+        _say(f"{error.filename}: {error.strerror}; check the path and its rights")
+    return 2
+
+
+def _said(error: UserError | PeerFailure, debug: bool) -> int:
+    """One line, of one rank a machine where all raise it alike; the exit code."""
+    if debug:
+        traceback.print_exc()
+    speaks = _speaks() and isinstance(error, UserError)
+    if speaks or not isinstance(error, SharedUserError):
+        _say(f"{'' if speaks else f'[rank {_rank()}] '}{error}")
+    return 2 if isinstance(error, UserError) else 1
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", "0")
+
+
+def _speaks() -> bool:
+    """Whether this is the rank of its machine that says what all have to say."""
+    return os.environ.get("LOCAL_RANK", _rank()) == "0"

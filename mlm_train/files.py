@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_train.errors import UserError
+from mlm_train.stopping import held
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -126,12 +127,14 @@ def new_folder(output: Path) -> Iterator[Path]:
         try:
             partial.mkdir(parents=True)
             yield partial
-            for path in (*partial.iterdir(), partial):
-                sync(path)
-            partial.rename(output)
-            sync(output.parent)
+            with held():
+                for path in (*partial.iterdir(), partial):
+                    sync(path)
+                partial.rename(output)
+                sync(output.parent)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            with held():
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
@@ -151,15 +154,16 @@ def draft_of(path: Path) -> Path:
 def replace_file(path: Path, data: bytes) -> None:
     """Replace a small file at once: readers see the old bytes or the new ones, whole."""
     draft = draft_of(path)
-    try:
-        draft.write_bytes(data)
-        sync(draft)
-        draft.rename(path)
-    except OSError:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+    with held():
+        try:
+            draft.write_bytes(data)
+            sync(draft)
+            draft.rename(path)
+        except OSError:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -215,7 +219,7 @@ def check_output(option: str, name: str | Path, is_ours: Callable[[Path], bool],
         if not replaceable:
             raise UserError(f"{option} {path} exists and is no {what}: it is not replaced; name another file")
     draft = draft_of(path)
-    with writing(path), suppress(FileExistsError):
+    with writing(path), held(), suppress(FileExistsError):
         os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         draft.unlink()
     return path
@@ -237,9 +241,10 @@ def locked(folder: Path, doing: str, patience: float = 0.0) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
-        os.close(descriptor)
+        with held():
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+            os.close(descriptor)
 
 
 def _lock(path: Path, folder: Path) -> int | None:

@@ -39,8 +39,11 @@ def read_regular(path: Path, most: int = LARGEST) -> bytes:
         return file.read()
 
 
-def json_value(data: bytes | str) -> Any:
-    """The value that JSON text stands for. Raises ValueError, whatever is wrong with it, in few words."""
+def json_value(data: bytes | str, half_pairs: bool = False) -> Any:
+    """The value that JSON text stands for. Raises ValueError, whatever is wrong with it, in few words.
+
+    `half_pairs`: text may hold half a surrogate pair; the caller looks at what it takes.
+    """
     try:
         value = json.loads(data if isinstance(data, str) else data.decode("utf-8"))
     except RecursionError:
@@ -49,7 +52,8 @@ def json_value(data: bytes | str) -> Any:
         raise ValueError("the text is not UTF-8") from None
     level = [value]
     for _ in range(DEEPEST):
-        _check_text(level)
+        if not half_pairs:
+            _check_text(level)
         level = [inner for item in level if isinstance(item, dict | list) for inner in _inside(item)]
         if not level:
             return value

@@ -125,7 +125,7 @@ class _Crew:
         self._keep("step", sorted(alone)[1])
         self._keep("step_meanwhile", self.meanwhile)
         self._keep("plain_read", _timed(lambda: (self.folder / "plain").read_bytes()))
-        manifest = open_checkpoint(folder, hashes=False)
+        manifest = open_checkpoint(folder, "sizes")
         self._keep("verify", _timed(lambda: open_checkpoint(folder)))
         self._keep("load", _timed(lambda: load_training_state(folder, manifest, self.engine)))
 

@@ -34,7 +34,7 @@ class Layers:
     """FFN-M of some layers of an export, in bf16, and the weights of its products."""
 
     def __init__(self, folder: Path, layers: Sequence[int]) -> None:
-        opened = open_model(folder, verify=False)
+        opened = open_model(folder, verify="sizes")
         self.config = opened.config
         weights = ffn_m_weights(opened.tensors, self.config, layers, "bfloat16")
         self.numbers = FfnM(opened, dict(zip(layers, weights, strict=True)), "bfloat16")

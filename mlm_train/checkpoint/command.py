@@ -96,7 +96,7 @@ def _row(folder: Path) -> dict[str, Any]:
     last = folder / MANIFEST if (folder / MANIFEST).is_file() else folder
     row["written"] = datetime.fromtimestamp(last.stat().st_mtime).isoformat(" ", "seconds")
     try:
-        manifest = open_checkpoint(folder, hashes=False)
+        manifest = open_checkpoint(folder, "sizes")
     except UserError as error:
         return row | {"fault": str(error)}
     parallel = config_of(manifest).parallel

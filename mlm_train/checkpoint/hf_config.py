@@ -3,6 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+from mlm_train.checkpoint.hf_files import NO_TOKENS, SpecialTokens, special_tokens
+from mlm_train.checkpoint.hf_llama import (
+    ARCHITECTURES,
+    CORRECT,
+    ROPE_THETA,
+    check_expressible,
+    read_llama,
+    rope_theta,
+)
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.records import read_json, record_of
@@ -20,21 +29,20 @@ _SHARED = (
     "max_position_embeddings",
 )
 _FLEX = ("compute_intermediate_size", "compute_form", "compute_input")
-# What a Llama's config.json may leave out, because transformers has a default for it.
-_OPTIONAL_IN_LLAMA = ("num_key_value_heads", "head_dim", "tie_word_embeddings")
 
 
 def config_json(
-    config: ModelConfig, dtype: str = "float32", eos_token_id: int | None = None
+    config: ModelConfig, dtype: str = "float32", tokens: SpecialTokens = NO_TOKENS
 ) -> dict[str, Any]:
     """The mapping that config.json holds; `base` is a Llama for transformers.
 
     rope_theta stands at the top level (transformers 4) and in rope_parameters (transformers 5), the
     dtype as torch_dtype and dtype likewise.
     """
+    model_type = "memoryllm" if config.has_memory else "llama"
     tree: dict[str, Any] = {
-        "architectures": ["MemoryLLMForCausalLM" if config.has_memory else "LlamaForCausalLM"],
-        "model_type": "memoryllm" if config.has_memory else "llama",
+        "architectures": [ARCHITECTURES[model_type]],
+        "model_type": model_type,
         "kind": config.kind,
         **{name: getattr(config, name) for name in _SHARED},
         "rope_theta": config.rope_theta,
@@ -44,9 +52,7 @@ def config_json(
         "attention_bias": False,
         "mlp_bias": False,
         "initializer_range": config.init_std,
-        "bos_token_id": None,
-        "eos_token_id": eos_token_id,
-        "pad_token_id": None,
+        **tokens.tree(),
         "use_cache": True,
         "dtype": dtype,
         "torch_dtype": dtype,
@@ -66,20 +72,19 @@ def read_config(path: str | Path) -> ModelConfig:
     file = Path(path) / "config.json"
     tree = read_json(file, "give a folder written by `mlm-train export`, or a Hugging Face Llama's")
     kind = _kind(tree, file)
-    fields: dict[str, Any] = {"kind": kind}
-    for name in _SHARED:
-        if tree.get(name) is not None:
-            fields[name] = tree[name]
-        elif kind != "base" or name not in _OPTIONAL_IN_LLAMA:
-            raise UserError(f"{file}: {name} is missing; add it, or export the model again")
-    fields["rope_theta"] = _rope_theta(tree, file)
-    if "initializer_range" in tree:
-        fields["init_std"] = tree["initializer_range"]
-    for name in ("memory_scale",) * (kind != "base") + _FLEX * (kind == "flex"):
+    check_expressible(tree, file)
+    special_tokens(file.parent)
+    llama = read_llama(tree, file)
+    fields: dict[str, Any] = {"kind": kind, "init_std": llama.initializer_range}
+    fields |= {name: getattr(llama, name) for name in _SHARED}
+    # What transformers knows a default for is the Llama's alone.
+    ours = () if kind == "base" else (*_SHARED, "memory_scale", *_FLEX * (kind == "flex"))
+    for name in ours:
         if tree.get(name) is None:
             raise UserError(f"{file}: {name} is missing; add it, or export the model again")
         fields[name] = tree[name]
-    return record_of(ModelConfig, fields, file, "add or correct it, or export the model again")
+    fields["rope_theta"] = rope_theta(tree, file, ROPE_THETA if kind == "base" else None)
+    return record_of(ModelConfig, fields, file, CORRECT)
 
 
 def _kind(tree: dict[str, Any], file: Path) -> str:
@@ -88,24 +93,4 @@ def _kind(tree: dict[str, Any], file: Path) -> str:
         raise UserError(f"{file}: model_type={model_type!r} is not supported; it must be llama or memoryllm")
     if kind not in (("base",) if model_type == "llama" else ("memory", "flex")):
         raise UserError(f"{file}: kind={kind!r} does not go with model_type={model_type!r}; export again")
-    if tree.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{file}: hidden_act={tree['hidden_act']!r} is not supported; it must be silu")
-    for name in ("attention_bias", "mlp_bias"):
-        if tree.get(name):
-            raise UserError(f"{file}: {name}=true is not supported; the model has no biases")
     return kind
-
-
-def _rope_theta(tree: dict[str, Any], file: Path) -> float:
-    """The rotary base, from either place; scaled rotary embeddings are refused."""
-    theta = tree.get("rope_theta")
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = tree.get(name) or {}
-        rope = rope if isinstance(rope, dict) else {"rope_type": rope}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type != "default":
-            raise UserError(f"{file}: {name}: rope_type={rope_type!r} is not supported; it must be default")
-        theta = rope.get("rope_theta") if theta is None else theta
-    if theta is None:
-        raise UserError(f"{file}: rope_theta is missing; add it (a Llama 2 has 10000.0)")
-    return theta

@@ -3,7 +3,6 @@
 import hashlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,10 +12,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mlm_train.checkpoint import hf_manifest
 from mlm_train.checkpoint.hf_config import config_json, read_config
+from mlm_train.checkpoint.hf_files import NO_TOKENS, SpecialTokens
+from mlm_train.checks import Check
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
-from mlm_train.files import listed, new_folder, sha256_of, write_json
+from mlm_train.files import listed, new_folder, write_json
 from mlm_train.model.logical import named_pieces, pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.model.unfilled import unfilled
@@ -31,13 +33,14 @@ __all__ = [
     "open_tensors",
     "open_weights",
     "read_config",
+    "verify_folder",
     "write_folder",
 ]
 
 AGAIN = "export it again, or copy the folder again"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"  # transformers adds its weights to the model's
 SHARD_BYTES = 4 * 2**30
-_HASHED_AT_ONCE = 4  # files
 
 
 def expected_shapes(config: ModelConfig, with_memory: bool = True) -> dict[str, torch.Size]:
@@ -51,29 +54,31 @@ def write_folder(
     path: str | Path,
     config: ModelConfig,
     tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
-    tokenizer_files: Iterable[str | Path] = (),
+    beside: Iterable[str | Path] = (),
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = SHARD_BYTES,
-    eos_token_id: int | None = None,
+    tokens: SpecialTokens = NO_TOKENS,
 ) -> None:
     """Write an export; the folder appears under its name only when it is whole.
 
     `tensors`: export names and logical tensors (`named_pieces(model)`); given as an iterable, at most
-    `shard_bytes` of them are held. Equal weights in equal order give equal bytes. Raises UserError for a
-    non-empty folder, a missing tokenizer file, a full disk, and tensors that do not fit the config.
+    `shard_bytes` of them are held. Equal weights in equal order give equal bytes. `beside`: other files of
+    the model, such as its tokenizer's, to be copied. Raises UserError for a non-empty folder, a missing
+    file, a full disk, and tensors that do not fit the config.
     """
     path = Path(path)
-    copies = [Path(file) for file in tokenizer_files]
+    copies = [Path(file) for file in beside]
     for file in copies:
         if not file.is_file():
-            raise UserError(f"tokenizer file {file} does not exist; give the path of a file")
+            raise UserError(f"{file} does not exist; give the path of a file")
     pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
     with new_folder(path) as draft:
         _write_weights(draft, _checked(pairs, config), dtype, shard_bytes)
-        tree = config_json(config, str(dtype).removeprefix("torch."), eos_token_id)
+        tree = config_json(config, str(dtype).removeprefix("torch."), tokens)
         write_json(draft / "config.json", tree)
         for file in copies:
             shutil.copyfile(file, draft / file.name)
+        hf_manifest.write_manifest(draft)
 
 
 def _checked(pairs: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -221,21 +226,34 @@ def open_weights(file: Path, fix: str) -> Any:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    if not (path / INDEX).exists():
-        if not (path / SINGLE).is_file():
-            raise UserError(f"{path} has no {SINGLE}{_instead(path)}")
+    if (path / ADAPTER).exists():
+        raise UserError(f"{path / ADAPTER}: weights lack an adapter's; merge it, and save the whole model")
+    if (path / SINGLE).is_file():  # before an index, as in transformers
         return [path / SINGLE]
+    if not (path / INDEX).exists():
+        raise UserError(f"{path} has no {SINGLE}{_instead(path)}")
     weight_map = read_json(path / INDEX, AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path / INDEX} has no weight_map; {AGAIN}")
-    # Of a model in Hugging Face's cache, files are links from snapshots/REVISION to blobs/ beside it.
-    around = path.absolute().parents[1] if path.absolute().parent.name == "snapshots" else None
     files = []
     for name in sorted(set(map(str, weight_map.values()))):
-        if not listed(path, name, INDEX, around).is_file():
+        if not listed(path, name, INDEX, _around(path)).is_file():
             raise UserError(f"{path / name} is named by {INDEX} and missing; {AGAIN}")
         files.append(path / name)
     return files
+
+
+def _around(path: Path) -> Path | None:
+    """Of a model in Hugging Face's cache, files are links from snapshots/REVISION to blobs/ beside it."""
+    return path.absolute().parents[1] if path.absolute().parent.name == "snapshots" else None
+
+
+def verify_folder(path: str | Path, check: Check) -> Mapping[str, str]:
+    """Compare an export's files with its manifest, if it has one; see hf_manifest.verify_export."""
+    path = Path(path)
+    if check == "none":
+        return {}
+    return hf_manifest.verify_export(path, check, [path / "config.json", *_weight_files(path)], _around(path))
 
 
 def _instead(path: Path) -> str:
@@ -255,13 +273,14 @@ def fill_model(path: str | Path, model: Transformer) -> None:
         tensors.fill(model)
 
 
-def fingerprint(path: str | Path) -> str:
-    """SHA-256 over config.json and the weight files: names a model, whatever its folder is called."""
-    path = Path(path)
+def fingerprint(path: str | Path, known: Mapping[str, str] | None = None) -> str:
+    """SHA-256 over config.json and the weight files: names a model, whatever its folder is called.
+
+    known: digests of files by name, of this moment; the others are read.
+    """
+    path, known = Path(path), known or {}
     read_config(path)
-    total = hashlib.sha256()
-    files = (path / "config.json", *_weight_files(path))
-    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
-        for file, digest in zip(files, pool.map(sha256_of, files), strict=True):
-            total.update(f"{file.name} {digest}\n".encode())
-    return total.hexdigest()
+    files = [path / "config.json", *_weight_files(path)]
+    found = {**known, **hf_manifest.digests([file for file in files if file.name not in known])}
+    lines = (f"{file.name} {found[file.name]}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -2,12 +2,24 @@
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mlm_train.checkpoint.hf_folder import FolderTensors, open_tensors, read_config, write_folder
+from mlm_train.checkpoint.hf_files import CARRIED, carried, special_tokens
+from mlm_train.checkpoint.hf_folder import (
+    INDEX,
+    FolderTensors,
+    open_tensors,
+    read_config,
+    verify_folder,
+    write_folder,
+)
+from mlm_train.checkpoint.hf_llama import CORRECT, read_llama
+from mlm_train.checkpoint.hf_manifest import MANIFEST
+from mlm_train.checks import Check
 from mlm_train.config import ModelConfig
 from mlm_train.config.load import parse_config
 from mlm_train.config.yaml_text import yaml_text
@@ -16,7 +28,6 @@ from mlm_train.files import new_folder, refuse_used, write_text
 from mlm_train.records import read_json
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 DERIVED = ".rotary_emb.inv_freq"  # older Llama folders hold it in each layer; it follows from rope_theta
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 CONFIG = "config.yaml"
@@ -25,23 +36,37 @@ _HEADER = """# Trains on with the weights of {source}.
 """
 
 
-def import_folder(source: Path, output: Path) -> tuple[ModelConfig, torch.dtype]:
-    """Write an export with the weights of `source`, bit by bit, and config.yaml; model and type of weights.
+@dataclass(frozen=True)
+class Imported:
+    """What was written, and in `left` what of the source has no place in it, in words."""
 
-    Every tensor is checked, one is held at a time (a shard of the output is held too). Raises UserError for
-    what the model cannot express, for a damaged folder, and for an `output` that holds something.
+    config: ModelConfig
+    dtype: torch.dtype
+    carried: list[str]
+    left: list[str]
+
+
+def import_folder(source: Path, output: Path, verify: Check = "full") -> Imported:
+    """Write an export with the weights of `source`, bit by bit, what lies beside them, and config.yaml.
+
+    Every tensor is checked, one is held at a time (a shard of the output is held too). verify: what of an
+    export is compared with its manifest first. Raises UserError for what the model cannot express, for a
+    damaged folder, and for an `output` that holds something.
     """
     refuse_used(output)
     config = read_config(source)
-    copies = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    verify_folder(source, verify)
+    beside = carried(source)
     with open_tensors(source) as tensors:
         _leave_out_copies(tensors, config)
         tensors.check(config)
         dtype = functools.reduce(torch.promote_types, (_dtype(tensors, name) for name in tensors.names()))
         with new_folder(output) as draft:
-            write_folder(draft, config, _each(tensors), copies, dtype, eos_token_id=_end(source))
+            write_folder(draft, config, _each(tensors), beside, dtype, tokens=special_tokens(source))
             write_text(draft / CONFIG, _run_config(source, output, config))
-    return config, dtype
+    return Imported(
+        config, dtype, [file.name for file in beside], [*_fields_left(source, dtype), *_files_left(source)]
+    )
 
 
 def _leave_out_copies(tensors: FolderTensors, config: ModelConfig) -> None:
@@ -78,12 +103,25 @@ def _each(tensors: FolderTensors) -> Iterator[tuple[str, Tensor]]:
         yield name, tensors.tensor(name)
 
 
-def _end(source: Path) -> int | None:
-    """The id that ends a document; the first where config.json lists several, as chat models have them."""
-    end = read_json(source / "config.json", "").get("eos_token_id")
-    if isinstance(end, list):
-        end = next(iter(end), None)
-    return end if isinstance(end, int) else None
+def _fields_left(source: Path, stored: torch.dtype) -> list[str]:
+    """Fields of config.json that mean something to transformers and nothing here."""
+    file = source / "config.json"
+    llama = read_llama(read_json(file, CORRECT), file)
+    found = []
+    if llama.attention_dropout:
+        found.append(f"attention_dropout={llama.attention_dropout} (training has no dropout)")
+    name = str(stored).removeprefix("torch.")
+    if llama.dtype not in (None, name):
+        found.append(f"dtype={llama.dtype} (the weights are stored in {name}, and stay so)")
+    return found
+
+
+def _files_left(source: Path) -> list[str]:
+    """Files of the folder that go nowhere. Weights and manifest are written anew."""
+    anew = {"config.json", INDEX, MANIFEST, CONFIG, *CARRIED}
+    return sorted(
+        path.name for path in source.iterdir() if path.name not in anew and path.suffix != ".safetensors"
+    )
 
 
 def _run_config(source: Path, output: Path, model: ModelConfig) -> str:

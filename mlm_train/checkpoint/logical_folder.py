@@ -5,6 +5,7 @@ Logical tensors are read by slice, so that no model has to be built to look at a
 
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -16,13 +17,16 @@ from torch import Tensor
 from mlm_train.arguments import MODEL_KINDS
 from mlm_train.checkpoint.folders import resolve
 from mlm_train.checkpoint.hf_config import config_json
+from mlm_train.checkpoint.hf_files import special_tokens
 from mlm_train.checkpoint.hf_folder import (
     FolderTensors,
     fingerprint,
     open_tensors,
     read_config,
+    verify_folder,
 )
 from mlm_train.checkpoint.manifest import Manifest, verify_files
+from mlm_train.checks import Check
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.model.transformer import Transformer
@@ -38,11 +42,13 @@ class ModelFolder:
     """What a user's path stands for.
 
     `path`: the export, or the checkpoint that was chosen. A run that goes on has a newer one soon, so other
-    processes are to open this path. `manifest`: of a checkpoint.
+    processes are to open this path. `manifest`: of a checkpoint. `digests`: SHA-256 of an export's files, by
+    name, where they were compared.
     """
 
     def __init__(self, path: Path, config: ModelConfig, manifest: Manifest | None) -> None:
         self.path, self.config, self.manifest = path, config, manifest
+        self.digests: Mapping[str, str] = {}
 
     @property
     def home(self) -> Path:
@@ -55,13 +61,19 @@ class ModelFolder:
 
         return tokenizer_of(self.home, None if self.manifest is None else self.manifest.data.eod_id)
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Every id that ends a text: of an export's files, or of a run's data and what it started from."""
+        end = None if self.manifest is None else self.manifest.data.eod_id
+        return special_tokens(self.home).ended_by(end).eos
+
 
 class OpenedModel(ModelFolder):
     """A model's config and logical tensors by export name; a context manager."""
 
     def __init__(self, folder: ModelFolder, tensors: FolderTensors) -> None:
         super().__init__(folder.path, folder.config, folder.manifest)
-        self.tensors = tensors
+        self.digests, self.tensors = folder.digests, tensors
 
     def __enter__(self) -> Self:
         return self
@@ -104,7 +116,7 @@ class OpenedModel(ModelFolder):
         change with the layout that wrote the files and with the optimizer's moments; the weights are a
         third of the bytes that verifying a checkpoint reads anyway.
         """
-        return fingerprint(self.path) if self.manifest is None else self._of_weights()
+        return fingerprint(self.path, self.digests) if self.manifest is None else self._of_weights()
 
     def _of_weights(self) -> str:
         total = hashlib.sha256(json.dumps(config_json(self.config), sort_keys=True).encode())
@@ -118,35 +130,35 @@ class OpenedModel(ModelFolder):
 
 
 def open_model(
-    path: str | Path, needs_ffn_m: bool = False, verify: bool = True, with_memory: bool = True
+    model: str | Path | ModelFolder,
+    needs_ffn_m: bool = False,
+    verify: Check = "full",
+    with_memory: bool = True,
 ) -> OpenedModel:
-    """Open an export, a checkpoint (every checksum is compared first) or a run's newest checkpoint.
+    """Open an export, a checkpoint or a run's newest checkpoint, or what find_model has found and compared.
 
-    `needs_ffn_m`: refuse a base model. `verify=False`: for a checkpoint that this command has verified
-    already; sizes of files are still compared. `with_memory=False`: an export may lack the weights of FFN-M.
+    `needs_ffn_m`, `verify`: see find_model. `with_memory=False`: an export may lack the weights of FFN-M.
     Raises UserError for what is no model, damaged, or copied by half.
     """
-    folder = find_model(path)
-    if needs_ffn_m and not folder.config.has_memory:
-        raise UserError(f"{path} is a base model and has no FFN-M; give a memory or flex model")
+    folder = model if isinstance(model, ModelFolder) else find_model(model, verify, needs_ffn_m)
     if folder.manifest is None:
         tensors = open_tensors(folder.path)
     else:
         from mlm_train.checkpoint.joined import open_joined
 
-        if verify:
-            verify_files(folder.path, folder.manifest.files)
         tensors = open_joined(folder.path, folder.manifest.files)
     tensors.check(folder.config, with_memory)
     return OpenedModel(folder, tensors)
 
 
-def load_model(path: str | Path, with_memory: bool = True, dtype: torch.dtype = torch.float32) -> Transformer:
+def load_model(
+    model: str | Path | ModelFolder, with_memory: bool = True, dtype: torch.dtype = torch.float32
+) -> Transformer:
     """The model of what open_model opens.
 
     `with_memory=False` builds and reads everything but FFN-M, which a ToL then serves.
     """
-    with open_model(path, with_memory=with_memory) as opened:
+    with open_model(model, with_memory=with_memory) as opened:
         return opened.load(with_memory, dtype)
 
 
@@ -155,11 +167,27 @@ def read_model_config(path: str | Path) -> ModelConfig:
     return find_model(path).config
 
 
-def find_model(path: str | Path) -> ModelFolder:
-    """What open_model opens; checksums are not compared, weights not read. Raises UserError."""
+def find_model(path: str | Path, verify: Check = "sizes", needs_ffn_m: bool = False) -> ModelFolder:
+    """What open_model opens: its config, and its files compared with their manifest as far as `verify` says.
+
+    `needs_ffn_m`: refuse a base model. Raises UserError.
+    """
     path = Path(path)
-    if _looks_exported(path):
-        return ModelFolder(path, read_config(path), None)
+    folder = _exported(path) if _looks_exported(path) else _checkpoint(path)
+    if needs_ffn_m and not folder.config.has_memory:
+        raise UserError(f"{path} is a base model and has no FFN-M; give a memory or flex model")
+    if folder.manifest is None:
+        folder.digests = verify_folder(folder.path, verify)
+    elif verify != "none":
+        verify_files(folder.path, folder.manifest.files, hashes=verify == "full")
+    return folder
+
+
+def _exported(path: Path) -> ModelFolder:
+    return ModelFolder(path, read_config(path), None)
+
+
+def _checkpoint(path: Path) -> ModelFolder:
     # Slow to import: it brings torch.distributed.checkpoint.
     from mlm_train.checkpoint.load import config_of, open_checkpoint
 
@@ -169,7 +197,7 @@ def find_model(path: str | Path) -> ModelFolder:
         folder = resolve(path)
     except UserError:
         raise UserError(f"{path} holds no model; give {MODEL_KINDS}") from None
-    manifest = open_checkpoint(folder, hashes=False)
+    manifest = open_checkpoint(folder, "none")
     return ModelFolder(folder, config_of(manifest).model, manifest)
 
 

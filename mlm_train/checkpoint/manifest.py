@@ -27,6 +27,14 @@ class FileEntry(Record):
     sha256: str
 
 
+class Rewarmed(Record):
+    """A change of the learning rate's schedule, as monitor.report.Rewarm says it."""
+
+    step: Count
+    lr: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    steps: Annotated[Count, Field(ge=1)]
+
+
 class Reached(Record):
     """How far the run was, as monitor.report.Progress says it, and the optimizer. Older versions say less."""
 
@@ -37,6 +45,7 @@ class Reached(Record):
     tokens: Count
     skipped: Count = 0
     rollbacks: Count = 0
+    rewarm: Rewarmed | None = None
     optimizer_steps: Count
 
 

@@ -62,6 +62,7 @@ def write_tensors(folder: Path, state: dict[str, Tensor], group: Any = None) -> 
         dcp.save(state, storage_writer=writer, process_group=group)
         return writer.entries
     except dcp.api.CheckpointException as error:  # derives from BaseException
+        _raise_stop(error)
         raise SharedUserError(
             f"{folder} cannot be written: {_cause(error)}; free space or choose another train.output"
         ) from None
@@ -75,10 +76,18 @@ def read_tensors(folder: Path, wanted: dict[str, Tensor], alone: bool = False) -
     try:
         dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
     except dcp.api.CheckpointException as error:
+        _raise_stop(error)
         raise UserError(f"checkpoint {folder} cannot be read: {_cause(error)}") from None
     for name, tensor in wanted.items():
         if tensor.is_floating_point() and bool(tensor.as_subclass(Tensor).isnan().any()):
             raise UserError(f"checkpoint {folder}: {name} is incomplete or holds NaN; use an older one")
+
+
+def _raise_stop(error: Any) -> None:
+    """A signal that came meanwhile, which the library takes for a failure: nothing is damaged then."""
+    for failure, _ in error.failures.values():
+        if isinstance(failure, KeyboardInterrupt):
+            raise failure from None
 
 
 def _cause(error: Any) -> str:

@@ -2,6 +2,7 @@
 
 from mlm_train.config.load import changed_fields, dump_config, load_config
 from mlm_train.config.model import ModelConfig
+from mlm_train.config.schedule import ScheduleConfig
 from mlm_train.config.schema import (
     CheckpointConfig,
     Config,
@@ -11,7 +12,6 @@ from mlm_train.config.schema import (
     OptimizerConfig,
     ParallelConfig,
     Ramp,
-    ScheduleConfig,
     TrainConfig,
 )
 

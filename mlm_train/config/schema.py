@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from mlm_train.config.model import ModelConfig
 from mlm_train.config.parallel import ZERO_BUBBLE, ParallelConfig, check_parallel
+from mlm_train.config.schedule import ScheduleConfig, check_schedule
 from mlm_train.config.section import Section, blame
 from mlm_train.errors import UserError
 
@@ -95,17 +96,6 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay; none on norms")
     decay_embeddings: bool = Field(True, description="whether embedding and head decay too")
     clip: float = Field(1.0, ge=0, description="global gradient norm is clipped to this; 0: not")
-
-
-class ScheduleConfig(Section):
-    """The learning rate over steps."""
-
-    kind: Literal["cosine", "wsd"] = Field(
-        "cosine", description="cosine, or wsd: warm-up, stable, linear decay at the end"
-    )
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up from 0, steps")
-    decay_steps: int | None = Field(None, ge=1, description="wsd: length of the last decay, steps")
-    min_lr: float = Field(0.0, ge=0, description="learning rate after the last step")
 
 
 class Ramp(Section):
@@ -222,7 +212,10 @@ class MonitorConfig(Section):
         1.5, gt=1, description="a rank is slow that takes so many times its stage's median"
     )
     peak_tflops: float | None = Field(
-        None, gt=0, description="arithmetic peak of one rank, 1e12 FLOP/s; MFU is shown when set"
+        None,
+        gt=0,
+        description="arithmetic peak of one rank, 1e12 FLOP/s, that MFU is measured against beside a product "
+        "measured at the start (default: the datasheet's, of accelerators that are known)",
     )
 
 
@@ -243,7 +236,7 @@ class Config(Section):
     def _cross_checks(self) -> Self:
         """Everything that involves two fields; the world size comes in parallel/topology.py."""
         self._check_memory()
-        self._check_schedule()
+        check_schedule(self.schedule, self.optimizer.lr, self.train.steps)
         self._check_batch()
         if self.data.sequence_length > self.model.max_position_embeddings:
             blame(
@@ -259,6 +252,11 @@ class Config(Section):
             fix = f"must be below parallel.timeout={self.parallel.timeout}, which ends a collective by itself"
             blame("train.watchdog", self.train.watchdog, fix)
         return self
+
+    @property
+    def schedule_steps(self) -> int:
+        """Steps of the whole schedule, however many of them are run."""
+        return self.schedule.total_steps or self.train.steps
 
     @property
     def tables(self) -> bool:
@@ -346,21 +344,6 @@ class Config(Section):
         if self.memory.table_layers is not None and self.parallel.order in ZERO_BUBBLE:
             fix = f"does not go with parallel.schedule={self.parallel.order}, where layers without a table "
             blame("memory.table_layers", self.memory.table_layers, fix + "need relay: leave it out")
-
-    def _check_schedule(self) -> None:
-        schedule, steps = self.schedule, self.train.steps
-        if schedule.min_lr > self.optimizer.lr:
-            blame("schedule.min_lr", schedule.min_lr, f"is above optimizer.lr={self.optimizer.lr}")
-        if schedule.kind == "cosine" and schedule.decay_steps is not None:
-            blame("schedule.decay_steps", schedule.decay_steps, "has an effect only with schedule.kind=wsd")
-        if schedule.kind == "wsd" and schedule.decay_steps is None:
-            blame("schedule.decay_steps", None, "schedule.kind=wsd needs it: the steps of the last decay")
-        if schedule.warmup_steps + (schedule.decay_steps or 0) > steps:
-            blame(
-                "schedule.warmup_steps",
-                schedule.warmup_steps,
-                f"warm-up and decay are longer than train.steps={steps}",
-            )
 
     def _check_batch(self) -> None:
         train, ramp = self.train, self.train.ramp

@@ -101,7 +101,7 @@ def _text_files(folder: Path) -> Iterator[Path]:
     for parent, children, names in os.walk(folder):
         children[:] = [name for name in children if name not in NOT_CORPUS and not name.startswith(".")]
         for name in names:
-            if name.endswith(SUFFIXES):
+            if name.lower().endswith(SUFFIXES):
                 yield Path(parent, name)
 
 
@@ -139,7 +139,7 @@ def _write_splits(
             line = json.dumps({"text": data.decode("utf-8"), "path": candidate.path}, ensure_ascii=False)
             (validation if held_out else train).write(line + "\n")
             split = splits["validation" if held_out else "train"]
-            for count in (split, extensions[candidate.file.suffix]):
+            for count in (split, extensions[candidate.file.suffix.lower()]):
                 count["documents"] += 1
                 count["bytes"] += candidate.size
     for name, count in splits.items():

@@ -27,8 +27,10 @@ example:
   mlm-train data collect --output runs/corpus --max-bytes 10MB
 """
 
-PREPARE_HELP = """Tokenise text files, .jsonl, .parquet, folders of these, or a Hugging Face dataset
-into a folder that `pretrain` reads (Megatron's .bin/.idx, the tokenizer, a manifest).
+PREPARE_HELP = """Tokenise text files, JSON lines, .json, .parquet, the first three also compressed (.gz .zst
+.bz2 .xz), folders of these, or a Hugging Face dataset into a folder that `pretrain` reads (Megatron's
+.bin/.idx, the tokenizer, a manifest). What a file is follows from its content; what is left out of a folder
+is listed.
 
 examples:
   mlm-train data prepare --input runs/corpus --output runs/data --tokenizer train:4096
@@ -86,7 +88,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="PATH_OR_NAME",
         help="files, folders, or Hugging Face datasets as NAME or NAME:CONFIGURATION; a folder with "
-        "train.jsonl and validation.jsonl brings its split",
+        "train.jsonl and validation.jsonl (.json, .parquet, compressed) brings its split",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder to write")
     parser.add_argument(
@@ -112,7 +114,8 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eod",
         metavar="TOKEN",
-        help="token that ends a document (default: the tokenizer's own, such as </s>)",
+        help="token that ends a document, one that no text can produce (default: the tokenizer's own, such "
+        "as </s>)",
     )
 
 
@@ -122,7 +125,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
         "--sequence-length", type=_positive, default=512, metavar="S", help="tokens a sample (default 512)"
     )
     parser.add_argument("--samples", type=int, default=2, metavar="N", help="samples decoded (default 2)")
-    parser.add_argument("--verify", action="store_true", help="read every file and compare its hash")
+    parser.add_argument("--verify", action="store_true", help="read every file: hashes, documents, ids")
 
 
 def _run_collect(args: argparse.Namespace) -> None:
@@ -145,8 +148,10 @@ def _run_collect(args: argparse.Namespace) -> None:
 
 
 def _run_prepare(args: argparse.Namespace) -> None:
+    from mlm_train.data.documents import LISTED
     from mlm_train.data.prepare import available_workers, prepare
 
+    left_out: dict[str, str] = {}
     with _progress_bar() as progress:
         manifest = prepare(
             args.input,
@@ -158,6 +163,7 @@ def _run_prepare(args: argparse.Namespace) -> None:
             workers=args.workers or available_workers(),
             eod=args.eod,
             progress=progress,
+            tell_left_out=left_out.update,
         )
     for name, split in manifest.splits.items():
         print(
@@ -165,6 +171,12 @@ def _run_prepare(args: argparse.Namespace) -> None:
             f"{split.text_bytes:,} bytes of text"
         )
     print(f"{args.output}: vocab_size {manifest.vocab_size}, fingerprint {manifest.fingerprint[:16]}")
+    if left_out:
+        print(f"left out: {len(left_out)} {'file' if len(left_out) == 1 else 'files'}")
+    for path, reason in [*left_out.items()][:LISTED]:
+        print(f"  {path}: {reason}")
+    if len(left_out) > LISTED:
+        print(f"  and {len(left_out) - LISTED} more")
 
 
 def _run_inspect(args: argparse.Namespace) -> None:
@@ -178,7 +190,7 @@ def _run_inspect(args: argparse.Namespace) -> None:
     if args.verify:
         with console.status("hashing files"):
             data.verify()
-        console.print("every file has the hash of the manifest", style="green")
+        console.print("every file has the hash of the manifest, every document its end", style="green")
     inspect(data, args.sequence_length, args.samples, console)
 
 

@@ -1,23 +1,38 @@
-"""Documents out of text files, JSON lines, Parquet, folders of these, and Hugging Face datasets.
+"""Documents out of text files, JSON, JSON lines, Parquet, folders of these, and Hugging Face datasets.
 
 Local files are read directly rather than through `datasets`: it would first copy them into its
 cache, and its errors name neither the file nor the line. Files are read one document (text file),
 line or record batch at a time.
 """
 
-import gzip
-import json
+import codecs
+import itertools
+import os
 import re
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlm_train.data.formats import (
+    BROKEN,
+    COMPRESSED,
+    OF_SUFFIX,
+    TABLES,
+    Format,
+    declared,
+    format_of,
+    lines_of,
+    opened,
+    read_all,
+    suffix_of,
+)
 from mlm_train.errors import UserError
+from mlm_train.records import json_value
 
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
 SPLITS = ("train", "validation")
+DATA = (Format.LINES, Format.JSON, Format.PARQUET)  # what holds many documents
+LISTED = 10  # names that one line has room for
 
 
 class Document(NamedTuple):
@@ -37,92 +52,185 @@ class Source:
     read: Callable[[], Iterator[Document]]
 
 
-def find_sources(inputs: Sequence[str], text_key: str, validation: str | None = None) -> list[Source]:
+@dataclass(frozen=True)
+class Inputs:
+    """What to read. `left_out`: files of folders that hold no text, and why; it grows as sources are read."""
+
+    sources: list[Source]
+    left_out: dict[str, str]
+
+
+class NoText(UserError):
+    """A whole file of a known format without text in it; `reason` says so without the file's name."""
+
+    def __init__(self, path: Path, reason: str, fix: str) -> None:
+        super().__init__(f"input {path} {reason}; {fix}")
+        self.reason = reason
+
+
+def find_sources(inputs: Sequence[str], text_key: str, validation: str | None = None) -> Inputs:
     """What to read, in an order that depends on names alone.
 
-    A folder with train.jsonl and validation.jsonl brings its own splits. With `validation` all
-    inputs are for training. Raises UserError for anything that cannot be found.
+    A folder with one train and one validation file brings its own splits. With `validation` all inputs are
+    for training. Raises UserError for anything that cannot be found, or is no text though it is named.
     """
-    sources = [source for name in inputs for source in _sources_of(name, text_key, None)]
+    finder = _Finder(text_key, {})
+    sources = [source for name in inputs for source in finder.sources_of(name, None)]
     if validation is None:
-        return sources
+        return Inputs(sources, finder.left_out)
     own = next((source.name for source in sources if source.split), None)
     if own:
         raise UserError(
             f"--validation {validation}: {own} is part of a folder with its own split; leave it out"
         )
     for_training = [Source(s.name, "train", s.size, s.read) for s in sources]
-    return for_training + _sources_of(validation, text_key, "validation")
+    return Inputs(for_training + finder.sources_of(validation, "validation"), finder.left_out)
 
 
-def _sources_of(name: str, text_key: str, split: str | None) -> list[Source]:
-    path = Path(name)
-    if path.is_file():
-        return [_file_source(path, text_key, split)]
-    if path.is_dir():
-        return _folder_sources(path, text_key, split)
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", name) and not _is_data_file(path):
-        return [_hub_source(name, text_key, split)]
-    raise UserError(f"input {name} does not exist; give a file, a folder or a Hugging Face dataset name")
+@dataclass(frozen=True)
+class _Finder:
+    """Finds sources by name; what it passes over in folders is written down."""
+
+    text_key: str
+    left_out: dict[str, str]
+
+    def sources_of(self, name: str, split: str | None) -> list[Source]:
+        path = Path(name)
+        if path.is_file():
+            found = _format_of(path)
+            if found is None:
+                raise UserError(
+                    f"input {path} is {_what(path)}; give text, {', '.join(OF_SUFFIX)}, these compressed "
+                    f"({' '.join(COMPRESSED)}), or leave it out"
+                )
+            return [self._file(path, found, split, named=True)]
+        if path.is_dir():
+            return self._folder(path, split)
+        is_file_name = declared(path) is not None or path.suffix.lower() in (*TABLES, *COMPRESSED)
+        if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", name) and not is_file_name:
+            return [_hub_source(name, self.text_key, split)]
+        raise UserError(f"input {name} does not exist; give a file, a folder or a Hugging Face dataset name")
+
+    def _folder(self, folder: Path, split: str | None) -> list[Source]:
+        files = sorted(self._files(folder), key=lambda path: path.relative_to(folder).as_posix())
+        own = _own_split(folder, files)
+        if own is not None:
+            used = {split: own[split]} if split else own
+            for path in files:
+                if path not in own.values():
+                    self.left_out[str(path)] = "beside the folder's own train and validation files"
+            return [self._file(path, self._found(path), split, named=True) for split, path in used.items()]
+        sources = [
+            self._file(path, found, split, named=False)
+            for path in files
+            if (found := self._found(path)) is not None
+        ]
+        if not sources:
+            raise UserError(
+                f"input {folder} holds no text and no {', '.join(OF_SUFFIX)} ({listing(self.left_out)}); "
+                "name the files themselves"
+            )
+        return sources
+
+    def _found(self, path: Path) -> Format | None:
+        found = _format_of(path)
+        if found is None:
+            self.left_out[str(path)] = _what(path)
+        return found
+
+    def _files(self, folder: Path) -> Iterator[Path]:
+        """The regular files below a folder; links to folders are not followed, what is hidden is not read."""
+        for parent, children, names in os.walk(folder):
+            for name in [*children, *names]:
+                path = Path(parent, name)
+                if name.startswith("."):
+                    self.left_out[str(path)] = "hidden"
+                elif name in children and path.is_symlink():
+                    self.left_out[str(path)] = "a link to a folder"
+                elif name in names and not path.is_file():
+                    self.left_out[str(path)] = "no regular file"
+                elif name in names:
+                    yield path
+            children[:] = [name for name in children if not name.startswith(".")]
+
+    def _file(self, path: Path, found: Format | None, split: str | None, named: bool) -> Source:
+        """`named`: by the user, who wants to hear where it holds no text."""
+
+        def read() -> Iterator[Document]:
+            try:
+                if found is Format.LINES:
+                    yield from _read_json_lines(path, self.text_key)
+                elif found is Format.PARQUET:
+                    yield from _read_parquet(path, self.text_key)
+                elif found is Format.JSON:
+                    yield from _read_json(path, self.text_key)
+                else:
+                    yield _read_text(path)
+            except NoText as error:
+                if named or (found is Format.TEXT and declared(path) is Format.TEXT):
+                    raise
+                self.left_out[str(path)] = error.reason
+            except BROKEN as error:
+                raise UserError(f"input {path} cannot be read: {error or type(error).__name__}") from None
+
+        return Source(str(path), split, path.stat().st_size, read)
 
 
-def _folder_sources(folder: Path, text_key: str, split: str | None) -> list[Source]:
-    own = {name: folder / f"{name}.jsonl" for name in SPLITS}
-    if all(path.is_file() for path in own.values()):
-        if split:
-            return [_file_source(own[split], text_key, split)]
-        return [_file_source(path, text_key, name) for name, path in own.items()]
-    files = [path for path in folder.rglob("*") if _is_data_file(path) and path.is_file()]
-    if not files:
-        kinds = " ".join((".jsonl", ".jsonl.gz", ".parquet", *TEXT_SUFFIXES))
-        raise UserError(f"input {folder} holds no file of a known kind ({kinds}); name the files themselves")
-    files.sort(key=lambda path: path.relative_to(folder).as_posix())
-    return [_file_source(path, text_key, split) for path in files]
+def listing(left_out: dict[str, str]) -> str:
+    """How many files were left out, and the first of them, in one line."""
+    some = ", ".join(f"{path} ({reason})" for path, reason in itertools.islice(left_out.items(), LISTED))
+    more = f" and {len(left_out) - LISTED} more" if len(left_out) > LISTED else ""
+    return f"{len(left_out)} left out{': ' if some else ''}{some}{more}"
 
 
-def _is_data_file(path: Path) -> bool:
-    return path.name.endswith((".jsonl", ".jsonl.gz", ".parquet", *TEXT_SUFFIXES))
+def _own_split(folder: Path, files: Sequence[Path]) -> dict[str, Path] | None:
+    """The two files of a folder that is divided already; UserError where it cannot be told which."""
+    own: dict[str, Path] = {}
+    for split in SPLITS:
+        data = (path for path in files if path.parent == folder and declared(path) in DATA)
+        mine = [path for path in data if path.name.lower().split(".")[0] == split]
+        if not mine:
+            return None
+        if len(mine) > 1:
+            names = " and ".join(str(path) for path in mine)
+            raise UserError(f"input {names}: one file is to be the {split} split; name the files themselves")
+        own[split] = mine[0]
+    return own
 
 
-def _file_source(path: Path, text_key: str, split: str | None) -> Source:
-    def read() -> Iterator[Document]:
-        try:
-            if path.name.endswith((".jsonl", ".jsonl.gz")):
-                yield from _read_json_lines(path, text_key)
-            elif path.suffix == ".parquet":
-                yield from _read_parquet(path, text_key)
-            else:
-                yield _read_text(path)
-        except (OSError, EOFError, zlib.error) as error:  # the last two: a damaged .gz
-            raise UserError(f"input {path} cannot be read: {error}") from None
-        except MemoryError:
-            raise UserError(f"input {path} holds a document that is too large for the memory: split it") from None
+def _format_of(path: Path) -> Format | None:
+    try:
+        return format_of(path)
+    except BROKEN as error:
+        raise UserError(f"input {path} cannot be read: {error}") from None
 
-    return Source(str(path), split, path.stat().st_size, read)
+
+def _what(path: Path) -> str:
+    """Why a file has no format."""
+    if path.stat().st_size == 0:
+        return "empty"
+    return "a table of columns" if suffix_of(path) in TABLES else "neither text nor of a known format"
 
 
 def _read_text(path: Path) -> Document:
-    data = path.read_bytes()
+    data, size = read_all(path), path.stat().st_size
+    fix = "convert it or leave it out"
     try:
-        return Document(data.decode("utf-8"), len(data))
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"input {path} is not UTF-8 (byte {error.start}); convert it or leave it out"
-        ) from None
+        raise NoText(path, f"is not UTF-8 (byte {error.start})", fix) from None
+    if data.count(0) * 4 > len(data):
+        raise NoText(path, f"is not UTF-8 (its {data.count(0)} NUL bytes speak of UTF-16)", fix)
+    return Document(text, size)
 
 
 def _read_json_lines(path: Path, text_key: str) -> Iterator[Document]:
-    if path.suffix == ".gz":
-        with path.open("rb") as raw, gzip.open(raw) as lines:
-            before = 0
-            for number, line in enumerate(lines, start=1):
-                position = raw.tell()  # of the compressed file: its size is what progress counts
-                yield from _documents_of_line(line, f"{path}:{number}", text_key, position - before)
-                before = position
-        return
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            yield from _documents_of_line(line, f"{path}:{number}", text_key, len(line))
+    with opened(path) as (lines, consumed, compressed):
+        before = 0
+        for number, line in enumerate(lines_of(lines), start=1):
+            position = consumed() if compressed else before + len(line)  # the first asks the system
+            yield from _documents_of_line(line, f"{path}:{number}", text_key, position - before)
+            before = position
 
 
 def _documents_of_line(line: bytes, where: str, text_key: str, size: float) -> Iterator[Document]:
@@ -130,19 +238,36 @@ def _documents_of_line(line: bytes, where: str, text_key: str, size: float) -> I
     if not line.strip():
         return
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        record = json_value(line, half_pairs=True)
+    except ValueError as error:
         raise UserError(f"{where} is not JSON ({error}); repair or remove the line") from None
     if not isinstance(record, dict):
         raise UserError(f"{where} is not a JSON object; every line must be like {{{text_key!r}: ...}}")
     yield Document(_text_of(record, text_key, where), size)
 
 
+def _read_json(path: Path, text_key: str) -> Iterator[Document]:
+    """An object with a text, or an array of such objects or of texts, as Hugging Face's `datasets` has it."""
+    try:
+        value = json_value(read_all(path).removeprefix(codecs.BOM_UTF8), half_pairs=True)
+    except ValueError as error:
+        raise UserError(f"input {path} is not JSON ({error}); repair it or leave it out") from None
+    items = value if isinstance(value, list) else [value]
+    for number, item in enumerate(items, start=1):
+        record = {text_key: item} if isinstance(item, str) else item
+        if number == 1 and not (isinstance(record, dict) and isinstance(record.get(text_key), str)):
+            found = f" (keys: {_names(record)})" if isinstance(record, dict) else ""
+            raise NoText(path, f"has no text under {text_key!r}{found}", "set --text-key, or leave it out")
+        where = f"{path} item {number}" if value is items else str(path)
+        if not isinstance(record, dict):
+            raise UserError(f"{where} is neither an object nor text; repair or remove it")
+        yield Document(_text_of(record, text_key, where), path.stat().st_size / len(items))
+
+
 def _text_of(record: dict[str, Any], text_key: str, where: str) -> str:
     text = record.get(text_key)
     if not isinstance(text, str):
-        found = ", ".join(map(str, record)) or "none"
-        raise UserError(f"{where} has no text under {text_key!r} (keys: {found}); set --text-key")
+        raise UserError(f"{where} has no text under {text_key!r} (keys: {_names(record)}); set --text-key")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -150,6 +275,12 @@ def _text_of(record: dict[str, Any], text_key: str, where: str) -> str:
             f"{where} holds half a surrogate pair, which is no text; repair or remove it"
         ) from None
     return text
+
+
+def _names(record: dict[str, Any]) -> str:
+    """The first keys of an object, in one line."""
+    some = [key if key.isprintable() else ascii(key) for key in itertools.islice(record, LISTED)]
+    return ", ".join(some) + (", ..." if len(record) > LISTED else "") or "none"
 
 
 def _read_parquet(path: Path, text_key: str) -> Iterator[Document]:

@@ -2,12 +2,12 @@
 
 import multiprocessing
 import os
-import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from mlm_train.data.tokenizer import Tokenizer
 from mlm_train.errors import UserError
+from mlm_train.stopping import deaf_children
 
 
 class Batch(Protocol):
@@ -38,6 +39,7 @@ def encode_in_order(
         for batch in batches:
             yield batch, _encode(tokenizer, batch.texts)
         return
+    resource_tracker.ensure_running()  # as it starts it hears what the next line leaves out
     pool = ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
@@ -47,7 +49,8 @@ def encode_in_order(
     waiting: deque[tuple[AnyBatch, Future[list[np.ndarray]]]] = deque()
     try:
         for batch in batches:
-            waiting.append((batch, pool.submit(_encode_here, batch.texts)))
+            with deaf_children():  # the first one starts the processes
+                waiting.append((batch, pool.submit(_encode_here, batch.texts)))
             if len(waiting) == 4 * workers:
                 yield _finished(waiting)
         while waiting:
@@ -75,7 +78,6 @@ _tokenizer: Tokenizer  # of a worker process
 
 def _start_worker(path: Path, eod_id: int) -> None:
     global _tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to report
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _tokenizer = Tokenizer.load(path, eod=eod_id)

@@ -10,6 +10,7 @@ from rich.text import Text
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
 from mlm_train.data.tokenizer import tokenizer_of
+from mlm_train.terminal import shown
 
 BATCH_TOKENS = tuple(k * 1024 for k in (2, 16, 64, 256, 1024, 4096))
 BATCHES_AVERAGED = 8
@@ -32,7 +33,13 @@ def inspect(data: PreparedData, sequence_length: int, samples: int, console: Con
     tokenizer = tokenizer_of(data.path)
     ids, _ = train.batch(0, min(samples, train.samples_per_epoch))
     for number, row in enumerate(ids.tolist()):
-        console.print(Panel(Text(tokenizer.decode(row)), title=f"train sample {number}", title_align="left"))
+        console.print(
+            Panel(
+                Text(shown(tokenizer.decode(row), console.file)),
+                title=f"train sample {number}",
+                title_align="left",
+            )
+        )
 
 
 def distinct_ids(samples: Samples) -> dict[int, float]:

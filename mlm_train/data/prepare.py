@@ -10,16 +10,16 @@ from types import ModuleType
 
 import numpy as np
 
-from mlm_train.data.documents import SPLITS, Document, Source, find_sources
+from mlm_train.data.documents import SPLITS, Document, Inputs, find_sources, listing
 from mlm_train.data.encode import encode_in_order
 from mlm_train.data.fraction import text_fraction
 from mlm_train.data.prepared import (
-    MANIFEST,
     FileRecord,
     Manifest,
     SplitRecord,
     TokenizerRecord,
     fingerprint_of,
+    write_manifest,
 )
 from mlm_train.data.tokenizer import FILE_OF_KIND, Tokenizer, tokenizer_of
 from mlm_train.data.train_tokenizer import train_sentencepiece
@@ -48,25 +48,28 @@ def prepare(
     workers: int = 1,
     eod: str | None = None,
     progress: Progress = lambda stage, done, total: None,
+    tell_left_out: Callable[[dict[str, str]], None] = lambda left_out: None,
 ) -> Manifest:
     """Tokenise `inputs` into the folder `output` (layout: prepared.py) and return its manifest.
 
     inputs: files, folders or Hugging Face dataset names. tokenizer: a .model, a tokenizer.json, a
     folder that holds one, or train:VOCAB. Documents without a split of their own go to validation
-    by a hash of their text. The output is the same for any number of workers.
+    by a hash of their text. The output is the same for any number of workers. tell_left_out is called at the
+    end with the files of folders that hold no text, and why.
     Raises UserError for bad input; then nothing stays behind.
     """
     fraction = _check_fraction(validation, validation_fraction)
     with new_folder(output) as partial:
-        sources = find_sources(inputs, text_key, validation)
-        if validation_fraction is not None and all(source.split for source in sources):
+        found = find_sources(inputs, text_key, validation)
+        if validation_fraction is not None and all(source.split for source in found.sources):
             raise UserError(
                 "--validation-fraction has no effect: the input brings its own split; leave it out"
             )
-        corpus = Corpus(sources, fraction, progress)
+        corpus = Corpus(found, fraction, progress)
         loaded = _place_tokenizer(tokenizer, partial, corpus, eod)
         manifest = _write_tokens(partial, corpus, loaded, workers)
-        (partial / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_manifest(partial, manifest)
+    tell_left_out(found.left_out)
     return manifest
 
 
@@ -94,19 +97,19 @@ class _Batch:
 class Corpus:
     """All documents with their splits; may be read several times."""
 
-    sources: Sequence[Source]
+    inputs: Inputs
     fraction: float
     progress: Progress
 
     @property
     def size(self) -> int | None:
         """Bytes of the inputs; None if one does not tell."""
-        sizes = [source.size for source in self.sources]
+        sizes = [source.size for source in self.inputs.sources]
         return None if None in sizes else sum(size for size in sizes if size)
 
     def documents(self) -> Iterator[tuple[str, Document]]:
         """Split and document, in the order of the sources; blank documents are left out."""
-        for source in self.sources:
+        for source in self.inputs.sources:
             for document in source.read():
                 if not document.text or document.text.isspace():
                     continue
@@ -149,8 +152,11 @@ def _place_tokenizer(choice: str, folder: Path, corpus: Corpus, eod: str | None)
             raise UserError(f"--tokenizer {choice}: write a vocabulary size, such as train:8192")
         path = folder / FILE_OF_KIND["sentencepiece"]
         path.write_bytes(train_sentencepiece(corpus.training_texts(), int(size), corpus.size))
-        return Tokenizer.load(path, eod)
+        trained = Tokenizer.load(path, eod)
+        trained.check_end()
+        return trained
     given = tokenizer_of(choice, eod) if os.path.isdir(choice) else Tokenizer.load(choice, eod)
+    given.check_end()
     path = folder / FILE_OF_KIND[given.kind]
     shutil.copyfile(given.path, path)
     return Tokenizer.load(path, given.eod_id)
@@ -169,7 +175,15 @@ class _SplitWriter:
         self.documents = self.tokens = self.characters = self.text_bytes = 0
 
     def add(self, text: str, ids: np.ndarray, ends: bool) -> None:
-        """Append a piece of a document; with `ends`, the end-of-document id and a boundary too."""
+        """Append a piece of a document; with `ends`, the end-of-document id and a boundary too.
+
+        Raises UserError where the text holds that id already: it would be two documents.
+        """
+        if self._end in ids:
+            raise UserError(
+                f"the text of a document ({text[:40]!r}...) becomes the end-of-document id {self._end[0]}; "
+                "name another token with --eod, or use another tokenizer"
+            )
         self._pieces.append(ids)
         self.characters += len(text)
         self.text_bytes += len(text.encode("utf-8"))
@@ -208,8 +222,9 @@ def _write_tokens(folder: Path, corpus: Corpus, tokenizer: Tokenizer, workers: i
     documents = sum(writer.documents for writer in writers.values())
     for name, writer in writers.items():
         if not writer.documents:
+            files = f" ({listing(corpus.inputs.left_out)})" if corpus.inputs.left_out else ""
             raise UserError(
-                f"none of the {documents} documents is in the {name} split; "
+                f"none of the {documents} documents is in the {name} split{files}; "
                 "give more text, another --validation-fraction, or --validation PATH"
             )
     splits = {name: writer.finish() for name, writer in writers.items()}

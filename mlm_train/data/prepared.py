@@ -3,7 +3,7 @@
     FOLDER/train.bin, train.idx             token ids, and where the documents are
     FOLDER/validation.bin, validation.idx   the same for evaluation
     FOLDER/tokenizer.model | tokenizer.json
-    FOLDER/manifest.json                    sizes, hashes, counts; written last
+    FOLDER/manifest.json                    sizes, hashes, counts, and a hash of these; written last
 
 `.bin` and `.idx` are Megatron's indexed dataset (megatron-core reads them too). Every document is
 one sequence of the `.idx` and ends with `eod_id`.
@@ -15,30 +15,25 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, PositiveInt
 
+from mlm_train.data.checks import AGAIN, INDEX_HEADER, check_documents, check_sizes, check_tokenizer
 from mlm_train.errors import UserError
-from mlm_train.files import listed, open_regular, sha256_of
-from mlm_train.records import Record, json_value, read_regular, record_of
+from mlm_train.files import listed, open_regular, sha256_of, write_json
+from mlm_train.records import SEAL, Record, json_value, read_regular, record_of, seal_of
 
 MANIFEST = "manifest.json"
-INDEX_HEADER = np.dtype(
-    [("magic", "S9"), ("version", "<u8"), ("dtype", "u1"), ("sequences", "<u8"), ("documents", "<u8")]
-)
-"""Start of an .idx; then int32 lengths, int64 byte offsets, int64 document boundaries."""
-
-
-Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+UNSEALED = 1  # the version of manifests without a checksum of themselves
 
 
 class FileRecord(Record):
     """A file beside the manifest. bytes: its exact size."""
 
     file: str
-    bytes: Count
+    bytes: NonNegativeInt
     sha256: str
 
 
@@ -53,27 +48,27 @@ class TokenizerRecord(Record):
 class SplitRecord(Record):
     """One split. tokens counts end-of-document ids too; text_bytes is UTF-8."""
 
-    documents: Count
-    tokens: Count
-    characters: Count
-    text_bytes: Count
+    documents: PositiveInt
+    tokens: PositiveInt
+    characters: PositiveInt
+    text_bytes: PositiveInt
     bin: FileRecord
     idx: FileRecord
 
 
 class Manifest(Record):
-    """What manifest.json says. fingerprint: see fingerprint_of."""
+    """What manifest.json says, beside the checksum of that. fingerprint: see fingerprint_of."""
 
     format: Literal["mlm-data"] = "mlm-data"
-    version: Literal[1] = 1
-    vocab_size: Annotated[Count, Field(ge=1)]
-    eod_id: Count
+    version: Literal[1, 2] = 2
+    vocab_size: PositiveInt
+    eod_id: NonNegativeInt
     dtype: Literal["uint16", "int32"]
     documents_are: Literal["one .idx sequence each, ended by eod_id"] = (
         "one .idx sequence each, ended by eod_id"
     )
     tokenizer: TokenizerRecord
-    splits: dict[str, SplitRecord]
+    splits: dict[str, SplitRecord] = Field(min_length=1)
     fingerprint: str
 
 
@@ -128,7 +123,7 @@ class PreparedData:
 
     @classmethod
     def open(cls, path: str | Path) -> "PreparedData":
-        """Open a folder, checking the manifest, every file's size, and the tokenizer's hash.
+        """Open a folder, checking the manifest, every file's size, counts by these, and the tokenizer's hash.
 
         Raises UserError naming the file that is missing, truncated, changed or not in the folder.
         """
@@ -136,11 +131,14 @@ class PreparedData:
         data = cls(path, _read_manifest(path))
         for record in data._files():
             _check_size(listed(path, record.file, MANIFEST), record.bytes)
-        data._check_counts()
+        for name, split in data.manifest.splits.items():
+            check_sizes(path / MANIFEST, name, split, data.manifest.dtype)
         tokenizer = data.manifest.tokenizer
         if not listed(path, tokenizer.file, MANIFEST).is_file():
-            raise UserError(f"{path / tokenizer.file} is missing; {_AGAIN}")
+            raise UserError(f"{path / tokenizer.file} is missing; {AGAIN}")
         _check_hash(path / tokenizer.file, tokenizer.sha256, read_regular(path / tokenizer.file))
+        if data.manifest.version == UNSEALED:
+            check_tokenizer(path, path / MANIFEST, data.manifest)
         return data
 
     def split(self, name: str) -> TokenStream:
@@ -153,26 +151,21 @@ class PreparedData:
         )
 
     def verify(self) -> None:
-        """Read every file again and compare its SHA-256; UserError names one that changed."""
+        """Read every file again: SHA-256, documents, ids, tokenizer. UserError names what is wrong."""
         for record in self._files():
             _check_hash(self.path / record.file, record.sha256)
-
-    def _check_counts(self) -> None:
-        """What the manifest counts must be what its files have room for."""
-        item = np.dtype(self.manifest.dtype).itemsize
-        for name, split in self.manifest.splits.items():
-            index = INDEX_HEADER.itemsize + 12 * split.documents + 8 * (split.documents + 1)
-            if (split.tokens * item, index) != (split.bin.bytes, split.idx.bytes):
-                raise UserError(
-                    f"{self.path / MANIFEST} counts other tokens or documents of {name} than its files hold; "
-                    f"{_AGAIN}"
-                )
+        check_tokenizer(self.path, self.path / MANIFEST, self.manifest)
+        for name in self.manifest.splits:
+            check_documents(self.split(name), self.vocab_size, self.eod_id)
 
     def _files(self) -> list[FileRecord]:
         return [file for split in self.manifest.splits.values() for file in (split.bin, split.idx)]
 
 
-_AGAIN = "run `mlm-train data prepare` again into a new folder, or copy the folder again"
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write it with a checksum of itself, all at once."""
+    tree = manifest.model_dump(mode="json")
+    write_json(folder / MANIFEST, tree | {SEAL: seal_of(tree)})
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -185,10 +178,15 @@ def _read_manifest(folder: Path) -> Manifest:
             f"write it with `mlm-train data prepare --output {folder} ...`"
         ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); {_AGAIN}") from None
-    manifest = record_of(Manifest, tree, path, _AGAIN)
+        raise UserError(f"{path} cannot be read ({error}); {AGAIN}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} describes no prepared data; {AGAIN}")
+    seal = tree.pop(SEAL, None)
+    if seal != seal_of(tree) and (seal is not None or tree.get("version") != UNSEALED):
+        raise UserError(f"{path} was changed: its checksum differs; {AGAIN}")
+    manifest = record_of(Manifest, tree, path, AGAIN)
     if manifest.fingerprint != fingerprint_of(manifest.tokenizer, manifest.eod_id, manifest.splits):
-        raise UserError(f"{path} was changed: its fingerprint does not match its hashes; {_AGAIN}")
+        raise UserError(f"{path} was changed: its fingerprint does not match its hashes; {AGAIN}")
     return manifest
 
 
@@ -197,15 +195,16 @@ def _check_size(path: Path, expected: int) -> None:
         with open_regular(path) as file:  # it must be readable too
             actual = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
-        raise UserError(f"{path} is missing ({expected} bytes expected); {_AGAIN}") from None
+        raise UserError(f"{path} is missing ({expected} bytes expected); {AGAIN}") from None
     if actual != expected:
-        raise UserError(f"{path} has {actual} bytes instead of {expected}; {_AGAIN}")
+        raise UserError(f"{path} has {actual} bytes instead of {expected}; {AGAIN}")
 
 
 def _check_hash(path: Path, expected: str, contents: bytes | None = None) -> None:
+    """`contents`: of the file, where they have been read already."""
     actual = sha256_of(path) if contents is None else hashlib.sha256(contents).hexdigest()
     if actual != expected:
         raise UserError(
             f"{path} was changed: its SHA-256 is {actual[:12]}..., "
-            f"the manifest says {expected[:12]}...; {_AGAIN}"
+            f"the manifest says {expected[:12]}...; {AGAIN}"
         )

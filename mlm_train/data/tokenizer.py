@@ -14,14 +14,26 @@ from mlm_train.records import read_json, read_regular
 Kind = Literal["sentencepiece", "huggingface"]
 FILE_OF_KIND: dict[Kind, str] = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json"}
 USUAL_END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>")
+DECLARED_IN = ("tokenizer_config.json", "special_tokens_map.json")  # beside a tokenizer.json
+NAMED = 5  # special tokens that an error names
 PIECE_CHARACTERS = 1 << 20
 _CUT = re.compile(r"(?<=\S)\n(?=\S)")
 
 
 class Backend(Protocol):
-    """What a tokenizer library must offer. Special tokens inside a text are read as plain text."""
+    """What a tokenizer library must offer. Special tokens inside a text are read as plain text.
+
+    `special`: the tokens that are no text by their kind, and their ids. `declared_end`: the one of them that
+    the file itself says ends a document.
+    """
 
     vocab_size: int
+
+    @property
+    def special(self) -> dict[str, int]: ...
+
+    @property
+    def declared_end(self) -> int | None: ...
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
 
@@ -29,7 +41,7 @@ class Backend(Protocol):
 
     def id_of(self, token: str) -> int | None: ...
 
-    def default_end(self) -> int | None: ...
+    def name_of(self, number: int) -> str: ...
 
 
 class Tokenizer:
@@ -50,7 +62,8 @@ class Tokenizer:
     def load(cls, path: str | Path, eod: str | int | None = None) -> "Tokenizer":
         """Read a SentencePiece `.model` or a Hugging Face `tokenizer.json`.
 
-        eod: the token that ends a document, as text or id; default: the file's own end token.
+        eod: the token that ends a document, as text or id; default: the one that the file declares, or
+        Hugging Face's files beside it, or a special token of a usual name that no text can produce.
         Raises UserError for a missing or unreadable file, an unknown kind, an unknown eod.
         """
         path = Path(path)
@@ -73,8 +86,31 @@ class Tokenizer:
     def eod_id(self) -> int:
         """Id of the end-of-document token. UserError if none is known."""
         if self._end is None:
-            raise UserError(f"tokenizer {self.path} has no usual end-of-document token; name one with --eod")
+            raise UserError(
+                f"tokenizer {self.path} has no usual end-of-document token that no text can produce; "
+                f"{self._alternatives()}"
+            )
         return self._end
+
+    def check_end(self) -> None:
+        """UserError where a text can hold the end-of-document id: it would be cut into several documents."""
+        end = self.eod_id
+        names = [name for name, number in self._backend.special.items() if number == end]
+        if not names or _text_can_produce(self._backend, end, names[0]):
+            name = names[0] if names else self._backend.name_of(end)
+            raise UserError(
+                f"tokenizer {self.path}: a text can produce {name!r} (id {end}), which is to end documents; "
+                f"{self._alternatives()}"
+            )
+
+    def _alternatives(self) -> str:
+        """What to do instead, with the special tokens that may end a document."""
+        special = self._backend.special.items()
+        safe = [name for name, number in special if not _text_can_produce(self._backend, number, name)]
+        if not safe:
+            return "it has none such: use another tokenizer"
+        more = f" and {len(safe) - NAMED} more" if len(safe) > NAMED else ""
+        return f"name another with --eod: {', '.join(map(repr, safe[:NAMED]))}{more}"
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; no begin or end token is added."""
@@ -142,12 +178,44 @@ def _kind_of(path: Path) -> Kind:
 
 
 def _end_id(backend: Backend, eod: str | int | None, path: Path) -> int | None:
+    if eod is None and backend.declared_end is None:
+        eod = _declared_beside(path)
     if eod is None:
-        return backend.default_end()
+        return _usual_end(backend) if backend.declared_end is None else backend.declared_end
     end = backend.id_of(eod) if isinstance(eod, str) else eod
     if end is None or not 0 <= end < backend.vocab_size:
         raise UserError(f"tokenizer {path} has no token {eod!r}; name one of its tokens with --eod")
     return end
+
+
+def _declared_beside(path: Path) -> str | None:
+    """The end token that Hugging Face's files in a tokenizer.json's folder declare."""
+    for name in DECLARED_IN:
+        if path.suffix == ".json" and (path.parent / name).is_file():
+            end = read_json(path.parent / name, "repair or remove it").get("eos_token")
+            end = end.get("content") if isinstance(end, dict) else end
+            if isinstance(end, str):
+                return end
+    return None
+
+
+def _usual_end(backend: Backend) -> int | None:
+    found = ((backend.special.get(token), token) for token in USUAL_END_TOKENS)
+    return next((i for i, token in found if i is not None and not _text_can_produce(backend, i, token)), None)
+
+
+def _text_can_produce(backend: Backend, number: int, token: str) -> bool:
+    """Whether a text that spells a token, as normalisers may read it too, becomes that token.
+
+    Special tokens lie in many vocabularies as words do, and some models look them up as they do words.
+    """
+    spelled = {token, token.upper(), token.lower(), token.translate(_FULL_WIDTH)}
+    around = ("", " ", "\n", "a", ".")
+    texts = [before + name + after for name in spelled for before in around for after in around]
+    return any(number in ids for ids in backend.encode_batch(texts))
+
+
+_FULL_WIDTH = {code: code + 0xFEE0 for code in range(0x21, 0x7F)}
 
 
 def _recorded_end(folder: Path) -> int | None:
@@ -156,6 +224,8 @@ def _recorded_end(folder: Path) -> int | None:
             end = read_json(folder / name, "").get(key)
         except UserError:
             continue  # the folder's own reader complains about a broken file; here it only lacks a hint
+        if isinstance(end, list):  # chat models have several; the first ends what they were pretrained on
+            end = next(iter(end), None)
         if isinstance(end, int):
             return end
     return None
@@ -187,7 +257,16 @@ class _SentencePiece:
         found = self._processor.piece_to_id(token)
         return found if self._processor.id_to_piece(found) == token else None
 
-    def default_end(self) -> int | None:
+    def name_of(self, number: int) -> str:
+        return self._processor.id_to_piece(number)
+
+    @cached_property
+    def special(self) -> dict[str, int]:
+        ids = (i for i in range(self.vocab_size) if self._processor.is_control(i))
+        return {self.name_of(i): i for i in ids}
+
+    @property
+    def declared_end(self) -> int | None:
         end = self._processor.eos_id()
         return end if end >= 0 else None
 
@@ -195,10 +274,10 @@ class _SentencePiece:
     def _mark_ids(self) -> list[int]:
         """Byte pieces of U+2581, which SentencePiece itself would turn into a space.
 
-        Empty for models without byte pieces, and for those that put a space before every text:
-        encoding a text in parts would give them extra spaces.
+        Empty for models without byte pieces, and for those that add or remove spaces at the ends of a text:
+        encoding it in parts would do so in the middle.
         """
-        if self._processor.encode("a", out_type=str) != ["a"]:
+        if self._processor.normalize(" a ") != f"{_MARK}a{_MARK}":  # whatever pieces there are
             return []
         ids = [self.id_of(f"<0x{byte:02X}>") for byte in _MARK.encode()]
         return [i for i in ids if i is not None] if None not in ids else []
@@ -228,7 +307,11 @@ class _HuggingFace:
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # tokenizers raises plain Exception
+            reason = " ".join(str(error).split())
+            raise UserError(f"the tokenizer cannot encode a text ({reason}); use another") from None
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: list[int]) -> str:
@@ -237,6 +320,15 @@ class _HuggingFace:
     def id_of(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 
-    def default_end(self) -> int | None:
-        found = (self.id_of(token) for token in USUAL_END_TOKENS)
-        return next((end for end in found if end is not None), None)
+    def name_of(self, number: int) -> str:
+        return str(self._tokenizer.id_to_token(number))
+
+    @cached_property
+    def special(self) -> dict[str, int]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: number for number, token in sorted(added.items()) if token.special}
+
+    @property
+    def declared_end(self) -> None:
+        """A tokenizer.json says nothing of it."""
+        return None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_train.arguments import MODEL_KINDS
+from mlm_train.checks import add_verify
 from mlm_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baselines", metavar="RUN", help="also unigram and bigram, counted on the tokens RUN trained on"
     )
+    add_verify(parser, "the model, and of --tol,", "full, of --tol sizes")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--tokens", help="safetensors file with `tokens` int64 [batch, sequence]")
     parser.add_argument("--dump-logits", metavar="FILE", help="write their logits there")
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if args.tokens:
         from mlm_train.evaluate.logits import dump_logits
 
-        dump_logits(Path(args.model), Path(args.tokens), Path(args.dump_logits))
+        dump_logits(Path(args.model), Path(args.tokens), Path(args.dump_logits), args.verify or "full")
         print(f"wrote {args.dump_logits}")
         return 0
     result = _perplexities(args)
@@ -72,9 +74,12 @@ def _perplexities(args: argparse.Namespace) -> dict[str, Any]:
         args.samples,
         args.micro_batch,
         with_memory=args.tol is None,
+        verify=args.verify or "full",
     )
-    source = scorer.computed if args.tol is None else TolSource.open_folder(args.tol, scorer.config)
-    found = scorer.score(source)
+    if args.tol is None:
+        found = scorer.score(scorer.computed)
+    else:
+        found = scorer.score(TolSource.open_folder(args.tol, scorer.config, verify=args.verify or "sizes"))
     result = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
     result["windows"] = scorer.windows.count
     if args.baselines:
@@ -90,7 +95,7 @@ def _baselines(args: argparse.Namespace, scorer: "Scorer") -> dict[str, float]:
     from mlm_train.evaluate.baselines import BigramCounts
 
     data, windows = scorer.data, scorer.windows
-    manifest = open_checkpoint(resolve(Path(args.baselines)), hashes=False)
+    manifest = open_checkpoint(resolve(Path(args.baselines)), "sizes")
     if manifest.data.fingerprint != data.fingerprint:
         raise UserError(f"--baselines {args.baselines} was not trained on {args.data} (fingerprints differ)")
     config = config_of(manifest)

@@ -7,7 +7,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mlm_train.checkpoint.logical_folder import load_model
+from mlm_train.checkpoint.logical_folder import find_model, load_model
+from mlm_train.checks import Check
 from mlm_train.errors import UserError
 from mlm_train.files import check_output, draft_of, sync, writing
 from mlm_train.memory import make_source
@@ -15,7 +16,9 @@ from mlm_train.memory import make_source
 TENSOR = "tokens"
 
 
-def dump_logits(model_dir: str | Path, tokens_file: str | Path, out_file: str | Path) -> None:
+def dump_logits(
+    model_dir: str | Path, tokens_file: str | Path, out_file: str | Path, verify: Check = "full"
+) -> None:
     """Write `tokens` int64 [batch, sequence] and `logits` fp32 [batch, sequence, vocabulary].
 
     `tokens_file`: safetensors with the tensor `tokens`. Raises UserError for a missing or unfit tensor,
@@ -26,7 +29,7 @@ def dump_logits(model_dir: str | Path, tokens_file: str | Path, out_file: str | 
         raise UserError(f"{out} exists; give a new file, or remove it")
     check_output("--dump-logits", out, lambda _: False, "new file")
     tokens = _read_tokens(Path(tokens_file))
-    model = load_model(model_dir)
+    model = load_model(find_model(model_dir, verify))
     config = model.config
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < config.vocab_size:
         bad = int(tokens.min()) if int(tokens.min()) < 0 else int(tokens.max())

@@ -11,6 +11,7 @@ from rich.progress import track
 from torch import Tensor
 
 from mlm_train.checkpoint.logical_folder import open_model
+from mlm_train.checks import Check
 from mlm_train.config import ModelConfig
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
@@ -48,8 +49,8 @@ class Scorer:
     """A model (an export, a run's newest checkpoint, a checkpoint) and windows of text.
 
     length: tokens a window, the model's longest by default. count: windows, all by default. with_memory:
-    FFN-M too can be computed. verify=False: the model was verified by this command already. Raises UserError
-    for numbers that cannot be, for data of another tokenizer, or with more ids than the model knows.
+    FFN-M too can be computed. verify: what of the model is compared with its manifest. Raises UserError for
+    numbers that cannot be, for data of another tokenizer, or with more ids than the model knows.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Scorer:
         count: int | None = None,
         micro_batch: int = 8,
         with_memory: bool = False,
-        verify: bool = True,
+        verify: Check = "full",
     ) -> None:
         self.data = PreparedData.open(data)
         self._opened = open_model(model, verify=verify, with_memory=with_memory)

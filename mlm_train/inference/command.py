@@ -1,19 +1,22 @@
 """`mlm-train generate`: continue a prompt, with FFN-M computed or looked up."""
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from mlm_train.arguments import MODEL_KINDS
+from mlm_train.arguments import MODEL_KINDS, seed
+from mlm_train.checks import Check, add_verify
 from mlm_train.errors import UserError
+from mlm_train.terminal import json_line, shown
 
 if TYPE_CHECKING:
+    from mlm_train.checkpoint.logical_folder import ModelFolder
     from mlm_train.data.tokenizer import Tokenizer
     from mlm_train.inference.decode import Decoder
 
 HELP = """Continue a prompt. With --tol, FFN-M's weights are never loaded: its output is looked up.
+Ends at any of the model's end tokens. On a terminal, control characters in the text are shown escaped.
 
 examples:
   mlm-train generate --model exports/run1 --prompt "Once upon a time"
@@ -32,40 +35,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IDS",
         help="token ids such as 1,2,3: ids are written and no tokenizer is needed",
     )
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", default=64, help="default %(default)s")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        default=64,
+        help="default %(default)s; fewer where a token ends the text, or the model's context is full",
+    )
     parser.add_argument(
         "--temperature", type=float, metavar="T", default=0.0, help="0 takes the likeliest token (default)"
     )
     parser.add_argument(
         "--top-p", type=float, metavar="P", default=1.0, help="draw among the likeliest tokens of this total"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the draws (default %(default)s)")
+    add_verify(parser, "the model, and of --tol,", "full, of --tol sizes")
     parser.add_argument("--json", action="store_true", help="write one JSON object instead of streaming")
 
 
 def run(args: argparse.Namespace) -> int:
     """Stream the new tokens, or write {"ids", "text", "prefill_ms", "decode_ms_per_token"}."""
-    tokenizer = None
-    if args.prompt_ids is None:
-        from mlm_train.checkpoint.logical_folder import find_model
+    from mlm_train.checkpoint.logical_folder import find_model
 
-        tokenizer = find_model(args.model).tokenizer()
+    prompt = [] if args.prompt_ids is None else _ids(args.prompt_ids)
+    folder, tokenizer = find_model(args.model, args.verify or "full"), None
+    if args.prompt_ids is None:
+        tokenizer = folder.tokenizer()
         prompt = list(tokenizer.encode(args.prompt))
-    else:
-        prompt = _ids(args.prompt_ids)
-    decoder = _decoder(args.model, args.tol)
-    stop_id = _stop_id(tokenizer) if tokenizer is not None else None
-    tokens = decoder.generate(prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed, stop_id)
+    decoder = _decoder(folder, args.tol, args.verify or "sizes")
+    stops = {*folder.ends, *_end(tokenizer)}
+    tokens = decoder.generate(prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed, stops)
     ids = list(tokens) if args.json else _stream(tokens, prompt, tokenizer)
     timing = decoder.timing
     if args.json:
         text = _continuation(tokenizer, prompt, ids) if tokenizer is not None else None
         result = {"ids": ids, "text": text, "prefill_ms": timing.prefill_ms}
-        print(json.dumps(result | {"decode_ms_per_token": timing.decode_ms_per_token}, ensure_ascii=False))
-        return 0
-    decode = timing.decode_ms_per_token
-    shown = f", then {decode:.2f} ms per token" if decode is not None else ""
-    print(f"prefill of {len(prompt)} tokens {timing.prefill_ms:.1f} ms{shown}", file=sys.stderr)
+        print(json_line(result | {"decode_ms_per_token": timing.decode_ms_per_token}))
+    if len(ids) == decoder.room(prompt) < args.max_new_tokens:
+        context = decoder.model.config.max_position_embeddings
+        what = f"{len(ids)} of {args.max_new_tokens} new tokens"
+        print(f"{what}: the model's context of {context} tokens is full", file=sys.stderr)
+    if not args.json:
+        decode = timing.decode_ms_per_token
+        then = f", then {decode:.2f} ms per token" if decode is not None else ""
+        print(f"prefill of {len(prompt)} tokens {timing.prefill_ms:.1f} ms{then}", file=sys.stderr)
     return 0
 
 
@@ -76,26 +89,26 @@ def _ids(text: str) -> list[int]:
         raise UserError(f"--prompt-ids {text!r}: write whole numbers such as 1,2,3") from None
 
 
-def _decoder(model_dir: str, tol_dir: str | None) -> "Decoder":
-    from mlm_train.checkpoint.logical_folder import load_model, read_model_config
+def _decoder(folder: "ModelFolder", tol_dir: str | None, verify: Check) -> "Decoder":
+    from mlm_train.checkpoint.logical_folder import load_model
     from mlm_train.inference.decode import Decoder
     from mlm_train.memory import make_source
     from mlm_train.tol.store import TolSource
 
     if tol_dir is not None:
         # First: it fails faster than the weights load.
-        store = TolSource.open_folder(tol_dir, read_model_config(model_dir))
-        return Decoder(load_model(model_dir, with_memory=False), store)
-    model = load_model(model_dir)
+        store = TolSource.open_folder(tol_dir, folder.config, verify=verify)
+        return Decoder(load_model(folder, with_memory=False), store)
+    model = load_model(folder)
     return Decoder(model, make_source("unique", model.memory_blocks()) if model.config.has_memory else None)
 
 
-def _stop_id(tokenizer: "Tokenizer") -> int | None:
-    """The end-of-document token; a tokenizer without one stops nowhere."""
+def _end(tokenizer: "Tokenizer | None") -> list[int]:
+    """The end-of-document token, which some tokenizers lack."""
     try:
-        return tokenizer.eod_id
+        return [] if tokenizer is None else [tokenizer.eod_id]
     except UserError:
-        return None
+        return []
 
 
 def _continuation(tokenizer: "Tokenizer", prompt: list[int], ids: list[int]) -> str:
@@ -106,7 +119,7 @@ def _continuation(tokenizer: "Tokenizer", prompt: list[int], ids: list[int]) -> 
 def _stream(tokens: Iterable[int], prompt: list[int], tokenizer: "Tokenizer | None") -> list[int]:
     """Write each token as it comes; the tokens."""
     ids: list[int] = []
-    shown = 0
+    written = 0
     for token in tokens:
         ids.append(token)
         if tokenizer is None:
@@ -114,9 +127,9 @@ def _stream(tokens: Iterable[int], prompt: list[int], tokenizer: "Tokenizer | No
             continue
         text = _continuation(tokenizer, prompt, ids)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of which bytes are still to come
-            print(text[shown:], end="", flush=True)
-            shown = len(text)
+            print(shown(text[written:]), end="", flush=True)
+            written = len(text)
     if tokenizer is not None:
-        print(_continuation(tokenizer, prompt, ids)[shown:], end="")
+        print(shown(_continuation(tokenizer, prompt, ids)[written:]), end="")
     print()
     return ids

@@ -1,7 +1,7 @@
 """Token-by-token generation with any memory source."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,13 +43,14 @@ class Decoder:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-        stop_id: int | None = None,
+        stop_ids: Collection[int] = (),
     ) -> Iterator[int]:
-        """New tokens after `ids`, one by one, up to `stop_id` (left out) or `max_new_tokens`.
+        """New tokens after `ids`, one by one, up to one of `stop_ids` (left out) or `max_new_tokens`.
 
-        temperature 0 takes the likeliest token; otherwise tokens are drawn with `seed` from the smallest
-        set whose probability reaches top_p. `timing` is that of the newest call. Raises UserError at once
-        for an empty or too long prompt, unknown ids, and numbers out of range.
+        Where the context is full sooner, they end there. temperature 0 takes the likeliest token; otherwise
+        tokens are drawn with `seed` from the smallest set whose probability reaches top_p. `timing` is that
+        of the newest call. Raises UserError at once for an empty prompt and for one that fills the context
+        alone, unknown ids, and numbers out of range.
         """
         config = self.model.config
         if not ids:
@@ -61,10 +62,11 @@ class Decoder:
                 )
         if max_new_tokens < 1:
             raise UserError(f"--max-new-tokens {max_new_tokens}: give at least 1")
-        if len(ids) + max_new_tokens > config.max_position_embeddings:
+        room = self.room(ids)
+        if room < 1:
             raise UserError(
-                f"{len(ids)} prompt tokens and {max_new_tokens} new ones are more than the model's "
-                f"max_position_embeddings={config.max_position_embeddings}; shorten one"
+                f"{len(ids)} prompt tokens leave no room in the model's "
+                f"max_position_embeddings={config.max_position_embeddings}; shorten the prompt"
             )
         if not 0 <= temperature < float("inf"):
             raise UserError(f"--temperature {temperature}: give 0 (greedy) or more")
@@ -72,9 +74,13 @@ class Decoder:
             raise UserError(f"--top-p {top_p}: give more than 0 and at most 1")
         self.timing = Timing()
         draw = _Draw(temperature, top_p, seed)
-        return self._steps(list(ids), max_new_tokens, draw, stop_id)
+        return self._steps(list(ids), min(max_new_tokens, room), draw, frozenset(stop_ids))
 
-    def _steps(self, ids: list[int], count: int, draw: "_Draw", stop_id: int | None) -> Iterator[int]:
+    def room(self, ids: Sequence[int]) -> int:
+        """New tokens for which the context has positions after `ids`."""
+        return self.model.config.max_position_embeddings - len(ids)
+
+    def _steps(self, ids: list[int], count: int, draw: "_Draw", stop_ids: frozenset[int]) -> Iterator[int]:
         weight = next(self.model.parameters())
         cache = KVCache(self.model.config, len(ids) + count, 1, weight.dtype, weight.device)
         start = time.perf_counter()
@@ -83,7 +89,7 @@ class Decoder:
         token = draw(self.model.head(hidden[0, -1]))
         self.timing.prefill_ms = 1e3 * (time.perf_counter() - start)
         for made in range(1, count + 1):
-            if token == stop_id:
+            if token in stop_ids:
                 return
             yield token
             if made == count:

@@ -8,7 +8,9 @@ from mlm_train.memory.per_token import PerToken
 from mlm_train.memory.table import Share, Table
 from mlm_train.memory.unique import Unique
 from mlm_train.model.block import MemoryBlock
-from mlm_train.model.source import MemorySource, Positions
+from mlm_train.model.source import Positions
+
+TrainingSource = PerToken | Unique | Table
 
 
 def make_source(
@@ -19,7 +21,7 @@ def make_source(
     share: Share | None = None,
     tables: int | None = None,
     kept: int = 0,
-) -> MemorySource:
+) -> TrainingSource:
     """The memory source of a mode (config field memory.mode, decided) over a model's blocks.
 
     For tables: `precision`, the autocast they are computed under, outside the micro-batches; `share`,
@@ -37,4 +39,4 @@ def make_source(
     return Table(first, positions, precision, share, Unique(others, positions) if others else None, kept)
 
 
-__all__ = ["PerToken", "Share", "Table", "Unique", "make_source"]
+__all__ = ["PerToken", "Share", "Table", "TrainingSource", "Unique", "make_source"]

@@ -17,3 +17,7 @@ class PerToken:
     def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
         """x0 [batch, sequence, hidden]; ids are not needed."""
         return lambda layer: self.blocks[layer].ffn_m_of_micro_batch(x0)
+
+    def evaluations(self, tokens: int, distinct: int) -> int:
+        """FFN-M evaluations of a step, rows times layers: of `tokens` positions."""
+        return len(self.blocks) * tokens

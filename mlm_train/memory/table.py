@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlm_train.memory.rows import Lookup
+from mlm_train.memory.unique import Unique
 from mlm_train.model.block import MemoryBlock
 from mlm_train.model.linear import compute_dtype
-from mlm_train.model.source import MemoryReader, MemorySource, Positions
+from mlm_train.model.source import MemoryReader, Positions
 
 ROWS = 4096  # of a block, at most; of fewer than about 1,500 products run at half the speed here
 
@@ -54,7 +55,7 @@ class Table:
         positions: Positions | None = None,
         precision: torch.autocast | None = None,
         share: Share | None = None,
-        rest: MemorySource | None = None,
+        rest: Unique | None = None,
         kept: int = 0,
     ) -> None:
         self.blocks, self.positions, self.rest = blocks, positions or Positions(), rest
@@ -67,6 +68,7 @@ class Table:
         self.tables: dict[int, Tensor] = {}
         self.gradients: dict[int, Tensor] = {}
         self.passes: dict[int, list[Tensor]] = {}
+        self.computed = 0  # rows of each of the latest step's tables that this process computes
 
     def begin(self, ids: Tensor, rows: Tensor) -> None:
         """Tables of a step. ids int64 [distinct], sorted: the distinct ones here.
@@ -74,7 +76,7 @@ class Table:
         rows: embeddings of share.begin(ids), fp32 [share, hidden]. Under no_grad lookups have no gradients.
         """
         training = torch.is_grad_enabled()
-        self.ids = ids
+        self.ids, self.computed = ids, len(rows)
         # One block at least: with no row here the weights still get their zero gradients, as on other ranks.
         self.rows = [some.detach().requires_grad_(training) for some in _blocks(rows)]
         for layer, block in self.blocks.items():
@@ -121,6 +123,14 @@ class Table:
             return Lookup.apply(index, self.tables[layer], self.gradients[layer], self.anchors[layer])
 
         return read
+
+    def evaluations(self, tokens: int, distinct: int) -> int:
+        """FFN-M evaluations of the latest step, rows times layers; what `finish` runs again is not counted.
+
+        tokens, distinct: positions, and ids summed over micro-batches, for the layers without a table.
+        """
+        others = self.rest.evaluations(tokens, distinct) if self.rest is not None else 0
+        return len(self.blocks) * self.computed + others
 
     def finish(self) -> Tensor:
         """FFN-M's backward, once a layer; the gradient of the rows given to `begin`, fp32 [share, hidden].

@@ -40,3 +40,7 @@ class Unique:
             return memory.index_select(0, index.flatten()).view(x0.shape)
 
         return read
+
+    def evaluations(self, tokens: int, distinct: int) -> int:
+        """FFN-M evaluations of a step, rows times layers; `distinct`: the sum of its micro-batches' ids."""
+        return len(self.blocks) * distinct

@@ -23,31 +23,46 @@ class Parameters(NamedTuple):
 def count_parameters(config: ModelConfig) -> Parameters:
     """Parameters of a model; `active` is what remains when FFN-M is served from a ToL."""
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    width = config.num_attention_heads * config.attention_head_dim
-    kv_width = config.kv_heads * config.attention_head_dim
-    attention = hidden * (2 * width + 2 * kv_width) + hidden
-    ffn = 3 * hidden * config.intermediate_size + hidden
-    compute = 0
-    if config.kind == "flex":
-        products = 3 if config.compute_form == "swiglu" else 2
-        assert config.compute_intermediate_size is not None
-        compute = products * hidden * config.compute_intermediate_size + hidden
-    total = layers * (attention + ffn + compute) + hidden
-    ffn_m = layers * ffn if config.has_memory else 0
+    matrices = _layer_matrices(config)
+    # Each of them has a norm before it, and one stands before the head.
+    total = layers * sum(elements + hidden for elements in matrices if elements) + hidden
+    ffn_m = layers * (matrices.ffn + hidden) if config.has_memory else 0
     embedding = config.vocab_size * hidden
     head = 0 if config.tie_word_embeddings else embedding
     return Parameters(total, total - ffn_m, ffn_m, embedding, head)
 
 
-def train_flops_per_token(config: ModelConfig, sequence_length: int, distinct_ratio: float = 1.0) -> float:
-    """Forward and backward FLOPs a token: what MFU divides by the peak.
+class _Matrices(NamedTuple):
+    """Elements of one layer's weight matrices; ffn: base's FFN, or FFN-M; compute: FFN-C."""
 
-    6 * (active parameters + head) + 6 * FFN-M * distinct_ratio + 6 * layers * width * sequence, the
-    last for causal attention (two products of sequence/2 on average, three passes). Norms and softmax
-    are left out. `distinct_ratio`: FFN-M evaluations a token, 1 with memory.mode=per_token.
+    attention: int
+    ffn: int
+    compute: int
+
+
+def _layer_matrices(config: ModelConfig) -> _Matrices:
+    hidden = config.hidden_size
+    width = config.num_attention_heads * config.attention_head_dim
+    kv_width = config.kv_heads * config.attention_head_dim
+    compute = 0
+    if config.kind == "flex":
+        products = 3 if config.compute_form == "swiglu" else 2
+        assert config.compute_intermediate_size is not None
+        compute = products * hidden * config.compute_intermediate_size
+    return _Matrices(hidden * (2 * width + 2 * kv_width), 3 * hidden * config.intermediate_size, compute)
+
+
+def train_flops_per_token(config: ModelConfig, sequence_length: int, ffn_m_ratio: float = 1.0) -> float:
+    """Forward and backward FLOPs per token: what MFU divides by the peak.
+
+    6 * (elements of the active weight matrices, head included) + 6 * elements of FFN-M's * ffn_m_ratio
+    + 6 * layers * width * sequence, the last for causal attention (two products of sequence/2 on average,
+    three passes). Norms, softmax, and lookups are left out. `ffn_m_ratio`: FFN-M evaluations per token and
+    layer, 1 with memory.mode=per_token.
     """
-    counts = count_parameters(config)
+    layers, matrices = config.num_hidden_layers, _layer_matrices(config)
     head = config.vocab_size * config.hidden_size
     width = config.num_attention_heads * config.attention_head_dim
-    attention = 6 * config.num_hidden_layers * width * sequence_length
-    return 6.0 * (counts.active + head) + 6.0 * counts.ffn_m * distinct_ratio + attention
+    ffn = layers * matrices.ffn * (ffn_m_ratio if config.has_memory else 1.0)
+    products = layers * (matrices.attention + matrices.compute) + ffn + head
+    return 6.0 * products + 6 * layers * width * sequence_length

@@ -20,8 +20,8 @@ from mlm_train.errors import escaped
 from mlm_train.model.counts import train_flops_per_token
 from mlm_train.monitor.events import Appended, Events
 from mlm_train.monitor.heartbeat import Heartbeat
-from mlm_train.monitor.report import Evaluation, Progress, Saved, Step, StepReport
-from mlm_train.monitor.resources import measured_peak_flops, peak_memory_bytes
+from mlm_train.monitor.report import Evaluation, Progress, Saved, StepReport
+from mlm_train.monitor.resources import peak_flops, peak_memory_bytes
 from mlm_train.monitor.stragglers import Stragglers
 from mlm_train.parallel.runtime import Runtime
 
@@ -34,10 +34,7 @@ class Monitor:
 
     def __init__(self, config: Config, runtime: Runtime, progress: Progress, hosts: Sequence[str]) -> None:
         self.config, self.runtime = config, runtime
-        peak = config.monitor.peak_tflops
-        self.peak_flops = (
-            measured_peak_flops(runtime.device, config.train.precision) if peak is None else peak * 1e12
-        )
+        self.peaks = peak_flops(runtime.device, config.train.precision, config.monitor.peak_tflops)
         self.recent: deque[float] = deque(maxlen=50)
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.log: Appended | None = None
@@ -92,7 +89,7 @@ class Monitor:
         self.say(
             f"step {step}/{last} | loss {values['train/loss']:.4f} | ppl {values['train/perplexity']:.2f} | "
             f"lr {report.lr:.2e} | grad {values['train/grad_norm']:.3f} | "
-            f"{values['speed/tokens_per_second']:.0f} tok/s | mfu {values['speed/mfu']:.1%} | "
+            f"{values['speed/tokens_per_second']:.0f} tok/s | mfu {self._mfu_words(values)} | "
             f"distinct {values['data/distinct_ratio_step']:.3f} | {values['speed/step_seconds']:.2f} s | "
             f"{_epochs(report.consumed)}left {_clock(left)}"
         )
@@ -139,41 +136,42 @@ class Monitor:
         """TensorBoard's scalars of a step, by tag."""
         result = report.result
         seconds = result.seconds + report.data_seconds
-        flops = train_flops_per_token(
-            self.config.model, self.config.data.sequence_length, self._ffn_m_ratio(result)
-        )
+        model = self.config.model
+        ffn_m_ratio = result.ffn_m_evaluations / model.num_hidden_layers
+        flops = train_flops_per_token(model, self.config.data.sequence_length, ffn_m_ratio)
         rate = result.tokens / seconds
+        mfu = {
+            f"speed/mfu_{name}": rate * flops / (peak * self.runtime.topology.world)
+            for name, peak in self.peaks.items()
+        }
         by_source = {
             f"data/{what}/{name}": float(value)
             for name, consumed in report.consumed.items()
             for what, value in consumed._asdict().items()
         }
-        return by_source | {
-            "train/loss": result.loss,
-            "train/perplexity": perplexity(result.loss),
-            "train/lr": report.lr,
-            "train/grad_norm": result.grad_norm,
-            "train/global_batch": report.batch,
-            "train/tokens": report.progress.tokens,
-            "train/skipped_steps": report.progress.skipped,
-            "speed/tokens_per_second": rate,
-            "speed/mfu": rate * flops / (self.peak_flops * self.runtime.topology.world),
-            "speed/step_seconds": seconds,
-            "speed/data_seconds": report.data_seconds,
-            "memory/peak_gib": peak_memory_bytes(self.runtime.device) / 2**30,
-            "data/distinct_ratio_micro_batch": result.distinct_micro,
-            "data/distinct_ratio_step": result.distinct_step,
-        }
+        return (
+            by_source
+            | mfu
+            | {
+                "train/loss": result.loss,
+                "train/perplexity": perplexity(result.loss),
+                "train/lr": report.lr,
+                "train/grad_norm": result.grad_norm,
+                "train/global_batch": report.batch,
+                "train/tokens": report.progress.tokens,
+                "train/skipped_steps": report.progress.skipped,
+                "speed/tokens_per_second": rate,
+                "speed/step_seconds": seconds,
+                "speed/data_seconds": report.data_seconds,
+                "memory/peak_gib": peak_memory_bytes(self.runtime.device) / 2**30,
+                "data/distinct_ratio_micro_batch": result.distinct_micro,
+                "data/distinct_ratio_step": result.distinct_step,
+            }
+            | ({"data/ffn_m_ratio": ffn_m_ratio} if model.has_memory else {})
+        )
 
-    def _ffn_m_ratio(self, result: Step) -> float:
-        """FFN-M evaluations a token, as the mode needs them; what is run again does not count."""
-        memory, layers = self.config.memory, self.config.model.num_hidden_layers
-        if memory is None or memory.mode == "per_token":
-            return 1.0
-        if memory.mode == "unique":
-            return result.distinct_micro
-        tabled = min(layers, memory.tabled(layers) * self.runtime.topology.pipeline) / layers
-        return tabled * result.table_rows + (1 - tabled) * result.distinct_micro
+    def _mfu_words(self, values: Mapping[str, float]) -> str:
+        return ", ".join(f"{values[f'speed/mfu_{name}']:.1%} of {name}" for name in self.peaks)
 
     def evaluation(self, report: Evaluation) -> None:
         """Validation loss."""

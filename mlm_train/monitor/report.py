@@ -9,11 +9,23 @@ from mlm_train.data.samples import Consumed
 
 
 @dataclass(frozen=True)
+class Rewarm:
+    """A straight line of the learning rate from one schedule to another, over `steps` steps.
+
+    It begins with step `step` (0, 1, ...) at the rate `lr`, and ends where the schedule is `steps` later.
+    """
+
+    step: int
+    lr: float
+    steps: int
+
+
+@dataclass(frozen=True)
 class Progress:
     """How far a run is. `samples` is the global data cursor, whatever the layout was.
 
     skipped: steps that changed nothing, because a loss or gradient was not finite. rollbacks: returns to an
-    older checkpoint because of a loss spike.
+    older checkpoint because of a loss spike. rewarm: the latest one, if there was any.
     """
 
     step: int = 0
@@ -21,6 +33,7 @@ class Progress:
     tokens: int = 0
     skipped: int = 0
     rollbacks: int = 0
+    rewarm: Rewarm | None = None
 
     def after(self, samples: int, tokens: int, skipped: bool = False) -> "Progress":
         """The progress one step later."""
@@ -32,14 +45,17 @@ class Progress:
             skipped=self.skipped + skipped,
         )
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, Any]:
         """For a manifest."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Progress":
         """From a manifest, which knows more, or of an older version less."""
-        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        if known.get("rewarm") is not None:
+            known["rewarm"] = Rewarm(**known["rewarm"])
+        return cls(**known)
 
 
 class Step(Protocol):
@@ -56,7 +72,7 @@ class Step(Protocol):
     @property
     def distinct_step(self) -> float: ...
     @property
-    def table_rows(self) -> float: ...
+    def ffn_m_evaluations(self) -> float: ...
     @property
     def seconds(self) -> float: ...
     @property

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mlm_train.config import Config
-from mlm_train.memory import Table, make_source
+from mlm_train.memory import Table, TrainingSource, make_source
 from mlm_train.model.loss import Words, head_loss
-from mlm_train.model.source import MemorySource
 from mlm_train.model.transformer import Transformer
 from mlm_train.model.unfilled import unfilled
 from mlm_train.parallel.execution import Executor, Loss, Sequential
@@ -18,7 +17,7 @@ from mlm_train.parallel.mappings import TensorGroup
 from mlm_train.parallel.pipeline import Pipeline
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.parallel.shares import DataShare
-from mlm_train.parallel.stages import my_spans
+from mlm_train.parallel.stages import most_layers, my_spans
 from mlm_train.parallel.tensor import (
     GroupWords,
     mark_for_clipping,
@@ -133,7 +132,7 @@ def build_executor(
 
 def _source(
     model: Transformer, config: Config, group: TensorGroup, precision: torch.autocast
-) -> MemorySource | None:
+) -> TrainingSource | None:
     """How this rank executes FFN-M; None where the model has none."""
     from megatron.core import parallel_state
 
@@ -148,11 +147,12 @@ def _source(
 
 
 def _channel(
-    model: Transformer, config: Config, runtime: Runtime, group: TensorGroup, source: MemorySource | None
+    model: Transformer, config: Config, runtime: Runtime, group: TensorGroup, source: TrainingSource | None
 ) -> X0Channel:
     """How x0 reaches this rank."""
     from megatron.core import parallel_state
 
+    most = most_layers(config, runtime.topology)
     plain = source is None and runtime.topology.pipeline > 1
     transport = Alone if plain else TRANSPORTS[config.transport]
     return transport(
@@ -162,6 +162,7 @@ def _channel(
         runtime.device,
         config.parallel.crossings,
         source if isinstance(source, Table) else None,
+        config.memory is not None and config.memory.tabled(most) == most,
     )
 
 

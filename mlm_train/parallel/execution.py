@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mlm_train.config import Config
-from mlm_train.model.source import MemorySource
+from mlm_train.memory import TrainingSource
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.parallel.x0 import X0Channel
 
@@ -22,7 +22,7 @@ class Executor(Protocol):
     """Runs micro-batches through the model, however its layers are spread."""
 
     @property
-    def source(self) -> MemorySource | None:
+    def source(self) -> TrainingSource | None:
         """What executes FFN-M; None where the model has none."""
         ...
 
@@ -56,7 +56,7 @@ class Sequential:
         config: Config,
         runtime: Runtime,
         entry: nn.Module,
-        source: MemorySource | None,
+        source: TrainingSource | None,
         channel: X0Channel | None,
         loss: Loss,
         precision: torch.autocast,

@@ -20,9 +20,8 @@ from torch.distributed.pipelining import (
 )
 
 from mlm_train.config import Config
-from mlm_train.memory import Table
+from mlm_train.memory import Table, TrainingSource
 from mlm_train.model.loss import IGNORED
-from mlm_train.model.source import MemorySource
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel.execution import Batch, Loss
 from mlm_train.parallel.mappings import TensorGroup
@@ -50,7 +49,7 @@ class Stage(nn.Module):
         model: Transformer,
         span: StageSpan,
         channel: X0Channel,
-        source: MemorySource | None,
+        source: TrainingSource | None,
         loss: Loss,
         precision: torch.autocast,
     ) -> None:
@@ -94,7 +93,7 @@ class Pipeline:
         config: Config,
         runtime: Runtime,
         tensor: TensorGroup,
-        source: MemorySource | None,
+        source: TrainingSource | None,
         channel: X0Channel,
         loss: Loss,
         precision: torch.autocast,

@@ -57,6 +57,12 @@ def all_spans(config: Config) -> list[StageSpan]:
     return spans
 
 
+def most_layers(config: Config, topology: Topology) -> int:
+    """Layers of the pipeline rank that has most."""
+    places = topology.along_pipeline()
+    return max(sum(len(span.layers) for span in my_spans(config, place)) for place in places)
+
+
 def my_spans(config: Config, topology: Topology) -> list[StageSpan]:
     """The stages of this rank: every pipeline-size-th one (arXiv 2104.04473, interleaved).
 

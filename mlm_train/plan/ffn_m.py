@@ -16,7 +16,7 @@ from mlm_train.config import Config
 from mlm_train.config.load import parse_config
 from mlm_train.errors import UserError
 from mlm_train.memory.table import ROWS
-from mlm_train.parallel.stages import my_spans
+from mlm_train.parallel.stages import most_layers
 from mlm_train.parallel.topology import Topology
 from mlm_train.plan.activations import compute_bytes
 
@@ -109,12 +109,6 @@ class Choice(NamedTuple):
     reason: str
 
 
-def rank_layers(config: Config, topology: Topology) -> int:
-    """Layers of the pipeline rank that has most."""
-    places = topology.along_pipeline()
-    return max(sum(len(span.layers) for span in my_spans(config, place)) for place in places)
-
-
 def table_bytes_per_layer(config: Config, distinct: float) -> float:
     """A table in the precision of FFN-M's products and its fp32 gradient."""
     return distinct * config.model.hidden_size * (compute_bytes(config) + FP32)
@@ -130,7 +124,7 @@ def table_bytes(config: Config, topology: Topology, distinct: Distinct) -> float
     """Of all tables of this rank, and of the activations that they keep."""
     if config.memory is None:
         return 0.0
-    layers = rank_layers(config, topology)
+    layers = most_layers(config, topology)
     tables = config.memory.tabled(layers) * table_bytes_per_layer(config, distinct.step)
     rows = _own_rows(topology, distinct, config.memory.shared)
     return tables + config.memory.kept(layers) * kept_bytes_per_layer(config, rows)
@@ -144,7 +138,7 @@ def _own_rows(topology: Topology, distinct: Distinct, shared: bool) -> float:
 def seconds(config: Config, topology: Topology, distinct: Distinct, speeds: Speeds) -> float:
     """FFN-M's share of a step on this rank, as `config.memory` executes it."""
     assert config.memory is not None
-    layers, mode = rank_layers(config, topology), config.memory.mode
+    layers, mode = most_layers(config, topology), config.memory.mode
     tabled = config.memory.tabled(layers)
     kept = config.memory.kept(layers)
     found = kept * _table_layer(config, topology, distinct, speeds, kept=True)
@@ -208,7 +202,7 @@ def choose(config: Config, topology: Topology, distinct: Distinct, speeds: Speed
     chosen = configs[best]
     size = table_bytes(chosen, topology, distinct)
     tables = f"; tables {size / 2**20:,.0f} MiB a rank" if size else ""
-    whole = rank_layers(config, topology) * table_bytes_per_layer(config, MARGIN * distinct.step)
+    whole = most_layers(config, topology) * table_bytes_per_layer(config, MARGIN * distinct.step)
     if whole > budget:
         tables += f"; whole tables would take {whole / 2**20:,.0f} MiB of the {budget / 2**20:,.0f} allowed"
     return Choice(chosen, f"memory.mode=auto -> {best}: FFN-M a step {ranking} ({rows}){tables}")
@@ -228,7 +222,7 @@ def _candidates(config: Config, topology: Topology, distinct: Distinct, budget: 
     Whole tables keep the activations of as many layers as still fit; not where layers are to be computed
     again anyway.
     """
-    layers = rank_layers(config, topology)
+    layers = most_layers(config, topology)
     fitting = int(min(budget / table_bytes_per_layer(config, MARGIN * distinct.step), layers))
     sections: list[dict[str, object]] = [{"mode": "per_token"}, {"mode": "unique"}]
     if fitting >= 1:

@@ -11,6 +11,7 @@ from mlm_train.checkpoint.logical_folder import OpenedModel, open_model
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.files import sha256_of
+from mlm_train.stopping import held
 from mlm_train.tol.cluster import ray_cluster
 from mlm_train.tol.codec import TORCH_DTYPE, PlainDtype
 from mlm_train.tol.crew import Crew
@@ -128,7 +129,8 @@ class Build:
                 check_space(self.place, sum(map(state.bytes, state.missing)))
             if state.layout is None or state.missing:
                 self._work(state, workers, ray_address, lambda state: state.save(self.place))
-            return self._commit(state)
+            with held():
+                return self._commit(state)
 
     def finished(self) -> TolIndex | None:
         """The index where this build has ended; UserError where it lost a file, or is another table."""
@@ -240,7 +242,8 @@ class Build:
                 finally:
                     crew.dismiss()
         finally:
-            remove_drafts(self.place)  # after an error, such as a full disk
+            with held():
+                remove_drafts(self.place)  # after an error, such as a full disk
 
     def _cut(self, state: State, crew: Crew, weights: Weights) -> None:
         """Choose the ranks, write the bases, and commit both."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlm_train.errors import UserError
+from mlm_train.stopping import held
 
 _LEAST_STORE = 128 * 2**20
 _NEEDED = ("gcs_server", "raylet")  # Ray's other processes only log and show
@@ -43,7 +44,7 @@ def ray_cluster(workers: int, address: str | None = None, shared_bytes: int = 0)
     if address is not None:
         _check_reachable(address)
         try:
-            with _sigterm_kept():
+            with held(), _sigterm_kept():
                 ray.init(address=address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(
@@ -57,7 +58,7 @@ def ray_cluster(workers: int, address: str | None = None, shared_bytes: int = 0)
         return
     with _scratch() as scratch:
         try:
-            with _on_loopback(), _sigterm_kept():
+            with held(), _on_loopback(), _sigterm_kept():
                 ray.init(
                     address="local",  # whatever RAY_ADDRESS says
                     num_cpus=workers,
@@ -88,8 +89,9 @@ def _scratch() -> Iterator[str]:
         (scratch / f"{_OWNER}.new").rename(scratch / _OWNER)  # locked already: nobody takes it for abandoned
         yield str(scratch / "ray")
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        os.close(descriptor)
+        with held():
+            shutil.rmtree(scratch, ignore_errors=True)
+            os.close(descriptor)
 
 
 def _remove_abandoned(folder: Path) -> None:
@@ -144,7 +146,8 @@ def _shutdown() -> None:
 
         node.kill_all_processes = heard
     try:
-        ray.shutdown()
+        with held():
+            ray.shutdown()
     finally:
         hear()
 

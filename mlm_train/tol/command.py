@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from mlm_train.arguments import MODEL_KINDS, add_action
 from mlm_train.errors import UserError, escaped
 from mlm_train.sizes import in_units, size
-from mlm_train.stopping import stoppable
 from mlm_train.tol.fetch_command import add_fetch, run_fetch
 from mlm_train.tol.inspect_command import add_inspect, run_inspect
 from mlm_train.tol.options import add_storage_arguments, given, storage_of
@@ -153,11 +152,6 @@ def _add_allocate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, or 2 when verify finds damage."""
-    with stoppable():
-        return _run(args)
-
-
-def _run(args: argparse.Namespace) -> int:
     if args.action == "inspect":
         return run_inspect(args)
     if args.action == "verify":
@@ -216,7 +210,7 @@ def _scorer(args: argparse.Namespace, build: "Build") -> "Scorer | None":
 
     if build.job.model is not None:
         # The checkpoint that the build has verified: a run that goes on may have a newer one.
-        return Scorer(build.job.model, args.evaluate, with_memory=True, verify=False)
+        return Scorer(build.job.model, args.evaluate, with_memory=True, verify="sizes")
     if args.model is None:
         raise UserError("--evaluate needs --model: the model that the table was built from")
     scorer = Scorer(args.model, args.evaluate)

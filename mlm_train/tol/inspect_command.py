@@ -1,11 +1,11 @@
 """`mlm-train tol inspect`: its words, and what runs."""
 
 import argparse
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from mlm_train.arguments import MODEL_KINDS, add_action
+from mlm_train.terminal import json_line
 
 if TYPE_CHECKING:
     from mlm_train.arguments import Actions
@@ -50,7 +50,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     drawn = None if args.plot is None else check_output("--plot", args.plot, is_png, "PNG")
     found = inspect_tol(args.table, args.model, args.top, args.neighbours)
     if args.json:
-        print(json.dumps(asdict(found), ensure_ascii=False))
+        print(json_line(asdict(found)))
     else:
         show(found)
     if drawn is not None:

@@ -25,7 +25,7 @@ def shared_weights(model: str | None, plan: Plan, ahead: int) -> Iterator[Weight
         return
     import ray
 
-    with open_model(model, verify=False) as opened, ThreadPoolExecutor(1) as reader:
+    with open_model(model, verify="sizes") as opened, ThreadPoolExecutor(1) as reader:
         # ray.put copies: new memory for every layer would have to be made, and zeroed, by the system.
         weights = ffn_m_weights(opened.tensors, opened.config, plan.layers, plan.compute, in_place=True)
         put: list[Future[Any]] = []

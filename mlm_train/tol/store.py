@@ -6,9 +6,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from mlm_train.checks import Check
 from mlm_train.config import ModelConfig
 from mlm_train.model.source import MemoryReader
-from mlm_train.tol.format import check_fits
+from mlm_train.tol.format import check_fits, read_index
 from mlm_train.tol.table import Table
 
 
@@ -19,14 +20,16 @@ class TolSource:
         self.table = table
 
     @classmethod
-    def open_folder(cls, folder: str | Path, config: ModelConfig, in_memory: bool = False) -> Self:
+    def open_folder(
+        cls, folder: str | Path, config: ModelConfig, in_memory: bool = False, verify: Check = "sizes"
+    ) -> Self:
         """Map a folder's partitions into memory, or with `in_memory` read them whole.
 
-        A layer that the table dropped reads as zeros. Raises UserError when the folder is damaged as far
-        as sizes and headers show, or belongs to a model of another shape.
+        A layer that the table dropped reads as zeros. `verify`: see Table.open_folder. Raises UserError when
+        the folder is damaged as far as was looked, or belongs to a model of another shape.
         """
-        table = Table.open_folder(folder, in_memory)
-        check_fits(Path(folder), table.index, config)
+        check_fits(Path(folder), read_index(folder), config)
+        table = Table.open_folder(folder, in_memory, verify)
         return cls(table)
 
     def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from mlm_train.checks import Check
 from mlm_train.errors import UserError
 from mlm_train.files import listed, sha256_of
 from mlm_train.tol.codec import decode
@@ -17,6 +18,8 @@ from mlm_train.tol.format import BASIS, INDEX, REBUILD, File, Partition, TolInde
 from mlm_train.tol.partition import map_partition
 from mlm_train.tol.place import Files, Folder, Place
 from mlm_train.tol.progress import ByteProgress
+
+_HASHED_AT_ONCE = 4  # partitions
 
 
 class Table:
@@ -30,12 +33,15 @@ class Table:
         self._fields = dict(zip(index.layers, index.fields, strict=True))
 
     @classmethod
-    def open_folder(cls, folder: str | Path, in_memory: bool = False) -> Self:
+    def open_folder(cls, folder: str | Path, in_memory: bool = False, verify: Check = "sizes") -> Self:
         """Map a folder's partitions into memory, or with `in_memory` read them whole.
 
-        Raises UserError when the folder is damaged as far as sizes and headers show.
+        `verify`: "full" reads and hashes every partition first. Sizes and headers are compared always, since
+        nothing can be mapped without them, and so is the basis. Raises UserError for what is damaged.
         """
         index = read_index(folder)
+        if verify == "full":
+            check_rows(folder, [(0, index.vocab_size)], _HASHED_AT_ONCE)
         folder = Path(folder)
         partitions = []
         for partition in index.partitions:

@@ -77,7 +77,7 @@ class Worker:
     @cached_property
     def _model(self) -> OpenedModel:
         assert self.job.model is not None
-        return open_model(self.job.model, verify=False)
+        return open_model(self.job.model, verify="sizes")
 
     @cached_property
     def _place(self) -> Files:

@@ -6,7 +6,8 @@ from mlm_train.config import Config, dump_config, load_config
 from mlm_train.errors import SharedUserError, UserError
 
 HELP = """Train a model. One process by itself; every rank of a torchrun when started by it.
-A run continues from the newest checkpoint in train.output by itself.
+A run continues from the newest checkpoint in train.output by itself. To go on after its last step, raise
+train.steps, with schedule.total_steps or schedule.rewarm_steps to say what becomes of the learning rate.
 
 examples:
   mlm-train pretrain configs/micro.yaml
@@ -50,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     from mlm_train.train.setup import opened_run
 
     with opened_run(config, data) as run:
+        if run is None:
+            return 0
         if run.runtime.leads:
             print(dump_config(config), flush=True)
         return train(run)

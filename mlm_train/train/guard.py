@@ -70,13 +70,13 @@ def roll_back(run: Run, progress: Progress) -> Progress | None:
         return None
     for line in run.runtime.everywhere(found.set_damaged_aside):
         run.monitor.say(line)
-    folder, manifest = found.folder, found.manifest
-    load_training_state(folder, manifest, run.trainer.engine)
+    load_training_state(found.folder, found.manifest, run.trainer.engine)
     back = replace(
-        Progress.from_dict(manifest.progress.model_dump()),
+        found.progress,
         samples=progress.samples + spike.skip_steps * run.config.train.global_batch,
         skipped=progress.skipped,
         rollbacks=progress.rollbacks + 1,
+        rewarm=progress.rewarm,
     )
-    run.monitor.rolled_back(progress, back, folder.name)
+    run.monitor.rolled_back(progress, back, found.folder.name)
     return back

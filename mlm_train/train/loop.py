@@ -31,7 +31,7 @@ def train(run: Run) -> int:
         then = (following, global_batch_at(config.train, following))
         batches = data.take((progress.samples, size), then if progress.step + 1 < last else None)
         data_seconds = time.perf_counter() - started
-        lr = learning_rate(config, progress.step)
+        lr = learning_rate(config, progress.step, progress.rewarm)
         result = run.trainer.step(batches, lr, data_seconds)
         progress = progress.after(size, result.tokens, result.fault is not None)
         run.monitor.step(StepReport(progress, lr, size, result, data_seconds, run.consumed(progress)))

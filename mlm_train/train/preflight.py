@@ -8,11 +8,14 @@ from mlm_train.checkpoint.folders import DAMAGED, resolve, set_aside, step_folde
 from mlm_train.checkpoint.hf_folder import open_tensors, read_config
 from mlm_train.checkpoint.load import check_fits, check_same_model, check_steps, config_of, open_checkpoint
 from mlm_train.checkpoint.manifest import Damaged, Manifest
+from mlm_train.checks import Check
 from mlm_train.config import Config
 from mlm_train.data.blend import Blend
 from mlm_train.errors import UserError
+from mlm_train.monitor.report import Progress
 from mlm_train.parallel.runtime import check_compiler, check_device
 from mlm_train.parallel.topology import Topology
+from mlm_train.train.schedule import go_on
 
 LOG = "train.log"  # the first file of a run: it marks the folder as ours
 
@@ -23,6 +26,20 @@ class Resumed(NamedTuple):
     folder: Path
     manifest: Manifest
     damaged: tuple[tuple[Path, str], ...] = ()  # newer ones and what is wrong with them
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run was."""
+        return Progress.from_dict(self.manifest.progress.model_dump())
+
+    @property
+    def config(self) -> Config:
+        """Of the run that wrote it."""
+        return config_of(self.manifest)
+
+    def completes(self, config: Config) -> bool:
+        """Whether the run has done all its steps."""
+        return self.progress.step >= config.train.steps
 
     def set_damaged_aside(self) -> list[str]:
         """Rename them, and say so in lines. Only for the process that holds the run's lock."""
@@ -52,7 +69,7 @@ def preflight(config: Config, world: int, local_world: int | None) -> Blend:
     for split in ("train", "validation"):
         data.samples(split, config.data.sequence_length, None)
     _check_output(config)
-    if find_checkpoint(config, data, hashes=False) is None and config.checkpoint.warm_start is not None:
+    if find_checkpoint(config, data, verify="sizes") is None and config.checkpoint.warm_start is not None:
         warm_start_source(config)
     return data
 
@@ -77,38 +94,40 @@ def _check_output(config: Config) -> None:
         )
 
 
-def find_checkpoint(config: Config, data: Blend, hashes: bool = True) -> Resumed | None:
-    """The newest whole checkpoint of the run's folder, verified (contents too with `hashes`) and fitting.
+def find_checkpoint(config: Config, data: Blend, verify: Check = "full") -> Resumed | None:
+    """The newest whole checkpoint of the run's folder, verified as far as `verify` says and fitting.
 
     None where the run has saved none yet. Changes nothing on disk.
     """
     if not config.checkpoint.resume:
         return None
-    found = newest_of(config, hashes)
+    found = newest_of(config, verify)
     if found is not None:
         check_fits(found.folder, found.manifest, config, data.fingerprint)
         check_steps(found.folder, found.manifest, config)
+        if not found.completes(config):
+            go_on(found.progress, found.config, config)
     return found
 
 
-def newest_of(config: Config, hashes: bool = True) -> Resumed | None:
+def newest_of(config: Config, verify: Check = "full") -> Resumed | None:
     """The newest checkpoint of a run, damage looked past where checkpoint.fall_back allows that.
 
     None where there is none yet. Raises UserError where it is damaged, or with fall_back all are.
     """
     root = Path(config.train.output) / "checkpoints"
     if config.checkpoint.fall_back:
-        return _newest_whole(root, hashes)
+        return _newest_whole(root, verify)
     folders = step_folders(root)  # one without a manifest is damaged too
-    return Resumed(folders[-1], open_checkpoint(folders[-1], hashes)) if folders else None
+    return Resumed(folders[-1], open_checkpoint(folders[-1], verify)) if folders else None
 
 
-def _newest_whole(root: Path, hashes: bool) -> Resumed | None:
+def _newest_whole(root: Path, verify: Check) -> Resumed | None:
     """Damage is looked past; what is merely of another model or version is not."""
     damaged: list[tuple[Path, str]] = []
     for folder in reversed(step_folders(root)):
         try:
-            return Resumed(folder, open_checkpoint(folder, hashes), tuple(damaged))
+            return Resumed(folder, open_checkpoint(folder, verify), tuple(damaged))
         except Damaged as error:
             damaged.append((folder, error.fault))
     if damaged or any(root.glob(f"{DAMAGED}*")):
@@ -130,5 +149,5 @@ def warm_start_source(config: Config) -> Path:
             tensors.check(written)
         return path
     folder = resolve(path)
-    check_same_model(folder, config_of(open_checkpoint(folder, hashes=False)).model, config.model)
+    check_same_model(folder, config_of(open_checkpoint(folder, verify="sizes")).model, config.model)
     return folder

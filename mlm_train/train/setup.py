@@ -2,14 +2,16 @@
 
 import shutil
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlm_train.checkpoint.folders import remove_partials
-from mlm_train.checkpoint.hf_folder import fill_model
-from mlm_train.checkpoint.load import config_of, load_training_state, load_weights, open_checkpoint
+from mlm_train.checkpoint.hf_files import carry_over
+from mlm_train.checkpoint.hf_folder import fill_model, verify_folder
+from mlm_train.checkpoint.load import load_training_state, load_weights, open_checkpoint
 from mlm_train.checkpoint.saver import Saver
 from mlm_train.config import Config, changed_fields, dump_config
 from mlm_train.data.blend import Blend
@@ -27,6 +29,7 @@ from mlm_train.parallel.engine import Engine
 from mlm_train.parallel.watchdog import watched
 from mlm_train.train.memory_mode import decide_mode
 from mlm_train.train.preflight import LOG, Resumed, find_checkpoint, warm_start_source
+from mlm_train.train.schedule import go_on
 from mlm_train.train.signals import Signals
 from mlm_train.train.step import Trainer
 
@@ -51,8 +54,8 @@ class Run:
 
 
 @contextmanager
-def opened_run(config: Config, data: Blend) -> Iterator[Run]:
-    """A run on all ranks, its output folder locked by the leading one until the end.
+def opened_run(config: Config, data: Blend) -> Iterator[Run | None]:
+    """A run on all ranks, its output folder locked by the leading one until the end; None where it is done.
 
     Every rank listens to signals before any of them has claimed the folder, and until its last checkpoint
     is written. The process groups are left only after a clean end: a rank that fails must not wait for
@@ -67,17 +70,25 @@ def opened_run(config: Config, data: Blend) -> Iterator[Run]:
                 stack.enter_context(owned(output, "being trained"))
                 found = find_checkpoint(config, data)
                 aside = [] if found is None else found.set_damaged_aside()
-                _describe_run(output, config, data)
+                if found is None or not found.completes(config):
+                    _describe_run(output, config, data)
+                if found is None and config.checkpoint.warm_start is not None:
+                    aside += _carry(warm_start_source(config), output, data)
             return found, aside
 
-        resumed, aside = runtime.everywhere(claim)
-        run = _build(config, runtime, signals, data, resumed)
-        stack.callback(run.monitor.close)
-        stack.callback(run.saver.leave)
-        for line in aside:
-            run.monitor.say(line)
-        _say_start(run, resumed)
-        yield run
+        resumed, lines = runtime.everywhere(claim)
+        if resumed is not None and resumed.completes(config):
+            if runtime.leads:
+                _say_done(config, resumed, lines)
+            yield None
+        else:
+            run = _build(config, runtime, signals, data, resumed)
+            stack.callback(run.monitor.close)
+            stack.callback(run.saver.leave)
+            for line in lines:
+                run.monitor.say(line)
+            _say_start(run, resumed)
+            yield run
     processes.stop()
 
 
@@ -87,6 +98,23 @@ def _describe_run(output: Path, config: Config, data: Blend) -> None:
     write_text(output / "config.yaml", dump_config(config))
     shutil.copyfile(data.tokenizer, output / data.tokenizer.name)
     remove_partials(output / "checkpoints")
+
+
+def _say_done(config: Config, resumed: Resumed, lines: Sequence[str]) -> None:
+    """On the terminal alone: the run's folder stays as it is."""
+    steps = config.train.steps
+    done = (
+        f"{config.train.output} has done its train.steps={steps}: nothing to do; ask for more steps to go on"
+    )
+    for line in (*lines, done):
+        print(f"mlm-train: {line}", file=sys.stderr, flush=True)
+
+
+def _carry(source: Path, output: Path, data: Blend) -> list[str]:
+    """What lies beside the weights that the run starts from is the run's too; says what is not."""
+    home = source if (source / "config.json").is_file() else source.absolute().parent.parent
+    left = carry_over(home, output, data.tokenizer, data.eod_id)
+    return [f"not carried from {home}, which has not the data's tokenizer: {', '.join(left)}"] if left else []
 
 
 def _build(
@@ -103,7 +131,7 @@ def _build(
     progress = Progress()
     if resumed is not None:
         load_training_state(resumed.folder, resumed.manifest, engine)
-        progress = Progress.from_dict(resumed.manifest.progress.model_dump())
+        progress, _ = go_on(resumed.progress, resumed.config, config)
     executor = build_executor(model, config, runtime, engine.entry)
     monitor = Monitor(config, runtime, progress, runtime.together(socket.gethostname))
     trained_on = {"fingerprint": data.fingerprint, "eod_id": data.eod_id, "order": ORDER}
@@ -130,8 +158,7 @@ def _first_weights(model: Transformer, config: Config, runtime: processes.Runtim
         return
     folder = warm_start_source(config)
     is_export = (folder / "config.json").is_file()
-    if not is_export:
-        runtime.everywhere(lambda: open_checkpoint(folder))
+    runtime.everywhere(lambda: verify_folder(folder, "full") if is_export else open_checkpoint(folder))
     fill = fill_model if is_export else load_weights
     runtime.together(lambda: fill(folder, model))
 
@@ -141,6 +168,9 @@ def _say_start(run: Run, resumed: Resumed | None) -> None:
     start = "started a new run"
     if resumed is not None:
         start = f"resumed from {resumed.folder} at step {run.progress.step}"
-        for field, (old, new) in changed_fields(config_of(resumed.manifest), run.config).items():
+        for field, (old, new) in changed_fields(resumed.config, run.config).items():
             run.monitor.say(f"changed since that checkpoint: {field} {old} -> {new}")
+        _, line = go_on(resumed.progress, resumed.config, run.config)
+        if line is not None:
+            run.monitor.say(line)
     run.monitor.say(f"{start} | {topology.world} processes on {device}")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mlm_train.errors import SharedUserError
-from mlm_train.memory import Table
 from mlm_train.model.loss import count_labels
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel.engine import Engine
@@ -30,7 +29,7 @@ class StepResult:
     tokens: int  # positions of the step
     distinct_micro: float  # distinct ids of a micro-batch / its tokens
     distinct_step: float  # distinct ids of a rank's step / its tokens
-    table_rows: float  # rows of FFN-M's tables that were computed, a layer / tokens
+    ffn_m_evaluations: float  # of FFN-M, all layers together / tokens; what is computed again left out
     seconds: float
     asked: Signal | None  # what asks the run to end here, on some rank; the same on every one
     waited: list[float]  # seconds that each rank waited for its data
@@ -77,10 +76,14 @@ class Trainer:
         micro = sum(batch.ids.unique().numel() for batch in batches)
         whole = torch.cat([batch.ids.flatten() for batch in batches])
         source = self.executor.source
-        computed = len(source.rows) if isinstance(source, Table) else 0
-        counts = (whole.numel(), micro, whole.unique().numel(), computed)
-        (loss, tokens, micro, distinct, rows), heard, (waits, forwards) = self._over_all(
-            [total.item(), *map(float, counts)], self.signals.heard(), (waited, place.forwards.read())
+        # Each stage evaluates its layers; the ranks that share a layer do so together.
+        evaluates = source is not None and self.runtime.topology.tensor_rank == 0
+        mine = source.evaluations(whole.numel(), micro) if source and evaluates else 0
+        counts = (whole.numel(), micro, whole.unique().numel())
+        (loss, tokens, micro, distinct), (*heard, evaluations), (waits, forwards) = self._over_all(
+            [total.item(), *map(float, counts)],
+            [*self.signals.heard(), mine],
+            (waited, place.forwards.read()),
         )
         fault = None
         if not math.isfinite(grad_norm):
@@ -96,7 +99,7 @@ class Trainer:
             tokens=int(tokens),
             distinct_micro=micro / tokens,
             distinct_step=distinct / tokens,
-            table_rows=rows / tokens,
+            ffn_m_evaluations=evaluations / tokens,
             seconds=time.perf_counter() - started,
             asked=Signals.agreed(heard),
             waited=waits,

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from mlm_train.checkpoint import hf_folder
+from mlm_train.checkpoint.hf_files import SpecialTokens
 from mlm_train.checkpoint.hf_folder import open_tensors, read_config, write_folder
+from mlm_train.checkpoint.hf_manifest import MANIFEST
 from mlm_train.checkpoint.logical_folder import load_model
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
@@ -64,7 +66,7 @@ def test_base_is_a_llama(tmp_path: Path, case: str) -> None:
     from transformers import LlamaForCausalLM
 
     model = random_model(**KINDS[case])
-    folder = write(tmp_path / "export", model, eos_token_id=3)
+    folder = write(tmp_path / "export", model, tokens=SpecialTokens(eos=(3,)))
     theirs, info = LlamaForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     ours = logits(load_model(folder), IDS)
@@ -93,9 +95,9 @@ def test_same_weights_same_bytes(tmp_path: Path) -> None:
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text("{}")
     for name in ("a", "b"):
-        write(tmp_path / name, random_model(), tokenizer_files=[tokenizer], dtype=torch.bfloat16)
+        write(tmp_path / name, random_model(), beside=[tokenizer], dtype=torch.bfloat16)
     files = sorted(file.name for file in (tmp_path / "a").iterdir())
-    assert files == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert files == ["config.json", MANIFEST, "model.safetensors", "tokenizer.json"]
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     assert hf_folder.fingerprint(tmp_path / "a") == hf_folder.fingerprint(tmp_path / "b")
@@ -129,6 +131,8 @@ def test_lazy_rows(tmp_path: Path) -> None:
 
 
 def change(folder: Path, **fields: Any) -> None:
+    """Another config.json, as if the folder had been written with it."""
+    (folder / MANIFEST).unlink(missing_ok=True)
     tree = json.loads((folder / "config.json").read_text())
     tree.update(fields)
     file = folder / "config.json"
@@ -167,6 +171,7 @@ def test_broken_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         read_config(tmp_path / "nothing")
     folder = write(tmp_path / "export", random_model(), shard_bytes=9000)
+    (folder / MANIFEST).unlink()
     shard = sorted(folder.glob("model-*.safetensors"))[1]
     whole = shard.read_bytes()
     for damaged in (whole[:-5], whole[:4], b"\xff" * len(whole)):
@@ -196,6 +201,6 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             write_folder(tmp_path / "bad", model.config, bad)
-    with pytest.raises(UserError, match="tokenizer"):
-        write(tmp_path / "bad", model, tokenizer_files=[tmp_path / "no.model"])
+    with pytest.raises(UserError, match=r"no\.model"):
+        write(tmp_path / "bad", model, beside=[tmp_path / "no.model"])
     assert not [file.name for file in tmp_path.iterdir() if "bad" in file.name]

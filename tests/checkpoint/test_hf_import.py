@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mlm_train.checkpoint.hf_import import TOKENIZER_FILES
+from mlm_train.checkpoint.hf_files import carried
 from mlm_train.checkpoint.logical_folder import load_model
 from mlm_train.data.tokenizer import tokenizer_of
 from mlm_train.parallel import runtime
@@ -67,7 +67,7 @@ def test_logits_are_those_of_transformers(
     stored = load_file(tmp_path / "import" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {dtype}
     config = json.loads((tmp_path / "import" / "config.json").read_text())
-    assert config["kind"] == "base" and config["eos_token_id"] == (7 if "eos_token_id" in fields else 2)
+    assert config["kind"] == "base" and config["eos_token_id"] == fields.get("eos_token_id", 2)
 
 
 @pytest.mark.parametrize("kind", ["base tied gqa", "memory", "flex linear"])
@@ -107,12 +107,12 @@ def test_what_cannot_be_imported_is_refused_in_one_line(tmp_path: Path) -> None:
     assert "config.json does not exist" in line_of(tmp_path / "nowhere")
     scaled = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
     for fields, words in (
-        ({"model_type": "mistral"}, "model_type='mistral' is not supported; it must be llama"),
-        ({"rope_parameters": scaled}, "rope_parameters: rope_type='llama3' is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: rope_type='linear' is not"),
+        ({"model_type": "mistral"}, "model_type='mistral' is not supported"),
+        ({"rope_parameters": scaled}, "rope_parameters: rope_type"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: rope_type"),
         ({"attention_bias": True}, "attention_bias=true is not supported"),
         ({"mlp_bias": True}, "mlp_bias=true is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act="),
         ({"num_key_value_heads": 3}, "must divide"),
         ({"intermediate_size": 45}, "mlp.gate_proj.weight has shape [44, 32], not [45, 32]"),
         ({"num_hidden_layers": 3}, "model.layers.3.input_layernorm.weight does not belong"),
@@ -147,7 +147,7 @@ def test_a_run_starts_from_it_at_another_layout_with_the_same_loss(data: Path, t
     llama(folder, "30KB", num_key_value_heads=2, tie_word_embeddings=True)
     shutil.copy(data / "tokenizer.model", folder)
     mlm_train("import", folder, "--output", imported)
-    assert [name for name in TOKENIZER_FILES if (imported / name).is_file()] == ["tokenizer.model"]
+    assert "tokenizer.model" in [file.name for file in carried(imported)]
     assert tokenizer_of(imported).eod_id == 2
     config = imported / "config.yaml"
     assert yaml.safe_load(config.read_text())["checkpoint"]["warm_start"] == str(imported)

@@ -13,8 +13,8 @@ TEXTS = ["first\r\ntext\t😀", "second\u2028text", "third"]
 
 
 def read(*inputs, text_key="text", validation=None):
-    sources = find_sources([str(name) for name in inputs], text_key, validation)
-    return [(source.split, document.text) for source in sources for document in source.read()]
+    found = find_sources([str(name) for name in inputs], text_key, validation)
+    return [(source.split, document.text) for source in found.sources for document in source.read()]
 
 
 def json_lines(key="text"):
@@ -34,8 +34,8 @@ def test_every_kind_of_file(tmp_path):
     for name in ("a.jsonl", "b.jsonl.gz", "c.parquet"):
         assert read(tmp_path / name) == expected
     assert read(tmp_path / "unknown_suffix") == read(tmp_path / "d.txt") == expected[:1]
-    assert read(tmp_path) == expected * 3 + expected[:1]  # sorted by name, unknown kinds left out
-    for source in find_sources([str(tmp_path)], "text"):
+    assert read(tmp_path) == expected * 3 + expected[:1] * 2  # sorted by name
+    for source in find_sources([str(tmp_path)], "text").sources:
         assert sum(document.size for document in source.read()) <= source.size + 1e-6
 
 
@@ -95,7 +95,9 @@ def test_a_dataset_that_cannot_be_loaded():
         ("a.jsonl", b'{"text": 5}\n', r"a.jsonl:1 has no text under 'text'"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a.jsonl:1 holds half a surrogate pair"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a.jsonl:1 is not JSON"),
-        ("a.jsonl.gz", b"not gzip", r"a.jsonl.gz cannot be read"),
+        ("a.jsonl", b'{"text": "x", "b": ' + b"[" * 990 + b"]" * 990 + b"}", r"a.jsonl:1 is not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"c": 1, "a\\nb": 2}', r"a.jsonl:2 has no text"),
+        ("a.jsonl.gz", b"not gzip", r"a.jsonl.gz:1 is not JSON"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:-12], r"a.jsonl.gz cannot be read"),
         ("a.parquet", b"not parquet", r"a.parquet is not Parquet"),
         ("a.txt", b"caf\xe9", r"a.txt is not UTF-8 \(byte 3\)"),
@@ -123,5 +125,5 @@ def test_nothing_to_read(tmp_path):
     with pytest.raises(UserError, match=r"missing.txt does not exist"):
         read("missing.txt")
     (tmp_path / "picture.png").write_bytes(b"")
-    with pytest.raises(UserError, match="holds no file of a known kind"):
+    with pytest.raises(UserError, match=r"holds no text .*picture\.png"):
         read(tmp_path)

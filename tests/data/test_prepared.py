@@ -4,8 +4,10 @@ import shutil
 import numpy as np
 import pytest
 
-from mlm_train.data.prepared import INDEX_HEADER, PreparedData
+from mlm_train.data.prepared import INDEX_HEADER, Manifest, PreparedData, SplitRecord, fingerprint_of
 from mlm_train.errors import UserError
+from mlm_train.files import sha256_of, write_json
+from mlm_train.records import SEAL, seal_of
 
 
 @pytest.fixture
@@ -69,22 +71,134 @@ def test_changed_token_is_found_by_verify(folder):
         PreparedData.open(folder).verify()
 
 
+def rewrite(folder, change, sealed=True, version=None):
+    """The manifest with some fields changed, as dotted paths; sealed anew, or as it was before seals."""
+    path = folder / "manifest.json"
+    tree = json.loads(path.read_text())
+    seal = tree.pop(SEAL)
+    assert seal == seal_of(tree)
+    if version is not None:
+        tree["version"] = version
+    for name, value in change.items():
+        *parents, last = name.split(".")
+        inner = tree
+        for parent in parents:
+            inner = inner[parent]
+        inner[last] = value(inner[last]) if callable(value) else value
+    write_json(path, tree | ({SEAL: seal_of(tree)} if sealed else {}))
+
+
+def before_seals(folder, change=None):
+    rewrite(folder, change or {}, sealed=False, version=1)
+
+
+CHANGED = {  # field -> a value that is wrong
+    "splits.train.tokens": [lambda n: n // 10, lambda n: n * 10, 0, -1, 2**63],
+    "splits.validation.documents": [3, lambda n: n - 1, 0, 2**62],
+    "vocab_size": [4096, 699, 2**40, 0],
+    "eod_id": [5, 700, -1],
+    "dtype": ["int32"],
+    "splits.train.bin.bytes": [lambda n: n - 2],
+    "splits.train.idx.bytes": [lambda n: n + 20],
+    "tokenizer.kind": ["huggingface"],
+}
+
+
+@pytest.mark.parametrize("field", [*CHANGED, "splits.train.text_bytes", "splits.train.characters"])
+def test_a_changed_number_is_damage(folder, field):
+    path = folder / "manifest.json"
+    whole = path.read_text()
+    for value in CHANGED.get(field, [17]):
+        tree = json.loads(whole)
+        seal = tree[SEAL]
+        rewrite(folder, {field: value})
+        tree = json.loads(path.read_text())
+        path.write_text(json.dumps(tree | {SEAL: seal}))
+        refused(folder, r"manifest\.json")
+        path.write_text(json.dumps({name: each for name, each in tree.items() if name != SEAL}))
+        refused(folder, r"manifest\.json")
+        path.write_text(whole)
+
+
+@pytest.mark.parametrize("field", CHANGED)
+def test_numbers_fit_the_files_whatever_the_seal(folder, field):
+    """Data prepared before manifests were sealed is read, and damage that was sealed is still damage."""
+    path = folder / "manifest.json"
+    whole = path.read_text()
+    before_seals(folder)
+    old = PreparedData.open(folder)
+    old.verify()
+    assert old.fingerprint == json.loads(whole)["fingerprint"]
+    for value in CHANGED[field]:
+        path.write_text(whole)
+        before_seals(folder, {field: value})
+        refused(folder, "fingerprint|eod_id" if field == "eod_id" else field.split(".")[-1])
+        path.write_text(whole)
+        rewrite(folder, {field: value})
+        with pytest.raises(UserError, match=r"manifest\.json|train\.(bin|idx)") as error:
+            PreparedData.open(folder).verify()
+        assert "\n" not in str(error.value)
+
+
+def test_verify_reads_the_index_and_the_ids(prepared, folder):
+    """What was sealed with wrong contents: each a file that no size gives away."""
+    stream = prepared.split("train")
+    tokens, offsets = stream.tokens.copy(), stream.document_offsets
+    index = (folder / "train.idx").read_bytes()
+    lengths = INDEX_HEADER.itemsize
+    pointers = lengths + 4 * stream.record.documents
+
+    def with_ids(place, value):
+        ids = tokens.copy()
+        ids[place] = value
+        return ids.tobytes()
+
+    cases = [
+        ("train.bin", with_ids(5, 60_000)),  # an id that the tokenizer has not
+        ("train.bin", with_ids(offsets[1] - 1, 4)),  # a document that does not end
+        ("train.bin", with_ids(offsets[1] + 1, prepared.eod_id)),  # one that ends twice
+        ("train.idx", index[:lengths] + b"\1\0\0\0" + index[lengths + 4 :]),
+        ("train.idx", index[:pointers] + b"\1" + index[pointers + 1 :]),
+        ("train.idx", index[:-8] + bytes(8)),
+    ]
+    for name, data in cases:
+        before = (folder / name).read_bytes(), (folder / "manifest.json").read_text()
+        (folder / name).write_bytes(data)
+        rewrite(folder, {f"splits.train.{name[-3:]}.sha256": sha256_of(folder / name)})
+        manifest = Manifest.model_validate(
+            {key: value for key, value in json.loads(before[1]).items() if key != SEAL}
+        )
+        tree = json.loads((folder / "manifest.json").read_text())
+        splits = {key: SplitRecord.model_validate(value) for key, value in tree["splits"].items()}
+        rewrite(folder, {"fingerprint": fingerprint_of(manifest.tokenizer, manifest.eod_id, splits)})
+        data = PreparedData.open(folder)
+        with pytest.raises(UserError, match=name.replace(".", r"\.")) as error:
+            data.verify()
+        assert "\n" not in str(error.value)
+        (folder / name).write_bytes(before[0])
+        (folder / "manifest.json").write_text(before[1])
+    PreparedData.open(folder).verify()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"format": "other"}, "manifest.json: format"),
-        ({"version": 2}, "manifest.json: version"),
+        ({"version": 3}, "manifest.json: version"),
         ({"vocab_size": "many"}, "manifest.json: vocab_size"),
         ({"eod_id": 5}, "its fingerprint does not match"),
+        ({"splits": [1]}, "manifest.json: splits"),
+        ({"splits": {}}, "manifest.json"),
     ],
 )
 def test_bad_manifest(folder, change, message):
-    path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    rewrite(folder, change)
     refused(folder, message)
 
 
 def test_no_manifest_at_all(folder, tmp_path):
     (folder / "manifest.json").write_text("{")
-    refused(folder, "manifest.json cannot be read")
+    refused(folder, r"manifest\.json")
+    (folder / "manifest.json").write_text("[1]")
+    refused(folder, r"manifest\.json")
     refused(tmp_path / "absent", "holds no prepared data")

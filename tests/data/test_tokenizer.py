@@ -34,6 +34,42 @@ def test_every_text_survives(kind, request, texts):
     assert tokenizer.encode_batch(AWKWARD) == [tokenizer.encode(text) for text in AWKWARD]
 
 
+SCRIPTS = {  # what a tokenizer is trained on: most know no Latin letter, some no letter at all
+    "Chinese": (0x4E00, 0x4E80),
+    "Thai": (0x0E01, 0x0E3A),
+    "Arabic": (0x0621, 0x064A),
+    "Devanagari": (0x0905, 0x0939),
+    "Cyrillic": (0x0410, 0x044F),
+    "emoji": (0x1F600, 0x1F64F),
+    "private use": (0xE000, 0xE040),
+    "digits": (0x30, 0x39),
+    "controls": (0x01, 0x1F),
+    "blocks, U+2581 among them": (0x2580, 0x259F),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_character_survives_whatever_the_tokenizer_was_trained_on(script, tmp_path):
+    first, last = SCRIPTS[script]
+    letters = [*map(chr, range(first, last + 1)), " "]
+    draw = random.Random(script)
+    texts = ["".join(draw.choices(letters, k=60)) for _ in range(200)]
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(train_sentencepiece(texts, 256 + 2 + 3 + len(letters) + 2, None))
+    tokenizer = Tokenizer.load(path)
+    # Every code point of the first planes, noncharacters and private use too; of the others some.
+    points = [*range(0xD800), *range(0xE000, 0x20000), *range(0x20000, 0x110000, 997), 0x10FFFE, 0x10FFFF]
+    for start in range(0, len(points), 4096):
+        text = "".join(map(chr, points[start : start + 4096]))
+        assert tokenizer.decode(tokenizer.encode(text)) == text, f"U+{points[start]:04X} and after"
+    mixed = [*letters, *" \u2581\n\t\r\0a\u00a0\ufeff\ufffd\ufffe\u2585\u2047\ufdd0\U000f0000\U0001f600"]
+    noise = ["".join(draw.choices(mixed, k=40)) for _ in range(300)]
+    for text in [*texts, *noise, *AWKWARD, *mixed, *(f" {letter} " for letter in mixed)]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text, ascii(text)
+        assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
+        assert tokenizer.eod_id not in tokenizer.encode(text)
+
+
 @pytest.mark.parametrize("kind", ["model", "tokenizer_json"])
 def test_pieces_of_a_long_text_have_its_ids(kind, request, texts, monkeypatch):
     monkeypatch.setattr("mlm_train.data.tokenizer.PIECE_CHARACTERS", 300)

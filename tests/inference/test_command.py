@@ -99,12 +99,28 @@ def test_text(
     assert "no tokens" in capsys.readouterr().err
 
 
+def test_a_full_context_is_said(folders: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", folders[0], "--prompt-ids", "1,2,3", "--seed", "9223372036854775807"]
+    for asked, more in ((37, False), (38, True), (10**30, True)):
+        for form in ([], ["--json"]):
+            assert call(*words, "--max-new-tokens", str(asked), *form) == 0
+            out, err = capsys.readouterr()
+            ids = json.loads(out)["ids"] if form else out.split(",")
+            assert len(ids) == 37 and (f"37 of {asked}" in err) == more
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--prompt-ids", ""], "no tokens"),
         (["--prompt-ids", "1,x"], "whole numbers"),
-        (["--prompt-ids", "1", "--max-new-tokens", "99"], "max_position_embeddings"),
+        (["--prompt-ids", ",".join(["1"] * 40)], "max_position_embeddings"),
+        (["--prompt-ids", "1", "--seed", "18446744073709551616"], "--seed"),
+        (["--prompt-ids", "1", "--seed", "9223372036854775808"], "--seed"),
+        (["--prompt-ids", "1", "--seed", "-1"], "--seed"),
+        (["--prompt-ids", "1", "--seed", "9" * 5000], "--seed"),
+        (["--prompt-ids", "1", "--seed", "\u0663"], "--seed"),
+        (["--prompt", "caf\udce9"], "UTF-8"),
         (["--prompt-ids", "1", "--tol", "/nothing"], "does not exist"),
     ],
 )

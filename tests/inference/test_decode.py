@@ -68,7 +68,17 @@ def test_greedy_is_the_full_forwards_argmax(fields: dict[str, Any], monkeypatch:
     assert decoder.timing.prefill_ms > 0 and decoder.timing.decode_steps == 11
     new = ids[len(PROMPT) :]
     stopped = new.index(new[5])
-    assert list(decoder.generate(PROMPT, 12, stop_id=new[5])) == new[:stopped]
+    assert list(decoder.generate(PROMPT, 12, stop_ids=[96, new[5]])) == new[:stopped]
+
+
+def test_what_fits_into_the_context_is_made() -> None:
+    decoder = Decoder(random_model(kind="base"), None)
+    whole = list(decoder.generate(PROMPT, 40 - len(PROMPT)))
+    assert len(whole) == decoder.room(PROMPT) == 40 - len(PROMPT)
+    for wanted in (40, 10**30):
+        assert list(decoder.generate(PROMPT, wanted)) == whole
+    nearly = [*PROMPT, *whole[:-1]]
+    assert list(decoder.generate(nearly, 7)) == whole[-1:]
 
 
 def test_drawing() -> None:
@@ -90,7 +100,7 @@ def test_drawing() -> None:
         ([], {}, "no tokens"),
         ([97], {}, "prompt id 97"),
         ([-1], {}, "prompt id -1"),
-        (PROMPT, {"max_new_tokens": 34}, "max_position_embeddings=40"),
+        ((PROMPT * 40)[:40], {}, "max_position_embeddings=40"),
         (PROMPT, {"max_new_tokens": 0}, "at least 1"),
         (PROMPT, {"temperature": -1.0}, "temperature"),
         (PROMPT, {"temperature": float("nan")}, "temperature"),

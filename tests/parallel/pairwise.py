@@ -39,6 +39,10 @@ TOGETHER: list[dict[str, Any]] = [
     {"sequence": True, "mode": "table shared", "zero": 2, "layout": Layout(2, 1, 2), "deterministic": True},
     {"mode": "table shared", "schedule": "dualpipe_v", "layout": Layout(1, 2, 2, virtual=2)},
     {"mode": "table of a layer shared", "transport": "broadcast", "layout": Layout(1, 2, 2), "zero": 2},
+    # Stages of which some have layers without a table and others have none.
+    {"mode": "table of a layer shared", "layout": Layout(1, 2, 2), "stages": "longest first"},
+    {"mode": "table of a layer shared", "layout": Layout(1, 2, 2), "stages": "longest last"},
+    {"mode": "table of a layer", "layout": Layout(1, 2, 1), "stages": "longest first"},
 ]
 
 
@@ -51,6 +55,7 @@ def _axes(layout: Layout, model: str) -> dict[str, tuple[Any, ...]]:
         "mode": tuple(MODES) if memory else (None,),
         "transport": ("broadcast", "relay", "replicate") if memory and pipeline else (None,),
         "schedule": (virtual if layout.virtual > 1 else straight) if pipeline else (None,),
+        "stages": (None, "longest first", "longest last") if pipeline else (None,),
         "sequence": (False, True) if tensor else (False,),
         "odd": (False, True) if tensor else (False,),
         "zero": (0, 1, 2, 3),
@@ -74,7 +79,11 @@ def case_of(choice: Choice) -> Case:
     if c["sequence"]:
         parallel["sequence"] = True
     # A wrong anchor or a weight's gradient counted twice shows with two layers a stage only.
-    layers = max(3, 2 * layout.pipeline * layout.virtual)
+    stages = layout.pipeline * layout.virtual
+    layers = max(3, 2 * stages)
+    if c["stages"] is not None:
+        sizes = [3, *[2] * (stages - 2), 1]
+        parallel["layers_per_stage"] = sizes if c["stages"] == "longest first" else sizes[::-1]
     train: Case = {"global_batch": c["micro_batches"] * layout.data, "recompute": c["recompute"]}
     if c["deterministic"]:
         train["deterministic"] = True
@@ -174,6 +183,7 @@ def _word(key: str, value: Any) -> str:
         "deterministic": "deterministic",
         "micro_batches": f"{value} micro-batches",
         "sequence": "SP",
+        "stages": f"stages {value}",
         "odd": "odd sizes",
     }
     return named.get(key, str(value))

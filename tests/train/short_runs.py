@@ -11,7 +11,8 @@ CONFIG = "configs/micro.yaml"
 def pretrain(data: Path, output: Path, *more: str) -> list[str]:
     """The command and its words."""
     return [
-        "pretrain", CONFIG, *TINY, f"data.path={data}", f"train.output={output}", "train.steps=2", *more,
+        "pretrain", CONFIG, *TINY, f"data.path={data}", f"train.output={output}", "train.steps=2",
+        "schedule.total_steps=9", *more,
     ]  # fmt: skip
 
 

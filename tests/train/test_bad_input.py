@@ -220,7 +220,7 @@ def test_folders_that_people_and_kills_leave_do_no_harm(trained: Path, data: Pat
 def test_divergence_ends_the_run_and_keeps_the_checkpoints(trained: Path, data: Path, tmp_path: Path) -> None:
     run = copy_of(trained, tmp_path)
     before = snapshot(run / "checkpoints")
-    wild = ("optimizer.lr=1e30", "schedule.warmup_steps=0", "train.steps=9", "checkpoint.every=1")
+    wild = ("optimizer.lr=1e30", "schedule.rewarm_steps=0", "train.steps=9", "checkpoint.every=1")
     command = [sys.executable, "-m", "mlm_train", *pretrain(data, run, *wild)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "diverged" in done.stderr.splitlines()[-1]

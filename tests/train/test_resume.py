@@ -166,7 +166,7 @@ def test_a_finished_run_has_nothing_to_do(unbroken: Path, data: Path) -> None:
 def test_tensorboard_and_log_hold_what_a_user_looks_for(unbroken: Path) -> None:
     for tag in (
         "train/loss", "train/perplexity", "train/lr", "train/grad_norm", "speed/tokens_per_second",
-        "speed/mfu", "speed/step_seconds", "memory/peak_gib", "data/distinct_ratio_step",
+        "speed/mfu_measured", "speed/step_seconds", "memory/peak_gib", "data/distinct_ratio_step",
         "data/distinct_ratio_micro_batch",
     ):  # fmt: skip
         values = scalars(unbroken, tag)

@@ -1,0 +1,84 @@
+"""Whether prepared data are what their manifest says: at opening what is cheap, everything by --verify."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mlm_train.data.tokenizer import Tokenizer
+from mlm_train.errors import UserError
+
+if TYPE_CHECKING:
+    from mlm_train.data.prepared import Manifest, SplitRecord, TokenStream
+
+AGAIN = "run `mlm-train data prepare` again into a new folder, or copy the folder again"
+INDEX_HEADER = np.dtype(
+    [("magic", "S9"), ("version", "<u8"), ("dtype", "u1"), ("sequences", "<u8"), ("documents", "<u8")]
+)
+"""Start of an .idx; then int32 lengths, int64 byte offsets, int64 document boundaries."""
+DTYPE_CODES = {"int32": 4, "uint16": 8}  # megatron-core's
+AT_ONCE = 1 << 24  # tokens
+
+
+def check_sizes(manifest_path: Path, name: str, record: "SplitRecord", dtype: str) -> None:
+    """UserError where a split's counts do not fit its files' sizes, or the header of its .idx."""
+    where, index = f"{manifest_path}: splits.{name}", manifest_path.parent / record.idx.file
+    size = np.dtype(dtype).itemsize
+    if record.tokens * size != record.bin.bytes:
+        raise UserError(
+            f"{where}.tokens={record.tokens} of dtype={dtype} are not the {record.bin.bytes} bytes of "
+            f"{record.bin.file}; {AGAIN}"
+        )
+    documents = record.documents
+    if INDEX_HEADER.itemsize + 12 * documents + 8 * (documents + 1) != record.idx.bytes:
+        raise UserError(
+            f"{where}.documents={documents} do not fit the {record.idx.bytes} bytes of {index}; {AGAIN}"
+        )
+    header = np.fromfile(index, dtype=INDEX_HEADER, count=1)[0]
+    if (header["magic"], header["version"]) != (b"MMIDIDX", 1):
+        raise UserError(f"{index} is no index of Megatron's version 1; {AGAIN}")
+    if header["dtype"] != DTYPE_CODES[dtype]:
+        raise UserError(f"{manifest_path}: dtype={dtype} is not what {index} says; {AGAIN}")
+    if (header["sequences"], header["documents"]) != (documents, documents + 1):
+        raise UserError(
+            f"{where}.documents={documents} are not the {header['sequences']} of {index}; {AGAIN}"
+        )
+
+
+def check_tokenizer(folder: Path, manifest_path: Path, manifest: "Manifest") -> None:
+    """UserError where the manifest says other things of the tokenizer than its file."""
+    tokenizer = Tokenizer.load(folder / manifest.tokenizer.file, manifest.eod_id)
+    for name, said, found in (
+        ("vocab_size", manifest.vocab_size, tokenizer.vocab_size),
+        ("tokenizer.kind", manifest.tokenizer.kind, tokenizer.kind),
+    ):
+        if said != found:
+            raise UserError(f"{manifest_path}: {name}={said}, but {tokenizer.path} has {found}; {AGAIN}")
+
+
+def check_documents(stream: "TokenStream", vocab_size: int, eod_id: int) -> None:
+    """Read a split: UserError where its index or its ids are not documents, each ended by eod_id once."""
+    record, itemsize = stream.record, np.dtype(stream.dtype).itemsize
+    lengths, offsets = np.diff(stream.document_offsets), stream.document_offsets
+    start = INDEX_HEADER.itemsize + lengths.size * 4
+    pointers = np.fromfile(stream.idx_path, dtype="<i8", offset=start)
+    expected = np.concatenate([offsets[:-1] * itemsize, np.arange(lengths.size + 1)])
+    if lengths.min() < 1 or offsets[-1] != record.tokens or not np.array_equal(pointers, expected):
+        raise UserError(f"{stream.idx_path} does not divide {record.tokens} tokens into documents; {AGAIN}")
+    ends = 0
+    for ids in _chunks(stream.tokens):
+        if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+            raise UserError(f"{stream.bin_path} holds id {bad}, and vocab_size is {vocab_size}; {AGAIN}")
+        ends += int(np.count_nonzero(ids == eod_id))
+    if ends != record.documents or not np.all(stream.tokens[offsets[1:] - 1] == eod_id):
+        raise UserError(
+            f"{stream.bin_path} does not end its {record.documents} documents with id {eod_id} each, and "
+            f"nowhere else; {AGAIN}"
+        )
+
+
+def _chunks(tokens: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(tokens), AT_ONCE):
+        yield tokens[start : start + AT_ONCE]

@@ -1,0 +1,42 @@
+"""What the ranks of MFU's test run: the products of a step counted by torch, beside what the log says."""
+
+import tempfile
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch.utils.flop_counter import FlopCounterMode
+
+from mlm_train.monitor.monitor import Monitor
+from mlm_train.monitor.report import Progress, StepReport
+from mlm_train.parallel import runtime as processes
+from tests.parallel.parity_cases import make_trainer, my_batches
+from tests.parallel.reference import tiny_config
+
+PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+
+
+def count_products(cases: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Of each case: FLOPs of a step's matrix products on all ranks, and those that MFU counts."""
+    return [_count(**case) for case in cases]
+
+
+def _count(model: dict, **sections: dict) -> dict[str, float]:
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()  # the cases' layouts differ
+    with tempfile.TemporaryDirectory() as folder:
+        train = sections.pop("train", {}) | {"output": folder}
+        config = tiny_config(model, train=train, monitor={"tensorboard": False}, **sections)
+        runtime = processes.start(config)
+        trainer = make_trainer(config, runtime)
+        batches = my_batches(runtime, 0, config)
+        with FlopCounterMode(display=False) as flops:
+            result = trainer.step(batches, 1e-3)
+        counted = flops.get_flop_counts()["Global"]
+        mine = sum(count for operation, count in counted.items() if operation in PRODUCTS)
+        everyone = sum(runtime.together(lambda: mine))
+        monitor = Monitor(config, runtime, Progress(), ["here"] * runtime.topology.world)
+        values = monitor.step_values(StepReport(Progress(), 1e-3, 8, result, 0.5, {}))
+        monitor.close()
+        rate = values["speed/mfu_measured"] * monitor.peaks["measured"] * runtime.topology.world
+        return {"products": everyone, "logged": rate / values["speed/tokens_per_second"] * result.tokens}

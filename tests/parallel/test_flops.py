@@ -1,0 +1,69 @@
+"""MFU's FLOPs against the products that torch counts, in every mode, placement and layout."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from mlm_train.monitor.resources import datasheet_peak_flops, peak_flops
+from tests.parallel.layouts import MODES
+from tests.parallel.reference import GLOBAL_BATCH, LENGTH
+from tests.ranks import run_on_ranks
+
+HIDDEN, LAYERS = 32, 4
+ATTENTION = (
+    6 * LAYERS * HIDDEN * LENGTH * (LENGTH * GLOBAL_BATCH)
+)  # causal: half of each product, three passes
+LAYOUTS: dict[int, list[dict[str, Any]]] = {
+    1: [{}],
+    2: [{}, {"zero": 2}, {"tensor": 2}, {"pipeline": 2, "layers_per_stage": [3, 1]}],
+    4: [{"pipeline": 2, "layers_per_stage": [3, 1]}, {"tensor": 2}],
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "base": {"kind": "base", "tie_word_embeddings": True},
+    "memory": {"kind": "memory"},
+    "flex": {"kind": "flex", "compute_intermediate_size": 22},
+}
+
+
+def _cases(world: int) -> dict[str, dict[str, Any]]:
+    found = {}
+    for layout in LAYOUTS[world]:
+        for kind, model in KINDS.items():
+            model = model | {"num_hidden_layers": LAYERS}
+            modes = {"base": {"none": None}, "memory": MODES, "flex": {"table shared": MODES["table shared"]}}
+            for name, mode in modes[kind].items():
+                if world == 4 and "shared" not in name:
+                    continue  # fewer ranks show it
+                # What is kept is not computed again, so that each product counts.
+                kept = {"kept_layers": LAYERS} if mode and mode["mode"] == "table" else {}
+                case = {"model": model, "parallel": layout}
+                found[f"{layout} {kind} {name}"] = case | ({"memory": mode | kept} if mode else {})
+    return found
+
+
+@pytest.mark.parametrize("world", LAYOUTS)
+def test_mfu_counts_the_products_of_a_step(world: int) -> None:
+    cases = _cases(world)
+    results = run_on_ranks("tests.parallel.flops_cases:count_products", world, cases=list(cases.values()))
+    for name, result in zip(cases, results, strict=True):
+        assert result["logged"] == pytest.approx(result["products"] + ATTENTION, rel=1e-9), name
+
+
+def test_what_is_computed_again_does_not_count() -> None:
+    model, table = KINDS["memory"] | {"num_hidden_layers": LAYERS}, {"mode": "table"}
+    kept = {"model": model, "memory": table | {"kept_layers": LAYERS}}
+    cases = [kept, {"model": model, "memory": table}, kept | {"train": {"recompute": "full"}}]
+    first, *others = run_on_ranks("tests.parallel.flops_cases:count_products", 1, cases=cases)
+    for other in others:
+        assert other["logged"] == pytest.approx(first["logged"]) and other["products"] > first["products"]
+
+
+def test_peaks_are_named_after_where_they_come_from() -> None:
+    cpu = torch.device("cpu")
+    assert peak_flops(cpu, "fp32", None).keys() == {"measured"}
+    assert peak_flops(cpu, "fp32", 2.0)["datasheet"] == 2e12
+    assert datasheet_peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989.4e12
+    assert datasheet_peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert datasheet_peak_flops("NVIDIA A100-SXM4-80GB", "fp32") == 19.5e12
+    assert datasheet_peak_flops("NVIDIA A1000", "bf16") is None
