@@ -1,4 +1,4 @@
-"""Damaged files of every kind, by chance: one line and exit code 2, in time, or the result of the undamaged one."""
+"""Damaged files of every kind, by chance: one line and exit code 2 in time, or the undamaged one's result."""
 
 import json
 import subprocess
@@ -14,7 +14,16 @@ from tests.commands import ROOT
 def fuzz(folder: Path, cases: int, seed: int) -> dict[str, Any]:
     """What tools/fuzz.py found."""
     found = folder / "found.json"
-    words = ["--cases", str(cases), "--seed", str(seed), "--json", str(found), "--folder", str(folder / "bad")]
+    words = [
+        "--cases",
+        str(cases),
+        "--seed",
+        str(seed),
+        "--json",
+        str(found),
+        "--folder",
+        str(folder / "bad"),
+    ]
     command = [sys.executable, str(ROOT / "tools" / "fuzz.py"), *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode in (0, 1), done.stderr[-4000:]

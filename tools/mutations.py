@@ -11,16 +11,23 @@ from typing import Any
 Reseal = Callable[[Any], bytes]  # a changed tree -> the file, its own checksum made again
 HUGE = 2**40  # bytes of a sparse file
 WORDS: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2**31, 2**32, 2**63 - 1, 2**63, -(2**63), 2**64, 10**30, 10**400, 0.5, -0.0, 1e308,
-    float("nan"), float("inf"), "", "text", "a" * 5000, "\0", "\n", "\ud800", "../../etc/passwd", "/dev/zero", "é\u2028",
+    None, True, False, 0, -1, 1, 2**31, 2**32, 2**63 - 1, 2**63, -(2**63), 2**64, 10**30,
+    10**400, 0.5, -0.0, 1e308,
+    float("nan"), float("inf"), "", "text", "a" * 5000, "\0", "\n", "\ud800", "../../etc/passwd", "/dev/zero",
+    "é\u2028",
     [], {}, [[]], {"": None}, [0] * 1000, ["x", 1, None], {"a": {"b": {"c": []}}},
 )  # fmt: skip
 YAML_TEXTS = (
-    "2020-13-45", "2020-12-31", "!!bool x", '!!int ""', "!!python/object:os.system x", "&a [*a]", "*a", "&a x", "0220",
-    "0x1F", "1:30:00", "1e-4", "1e400", "-.inf", ".nan", "yes", "~", "null", "9" * 5000, "[" * 2000, "{a: " * 300, "- - - x",
-    "{a: 1, a: 2}", "'", '"', '"\\ud800"', '"\\U00110000"', '"a\\0"', "|", ">", "%YAML 9.9", "---", "...", "? ", "<<: *a",
-    "\t", "\x07", "\x85", "\u2028", "\ufeff", "@x", "`x`", "[1, 2", "{", "}", "a: b: c", "# x", "x" * 70000, "true", "-1", "0",
-    "9223372036854775808", "é", "\ud800", "- x\n- y", "[]", "{}", "[[1], {a: b}]", "\\", "=", "1_000", "0o9", "0b1",
+    "2020-13-45", "2020-12-31", "!!bool x", '!!int ""', "!!python/object:os.system x", "&a [*a]", "*a",
+    "&a x", "0220",
+    "0x1F", "1:30:00", "1e-4", "1e400", "-.inf", ".nan", "yes", "~", "null", "9" * 5000, "[" * 2000,
+    "{a: " * 300, "- - - x",
+    "{a: 1, a: 2}", "'", '"', '"\\ud800"', '"\\U00110000"', '"a\\0"', "|", ">", "%YAML 9.9", "---", "...",
+    "? ", "<<: *a",
+    "\t", "\x07", "\x85", "\u2028", "\ufeff", "@x", "`x`", "[1, 2", "{", "}", "a: b: c",
+    "# x", "x" * 70000, "true", "-1", "0",
+    "9223372036854775808", "é", "\ud800", "- x\n- y", "[]", "{}", "[[1], {a: b}]",
+    "\\", "=", "1_000", "0o9", "0b1",
 )  # fmt: skip
 
 
@@ -50,17 +57,16 @@ def damage_bytes(data: bytes, chance: random.Random) -> bytes:
 def damage_tree(tree: Any, chance: random.Random) -> Any:
     """A JSON value with some of its parts of another type or size, gone, new, or swapped. Changes `tree`."""
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
-        places = list(_places(tree))
-        if not places:
+        if not isinstance(tree, dict | list) or not tree:
             return chance.choice(WORDS)
-        inside, key = chance.choice(places)
+        inside, key = _place(tree, chance)
         how = chance.randrange(10)
         if how == 0:
             del inside[key]
         elif how == 1:
             _add(inside, chance.choice(("extra", "sha256", "", "format", "__proto__")), chance.choice(WORDS))
         elif how == 2:
-            other, there = chance.choice(places)
+            other, there = _place(tree, chance)
             inside[key], other[there] = other[there], inside[key]
         elif how == 3 and isinstance(inside[key], int | float):
             inside[key] = inside[key] * chance.choice((-1, 0, 2, 10, 2**40)) + chance.choice((-1, 0, 1))
@@ -72,23 +78,27 @@ def damage_tree(tree: Any, chance: random.Random) -> Any:
             _add(inside, "extra", inside[key])
         else:
             inside[key] = json.loads(json.dumps(chance.choice(WORDS)))
-        if _size(tree) > 10_000:  # swapped into itself, again and again
-            break
+        if how == 2 and _is_deep(tree):  # a part swapped into itself
+            return WORDS[-1]
     return tree
 
 
-def _size(tree: Any) -> int:
-    return sum(1 for _ in _places(tree))
+def _place(tree: Any, chance: random.Random) -> tuple[Any, Any]:
+    """(container, key) of a value, by a walk from the top: a long list is met no more than a short one."""
+    while True:
+        key = chance.choice(list(tree) if isinstance(tree, dict) else range(len(tree)))
+        inner = tree[key]
+        if not isinstance(inner, dict | list) or not inner or chance.random() < 0.3:
+            return tree, key
+        tree = inner
 
 
-def _places(tree: Any, depth: int = 0) -> Any:
-    """(container, key) of every value."""
-    if depth > 30:
-        return
-    inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    for key, value in list(inner)[:200]:
-        yield tree, key
-        yield from _places(value, depth + 1)
+def _is_deep(tree: Any) -> bool:
+    try:
+        json.dumps(tree)
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 def _add(inside: Any, key: str, value: Any) -> None:
@@ -150,7 +160,9 @@ def damage_sentencepiece(data: bytes, chance: random.Random) -> bytes:
         piece = chance.choice(model.pieces)
         how = chance.randrange(9)
         if how == 0:
-            piece.piece = chance.choice(("", "a", "</s>", "\u2581", "x" * 10_000, "\0", chance.choice(model.pieces).piece))
+            piece.piece = chance.choice(
+                ("", "a", "</s>", "\u2581", "x" * 10_000, "\0", chance.choice(model.pieces).piece)
+            )
         elif how == 1:
             piece.score = chance.choice((float("nan"), float("inf"), -1e38, 0.0))
         elif how == 2:
@@ -161,7 +173,9 @@ def damage_sentencepiece(data: bytes, chance: random.Random) -> bytes:
             model.pieces.append(piece)
         elif how == 5:
             spec = model.normalizer_spec
-            spec.precompiled_charsmap = damage_bytes(spec.precompiled_charsmap or chance.randbytes(64), chance)
+            spec.precompiled_charsmap = damage_bytes(
+                spec.precompiled_charsmap or chance.randbytes(64), chance
+            )
         elif how == 6:
             model.normalizer_spec.precompiled_charsmap = chance.randbytes(chance.choice((4, 400, 4000)))
         elif how == 7:
