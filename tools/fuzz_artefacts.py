@@ -86,6 +86,7 @@ def _write_llama(folder: Path, tokenizer: Path) -> None:
     shape = {"vocab_size": 384, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = ModelConfig.model_validate({"kind": "base", "intermediate_size": 24, **shape})
     write_folder(folder, config, named_pieces(Transformer(config)), [tokenizer], shard_bytes=20_000)
+    (folder / EXPORT_MANIFEST).unlink(missing_ok=True)  # others write none
 
 
 def _write_build(table: Path, folder: Path) -> None:

@@ -173,7 +173,12 @@ def overrides(chance: random.Random) -> bytes:
         section = chance.choice(sections)
         kind: Any = Config.model_fields[section].annotation
         fields = list(getattr(kind, "model_fields", {"mode": None}))
-        value = chance.choice((*mutations.YAML_TEXTS, repr(chance.choice(mutations.WORDS[:8]))))
+        plain = (
+            json.dumps(chance.choice(mutations.WORDS[:16])),
+            str(chance.randrange(100)),
+            f"{chance.random():.2g}",
+        )
+        value = chance.choice((chance.choice(mutations.YAML_TEXTS), *plain))
         line = f"{section}.{chance.choice(fields)}={value.replace(chr(0), '')}"
         lines.append(mutations.damage_text(line, chance).replace("\0", "") if chance.random() < 0.3 else line)
     return "\0".join(lines).encode("utf-8", "replace")

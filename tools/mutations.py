@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 Reseal = Callable[[Any], bytes]  # a changed tree -> the file, its own checksum made again
 HUGE = 2**40  # bytes of a sparse file
 WORDS: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2**31, 2**32, 2**63 - 1, 2**63, -(2**63), 2**64, 10**30,
-    10**400, 0.5, -0.0, 1e308,
+    None, True, False, 0, -1, 1, 2, 3, 4, 8, 16, 64, 1e-3, 2**31, 2**32, 2**63 - 1, 2**63, -(2**63), 2**64,
+    10**30, 10**400, 0.5, -0.0, 1e308,
     float("nan"), float("inf"), "", "text", "a" * 5000, "\0", "\n", "\ud800", "../../etc/passwd", "/dev/zero",
     "é\u2028",
     [], {}, [[]], {"": None}, [0] * 1000, ["x", 1, None], {"a": {"b": {"c": []}}},
@@ -191,7 +193,9 @@ def damage_sentencepiece(data: bytes, chance: random.Random) -> bytes:
 
 
 def damage_yaml(text: str, chance: random.Random) -> str:
-    """Lines of it with other values, twice, gone or in other places."""
+    """Lines of it with other values, twice, gone or elsewhere; or its values as JSON, which is YAML too."""
+    if chance.random() < 0.4:
+        return json.dumps(damage_tree(yaml.safe_load(text), chance))
     lines = text.splitlines()
     for _ in range(chance.choice((1, 1, 2, 5))):
         at = chance.randrange(len(lines)) if lines else 0
