@@ -1,6 +1,7 @@
 """Building a ToL on Ray: tasks of a range of rows and a group of layers, resumable after any death."""
 
 import itertools
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +12,7 @@ from mlm_train.checkpoint.logical_folder import OpenedModel, open_model
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.files import sha256_of
+from mlm_train.sizes import in_units
 from mlm_train.tol.cluster import ray_cluster
 from mlm_train.tol.codec import TORCH_DTYPE, PlainDtype
 from mlm_train.tol.crew import Crew
@@ -25,7 +27,7 @@ from mlm_train.tol.format import (
     summary,
     write_index,
 )
-from mlm_train.tol.lowrank import bases_of, check_budget, has_ranks, lay_out, make_spectra
+from mlm_train.tol.lowrank import bases_of, check_budget, has_ranks, lay_out, make_studies, study_of
 from mlm_train.tol.pieces import Group, Pieces
 from mlm_train.tol.place import Place, check_space, place_of, remove_drafts
 from mlm_train.tol.progress import ByteProgress
@@ -106,8 +108,9 @@ class Build:
             source |= {"compute": index.source.compute, "chunk_rows": chunk_rows}
             if storage.layers is None:
                 storage = storage.model_copy(update={"layers": index.layers})
-        plain = Layout.of(storage.without_ranks(), source["num_layers"], source["hidden_size"])
-        count = partitions_of(partitions, source["vocab_size"], plain)
+        whole = storage.largest(source["num_layers"], source["hidden_size"])
+        size = whole.shape.file_bytes(source["vocab_size"])
+        count = partitions_of(partitions, source["vocab_size"], min(size, storage.budget or size))
         self.plan = Plan(**source, storage=storage, partitions=count, threads=threads)
         check_budget(self.plan)
         places = {"model": None, "table": str(folder)} if table else {"model": str(folder), "table": None}
@@ -123,7 +126,7 @@ class Build:
         with self.place.held("being built"):
             state = begin(self.place, self.plan)
             if state.layout is None and not has_ranks(self.plan.storage):
-                state.layout = lay_out(self.plan, [])
+                state.layout = lay_out(self.plan)
             if state.layout is not None:
                 check_space(self.place, sum(map(state.bytes, state.missing)))
             if state.layout is None or state.missing:
@@ -139,10 +142,10 @@ class Build:
         same &= len(index.partitions) == plan.partitions
         schemes, storage = schemes_of(index.fields), plan.storage
         if storage.budget is None:
-            layout = lay_out(plan, [])
+            layout = lay_out(plan)
             same &= (index.layers, schemes) == (layout.layers, layout.schemes)
         else:  # within it, what ranks the layers have depends on the weights
-            same &= schemes == [storage.scheme(one.rank) for one in schemes]
+            same &= {one.model_copy(update={"rank": None}) for one in schemes} <= set(storage.searched)
             same &= set(index.layers) <= set(plan.layers) and index.bytes <= storage.budget
         if not same:
             raise UserError(f"{self.place} holds another table; name a new folder, or remove it")
@@ -244,14 +247,25 @@ class Build:
 
     def _cut(self, state: State, crew: Crew, weights: Weights) -> None:
         """Choose the ranks, write the bases, and commit both."""
-        spectra = make_spectra(crew, state, self.place, weights)
-        layout = lay_out(self.plan, spectra)
-        bases = bases_of(self.plan, layout, spectra)
+        make_studies(crew, state, self.place, weights)
+        layout = lay_out(self.plan, [study_of(state, self.place, one).errors for one in self.plan.layers])
+        self._say_dropped(layout)
+        bases = bases_of(self.plan, layout, state, self.place)
         state.basis = write_bases(self.place, bases) if bases else None
         state.layout, state.spectra = layout, {}
         check_space(self.place, sum(map(state.bytes, state.missing)))
         state.save(self.place)
         remove_spectra(self.place)
+
+    def _say_dropped(self, layout: Layout) -> None:
+        if dropped := sorted(set(self.plan.layers) - set(layout.layers)):
+            names = ", ".join(map(str, dropped))
+            budget = in_units(self.plan.storage.budget or 0)
+            print(
+                f"warning: layer{'s' * (len(dropped) > 1)} {names} dropped, read as 0: of all tables within "
+                f"{budget} this one has the smallest error; give a larger --budget",
+                file=sys.stderr,
+            )
 
     def _weight_bytes(self) -> int:
         """Of one layer of FFN-M; nothing where rows are read."""
@@ -359,10 +373,10 @@ def _check_workers(count: int) -> None:
         raise UserError(f"--workers {count}: give at least 1")
 
 
-def partitions_of(asked: int | None, vocab: int, layout: Layout) -> int:
-    """How many; not a function of the workers, so that any number of them can resume to the same files."""
+def partitions_of(asked: int | None, vocab: int, size: int) -> int:
+    """How many, of so many bytes; not a function of the workers: any number can resume to the same files."""
     if asked is None:
-        asked = min(vocab, max(_LEAST_PARTITIONS, -(-layout.shape.file_bytes(vocab) // _PARTITION_BYTES)))
+        asked = min(vocab, max(_LEAST_PARTITIONS, -(-size // _PARTITION_BYTES)))
     if not 1 <= asked <= vocab:
         raise UserError(f"--partitions {asked}: give 1 to {vocab} (the vocabulary)")
     return asked

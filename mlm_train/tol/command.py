@@ -269,6 +269,8 @@ def describe(index: "TolIndex") -> str:
     known = [error for error in index.errors or () if error is not None]
     lost = f", relative error {min(known):.2e} to {max(known):.2e} a layer" if known else ""
     layers = f"{len(index.layers)} layer" + "s" * (len(index.layers) != 1)
+    if missing := [str(layer) for layer in range(index.num_layers) if layer not in index.layers]:
+        lost += f"; dropped, read as 0: layer{'s' * (len(missing) > 1)} {', '.join(missing)}"
     return (
         f"{index.vocab_size} rows of {layers} x {index.hidden_size} in {how}, "
         f"{in_units(index.bytes)} in {len(index.partitions)} partitions{lost}"

@@ -18,6 +18,8 @@ from mlm_train.tol.partition import map_partition
 from mlm_train.tol.place import Files, Folder, Place
 from mlm_train.tol.progress import ByteProgress
 
+BASIS_HEADER = 128  # bytes a layer; more than its entry can need
+
 
 class Table:
     """Rows of the vocabulary, memory-mapped or read whole, uint8 [n, row bytes], and what they mean."""
@@ -144,8 +146,15 @@ def projector(basis: Tensor) -> Tensor:
 
 
 def write_bases(place: Place, bases: dict[int, Tensor]) -> File:
-    """Write bases [rank, hidden] of the layers that have a rank, as float16."""
+    """Write bases [rank, hidden] of the layers that have a rank, as float16.
+
+    The header takes BASIS_HEADER bytes a layer, whatever its numbers: what a layer adds to a table is known.
+    """
     data = save({basis_name(layer): basis.half().contiguous() for layer, basis in bases.items()})
+    start, room = 8 + int.from_bytes(data[:8], "little"), BASIS_HEADER * len(bases) - 8
+    header = data[8:start].rstrip(b" ")
+    assert len(header) <= room
+    data = room.to_bytes(8, "little") + header.ljust(room) + data[start:]
     place.write(BASIS, data)
     return file_of(BASIS, data)
 
