@@ -53,6 +53,7 @@ Streams through the table on Ray; one that was killed goes on where it stopped.
 examples:
   mlm-train tol compress tol/run1 --output tol/run1-int8 --dtype int8
   mlm-train tol compress tol/run1 --output tol/run1-r512 --dtype bfloat16 --rank 512
+  mlm-train tol compress tol/run1 --output tol/run1-1gb --budget 1GB
   mlm-train tol compress tol/run1 --output tol/run1-1gb --dtype int8 --budget 1GB --drop 11-13"""
 
 _VERIFY_HELP = """Check a ToL folder: coverage, sizes, SHA-256, finite values; with --model also the values.

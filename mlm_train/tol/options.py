@@ -30,13 +30,16 @@ def add_storage_arguments(parser: argparse.ArgumentParser, default: str | None) 
     parser.add_argument(  # its default comes later, in storage_of: what was given can be told from it
         "--dtype",
         choices=(*TORCH_DTYPE, *LEVELS),
-        help=f"type of the stored numbers (default {default or 'none'}; with --budget the best a layer)",
+        help="type of the stored numbers ("
+        + (f"default {default}; " if default else "")
+        + "with --budget: the best for each layer)",
     )
     parser.add_argument(
         "--group-size",
         type=int,
         metavar="N",
-        help=f"int8, int4: numbers that share a scale (default {GROUP}; with --budget the best a layer)",
+        help="int8, int4: numbers that share a scale "
+        f"(default {GROUP}; with --budget: the best for each layer)",
     )
     parser.add_argument(
         "--asymmetric", action="store_true", help="int8, int4: a zero of its own for each group"
@@ -50,7 +53,7 @@ def add_storage_arguments(parser: argparse.ArgumentParser, default: str | None) 
         help="most bytes of the table's files but its index, such as 3.2GB. Each layer is stored so that the "
         "sum of squared relative errors is least, over what --dtype and --group-size leave open: "
         f"{', '.join((*TORCH_DTYPE, *LEVELS))}; groups of {', '.join(map(str, GROUPS))}; every rank; the "
-        "whole layer; a dropped one, which a warning names",
+        "whole layer; a dropped one, which a warning names. Errors are predicted (docs/tol.md)",
     )
     parser.add_argument(
         "--allocation", metavar="FILE", help="layers and schemes from `mlm-train tol allocate`"
