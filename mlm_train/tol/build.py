@@ -1,7 +1,6 @@
 """Building a ToL on Ray: tasks of a range of rows and a group of layers, resumable after any death."""
 
 import itertools
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +11,6 @@ from mlm_train.checkpoint.logical_folder import OpenedModel, open_model
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.files import sha256_of
-from mlm_train.sizes import in_units
 from mlm_train.tol.cluster import ray_cluster
 from mlm_train.tol.codec import TORCH_DTYPE, PlainDtype
 from mlm_train.tol.crew import Crew
@@ -27,7 +25,15 @@ from mlm_train.tol.format import (
     summary,
     write_index,
 )
-from mlm_train.tol.lowrank import bases_of, check_budget, has_ranks, lay_out, make_studies, study_of
+from mlm_train.tol.lowrank import (
+    bases_of,
+    check_budget,
+    has_ranks,
+    lay_out,
+    make_studies,
+    say_dropped,
+    study_of,
+)
 from mlm_train.tol.pieces import Group, Pieces
 from mlm_train.tol.place import Place, check_space, place_of, remove_drafts
 from mlm_train.tol.progress import ByteProgress
@@ -249,23 +255,13 @@ class Build:
         """Choose the ranks, write the bases, and commit both."""
         make_studies(crew, state, self.place, weights)
         layout = lay_out(self.plan, [study_of(state, self.place, one).errors for one in self.plan.layers])
-        self._say_dropped(layout)
+        say_dropped(self.plan.layers, layout)
         bases = bases_of(self.plan, layout, state, self.place)
         state.basis = write_bases(self.place, bases) if bases else None
         state.layout, state.spectra = layout, {}
         check_space(self.place, sum(map(state.bytes, state.missing)))
         state.save(self.place)
         remove_spectra(self.place)
-
-    def _say_dropped(self, layout: Layout) -> None:
-        if dropped := sorted(set(self.plan.layers) - set(layout.layers)):
-            names = ", ".join(map(str, dropped))
-            budget = in_units(self.plan.storage.budget or 0)
-            print(
-                f"warning: layer{'s' * (len(dropped) > 1)} {names} dropped, read as 0: of all tables within "
-                f"{budget} this one has the smallest error; give a larger --budget",
-                file=sys.stderr,
-            )
 
     def _weight_bytes(self) -> int:
         """Of one layer of FFN-M; nothing where rows are read."""

@@ -1,5 +1,6 @@
 """Layers cut to low rank: their spectra, how each is stored within a budget, and the bases."""
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -79,6 +80,13 @@ def lay_out(plan: Plan, errors: Sequence[torch.Tensor] = ()) -> Layout:
     picks = zip(plan.layers, (grid.ways[pick] for pick in mix.picks), strict=True)
     kept = {layer: scheme for layer, scheme in picks if scheme is not None}
     return Layout(hidden_size=plan.hidden_size, layers=list(kept), schemes=list(kept.values()))
+
+
+def say_dropped(layers: Sequence[int], layout: Layout) -> None:
+    """Warn of layers that a choice left out: they read as zeros."""
+    if dropped := [str(layer) for layer in layers if layer not in layout.layers]:
+        what = f"layer{'s' * (len(dropped) > 1)} {', '.join(dropped)} dropped, read as 0"
+        print(f"warning: {what}: no table of as many bytes has a smaller error", file=sys.stderr)
 
 
 class _Grid:

@@ -18,6 +18,7 @@ from mlm_train.tol.allocate import best_kept, best_mixes, choices, layout_of, ro
 from mlm_train.tol.codec import ALIGNMENT, GROUP, Scheme
 from mlm_train.tol.format import INDEX, TolIndex, check_fits
 from mlm_train.tol.knapsack import Mix
+from mlm_train.tol.lowrank import say_dropped
 from mlm_train.tol.options import is_allocation
 from mlm_train.tol.sensitivities import Choice, Notes, Trial, measure, spectra_of
 from mlm_train.tol.table import Table
@@ -92,12 +93,14 @@ class Study:
 
         To within the bytes that a layer's padding takes; the largest one where none does so.
         """
-        found = self.front[-1]
+        found, measured = self.front[-1], dict[Mix, float]()
         low, high = 0, found.bytes
         while high - low > self.index.vocab_size * ALIGNMENT:
             middle = (low + high) // 2
             mix = self.within(middle)
-            if mix is not None and self.growth(self.perplexity(self.of(mix))) <= tolerance:
+            if mix is not None and mix not in measured:
+                measured[mix] = self.growth(self.perplexity(self.of(mix)))
+            if mix is not None and measured[mix] <= tolerance:
                 found, high = mix, min(middle, mix.bytes)
             else:
                 low = middle
@@ -143,6 +146,7 @@ def allocate(args: argparse.Namespace) -> int:
     if mix is None:
         raise _too_small(args.budget, study.least)
     layout = layout_of(table.index, study.of(mix))
+    say_dropped(table.index.layers, layout)
     measured = _measured(study, mix)
     tree = {
         "layers": layout.layers,

@@ -211,7 +211,7 @@ def test_a_dropped_layer_is_said_loudly(
     (warned,) = (line for line in capfd.readouterr().err.splitlines() if "warning" in line)
     (kept,) = index.layers
     dropped = sorted({0, 1, 2} - {kept})
-    assert f"layers {dropped[0]}, {dropped[1]} dropped" in warned
+    assert f" {dropped[0]}, {dropped[1]} dropped" in warned
     mlm_train("tol", "inspect", tmp_path / "one")
     assert f"dropped layers, read as 0: {dropped[0]}, {dropped[1]}" in capfd.readouterr().out
     assert "holds no layer" in refused(
