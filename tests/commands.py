@@ -47,6 +47,17 @@ def refused(*words: object) -> str:
     return lines[0]
 
 
+def outcome(*words: object) -> tuple[int, str]:
+    """Run a command in this process, whatever comes of it: its exit code, and what it said on stderr."""
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            main([str(word) for word in words])
+        except SystemExit as end:
+            return int(end.code or 0), errors.getvalue()
+    return 0, errors.getvalue()
+
+
 def on_a_terminal(*words: object) -> str:
     """What a command, which must succeed, writes to a standard output that is a terminal."""
     ours, its = os.openpty()
@@ -65,17 +76,6 @@ def _all_of(screen: io.FileIO) -> bytes:
         while block := screen.read(2**16):
             data += block
     return data
-
-
-def outcome(*words: object) -> tuple[int, str]:
-    """Run a command in this process, whatever comes of it: its exit code, and what it said on stderr."""
-    errors = io.StringIO()
-    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            main([str(word) for word in words])
-        except SystemExit as end:
-            return int(end.code or 0), errors.getvalue()
-    return 0, errors.getvalue()
 
 
 def start(*words: object, **environment: str) -> "subprocess.Popen[str]":

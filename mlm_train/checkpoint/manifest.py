@@ -15,7 +15,6 @@ from mlm_train.records import SEAL, Record, json_value, read_regular, record_of,
 
 MANIFEST = "manifest.json"
 FORMAT = "mlm-checkpoint"
-LARGEST = 2**28  # bytes of a manifest, which has a line for each file
 VERSION = 2  # 1 had no checksum of the manifest
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 
@@ -91,7 +90,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise Damaged(f"{folder} is no complete {FORMAT} folder: {MANIFEST} is missing", fix)
     try:
-        tree = json_value(read_regular(path, LARGEST))
+        tree = json_value(read_regular(path))
     except ValueError:
         raise Damaged(f"{path} is damaged: it is not JSON", fix) from None
     except OSError as error:

@@ -136,7 +136,7 @@ class PreparedData:
         tokenizer = data.manifest.tokenizer
         if not listed(path, tokenizer.file, MANIFEST).is_file():
             raise UserError(f"{path / tokenizer.file} is missing; {AGAIN}")
-        _check_hash(path / tokenizer.file, tokenizer.sha256)
+        _check_hash(path / tokenizer.file, tokenizer.sha256, read_regular(path / tokenizer.file))
         if data.manifest.version == UNSEALED:
             check_tokenizer(path, path / MANIFEST, data.manifest)
         return data
@@ -200,8 +200,9 @@ def _check_size(path: Path, expected: int) -> None:
         raise UserError(f"{path} has {actual} bytes instead of {expected}; {AGAIN}")
 
 
-def _check_hash(path: Path, expected: str) -> None:
-    actual = sha256_of(path)
+def _check_hash(path: Path, expected: str, contents: bytes | None = None) -> None:
+    """`contents`: of the file, where they have been read already."""
+    actual = sha256_of(path) if contents is None else hashlib.sha256(contents).hexdigest()
     if actual != expected:
         raise UserError(
             f"{path} was changed: its SHA-256 is {actual[:12]}..., "

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from mlm_train.checkpoint.folders import DAMAGED, newest, resolve, set_aside, step_folders
+from mlm_train.checkpoint.folders import DAMAGED, resolve, set_aside, step_folders
 from mlm_train.checkpoint.hf_folder import open_tensors, read_config
 from mlm_train.checkpoint.load import check_fits, check_same_model, check_steps, config_of, open_checkpoint
 from mlm_train.checkpoint.manifest import Damaged, Manifest
@@ -118,8 +118,8 @@ def newest_of(config: Config, verify: Check = "full") -> Resumed | None:
     root = Path(config.train.output) / "checkpoints"
     if config.checkpoint.fall_back:
         return _newest_whole(root, verify)
-    folder = newest(root)
-    return None if folder is None else Resumed(folder, open_checkpoint(folder, verify))
+    folders = step_folders(root)  # one without a manifest is damaged too
+    return Resumed(folders[-1], open_checkpoint(folders[-1], verify)) if folders else None
 
 
 def _newest_whole(root: Path, verify: Check) -> Resumed | None:
