@@ -1,7 +1,9 @@
 """Every reader of a file that this program did not just write: one line and exit code 2, no wait."""
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -223,6 +225,28 @@ def test_notes_that_are_damaged_are_as_none(tmp_path: Path, fifo: Fifo) -> None:
     sums = Sums(np.array([[0.5]]), np.array([[0.25]]), 3)
     notes.write(sums)
     assert notes.read() == sums
+
+
+def test_a_terabyte_of_nothing_is_not_read(data: Path, export: Path, tmp_path: Path) -> None:
+    """A sparse file in the place of one that is read whole, or mapped."""
+    notes = Notes(tmp_path / "result.json", ["about"])
+    notes.path.touch()
+    os.truncate(notes.path, 2**40)
+    assert notes.read() is None
+    inspect, generate = ("data", "inspect"), ("generate", "--prompt", "a", "--model")
+    for folder, name, command in (
+        (data, "manifest.json", inspect),
+        (data, "tokenizer.model", inspect),
+        (export, "config.json", generate),
+        (export, "tokenizer.model", generate),
+        (export, "model.safetensors", generate),
+    ):
+        copy = tmp_path / f"{folder.name}-{name}"
+        shutil.copytree(folder, copy)
+        os.truncate(copy / name, 2**40)
+        started = time.monotonic()
+        assert str(copy / name) in refused(*command, copy)
+        assert time.monotonic() - started < 10
 
 
 def test_json_is_read_strictly() -> None:
