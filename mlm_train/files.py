@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import stat
 import time
@@ -117,24 +118,42 @@ def refuse_used(path: Path) -> None:
 def new_folder(output: Path) -> Iterator[Path]:
     """A temporary sibling of `output` to write into; renamed to `output` when the block ends well.
 
-    An error removes it; a killed process leaves only `NAME.partial-*` behind, never `output`.
-    Raises UserError if `output` exists and is not an empty folder, or cannot be written.
+    An error removes it. A killed process leaves only `NAME.partial-*` behind, never `output`; the next one to
+    write `output` removes that.
+    Raises UserError if `output` exists and is not an empty folder, is being written, or cannot be written.
     """
     output = output.absolute()
     refuse_used(output)
     partial = output.with_name(f"{output.name}.partial-{uuid.uuid4().hex[:8]}")
     with writing(output):
-        try:
-            partial.mkdir(parents=True)
-            yield partial
-            with held():
-                for path in (*partial.iterdir(), partial):
-                    sync(path)
-                partial.rename(output)
-                sync(output.parent)
-        finally:
-            with held():
-                shutil.rmtree(partial, ignore_errors=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with _lock_beside(output, "being written") as alone:
+            refuse_used(output)  # who held the lock may have written it
+            if alone:
+                _remove_partials(output)
+            try:
+                partial.mkdir()
+                yield partial
+                with held():
+                    for path in (*partial.iterdir(), partial):
+                        sync(path)
+                    partial.rename(output)
+                    sync(output.parent)
+            finally:
+                with held():
+                    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_partials(output: Path) -> None:
+    """Delete what killed writers of a folder left: drafts, drafts within these, and the locks of drafts."""
+    draft = r"\.partial-[0-9a-f]{8}"
+    name = re.compile(rf"{re.escape(output.name)}{draft}({draft})?|\.{re.escape(output.name)}{draft}\.lock")
+    for path in output.parent.iterdir():
+        if name.fullmatch(path.name):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -233,13 +252,21 @@ def locked(folder: Path, doing: str, patience: float = 0.0) -> Iterator[None]:
     that one does.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    with _lock_beside(folder, doing, patience):
+        yield
+
+
+@contextmanager
+def _lock_beside(folder: Path, doing: str, patience: float = 0.0) -> Iterator[bool]:
+    """As `locked`, of a folder that need not exist; whether the file system has locks at all."""
     path, end = folder.absolute().with_name(f".{folder.name}.lock"), time.monotonic() + patience
-    while (descriptor := _lock(path, folder)) is None:
+    while (lock := _lock(path, folder)) is None:
         if time.monotonic() >= end:
             raise UserError(f"{folder} is {doing} by another process; wait for it or name another")
         time.sleep(0.5)
+    descriptor, is_locked = lock
     try:
-        yield
+        yield is_locked
     finally:
         with held():
             with suppress(OSError):
@@ -247,8 +274,8 @@ def locked(folder: Path, doing: str, patience: float = 0.0) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _lock(path: Path, folder: Path) -> int | None:
-    """An open file that holds our lock; None where another process has it.
+def _lock(path: Path, folder: Path) -> tuple[int, bool] | None:
+    """An open file, and whether it holds our lock; None where another process has it.
 
     A file beside the folder, since NFS locks no folders; the folder where its parent takes no files.
     """
@@ -256,6 +283,8 @@ def _lock(path: Path, folder: Path) -> int | None:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except PermissionError:
+            if not folder.is_dir():
+                raise
             descriptor = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -263,9 +292,9 @@ def _lock(path: Path, folder: Path) -> int | None:
             os.close(descriptor)
             return None
         except OSError:
-            return descriptor  # no locks here; unfinished files have names of their own anyway
+            return descriptor, False  # no locks here; unfinished files have names of their own anyway
         if os.fstat(descriptor).st_nlink:
-            return descriptor
+            return descriptor, True
         os.close(descriptor)  # the one before has ended and taken its file away
 
 

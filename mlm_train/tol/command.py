@@ -52,6 +52,7 @@ Streams through the table on Ray; one that was killed goes on where it stopped.
 examples:
   mlm-train tol compress tol/run1 --output tol/run1-int8 --dtype int8
   mlm-train tol compress tol/run1 --output tol/run1-r512 --dtype bfloat16 --rank 512
+  mlm-train tol compress tol/run1 --output tol/run1-1gb --budget 1GB
   mlm-train tol compress tol/run1 --output tol/run1-1gb --dtype int8 --budget 1GB --drop 11-13"""
 
 _VERIFY_HELP = """Check a ToL folder: coverage, sizes, SHA-256, finite values; with --model also the values.
@@ -263,6 +264,8 @@ def describe(index: "TolIndex") -> str:
     known = [error for error in index.errors or () if error is not None]
     lost = f", relative error {min(known):.2e} to {max(known):.2e} a layer" if known else ""
     layers = f"{len(index.layers)} layer" + "s" * (len(index.layers) != 1)
+    if missing := [str(layer) for layer in range(index.num_layers) if layer not in index.layers]:
+        lost += f"; dropped, read as 0: layer{'s' * (len(missing) > 1)} {', '.join(missing)}"
     return (
         f"{index.vocab_size} rows of {layers} x {index.hidden_size} in {how}, "
         f"{in_units(index.bytes)} in {len(index.partitions)} partitions{lost}"

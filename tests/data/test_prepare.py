@@ -170,3 +170,5 @@ def test_killed_in_the_middle(corpus, model, tmp_path):
     (partial,) = tmp_path.glob("out.partial-*")
     with pytest.raises(UserError, match=r"manifest.json is missing"):
         PreparedData.open(partial)
+    prepare([str(corpus)], tmp_path / "out", str(model))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big.jsonl", "out"]
