@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -247,6 +248,28 @@ def test_a_terabyte_of_nothing_is_not_read(data: Path, export: Path, tmp_path: P
         started = time.monotonic()
         assert str(copy / name) in refused(*command, copy)
         assert time.monotonic() - started < 10
+
+
+def test_a_newline_in_a_value_makes_no_second_line(data: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "a\nb\x1b[31m\u2028c"
+    for command in (
+        ("checkpoint", "verify", odd),
+        ("tol", "verify", odd),
+        ("export", odd, "--output", tmp_path / "x"),
+        ("data", "inspect", odd),
+        ("pretrain", odd),
+        ("generate", "--model", odd, "--prompt", "a"),
+        ("tol", "verify", tmp_path, f"--{odd}"),
+    ):
+        line = refused(*command)  # one line
+        assert line.isprintable() and repr(odd.name)[1:-1] in line
+    output = f"train.output={json.dumps(str(odd))}"  # as YAML spells it
+    mlm_train("pretrain", "configs/micro.yaml", *words(data, tmp_path / "run"), output)
+    runtime.stop()
+    lines = (odd / "train.log").read_text().removesuffix("\n").split("\n")
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S", line) and line.isprintable() for line in lines)
+    assert any(repr(odd.name)[1:-1] in line for line in lines)
+    assert len((odd / "heartbeat.json").read_text().splitlines()) == 1
 
 
 def test_json_is_read_strictly() -> None:
