@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from mlm_train.checks import Check
 from mlm_train.config.model import ModelConfig
 from mlm_train.config.parallel import ZERO_BUBBLE, ParallelConfig, check_parallel
 from mlm_train.config.schedule import ScheduleConfig, check_schedule
@@ -30,6 +31,11 @@ class DataConfig(Section):
         False,
         description="tokens attend within their own document alone, whose positions begin with 0; a sequence "
         "may hold several documents",
+    )
+    verify: Check = Field(
+        "sizes",
+        description="what of the data is compared with its manifest before a run: full (every byte, by one "
+        "rank, within parallel.timeout), sizes, or none",
     )
 
     @model_validator(mode="after")
@@ -192,6 +198,11 @@ class CheckpointConfig(Section):
     )
     warm_start: str | None = Field(
         None, description="checkpoint or export whose weights (nothing else) a new run starts from"
+    )
+    verify: Check = Field(
+        "full",
+        description="what of a checkpoint, or of warm_start's export, is compared with its manifest before "
+        "it is loaded: full (every byte, by one rank), sizes, or none",
     )
     accept_data: str | None = Field(
         None,

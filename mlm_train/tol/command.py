@@ -151,7 +151,7 @@ def _add_allocate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=64, help="windows to measure on (default %(default)s)")
     parser.add_argument("--sequence-length", type=int, metavar="N", help="default: the model's longest")
     parser.add_argument("--micro-batch", type=int, default=8, help="windows a pass (default %(default)s)")
-    add_verify(parser, "the table, and of --model,", "sizes, of --model full")
+    add_verify(parser, "the table, of --data and --model,", "sizes, of --model full")
 
 
 def run(args: argparse.Namespace) -> int:

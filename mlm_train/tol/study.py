@@ -30,7 +30,7 @@ class Study:
     def __init__(self, args: argparse.Namespace, table: Table, console: Console) -> None:
         self.table, self.index = table, table.index
         numbers = {"length": args.sequence_length, "micro_batch": args.micro_batch}
-        self.scorer = Scorer(args.model, args.data, **numbers, verify=args.verify or "full")
+        self.scorer = Scorer(args.model, args.data, **numbers, verify=args.verify)
         learnt = self.scorer.windows_of("train", args.samples)
         check_fits(Path(args.table), self.index, self.scorer.config)
         self.trial = Trial(self.table, spectra_of(self.table))

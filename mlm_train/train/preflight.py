@@ -69,7 +69,8 @@ def preflight(config: Config, world: int, local_world: int | None) -> Blend:
     for split in ("train", "validation"):
         data.samples(split, config.data.sequence_length, None)
     _check_output(config)
-    if find_checkpoint(config, data, verify="sizes") is None and config.checkpoint.warm_start is not None:
+    at_once = _at_once(config)
+    if find_checkpoint(config, data, at_once) is None and config.checkpoint.warm_start is not None:
         warm_start_source(config)
     return data
 
@@ -94,9 +95,15 @@ def _check_output(config: Config) -> None:
         )
 
 
-def find_checkpoint(config: Config, data: Blend, verify: Check = "full") -> Resumed | None:
+def _at_once(config: Config) -> Check:
+    """What every rank compares: reading everything is left to one of them, later."""
+    return "none" if config.checkpoint.verify == "none" else "sizes"
+
+
+def find_checkpoint(config: Config, data: Blend, verify: Check | None = None) -> Resumed | None:
     """The newest whole checkpoint of the run's folder, verified as far as `verify` says and fitting.
 
+    verify: checkpoint.verify where it is None.
     None where the run has saved none yet. Changes nothing on disk.
     """
     if not config.checkpoint.resume:
@@ -110,12 +117,12 @@ def find_checkpoint(config: Config, data: Blend, verify: Check = "full") -> Resu
     return found
 
 
-def newest_of(config: Config, verify: Check = "full") -> Resumed | None:
+def newest_of(config: Config, verify: Check | None = None) -> Resumed | None:
     """The newest checkpoint of a run, damage looked past where checkpoint.fall_back allows that.
 
     None where there is none yet. Raises UserError where it is damaged, or with fall_back all are.
     """
-    root = Path(config.train.output) / "checkpoints"
+    root, verify = Path(config.train.output) / "checkpoints", verify or config.checkpoint.verify
     if config.checkpoint.fall_back:
         return _newest_whole(root, verify)
     folders = step_folders(root)  # one without a manifest is damaged too
@@ -149,5 +156,5 @@ def warm_start_source(config: Config) -> Path:
             tensors.check(written)
         return path
     folder = resolve(path)
-    check_same_model(folder, config_of(open_checkpoint(folder, verify="sizes")).model, config.model)
+    check_same_model(folder, config_of(open_checkpoint(folder, _at_once(config))).model, config.model)
     return folder
