@@ -12,7 +12,7 @@ example:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("source", help="a run's folder (its newest checkpoint) or a step-* folder")
+    parser.add_argument("source", help="a run's folder (its newest checkpoint), RUN/best, or a step-* folder")
     parser.add_argument("--output", required=True, help="new folder to write")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights"

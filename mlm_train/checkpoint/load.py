@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlm_train.checkpoint.manifest import read_manifest, verify_files
-from mlm_train.checkpoint.save import FORMAT, VERSION
+from mlm_train.checkpoint.manifest import FORMAT, VERSION, read_manifest, verify_files
 from mlm_train.checkpoint.tensors import LogicalPart, read_tensors
 from mlm_train.config import Config, ModelConfig
 from mlm_train.config.load import parse_config

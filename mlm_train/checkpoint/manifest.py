@@ -12,6 +12,8 @@ from mlm_train.files import listed, sha256_of, write_json
 from mlm_train.records import SEAL, json_value, read_regular, seal_of
 
 MANIFEST = "manifest.json"
+FORMAT = "mlm-checkpoint"
+VERSION = 2  # 1 had no checksum of the manifest
 
 
 class Damaged(UserError):
