@@ -10,6 +10,53 @@ import pytest
 
 from tests.commands import ROOT
 
+KINDS_OF_READERS = """
+import os, sys, time
+from pathlib import Path
+
+sys.path.insert(0, "tools")
+import fuzz_cases, fuzz_pool
+from fuzz_readers import READERS, Reader, Refused
+from mlm_train.errors import UserError
+
+def raises(error):
+    def read(folder):
+        raise error
+    return read
+
+READERS.clear()
+for name, read in {
+    "accepted": lambda folder: "whole",
+    "refused": raises(UserError("one line")),
+    "refused by a command": raises(Refused(2, "mlm-train: one line")),
+    "traceback": raises(KeyError("files")),
+    "traceback, two lines": raises(Refused(2, "mlm-train: one line\\nand another")),
+    "code": raises(Refused(1, "mlm-train: one line")),
+    "time, for ever": lambda folder: time.sleep(3600),
+    "time, dies": lambda folder: os.abort(),
+    "result": lambda folder: "other",
+}.items():
+    READERS[name] = Reader("artefact", ("*",), read, lambda folder, file: True)
+fuzz_pool.LIMIT = 0.5
+root = Path(sys.argv[1])
+(root / "artefact").mkdir()
+(root / "artefact" / "file.json").write_text('{"a": [1, 2]}')
+fuzz = fuzz_cases.Fuzz(root, 1, list(READERS))
+fuzz.whole = dict.fromkeys(READERS, "whole")
+for outcome in fuzz_pool.outcomes(fuzz, 40, 2):
+    print(outcome.kind, outcome.reader, sep=": ", flush=True)
+"""
+
+
+def test_the_fuzzer_tells_good_from_bad(tmp_path: Path) -> None:
+    """Readers that do each of the things that it looks for."""
+    command = [sys.executable, "-c", KINDS_OF_READERS, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    found = [line.split(": ") for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and len(found) == 40, done.stderr[-4000:]
+    assert all(reader.startswith(kind) for kind, reader in found), done.stdout
+    assert len({reader for _, reader in found}) == 9
+
 
 def fuzz(folder: Path, cases: int, seed: int) -> dict[str, Any]:
     """What tools/fuzz.py found."""

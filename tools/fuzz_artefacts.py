@@ -1,7 +1,9 @@
 """What tools/fuzz.py damages: small whole files of every kind, written by the commands themselves."""
 
+import bz2
 import gzip
 import json
+import lzma
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -146,4 +148,9 @@ def _write_text(folder: Path, lines: Path) -> None:
     (folder / "a.jsonl").write_bytes(data)
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(data))
     (folder / "c.txt").write_text(WORDS)
+    (folder / "e.json").write_text(json.dumps([{"text": text} for text in texts] or [WORDS]))
+    (folder / "f.jsonl.xz").write_bytes(lzma.compress(data))
+    (folder / "g.ndjson.bz2").write_bytes(bz2.compress(data))
+    with pyarrow.CompressedOutputStream(str(folder / "h.jsonl.zst"), "zstd") as file:
+        file.write(data)
     pyarrow.parquet.write_table(pyarrow.table({"text": texts or [WORDS]}), folder / "d.parquet")

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
@@ -37,7 +38,8 @@ class Fuzz:
         child.start()
         child.join()
         if child.exitcode:
-            raise SystemExit(f"fuzz: exit code {child.exitcode} over the undamaged files")
+            print(f"fuzz: exit code {child.exitcode} over the undamaged files", file=sys.stderr)
+            raise SystemExit(2)
         self.whole = json.loads(done.read_text())
 
     def _prepare(self, done: Path) -> None:

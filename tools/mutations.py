@@ -219,7 +219,14 @@ def replace_file(path: Path, chance: random.Random) -> str:
     data = path.read_bytes()
     path.unlink()
     ways = ["fifo", "folder", "empty", "gone", "loop", "dangling", "device", "zero", "outside", "garbage"]
-    if path.suffix not in (".gz", ".txt", ".jsonl"):  # a text may be as long as it likes
+    if path.suffix not in (
+        ".gz",
+        ".xz",
+        ".bz2",
+        ".zst",
+        ".txt",
+        ".jsonl",
+    ):  # a text may be as long as it likes
         ways.append("sparse")
     how = chance.choice(ways)
     if how == "fifo":

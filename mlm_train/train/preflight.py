@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from mlm_train.checkpoint.folders import DAMAGED, resolve, set_aside, step_folders
+from mlm_train.checkpoint.folders import DAMAGED, committed, resolve, set_aside, step_folders
 from mlm_train.checkpoint.hf_folder import open_tensors, read_config
+from mlm_train.checkpoint.keep import Keep, refuse_deletions
 from mlm_train.checkpoint.load import check_fits, check_same_model, check_steps, config_of, open_checkpoint
 from mlm_train.checkpoint.manifest import Damaged, Manifest
 from mlm_train.checks import Check
@@ -114,6 +115,8 @@ def find_checkpoint(config: Config, data: Blend, verify: Check | None = None) ->
         check_steps(found.folder, found.manifest, config)
         if not found.completes(config):
             go_on(found.progress, found.config, config)
+            run, before = Path(config.train.output), found.config.checkpoint
+            refuse_deletions(run, committed(found.folder.parent), Keep.of(before), Keep.of(config.checkpoint))
     return found
 
 
