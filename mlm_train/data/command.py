@@ -187,7 +187,7 @@ def _run_inspect(args: argparse.Namespace) -> None:
     from mlm_train.data.prepared import PreparedData
 
     console = Console()
-    with console.status("checking files"):
+    with Console(stderr=True).status("checking files"):
         data = PreparedData.open(args.folder, args.verify or "sizes")
     if args.verify == "full":
         console.print("every file has the hash of the manifest, every document its end", style="green")
