@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mlm_train.arguments import add_action
 from mlm_train.checks import add_verify
+from mlm_train.errors import escaped
 from mlm_train.sizes import size
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def _run_prepare(args: argparse.Namespace) -> None:
     if left_out:
         print(f"left out: {len(left_out)} {'file' if len(left_out) == 1 else 'files'}")
     for path, reason in [*left_out.items()][:LISTED]:
-        print(f"  {path}: {reason}")
+        print(f"  {escaped(f'{path}: {reason}')}")
     if len(left_out) > LISTED:
         print(f"  and {len(left_out) - LISTED} more")
 
