@@ -140,7 +140,7 @@ def test_a_fifo_in_any_files_place_is_refused_at_once(
     generate = ("generate", "--prompt", "a", "--model")
     folders: list[tuple[Path, tuple[object, ...]]] = [
         (checkpoint, ("checkpoint", "verify")),
-        (data, ("data", "inspect", "--verify")),
+        (data, ("data", "inspect", "--verify", "full")),
         (data, ("data", "inspect")),
         (export, generate),
         (sharded, ("tol", "verify", table, "--model")),

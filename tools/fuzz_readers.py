@@ -113,7 +113,7 @@ def _overrides(folder: Path) -> None:
 
 
 def _data(folder: Path) -> str:
-    command("data", "inspect", folder, "--verify", "--sequence-length", 16)
+    command("data", "inspect", folder, "--verify", "full", "--sequence-length", 16)
     data = PreparedData.open(folder)
     splits = [data.split(name) for name in ("train", "validation")]
     counts = data.manifest.model_dump(exclude={"fingerprint"})

@@ -58,6 +58,13 @@ class TrainedOn(Record):
     order: Count | None = None
 
 
+class Validation(Record):
+    """The loss of a checkpoint's weights, on so many samples of the validation split."""
+
+    loss: Annotated[float, Field(allow_inf_nan=False)]
+    samples: Count
+
+
 class Manifest(Record):
     """What manifest.json says."""
 
@@ -65,6 +72,7 @@ class Manifest(Record):
     version: Literal[2]
     tool: str
     progress: Reached
+    validation: Validation | None = None  # where the weights were evaluated
     data: TrainedOn
     config: dict[str, Any]  # of the run, for config.load.parse_config
     world: Annotated[Count, Field(ge=1)]

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 
 from mlm_train import __version__
 from mlm_train.checkpoint.logical_folder import OpenedModel, open_model
+from mlm_train.checks import Check
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.files import sha256_of
@@ -70,7 +71,7 @@ class Build:
     output: a folder that all workers see under that path, a URL that means one place for all of them, or
     another place. group_bytes: weights of the layers that a worker holds at once, one layer at least. Where
     it holds all, as it must where files are written in order, a partition is written and hashed as it is
-    computed; filled group by group, it is read again.
+    computed; filled group by group, it is read again. verify: what is compared of the model.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Build:
         threads: int = 1,
         device: str = "cpu",
         group_bytes: int = GROUP_BYTES,
+        verify: Check = "full",
     ) -> None:
         if threads < 1:
             raise UserError(f"--threads {threads}: give at least 1")
@@ -97,7 +99,7 @@ class Build:
         self.config: ModelConfig | None = None
         if table is None:
             assert model is not None
-            with open_model(Path(model).absolute(), needs_ffn_m=True) as opened:
+            with open_model(Path(model).absolute(), needs_ffn_m=True, verify=verify) as opened:
                 folder, self.config = opened.path, opened.config
                 checkpoint, own = opened.fingerprint, compute_of(opened)
             source: dict[str, Any] = {

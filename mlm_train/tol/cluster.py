@@ -229,7 +229,8 @@ def _on_loopback() -> Iterator[None]:
 def _in_own_session() -> Iterator[None]:
     """Have Ray's processes not hear what a terminal or a script sends to all of this process's group.
 
-    We end them; one that ends first takes this process with it, without a word. They die with this one anyway.
+    We end them; one that ends first takes this process with it, without a word. They die with this one
+    anyway.
     """
     from ray._private import services
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_train.arguments import MODEL_KINDS, add_action
+from mlm_train.checks import add_verify
 from mlm_train.errors import UserError, escaped
 from mlm_train.sizes import in_units, size
 from mlm_train.tol.fetch_command import add_fetch, run_fetch
@@ -90,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="type of FFN-M's products (default auto: that of the weights)",
     )
     build.add_argument("--device", default="cpu", help="where FFN-M runs: cpu or cuda (default %(default)s)")
+    add_verify(build, "the model")
     compress = add_action(actions, "compress", "write a table in fewer bytes", _COMPRESS_HELP)
     compress.add_argument("table", metavar="TOL", help="folder written by `mlm-train tol build`")
     compress.add_argument("--model", metavar="MODEL", help=f"with --evaluate, its model: {MODEL_KINDS}")
@@ -149,6 +151,7 @@ def _add_allocate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=64, help="windows to measure on (default %(default)s)")
     parser.add_argument("--sequence-length", type=int, metavar="N", help="default: the model's longest")
     parser.add_argument("--micro-batch", type=int, default=8, help="windows a pass (default %(default)s)")
+    add_verify(parser, "the table, of --data and --model,", "sizes, of --model full")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -239,7 +242,7 @@ def _repair(args: argparse.Namespace) -> int:
     from mlm_train.tol.build import Build
 
     unused = given(args) or given(args, ("partitions", "threads", "evaluate"))
-    unused = unused or given(args, ("model",) if args.action == "compress" else ("compute",))
+    unused = unused or given(args, ("model",) if args.action == "compress" else ("compute", "verify"))
     if unused:
         raise UserError(f"--repair makes {args.output} as it was: leave {unused} out")
     model, table = (None, args.table) if args.action == "compress" else (args.model, None)
@@ -286,6 +289,7 @@ def _build(args: argparse.Namespace) -> "Build":
         compute=args.compute or "auto",
         threads=1 if args.threads is None else args.threads,
         device=args.device,
+        verify=args.verify or "full",
     )
 
 

@@ -30,7 +30,7 @@ class Study:
     def __init__(self, args: argparse.Namespace, table: Table, console: Console) -> None:
         self.table, self.index = table, table.index
         numbers = {"length": args.sequence_length, "micro_batch": args.micro_batch}
-        self.scorer = Scorer(args.model, args.data, **numbers)
+        self.scorer = Scorer(args.model, args.data, **numbers, verify=args.verify)
         learnt = self.scorer.windows_of("train", args.samples)
         check_fits(Path(args.table), self.index, self.scorer.config)
         self.trial = Trial(self.table, spectra_of(self.table))
@@ -136,7 +136,7 @@ def allocate(args: argparse.Namespace) -> int:
         raise UserError("give --budget or --tolerance")
     tolerance = None if args.tolerance is None else _fraction(args.tolerance)
     output, drawn = _outputs(args)
-    table = Table.open_folder(args.table)
+    table = Table.open_folder(args.table, verify=args.verify or "sizes")
     if table.index.encodings is not None:
         raise UserError(f"{args.table} is compressed already; give the table that `tol build` wrote")
     if args.budget is not None and args.budget < (least := _least_bytes(table.index)):
