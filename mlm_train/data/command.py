@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mlm_train.arguments import add_action
 from mlm_train.checks import add_verify
+from mlm_train.errors import escaped
 from mlm_train.sizes import size
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def _run_prepare(args: argparse.Namespace) -> None:
     if left_out:
         print(f"left out: {len(left_out)} {'file' if len(left_out) == 1 else 'files'}")
     for path, reason in [*left_out.items()][:LISTED]:
-        print(f"  {path}: {reason}")
+        print(f"  {escaped(f'{path}: {reason}')}")
     if len(left_out) > LISTED:
         print(f"  and {len(left_out) - LISTED} more")
 
@@ -187,7 +188,7 @@ def _run_inspect(args: argparse.Namespace) -> None:
     from mlm_train.data.prepared import PreparedData
 
     console = Console()
-    with console.status("checking files"):
+    with Console(stderr=True).status("checking files"):
         data = PreparedData.open(args.folder, args.verify or "sizes")
     if args.verify == "full":
         console.print("every file has the hash of the manifest, every document its end", style="green")
