@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -37,9 +38,19 @@ _REMEDY = {
 }
 
 
+class Unwritable(UserError):
+    """What `writing` raises; its cause is the system's error."""
+
+
 def told(error: OSError, otherwise: str = "choose another place") -> str:
     """What went wrong, and what to do: as fits the error's number, or `otherwise`."""
     return f"{error.strerror or error}; {_REMEDY.get(error.errno or 0, otherwise)}"
+
+
+def system_error(error: Exception) -> OSError:
+    """The same as an OSError, of a library in Rust that tells only in words what the system said."""
+    found = re.search(r"os error (\d+)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else OSError(str(error))
 
 
 def sha256_of(path: Path) -> str:
@@ -129,9 +140,10 @@ def replace_file(path: Path, data: bytes) -> None:
             draft.write_bytes(data)
             sync(draft)
             draft.rename(path)
-        except OSError:
+        except OSError as error:
             with suppress(OSError):
                 draft.unlink(missing_ok=True)
+            error.filename = str(path)  # what the caller knows
             raise
         sync(path.parent)
 
@@ -241,8 +253,14 @@ def _lock(path: Path, folder: Path) -> int | None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a full disk, missing rights or a name in use, while writing `path`, into a UserError."""
+    """Turn a full disk, missing rights or a name in use, while writing `path`, into a UserError.
+
+    Of blocks in one another the outermost names the path: the others are of drafts of it.
+    """
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {told(error)}") from error
+        raise Unwritable(f"{path} cannot be written: {told(error)}") from error
+    except Unwritable as error:
+        assert isinstance(error.__cause__, OSError)
+        raise Unwritable(f"{path} cannot be written: {told(error.__cause__)}") from error.__cause__

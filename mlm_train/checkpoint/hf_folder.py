@@ -16,7 +16,7 @@ from torch import Tensor
 from mlm_train.checkpoint.hf_config import config_json, read_config
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
-from mlm_train.files import listed, new_folder, sha256_of, write_json
+from mlm_train.files import listed, new_folder, sha256_of, system_error, write_json
 from mlm_train.model.logical import named_pieces, pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.model.unfilled import unfilled
@@ -102,7 +102,7 @@ def _write_weights(
         try:
             save_file(batch, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
         except SafetensorError as error:
-            raise OSError(str(error)) from None
+            raise system_error(error) from None
         shards.append(list(batch))
         batch.clear()
         held = 0
