@@ -5,7 +5,7 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: quickstart test test-slurm check parity performance clean help
+.PHONY: quickstart test test-long test-slurm check parity performance clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -29,6 +29,9 @@ check: .venv/dev.stamp  ## style and types
 
 test: check  ## style, types and all tests
 	$(BIN)/python -m pytest
+
+test-long: .venv/dev.stamp  ## what takes an hour: signals at 100 random moments of each command that writes
+	$(BIN)/python tools/interrupts.py --moments 100
 
 test-slurm: .venv/dev.stamp  ## jobs on a real Slurm of four nodes on this machine (as root)
 	$(BIN)/python -m pytest -rs tests/slurm
