@@ -20,7 +20,7 @@ from mlm_train.model.counts import train_flops_per_token
 from mlm_train.monitor.events import Appended, Events
 from mlm_train.monitor.heartbeat import Heartbeat
 from mlm_train.monitor.report import Evaluation, Progress, Saved, Step, StepReport
-from mlm_train.monitor.resources import measured_peak_flops, peak_memory_bytes
+from mlm_train.monitor.resources import measured_peak_flops
 from mlm_train.monitor.stragglers import Stragglers
 from mlm_train.parallel.runtime import Runtime
 
@@ -158,7 +158,8 @@ class Monitor:
             "speed/mfu": rate * flops / (self.peak_flops * self.runtime.topology.world),
             "speed/step_seconds": seconds,
             "speed/data_seconds": report.data_seconds,
-            "memory/peak_gib": peak_memory_bytes(self.runtime.device) / 2**30,
+            "memory/peak_gib": max(result.peak_memory) / 2**30,
+            "memory/peak_gib_rank": result.peak_memory.index(max(result.peak_memory)),
             "data/distinct_ratio_micro_batch": result.distinct_micro,
             "data/distinct_ratio_step": result.distinct_step,
         }
@@ -174,12 +175,17 @@ class Monitor:
         return tabled * result.table_rows + (1 - tabled) * result.distinct_micro
 
     def evaluation(self, report: Evaluation) -> None:
-        """Validation loss."""
+        """Validation loss; of a blend each source's too."""
+        sources = report.by_source if len(self.config.data.blend or ()) > 1 else {}
+        losses = ", ".join(f"{name} {loss:.4f} of {number}" for name, (loss, number) in sources.items())
         self.say(
             f"validation at step {report.progress.step} | loss {report.loss:.4f} | "
-            f"ppl {perplexity(report.loss):.2f} | {report.samples} sequences | {report.seconds:.1f} s"
+            f"ppl {perplexity(report.loss):.2f} | {f'{losses} | ' if losses else ''}"
+            f"{report.samples} sequences | {report.seconds:.1f} s"
         )
         values = {"validation/loss": report.loss, "validation/perplexity": perplexity(report.loss)}
+        for name, (loss, _) in sources.items():
+            values |= {f"validation/loss/{name}": loss, f"validation/perplexity/{name}": perplexity(loss)}
         self._scalars(values, report.progress.step)
 
     def committed(self, saved: Saved) -> None:
