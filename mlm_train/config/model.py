@@ -8,6 +8,7 @@ from mlm_train.config.section import Section, blame
 
 # Far beyond any model, and no product of two is beyond 63 bits: every size can be computed and told.
 LARGEST = 2**24  # of a width, elements
+MOST_HEADS = 2**16  # and elements of one
 MOST_LAYERS = 2**12
 
 
@@ -22,12 +23,12 @@ class ModelConfig(Section):
     vocab_size: int = Field(ge=2, le=2**31, description="token ids, as the tokenizer counts them")
     hidden_size: int = Field(ge=2, le=LARGEST, description="width of the residual stream, elements")
     num_hidden_layers: int = Field(ge=1, le=MOST_LAYERS, description="blocks")
-    num_attention_heads: int = Field(ge=1, le=2**16, description="query heads")
+    num_attention_heads: int = Field(ge=1, le=MOST_HEADS, description="query heads")
     num_key_value_heads: int | None = Field(
-        None, ge=1, le=2**16, description="key and value heads (GQA); default: as many as query heads"
+        None, ge=1, le=MOST_HEADS, description="key and value heads (GQA); default: as many as query heads"
     )
     head_dim: int | None = Field(
-        None, ge=2, le=2**16, description="elements a head; default: hidden_size / num_attention_heads"
+        None, ge=2, le=MOST_HEADS, description="elements a head; default: hidden_size / num_attention_heads"
     )
     intermediate_size: int = Field(
         ge=1, le=LARGEST, description="keys of the FFN (base) or of FFN-M, elements"
@@ -82,6 +83,12 @@ class ModelConfig(Section):
             blame("model.head_dim", self.head_dim, "must be even: rotary embedding turns pairs")
         self._derive_flex()
         self._derive_scale()
+        # What is filled in keeps within what may be given: a config reads back as it was written.
+        for name, most in (("head_dim", MOST_HEADS), ("compute_intermediate_size", LARGEST)):
+            if (getattr(self, name) or 0) > most:
+                blame(
+                    "model.hidden_size", self.hidden_size, f"makes {name} {getattr(self, name)}, over {most}"
+                )
         return self
 
     def _derive_flex(self) -> None:

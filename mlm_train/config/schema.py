@@ -26,7 +26,7 @@ class DataConfig(Section):
     blend: Annotated[list[BlendSource], Field(min_length=1)] | None = Field(
         None, description="in its place: several such folders of one tokenizer, with weights by tokens"
     )
-    sequence_length: int = Field(2048, ge=1, description="tokens a sequence")
+    sequence_length: int = Field(2048, ge=1, le=2**31, description="tokens a sequence")
     separate_documents: bool = Field(
         False,
         description="tokens attend within their own document alone, whose positions begin with 0; a sequence "
@@ -133,8 +133,8 @@ class TrainConfig(Section):
 
     output: str = Field(description="folder of the run: config, checkpoints, TensorBoard, log")
     steps: int = Field(ge=1, description="optimizer steps")
-    global_batch: int = Field(ge=1, description="sequences a step, over all ranks")
-    micro_batch: int = Field(ge=1, description="sequences a forward pass on one rank")
+    global_batch: int = Field(ge=1, le=2**31, description="sequences a step, over all ranks")
+    micro_batch: int = Field(ge=1, le=2**31, description="sequences a forward pass on one rank")
     ramp: Ramp | None = Field(None, description="optional growth of the global batch")
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: autocast of the compute; weights and gradients stay fp32"

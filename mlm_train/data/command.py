@@ -119,6 +119,12 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         help="token that ends a document, one that no text can produce (default: the tokenizer's own, such "
         "as </s>)",
     )
+    parser.add_argument(
+        "--add-bos",
+        action="store_true",
+        help="begin each document with the tokenizer's token for that, such as <s>; models trained on it get "
+        "it before a prompt too",
+    )
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -164,6 +170,7 @@ def _run_prepare(args: argparse.Namespace) -> None:
             validation_fraction=args.validation_fraction,
             workers=args.workers or available_workers(),
             eod=args.eod,
+            add_bos=args.add_bos,
             progress=progress,
             tell_left_out=left_out.update,
         )

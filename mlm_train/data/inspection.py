@@ -30,6 +30,8 @@ def inspect(data: PreparedData, sequence_length: int, samples: int, console: Con
         f"{data.vocab_size:,} ids, end of document {data.eod_id}",
         markup=False,
     )
+    if data.bos_id is not None:
+        console.print(f"documents begin with {data.bos_id}")
     console.print(_counts(data, sequence_length))
     train = Samples(data.split("train"), sequence_length, seed=0)
     distinct = distinct_ids(train)

@@ -56,7 +56,7 @@ def test_hostile_text_is_one_line_as_an_override_and_in_a_file(text: str, tmp_pa
     file.write_text(f"train:\n  steps: {text}\n", encoding="utf-8", errors="surrogatepass")
     line = refused("pretrain", file, "--dry-run")
     assert str(file) in line or "train.steps" in line or "missing" in line
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20  # the first one imports torch
 
 
 def test_files_that_are_no_yaml_of_ours(tmp_path: Path, fifo: Callable[[Path], Path]) -> None:
@@ -82,7 +82,8 @@ def test_depth_is_bounded_where_it_says() -> None:
         "train.output='a\n\n\n  b\n'", f"train.steps={10**400}", "train.steps=9223372036854775808",
         "train.steps={}",
         "optimizer.lr=1e400",
-        "train.steps=true", "optimizer.lr=false", "parallel.zero=true",
+        "train.steps=true", "train.global_batch=9223372036854775800",
+        "model.hidden_size=16777216", "optimizer.lr=false", "parallel.zero=true",
         f"optimizer.lr={10**60}", "model.hidden_size=4611686018427387904",
         "model.num_hidden_layers=1000000000", "model.vocab_size=1e30", "train={steps: {a: [1, 2, {b: c}]}}",
         "model.memory_scale={a: 1}", "data.blend={a: 1}", "train.seed=[[[[]]]]", "1=2", "model.1=2", "~=1",
