@@ -73,7 +73,7 @@ def fuzz(folder: Path, cases: int, seed: int) -> dict[str, Any]:
     ]
     command = [sys.executable, str(ROOT / "tools" / "fuzz.py"), *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
-    assert done.returncode in (0, 1), done.stderr[-4000:]
+    assert done.returncode in (0, 1) and found.exists(), done.stderr[-4000:]
     report: dict[str, Any] = json.loads(found.read_text())
     assert report["bad"] == [], done.stdout[-4000:] + done.stderr[-4000:]
     return report

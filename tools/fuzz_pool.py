@@ -52,7 +52,8 @@ class Worker:
         """Have it run a case."""
         self.number, self.since = number, time.monotonic()
         self.done += 1
-        self.end.send(number)
+        with contextlib.suppress(OSError):  # it has died: `outcomes` hears that
+            self.end.send(number)
 
     def kill(self) -> None:
         """End it, whatever it does."""
@@ -104,7 +105,7 @@ def outcomes(fuzz: Cases, cases: int, processes: int) -> Iterator[Outcome]:
             if worker.end in ready:
                 try:
                     outcome = Outcome(*worker.end.recv())
-                except EOFError:
+                except (EOFError, OSError):
                     worker.process.join()
                     outcome = fuzz.lost(
                         worker.number, f"its process died: exit code {worker.process.exitcode}"
