@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     except (UserError, PeerFailure) as error:
         if debug:
             traceback.print_exc()
-        rank = os.environ.get("RANK", "0")
+        rank = " ".join(os.environ.get("RANK", "0").split())
         speaks = os.environ.get("LOCAL_RANK", rank) == "0" and isinstance(error, UserError)
         if speaks or not isinstance(error, SharedUserError):
             _say(f"{'' if speaks else f'[rank {rank}] '}{error}")
