@@ -5,7 +5,7 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: quickstart test test-slurm check parity performance clean help
+.PHONY: quickstart test test-long test-slurm check parity performance clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -29,6 +29,9 @@ check: .venv/dev.stamp  ## style and types
 
 test: check  ## style, types and all tests
 	$(BIN)/python -m pytest
+
+test-long: .venv/dev.stamp  ## the tests that take minutes: 30,000 damaged files under every reader
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -m long tests
 
 test-slurm: .venv/dev.stamp  ## jobs on a real Slurm of four nodes on this machine (as root)
 	$(BIN)/python -m pytest -rs tests/slurm

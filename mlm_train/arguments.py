@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-MODEL_KINDS = "an export, a run's folder, or one of its checkpoints (step-*)"
+MODEL_KINDS = "an export, a run's folder (its newest checkpoint), RUN/best, or one checkpoint (step-*)"
 
 if TYPE_CHECKING:
     Actions = argparse._SubParsersAction[argparse.ArgumentParser]

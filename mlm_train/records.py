@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mlm_train.errors import UserError
 from mlm_train.files import open_regular
 
+LARGEST = 2**28  # bytes of a file that is read whole, where nothing else is said
 DEEPEST = 64  # levels of brackets: none of our files has ten
 SEAL = "sha256"  # of a record's other keys
 
@@ -27,13 +28,13 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def read_regular(path: Path, most: int | None = None) -> bytes:
+def read_regular(path: Path, most: int = LARGEST) -> bytes:
     """A file's bytes. Raises FileNotFoundError and the like as open does, UserError as open_regular does.
 
     `most`: bytes; a larger file is refused and not read.
     """
     with open_regular(path) as file:
-        if most is not None and os.fstat(file.fileno()).st_size > most:
+        if os.fstat(file.fileno()).st_size > most:
             raise UserError(f"{path} is larger than {most} bytes, which no such file is: name the right one")
         return file.read()
 

@@ -39,21 +39,21 @@ class _Listener:
         self._hook = sys.unraisablehook
 
     def begin(self) -> None:
-        if self._before:
-            self.end(deaf=False)
         # A rank that waits in a library for a peer would hear nothing: until it trains SIGTERM ends it.
-        numbers = (signal.SIGINT,) if "RANK" in os.environ else (signal.SIGINT, signal.SIGTERM)
+        numbers = [signal.SIGINT] if "RANK" in os.environ else [signal.SIGINT, signal.SIGTERM]
+        # A shell has those ignored that are not meant for what it runs in the background.
+        numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
         self.heard, self.holds = None, 1
-        self._before = {signal.SIGALRM: signal.signal(signal.SIGALRM, self._look)}
-        self._before |= {number: signal.signal(number, self._hear) for number in numbers}
+        self._before = {number: signal.signal(number, self._hear) for number in numbers}
         self._hook, sys.unraisablehook = sys.unraisablehook, self._not_raised
 
-    def end(self, deaf: bool) -> None:
-        """Hear nothing more: `deaf` to what still comes, else as it was before."""
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
+    def end(self, deaf: bool = False) -> None:
+        """Raise nothing more. Be `deaf` to what still comes, else as before, where nothing has come yet."""
         for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_IGN if deaf else handler)
-        self._before = {}
+            if deaf or self.heard is None:
+                signal.signal(number, signal.SIG_IGN if deaf else handler)
+        if self.heard is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
         sys.unraisablehook = self._hook
 
     def raise_now(self) -> None:
@@ -64,6 +64,7 @@ class _Listener:
         now = time.monotonic()
         if self.heard is None:
             self.heard, self.since = signal.Signals(number), now
+            signal.signal(signal.SIGALRM, self._look)
             signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS, _LOOK_SECONDS)
             self._look(number, frame)
         elif now - self.since > ECHO_SECONDS:
@@ -128,9 +129,7 @@ def stoppable() -> Iterator[None]:
     finally:
         _listener.holds = 1
         if not _listener.from_start:
-            signal.setitimer(signal.ITIMER_REAL, 0.0)
-            if _listener.heard is None:
-                _listener.end(deaf=False)
+            _listener.end()
 
 
 @contextmanager

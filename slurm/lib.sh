@@ -12,6 +12,7 @@ die() {
 [[ -n ${SLURM_JOB_ID:-} ]] || die "slurm/*.sbatch run inside a Slurm job: start them with sbatch"
 MLM_ROOT=${MLM_ROOT:-$SLURM_SUBMIT_DIR}
 [[ -d $MLM_ROOT/mlm_train ]] || die "$MLM_ROOT holds no mlm_train: run sbatch there, or set MLM_ROOT"
+[[ $MLM_ROOT != *:* ]] || die "$MLM_ROOT: Python's path cannot hold a colon; rename the folder"
 settings=${MLM_CLUSTER_ENV:-$MLM_ROOT/slurm/cluster.env}
 # shellcheck disable=SC1090
 if [[ -f $settings ]]; then . "$settings"; fi
@@ -35,7 +36,11 @@ export PYTHONPATH=$MLM_ROOT${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 # Plain srun does not know these options: they are given only where there is an image (pyxis).
 container=()
 if [[ -n ${MLM_IMAGE:-} ]]; then
-    container=(--container-image="$MLM_IMAGE" --container-mounts="${MLM_MOUNTS:-$PWD,$MLM_ROOT}"
+    mounts=${MLM_MOUNTS:-$PWD,$MLM_ROOT}
+    if [[ -z ${MLM_MOUNTS:-} && $PWD$MLM_ROOT == *[,:]* ]]; then
+        die "$PWD or $MLM_ROOT: pyxis takes , and : in a path for its own; set MLM_MOUNTS, or rename the folder"
+    fi
+    container=(--container-image="$MLM_IMAGE" --container-mounts="$mounts"
         --container-workdir="$PWD")
 fi
 

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import time
+import tty
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -54,6 +56,26 @@ def outcome(*words: object) -> tuple[int, str]:
         except SystemExit as end:
             return int(end.code or 0), errors.getvalue()
     return 0, errors.getvalue()
+
+
+def on_a_terminal(*words: object) -> str:
+    """What a command, which must succeed, writes to a standard output that is a terminal."""
+    ours, its = os.openpty()
+    tty.setraw(its)  # no carriage returns of the terminal's own
+    with ThreadPoolExecutor(1) as reader, open(ours, "rb", buffering=0) as screen:
+        seen = reader.submit(_all_of, screen)  # meanwhile: a terminal holds few bytes
+        with open(its, "w", encoding="utf-8") as stream, contextlib.redirect_stdout(stream):
+            mlm_train(*words)
+        return seen.result().decode()
+
+
+def _all_of(screen: io.FileIO) -> bytes:
+    """Until its other end is closed, which Linux tells by an error."""
+    data = b""
+    with contextlib.suppress(OSError):
+        while block := screen.read(2**16):
+            data += block
+    return data
 
 
 def start(*words: object, **environment: str) -> "subprocess.Popen[str]":

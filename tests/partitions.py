@@ -1,13 +1,16 @@
-"""One partition of a ToL from rows in memory, as a builder's worker writes it."""
+"""A ToL, and one partition of it, from rows in memory, as a builder's worker writes it."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mlm_train.checkpoint.hf_folder import fingerprint
+from mlm_train.model.transformer import Transformer
 from mlm_train.tol.disk import Stream, buffers
-from mlm_train.tol.format import Partition
+from mlm_train.tol.format import Partition, Source, TolIndex, write_index
 from mlm_train.tol.partition import RowShape
 from mlm_train.tol.place import Folder
 
@@ -31,3 +34,20 @@ def write_partition(
     except BaseException:
         place.remove(draft)
         raise
+
+
+def write_table(folder: Path, model: Transformer, export: Path, cuts: Sequence[int]) -> Path:
+    """The ToL of an exported model in fp32, its partitions cut at these rows."""
+    folder.mkdir()
+    blocks, hidden = model.memory_blocks(), model.config.hidden_size
+    table = torch.stack([block.ffn_m(model.embed_tokens.weight) for block in blocks.values()], dim=1)
+    shape = RowShape.plain("float32", len(blocks), hidden)
+    parts = [
+        write_partition(folder / f"{start}.safetensors", (start, stop), shape, [table[start:stop]])
+        for start, stop in itertools.pairwise((0, *cuts, len(table)))
+    ]
+    source = Source(checkpoint=fingerprint(export), created="", tool_version="")
+    shapes = {"vocab_size": len(table), "num_layers": len(blocks), "hidden_size": hidden}
+    index = {"dtype": "float32", "layers": list(blocks), "partitions": parts, "source": source, **shapes}
+    write_index(Folder(folder), TolIndex.model_validate(index))
+    return folder

@@ -1,7 +1,10 @@
 """Every reader of a file that this program did not just write: one line and exit code 2, no wait."""
 
 import json
+import os
+import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -137,7 +140,7 @@ def test_a_fifo_in_any_files_place_is_refused_at_once(
     generate = ("generate", "--prompt", "a", "--model")
     folders: list[tuple[Path, tuple[object, ...]]] = [
         (checkpoint, ("checkpoint", "verify")),
-        (data, ("data", "inspect", "--verify")),
+        (data, ("data", "inspect", "--verify", "full")),
         (data, ("data", "inspect")),
         (export, generate),
         (sharded, ("tol", "verify", table, "--model")),
@@ -223,6 +226,50 @@ def test_notes_that_are_damaged_are_as_none(tmp_path: Path, fifo: Fifo) -> None:
     sums = Sums(np.array([[0.5]]), np.array([[0.25]]), 3)
     notes.write(sums)
     assert notes.read() == sums
+
+
+def test_a_terabyte_of_nothing_is_not_read(data: Path, export: Path, tmp_path: Path) -> None:
+    """A sparse file in the place of one that is read whole, or mapped."""
+    notes = Notes(tmp_path / "result.json", ["about"])
+    notes.path.touch()
+    os.truncate(notes.path, 2**40)
+    assert notes.read() is None
+    inspect, generate = ("data", "inspect"), ("generate", "--prompt", "a", "--model")
+    for folder, name, command in (
+        (data, "manifest.json", inspect),
+        (data, "tokenizer.model", inspect),
+        (export, "config.json", generate),
+        (export, "tokenizer.model", generate),
+        (export, "model.safetensors", generate),
+    ):
+        copy = tmp_path / f"{folder.name}-{name}"
+        shutil.copytree(folder, copy)
+        os.truncate(copy / name, 2**40)
+        started = time.monotonic()
+        assert str(copy / name) in refused(*command, copy)
+        assert time.monotonic() - started < 10
+
+
+def test_a_newline_in_a_value_makes_no_second_line(data: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "a\nb\x1b[31m\u2028c"
+    for command in (
+        ("checkpoint", "verify", odd),
+        ("tol", "verify", odd),
+        ("export", odd, "--output", tmp_path / "x"),
+        ("data", "inspect", odd),
+        ("pretrain", odd),
+        ("generate", "--model", odd, "--prompt", "a"),
+        ("tol", "verify", tmp_path, f"--{odd}"),
+    ):
+        line = refused(*command)  # one line
+        assert line.isprintable() and repr(odd.name)[1:-1] in line
+    output = f"train.output={json.dumps(str(odd))}"  # as YAML spells it
+    mlm_train("pretrain", "configs/micro.yaml", *words(data, tmp_path / "run"), output)
+    runtime.stop()
+    lines = (odd / "train.log").read_text().removesuffix("\n").split("\n")
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S", line) and line.isprintable() for line in lines)
+    assert any(repr(odd.name)[1:-1] in line for line in lines)
+    assert len((odd / "heartbeat.json").read_text().splitlines()) == 1
 
 
 def test_json_is_read_strictly() -> None:

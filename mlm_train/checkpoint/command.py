@@ -5,10 +5,13 @@ import json
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlm_train.arguments import add_action
 from mlm_train.errors import UserError, escaped
+
+if TYPE_CHECKING:
+    from mlm_train.checkpoint.keep import Keep
 
 HELP = """The checkpoints of a run: which there are, whether they are whole, and fewer of them.
 
@@ -17,7 +20,8 @@ examples:
   mlm-train checkpoint verify runs/micro
   mlm-train checkpoint prune runs/micro --keep 1 --dry-run"""
 
-_LIST_HELP = """Steps, tokens, sizes and the layouts that wrote them; files are only looked for, not read.
+_LIST_HELP = """Steps, tokens, sizes, validation losses, why each is kept (newest, checkpoint.keep_every,
+best), and the layouts that wrote them; files are only looked for, not read.
 
 example:
   mlm-train checkpoint list runs/micro"""
@@ -30,12 +34,14 @@ examples:
 
 _PRUNE_HELP = """Delete all but the newest checkpoints, and what killed saves left behind.
 
-The newest one that stays is verified first: where it is damaged nothing is deleted. A run that is
-being trained keeps its folder to itself, see config field checkpoint.keep for that.
+What the run keeps on purpose (config fields checkpoint.keep_every and checkpoint.keep_best) stays, unless
+--keep-every and --keep-best say otherwise. The newest one is verified first: where it is damaged nothing is
+deleted. A run that is being trained keeps its folder to itself, see config field checkpoint.keep for that.
 
 examples:
   mlm-train checkpoint prune runs/micro --dry-run
-  mlm-train checkpoint prune runs/micro --keep 3"""
+  mlm-train checkpoint prune runs/micro --keep 3
+  mlm-train checkpoint prune runs/micro --keep-every 0 --keep-best 1"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,10 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listed.add_argument("run", metavar="RUN", help="a run's folder")
     listed.add_argument("--json", action="store_true", help="write a JSON list instead of a table")
     verify = add_action(actions, "verify", "read and compare every file", _VERIFY_HELP)
-    verify.add_argument("path", metavar="PATH", help="a run's folder (all of its checkpoints) or one of them")
+    verify.add_argument(
+        "path", metavar="PATH", help="a run's folder (all of its checkpoints), one of them, or RUN/best"
+    )
     prune = add_action(actions, "prune", "delete all but the newest", _PRUNE_HELP)
     prune.add_argument("run", metavar="RUN", help="a run's folder")
-    prune.add_argument("--keep", type=int, metavar="N", default=1, help="checkpoints to keep (default 1)")
+    prune.add_argument("--keep", type=int, metavar="N", default=1, help="newest ones to keep (default 1)")
+    for name, what in (("every", "those whose step is a multiple of N too"), ("best", "the N best too")):
+        text = f"{what}; 0: none (default: the run's checkpoint.keep_{name})"
+        prune.add_argument(f"--keep-{name}", type=int, metavar="N", help=text)
     prune.add_argument("--dry-run", action="store_true", help="say what would go, delete nothing")
 
 
@@ -58,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         return _list(Path(args.run), args.json)
     if args.action == "verify":
         return _verify(Path(args.path))
-    return _prune(Path(args.run), args.keep, args.dry_run)
+    return _prune(Path(args.run), args)
 
 
 def _found(path: Path) -> list[Path]:
@@ -69,7 +80,7 @@ def _found(path: Path) -> list[Path]:
 
 
 def _list(path: Path, as_json: bool) -> int:
-    rows = [_row(folder) for folder in _found(path)]
+    rows = _rows(_found(path))
     if as_json:
         print(json.dumps(rows, indent=1))
         return 0
@@ -77,13 +88,39 @@ def _list(path: Path, as_json: bool) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    columns = ("step", "tokens", "GiB", "written", "by", "whole")
+    columns = ("step", "tokens", "GiB", "written", "by", "validation", "kept as", "whole")
     table = Table(*columns, box=box.SIMPLE, title=str(_found(path)[0].parent))
     for row in rows:
         cells = (f"{row['step']:,}", f"{row['tokens']:,}", f"{row['bytes'] / 2**30:.3g}")
-        table.add_row(*cells, row["written"], row["layout"], row["fault"] or "yes")
-    Console(width=110, soft_wrap=True).print(table, soft_wrap=False)
+        loss = "" if row["validation_loss"] is None else f"{row['validation_loss']:.4f}"
+        kept = ", ".join(row["kept"])
+        table.add_row(*cells, row["written"], row["layout"], loss, kept, row["fault"] or "yes")
+    Console(width=140, soft_wrap=True).print(table, soft_wrap=False)
     return 0
+
+
+def _rows(folders: list[Path]) -> list[dict[str, Any]]:
+    """What the table says of a run's checkpoints; the newest one's config says which are kept on purpose."""
+    from mlm_train.checkpoint.keep import validation_of
+
+    reasons = _run_keeps(folders[-1]).reasons(folders)
+    rows = []
+    for folder in folders:
+        validation = validation_of(folder)
+        loss = None if validation is None else validation.loss
+        rows.append(_row(folder) | {"validation_loss": loss, "kept": reasons[folder]})
+    return rows
+
+
+def _run_keeps(newest: Path) -> "Keep":
+    """What the config says that wrote a run's newest checkpoint; nothing on purpose where it is damaged."""
+    from mlm_train.checkpoint.keep import Keep
+    from mlm_train.checkpoint.load import config_of, open_checkpoint
+
+    try:
+        return Keep.of(config_of(open_checkpoint(newest, "sizes")).checkpoint)
+    except UserError:
+        return Keep(1)
 
 
 def _row(folder: Path) -> dict[str, Any]:
@@ -113,11 +150,11 @@ def _verify(path: Path) -> int:
     from rich.console import Console
     from rich.progress import track
 
-    from mlm_train.checkpoint.folders import resolve
+    from mlm_train.checkpoint.folders import names_one, resolve
     from mlm_train.checkpoint.load import open_checkpoint
 
-    newest = resolve(path)
-    folders = [path] if newest == path else _found(path)
+    folder = resolve(path)
+    folders = [folder] if folder == path or names_one(path) else _found(path)
     code = 0
     for folder in track(folders, "reading", console=Console(stderr=True), transient=True):
         try:
@@ -131,23 +168,38 @@ def _verify(path: Path) -> int:
     return code
 
 
-def _prune(path: Path, keep: int, dry_run: bool) -> int:
+def _prune(path: Path, args: argparse.Namespace) -> int:
     """Under the run's lock; the newest is verified before anything goes."""
-    from mlm_train.checkpoint.folders import committed, delete, remove_partials
-    from mlm_train.checkpoint.load import open_checkpoint
+    from mlm_train.checkpoint.folders import committed, delete, remove_partials, write_names
+    from mlm_train.checkpoint.keep import NEWEST, Keep
+    from mlm_train.checkpoint.load import config_of, open_checkpoint
     from mlm_train.files import locked, writing
 
-    if keep < 1:
-        raise UserError(f"--keep {keep}: give at least 1")
+    for option, value, least in (
+        ("--keep", args.keep, 1),
+        ("--keep-every", args.keep_every, 0),
+        ("--keep-best", args.keep_best, 0),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"{option} {value}: give at least {least}")
     root = _found(path)[0].parent
     with locked(root.parent, "being trained"), writing(root):
-        open_checkpoint(_found(path)[-1])
-        folders = committed(root)
-        for folder in folders[:-keep]:
-            if not dry_run:
+        own = Keep.of(config_of(open_checkpoint(_found(path)[-1])).checkpoint)
+        every = own.every if args.keep_every is None else args.keep_every
+        best = own.best if args.keep_best is None else args.keep_best
+        keep = Keep(args.keep, every, best)
+        stays = keep.reasons(committed(root))
+        for folder, reasons in stays.items():
+            if NEWEST in reasons:
+                continue
+            if reasons:
+                print(f"kept {folder}: {', '.join(reasons)}")
+                continue
+            if not args.dry_run:
                 delete(folder)
-            print(f"{'would delete' if dry_run else 'deleted'} {folder}")
-        if not dry_run:
+            print(f"{'would delete' if args.dry_run else 'deleted'} {folder}")
+        if not args.dry_run:
             remove_partials(root)
-    print(f"{min(keep, len(folders))} of {len(folders)} checkpoints stay in {root}")
+            write_names(root, keep)
+    print(f"{sum(map(bool, stays.values()))} of {len(stays)} checkpoints stay in {root}")
     return 0

@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         nargs="+",
         metavar="RUN",
-        help="a run's folder (its newest checkpoint) or a step-* folder; or `verify` and an export",
+        help="a run's folder (its newest checkpoint), RUN/best, or a step-* folder; or `verify` and an "
+        "export's folder",
     )
     parser.add_argument("--output", metavar="FOLDER", help="new folder to write")
     parser.add_argument(

@@ -220,7 +220,7 @@ def open_weights(file: Path, fix: str) -> Any:
     """A safetensors file, memory-mapped; UserError with `fix` where it is damaged."""
     try:
         return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:  # the last: of a file that cannot be mapped
         reason = str(error).replace("\n", " ")
         raise UserError(f"{file} is damaged ({reason}); {fix}") from None
 

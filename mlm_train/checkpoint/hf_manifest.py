@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
+from mlm_train.checkpoint.manifest import FileEntry
 from mlm_train.checks import Check
 from mlm_train.errors import UserError
 from mlm_train.files import listed, sha256_of, write_json
 from mlm_train.records import SEAL, Record, read_json, record_of, seal_of
-from mlm_train.tol.format import File
 
 MANIFEST = "export.manifest.json"
 FIX = f"export or copy it again; where the change is yours, delete {MANIFEST}"
@@ -25,14 +25,16 @@ class Manifest(Record):
 
     format: Literal["mlm-export"] = "mlm-export"
     version: Literal[1] = 1
-    files: list[File]
+    files: list[FileEntry]
 
 
 def write_manifest(folder: Path) -> None:
     """Of all files that lie there now."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     found = digests(files)
-    entries = [File(file=path.name, bytes=path.stat().st_size, sha256=found[path.name]) for path in files]
+    entries = [
+        FileEntry(file=path.name, bytes=path.stat().st_size, sha256=found[path.name]) for path in files
+    ]
     tree = Manifest(files=entries).model_dump(mode="json")
     write_json(folder / MANIFEST, tree | {SEAL: seal_of(tree)})
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mlm_train.arguments import MODEL_KINDS
-from mlm_train.checkpoint.folders import resolve
+from mlm_train.checkpoint.folders import names_one, resolve
 from mlm_train.checkpoint.hf_config import config_json
 from mlm_train.checkpoint.hf_files import first_id, special_tokens
 from mlm_train.checkpoint.hf_folder import (
@@ -209,12 +209,13 @@ def _checkpoint(path: Path) -> ModelFolder:
     # Slow to import: it brings torch.distributed.checkpoint.
     from mlm_train.checkpoint.load import config_of, open_checkpoint
 
-    if not path.is_dir():
+    if not path.is_dir() and not names_one(path):
         raise UserError(f"{path} is no folder; give {MODEL_KINDS}")
     try:
         folder = resolve(path)
-    except UserError:
-        raise UserError(f"{path} holds no model; give {MODEL_KINDS}") from None
+    except UserError as error:
+        reason = error if names_one(path) else f"{path} holds no model"
+        raise UserError(f"{reason}; give {MODEL_KINDS}") from None
     manifest = open_checkpoint(folder, "none")
     return ModelFolder(folder, config_of(manifest).model, manifest)
 

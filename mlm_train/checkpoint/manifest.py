@@ -15,7 +15,6 @@ from mlm_train.records import SEAL, Record, json_value, read_regular, record_of,
 
 MANIFEST = "manifest.json"
 FORMAT = "mlm-checkpoint"
-LARGEST = 2**28  # bytes of a manifest, which has a line for each file
 VERSION = 2  # 1 had no checksum of the manifest
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 
@@ -63,6 +62,13 @@ class TrainedOn(Record):
     order: Count | None = None
 
 
+class Validation(Record):
+    """The loss of a checkpoint's weights, on so many samples of the validation split."""
+
+    loss: Annotated[float, Field(allow_inf_nan=False)]
+    samples: Count
+
+
 class Manifest(Record):
     """What manifest.json says."""
 
@@ -70,6 +76,7 @@ class Manifest(Record):
     version: Literal[2]
     tool: str
     progress: Reached
+    validation: Validation | None = None  # where the weights were evaluated
     data: TrainedOn
     config: dict[str, Any]  # of the run, for config.load.parse_config
     world: Annotated[Count, Field(ge=1)]
@@ -95,7 +102,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise Damaged(f"{folder} is no complete {FORMAT} folder: {MANIFEST} is missing", fix)
     try:
-        tree = json_value(read_regular(path, LARGEST))
+        tree = json_value(read_regular(path))
     except ValueError:
         raise Damaged(f"{path} is damaged: it is not JSON", fix) from None
     except OSError as error:

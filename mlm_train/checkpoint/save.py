@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mlm_train import __version__
 from mlm_train.checkpoint.folders import PARTIAL, commit, step_folder
-from mlm_train.checkpoint.manifest import FORMAT, VERSION, write_manifest
+from mlm_train.checkpoint.keep import Keep
+from mlm_train.checkpoint.manifest import FORMAT, VERSION, Validation, write_manifest
 from mlm_train.checkpoint.tensors import LogicalPart, write_tensors
 from mlm_train.config import Config
 from mlm_train.errors import UserError
@@ -42,16 +43,22 @@ class Snapshot:
     step: int
     state: dict[str, Tensor]
     manifest: dict[str, Any]  # what it will say, `files` apart
-    keep: int  # newest checkpoints that stay
+    keep: Keep  # which checkpoints of the run stay
     bytes: int  # about, of all ranks
 
 
 def take_snapshot(
-    engine: Engine, runtime: Runtime, config: Config, progress: dict[str, Any], data: dict[str, Any]
+    engine: Engine,
+    runtime: Runtime,
+    config: Config,
+    progress: dict[str, Any],
+    data: dict[str, Any],
+    validation: Validation | None = None,
 ) -> Snapshot:
     """Copy what a checkpoint of `progress["step"]` holds; every rank calls it.
 
     `data` names what was trained on: `fingerprint`, `order` of its samples, and `eod_id` for exports.
+    `validation`: of these very weights.
     """
     state = logical_state(engine)
     state["rng"] = torch.get_rng_state()
@@ -60,12 +67,13 @@ def take_snapshot(
         "version": VERSION,
         "tool": f"mlm-train {__version__}",
         "progress": progress | {"optimizer_steps": optimizer_steps(engine)},
+        "validation": None if validation is None else validation.model_dump(),
         "data": data,
         "config": config.model_dump(mode="json", exclude_none=True),
         "world": runtime.topology.world,
     }
     size = len(STATE) * FP32 * count_parameters(config.model).total
-    return Snapshot(progress["step"], state, manifest, config.checkpoint.keep, size)
+    return Snapshot(progress["step"], state, manifest, Keep.of(config.checkpoint), size)
 
 
 def write_checkpoint(root: Path, snapshot: Snapshot, runtime: Runtime) -> Path:
@@ -104,7 +112,7 @@ def _refuse_nonfinite(snapshot: Snapshot) -> None:
         )
 
 
-def _finish(partial: Path, manifest: dict[str, Any], final: Path, keep: int) -> None:
+def _finish(partial: Path, manifest: dict[str, Any], final: Path, keep: Keep) -> None:
     """The manifest, then the name; nothing any more where a newer attempt of the job has taken over."""
     write_manifest(partial, manifest)
     refuse_superseded(final.parent.parent)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlm_train.checkpoint.folders import newest
+from mlm_train.checkpoint.manifest import Validation
 from mlm_train.checkpoint.save import Snapshot, take_snapshot, write_checkpoint
 from mlm_train.config import Config
 from mlm_train.errors import UserError
@@ -40,15 +41,16 @@ class Saver:
         self.failures = 0
         self.write: _Write | None = None
 
-    def save(self, progress: dict[str, Any]) -> None:
+    def save(self, progress: dict[str, Any], validation: Validation | None = None) -> None:
         """Copy the state, begin to write it; first waits for the checkpoint before.
 
-        Raises UserError, on every rank alike, where FAILURES in a row could not be written.
+        validation: of the weights as they are. Raises UserError, on every rank alike, where FAILURES in a row
+        could not be written.
         """
         started = time.monotonic()
         self.settle()
         self.runtime.place.at("copy")
-        snapshot = take_snapshot(self.engine, self.runtime, self.config, progress, self.data)
+        snapshot = take_snapshot(self.engine, self.runtime, self.config, progress, self.data, validation)
         self.write = _Write(self.root, snapshot, self.aside, started)
         if self.config.checkpoint.background:
             self.write.start()

@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from mlm_train.checks import Check
 from mlm_train.config.model import ModelConfig
 from mlm_train.config.parallel import ZERO_BUBBLE, ParallelConfig, check_parallel
 from mlm_train.config.schedule import ScheduleConfig, check_schedule
@@ -30,6 +31,11 @@ class DataConfig(Section):
         False,
         description="tokens attend within their own document alone, whose positions begin with 0; a sequence "
         "may hold several documents",
+    )
+    verify: Check = Field(
+        "sizes",
+        description="what of the data is compared with its manifest before a run: full (every byte, by one "
+        "rank, within parallel.timeout), sizes, or none",
     )
 
     @model_validator(mode="after")
@@ -183,6 +189,14 @@ class CheckpointConfig(Section):
 
     every: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_every: int = Field(
+        0, ge=0, description="checkpoints of steps that are multiples of it are kept too; 0: none of them"
+    )
+    keep_best: int = Field(
+        0,
+        ge=0,
+        description="so many checkpoints of the lowest validation loss are kept too; RUN/best names one",
+    )
     background: bool = Field(True, description="train on while a checkpoint is written from a copy")
     resume: bool = Field(True, description="continue from the newest checkpoint of train.output")
     fall_back: bool = Field(
@@ -192,6 +206,11 @@ class CheckpointConfig(Section):
     )
     warm_start: str | None = Field(
         None, description="checkpoint or export whose weights (nothing else) a new run starts from"
+    )
+    verify: Check = Field(
+        "full",
+        description="what of a checkpoint, or of warm_start's export, is compared with its manifest before "
+        "it is loaded: full (every byte, by one rank), sizes, or none",
     )
     accept_data: str | None = Field(
         None,
@@ -238,6 +257,7 @@ class Config(Section):
         self._check_memory()
         check_schedule(self.schedule, self.optimizer.lr, self.train.steps)
         self._check_batch()
+        self._check_keep()
         if self.data.sequence_length > self.model.max_position_embeddings:
             blame(
                 "data.sequence_length",
@@ -344,6 +364,19 @@ class Config(Section):
         if self.memory.table_layers is not None and self.parallel.order in ZERO_BUBBLE:
             fix = f"does not go with parallel.schedule={self.parallel.order}, where layers without a table "
             blame("memory.table_layers", self.memory.table_layers, fix + "need relay: leave it out")
+
+    def _check_keep(self) -> None:
+        checkpoint, evaluate_every = self.checkpoint, self.train.evaluate_every
+        every, keep_every, keep_best = checkpoint.every, checkpoint.keep_every, checkpoint.keep_best
+        if keep_every and (every == 0 or keep_every % every):
+            fix = f"needs a multiple of checkpoint.every={every}: there is no checkpoint of other steps"
+            blame("checkpoint.keep_every", keep_every, fix)
+        if keep_best and (every == 0 or evaluate_every == 0 or every % evaluate_every):
+            fix = (
+                f"needs a validation of each checkpoint: train.evaluate_every={evaluate_every} must divide "
+                f"checkpoint.every={every}"
+            )
+            blame("checkpoint.keep_best", keep_best, fix)
 
     def _check_batch(self) -> None:
         train, ramp = self.train, self.train.ramp

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from mlm_train.checks import Check
 from mlm_train.config import DataConfig
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
@@ -25,20 +26,26 @@ class Blend:
 
     @classmethod
     def open(cls, config: DataConfig) -> "Blend":
-        """Open what config section data names.
+        """Open what config section data names, but for data.verify=full, which is one rank's (`verify`).
 
         Raises UserError for a folder that is not as its manifest says, for one whose tokenizer is not that
         of the others, and for a weight too small to count.
         """
+        at_once: Check = "none" if config.verify == "none" else "sizes"
         if config.blend is None:
             assert config.path is not None
-            return cls([PreparedData.open(config.path)], [1])
+            return cls([PreparedData.open(config.path, at_once)], [1])
         blend = cls(
-            [PreparedData.open(source.path) for source in config.blend],
+            [PreparedData.open(source.path, at_once) for source in config.blend],
             _shares([source.weight for source in config.blend]),
         )
         blend._check_sources()
         return blend
+
+    def verify(self) -> None:
+        """Read every file of every source and compare it; UserError names what is wrong."""
+        for source in self.sources:
+            source.verify()
 
     @property
     def names(self) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_train.arguments import add_action
+from mlm_train.checks import add_verify
 from mlm_train.sizes import size
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
         "--sequence-length", type=_positive, default=512, metavar="S", help="tokens a sample (default 512)"
     )
     parser.add_argument("--samples", type=int, default=2, metavar="N", help="samples decoded (default 2)")
-    parser.add_argument("--verify", action="store_true", help="read every file: hashes, documents, ids")
+    add_verify(parser, "the data (full: documents and ids too)", "sizes; --verify alone: full", bare="full")
 
 
 def _run_collect(args: argparse.Namespace) -> None:
@@ -192,11 +193,10 @@ def _run_inspect(args: argparse.Namespace) -> None:
     from mlm_train.data.inspection import inspect
     from mlm_train.data.prepared import PreparedData
 
-    data = PreparedData.open(args.folder)
     console = Console()
-    if args.verify:
-        with console.status("hashing files"):
-            data.verify()
+    with console.status("checking files"):
+        data = PreparedData.open(args.folder, args.verify or "sizes")
+    if args.verify == "full":
         console.print("every file has the hash of the manifest, every document its end", style="green")
     inspect(data, args.sequence_length, args.samples, console)
 

@@ -171,7 +171,7 @@ class _Finder:
                     raise
                 self.left_out[str(path)] = error.reason
             except BROKEN as error:
-                raise UserError(f"input {path} cannot be read: {error}") from None
+                raise UserError(f"input {path} cannot be read: {error or type(error).__name__}") from None
 
         return Source(str(path), split, path.stat().st_size, read)
 
@@ -301,7 +301,7 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[Document]:
                 for text in batch.column(0).to_pylist():
                     row += 1
                     yield Document(_text_of({text_key: text}, text_key, f"{path} row {row}"), size / rows)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the second: of a damaged name or text
         raise UserError(f"input {path} is not Parquet: {str(error).splitlines()[0]}") from None
 
 

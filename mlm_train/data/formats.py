@@ -40,7 +40,8 @@ OF_SUFFIX = {
 }
 TABLES = (".csv", ".tsv")  # text, but no documents: which column is the text would be a guess
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what reading a damaged compressed file raises
+# What reading a damaged compressed file raises; the last, a document that is larger than the memory.
+BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, MemoryError)
 
 
 class Opened(NamedTuple):

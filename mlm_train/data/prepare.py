@@ -21,7 +21,8 @@ from mlm_train.data.prepared import (
     fingerprint_of,
     write_manifest,
 )
-from mlm_train.data.tokenizer import FILE_OF_KIND, Tokenizer, tokenizer_of
+from mlm_train.data.tokenizer import FILE_OF_KIND, Tokenizer, tokenizer_file, tokenizer_of
+from mlm_train.data.tokenizer_trial import try_tokenizer
 from mlm_train.data.train_tokenizer import train_sentencepiece
 from mlm_train.errors import UserError
 from mlm_train.files import new_folder, sha256_of
@@ -161,6 +162,9 @@ def _place_tokenizer(
         trained = Tokenizer.load(path, eod)
         trained.check_end()
         return trained, None
+    file = tokenizer_file(Path(choice)) if os.path.isdir(choice) else Path(choice)
+    if file is not None and file.is_file():
+        try_tokenizer(file)
     given = tokenizer_of(choice, eod) if os.path.isdir(choice) else Tokenizer.load(choice, eod)
     given.check_end()
     begin = given.begin_of_documents() if add_bos else None  # files beside it say which

@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from mlm_train.checks import Check
 from mlm_train.data.checks import AGAIN, INDEX_HEADER, check_documents, check_sizes, check_tokenizer
 from mlm_train.errors import UserError
 from mlm_train.files import listed, open_regular, sha256_of, write_json
@@ -124,13 +125,16 @@ class PreparedData:
         self.fingerprint = manifest.fingerprint
 
     @classmethod
-    def open(cls, path: str | Path) -> "PreparedData":
+    def open(cls, path: str | Path, verify: Check = "sizes") -> "PreparedData":
         """Open a folder, checking the manifest, every file's size, counts by these, and the tokenizer's hash.
 
-        Raises UserError naming the file that is missing, truncated, changed or not in the folder.
+        verify: "full" reads every file too (see `verify`), "none" checks the manifest alone. Raises UserError
+        naming the file that is missing, truncated, changed or not in the folder.
         """
         path = Path(path)
         data = cls(path, _read_manifest(path))
+        if verify == "none":
+            return data
         for record in data._files():
             _check_size(listed(path, record.file, MANIFEST), record.bytes)
         for name, split in data.manifest.splits.items():
@@ -138,9 +142,11 @@ class PreparedData:
         tokenizer = data.manifest.tokenizer
         if not listed(path, tokenizer.file, MANIFEST).is_file():
             raise UserError(f"{path / tokenizer.file} is missing; {AGAIN}")
-        _check_hash(path / tokenizer.file, tokenizer.sha256)
+        _check_hash(path / tokenizer.file, tokenizer.sha256, read_regular(path / tokenizer.file))
         if data.manifest.version == UNSEALED:
             check_tokenizer(path, path / MANIFEST, data.manifest)
+        if verify == "full":
+            data.verify()
         return data
 
     def split(self, name: str) -> TokenStream:
@@ -202,8 +208,9 @@ def _check_size(path: Path, expected: int) -> None:
         raise UserError(f"{path} has {actual} bytes instead of {expected}; {AGAIN}")
 
 
-def _check_hash(path: Path, expected: str) -> None:
-    actual = sha256_of(path)
+def _check_hash(path: Path, expected: str, contents: bytes | None = None) -> None:
+    """`contents`: of the file, where they have been read already."""
+    actual = sha256_of(path) if contents is None else hashlib.sha256(contents).hexdigest()
     if actual != expected:
         raise UserError(
             f"{path} was changed: its SHA-256 is {actual[:12]}..., "

@@ -1,9 +1,10 @@
 """One Tokenizer over SentencePiece models and Hugging Face tokenizer.json files."""
 
+import contextlib
 import hashlib
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,7 +19,7 @@ USUAL_BEGIN_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
 DECLARED_IN = ("tokenizer_config.json", "special_tokens_map.json")  # beside a tokenizer.json
 NAMED = 5  # special tokens that an error names
 PIECE_CHARACTERS = 1 << 20
-LARGEST = 2**28  # bytes of a tokenizer: those of 260,000 tokens have 35 million
+MOST_IDS = 2**31  # of which prepared data hold int32
 _CUT = re.compile(r"(?<=\S)\n(?=\S)")
 
 
@@ -77,17 +78,16 @@ class Tokenizer:
         path = Path(path)
         kind = _kind_of(path)
         try:
-            contents = read_regular(path, LARGEST)
+            contents = read_regular(path)
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"tokenizer {path} cannot be read ({reason}); check the path") from None
         backend: Backend
-        try:
+        with _asked(path, f"is not a {kind} file"):
             backend = _SentencePiece(contents) if kind == "sentencepiece" else _HuggingFace(contents)
-        except Exception as error:  # tokenizers raises plain Exception
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"tokenizer {path} is not a {kind} file: {reason}") from None
-        end = _end_id(backend, eod, path)
+            if backend.vocab_size > MOST_IDS:
+                raise UserError(f"tokenizer {path} has ids up to {backend.vocab_size - 1}: use another")
+            end = _end_id(backend, eod, path)
         return cls(path, kind, backend, hashlib.sha256(contents).hexdigest(), end)
 
     @property
@@ -106,7 +106,8 @@ class Tokenizer:
         if self._backend.declared_begin is not None:
             return self._backend.declared_begin
         name = _declared_beside(self.path, "bos_token")
-        return self._backend.put_first if name is None else self._backend.id_of(name)
+        with _asked(self.path, "cannot encode a text"):
+            return self._backend.put_first if name is None else self._backend.id_of(name)
 
     @property
     def bos_id(self) -> int | None:
@@ -117,7 +118,8 @@ class Tokenizer:
     @property
     def puts_bos_first(self) -> bool:
         """Whether the file itself says that texts begin with bos_id, as transformers then has it."""
-        return self.bos_id is not None and self.bos_id == self._backend.put_first
+        with _asked(self.path, "cannot encode a text"):
+            return self.bos_id is not None and self.bos_id == self._backend.put_first
 
     def begin_of_documents(self) -> int:
         """bos_id; UserError where there is none, or it is the end-of-document id."""
@@ -135,12 +137,13 @@ class Tokenizer:
         """UserError where a text can hold the end-of-document id: it would be cut into several documents."""
         end = self.eod_id
         names = [name for name, number in self._backend.special.items() if number == end]
-        if not names or _text_can_produce(self._backend, end, names[0]):
-            name = names[0] if names else self._backend.name_of(end)
-            raise UserError(
-                f"tokenizer {self.path}: a text can produce {name!r} (id {end}), which is to end documents; "
-                f"{self._alternatives()}"
-            )
+        with _asked(self.path, "cannot encode a text"):
+            if not names or _text_can_produce(self._backend, end, names[0]):
+                name = names[0] if names else self._backend.name_of(end)
+                raise UserError(
+                    f"tokenizer {self.path}: a text can produce {name!r} (id {end}), which is to end "
+                    f"documents; {self._alternatives()}"
+                )
 
     def _alternatives(self) -> str:
         """What to do instead, with the special tokens that may end a document."""
@@ -153,11 +156,12 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; no begin or end token is added."""
-        return self._backend.encode_batch([text])[0]
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts."""
-        return self._backend.encode_batch(list(texts))
+        with _asked(self.path, "cannot encode a text"):
+            return self._backend.encode_batch(list(texts))
 
     def pieces(self, text: str) -> list[str]:
         """A long text cut into parts of about PIECE_CHARACTERS whose ids, joined, are the text's.
@@ -183,7 +187,20 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; those that only the model has, whose vocabulary may be rounded up, are none."""
-        return self._backend.decode([int(i) for i in ids if i < self.vocab_size])
+        with _asked(self.path, "cannot decode ids"):
+            return self._backend.decode([int(i) for i in ids if i < self.vocab_size])
+
+
+@contextlib.contextmanager
+def _asked(path: Path, failed: str) -> Iterator[None]:
+    """Turn what a library raises over a damaged file into a UserError."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises plain Exception, and where Rust panics none at all
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"tokenizer {path} {failed} ({reason[:300]}); use another") from None
 
 
 def tokenizer_of(folder: str | Path, eod: str | int | None = None) -> Tokenizer:
@@ -276,6 +293,8 @@ class _SentencePiece:
     def __init__(self, contents: bytes) -> None:
         from sentencepiece import SentencePieceProcessor
 
+        if not contents:
+            raise ValueError("it is empty")
         self._processor = SentencePieceProcessor(model_proto=contents)
         self.vocab_size = int(self._processor.vocab_size())
 
@@ -352,11 +371,7 @@ class _HuggingFace:
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        try:
-            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:  # tokenizers raises plain Exception
-            reason = " ".join(str(error).split())
-            raise UserError(f"the tokenizer cannot encode a text ({reason}); use another") from None
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: list[int]) -> str:

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="put the token that begins a text before each window of data prepared without (default: where "
         "the model was trained so)",
     )
-    add_verify(parser, "the model, and of --tol,", "full, of --tol sizes")
+    add_verify(parser, "the model, of --data and --tol,", "full, of --data and --tol sizes")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--tokens", help="safetensors file with `tokens` int64 [batch, sequence]")
     parser.add_argument("--dump-logits", metavar="FILE", help="write their logits there")
@@ -82,7 +82,7 @@ def _perplexities(args: argparse.Namespace) -> dict[str, Any]:
         args.samples,
         args.micro_batch,
         with_memory=args.tol is None,
-        verify=args.verify or "full",
+        verify=args.verify,
         add_bos=args.add_bos,
     )
     if args.tol is None:

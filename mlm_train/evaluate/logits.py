@@ -64,7 +64,7 @@ def _read_tokens(file: Path) -> Tensor:
             if TENSOR not in opened.keys():  # noqa: SIM118 - a handle, not a dict
                 raise UserError(f"{file} has no tensor {TENSOR!r}; give int64 [batch, sequence]")
             tokens: Tensor = opened.get_tensor(TENSOR)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:
         reason = str(error).replace("\n", " ")
         raise UserError(f"{file} is not a whole safetensors file ({reason})") from None
     if tokens.dtype != torch.int64 or tokens.ndim != 2 or not tokens.numel():

@@ -67,9 +67,10 @@ class Scorer:
     """A model (an export, a run's newest checkpoint, a checkpoint) and windows of text.
 
     length: tokens a window, the model's longest by default. count: windows, all by default. with_memory:
-    FFN-M too can be computed. verify: what of the model is compared with its manifest. add_bos: begin each
-    window as the model's texts began; None: where the data were prepared without. Raises UserError for
-    numbers that cannot be, for data of another tokenizer, or with more ids than the model knows.
+    FFN-M too can be computed. verify: what of model and data is compared with their manifests (default: full
+    of the model, sizes of the data). add_bos: begin each window as the model's texts began; None: where the
+    data were prepared without. Raises UserError for numbers that cannot be, for data of another tokenizer, or
+    with more ids than the model knows.
     """
 
     def __init__(
@@ -81,11 +82,11 @@ class Scorer:
         count: int | None = None,
         micro_batch: int = 8,
         with_memory: bool = False,
-        verify: Check = "full",
+        verify: Check | None = None,
         add_bos: bool | None = None,
     ) -> None:
-        self.data = PreparedData.open(data)
-        self._opened = open_model(model, verify=verify, with_memory=with_memory)
+        self.data = PreparedData.open(data, verify or "sizes")
+        self._opened = open_model(model, verify=verify or "full", with_memory=with_memory)
         self._with_memory = with_memory
         self.config: ModelConfig = self._opened.config
         _check_tokenizer(self._opened.home, self.data)

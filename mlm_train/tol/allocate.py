@@ -1,23 +1,22 @@
 """Which layer gets which bytes: the ways to store one, and the best mixes.
 
-Sums of sensitivities over layers predict what a mix costs; the mixes of least sum for every number of bytes
-are found by dynamic programming.
+Sums of sensitivities over layers predict what a mix costs; the mix of least sum within a budget is the best.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from mlm_train.tol.build import partitions_of
 from mlm_train.tol.codec import GROUP, Scheme
-from mlm_train.tol.format import BASIS_ITEM, TolIndex
-from mlm_train.tol.lowrank import table_bytes
+from mlm_train.tol.format import TolIndex
+from mlm_train.tol.knapsack import Mix, Ways, best_mix
+from mlm_train.tol.lowrank import bytes_of, headers, table_bytes
 from mlm_train.tol.sensitivities import Choice
 from mlm_train.tol.state import Layout, Storage
 
 _RANKS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
-_STEPS = 8192  # of the dynamic programming's bytes
+_SIZES = 100  # of which the best mixes are shown
 
 
 def choices(hidden: int) -> list[Choice]:
@@ -36,63 +35,24 @@ def choices(hidden: int) -> list[Choice]:
     return found
 
 
-def bytes_of(choice: Choice, rows: int, hidden: int) -> int:
-    """Of one layer in the whole table, its basis included; headers apart."""
-    if choice is None:
-        return 0
-    return rows * choice.bytes(hidden) + BASIS_ITEM * hidden * (choice.rank or 0)
+def ways_of(costs: np.ndarray, rows: int, hidden: int) -> list[Ways]:
+    """Bytes and costs of every choice, for each layer; costs: [layers, choices(hidden)]."""
+    sizes = np.array([bytes_of(one, rows, hidden) for one in choices(hidden)])
+    return [Ways(sizes, each) for each in costs]
 
 
-class Mix(NamedTuple):
-    """A choice for each layer: bytes in all, and the sum of its sensitivities."""
-
-    picks: tuple[int, ...]
-    bytes: int
-    cost: float
+def best_kept(layers: Sequence[Ways], room: int) -> Mix | None:
+    """The mix of least cost within so many bytes, headers apart; None where that keeps no layer."""
+    mix = best_mix(layers, room)
+    return mix if mix is not None and mix.bytes else None
 
 
-def best_mixes(costs: np.ndarray, sizes: np.ndarray) -> list[Mix]:
-    """The mixes that no other one beats in both bytes and cost, smallest first.
-
-    costs [layers, options], sizes [options] in bytes. Exact up to the rounding of a size to the 8192nd part
-    of the largest table, upwards.
-    """
-    layers, options = costs.shape
-    unit = max(1.0, layers * float(sizes.max()) / _STEPS)
-    widths = np.ceil(sizes / unit).astype(int)
-    least = np.full(layers * int(widths.max()) + 1, np.inf)
-    least[0] = 0.0
-    picked = np.zeros((layers, len(least)), dtype=np.int16)
-    for layer in range(layers):
-        best = np.full_like(least, np.inf)
-        for option in range(options):
-            moved = np.full_like(least, np.inf)
-            moved[widths[option] :] = least[: len(least) - widths[option]] + costs[layer, option]
-            better = moved < best
-            best[better], picked[layer, better] = moved[better], option
-        least = best
-    front, bound = [], np.inf
-    for room in range(len(least)):
-        if least[room] < bound:
-            bound = float(least[room])
-            front.append(_mix(picked, widths, sizes, room, bound))
-    return front
-
-
-def _mix(picked: np.ndarray, widths: np.ndarray, sizes: np.ndarray, room: int, cost: float) -> Mix:
-    picks: list[int] = []
-    for layer in reversed(range(len(picked))):
-        option = int(picked[layer, room])
-        picks.append(option)
-        room -= int(widths[option])
-    picks.reverse()
-    return Mix(tuple(picks), int(sizes[picks].sum()), cost)
-
-
-def within(front: Sequence[Mix], budget: int) -> Mix | None:
-    """The best mix of at most that many bytes."""
-    fitting = [mix for mix in front if mix.bytes <= budget]
-    return fitting[-1] if fitting else None
+def best_mixes(layers: Sequence[Ways]) -> list[Mix]:
+    """Mixes that no other one beats in both bytes and cost, smallest first: the best of _SIZES even sizes."""
+    largest = sum(int(one.bytes.max()) for one in layers)
+    sizes = (largest * step // _SIZES for step in range(1, _SIZES + 1))
+    found = (best_kept(layers, size) for size in sizes)
+    return list(dict.fromkeys(mix for mix in found if mix is not None))
 
 
 def layout_of(index: TolIndex, chosen: Mapping[int, Choice]) -> Layout:
@@ -104,6 +64,16 @@ def layout_of(index: TolIndex, chosen: Mapping[int, Choice]) -> Layout:
 def size_of(index: TolIndex, chosen: Mapping[int, Choice]) -> int:
     """Bytes of the files that `tol compress --allocation` makes of it, headers included, the index not."""
     found = layout_of(index, chosen)
-    storage = Storage(layers=found.layers, schemes=found.schemes)
-    whole = Layout.of(storage.without_ranks(), index.num_layers, index.hidden_size)
-    return table_bytes(found, index.vocab_size, partitions_of(None, index.vocab_size, whole))
+    return table_bytes(found, index.vocab_size, _partitions(index, found))
+
+
+def room_of(index: TolIndex, budget: int) -> int:
+    """What a budget leaves for layers: without the headers of as many partitions as a bfloat16 table has."""
+    whole = layout_of(index, dict.fromkeys(index.layers, Scheme(dtype="bfloat16")))
+    return budget - headers(_partitions(index, whole))
+
+
+def _partitions(index: TolIndex, layout: Layout) -> int:
+    storage, rows = Storage(layers=layout.layers, schemes=layout.schemes), index.vocab_size
+    largest = storage.largest(index.num_layers, index.hidden_size)
+    return partitions_of(None, rows, largest.shape.file_bytes(rows))

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 
 from mlm_train import __version__
 from mlm_train.checkpoint.logical_folder import OpenedModel, open_model
+from mlm_train.checks import Check
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.files import sha256_of
@@ -26,7 +27,15 @@ from mlm_train.tol.format import (
     summary,
     write_index,
 )
-from mlm_train.tol.lowrank import bases_of, check_budget, has_ranks, lay_out, make_spectra
+from mlm_train.tol.lowrank import (
+    bases_of,
+    check_budget,
+    has_ranks,
+    lay_out,
+    make_studies,
+    say_dropped,
+    study_of,
+)
 from mlm_train.tol.pieces import Group, Pieces
 from mlm_train.tol.place import Place, check_space, place_of, remove_drafts
 from mlm_train.tol.progress import ByteProgress
@@ -62,7 +71,7 @@ class Build:
     output: a folder that all workers see under that path, a URL that means one place for all of them, or
     another place. group_bytes: weights of the layers that a worker holds at once, one layer at least. Where
     it holds all, as it must where files are written in order, a partition is written and hashed as it is
-    computed; filled group by group, it is read again.
+    computed; filled group by group, it is read again. verify: what is compared of the model.
     """
 
     def __init__(
@@ -78,6 +87,7 @@ class Build:
         threads: int = 1,
         device: str = "cpu",
         group_bytes: int = GROUP_BYTES,
+        verify: Check = "full",
     ) -> None:
         if threads < 1:
             raise UserError(f"--threads {threads}: give at least 1")
@@ -89,7 +99,7 @@ class Build:
         self.config: ModelConfig | None = None
         if table is None:
             assert model is not None
-            with open_model(Path(model).absolute(), needs_ffn_m=True) as opened:
+            with open_model(Path(model).absolute(), needs_ffn_m=True, verify=verify) as opened:
                 folder, self.config = opened.path, opened.config
                 checkpoint, own = opened.fingerprint, compute_of(opened)
             source: dict[str, Any] = {
@@ -107,8 +117,9 @@ class Build:
             source |= {"compute": index.source.compute, "chunk_rows": chunk_rows}
             if storage.layers is None:
                 storage = storage.model_copy(update={"layers": index.layers})
-        plain = Layout.of(storage.without_ranks(), source["num_layers"], source["hidden_size"])
-        count = partitions_of(partitions, source["vocab_size"], plain)
+        whole = storage.largest(source["num_layers"], source["hidden_size"])
+        size = whole.shape.file_bytes(source["vocab_size"])
+        count = partitions_of(partitions, source["vocab_size"], min(size, storage.budget or size))
         self.plan = Plan(**source, storage=storage, partitions=count, threads=threads)
         check_budget(self.plan)
         places = {"model": None, "table": str(folder)} if table else {"model": str(folder), "table": None}
@@ -124,7 +135,7 @@ class Build:
         with self.place.held("being built"):
             state = begin(self.place, self.plan)
             if state.layout is None and not has_ranks(self.plan.storage):
-                state.layout = lay_out(self.plan, [])
+                state.layout = lay_out(self.plan)
             if state.layout is not None:
                 check_space(self.place, sum(map(state.bytes, state.missing)))
             if state.layout is None or state.missing:
@@ -141,10 +152,10 @@ class Build:
         same &= len(index.partitions) == plan.partitions
         schemes, storage = schemes_of(index.fields), plan.storage
         if storage.budget is None:
-            layout = lay_out(plan, [])
+            layout = lay_out(plan)
             same &= (index.layers, schemes) == (layout.layers, layout.schemes)
         else:  # within it, what ranks the layers have depends on the weights
-            same &= schemes == [storage.scheme(one.rank) for one in schemes]
+            same &= {one.model_copy(update={"rank": None}) for one in schemes} <= set(storage.searched)
             same &= set(index.layers) <= set(plan.layers) and index.bytes <= storage.budget
         if not same:
             raise UserError(f"{self.place} holds another table; name a new folder, or remove it")
@@ -247,9 +258,10 @@ class Build:
 
     def _cut(self, state: State, crew: Crew, weights: Weights) -> None:
         """Choose the ranks, write the bases, and commit both."""
-        spectra = make_spectra(crew, state, self.place, weights)
-        layout = lay_out(self.plan, spectra)
-        bases = bases_of(self.plan, layout, spectra)
+        make_studies(crew, state, self.place, weights)
+        layout = lay_out(self.plan, [study_of(state, self.place, one).errors for one in self.plan.layers])
+        say_dropped(self.plan.layers, layout)
+        bases = bases_of(self.plan, layout, state, self.place)
         state.basis = write_bases(self.place, bases) if bases else None
         state.layout, state.spectra = layout, {}
         check_space(self.place, sum(map(state.bytes, state.missing)))
@@ -362,10 +374,10 @@ def _check_workers(count: int) -> None:
         raise UserError(f"--workers {count}: give at least 1")
 
 
-def partitions_of(asked: int | None, vocab: int, layout: Layout) -> int:
-    """How many; not a function of the workers, so that any number of them can resume to the same files."""
+def partitions_of(asked: int | None, vocab: int, size: int) -> int:
+    """How many, of so many bytes; not a function of the workers: any number can resume to the same files."""
     if asked is None:
-        asked = min(vocab, max(_LEAST_PARTITIONS, -(-layout.shape.file_bytes(vocab) // _PARTITION_BYTES)))
+        asked = min(vocab, max(_LEAST_PARTITIONS, -(-size // _PARTITION_BYTES)))
     if not 1 <= asked <= vocab:
         raise UserError(f"--partitions {asked}: give 1 to {vocab} (the vocabulary)")
     return asked

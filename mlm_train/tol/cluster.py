@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import os
 import re
 import secrets
@@ -58,7 +59,7 @@ def ray_cluster(workers: int, address: str | None = None, shared_bytes: int = 0)
         return
     with _scratch() as scratch:
         try:
-            with held(), _on_loopback(), _sigterm_kept():
+            with held(), _on_loopback(), _in_own_session(), _sigterm_kept():
                 ray.init(
                     address="local",  # whatever RAY_ADDRESS says
                     num_cpus=workers,
@@ -111,15 +112,28 @@ def _remove_abandoned(folder: Path) -> None:
 
 @contextmanager
 def _sigterm_kept() -> Iterator[None]:
-    """Keep the handler of SIGTERM: Ray sets its own while it starts, then one that prints a crash report."""
-    from ray._private import utils
+    """Keep the handler of SIGTERM: Ray sets its own while it starts, then one that prints a crash report.
+
+    That one is set, by Ray's C++, somewhere in `connect`: no signal is delivered until it is gone again.
+    """
+    from ray._private import utils, worker
 
     usual, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda _: None
-    hear = _sigterm_again()
+    hear, connect = _sigterm_again(), worker.connect
+
+    def connect_deaf(*args: Any, **options: Any) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            connect(*args, **options)
+        finally:
+            hear()
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    worker.connect = connect_deaf
     try:
         yield
     finally:
-        utils.set_sigterm_handler = usual
+        utils.set_sigterm_handler, worker.connect = usual, connect
         hear()
 
 
@@ -209,6 +223,23 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = usual
+
+
+@contextmanager
+def _in_own_session() -> Iterator[None]:
+    """Have Ray's processes not hear what a terminal or a script sends to all of this process's group.
+
+    We end them; one that ends first takes this process with it, without a word. They die with this one
+    anyway.
+    """
+    from ray._private import services
+
+    usual = services.ConsolePopen
+    services.ConsolePopen = functools.partial(usual, start_new_session=True)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = usual
 
 
 def _check_reachable(address: str) -> None:

@@ -26,6 +26,7 @@ TORCH_DTYPE: dict[str, torch.dtype] = {
 }
 LEVELS = {"int8": (-127, 127), "int4": (-8, 7)}  # smallest and largest code
 GROUP = 64
+GROUPS = (8, 16, 24, 32, 48, 64, 96, 128)  # that are tried where a group size is searched for
 _MOST = 2**31 - 1  # of a rank and a group: readers keep them in 32 bits
 ALIGNMENT = 16  # wide loads of a GPU want it
 # Factors on the range of a group that the search for its scale tries: the best clips a little at four bits.
@@ -126,6 +127,17 @@ def encode(scheme: Scheme, values: Tensor, out: Tensor) -> None:
         out[:, start : start + data.shape[1]] = data
         start += data.shape[1]
     out[:, start:] = 0
+
+
+def rounded(scheme: Scheme, values: Tensor) -> Tensor:
+    """What `encode`, then `decode` make of values [n, width], in fp32; not finite where encode raises."""
+    if scheme.group_size is None:
+        return values.to(TORCH_DTYPE[scheme.dtype]).float()
+    scales, zeros, codes = _quantise(scheme, values.float())
+    spread = grouped(codes.float(), scheme.group_size)
+    if zeros is not None:
+        spread = spread - zeros.float().unsqueeze(-1)
+    return (spread * scales.float().unsqueeze(-1)).flatten(1)[:, : values.shape[1]]
 
 
 def all_finite(values: Tensor) -> bool:

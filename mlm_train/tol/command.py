@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_train.arguments import MODEL_KINDS, add_action
+from mlm_train.checks import add_verify
 from mlm_train.errors import UserError, escaped
 from mlm_train.sizes import in_units, size
 from mlm_train.tol.fetch_command import add_fetch, run_fetch
@@ -52,6 +53,7 @@ Streams through the table on Ray; one that was killed goes on where it stopped.
 examples:
   mlm-train tol compress tol/run1 --output tol/run1-int8 --dtype int8
   mlm-train tol compress tol/run1 --output tol/run1-r512 --dtype bfloat16 --rank 512
+  mlm-train tol compress tol/run1 --output tol/run1-1gb --budget 1GB
   mlm-train tol compress tol/run1 --output tol/run1-1gb --dtype int8 --budget 1GB --drop 11-13"""
 
 _VERIFY_HELP = """Check a ToL folder: coverage, sizes, SHA-256, finite values; with --model also the values.
@@ -89,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="type of FFN-M's products (default auto: that of the weights)",
     )
     build.add_argument("--device", default="cpu", help="where FFN-M runs: cpu or cuda (default %(default)s)")
+    add_verify(build, "the model")
     compress = add_action(actions, "compress", "write a table in fewer bytes", _COMPRESS_HELP)
     compress.add_argument("table", metavar="TOL", help="folder written by `mlm-train tol build`")
     compress.add_argument("--model", metavar="MODEL", help=f"with --evaluate, its model: {MODEL_KINDS}")
@@ -148,6 +151,7 @@ def _add_allocate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=64, help="windows to measure on (default %(default)s)")
     parser.add_argument("--sequence-length", type=int, metavar="N", help="default: the model's longest")
     parser.add_argument("--micro-batch", type=int, default=8, help="windows a pass (default %(default)s)")
+    add_verify(parser, "the table, of --data and --model,", "sizes, of --model full")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -238,7 +242,7 @@ def _repair(args: argparse.Namespace) -> int:
     from mlm_train.tol.build import Build
 
     unused = given(args) or given(args, ("partitions", "threads", "evaluate"))
-    unused = unused or given(args, ("model",) if args.action == "compress" else ("compute",))
+    unused = unused or given(args, ("model",) if args.action == "compress" else ("compute", "verify"))
     if unused:
         raise UserError(f"--repair makes {args.output} as it was: leave {unused} out")
     model, table = (None, args.table) if args.action == "compress" else (args.model, None)
@@ -263,6 +267,8 @@ def describe(index: "TolIndex") -> str:
     known = [error for error in index.errors or () if error is not None]
     lost = f", relative error {min(known):.2e} to {max(known):.2e} a layer" if known else ""
     layers = f"{len(index.layers)} layer" + "s" * (len(index.layers) != 1)
+    if missing := [str(layer) for layer in range(index.num_layers) if layer not in index.layers]:
+        lost += f"; dropped, read as 0: layer{'s' * (len(missing) > 1)} {', '.join(missing)}"
     return (
         f"{index.vocab_size} rows of {layers} x {index.hidden_size} in {how}, "
         f"{in_units(index.bytes)} in {len(index.partitions)} partitions{lost}"
@@ -283,6 +289,7 @@ def _build(args: argparse.Namespace) -> "Build":
         compute=args.compute or "auto",
         threads=1 if args.threads is None else args.threads,
         device=args.device,
+        verify=args.verify or "full",
     )
 
 

@@ -10,6 +10,7 @@ from rich.progress import track
 from torch import Tensor
 
 from mlm_train.checkpoint.logical_folder import ModelFolder, find_model
+from mlm_train.checks import Check
 from mlm_train.errors import UserError
 from mlm_train.model.counts import count_parameters
 from mlm_train.tol.codec import Encoding
@@ -111,20 +112,24 @@ class Inspection:
 
 
 def inspect_tol(
-    folder: str | Path, model: str | Path | None = None, top: int = 10, neighbours: Sequence[str] = ()
+    folder: str | Path,
+    model: str | Path | None = None,
+    top: int = 10,
+    neighbours: Sequence[str] = (),
+    verify: Check = "sizes",
 ) -> Inspection:
     """Read a table once, a chunk of rows at a time; beside it a Gram [h, h] of each layer in fp64 is held.
 
     model: one of the table's shape, for the size of FFN-M and the tokenizer in its folder. neighbours:
-    tokens, as ids or as text, whose `top` nearest rows are looked for. Raises UserError for a damaged table,
-    a model of another shape, and an unknown token.
+    tokens, as ids or as text, whose `top` nearest rows are looked for. verify: what of both is compared with
+    their manifests first. Raises UserError for a damaged table, a model of another shape, an unknown token.
     """
     if top < 1:
         raise UserError(f"--top {top}: give at least 1")
     folder = Path(folder)
-    table = Table.open_folder(folder)
+    table = Table.open_folder(folder, verify=verify)
     index = table.index
-    found = None if model is None else find_model(model)
+    found = None if model is None else find_model(model, verify)
     if found is not None:
         check_fits(folder, index, found.config)
     words = Vocabulary.of(index.vocab_size, found)

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from mlm_train.arguments import MODEL_KINDS, add_action
+from mlm_train.checks import add_verify
 from mlm_train.terminal import json_line
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def add_inspect(actions: "Actions") -> None:
     parser.add_argument(
         "--top", type=int, metavar="N", default=10, help="tokens in a list (default %(default)s)"
     )
+    add_verify(parser, "the table, and of --model,", "sizes")
     parser.add_argument(
         "--neighbours",
         nargs="+",
@@ -48,7 +50,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     from mlm_train.tol.inspect_show import plot, show
 
     drawn = None if args.plot is None else check_output("--plot", args.plot, is_png, "PNG")
-    found = inspect_tol(args.table, args.model, args.top, args.neighbours)
+    found = inspect_tol(args.table, args.model, args.top, args.neighbours, args.verify or "sizes")
     if args.json:
         print(json_line(asdict(found)))
     else:

@@ -36,6 +36,9 @@ def _summary(found: Inspection) -> Iterator[str]:
         f"{found.table}: {found.vocab_size:,} rows of {len(found.layers)} of {found.num_layers} layers "
         f"x {found.hidden_size}"
     )
+    stored = {one.layer for one in found.layers}
+    if dropped := [str(layer) for layer in range(found.num_layers) if layer not in stored]:
+        yield f"dropped layers, read as 0: {', '.join(dropped)}"
     yield f"{in_units(sizes.bytes)}, {sizes.row:,} bytes a row; headers {in_units(sizes.other)}"
     yield f"{sizes.bytes / sizes.bfloat16:.3f} of all layers in bfloat16 ({in_units(sizes.bfloat16)})"
     if sizes.ffn_m is not None:

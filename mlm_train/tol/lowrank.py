@@ -1,23 +1,28 @@
-"""Layers cut to low rank: their spectra, the ranks under a budget, and the bases."""
+"""Layers cut to low rank: their spectra, how each is stored within a budget, and the bases."""
 
+import sys
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from mlm_train.errors import UserError
 from mlm_train.sizes import in_units
-from mlm_train.tol.codec import ALIGNMENT, TORCH_DTYPE, Scheme
+from mlm_train.tol.codec import Scheme
 from mlm_train.tol.crew import ATTEMPTS, Crew, WorkerDied
-from mlm_train.tol.format import BASIS_ITEM, File, file_of
+from mlm_train.tol.format import BASIS_ITEM, file_of
+from mlm_train.tol.knapsack import Mix, Ways, best_mix
+from mlm_train.tol.partition import ALIGNMENT
 from mlm_train.tol.place import Place
-from mlm_train.tol.ranks import break_even_rank, choose_ranks
+from mlm_train.tol.ranks import Study
 from mlm_train.tol.shared import Weights
-from mlm_train.tol.spectrum import Spectrum, scaled_basis
+from mlm_train.tol.spectrum import scaled_basis
 from mlm_train.tol.state import Layout, Plan, State, Storage, spectrum_name
+from mlm_train.tol.table import BASIS_HEADER
 
 
-def make_spectra(crew: Crew, state: State, place: Place, weights: Weights) -> list[Spectrum]:
-    """The spectra of all kept layers, those that the state names already too; a task a layer."""
+def make_studies(crew: Crew, state: State, place: Place, weights: Weights) -> None:
+    """The spectra of all kept layers, and what each way to store them loses, into files; a task a layer."""
     layers = state.plan.layers
     waiting = [layer for layer in layers if layer not in state.spectra][::-1]
     running, attempts = 0, dict.fromkeys(waiting, 0)
@@ -43,35 +48,78 @@ def make_spectra(crew: Crew, state: State, place: Place, weights: Weights) -> li
                 place.name_draft(draft, result.file, result.bytes)
                 state.spectra[layer] = result
                 state.save(place)
-    return [_spectrum(place, state.spectra[layer]) for layer in layers]
 
 
-def _spectrum(place: Place, file: File) -> Spectrum:
+def study_of(state: State, place: Place, layer: int) -> Study:
+    """What `make_studies` wrote of a layer."""
+    file = state.spectra[layer]
     data = place.read(file.file)
     if data is None or file_of(file.file, data) != file:
         raise UserError(f"{place.at(file.file)} was changed while the build ran; run it again")
-    return Spectrum.unpack(data)
+    return Study.unpack(data)
 
 
-def lay_out(plan: Plan, spectra: Sequence[Spectrum]) -> Layout:
-    """The schemes of the storage that was asked for, with a rank of its own for each layer where it has a
-    budget. A layer whose rank would save nothing is stored whole, one of rank 0 is dropped.
+def lay_out(plan: Plan, errors: Sequence[torch.Tensor] = ()) -> Layout:
+    """The schemes of the storage that was asked for; where it has a budget, one of its own for each layer.
 
+    errors: of each layer, as Study predicts them. Their sum over layers is made least within the budget, over
+    the types and group sizes that the storage leaves open, every rank, the whole layer and a dropped one.
     Raises UserError for a budget that holds nothing.
     """
     storage = plan.storage
     if storage.budget is None:
         return Layout.of(storage, plan.num_layers, plan.hidden_size)
-    room = float(storage.budget)
-    for _ in range(20):  # what alignment, headers and whole layers take beyond the estimate is given back
-        layout = _within(plan, spectra, room)
-        if layout is None:
-            break
-        excess = _bytes(plan, layout) - storage.budget
-        if excess <= 0:
-            return layout
-        room -= excess
-    raise _too_small(storage.budget, plan)
+    every = range(len(storage.searched))
+    # Layers that all are whole in one plain type follow each other without padding: a table of its own kind.
+    grids = [_Grid(plan, every)]
+    grids += [_Grid(plan, [one], unpadded=True) for one in every if not storage.searched[one].quantised]
+    found = [(mix, grid) for grid in grids if (mix := grid.best(errors)) is not None]
+    if not found:
+        raise _too_small(storage.budget, plan)
+    mix, grid = min(found, key=lambda one: (one[0].cost, one[0].bytes))
+    picks = zip(plan.layers, (grid.ways[pick] for pick in mix.picks), strict=True)
+    kept = {layer: scheme for layer, scheme in picks if scheme is not None}
+    return Layout(hidden_size=plan.hidden_size, layers=list(kept), schemes=list(kept.values()))
+
+
+def say_dropped(layers: Sequence[int], layout: Layout) -> None:
+    """Warn of layers that a choice left out: they read as zeros."""
+    if dropped := [str(layer) for layer in layers if layer not in layout.layers]:
+        what = f"layer{'s' * (len(dropped) > 1)} {', '.join(dropped)} dropped, read as 0"
+        print(f"warning: {what}: no table of as many bytes has a smaller error", file=sys.stderr)
+
+
+class _Grid:
+    """The ways to store a layer that are searched, None for a dropped one first, and their bytes."""
+
+    def __init__(self, plan: Plan, searched: Sequence[int], unpadded: bool = False) -> None:
+        rows, hidden, schemes = plan.vocab_size, plan.hidden_size, plan.storage.searched
+        columns = [hidden] if unpadded else range(hidden + 1)  # of Study.errors: rank column + 1, or whole
+        self._cells = [(one, column) for one in searched for column in columns]
+        self.ways = [None, *(_ranked(schemes[one], column, hidden) for one, column in self._cells)]
+        sizes = (
+            rows * sum(way.sizes(hidden)) if way and unpadded else bytes_of(way, rows, hidden)
+            for way in self.ways
+        )
+        self.bytes = np.fromiter(sizes, np.int64)
+        self.room = (plan.storage.budget or 0) - headers(plan.partitions)
+
+    def best(self, errors: Sequence[torch.Tensor]) -> Mix | None:
+        """Of least error that keeps a layer; None where none fits."""
+        where = tuple(np.array(self._cells).T)
+        layers = []
+        for one in map(torch.Tensor.numpy, errors):
+            dropped = float(one.any())  # what is lost of zeros is nothing
+            layers.append(Ways(self.bytes, np.concatenate(([dropped], one[where]))))
+        mix = best_mix(layers, self.room)
+        if mix is None or any(mix.picks):
+            return mix
+        least = int(self.bytes[1:].argmin()) + 1  # of a table of zeros something is kept, too
+        return mix._replace(picks=(least, *mix.picks[1:])) if self.bytes[least] <= self.room else None
+
+
+def _ranked(scheme: Scheme, column: int, hidden: int) -> Scheme:
+    return scheme if column == hidden else scheme.model_copy(update={"rank": column + 1})
 
 
 def check_budget(plan: Plan) -> None:
@@ -81,70 +129,47 @@ def check_budget(plan: Plan) -> None:
 
 
 def _least(plan: Plan) -> int:
-    """Bytes of a table of one layer, of the smallest rank."""
-    return _bytes(plan, _layout(plan, {plan.layers[0]: rank_step(plan.storage)}))
+    """Bytes of a table of one layer, stored in the smallest way."""
+    rows, hidden = plan.vocab_size, plan.hidden_size
+    cut = [bytes_of(_ranked(one, 0, hidden), rows, hidden) for one in plan.storage.searched]
+    whole = [rows * Layout.of(Storage(schemes=[one]), 1, hidden).shape.size for one in plan.storage.searched]
+    return headers(plan.partitions) + min(cut + whole)
 
 
 def _too_small(budget: int, plan: Plan) -> UserError:
+    dtype = plan.storage.dtype or "any type"
     return UserError(
         f"a budget of {in_units(budget)} holds no layer: {in_units(_least(plan))} is the least in "
-        f"{plan.storage.dtype} and {plan.partitions} partitions; give more"
+        f"{dtype} and {plan.partitions} partitions; give more"
     )
 
 
-def _within(plan: Plan, spectra: Sequence[Spectrum], room: float) -> Layout | None:
-    storage, hidden = plan.storage, plan.hidden_size
-    number = bytes_of_a_number(storage)
-    cost = plan.vocab_size * number + hidden * BASIS_ITEM
-    ranks = choose_ranks(spectra, room, cost, step=rank_step(storage))
-    kept = {layer: rank for layer, rank in zip(plan.layers, ranks, strict=True) if rank}
-    return _layout(plan, kept) if kept else None
+def headers(partitions: int) -> int:
+    """Bytes of the partitions' headers: each takes one unit of their alignment, whatever the layout."""
+    return partitions * ALIGNMENT
 
 
-def _layout(plan: Plan, ranks: dict[int, int]) -> Layout:
-    """Layers and their ranks; a rank that saves nothing is none."""
-    number = bytes_of_a_number(plan.storage)
-    whole = break_even_rank(plan.vocab_size, plan.hidden_size, number, number, BASIS_ITEM)
-    cut = [rank if rank < min(whole, plan.hidden_size) else None for rank in ranks.values()]
-    schemes = [plan.storage.scheme(rank) for rank in cut]
-    return Layout(hidden_size=plan.hidden_size, layers=list(ranks), schemes=schemes)
-
-
-def bytes_of_a_number(storage: Storage | Scheme) -> float:
-    """With its share of a scale and a zero."""
-    if storage.group_size is None:
-        return TORCH_DTYPE[storage.dtype].itemsize
-    shared = 2 if storage.symmetric else 3
-    return (1.0 if storage.dtype == "int8" else 0.5) + shared / storage.group_size
-
-
-def rank_step(storage: Storage) -> int:
-    """Ranks that fill their groups, or the alignment of a layer."""
-    if storage.group_size is not None:
-        return storage.group_size
-    return ALIGNMENT // TORCH_DTYPE[storage.dtype].itemsize
+def bytes_of(way: Scheme | None, rows: int, hidden: int) -> int:
+    """Of one layer in the whole table, its basis and that one's part of a header included; None: dropped."""
+    if way is None:
+        return 0
+    basis = 0 if way.rank is None else BASIS_HEADER + BASIS_ITEM * hidden * way.rank
+    return rows * way.bytes(hidden) + basis
 
 
 def table_bytes(layout: Layout, rows: int, partitions: int) -> int:
-    """Of all files but the index; the basis' header is counted as 1 KiB and 128 bytes a layer."""
-    total = partitions * len(layout.shape.header(rows)) + rows * layout.shape.size
-    ranks = [scheme.rank for scheme in layout.schemes if scheme.rank is not None]
-    if ranks:
-        total += 1024 + sum(128 + rank * layout.hidden_size * BASIS_ITEM for rank in ranks)
-    return total
+    """Of all files but the index."""
+    if layout.plain:
+        return headers(partitions) + rows * layout.shape.size
+    return headers(partitions) + sum(bytes_of(scheme, rows, layout.hidden_size) for scheme in layout.schemes)
 
 
-def _bytes(plan: Plan, layout: Layout) -> int:
-    return table_bytes(layout, plan.vocab_size, plan.partitions)
-
-
-def bases_of(plan: Plan, layout: Layout, spectra: Sequence[Spectrum]) -> dict[int, torch.Tensor]:
+def bases_of(plan: Plan, layout: Layout, state: State, place: Place) -> dict[int, torch.Tensor]:
     """The bases of the layers that have a rank."""
-    by_layer = dict(zip(plan.layers, spectra, strict=True))
+    ranks = {layer: one.rank for layer, one in zip(layout.layers, layout.schemes, strict=True) if one.rank}
     return {
-        layer: scaled_basis(by_layer[layer], scheme.rank, plan.vocab_size)
-        for layer, scheme in zip(layout.layers, layout.schemes, strict=True)
-        if scheme.rank is not None
+        layer: scaled_basis(study_of(state, place, layer).spectrum, rank, plan.vocab_size)
+        for layer, rank in ranks.items()
     }
 
 

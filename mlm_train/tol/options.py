@@ -11,7 +11,7 @@ from mlm_train.errors import UserError
 from mlm_train.files import LARGEST_RESULT
 from mlm_train.records import Record, first_problem, json_value, read_regular
 from mlm_train.sizes import size
-from mlm_train.tol.codec import GROUP, LEVELS, TORCH_DTYPE, Scheme
+from mlm_train.tol.codec import GROUP, GROUPS, LEVELS, TORCH_DTYPE, Scheme
 from mlm_train.tol.state import Storage
 
 _WORDS = ("dtype", "group_size", "asymmetric", "drop", "rank", "budget")  # of args
@@ -30,13 +30,16 @@ def add_storage_arguments(parser: argparse.ArgumentParser, default: str | None) 
     parser.add_argument(  # its default comes later, in storage_of: what was given can be told from it
         "--dtype",
         choices=(*TORCH_DTYPE, *LEVELS),
-        help="type of the stored numbers" + (f" (default {default})" if default else ""),
+        help="type of the stored numbers ("
+        + (f"default {default}; " if default else "")
+        + "with --budget: the best for each layer)",
     )
     parser.add_argument(
         "--group-size",
         type=int,
         metavar="N",
-        help=f"int8, int4: numbers that share a scale (default {GROUP})",
+        help="int8, int4: numbers that share a scale "
+        f"(default {GROUP}; with --budget: the best for each layer)",
     )
     parser.add_argument(
         "--asymmetric", action="store_true", help="int8, int4: a zero of its own for each group"
@@ -47,7 +50,10 @@ def add_storage_arguments(parser: argparse.ArgumentParser, default: str | None) 
         "--budget",
         type=size,
         metavar="SIZE",
-        help="bytes of the table's files, such as 3.2GB: each layer gets its own rank",
+        help="most bytes of the table's files but its index, such as 3.2GB. Each layer is stored so that the "
+        "sum of squared relative errors is least, over what --dtype and --group-size leave open: "
+        f"{', '.join((*TORCH_DTYPE, *LEVELS))}; groups of {', '.join(map(str, GROUPS))}; every rank; the "
+        "whole layer; a dropped one, which a warning names. Errors are predicted (docs/tol.md)",
     )
     parser.add_argument(
         "--allocation", metavar="FILE", help="layers and schemes from `mlm-train tol allocate`"
@@ -71,10 +77,10 @@ def storage_of(
         if more := given(args, _WORDS):
             raise UserError(f"--allocation says how every layer is stored: leave {more} out")
         return _allocated(Path(args.allocation), layers, hidden)
-    dtype = default if args.dtype is None else args.dtype
-    if dtype is None:
-        raise UserError("give --dtype or --allocation: how the numbers are to be stored")
-    if dtype not in LEVELS and (args.group_size is not None or args.asymmetric):
+    dtype = default if args.dtype is None and args.budget is None else args.dtype
+    if dtype is None and args.budget is None:
+        raise UserError("give --dtype, --budget or --allocation: how the numbers are to be stored")
+    if dtype in TORCH_DTYPE and (args.group_size is not None or args.asymmetric):
         raise UserError(f"--group-size and --asymmetric are of int8 and int4, not of {dtype}")
     # A group as wide as a row is the largest there can be; the default is more than a narrow model's row.
     for name, most in (("group_size", max(hidden, GROUP)), ("rank", hidden)):
@@ -92,7 +98,7 @@ def storage_of(
             raise UserError(f"--drop {args.drop} leaves no layer")
     return Storage(
         dtype=dtype,
-        group_size=(args.group_size or GROUP) if dtype in LEVELS else None,
+        group_size=GROUP if dtype in LEVELS and args.budget is None is args.group_size else args.group_size,
         symmetric=not args.asymmetric,
         layers=kept,
         rank=args.rank,

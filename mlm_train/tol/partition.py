@@ -127,7 +127,7 @@ def map_partition(folder: Path, index: TolIndex, partition: Partition) -> Tensor
             found = file.get_slice(shape.tensor)
             described = (found.get_dtype(), tuple(found.get_shape()))
             rows: Tensor = file.get_tensor(shape.tensor)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:
         raise ValueError(str(error).replace("\n", " ")) from None
     if described != (shape.dtype, (count, *shape.shape)):
         wanted = f"{[count, *shape.shape]} {shape.dtype}"

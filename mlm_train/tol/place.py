@@ -28,6 +28,7 @@ from mlm_train.tol.disk import FileSink, Sink
 DRAFTS = ".*.part"  # glob of files that do not have their name yet
 KEEPER = "keeper:"  # of addresses that only processes of one build understand
 LOCAL = ("file", "local")  # schemes of folders of this machine
+LARGEST = 2**32  # bytes of a file that is read whole: the bases of all layers are one
 BLOCK_BYTES = 8 * 2**20  # of one read, or one write, of a file that is read or written in order
 
 
@@ -225,7 +226,7 @@ class Folder:
     def read(self, name: str) -> bytes | None:
         """A file; None where it is not there."""
         try:
-            return read_regular(self.path / name)
+            return read_regular(self.path / name, LARGEST)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:

@@ -1,86 +1,123 @@
-"""Ranks of a ToL's layers under one budget of bytes, and from where on a cut saves nothing."""
+"""What a layer loses at every rank, in every type and group size: predicted, before any of it is stored.
 
-import math
-from collections.abc import Iterator, Sequence
-from fractions import Fraction
-from heapq import merge
+What a cut to a rank loses follows from the layer's singular values, of all rows. What the codes of the
+numbers that are left lose is measured on a sample of rows, as a share of each group's energy there, and that
+share is taken of the energy which all rows have in the group. The basis' rounding to float16 is counted as
+if its errors had no direction of their own.
+"""
 
-from mlm_train.tol.spectrum import Spectrum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from mlm_train.tol.codec import Scheme, grouped, rounded
+from mlm_train.tol.spectrum import Spectrum, scaled_basis
+from mlm_train.tol.table import projector
+
+_NUMBERS = 2**19  # of a sample: all rows of a small table, 256 of hidden size 2048
+_LEAST_ROWS = 128
 
 
-def choose_ranks(
-    spectra: Sequence[Spectrum],
-    budget: float,
-    bytes_per_rank: float | Sequence[float],
-    weights: Sequence[float] | None = None,
-    step: int = 1,
-) -> list[int]:
-    """The rank of each layer that makes Σ_l w_l · error_l(rank_l)² least within `budget` bytes.
+class Sample:
+    """Evenly spaced rows of a layer, and the row of its largest number, from chunks of its rows in order."""
 
-    `bytes_per_rank`: cost of one more rank, in every layer or for each one: V · bytes of a number of U, its
-    share of scales included, + h · bytes of a number of the basis. `weights` (default 1): measured
-    sensitivities, or the layers' energies for absolute errors. A rank is 0 (a dropped layer), a multiple of
-    `step`, or h; the groups of a quantised U are such a step. Optimal where `step` ranks cost the same in
-    every layer and divide h; else short of the optimum by less than the gain of `step` ranks of one layer.
+    def __init__(self, rows: int, hidden: int) -> None:
+        count = min(rows, max(_LEAST_ROWS, _NUMBERS // hidden))
+        self._ids = torch.arange(count) * rows // count
+        self._parts: list[Tensor] = []
+        self._first, self._largest = 0, torch.zeros(1, hidden)
+
+    def add(self, chunk: Tensor) -> None:
+        """Take in the next rows [n, hidden], of any floating dtype."""
+        ids = self._ids - self._first
+        self._parts.append(chunk[ids[(ids >= 0) & (ids < len(chunk))]].float())
+        self._first += len(chunk)
+        row = int(torch.stack(chunk.aminmax(dim=1)).abs().amax(0).argmax())
+        if chunk[row].abs().max() > self._largest.abs().max():
+            self._largest = chunk[row : row + 1].float()
+
+    @property
+    def rows(self) -> Tensor:
+        """fp32 [rows of the sample, hidden]."""
+        return torch.cat(self._parts)
+
+    @property
+    def largest(self) -> Tensor:
+        """fp32 [1, hidden]."""
+        return self._largest
+
+
+@dataclass(frozen=True)
+class Study:
+    """A layer's spectrum, and its predicted squared relative errors, fp64 [schemes, hidden + 1].
+
+    errors[s, r - 1]: of scheme s at rank r, 1 to hidden; the last column: of the whole layer. Infinite where
+    the type cannot hold the numbers.
     """
-    costs = _per_layer(bytes_per_rank, len(spectra))
-    scales = _per_layer(1.0 if weights is None else weights, len(spectra))
-    if step < 1 or min(costs, default=1) <= 0 or min(scales, default=0) < 0:
-        raise ValueError(f"step {step} and costs {costs} must be positive, weights {scales} not negative")
-    # Singular values descend, so each layer's blocks gain less and less a byte: taking the block of most gain
-    # a byte over all layers respects every layer's order, and of blocks that cost the same no other choice
-    # of as many gains more. Of others, those taken until one does not fit gain, with the fraction of that
-    # one that would fit, no less than any choice within the budget.
-    ranks = [0] * len(spectra)
-    layers = enumerate(zip(spectra, scales, costs, strict=True))
-    for _, start, layer, stop in merge(*(_blocks(layer, *of_layer, step) for layer, of_layer in layers)):
-        price = costs[layer] * (stop - start)
-        if start == ranks[layer] and price <= budget:  # where the layer's blocks before it were taken
-            ranks[layer] = stop
-            budget -= price
-    return ranks
+
+    spectrum: Spectrum
+    errors: Tensor
+
+    @classmethod
+    def of(cls, spectrum: Spectrum, sample: Sample, rows: int, schemes: Sequence[Scheme]) -> Self:
+        """Of schemes without a rank, for a layer of so many rows."""
+        errors = torch.zeros(len(schemes), spectrum.hidden + 1, dtype=torch.float64)
+        if not schemes or not spectrum.energy:
+            return cls(spectrum, errors)
+        values, energies = sample.rows, spectrum.values.square()
+        exact = scaled_basis(spectrum, spectrum.hidden, rows).double()
+        basis = exact.half().float()
+        cut, sizes = values @ projector(basis), basis.square().sum(1)
+        off = (basis - exact).square().sum(1) / exact.square().sum(1)
+        lost = (off * (energies + spectrum.energy / spectrum.hidden)).cumsum(0)  # at each rank
+        lost[:-1] += energies.flip(0).cumsum(0).flip(0)[1:]
+        ones = torch.ones_like(sizes)
+        for scheme, found in zip(schemes, errors, strict=True):
+            found[:-1] = (lost + _of_codes(scheme, cut, sizes, energies)) / spectrum.energy
+            found[-1] = _of_whole(scheme, values, ones)
+            if not rounded(scheme, sample.largest).isfinite().all():
+                found[-1] = torch.inf
+        return cls(spectrum, errors)
+
+    def pack(self) -> bytes:
+        """As a safetensors file."""
+        return save({**self.spectrum.tensors(), "errors": self.errors})
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """What `pack` gave."""
+        tensors = load(data)
+        return cls(Spectrum(tensors["values"], tensors["vectors"]), tensors["errors"])
 
 
-def _blocks(
-    layer: int, spectrum: Spectrum, weight: float, cost: float, step: int
-) -> Iterator[tuple[float, int, int, int]]:
-    """(-gain a byte, rank before, layer, rank after) of a layer's blocks, as far as they gain anything.
+def _of_codes(scheme: Scheme, values: Tensor, sizes: Tensor, energies: Tensor) -> Tensor:
+    """Squared error by their codes, fp64 [columns], of the first 1, 2, ... columns of `values` [n, columns].
 
-    Sorted as tuples, blocks of equal gain go to the layer of least rank.
+    sizes: what the square of a number counts, energies: what all rows hold, of each column. A rank that does
+    not fill its last group has a scale there of fewer numbers: every width of every group is tried.
     """
-    energy = spectrum.energy
-    for number, energies in enumerate(spectrum.values.square().split(step)):
-        gain = weight * float(energies.mean())
-        if not gain:
-            return
-        start = number * step
-        yield -gain / (energy * cost), start, layer, start + len(energies)
+    spread = grouped(values, scheme.group_size or 1)
+    counts, held = (grouped(each.unsqueeze(0), spread.shape[-1])[0] for each in (sizes, energies))
+    lost = torch.zeros_like(held)  # [groups, width of the group - 1]
+    for width in range(1, spread.shape[-1] + 1):
+        part = spread[..., :width]
+        error = (rounded(scheme, part.flatten(0, 1)).view_as(part) - part).square_()
+        ratio = _share(error * counts[:, :width], part.square() * counts[:, :width], (0, 2))
+        lost[:, width - 1] = ratio * held[:, :width].sum(1)
+    before = torch.cat((lost.new_zeros(1), lost[:-1, -1].cumsum(0)))
+    return (before.unsqueeze(1) + lost).flatten()[: values.shape[1]]
 
 
-def uniform_rank(
-    layers: int, budget: float, bytes_per_rank: float | Sequence[float], step: int = 1, *, hidden: int
-) -> int:
-    """The largest rank that all layers can have within `budget` bytes: a multiple of `step`, or `hidden`."""
-    rank = int(budget // sum(_per_layer(bytes_per_rank, layers)))
-    return hidden if rank >= hidden else max(0, rank - rank % step)
+def _of_whole(scheme: Scheme, values: Tensor, ones: Tensor) -> Tensor:
+    error = (rounded(scheme, values) - values).square_()
+    return _share(error * ones, values.square(), (0, 1))
 
 
-def _per_layer(value: float | Sequence[float], layers: int) -> list[float]:
-    """One number for every layer, or one for each; ValueError for another count."""
-    values = list(value) if isinstance(value, Sequence) else [value] * layers
-    if len(values) != layers:
-        raise ValueError(f"{len(values)} values for {layers} layers")
-    return values
-
-
-def break_even_rank(
-    rows: int, hidden: int, table_bytes: float = 1, u_bytes: float = 1, basis_bytes: float = 1
-) -> int:
-    """The smallest rank at which a cut saves nothing against `hidden` plain numbers a row.
-
-    Bytes of one number, scales included, of the plain table, of U and of the basis; equal ones give the
-    paper's V·h / (V + h), rounded up. More than `hidden` where every cut saves, as into a smaller type.
-    A layer whose chosen rank reaches it is better stored plain: no larger, and without an error.
-    """
-    plain = rows * hidden * Fraction(table_bytes)
-    return math.ceil(plain / (rows * Fraction(u_bytes) + hidden * Fraction(basis_bytes)))
+def _share(error: Tensor, energy: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Of sums in fp64; 0 of nothing, infinite where the error is not finite."""
+    lost, held = (one.sum(dims, dtype=torch.float64) for one in (error, energy))
+    return torch.where(held > 0, lost / held, 0.0).nan_to_num(nan=torch.inf, posinf=torch.inf)

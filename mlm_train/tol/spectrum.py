@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
 _ROWS = 2048  # of one fp32 product, whose error grows with the numbers it adds
@@ -68,15 +67,9 @@ class Spectrum:
         largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
         return cls(values, (vectors * largest.sign()).contiguous())
 
-    def pack(self) -> bytes:
-        """Both as a safetensors file, the vectors in fp32."""
-        return save({"values": self.values, "vectors": self.vectors.float()})
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Self:
-        """What `pack` gave."""
-        tensors = load(data)
-        return cls(tensors["values"], tensors["vectors"])
+    def tensors(self) -> dict[str, Tensor]:
+        """Both for a file, the vectors in fp32."""
+        return {"values": self.values, "vectors": self.vectors.float()}
 
     @property
     def hidden(self) -> int:

@@ -8,7 +8,17 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from mlm_train.errors import UserError
 from mlm_train.files import json_text
 from mlm_train.records import SEAL, json_value, seal_of
-from mlm_train.tol.codec import TORCH_DTYPE, Dtype, Encoding, PlainDtype, Record, Scheme, layout
+from mlm_train.tol.codec import (
+    GROUPS,
+    LEVELS,
+    TORCH_DTYPE,
+    Dtype,
+    Encoding,
+    PlainDtype,
+    Record,
+    Scheme,
+    layout,
+)
 from mlm_train.tol.format import BASIS, STATE, File, Partition, plain_fields, row_bytes
 from mlm_train.tol.partition import RowShape
 from mlm_train.tol.place import Place, refuse_used, remove_drafts, remove_matching, sha256_at
@@ -20,10 +30,11 @@ class Storage(Record):
     """How rows are to be stored.
 
     layers: the kept ones; None keeps all. rank: of every layer; budget: bytes of the whole table, within
-    which each layer gets a rank of its own. schemes: one for each kept layer, instead of all others.
+    which each layer gets a rank of its own, and a type and a group size where there is none here. schemes:
+    one for each kept layer, instead of all others.
     """
 
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype | None = "bfloat16"
     group_size: int | None = None
     symmetric: bool = True
     layers: list[int] | None = None
@@ -35,17 +46,34 @@ class Storage(Record):
     def _check(self) -> Self:
         if self.rank is not None and self.budget is not None:
             raise ValueError("give a rank or a budget")
-        self.scheme(self.rank)
+        _ = self.scheme(self.rank) if self.budget is None else self.searched  # which check the fields
         return self
 
-    def without_ranks(self) -> "Storage":
-        """The same, with no layer cut: it takes as many bytes or more."""
+    def largest(self, layers: int, hidden: int) -> "Layout":
+        """No layer cut, and of the types that are searched the largest: no layout takes more bytes."""
+        kept = list(range(layers)) if self.layers is None else self.layers
         whole = [scheme.model_copy(update={"rank": None}) for scheme in self.schemes or ()]
-        return self.model_copy(update={"rank": None, "budget": None, "schemes": whole or None})
+        if not whole:
+            ways = self.searched if self.budget is not None else [self.scheme(None)]
+            whole = [max(ways, key=lambda way: way.bytes(hidden))] * len(kept)
+        return Layout(hidden_size=hidden, layers=kept, schemes=whole)
 
     def scheme(self, rank: int | None) -> Scheme:
         """A layer of that rank."""
-        return Scheme(dtype=self.dtype, rank=rank, group_size=self.group_size, symmetric=self.symmetric)
+        fields = {"dtype": self.dtype, "group_size": self.group_size, "symmetric": self.symmetric}
+        return Scheme.model_validate(fields | {"rank": rank})
+
+    @property
+    def searched(self) -> list[Scheme]:
+        """The types and group sizes that a layer may have within a budget, without ranks."""
+        quantised = self.group_size is not None or not self.symmetric
+        types = [*(() if quantised else TORCH_DTYPE), *LEVELS] if self.dtype is None else [self.dtype]
+        given = {"symmetric": self.symmetric}
+        return [
+            Scheme.model_validate(given | {"dtype": dtype, "group_size": size})
+            for dtype in types
+            for size in (GROUPS if dtype in LEVELS and self.group_size is None else [self.group_size])
+        ]
 
 
 class Plan(Record):
@@ -207,8 +235,9 @@ def _resumed(place: Place, plan: Plan, state: State) -> State | None:
         for name in type(old).model_fields:
             before, now = getattr(old, name), getattr(new, name)
             if before != now:
+                words = [f"no {name}" if one is None else f"{name}={one}" for one in (before, now)]
                 raise UserError(
-                    f"{place} is an unfinished build with {name}={before}, not {now}; give {before} again"
+                    f"{place} is an unfinished build with {words[0]}, not {words[1]}: ask for the same again"
                 )
     spectra = {layer: one for layer, one in state.spectra.items() if is_whole(place, one)}
     # To read all rows back from a URL would take as long as building them.

@@ -6,7 +6,6 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table as Columns
@@ -15,17 +14,11 @@ from mlm_train.errors import UserError
 from mlm_train.evaluate.scorer import Scorer
 from mlm_train.files import check_output, is_png, sha256_of, write_figure, write_json, writing
 from mlm_train.sizes import in_units
-from mlm_train.tol.allocate import (
-    Mix,
-    best_mixes,
-    bytes_of,
-    choices,
-    layout_of,
-    size_of,
-    within,
-)
-from mlm_train.tol.codec import GROUP, Scheme
+from mlm_train.tol.allocate import best_kept, best_mixes, choices, layout_of, room_of, size_of, ways_of
+from mlm_train.tol.codec import ALIGNMENT, GROUP, Scheme
 from mlm_train.tol.format import INDEX, TolIndex, check_fits
+from mlm_train.tol.knapsack import Mix
+from mlm_train.tol.lowrank import say_dropped
 from mlm_train.tol.options import is_allocation
 from mlm_train.tol.sensitivities import Choice, Notes, Trial, measure, spectra_of
 from mlm_train.tol.table import Table
@@ -37,13 +30,11 @@ class Study:
     def __init__(self, args: argparse.Namespace, table: Table, console: Console) -> None:
         self.table, self.index = table, table.index
         numbers = {"length": args.sequence_length, "micro_batch": args.micro_batch}
-        self.scorer = Scorer(args.model, args.data, **numbers)
+        self.scorer = Scorer(args.model, args.data, **numbers, verify=args.verify)
         learnt = self.scorer.windows_of("train", args.samples)
         check_fits(Path(args.table), self.index, self.scorer.config)
         self.trial = Trial(self.table, spectra_of(self.table))
         self.options = choices(self.index.hidden_size)
-        rows, hidden = self.index.vocab_size, self.index.hidden_size
-        sizes = np.array([bytes_of(option, rows, hidden) for option in self.options])
 
         def shown(numbers: Iterable[int]) -> Iterable[int]:
             hidden = not console.is_terminal
@@ -52,9 +43,8 @@ class Study:
         batches = list(learnt.batches())
         self.notes = self._notes(args)
         self.costs = measure(self.scorer.model, self.trial, batches, self.options, shown, self.notes)
-        # Headers are the same for all but a few bytes: they are added to the mixes, which they do not change.
-        mixes = (mix for mix in best_mixes(self.costs, sizes) if mix.bytes)  # no table drops every layer
-        self.front = [mix._replace(bytes=self.size(self.of(mix))) for mix in mixes]
+        self.ways = ways_of(self.costs, self.index.vocab_size, self.index.hidden_size)
+        self.front = [self._with_headers(mix) for mix in best_mixes(self.ways)]
         if not self.front:
             raise UserError(
                 f"no layer of {args.table} changes what {args.model} says of {args.data}: "
@@ -90,16 +80,38 @@ class Study:
         """Against exact lookups, as a fraction."""
         return perplexity / self.exact - 1
 
+    def _with_headers(self, mix: Mix) -> Mix:
+        return mix._replace(bytes=self.size(self.of(mix)))
+
+    def within(self, budget: int) -> Mix | None:
+        """The best mix of a table of at most so many bytes; None where nothing that helps fits."""
+        mix = best_kept(self.ways, room_of(self.index, budget))
+        return None if mix is None else self._with_headers(mix)
+
     def smallest(self, tolerance: float) -> Mix:
-        """The smallest mix whose measured perplexity grows by no more, by bisection over the best mixes."""
-        low, high = 0, len(self.front) - 1
-        while low < high:
+        """The smallest of the best mixes whose measured perplexity grows by no more, by bisection.
+
+        To within the bytes that a layer's padding takes; the largest one where none does so.
+        """
+        found, measured = self.front[-1], dict[Mix, float]()
+        low, high = 0, found.bytes
+        while high - low > self.index.vocab_size * ALIGNMENT:
             middle = (low + high) // 2
-            if self.growth(self.perplexity(self.of(self.front[middle]))) <= tolerance:
-                high = middle
+            mix = self.within(middle)
+            if mix is not None and mix not in measured:
+                measured[mix] = self.growth(self.perplexity(self.of(mix)))
+            if mix is not None and measured[mix] <= tolerance:
+                found, high = mix, min(middle, mix.bytes)
             else:
-                low = middle + 1
-        return self.front[low]
+                low = middle
+        return found
+
+    @property
+    def least(self) -> int:
+        """Bytes of the smallest table that costs less than dropping all layers."""
+        smaller = [one.bytes[one.costs < one.costs[0]] for one in self.ways]
+        room = min(int(sizes.min()) for sizes in smaller if len(sizes))
+        return room - room_of(self.index, 0)
 
     def uniform(self, size: int) -> dict[str, dict[int, Choice]]:
         """Every layer alike: int8, int4, and the largest rank in bfloat16 that fits into so many bytes."""
@@ -124,16 +136,17 @@ def allocate(args: argparse.Namespace) -> int:
         raise UserError("give --budget or --tolerance")
     tolerance = None if args.tolerance is None else _fraction(args.tolerance)
     output, drawn = _outputs(args)
-    table = Table.open_folder(args.table)
+    table = Table.open_folder(args.table, verify=args.verify or "sizes")
     if table.index.encodings is not None:
         raise UserError(f"{args.table} is compressed already; give the table that `tol build` wrote")
     if args.budget is not None and args.budget < (least := _least_bytes(table.index)):
         raise _too_small(args.budget, least)
     study = Study(args, table, Console(stderr=True))
-    mix = study.smallest(tolerance) if tolerance is not None else within(study.front, args.budget)
+    mix = study.smallest(tolerance) if tolerance is not None else study.within(args.budget)
     if mix is None:
-        raise _too_small(args.budget, min(one.bytes for one in study.front))
+        raise _too_small(args.budget, study.least)
     layout = layout_of(table.index, study.of(mix))
+    say_dropped(table.index.layers, layout)
     measured = _measured(study, mix)
     tree = {
         "layers": layout.layers,

@@ -20,6 +20,7 @@ from mlm_train.tol.place import Files, Folder, Place
 from mlm_train.tol.progress import ByteProgress
 
 _HASHED_AT_ONCE = 4  # partitions
+BASIS_HEADER = 128  # bytes a layer; more than its entry can need
 
 
 class Table:
@@ -150,8 +151,15 @@ def projector(basis: Tensor) -> Tensor:
 
 
 def write_bases(place: Place, bases: dict[int, Tensor]) -> File:
-    """Write bases [rank, hidden] of the layers that have a rank, as float16."""
+    """Write bases [rank, hidden] of the layers that have a rank, as float16.
+
+    The header takes BASIS_HEADER bytes a layer, whatever its numbers: what a layer adds to a table is known.
+    """
     data = save({basis_name(layer): basis.half().contiguous() for layer, basis in bases.items()})
+    start, room = 8 + int.from_bytes(data[:8], "little"), BASIS_HEADER * len(bases) - 8
+    header = data[8:start].rstrip(b" ")
+    assert len(header) <= room
+    data = room.to_bytes(8, "little") + header.ljust(room) + data[start:]
     place.write(BASIS, data)
     return file_of(BASIS, data)
 

@@ -19,6 +19,7 @@ from mlm_train.tol.disk import Stream, buffers
 from mlm_train.tol.format import File, Partition, file_of
 from mlm_train.tol.partition import Draft, hash_draft
 from mlm_train.tol.place import Files, Folder, files_at, put
+from mlm_train.tol.ranks import Sample, Study
 from mlm_train.tol.spectrum import Gram, Spectrum
 from mlm_train.tol.state import Layout, Plan, spectrum_name
 from mlm_train.tol.table import bases_at, projector
@@ -142,16 +143,22 @@ class Worker:
         return self._room
 
     def spectrum(self, layer: int, weights: list[Any], draft: str) -> File:
-        """Write the spectrum of a layer, over the whole vocabulary, into its draft; what that is."""
+        """Write the spectrum of a layer, over the whole vocabulary, into its draft; what that is.
+
+        Where there is a budget, also what every way to store the layer loses.
+        """
         plan, numbers = self.job.plan, self._open((layer,), weights)
-        gram = Gram(plan.hidden_size)
+        gram, sample = Gram(plan.hidden_size), Sample(plan.vocab_size, plan.hidden_size)
         for first, last in chunks_of(0, plan.vocab_size, plan.chunk_rows):
             for values in numbers.values(first, last):
                 gram.add(values)
+                sample.add(values)
         try:
-            data = Spectrum.of(gram).pack()
+            spectrum = Spectrum.of(gram)
         except ValueError as error:
             raise UserError(f"layer {layer} cannot be cut to low rank: {error}; train again") from None
+        schemes = [] if plan.storage.budget is None else plan.storage.searched
+        data = Study.of(spectrum, sample, plan.vocab_size, schemes).pack()
         put(self._place.sink(draft), data)
         return file_of(spectrum_name(layer), data)
 

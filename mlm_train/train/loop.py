@@ -1,7 +1,9 @@
 """The main loop."""
 
+import math
 import time
 
+from mlm_train.checkpoint.manifest import Validation
 from mlm_train.monitor.report import Evaluation, Progress, StepReport
 from mlm_train.train.batches import Ahead, evaluation_batches, pinned, step_batches
 from mlm_train.train.guard import Guard, roll_back
@@ -39,12 +41,13 @@ def train(run: Run) -> int:
         if guard.sees_spike(result) and (earlier := roll_back(run, progress)) is not None:
             progress = earlier
             continue
+        validation = None
         if _due(progress.step, config.train.evaluate_every, config.train.steps):
-            evaluate(run, progress)
+            validation = evaluate(run, progress)
         # After a skipped step the newest checkpoint stays: what spoils the steps may be in the weights.
         every = config.checkpoint.every if result.fault is None else 0
         if result.asked or _due(progress.step, every, last):
-            save(run, progress)
+            save(run, progress, validation)
         run.saver.poll()
         if result.asked and progress.step < last:
             run.saver.finish()
@@ -61,8 +64,8 @@ def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def evaluate(run: Run, progress: Progress) -> float:
-    """Loss on the fixed validation samples, on every rank; told to the monitor."""
+def evaluate(run: Run, progress: Progress) -> Validation | None:
+    """Loss on the fixed validation samples, on every rank, told to the monitor; None where not finite."""
     started = time.perf_counter()
     run.runtime.place.enter(f"validation after step {progress.step}")
     train = run.config.train
@@ -70,10 +73,10 @@ def evaluate(run: Run, progress: Progress) -> float:
     batches = evaluation_batches(run.validation, count, train.micro_batch, run.runtime.topology)
     loss = run.trainer.evaluate(batches)
     run.monitor.evaluation(Evaluation(progress, loss, count, time.perf_counter() - started))
-    return loss
+    return Validation(loss=loss, samples=count) if math.isfinite(loss) else None
 
 
-def save(run: Run, progress: Progress) -> None:
-    """Begin a checkpoint; said only once it is on disk."""
+def save(run: Run, progress: Progress, validation: Validation | None = None) -> None:
+    """Begin a checkpoint; said only once it is on disk. validation: of this step, where it had one."""
     run.runtime.place.enter(f"checkpoint of step {progress.step}", patient=True)
-    run.saver.save(progress.as_dict())
+    run.saver.save(progress.as_dict(), validation)

@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from mlm_train.checkpoint.folders import DAMAGED, newest, resolve, set_aside, step_folders
+from mlm_train.checkpoint.folders import DAMAGED, committed, resolve, set_aside, step_folders
 from mlm_train.checkpoint.hf_folder import open_tensors, read_config
+from mlm_train.checkpoint.keep import Keep, refuse_deletions
 from mlm_train.checkpoint.load import check_fits, check_same_model, check_steps, config_of, open_checkpoint
 from mlm_train.checkpoint.manifest import Damaged, Manifest
 from mlm_train.checks import Check
@@ -69,7 +70,8 @@ def preflight(config: Config, world: int, local_world: int | None) -> Blend:
     for split in ("train", "validation"):
         data.samples(split, config.data.sequence_length, None)
     _check_output(config)
-    if find_checkpoint(config, data, verify="sizes") is None and config.checkpoint.warm_start is not None:
+    at_once = _at_once(config)
+    if find_checkpoint(config, data, at_once) is None and config.checkpoint.warm_start is not None:
         warm_start_source(config)
     return data
 
@@ -94,9 +96,15 @@ def _check_output(config: Config) -> None:
         )
 
 
-def find_checkpoint(config: Config, data: Blend, verify: Check = "full") -> Resumed | None:
+def _at_once(config: Config) -> Check:
+    """What every rank compares: reading everything is left to one of them, later."""
+    return "none" if config.checkpoint.verify == "none" else "sizes"
+
+
+def find_checkpoint(config: Config, data: Blend, verify: Check | None = None) -> Resumed | None:
     """The newest whole checkpoint of the run's folder, verified as far as `verify` says and fitting.
 
+    verify: checkpoint.verify where it is None.
     None where the run has saved none yet. Changes nothing on disk.
     """
     if not config.checkpoint.resume:
@@ -107,19 +115,21 @@ def find_checkpoint(config: Config, data: Blend, verify: Check = "full") -> Resu
         check_steps(found.folder, found.manifest, config)
         if not found.completes(config):
             go_on(found.progress, found.config, config)
+            run, before = Path(config.train.output), found.config.checkpoint
+            refuse_deletions(run, committed(found.folder.parent), Keep.of(before), Keep.of(config.checkpoint))
     return found
 
 
-def newest_of(config: Config, verify: Check = "full") -> Resumed | None:
+def newest_of(config: Config, verify: Check | None = None) -> Resumed | None:
     """The newest checkpoint of a run, damage looked past where checkpoint.fall_back allows that.
 
     None where there is none yet. Raises UserError where it is damaged, or with fall_back all are.
     """
-    root = Path(config.train.output) / "checkpoints"
+    root, verify = Path(config.train.output) / "checkpoints", verify or config.checkpoint.verify
     if config.checkpoint.fall_back:
         return _newest_whole(root, verify)
-    folder = newest(root)
-    return None if folder is None else Resumed(folder, open_checkpoint(folder, verify))
+    folders = step_folders(root)  # one without a manifest is damaged too
+    return Resumed(folders[-1], open_checkpoint(folders[-1], verify)) if folders else None
 
 
 def _newest_whole(root: Path, verify: Check) -> Resumed | None:
@@ -149,5 +159,5 @@ def warm_start_source(config: Config) -> Path:
             tensors.check(written)
         return path
     folder = resolve(path)
-    check_same_model(folder, config_of(open_checkpoint(folder, verify="sizes")).model, config.model)
+    check_same_model(folder, config_of(open_checkpoint(folder, _at_once(config))).model, config.model)
     return folder

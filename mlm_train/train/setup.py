@@ -68,6 +68,8 @@ def opened_run(config: Config, data: Blend) -> Iterator[Run | None]:
             output = Path(config.train.output)
             with writing(output):
                 stack.enter_context(owned(output, "being trained"))
+                if config.data.verify == "full":
+                    data.verify()
                 found = find_checkpoint(config, data)
                 aside = [] if found is None else found.set_damaged_aside()
                 if found is None or not found.completes(config):
@@ -158,7 +160,8 @@ def _first_weights(model: Transformer, config: Config, runtime: processes.Runtim
         return
     folder = warm_start_source(config)
     is_export = (folder / "config.json").is_file()
-    runtime.everywhere(lambda: verify_folder(folder, "full") if is_export else open_checkpoint(folder))
+    check, compare = config.checkpoint.verify, verify_folder if is_export else open_checkpoint
+    runtime.everywhere(lambda: compare(folder, check))
     fill = fill_model if is_export else load_weights
     runtime.together(lambda: fill(folder, model))
 

@@ -1,5 +1,6 @@
 """A run as a Slurm job: the sbatch command, tried before it is submitted."""
 
+import os
 import re
 import shlex
 import shutil
@@ -44,13 +45,18 @@ class Job:
             "account": self.account,
             "time": self.time,
             "chdir": Path.cwd(),  # where the config's relative paths start
-            "output": Path.cwd() / LOGS / "%x-%j.log",
-            "export": f"ALL,MLM_ROOT={ROOT},MLM_PYTHON={sys.executable},MLM_NPROC={self.processes}",
+            "output": LOGS / "%x-%j.log",  # beneath it: a % of an absolute path would be taken for a pattern
+            "export": "ALL",
         }
         return [f"--{name}={value}" for name, value in wanted.items() if value is not None]
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the script reads, beside sbatch's own environment: --export would cut values at commas."""
+        return {"MLM_ROOT": str(ROOT), "MLM_PYTHON": sys.executable, "MLM_NPROC": str(self.processes)}
+
     def command(self, *more: str) -> list[str]:
-        """The sbatch command."""
+        """The sbatch command; it wants `environment`."""
         return ["sbatch", *more, *self.options(), str(SCRIPT), self.config, *self.overrides]
 
 
@@ -62,7 +68,8 @@ def submit(job: Job, render: bool = False) -> int:
     if not SCRIPT.is_file():
         raise UserError(f"{SCRIPT} is missing: run mlm-train from a clone, which holds the job scripts")
     if render:
-        print(shlex.join(job.command()))
+        given = [f"{name}={value}" for name, value in job.environment.items()]
+        print(shlex.join(["env", *given, *job.command()]))
         return 0
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on the PATH: run this on a login node of a Slurm cluster, or --render")
@@ -71,14 +78,14 @@ def submit(job: Job, render: bool = False) -> int:
     number = _sbatch(job.command("--parsable"), job).strip().partition(";")[0]
     log = LOGS / f"{job.name}-{number}.log"
     print(f"submitted job {number}: {job.nodes} nodes x {job.processes} processes")
-    print(f"watch: squeue -j {number}; tail -F {log}")
+    print(f"watch: squeue -j {number}; tail -F {shlex.quote(str(log))}")
     print(f"stop:  scancel --signal=TERM {number}  (after a checkpoint), scancel {number}  (at once)")
     return 0
 
 
 def _sbatch(command: Sequence[str], job: Job) -> str:
     """Its standard output; UserError with its reason and what to change."""
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | job.environment)
     if done.returncode == 0:
         return done.stdout
     lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]

@@ -9,11 +9,13 @@ import torch
 from transformers import LlamaForCausalLM
 
 from mlm_train.checkpoint.hf_manifest import MANIFEST
+from mlm_train.checkpoint.logical_folder import load_model
 from mlm_train.files import sha256_of
 from mlm_train.parallel import runtime
 from tests.checkpoint.test_hf_folder import random_model, write
 from tests.checkpoint.test_hf_import import llama
 from tests.commands import mlm_train, refused
+from tests.partitions import write_table
 
 IDS = ("--prompt-ids", "1,2,3", "--max-new-tokens", "2")
 
@@ -78,6 +80,28 @@ def test_how_much_is_compared(export: Path, capsys: pytest.CaptureFixture[str]) 
     extra.unlink()
     assert str(extra) in refused("generate", "--model", export, *IDS, "--verify", "sizes")
     assert "--verify" in refused("generate", "--model", export, *IDS, "--verify", "some")
+
+
+def test_a_flipped_byte_of_a_table(export: Path, data: Path, tmp_path: Path) -> None:
+    mix = tmp_path / "mix.json"
+    tol = write_table(tmp_path / "tol", load_model(export), export, [100, 300])
+    commands = (
+        ("generate", "--model", export, *IDS, "--tol", tol),
+        ("evaluate", "--model", export, "--data", data, "--samples", 1, "--tol", tol),
+        ("tol", "inspect", tol, "--model", export),
+        ("tol", "allocate", tol, "--model", export, "--data", data, "--output", mix, "--budget", "1MB"),
+    )
+    for words in commands[:3]:
+        mlm_train(*words, "--verify", "full")
+    flip(tol / "100.safetensors")
+    for words in commands:
+        assert str(tol / "100.safetensors") in refused(*words, "--verify", "full"), words
+    for words in commands[:3]:
+        mlm_train(*words)  # a table may be larger than memory: its bytes are not read all by default
+        mlm_train(*words, "--verify", "none")
+    (tol / "100.safetensors").write_bytes((tol / "100.safetensors").read_bytes()[:-4])
+    for words in commands:
+        assert str(tol / "100.safetensors") in refused(*words), words
 
 
 def test_weights_that_came_later_are_refused(export: Path) -> None:

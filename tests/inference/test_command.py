@@ -6,17 +6,13 @@ import types
 from pathlib import Path
 
 import pytest
-import torch
 
 from mlm_train.checkpoint import hf_folder
-from mlm_train.checkpoint.hf_folder import fingerprint, write_folder
+from mlm_train.checkpoint.hf_folder import write_folder
 from mlm_train.cli import main
 from mlm_train.model.logical import named_pieces
-from mlm_train.tol.format import Source, TolIndex, write_index
-from mlm_train.tol.partition import RowShape
-from mlm_train.tol.place import Folder
 from tests.inference.test_decode import random_model
-from tests.partitions import write_partition
+from tests.partitions import write_table
 
 
 @pytest.fixture
@@ -25,20 +21,7 @@ def folders(tmp_path: Path) -> tuple[str, str]:
     model = random_model(kind="flex", flex_beta=2)
     export, tol = tmp_path / "export", tmp_path / "tol"
     write_folder(export, model.config, named_pieces(model))
-    tol.mkdir()
-    table = torch.stack(
-        [block.ffn_m(model.embed_tokens.weight) for block in model.memory_blocks().values()], dim=1
-    )
-    parts = [
-        write_partition(
-            tol / f"{start}.safetensors", (start, stop), RowShape.plain("float32", 3, 32), [table[start:stop]]
-        )
-        for start, stop in ((0, 50), (50, 97))
-    ]
-    source = Source(checkpoint=fingerprint(export), created="", tool_version="")
-    shapes = {"vocab_size": 97, "num_layers": 3, "hidden_size": 32}
-    index = {"dtype": "float32", "layers": [0, 1, 2], "partitions": parts, "source": source, **shapes}
-    write_index(Folder(tol), TolIndex.model_validate(index))
+    write_table(tol, model, export, [50])
     return str(export), str(tol)
 
 

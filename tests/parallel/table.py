@@ -23,7 +23,8 @@ fp32 process end from the float64 ones. The loss of an evaluation before the fir
 Cases are a product of the axes that concern x0 (kind, transport, mode of FFN-M, tied heads, micro-batches) in
 most layouts, and between them every pair of choices of all axes that the config allows: layout, model, mode,
 transport, schedule, sequence parallelism, ZeRO stage, activation checkpointing, sizes that the tensor ranks
-do not divide, loss by chunks, micro-batch count. tests/parallel/test_parity.py lists the pairs it refuses.
+do not divide, loss by chunks, micro-batch count, stages of unequal length.
+tests/parallel/test_parity.py lists the pairs it refuses.
 
 """
 LIMITS = {"loss": 1e-5, "norm": 1e-5, "gradients": 1e-5, "weights": 1e-4}

@@ -45,11 +45,11 @@ class Cluster:
             "MLM_NPROC": "1",
         }
 
-    def do(self, *words: object, **environment: str) -> str:
+    def do(self, *words: object, cwd: Path = ROOT, **environment: str) -> str:
         """Run a command with the cluster's environment; its output."""
         done = subprocess.run(
             [str(word) for word in words],
-            cwd=ROOT, env=self.environment | environment, capture_output=True, text=True, timeout=600,
+            cwd=cwd, env=self.environment | environment, capture_output=True, text=True, timeout=600,
         )  # fmt: skip
         assert done.returncode == 0, (words, done.stdout, done.stderr)
         return done.stdout

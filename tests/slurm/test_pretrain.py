@@ -2,17 +2,19 @@
 
 import os
 import re
+import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from mlm_train.checkpoint.folders import committed
+from mlm_train.checkpoint.folders import committed, newest
 from mlm_train.checkpoint.load import open_checkpoint
 from tests.commands import ROOT, refused, same_losses
-from tests.slurm.conftest import Cluster, words
+from tests.slurm.conftest import Cluster, SlurmJob, words
 
 PRETRAIN = ROOT / "slurm/pretrain.sbatch"
 
@@ -106,6 +108,37 @@ def test_a_job_that_crashes_again_and_again_ends(cluster: Cluster, data: Path, t
     assert len(lines) == 3 and last in lines[2], job.text()
     assert typo.end() == "FAILED" and typo.field("Restarts") == "0", typo.text()
     assert "did you mean configs/micro.yaml?" in typo.text()
+
+
+def test_commas_and_spaces_in_every_name(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+    """Of the clone, the working folder, the config, the data and the run."""
+    clone, work = tmp_path / "a clone, mine", tmp_path / "work, here"
+    for part in ("mlm_train", "slurm", "configs"):
+        shutil.copytree(ROOT / part, clone / part, ignore=shutil.ignore_patterns("__pycache__"))
+    text = shutil.copytree(data, tmp_path / "text, all")
+    work.mkdir()
+    shutil.copy(ROOT / "configs/micro.yaml", work / "tiny, one.yaml")
+    config = ("tiny, one.yaml", *words(text, Path("run, first")), "train.stop_after=2")
+    launch = [
+        sys.executable,
+        "-m",
+        "mlm_train",
+        "launch",
+        "--slurm",
+        *config[:1],
+        *config[2:],
+        "--nproc",
+        "1",
+    ]
+    given = {"PYTHONPATH": str(clone), "MLM_ROOT": "", "MLM_PYTHON": "", "MLM_NPROC": ""}
+    said = cluster.do(*launch, cwd=work, **given)
+    number = re.search(r"submitted job (\d+)", said)
+    assert number
+    log = work / "slurm-logs" / f"mlm-tiny, one-{number[1]}.log"
+    job = SlurmJob(cluster, number[1], log)
+    assert job.end() == "COMPLETED", job.text()
+    assert newest(work / "run, first/checkpoints") is not None, job.text()
+    assert f"'slurm-logs/{log.name}'" in said  # as a shell takes it
 
 
 def test_launch_submits(

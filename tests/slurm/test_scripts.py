@@ -15,7 +15,7 @@ PRETRAIN = ROOT / "slurm/pretrain.sbatch"
 def test_evaluation_tensorboard_and_a_sweep(
     cluster: Cluster, unbroken: Path, data: Path, tmp_path: Path
 ) -> None:
-    export, configs = tmp_path / "export", [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    export, configs = tmp_path / "export, one", [tmp_path / "a, lr=1.yaml", tmp_path / "b.yaml"]
     mlm_train("export", unbroken, "--output", export)
     for config in configs:
         _, *overrides = words(data, tmp_path / config.stem, "train.steps=4")
@@ -50,7 +50,7 @@ def test_evaluation_tensorboard_and_a_sweep(
 
 
 def test_a_chain_whose_folder_no_other_job_gets(cluster: Cluster, data: Path, tmp_path: Path) -> None:
-    endless = words(data, tmp_path / "run", "checkpoint.every=0", "train.steps=1000000")
+    endless = words(data, tmp_path / "run, one", "checkpoint.every=0", "train.steps=1000000")
     job = ("--nodes=1", PRETRAIN, *endless)
     said = cluster.do(ROOT / "slurm/submit_chain.sh", 2, f"--output={tmp_path}/%j.log", *job)
     first, second = (SlurmJob(cluster, n, tmp_path / f"{n}.log") for n in re.findall(r"of 2: (\d+)", said))

@@ -25,7 +25,7 @@ def test_across_nodes_as_on_one_and_with_a_node_lost(cluster: Cluster, tmp_path:
     assert job.end() == "COMPLETED", job.text()
     assert digests(tmp_path / "whole") == digests(tmp_path / "local")
 
-    broken = tmp_path / "broken"
+    broken = tmp_path / "broken, --each-node too"
     again = (SCRIPT, model, "--output", broken, *options)
     job = cluster.submit(tmp_path / "broken.log", "--nodes=2", *again, MLM_RAY_CPUS="1")
     while not (broken / STATE).is_file() or not json.loads((broken / STATE).read_text())["done"]:

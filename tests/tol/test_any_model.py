@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mlm_train.arguments import MODEL_KINDS
 from mlm_train.parallel import runtime
 from tests.commands import TINY, mlm_train, refused
 from tests.tol.test_faults import flip
@@ -81,8 +82,8 @@ def test_bad_input(folders: dict[str, Path], data: Path, corpus: Path, tmp_path:
     for name, line in (
         ("base", "base model"),
         ("damaged", "is damaged: its checksum differs"),
-        ("empty", "empty holds no model; give an export, a run's folder, or one of its checkpoints (step-*)"),
-        ("none", "none is no folder; give an export, a run's folder, or one of its checkpoints (step-*)"),
+        ("empty", f"empty holds no model; give {MODEL_KINDS}"),
+        ("none", f"none is no folder; give {MODEL_KINDS}"),
     ):
         model = tmp_path / name
         text = ("--model", model, "--data", data)

@@ -269,7 +269,7 @@ def test_bad_words(tables: dict[str, Path], exported: Path, tmp_path: Path) -> N
         assert message in refused("tol", "compress", table, *output, *words), words
         assert message in refused("tol", "build", exported, *output, *words), words
     assert "does not exist" in refused("tol", "compress", exported, *output, "--dtype", "int8")
-    assert "--dtype or --allocation" in refused("tol", "compress", table, *output)
+    assert "--dtype, --budget or --allocation" in refused("tol", "compress", table, *output)
     more = ("--dtype", "int8", "--model", exported)
     assert "give --evaluate DATA too" in refused("tol", "compress", table, *output, *more)
     assert "leave --model out" in refused("tol", "compress", table, *output, "--repair", *more[2:])

@@ -1,15 +1,16 @@
-"""Spectra from chunks against the SVD of the whole table, and ranks against every other choice."""
+"""Spectra from chunks against the SVD of the whole table, and predictions against storing it."""
 
-import itertools
 import pickle
-from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from mlm_train.tol.ranks import break_even_rank, choose_ranks, uniform_rank
-from mlm_train.tol.spectrum import Gram, Spectrum
+from mlm_train.tol.codec import Scheme, decode, encode, layout
+from mlm_train.tol.ranks import Sample, Study
+from mlm_train.tol.spectrum import Gram, Spectrum, scaled_basis
+from mlm_train.tol.state import Storage
+from mlm_train.tol.table import projector
 
 
 @pytest.fixture
@@ -35,6 +36,16 @@ def gram_of(table: Tensor, chunk: int = 500) -> Gram:
     for rows in table.split(chunk):
         gram.add(rows)
     return gram
+
+
+def sample_of(table: Tensor, chunk: int = 500) -> Sample:
+    sample = Sample(*table.shape)
+    for rows in table.split(chunk):
+        sample.add(rows)
+    return sample
+
+
+EVERY = Storage(dtype=None, budget=1).searched + Storage(dtype=None, symmetric=False, budget=1).searched
 
 
 def log_values(hidden: int, last: float) -> Tensor:
@@ -123,9 +134,9 @@ def test_layer_of_a_token_major_chunk(draws: torch.Generator) -> None:
 
 
 def test_table_of_zeros_and_infinite_values(draws: torch.Generator) -> None:
-    zeros, some = Spectrum.of(gram_of(torch.zeros(20, 8))), random_spectrum(draws, 8, -1)
+    zeros = Spectrum.of(gram_of(torch.zeros(20, 8)))
     assert zeros.error(0) == zeros.error(8) == 0
-    assert choose_ranks([zeros, some], 1000, 1) == [0, 8]
+    assert not Study.of(zeros, sample_of(torch.zeros(20, 8)), 20, EVERY).errors.any()
     for value in (float("nan"), float("inf"), 1e30):
         table = torch.randn(20, 8, generator=draws)
         table[3, 2] = value
@@ -133,139 +144,45 @@ def test_table_of_zeros_and_infinite_values(draws: torch.Generator) -> None:
             Spectrum.of(gram_of(table))
 
 
-def random_spectrum(draws: torch.Generator, hidden: int, last: float) -> Spectrum:
-    """Random values around a decay from 1 to 10^last, of any scale."""
-    values = log_values(hidden, last) * (1 + torch.rand(hidden, generator=draws, dtype=torch.float64))
-    scale = 10 ** float(torch.randn(1, generator=draws))
-    return Spectrum(values.sort(descending=True).values * scale, torch.eye(hidden).double())
+def stored_error(table: Tensor, scheme: Scheme, basis: Tensor | None) -> float:
+    """The squared relative error of a table that is encoded so, and decoded."""
+    numbers = table if basis is None else table @ projector(basis)
+    rows = torch.empty(len(table), scheme.bytes(table.shape[1]), dtype=torch.uint8)
+    encode(scheme, numbers, rows)
+    found = decode(layout([scheme], table.shape[1])[0], rows, table.shape[1]).float()
+    found = found if basis is None else found @ basis
+    return float((found - table).double().square().sum() / table.double().square().sum())
 
 
-def total_error(spectra: Sequence[Spectrum], ranks: Sequence[int], weights: Sequence[float]) -> float:
-    pairs = zip(spectra, ranks, weights, strict=True)
-    return sum(weight * spectrum.error(rank) ** 2 for spectrum, rank, weight in pairs)
-
-
-def cheapest(
-    spectra: Sequence[Spectrum], budget: float, costs: Sequence[float], weights: Sequence[float], step: int
-) -> float:
-    """The least total error of all choices within the budget."""
-    choices = [sorted({*range(0, spectrum.hidden, step), spectrum.hidden}) for spectrum in spectra]
-    return min(
-        total_error(spectra, ranks, weights)
-        for ranks in itertools.product(*choices)
-        if sum(rank * cost for rank, cost in zip(ranks, costs, strict=True)) <= budget
-    )
-
-
-@pytest.mark.parametrize(("hidden", "step"), [(8, 1), (12, 3), (8, 8)])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_ranks_are_the_best(draws: torch.Generator, hidden: int, step: int, weighted: bool) -> None:
-    for trial in range(20):
-        spectra = [random_spectrum(draws, hidden, last) for last in (-0.2, -1, -2.5)]
-        weights = (0.1 + torch.rand(3, generator=draws)).tolist() if weighted else None
-        budget = 7 * (trial * 3 * hidden / 20 + 0.5)
-        ranks = choose_ranks(spectra, budget, 7, weights, step)
-        assert 7 * sum(ranks) <= budget and all(rank % step == 0 for rank in ranks)
-        ones = weights or [1.0] * 3
-        best = cheapest(spectra, budget, [7] * 3, ones, step)
-        assert total_error(spectra, ranks, ones) == pytest.approx(best, rel=1e-9)
-
-
-def test_ranks_of_unequal_costs(draws: torch.Generator) -> None:
-    """Costs that differ, a step that leaves a short last block: less than one block from the best."""
-    for trial in range(100):
-        spectra = [random_spectrum(draws, hidden, last) for hidden, last in ((7, -0.2), (7, -0.5), (8, -1))]
-        costs = (10 ** torch.rand(3, generator=draws)).tolist()
-        budget = sum(8 * cost for cost in costs) * (trial + 1) / 100
-        ranks = choose_ranks(spectra, budget, costs, step=3)
-        left = budget - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
-        assert left >= 0
-        lost = 0.0
-        for spectrum, rank, cost in zip(spectra, ranks, costs, strict=True):
-            assert rank % 3 == 0 or rank == spectrum.hidden
-            after = min(rank + 3, spectrum.hidden)
-            assert rank == after or (after - rank) * cost > left
-            lost = max(lost, spectrum.error(rank) ** 2 - spectrum.error(after) ** 2)
-        error, best = total_error(spectra, ranks, [1] * 3), cheapest(spectra, budget, costs, [1] * 3, 3)
-        assert best * (1 - 1e-9) <= error <= best * (1 + 1e-9) + lost
-    assert ranks == [7, 7, 8]
-
-
-def test_gain_is_counted_a_byte() -> None:
-    def flat(hidden: int) -> Spectrum:
-        return Spectrum(torch.full((hidden,), 0.3, dtype=torch.float64), torch.eye(hidden).double())
-
-    assert choose_ranks([flat(2), flat(2)], 3, [3, 1]) == [0, 2]
-    # After 3 of layer 0's 4 ranks: its last one gains 0.25 for 3 bytes, 3 ranks of layer 1 gain 0.24.
-    assert choose_ranks([flat(4), flat(6)], 12, [3, 1], [1, 0.48], step=3) == [4, 0]
-
-
-def test_unequal_ranks_beat_equal_ones(draws: torch.Generator) -> None:
-    """On tables, with the errors of their true cuts."""
-    tables = [random_table(draws, log_values(48, last), 400) for last in (-0.1, -1, -3)]
-    spectra = [Spectrum.of(gram_of(table)) for table in tables]
-
-    def cut_error(ranks: Sequence[int]) -> float:
-        total = 0.0
-        for table, spectrum, rank in zip(tables, spectra, ranks, strict=True):
-            basis, true = spectrum.basis(rank), table.double()
-            total += float((true - true @ basis.T @ basis).norm() / true.norm()) ** 2
-        return total
-
-    budget = 3 * 16 * (400 * 2 + 48 * 2)
-    rank = uniform_rank(3, budget, 400 * 2 + 48 * 2, hidden=48)
-    ranks = choose_ranks(spectra, budget, 400 * 2 + 48 * 2)
-    assert rank == 16 and sum(ranks) == 48
-    assert ranks[0] > ranks[1] > ranks[2] > 0
-    assert cut_error(ranks) < 0.9 * cut_error([rank] * 3)
-
-
-def test_equal_layers_have_equal_ranks(draws: torch.Generator) -> None:
-    spectrum = random_spectrum(draws, 32, -2)
-    flat = Spectrum(torch.full((32,), 0.7, dtype=torch.float64), spectrum.vectors)
-    for layer, step in itertools.product((spectrum, flat), (1, 4)):
-        budget = 5 * 11 * 12 + 11 * step // 2
-        assert (
-            choose_ranks([layer] * 5, budget, 11, step=step)
-            == [uniform_rank(5, budget, 11, step, hidden=32)] * 5
+@pytest.mark.parametrize(("rows", "hidden", "within"), [(700, 50, 0.1), (5000, 150, 0.2)])
+def test_predicted_errors_are_those_of_storing(
+    draws: torch.Generator, rows: int, hidden: int, within: float
+) -> None:
+    """Every type and group size, ranks that fill their groups and others; all rows sampled, or a quarter."""
+    sizes = torch.randn(rows, 1, generator=draws).exp()  # a few large rows, as real ones have
+    table = random_table(draws, log_values(hidden, -1.5), rows) * sizes
+    spectrum, sample = Spectrum.of(gram_of(table)), sample_of(table, 301)
+    assert len(sample.rows) == min(rows, 2**19 // hidden)
+    assert sample.largest.abs().max() == table.abs().max()
+    study = Study.unpack(Study.of(spectrum, sample, rows, EVERY).pack())
+    assert study.errors.shape == (len(EVERY), hidden + 1)
+    whole = scaled_basis(spectrum, hidden, rows).half().float()
+    for scheme, predicted in zip(EVERY, study.errors.tolist(), strict=True):
+        for rank in (1, 7, 8, hidden // 3, hidden // 2, hidden):
+            cut = scheme.model_copy(update={"rank": rank})
+            assert stored_error(table, cut, whole[:rank]) == pytest.approx(predicted[rank - 1], rel=within), (
+                cut
+            )
+        assert stored_error(table, scheme, None) == pytest.approx(predicted[-1], rel=within, abs=1e-15), (
+            scheme
         )
-    # Errors are relative unless the layers' energies are given as weights.
-    large = Spectrum(spectrum.values * 100, spectrum.vectors)
-    assert choose_ranks([spectrum, large], 20, 1) == [10, 10]
-    energies = [spectrum.energy, large.energy]
-    assert choose_ranks([spectrum, large], 20, 1, energies)[1] == 20
-    assert choose_ranks([spectrum, large], 20, 1, [1, 0]) == [20, 0]
 
 
-def test_uniform_rank() -> None:
-    assert uniform_rank(3, 3 * 10 * 20, 20, hidden=64) == 10
-    assert uniform_rank(3, 3 * 10 * 20 - 1, 20, hidden=64) == 9
-    assert uniform_rank(3, 3 * 10 * 20, 20, 4, hidden=64) == 8
-    assert uniform_rank(2, 10 * 20 + 10 * 30, [20, 30], hidden=64) == 10
-    assert uniform_rank(3, 10**6, 20, 24, hidden=64) == 64
-    assert uniform_rank(3, 19, 20, hidden=64) == uniform_rank(3, -1000, 20, hidden=64) == 0
-
-
-def test_break_even_rank() -> None:
-    # 128256 * 2048 / (128256 + 2048) = 2015.8
-    assert break_even_rank(128256, 2048) == break_even_rank(128256, 2048, 2, 2, 2) == 2016
-    assert break_even_rank(20, 20) == 10
-    for rows, hidden, table, u, basis in (
-        (1000, 64, 2, 2, 4),
-        (1000, 64, 1.03125, 0.53125, 2),
-        (50, 64, 2, 4, 2),
-    ):
-        rank = break_even_rank(rows, hidden, table, u, basis)
-        plain = rows * hidden * table
-        assert rank * (rows * u + hidden * basis) >= plain > (rank - 1) * (rows * u + hidden * basis)
-    assert break_even_rank(128256, 2048, 2, 1.03125, 2) > 2048
-
-
-def test_bad_arguments(draws: torch.Generator) -> None:
-    spectra = [random_spectrum(draws, 8, -1)] * 2
-    for fields in ({"step": 0}, {"bytes_per_rank": 0}, {"weights": [1, -1]}):
-        with pytest.raises(ValueError, match="must be positive"):
-            choose_ranks(spectra, **{"budget": 10, "bytes_per_rank": 1, **fields})
-    for fields in ({"bytes_per_rank": [1]}, {"weights": [1, 1, 1]}):
-        with pytest.raises(ValueError, match="values for 2 layers"):
-            choose_ranks(spectra, **{"budget": 10, "bytes_per_rank": 1, **fields})
+def test_numbers_beyond_a_type(draws: torch.Generator) -> None:
+    """One row of 20,000 is too large for float16, wherever it lies; a cut's numbers are all of one size."""
+    table = torch.randn(20_000, 64, generator=draws)
+    table[12_347] *= 1e5
+    study = Study.of(Spectrum.of(gram_of(table)), sample_of(table), 20_000, EVERY)
+    for scheme, predicted in zip(EVERY, study.errors, strict=True):
+        assert predicted[:-1].isfinite().all()
+        assert predicted[-1].isfinite() == (scheme.dtype != "float16"), scheme

@@ -79,6 +79,19 @@ def test_a_changed_manifest_is_damage(trained: Path, data: Path, tmp_path: Path,
     assert found is not None and found.folder.name == "step-00000001" and len(found.damaged) == 1
 
 
+def test_a_manifest_that_is_gone_is_damage_where_nothing_may_fall_back(
+    trained: Path, data: Path, tmp_path: Path
+) -> None:
+    run = copy_of(trained, tmp_path)
+    manifest = run / "checkpoints" / "step-00000002" / "manifest.json"
+    for target in (None, "nothing-there", "manifest.json"):  # gone, or a link to nothing or to itself
+        manifest.unlink(missing_ok=True)
+        if target is not None:
+            manifest.symlink_to(target)
+        assert "step-00000002" in refused(*pretrain(data, run, "train.steps=4", "checkpoint.fall_back=false"))
+        runtime.stop()
+
+
 def test_where_all_checkpoints_are_damaged_nothing_starts_over(
     trained: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -1,12 +1,13 @@
 """`mlm-train launch --slurm` where there is no Slurm; tests/slurm has a real one."""
 
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
 from mlm_train.train.slurm import Job, _advice
-from tests.commands import TINY, mlm_train, refused
+from tests.commands import ROOT, TINY, mlm_train, refused
 
 JOB = ("launch", "--slurm", "configs/micro.yaml", *TINY)
 
@@ -27,13 +28,14 @@ def test_the_command_is_shown(data: Path, tmp_path: Path, capsys: pytest.Capture
     )
     mlm_train(*JOB, *place, *options, "--render")
     words = shlex.split(capsys.readouterr().out)
-    assert words[0] == "sbatch" and words[-1] == place[-1]
+    assert words[0] == "env" and words[4] == "sbatch" and words[-1] == place[-1]
     for option in ("--nodes=4", "--gpus-per-node=8", "--partition=gpu", "--account=us", "--time=04:00:00"):
         assert option in words
     script = next(number for number, word in enumerate(words) if word.endswith("slurm/pretrain.sbatch"))
     assert words[script + 1] == "configs/micro.yaml" and Path(words[script]).is_file()
     assert any(word.endswith("slurm-logs/%x-%j.log") for word in words)
-    assert any("MLM_NPROC=8" in word for word in words)
+    given = {f"MLM_ROOT={ROOT}", f"MLM_PYTHON={sys.executable}", "MLM_NPROC=8"}
+    assert set(words[1:4]) == given and "--export=ALL" in words
 
 
 def test_bad_input(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

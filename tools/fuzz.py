@@ -1,0 +1,138 @@
+"""Damage files of every kind, have the real readers read them, and look for what must not happen.
+
+usage: .venv/bin/python tools/fuzz.py [--cases 30000] [--seed 1] [--readers NAMES] [--folder DIR]
+
+A case takes a small whole artefact (config, overrides, prepared data, checkpoint, export, Llama, table,
+unfinished build, tokenizers, text, notes), damages one file of it by chance (bits, lengths, JSON and YAML
+parts of another type or size, gone or new; a FIFO, a folder, a link, a sparse terabyte in its place; where
+the file has a checksum of itself, that made again in half of the cases), and has the real reader read it, in
+a process that can be ended. Bad is
+
+  traceback   an exception that is no line for the user, or more lines than one
+  code        an exit code other than 0, 2 or 130
+  time        more than 10 s, twice, or a process that died
+  result      accepted with another result, where a checksum covers the file and was not made again
+
+A plain config, a tokenizer or a text that was changed is another one: there the result is not compared; what
+a reader's result is, tools/fuzz_readers.py says. Every case follows from the seed and its number alone. Exit
+code 1 where there was a bad one; --folder keeps those.
+
+examples:
+  .venv/bin/python tools/fuzz.py --cases 500
+  .venv/bin/python tools/fuzz.py --readers config,overrides --cases 5000 --seed 7
+  .venv/bin/python tools/fuzz.py --case 1234 --seed 7               one case again, with all that it says
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from fuzz_pool import KINDS, Outcome, outcomes
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def show(found: Counter[tuple[str, str]], names: list[str]) -> None:
+    """The closing table."""
+    table = Table("reader", box=box.SIMPLE, title="fuzz: damaged files read", title_justify="left")
+    columns = ("cases", "accepted", "refused", *KINDS)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name in [*names, "all"]:
+        rows = [key for key in found if name in (key[0], "all")]
+        counts = {kind: sum(found[key] for key in rows if key[1] == kind) for kind in columns[1:]}
+        table.add_row(name, f"{sum(counts.values()):,}", *(f"{count:,}" for count in counts.values()))
+    Console(width=110).print(table)
+
+
+def arguments() -> argparse.Namespace:
+    """What the user asks for."""
+    from fuzz_readers import READERS
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", type=int, default=30_000, help="how many (default 30000: minutes)")
+    parser.add_argument("--seed", type=int, default=1, help="of what is damaged how (default 1)")
+    parser.add_argument("--case", type=int, metavar="N", help="run this one alone, and show what it says")
+    parser.add_argument(
+        "--readers", default=",".join(READERS), help=f"default: all, which are {', '.join(READERS)}"
+    )
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: one a core")
+    parser.add_argument("--folder", type=Path, help="keep bad cases there, each in a folder by its number")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts and every bad case")
+    args = parser.parse_args()
+    # Names hold commas too: those that are known are taken off the front, one after another.
+    args.names, rest = [], args.readers
+    while rest:
+        known = [name for name in READERS if rest == name or rest.startswith(f"{name},")]
+        if not known:
+            parser.error(f"--readers {rest}: choose of {', '.join(READERS)}")
+        args.names.append(max(known, key=len))
+        rest = rest[len(args.names[-1]) + 1 :]
+    if args.cases < 1 or args.processes < 1:
+        parser.error("--cases and --processes: give at least 1")
+    return args
+
+
+def main() -> int:
+    """0; 1 where a reader did what it must not."""
+    args = arguments()
+    os.chdir(ROOT)
+    import torch
+    from fuzz_cases import Fuzz
+
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    root = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    found: Counter[tuple[str, str]] = Counter()
+    bad: list[Outcome] = []
+    try:
+        fuzz = Fuzz(root, args.seed, args.names)
+        fuzz.prepare()
+        if args.case is not None:
+            outcome = fuzz.run(args.case)
+            print(f"{outcome.reader}: {outcome.what}: {outcome.kind}\n{outcome.said}")
+            return int(outcome.kind in KINDS)
+        columns = (TextColumn("fuzz"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        # Without a thread that draws: a process that is forked meanwhile would inherit its locks.
+        with Progress(*columns, console=console, auto_refresh=False) as bar:
+            task = bar.add_task("cases", total=args.cases)
+            for outcome in outcomes(fuzz, args.cases, args.processes):
+                found[outcome.reader, outcome.kind] += 1
+                if outcome.kind in KINDS:
+                    bad.append(outcome)
+                    last = (outcome.said.strip().splitlines() or [""])[-1][:300]
+                    line = f"case {outcome.number}: {outcome.reader}: {outcome.what}: {outcome.kind}: {last}"
+                    console.print(line, markup=False)
+                    if args.folder is not None:
+                        fuzz.keep(outcome, args.folder / f"{outcome.number:06}")
+                bar.update(task, advance=1, refresh=not sum(found.values()) % 50)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    show(found, args.names)
+    minutes = (time.monotonic() - started) / 60
+    print(f"{args.cases:,} cases, seed {args.seed}: {len(bad)} bad, {minutes:.1f} minutes")
+    if args.json:
+        kinds = sorted({kind for _, kind in found})
+        counts = {name: {kind: found[name, kind] for kind in kinds} for name in args.names}
+        tree = {"seed": args.seed, "cases": args.cases, "minutes": round(minutes, 1), "readers": counts}
+        args.json.write_text(json.dumps(tree | {"bad": [one._asdict() for one in bad]}, indent=1) + "\n")
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

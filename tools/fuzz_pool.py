@@ -1,0 +1,131 @@
+"""Processes that run the cases of tools/fuzz.py, many each, and are ended where one takes too long."""
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+LIMIT = 10.0  # seconds of a case
+ROOM = 6 * 2**30  # bytes of memory that a process may take more
+CASES_A_PROCESS = 250
+KINDS = ("traceback", "code", "time", "result")  # of bad outcomes
+
+
+class Outcome(NamedTuple):
+    """What came of a case. kind: accepted, refused, or one of KINDS."""
+
+    number: int
+    reader: str
+    what: str
+    kind: str
+    said: str = ""
+
+
+class Cases(Protocol):
+    """What is run."""
+
+    def run(self, number: int) -> Outcome:
+        """A case, in this process."""
+
+    def lost(self, number: int, said: str) -> Outcome:
+        """That of a case that gave none."""
+
+
+class Worker:
+    """A forked process that runs cases one after another."""
+
+    def __init__(self, fuzz: Cases) -> None:
+        self.end, theirs = multiprocessing.Pipe()
+        context = multiprocessing.get_context("fork")
+        self.process = context.Process(target=_serve, args=(fuzz, theirs, self.end), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.number: int | None = None
+        self.done, self.since = 0, 0.0
+
+    def give(self, number: int) -> None:
+        """Have it run a case."""
+        self.number, self.since = number, time.monotonic()
+        self.done += 1
+        self.end.send(number)
+
+    def kill(self) -> None:
+        """End it, whatever it does."""
+        self.process.kill()
+        self.process.join()
+        self.end.close()
+
+
+def _serve(fuzz: Cases, end: Connection, other: Connection) -> None:
+    other.close()
+    null = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):  # libraries write there
+        os.dup2(null, descriptor)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, taken + ROOM))
+    with contextlib.suppress(EOFError):
+        while True:
+            end.send(tuple(fuzz.run(end.recv())))
+
+
+def outcomes(fuzz: Cases, cases: int, processes: int) -> Iterator[Outcome]:
+    """Of all cases, as they end."""
+    waiting = iter(range(cases))
+    workers: list[Worker] = []
+    late_once: set[int] = set()
+
+    def feed(worker: Worker | None) -> None:
+        if worker is not None and worker.done >= CASES_A_PROCESS:
+            workers.remove(worker)
+            worker.kill()
+            worker = None
+        if (number := next(waiting, None)) is None:
+            if worker is not None:
+                workers.remove(worker)
+                worker.kill()
+            return
+        if worker is None:
+            worker = Worker(fuzz)
+            workers.append(worker)
+        worker.give(number)
+
+    for _ in range(min(processes, cases)):
+        feed(None)
+    while workers:
+        ready = wait([worker.end for worker in workers], timeout=0.2)
+        for worker in list(workers):
+            assert worker.number is not None
+            late = time.monotonic() - worker.since > LIMIT
+            if worker.end in ready:
+                try:
+                    outcome = Outcome(*worker.end.recv())
+                except EOFError:
+                    worker.process.join()
+                    outcome = fuzz.lost(
+                        worker.number, f"its process died: exit code {worker.process.exitcode}"
+                    )
+                else:
+                    yield outcome
+                    feed(worker)
+                    continue
+            elif late and worker.number not in late_once:  # the machine may have been busy
+                late_once.add(worker.number)
+                workers.remove(worker)
+                worker.kill()
+                again = Worker(fuzz)
+                workers.append(again)
+                again.give(worker.number)
+                continue
+            elif late:
+                outcome = fuzz.lost(worker.number, f"no result in {LIMIT:.0f} s")
+            else:
+                continue
+            workers.remove(worker)
+            worker.kill()
+            yield outcome
+            feed(None)
