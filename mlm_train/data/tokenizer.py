@@ -106,7 +106,8 @@ class Tokenizer:
         if self._backend.declared_begin is not None:
             return self._backend.declared_begin
         name = _declared_beside(self.path, "bos_token")
-        return self._backend.put_first if name is None else self._backend.id_of(name)
+        with _asked(self.path, "cannot encode a text"):
+            return self._backend.put_first if name is None else self._backend.id_of(name)
 
     @property
     def bos_id(self) -> int | None:
@@ -117,7 +118,8 @@ class Tokenizer:
     @property
     def puts_bos_first(self) -> bool:
         """Whether the file itself says that texts begin with bos_id, as transformers then has it."""
-        return self.bos_id is not None and self.bos_id == self._backend.put_first
+        with _asked(self.path, "cannot encode a text"):
+            return self.bos_id is not None and self.bos_id == self._backend.put_first
 
     def begin_of_documents(self) -> int:
         """bos_id; UserError where there is none, or it is the end-of-document id."""
@@ -135,12 +137,13 @@ class Tokenizer:
         """UserError where a text can hold the end-of-document id: it would be cut into several documents."""
         end = self.eod_id
         names = [name for name, number in self._backend.special.items() if number == end]
-        if not names or _text_can_produce(self._backend, end, names[0]):
-            name = names[0] if names else self._backend.name_of(end)
-            raise UserError(
-                f"tokenizer {self.path}: a text can produce {name!r} (id {end}), which is to end documents; "
-                f"{self._alternatives()}"
-            )
+        with _asked(self.path, "cannot encode a text"):
+            if not names or _text_can_produce(self._backend, end, names[0]):
+                name = names[0] if names else self._backend.name_of(end)
+                raise UserError(
+                    f"tokenizer {self.path}: a text can produce {name!r} (id {end}), which is to end "
+                    f"documents; {self._alternatives()}"
+                )
 
     def _alternatives(self) -> str:
         """What to do instead, with the special tokens that may end a document."""
@@ -302,9 +305,7 @@ class _SentencePiece:
         ]
 
     def decode(self, ids: list[int]) -> str:
-        # A model may have more ids than its tokenizer.
-        known = [i if i < self.vocab_size else self._processor.unk_id() for i in ids]
-        return self._processor.decode(known)
+        return self._processor.decode(ids)
 
     def id_of(self, token: str) -> int | None:
         found = self._processor.piece_to_id(token)
