@@ -183,7 +183,7 @@ def _code(error: BaseException, debug: bool) -> int:
         _give_up(1)
         _say(f"the output cannot be written: {told(error)}")
     else:
-        _say(f"{error.filename}: {error.strerror}; check the path and its rights")
+        _say(f"{error.filename}: {told(error, 'check the path and its rights')}")
     return 2
 
 

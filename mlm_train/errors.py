@@ -6,7 +6,7 @@ class UserError(Exception):
 
 
 class SharedUserError(UserError):
-    """A UserError that every rank of a run raises alike; one rank a machine prints it."""
+    """A UserError that every rank of a run raises alike once they have met; one rank a machine prints it."""
 
 
 class PeerFailure(Exception):

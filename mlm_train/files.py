@@ -39,6 +39,10 @@ _REMEDY = {
 }
 
 
+class Unwritable(UserError):
+    """What `writing` raises; its cause is the system's error."""
+
+
 def told(error: OSError, otherwise: str = "choose another place") -> str:
     """What went wrong, and what to do: as fits the error's number, or `otherwise`."""
     return f"{error.strerror or error}; {_REMEDY.get(error.errno or 0, otherwise)}"
@@ -71,6 +75,12 @@ def _descriptor(path: Path, flags: int) -> int:
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     raise UserError(f"{path} is no regular file: put the file itself there")
+
+
+def system_error(error: Exception) -> OSError:
+    """The same as an OSError, of a library in Rust that tells only in words what the system said."""
+    found = re.search(r"os error (\d+)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else OSError(str(error))
 
 
 def sha256_of(path: Path) -> str:
@@ -178,9 +188,10 @@ def replace_file(path: Path, data: bytes) -> None:
             draft.write_bytes(data)
             sync(draft)
             draft.rename(path)
-        except OSError:
+        except OSError as error:
             with suppress(OSError):
                 draft.unlink(missing_ok=True)
+            error.filename = str(path)  # what the caller knows
             raise
         sync(path.parent)
 
@@ -300,8 +311,14 @@ def _lock(path: Path, folder: Path) -> tuple[int, bool] | None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a full disk, missing rights or a name in use, while writing `path`, into a UserError."""
+    """Turn a full disk, missing rights or a name in use, while writing `path`, into a UserError.
+
+    Of blocks in one another the outermost names the path: the others are of drafts of it.
+    """
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {told(error)}") from error
+        raise Unwritable(f"{path} cannot be written: {told(error)}") from error
+    except Unwritable as error:
+        assert isinstance(error.__cause__, OSError)
+        raise Unwritable(f"{path} cannot be written: {told(error.__cause__)}") from error.__cause__

@@ -15,10 +15,10 @@ import psutil
 import pytest
 import torch
 
-from mlm_train.checkpoint.hf_folder import open_tensors, write_folder
+from mlm_train.checkpoint.hf_folder import open_tensors, verify_folder, write_folder
+from mlm_train.checkpoint.hf_manifest import MANIFEST
 from mlm_train.checkpoint.load import config_of, load_weights, open_checkpoint
 from mlm_train.checkpoint.logical_folder import load_model
-from mlm_train.checkpoint.manifest import write_manifest
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.tokenizer import tokenizer_of
 from mlm_train.errors import UserError
@@ -26,7 +26,7 @@ from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime
 from mlm_train.parallel.stacks import flight_record, write_evidence
-from mlm_train.records import SEAL
+from mlm_train.records import SEAL, seal_of
 from mlm_train.tol.format import Source, TolIndex, write_index
 from mlm_train.tol.partition import RowShape
 from mlm_train.tol.place import Folder
@@ -178,7 +178,7 @@ def renamed(index: Path, old: str, new: str) -> None:
     if tree.pop(SEAL, None) is None:
         index.write_text(json.dumps(tree))
     else:  # whoever writes it on purpose can do that too
-        write_manifest(index.parent, tree)
+        index.write_text(json.dumps(tree | {SEAL: seal_of(tree)}))
 
 
 def test_no_index_leads_out_of_its_folder(run: Path, data: Path, tmp_path: Path) -> None:
@@ -193,6 +193,7 @@ def test_no_index_leads_out_of_its_folder(run: Path, data: Path, tmp_path: Path)
         (data, "manifest.json", "tokenizer.model", PreparedData.open),
         (tables, "tol.index.json", "rows.safetensors", lambda at: TolSource.open_folder(at, model.config)),
         (export, "model.safetensors.index.json", part, load_model),
+        (export, MANIFEST, "config.json", lambda at: verify_folder(at, "sizes")),
     ]
     for number, (folder, index, name, read) in enumerate(readers):
         inner = tmp_path / str(number)

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from mlm_train.checkpoint.hf_files import SpecialTokens
 from mlm_train.cli import main
 from tests.checkpoint.test_hf_folder import random_model, write
+from tests.checkpoint.test_hf_import import llama
 from tests.commands import mlm_train, on_a_terminal, refused
 from tests.partitions import write_table
 
@@ -152,3 +155,32 @@ def test_words_that_are_no_text(model: Path, tmp_path: Path) -> None:
     ):
         assert "caf\\udce9" in refused(*words)
     assert not (tmp_path / "x").exists()
+
+
+def test_names_of_files_are_names(odd_data: Path, model: Path, tmp_path: Path) -> None:
+    """Whatever they hold: no control character, no markup, and one line each."""
+    name = "a[red]\x1b[31m\u202e\nb"
+    odd = Path(shutil.copytree(odd_data, tmp_path / name))
+    (odd / f"{name}.csv").write_text("a,b\n")
+    llama(tmp_path / "llama")
+    (tmp_path / "llama" / name).write_text("")
+    run = tmp_path / "runs" / name / "checkpoints" / "step-00000001"
+    run.mkdir(parents=True)
+    config = Path(shutil.copyfile("configs/micro.yaml", tmp_path / f"{name}.yaml"))
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    shutil.copyfile(model / "texts.jsonl", texts / "train.jsonl")
+    shutil.copyfile(model / "texts.jsonl", texts / "validation.jsonl")
+    (texts / f"{name}.csv").write_text("a,b\n")
+    for words in (
+        ("data", "inspect", odd, "--samples", 0),
+        ("data", "inspect", odd, "--samples", 0, "--verify"),
+        ("data", "prepare", "--input", texts, "--output", tmp_path / "out", "--tokenizer", odd),
+        ("import", tmp_path / "llama", "--output", tmp_path / "import"),
+        ("checkpoint", "list", tmp_path / "runs" / name),
+        ("plan", "tol", config, "--build-tflops", 1),
+    ):
+        seen = on_a_terminal(*words)
+        assert not {"\u202e", "\x9b"} & set(seen) and "\x1b[31m\\u202e" not in seen, words
+        plain = re.sub(r"\x1b\[[0-9;]*m|\s", "", seen)  # less our own colours and lines
+        assert "a[red]\\x1b[31m\\u202e\\nb" in plain, (words, seen)

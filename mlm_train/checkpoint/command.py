@@ -87,14 +87,15 @@ def _list(path: Path, as_json: bool) -> int:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     columns = ("step", "tokens", "GiB", "written", "by", "validation", "kept as", "whole")
-    table = Table(*columns, box=box.SIMPLE, title=str(_found(path)[0].parent))
+    table = Table(*columns, box=box.SIMPLE, title=Text(escaped(str(_found(path)[0].parent))))
     for row in rows:
         cells = (f"{row['step']:,}", f"{row['tokens']:,}", f"{row['bytes'] / 2**30:.3g}")
         loss = "" if row["validation_loss"] is None else f"{row['validation_loss']:.4f}"
         kept = ", ".join(row["kept"])
-        table.add_row(*cells, row["written"], row["layout"], loss, kept, row["fault"] or "yes")
+        table.add_row(*cells, row["written"], row["layout"], loss, kept, Text(escaped(row["fault"] or "yes")))
     Console(width=140, soft_wrap=True).print(table, soft_wrap=False)
     return 0
 

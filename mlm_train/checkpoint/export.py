@@ -31,6 +31,6 @@ def export_checkpoint(source: Path, output: Path, dtype: str, verify: Check = "f
         named_pieces(model),
         carried(home),
         getattr(torch, dtype),
-        tokens=special_tokens(home).ended_by(manifest.data.eod_id),
+        tokens=special_tokens(home).ended_by(manifest.data.eod_id).begun_by(manifest.data.bos_id),
     )
     return folder

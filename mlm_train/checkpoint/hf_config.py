@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mlm_train.checkpoint.hf_files import NO_TOKENS, SpecialTokens, special_tokens
+from mlm_train.checkpoint.hf_files import ADD_BOS, NO_TOKENS, SpecialTokens, special_tokens
 from mlm_train.checkpoint.hf_llama import (
     ARCHITECTURES,
     CORRECT,
@@ -53,6 +53,7 @@ def config_json(
         "mlp_bias": False,
         "initializer_range": config.init_std,
         **tokens.tree(),
+        **({} if tokens.add_bos is None else {ADD_BOS: tokens.add_bos}),
         "use_cache": True,
         "dtype": dtype,
         "torch_dtype": dtype,

@@ -11,15 +11,19 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from mlm_train.data.tokenizer import tokenizer_file
+from mlm_train.data.tokenizer import Tokenizer, tokenizer_file
 from mlm_train.files import sha256_of, write_json
 from mlm_train.records import read_json, record_of
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+ADD_BOS = (
+    "add_bos_token"  # transformers has it in tokenizer_config.json; an export of ours in config.json too
+)
 CARRIED = (
     "tokenizer.json",
     "tokenizer.model",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
@@ -31,15 +35,23 @@ _FIX = "correct it, or copy the folder again"
 
 
 class SpecialTokens(NamedTuple):
-    """Ids that begin a text, that end one (the first ends documents too), and that fill a batch."""
+    """Ids that begin a text, that end one (the first ends documents too), and that fill a batch.
+
+    add_bos: whether the model's texts do begin with bos; None: nothing says.
+    """
 
     bos: int | None = None
     eos: tuple[int, ...] = ()
     pad: int | None = None
+    add_bos: bool | None = None
 
     def ended_by(self, first: int | None) -> "SpecialTokens":
         """The same with another first end."""
         return self._replace(eos=_once(([] if first is None else [first], self.eos)))
+
+    def begun_by(self, bos_id: int | None) -> "SpecialTokens":
+        """The same of a model whose documents began with an id, or (None) with none."""
+        return self._replace(bos=self.bos if bos_id is None else bos_id, add_bos=bos_id is not None)
 
     def tree(self) -> dict[str, int | list[int] | None]:
         """As config.json and generation_config.json say it."""
@@ -58,6 +70,7 @@ class _Said(BaseModel):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    add_bos_token: bool | None = None
 
     @property
     def ends(self) -> list[int]:
@@ -69,7 +82,8 @@ class _Said(BaseModel):
 def special_tokens(folder: Path) -> SpecialTokens:
     """Of a folder's config.json and generation_config.json, the ends that either of them names.
 
-    Raises UserError naming the file where an id is none.
+    add_bos is config.json's, else tokenizer_config.json's. Raises UserError naming the file where an id is
+    none.
     """
     trees = {name: read_json(folder / name, _FIX) for name in (CONFIG, GENERATION) if _is_there(folder, name)}
     if trees.get(CONFIG, {}).get("model_type") == "llama":
@@ -78,7 +92,29 @@ def special_tokens(folder: Path) -> SpecialTokens:
     said = [record_of(_Said, tree, folder / name, _FIX) for name, tree in trees.items()]
     bos = (one.bos_token_id for one in said if one.bos_token_id is not None)
     pad = (one.pad_token_id for one in said if one.pad_token_id is not None)
-    return SpecialTokens(next(bos, None), _once(one.ends for one in said), next(pad, None))
+    if _is_there(folder, TOKENIZER_CONFIG):
+        tree = {ADD_BOS: read_json(folder / TOKENIZER_CONFIG, _FIX).get(ADD_BOS)}  # its ids mean other things
+        said.append(record_of(_Said, tree, folder / TOKENIZER_CONFIG, _FIX))
+    add_bos = (one.add_bos_token for one in said if one.add_bos_token is not None)
+    return SpecialTokens(
+        next(bos, None), _once(one.ends for one in said), next(pad, None), next(add_bos, None)
+    )
+
+
+def first_id(folder: Path) -> int | None:
+    """What a text begins with for the model of an export or a Llama; None: with nothing but itself.
+
+    As transformers has it: where no file says add_bos_token, what the tokenizer.json puts before a text.
+    """
+    tokens, file = special_tokens(folder), tokenizer_file(folder)
+    tokenizer = None if file is None else Tokenizer.load(file)
+    adds = tokens.add_bos
+    if adds is None:
+        adds = tokenizer is not None and tokenizer.puts_bos_first
+    if not adds:
+        return None
+    declared = None if tokenizer is None else tokenizer.declared_bos_id
+    return tokens.bos if declared is None else declared
 
 
 def _once(lists: Iterable[Iterable[int]]) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from mlm_train.checkpoint.hf_files import NO_TOKENS, SpecialTokens
 from mlm_train.checks import Check
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
-from mlm_train.files import listed, new_folder, write_json
+from mlm_train.files import listed, new_folder, system_error, write_json
 from mlm_train.model.logical import named_pieces, pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.model.unfilled import unfilled
@@ -107,7 +107,7 @@ def _write_weights(
         try:
             save_file(batch, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
         except SafetensorError as error:
-            raise OSError(str(error)) from None
+            raise system_error(error) from None
         shards.append(list(batch))
         batch.clear()
         held = 0

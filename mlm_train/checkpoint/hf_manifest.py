@@ -64,10 +64,10 @@ def verify_export(
     if manifest is None:
         return {}
     known = {entry.file: entry for entry in manifest.files}
+    paths = [listed(folder, name, MANIFEST, around) for name in known]
     for path in used:
         if path.name not in known:
             raise UserError(f"{path} is not in {MANIFEST}: it came later; {FIX}")
-    paths = [listed(folder, name, MANIFEST, around) for name in known]
     for path in paths:
         if not path.is_file():
             raise UserError(f"{path} is missing; {FIX}")

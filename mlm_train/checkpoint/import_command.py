@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from mlm_train.checks import add_verify
+from mlm_train.errors import escaped
 
 HELP = """Take the weights of a Hugging Face Llama (as kind base), or of an export, to train on with them.
 Writes a folder of config.json, safetensors and tokenizer, which `evaluate`, `generate` and
@@ -33,12 +34,13 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output)
     found = import_folder(Path(args.source), output, args.verify or "full")
     size, stored = count_parameters(found.config).total, str(found.dtype).removeprefix("torch.")
-    print(f"imported {args.source} to {output} ({found.config.kind}, {size:,} parameters, {stored})")
+    what = f"{found.config.kind}, {size:,} parameters, {stored}"
+    print(f"imported {escaped(args.source)} to {escaped(str(output))} ({what})")
     if found.carried:
         print(f"with {', '.join(found.carried)}")
     if tokenizer_file(output) is None:
         print("it holds no tokenizer: the data you train on must be prepared with the model's own")
     if found.left:
-        print(f"not carried: {', '.join(found.left)}")
+        print(f"not carried: {escaped(', '.join(found.left))}")
     print(f"next: mlm-train pretrain {output / CONFIG} data.path=... train.output=...")
     return 0

@@ -17,7 +17,7 @@ from torch import Tensor
 from mlm_train.arguments import MODEL_KINDS
 from mlm_train.checkpoint.folders import names_one, resolve
 from mlm_train.checkpoint.hf_config import config_json
-from mlm_train.checkpoint.hf_files import special_tokens
+from mlm_train.checkpoint.hf_files import first_id, special_tokens
 from mlm_train.checkpoint.hf_folder import (
     FolderTensors,
     fingerprint,
@@ -60,6 +60,24 @@ class ModelFolder:
         from mlm_train.data.tokenizer import tokenizer_of
 
         return tokenizer_of(self.home, None if self.manifest is None else self.manifest.data.eod_id)
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that texts begin with: of a run's data, or as an export's files say; None: no such."""
+        return first_id(self.home) if self.manifest is None else self.manifest.data.bos_id
+
+    def begin(self, add_bos: bool | None, place: Path) -> int | None:
+        """What to put before a text: bos_id (add_bos None), nothing (False), or what there is (True).
+
+        place: a folder with the model's tokenizer. Raises UserError where add_bos is True and it has no such.
+        """
+        from mlm_train.data.tokenizer import tokenizer_of
+
+        if add_bos is False:
+            return None
+        if self.bos_id is not None:
+            return self.bos_id
+        return tokenizer_of(place).begin_of_documents() if add_bos else None
 
     @property
     def ends(self) -> tuple[int, ...]:

@@ -50,11 +50,15 @@ class Reached(Record):
 
 
 class TrainedOn(Record):
-    """The data. order: how samples are chosen (data.order.ORDER); older versions did not say."""
+    """The data. order: how samples are chosen (data.order.ORDER); older versions did not say.
+
+    bos_id: what each document begins with, if anything.
+    """
 
     model_config = ConfigDict(extra="allow")
     fingerprint: str
     eod_id: Count
+    bos_id: Count | None = None
     order: Count | None = None
 
 

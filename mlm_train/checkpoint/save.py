@@ -15,6 +15,7 @@ from mlm_train.checkpoint.manifest import FORMAT, VERSION, Validation, write_man
 from mlm_train.checkpoint.tensors import LogicalPart, write_tensors
 from mlm_train.config import Config
 from mlm_train.errors import UserError
+from mlm_train.files import writing
 from mlm_train.finite import nonfinite
 from mlm_train.model.counts import count_parameters
 from mlm_train.ownership import Attempt, refuse_superseded
@@ -114,15 +115,17 @@ def _refuse_nonfinite(snapshot: Snapshot) -> None:
 
 def _finish(partial: Path, manifest: dict[str, Any], final: Path, keep: Keep) -> None:
     """The manifest, then the name; nothing any more where a newer attempt of the job has taken over."""
-    write_manifest(partial, manifest)
-    refuse_superseded(final.parent.parent)
-    commit(partial, final, keep)
+    with writing(final.parent):
+        write_manifest(partial, manifest)
+        refuse_superseded(final.parent.parent)
+        commit(partial, final, keep)
 
 
 def _prepare(partial: Path, snapshot: Snapshot) -> None:
     """An empty folder of that name (the reader takes every file in it), on a disk with room."""
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with writing(partial.parent):
+        partial.mkdir(parents=True)
     free = shutil.disk_usage(partial).free
     if free < snapshot.bytes:
         partial.rmdir()

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from mlm_train.checkpoint.shards import ShardWriter
 from mlm_train.errors import SharedUserError, UserError
+from mlm_train.files import told
 from mlm_train.model.logical import Piece
 
 
@@ -63,9 +64,7 @@ def write_tensors(folder: Path, state: dict[str, Tensor], group: Any = None) -> 
         return writer.entries
     except dcp.api.CheckpointException as error:  # derives from BaseException
         _raise_stop(error)
-        raise SharedUserError(
-            f"{folder} cannot be written: {_cause(error)}; free space or choose another train.output"
-        ) from None
+        raise SharedUserError(f"{folder.parent} cannot be written: {_told(error)}") from None
 
 
 def read_tensors(folder: Path, wanted: dict[str, Tensor], alone: bool = False) -> None:
@@ -88,6 +87,12 @@ def _raise_stop(error: Any) -> None:
     for failure, _ in error.failures.values():
         if isinstance(failure, KeyboardInterrupt):
             raise failure from None
+
+
+def _told(error: Any) -> str:
+    """What the disk of the first rank said, and what to do; any other error of it in one line."""
+    cause = next(iter(error.failures.values()))[0] if error.failures else error
+    return told(cause) if isinstance(cause, OSError) else _cause(error)
 
 
 def _cause(error: Any) -> str:

@@ -76,6 +76,11 @@ class Blend:
         return self.sources[0].eod_id
 
     @property
+    def bos_id(self) -> int | None:
+        """The id that begins a document, in all of them; None: there is none."""
+        return self.sources[0].bos_id
+
+    @property
     def tokenizer(self) -> Path:
         """The tokenizer's file in the first folder; the others have the same."""
         return self.sources[0].path / self.sources[0].manifest.tokenizer.file
@@ -99,6 +104,12 @@ class Blend:
                 raise UserError(
                     f"data.blend: {other.path} was prepared with another tokenizer than {first.path}: "
                     f"prepare it again with --tokenizer {self.tokenizer}"
+                )
+            if other.bos_id != first.bos_id:
+                with_bos, without = (other, first) if first.bos_id is None else (first, other)
+                raise UserError(
+                    f"data.blend: {with_bos.path} was prepared with --add-bos and {without.path} was not: "
+                    "prepare one of them again"
                 )
 
 

@@ -57,8 +57,11 @@ def check_tokenizer(folder: Path, manifest_path: Path, manifest: "Manifest") -> 
             raise UserError(f"{manifest_path}: {name}={said}, but {tokenizer.path} has {found}; {AGAIN}")
 
 
-def check_documents(stream: "TokenStream", vocab_size: int, eod_id: int) -> None:
-    """Read a split: UserError where its index or its ids are not documents, each ended by eod_id once."""
+def check_documents(stream: "TokenStream", vocab_size: int, eod_id: int, bos_id: int | None) -> None:
+    """Read a split: UserError where its index or its ids are not documents, each ended by eod_id once.
+
+    bos_id: what each begins with, if anything.
+    """
     record, itemsize = stream.record, np.dtype(stream.dtype).itemsize
     lengths, offsets = np.diff(stream.document_offsets), stream.document_offsets
     start = INDEX_HEADER.itemsize + lengths.size * 4
@@ -77,6 +80,8 @@ def check_documents(stream: "TokenStream", vocab_size: int, eod_id: int) -> None
             f"{stream.bin_path} does not end its {record.documents} documents with id {eod_id} each, and "
             f"nowhere else; {AGAIN}"
         )
+    if bos_id is not None and not np.all(stream.tokens[offsets[:-1]] == bos_id):
+        raise UserError(f"{stream.bin_path} has documents that do not begin with id {bos_id}; {AGAIN}")
 
 
 def _chunks(tokens: np.ndarray) -> Iterator[np.ndarray]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mlm_train.arguments import add_action
 from mlm_train.checks import add_verify
+from mlm_train.errors import escaped
 from mlm_train.sizes import size
 
 if TYPE_CHECKING:
@@ -118,6 +119,12 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         help="token that ends a document, one that no text can produce (default: the tokenizer's own, such "
         "as </s>)",
     )
+    parser.add_argument(
+        "--add-bos",
+        action="store_true",
+        help="begin each document with the tokenizer's token for that, such as <s>; models trained on it get "
+        "it before a prompt too",
+    )
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -163,6 +170,7 @@ def _run_prepare(args: argparse.Namespace) -> None:
             validation_fraction=args.validation_fraction,
             workers=args.workers or available_workers(),
             eod=args.eod,
+            add_bos=args.add_bos,
             progress=progress,
             tell_left_out=left_out.update,
         )
@@ -175,7 +183,7 @@ def _run_prepare(args: argparse.Namespace) -> None:
     if left_out:
         print(f"left out: {len(left_out)} {'file' if len(left_out) == 1 else 'files'}")
     for path, reason in [*left_out.items()][:LISTED]:
-        print(f"  {path}: {reason}")
+        print(f"  {escaped(f'{path}: {reason}')}")
     if len(left_out) > LISTED:
         print(f"  and {len(left_out) - LISTED} more")
 
@@ -187,7 +195,7 @@ def _run_inspect(args: argparse.Namespace) -> None:
     from mlm_train.data.prepared import PreparedData
 
     console = Console()
-    with console.status("checking files"):
+    with Console(stderr=True).status("checking files"):
         data = PreparedData.open(args.folder, args.verify or "sizes")
     if args.verify == "full":
         console.print("every file has the hash of the manifest, every document its end", style="green")

@@ -10,6 +10,7 @@ from rich.text import Text
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
 from mlm_train.data.tokenizer import tokenizer_of
+from mlm_train.errors import escaped
 from mlm_train.terminal import shown
 
 BATCH_TOKENS = tuple(k * 1024 for k in (2, 16, 64, 256, 1024, 4096))
@@ -19,11 +20,18 @@ BATCHES_AVERAGED = 8
 def inspect(data: PreparedData, sequence_length: int, samples: int, console: Console) -> None:
     """Print tables about `data` and the first `samples` samples of the training order."""
     manifest = data.manifest
-    console.print(f"{data.path}: {manifest.dtype} tokens, fingerprint {data.fingerprint[:16]}", style="bold")
+    console.print(
+        f"{escaped(str(data.path))}: {manifest.dtype} tokens, fingerprint {data.fingerprint[:16]}",
+        style="bold",
+        markup=False,
+    )
     console.print(
         f"tokenizer {manifest.tokenizer.file} ({manifest.tokenizer.kind}), "
-        f"{data.vocab_size:,} ids, end of document {data.eod_id}"
+        f"{data.vocab_size:,} ids, end of document {data.eod_id}",
+        markup=False,
     )
+    if data.bos_id is not None:
+        console.print(f"documents begin with {data.bos_id}")
     console.print(_counts(data, sequence_length))
     train = Samples(data.split("train"), sequence_length, seed=0)
     distinct = distinct_ids(train)
@@ -64,7 +72,7 @@ def _counts(data: PreparedData, sequence_length: int) -> Table:
         column.justify = "right"
     for name, split in data.manifest.splits.items():
         table.add_row(
-            name,
+            Text(escaped(name)),
             f"{split.documents:,}",
             f"{split.tokens:,}",
             f"{(split.tokens - 1) // sequence_length:,}",

@@ -48,6 +48,7 @@ def prepare(
     validation_fraction: float | None = None,
     workers: int = 1,
     eod: str | None = None,
+    add_bos: bool = False,
     progress: Progress = lambda stage, done, total: None,
     tell_left_out: Callable[[dict[str, str]], None] = lambda left_out: None,
 ) -> Manifest:
@@ -55,8 +56,9 @@ def prepare(
 
     inputs: files, folders or Hugging Face dataset names. tokenizer: a .model, a tokenizer.json, a
     folder that holds one, or train:VOCAB. Documents without a split of their own go to validation
-    by a hash of their text. The output is the same for any number of workers. tell_left_out is called at the
-    end with the files of folders that hold no text, and why.
+    by a hash of their text. add_bos: each document begins with the tokenizer's bos_id, too. The output is the
+    same for any number of workers. tell_left_out is called at the end with the files of folders that hold no
+    text, and why.
     Raises UserError for bad input; then nothing stays behind.
     """
     fraction = _check_fraction(validation, validation_fraction)
@@ -67,8 +69,8 @@ def prepare(
                 "--validation-fraction has no effect: the input brings its own split; leave it out"
             )
         corpus = Corpus(found, fraction, progress)
-        loaded = _place_tokenizer(tokenizer, partial, corpus, eod)
-        manifest = _write_tokens(partial, corpus, loaded, workers)
+        loaded, begin = _place_tokenizer(tokenizer, partial, corpus, eod, add_bos)
+        manifest = _write_tokens(partial, corpus, loaded, workers, begin)
         write_manifest(partial, manifest)
     tell_left_out(found.left_out)
     return manifest
@@ -145,35 +147,47 @@ class Corpus:
         return "validation" if held_out else "train"
 
 
-def _place_tokenizer(choice: str, folder: Path, corpus: Corpus, eod: str | None) -> Tokenizer:
-    """Train the tokenizer or copy it into the folder; load it from there."""
+def _place_tokenizer(
+    choice: str, folder: Path, corpus: Corpus, eod: str | None, add_bos: bool
+) -> tuple[Tokenizer, int | None]:
+    """Train the tokenizer or copy it into the folder; load it from there. With it what begins documents."""
     if choice.startswith("train:"):
         size = choice.removeprefix("train:")
         if not size.isdecimal():
             raise UserError(f"--tokenizer {choice}: write a vocabulary size, such as train:8192")
+        if add_bos:
+            raise UserError(f"--add-bos: --tokenizer {choice} has no token that begins a text; leave it out")
         path = folder / FILE_OF_KIND["sentencepiece"]
         path.write_bytes(train_sentencepiece(corpus.training_texts(), int(size), corpus.size))
         trained = Tokenizer.load(path, eod)
         trained.check_end()
-        return trained
+        return trained, None
     file = tokenizer_file(Path(choice)) if os.path.isdir(choice) else Path(choice)
     if file is not None and file.is_file():
         try_tokenizer(file)
     given = tokenizer_of(choice, eod) if os.path.isdir(choice) else Tokenizer.load(choice, eod)
     given.check_end()
+    begin = given.begin_of_documents() if add_bos else None  # files beside it say which
     path = folder / FILE_OF_KIND[given.kind]
     shutil.copyfile(given.path, path)
-    return Tokenizer.load(path, given.eod_id)
+    return Tokenizer.load(path, given.eod_id), begin
 
 
 class _SplitWriter:
     """One split's .bin and .idx through megatron-core's builder, and its counts."""
 
     def __init__(
-        self, folder: Path, name: str, storage: ModuleType, dtype: type[np.number], eod_id: int
+        self,
+        folder: Path,
+        name: str,
+        storage: ModuleType,
+        dtype: type[np.number],
+        eod_id: int,
+        bos_id: int | None,
     ) -> None:
         self._bin, self._idx = folder / f"{name}.bin", folder / f"{name}.idx"
         self._builder = storage.IndexedDatasetBuilder(str(self._bin), dtype=dtype)
+        self._begin = [] if bos_id is None else [np.array([bos_id])]
         self._end = np.array([eod_id])
         self._pieces: list[np.ndarray] = []  # of the document that has not ended yet
         self.documents = self.tokens = self.characters = self.text_bytes = 0
@@ -192,7 +206,7 @@ class _SplitWriter:
         self.characters += len(text)
         self.text_bytes += len(text.encode("utf-8"))
         if ends:
-            document = np.concatenate([*self._pieces, self._end])
+            document = np.concatenate([*self._begin, *self._pieces, self._end])
             self._pieces = []
             self._builder.add_document(document, [len(document)])
             self.documents += 1
@@ -214,11 +228,13 @@ def _record_of(path: Path) -> FileRecord:
     return FileRecord(file=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
-def _write_tokens(folder: Path, corpus: Corpus, tokenizer: Tokenizer, workers: int) -> Manifest:
+def _write_tokens(
+    folder: Path, corpus: Corpus, tokenizer: Tokenizer, workers: int, bos_id: int | None
+) -> Manifest:
     eod_id = tokenizer.eod_id
     storage = _megatron_storage()
     dtype = storage.DType.optimal_dtype(tokenizer.vocab_size)
-    writers = {name: _SplitWriter(folder, name, storage, dtype, eod_id) for name in SPLITS}
+    writers = {name: _SplitWriter(folder, name, storage, dtype, eod_id, bos_id) for name in SPLITS}
     for batch, encoded in encode_in_order(corpus.batches(tokenizer.pieces), tokenizer, workers):
         for split, text, ids, ends in zip(batch.splits, batch.texts, encoded, batch.ends, strict=True):
             writers[split].add(text, ids, ends)
@@ -236,6 +252,7 @@ def _write_tokens(folder: Path, corpus: Corpus, tokenizer: Tokenizer, workers: i
     return Manifest(
         vocab_size=tokenizer.vocab_size,
         eod_id=eod_id,
+        bos_id=bos_id,
         dtype=dtype.__name__,
         tokenizer=record,
         splits=splits,

@@ -64,6 +64,7 @@ class Manifest(Record):
     version: Literal[1, 2] = 2
     vocab_size: PositiveInt
     eod_id: NonNegativeInt
+    bos_id: NonNegativeInt | None = None  # what every document begins with
     dtype: Literal["uint16", "int32"]
     documents_are: Literal["one .idx sequence each, ended by eod_id"] = (
         "one .idx sequence each, ended by eod_id"
@@ -120,6 +121,7 @@ class PreparedData:
         self.manifest = manifest
         self.vocab_size = manifest.vocab_size
         self.eod_id = manifest.eod_id
+        self.bos_id = manifest.bos_id
         self.fingerprint = manifest.fingerprint
 
     @classmethod
@@ -162,7 +164,7 @@ class PreparedData:
             _check_hash(self.path / record.file, record.sha256)
         check_tokenizer(self.path, self.path / MANIFEST, self.manifest)
         for name in self.manifest.splits:
-            check_documents(self.split(name), self.vocab_size, self.eod_id)
+            check_documents(self.split(name), self.vocab_size, self.eod_id, self.bos_id)
 
     def _files(self) -> list[FileRecord]:
         return [file for split in self.manifest.splits.values() for file in (split.bin, split.idx)]

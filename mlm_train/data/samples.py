@@ -99,6 +99,10 @@ class Samples:
         counts = np.array(self.interleaving.counts(count))
         return self._read(sources, numbers * sizes[sources] // counts[sources])
 
+    def sources_of(self, count: int) -> np.ndarray:
+        """The source of each of the first `count` samples, int64; of `spread`'s too."""
+        return self.interleaving.at(np.arange(count))[0]
+
     def windows(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """The same samples as int64 [len(indices), sequence_length + 1], for counting."""
         ids, labels = self.batch_of(indices)

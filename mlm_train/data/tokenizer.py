@@ -15,6 +15,7 @@ from mlm_train.records import read_json, read_regular
 Kind = Literal["sentencepiece", "huggingface"]
 FILE_OF_KIND: dict[Kind, str] = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json"}
 USUAL_END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>")
+USUAL_BEGIN_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
 DECLARED_IN = ("tokenizer_config.json", "special_tokens_map.json")  # beside a tokenizer.json
 NAMED = 5  # special tokens that an error names
 PIECE_CHARACTERS = 1 << 20
@@ -25,8 +26,8 @@ _CUT = re.compile(r"(?<=\S)\n(?=\S)")
 class Backend(Protocol):
     """What a tokenizer library must offer. Special tokens inside a text are read as plain text.
 
-    `special`: the tokens that are no text by their kind, and their ids. `declared_end`: the one of them that
-    the file itself says ends a document.
+    `special`: the tokens that are no text by their kind, and their ids. `declared_end`, `declared_begin`:
+    those of them that the file itself says end and begin a document. `put_first`: what it puts before texts.
     """
 
     vocab_size: int
@@ -36,6 +37,12 @@ class Backend(Protocol):
 
     @property
     def declared_end(self) -> int | None: ...
+
+    @property
+    def declared_begin(self) -> int | None: ...
+
+    @property
+    def put_first(self) -> int | None: ...
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
 
@@ -93,6 +100,37 @@ class Tokenizer:
             )
         return self._end
 
+    @cached_property
+    def declared_bos_id(self) -> int | None:
+        """Id of the token that begins a text, as the tokenizer or a file beside it says."""
+        if self._backend.declared_begin is not None:
+            return self._backend.declared_begin
+        name = _declared_beside(self.path, "bos_token")
+        return self._backend.put_first if name is None else self._backend.id_of(name)
+
+    @property
+    def bos_id(self) -> int | None:
+        """declared_bos_id, or that of a special token of a usual name; None where there is neither."""
+        named = (self._backend.special.get(name) for name in USUAL_BEGIN_TOKENS)
+        return next((begin for begin in (self.declared_bos_id, *named) if begin is not None), None)
+
+    @property
+    def puts_bos_first(self) -> bool:
+        """Whether the file itself says that texts begin with bos_id, as transformers then has it."""
+        return self.bos_id is not None and self.bos_id == self._backend.put_first
+
+    def begin_of_documents(self) -> int:
+        """bos_id; UserError where there is none, or it is the end-of-document id."""
+        if self.bos_id is None:
+            raise UserError(f"--add-bos: tokenizer {self.path} has no token that begins a text; leave it out")
+        if self.bos_id == self._end:
+            name = self._backend.name_of(self.bos_id)
+            raise UserError(
+                f"--add-bos: in tokenizer {self.path} {name!r} begins texts and ends documents; leave it "
+                "out, or name another end with --eod"
+            )
+        return self.bos_id
+
     def check_end(self) -> None:
         """UserError where a text can hold the end-of-document id: it would be cut into several documents."""
         end = self.eod_id
@@ -145,9 +183,9 @@ class Tokenizer:
         )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids."""
+        """Text of ids; those that only the model has, whose vocabulary may be rounded up, are none."""
         with _asked(self.path, "cannot decode ids"):
-            return self._backend.decode([int(i) for i in ids])
+            return self._backend.decode([int(i) for i in ids if i < self.vocab_size])
 
 
 @contextlib.contextmanager
@@ -194,7 +232,7 @@ def _kind_of(path: Path) -> Kind:
 
 def _end_id(backend: Backend, eod: str | int | None, path: Path) -> int | None:
     if eod is None and backend.declared_end is None:
-        eod = _declared_beside(path)
+        eod = _declared_beside(path, "eos_token")
     if eod is None:
         return _usual_end(backend) if backend.declared_end is None else backend.declared_end
     end = backend.id_of(eod) if isinstance(eod, str) else eod
@@ -203,14 +241,14 @@ def _end_id(backend: Backend, eod: str | int | None, path: Path) -> int | None:
     return end
 
 
-def _declared_beside(path: Path) -> str | None:
-    """The end token that Hugging Face's files in a tokenizer.json's folder declare."""
+def _declared_beside(path: Path, key: str) -> str | None:
+    """The token that Hugging Face's files in a tokenizer.json's folder declare under a key."""
     for name in DECLARED_IN:
         if path.suffix == ".json" and (path.parent / name).is_file():
-            end = read_json(path.parent / name, "repair or remove it").get("eos_token")
-            end = end.get("content") if isinstance(end, dict) else end
-            if isinstance(end, str):
-                return end
+            token = read_json(path.parent / name, "repair or remove it").get(key)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                return token
     return None
 
 
@@ -285,6 +323,16 @@ class _SentencePiece:
         end = self._processor.eos_id()
         return end if end >= 0 else None
 
+    @property
+    def declared_begin(self) -> int | None:
+        begin = self._processor.bos_id()
+        return begin if begin >= 0 else None
+
+    @property
+    def put_first(self) -> None:
+        """A model says nothing of it."""
+        return None
+
     @cached_property
     def _mark_ids(self) -> list[int]:
         """Byte pieces of U+2581, which SentencePiece itself would turn into a space.
@@ -343,3 +391,13 @@ class _HuggingFace:
     def declared_end(self) -> None:
         """A tokenizer.json says nothing of it."""
         return None
+
+    @property
+    def declared_begin(self) -> None:
+        """Nor of this."""
+        return None
+
+    @property
+    def put_first(self) -> int | None:
+        added = self._tokenizer.encode("", add_special_tokens=True).ids
+        return added[0] if added and added[0] in self.special.values() else None

@@ -37,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baselines", metavar="RUN", help="also unigram and bigram, counted on the tokens RUN trained on"
     )
+    parser.add_argument(
+        "--add-bos",
+        action=argparse.BooleanOptionalAction,
+        help="put the token that begins a text before each window of data prepared without (default: where "
+        "the model was trained so)",
+    )
     add_verify(parser, "the model, of --data and --tol,", "full, of --data and --tol sizes")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--tokens", help="safetensors file with `tokens` int64 [batch, sequence]")
@@ -48,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     if bool(args.tokens) != bool(args.dump_logits) or bool(args.tokens) == bool(args.data):
         raise UserError("give either --data, or --tokens with --dump-logits")
     if args.tokens:
+        if args.add_bos is not None:
+            raise UserError("--add-bos has no effect on --tokens: write the id there")
         from mlm_train.evaluate.logits import dump_logits
 
         dump_logits(Path(args.model), Path(args.tokens), Path(args.dump_logits), args.verify or "full")
@@ -75,6 +83,7 @@ def _perplexities(args: argparse.Namespace) -> dict[str, Any]:
         args.micro_batch,
         with_memory=args.tol is None,
         verify=args.verify,
+        add_bos=args.add_bos,
     )
     if args.tol is None:
         found = scorer.score(scorer.computed)
@@ -104,5 +113,5 @@ def _baselines(args: argparse.Namespace, scorer: "Scorer") -> dict[str, float]:
     seen = manifest.progress.samples
     for start in range(0, seen, CHUNK_WINDOWS):
         counts.add(trained.windows(range(start, min(seen, start + CHUNK_WINDOWS))))
-    found = counts.perplexities(windows.samples.windows(range(windows.count)))
+    found = counts.perplexities(windows.tokens(range(windows.count)).numpy())
     return {"unigram": found.unigram, "bigram": found.bigram}

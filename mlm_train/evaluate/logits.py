@@ -1,5 +1,7 @@
 """Logits of a model on given tokens, for comparison with other implementations."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,8 +12,9 @@ from torch import Tensor
 from mlm_train.checkpoint.logical_folder import find_model, load_model
 from mlm_train.checks import Check
 from mlm_train.errors import UserError
-from mlm_train.files import check_output, draft_of, sync, writing
+from mlm_train.files import check_output, draft_of, sync, system_error, writing
 from mlm_train.memory import make_source
+from mlm_train.stopping import held
 
 TENSOR = "tokens"
 
@@ -46,14 +49,24 @@ def dump_logits(
     with torch.no_grad():
         for sequence in range(tokens.shape[0]):  # one by one: activations of a whole batch may not fit
             logits[sequence] = model(tokens[sequence : sequence + 1], source)[0]
-    with writing(out):
-        draft = draft_of(out)
+    with writing(out), _named_when_whole(out) as draft:
         try:
             save_file({TENSOR: tokens, "logits": logits}, draft)
         except SafetensorError as error:
-            raise OSError(str(error)) from None
-        sync(draft)
-        draft.rename(out)
+            raise system_error(error) from None
+
+
+@contextmanager
+def _named_when_whole(out: Path) -> Iterator[Path]:
+    """A draft to be written, which takes the name then; nothing of it is left where that fails."""
+    draft = draft_of(out)
+    try:
+        yield draft
+        with held():
+            sync(draft)
+            draft.rename(out)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _read_tokens(file: Path) -> Tensor:

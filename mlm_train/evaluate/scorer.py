@@ -1,7 +1,7 @@
 """A model and prepared text, opened once, to be scored with several memory sources."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from mlm_train.checkpoint.logical_folder import open_model
+from mlm_train.checkpoint.logical_folder import ModelFolder, open_model
 from mlm_train.checks import Check
 from mlm_train.config import ModelConfig
 from mlm_train.data.prepared import PreparedData
@@ -25,15 +25,25 @@ from mlm_train.model.transformer import Transformer
 
 
 class Windows:
-    """The first `count` windows of a split (all where None), `length` tokens each. UserError for none."""
+    """The first `count` windows of a split (all where None), `length` tokens each. UserError for none.
+
+    bos_id: put before each window, whose own tokens are the labels then; None: the labels are one token on.
+    """
 
     def __init__(
-        self, data: PreparedData, split: str, length: int, count: int | None, micro_batch: int
+        self,
+        data: PreparedData,
+        split: str,
+        length: int,
+        count: int | None,
+        micro_batch: int,
+        bos_id: int | None = None,
     ) -> None:
         for name, value in (("sequence-length", length), ("samples", count), ("micro-batch", micro_batch)):
             if value is not None and value < 1:
                 raise UserError(f"--{name} {value}: give at least 1")
         self.samples, self.micro_batch = Samples(data.split(split), length, None), micro_batch
+        self._bos_id = bos_id
         whole = self.samples.samples_per_epoch
         self.count = whole if count is None else min(count, whole)
 
@@ -42,7 +52,15 @@ class Windows:
         starts = range(0, self.count, self.micro_batch)
         hidden = not (show and sys.stderr.isatty())
         for start in track(starts, "evaluate", console=Console(stderr=True), disable=hidden, transient=True):
-            yield self.samples.batch(start, min(self.micro_batch, self.count - start))
+            tokens = self.tokens(range(start, min(start + self.micro_batch, self.count)))
+            yield tokens[:, :-1], tokens[:, 1:]
+
+    def tokens(self, numbers: Sequence[int]) -> Tensor:
+        """Windows with their labels, int64 [len(numbers), length + 1]."""
+        windows = torch.from_numpy(self.samples.windows(numbers))
+        if self._bos_id is None:
+            return windows
+        return torch.cat([torch.full_like(windows[:, :1], self._bos_id), windows[:, :-1]], dim=1)
 
 
 class Scorer:
@@ -50,8 +68,9 @@ class Scorer:
 
     length: tokens a window, the model's longest by default. count: windows, all by default. with_memory:
     FFN-M too can be computed. verify: what of model and data is compared with their manifests (default: full
-    of the model, sizes of the data). Raises UserError for numbers that cannot be, for data of another
-    tokenizer, or with more ids than the model knows.
+    of the model, sizes of the data). add_bos: begin each window as the model's texts began; None: where the
+    data were prepared without. Raises UserError for numbers that cannot be, for data of another tokenizer, or
+    with more ids than the model knows.
     """
 
     def __init__(
@@ -64,6 +83,7 @@ class Scorer:
         micro_batch: int = 8,
         with_memory: bool = False,
         verify: Check | None = None,
+        add_bos: bool | None = None,
     ) -> None:
         self.data = PreparedData.open(data, verify or "sizes")
         self._opened = open_model(model, verify=verify or "full", with_memory=with_memory)
@@ -81,11 +101,14 @@ class Scorer:
                 f"--sequence-length {length} is longer than the model's max_position_embeddings={longest}"
             )
         self._length, self._micro_batch = longest if length is None else length, micro_batch
+        self._bos_id = _first(self._opened, self.data, add_bos)
+        if self._bos_id is not None and self._bos_id >= self.config.vocab_size:
+            raise UserError(f"{model}: its texts begin with id {self._bos_id}, which it does not know")
         self.windows = self.windows_of(split, count)
 
     def windows_of(self, split: str, count: int | None = None) -> Windows:
         """Others than those that `score` takes."""
-        return Windows(self.data, split, self._length, count, self._micro_batch)
+        return Windows(self.data, split, self._length, count, self._micro_batch, self._bos_id)
 
     @property
     def fingerprint(self) -> str:
@@ -107,6 +130,15 @@ class Scorer:
     def score(self, source: MemorySource | None) -> Perplexity:
         """Perplexity with FFN-M from that source."""
         return measure_perplexity(self.model, source, self.windows.batches(show=True))
+
+
+def _first(model: ModelFolder, data: PreparedData, add_bos: bool | None) -> int | None:
+    """What to put before each window, if anything."""
+    if data.bos_id is not None:
+        if add_bos:
+            raise UserError(f"--add-bos: {data.path} was prepared with it already; leave it out")
+        return None
+    return model.begin(add_bos, data.path)
 
 
 def _check_tokenizer(home: Path, data: PreparedData) -> None:

@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="token ids such as 1,2,3: ids are written and no tokenizer is needed",
     )
     parser.add_argument(
+        "--add-bos",
+        action=argparse.BooleanOptionalAction,
+        help="put the token that begins a text before --prompt (default: where the model was trained so)",
+    )
+    parser.add_argument(
         "--max-new-tokens",
         type=int,
         metavar="N",
@@ -61,7 +66,10 @@ def run(args: argparse.Namespace) -> int:
     folder, tokenizer = find_model(args.model, args.verify or "full"), None
     if args.prompt_ids is None:
         tokenizer = folder.tokenizer()
-        prompt = list(tokenizer.encode(args.prompt))
+        first = folder.begin(args.add_bos, folder.home)
+        prompt = [*([] if first is None else [first]), *tokenizer.encode(args.prompt)]
+    elif args.add_bos is not None:
+        raise UserError("--add-bos has no effect on --prompt-ids: write the id there")
     decoder = _decoder(folder, args.tol, args.verify or "sizes")
     stops = {*folder.ends, *_end(tokenizer)}
     tokens = decoder.generate(prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed, stops)

@@ -19,22 +19,22 @@ class Heartbeat:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path, self.written = folder / "heartbeat.json", 0.0
+        self.path, self.next = folder / "heartbeat.json", 0.0
         self.values: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
         if (attempt := Attempt.here()) is not None:
             self.values["job"] = str(attempt)
 
     def beat(self, state: str, **values: Any) -> None:
         """Add to what it says; written at once where `state` has changed."""
-        now = time.time()
+        now = time.monotonic()  # the time of day may be set back by an hour
         changed = self.values.get("state") != state
-        self.values |= {"state": state, "time": now} | values
-        if not changed and now - self.written < EVERY:
+        self.values |= {"state": state, "time": time.time()} | values
+        if not changed and now < self.next:
             return
-        self.written = now
+        self.next = now + EVERY
         draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
             draft.write_text(json.dumps(self.values) + "\n", encoding="utf-8")
             draft.replace(self.path)
         except OSError:  # a full disk: the next one may fit
-            self.written = 0.0
+            self.next = now

@@ -21,7 +21,7 @@ from mlm_train.model.counts import train_flops_per_token
 from mlm_train.monitor.events import Appended, Events
 from mlm_train.monitor.heartbeat import Heartbeat
 from mlm_train.monitor.report import Evaluation, Progress, Saved, StepReport
-from mlm_train.monitor.resources import peak_flops, peak_memory_bytes
+from mlm_train.monitor.resources import peak_flops
 from mlm_train.monitor.stragglers import Stragglers
 from mlm_train.parallel.runtime import Runtime
 
@@ -149,37 +149,41 @@ class Monitor:
             for name, consumed in report.consumed.items()
             for what, value in consumed._asdict().items()
         }
-        return (
-            by_source
-            | mfu
-            | {
-                "train/loss": result.loss,
-                "train/perplexity": perplexity(result.loss),
-                "train/lr": report.lr,
-                "train/grad_norm": result.grad_norm,
-                "train/global_batch": report.batch,
-                "train/tokens": report.progress.tokens,
-                "train/skipped_steps": report.progress.skipped,
-                "speed/tokens_per_second": rate,
-                "speed/step_seconds": seconds,
-                "speed/data_seconds": report.data_seconds,
-                "memory/peak_gib": peak_memory_bytes(self.runtime.device) / 2**30,
-                "data/distinct_ratio_micro_batch": result.distinct_micro,
-                "data/distinct_ratio_step": result.distinct_step,
-            }
-            | ({"data/ffn_m_ratio": ffn_m_ratio} if model.has_memory else {})
-        )
+        values = {
+            "train/loss": result.loss,
+            "train/perplexity": perplexity(result.loss),
+            "train/lr": report.lr,
+            "train/grad_norm": result.grad_norm,
+            "train/global_batch": report.batch,
+            "train/tokens": report.progress.tokens,
+            "train/skipped_steps": report.progress.skipped,
+            "speed/tokens_per_second": rate,
+            "speed/step_seconds": seconds,
+            "speed/data_seconds": report.data_seconds,
+            "memory/peak_gib": max(result.peak_memory) / 2**30,
+            "memory/peak_gib_rank": result.peak_memory.index(max(result.peak_memory)),
+            "data/distinct_ratio_micro_batch": result.distinct_micro,
+            "data/distinct_ratio_step": result.distinct_step,
+        }
+        if model.has_memory:
+            values["data/ffn_m_ratio"] = ffn_m_ratio
+        return by_source | mfu | values
 
     def _mfu_words(self, values: Mapping[str, float]) -> str:
         return ", ".join(f"{values[f'speed/mfu_{name}']:.1%} of {name}" for name in self.peaks)
 
     def evaluation(self, report: Evaluation) -> None:
-        """Validation loss."""
+        """Validation loss; of a blend each source's too."""
+        sources = report.by_source if len(self.config.data.blend or ()) > 1 else {}
+        losses = ", ".join(f"{name} {loss:.4f} of {number}" for name, (loss, number) in sources.items())
         self.say(
             f"validation at step {report.progress.step} | loss {report.loss:.4f} | "
-            f"ppl {perplexity(report.loss):.2f} | {report.samples} sequences | {report.seconds:.1f} s"
+            f"ppl {perplexity(report.loss):.2f} | {f'{losses} | ' if losses else ''}"
+            f"{report.samples} sequences | {report.seconds:.1f} s"
         )
         values = {"validation/loss": report.loss, "validation/perplexity": perplexity(report.loss)}
+        for name, (loss, _) in sources.items():
+            values |= {f"validation/loss/{name}": loss, f"validation/perplexity/{name}": perplexity(loss)}
         self._scalars(values, report.progress.step)
 
     def committed(self, saved: Saved) -> None:

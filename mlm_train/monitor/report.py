@@ -80,6 +80,8 @@ class Step(Protocol):
     @property
     def forward(self) -> Sequence[float]: ...
     @property
+    def peak_memory(self) -> Sequence[float]: ...
+    @property
     def fault(self) -> str | None: ...
 
 
@@ -100,12 +102,13 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation on the fixed validation samples."""
+    """One evaluation on the fixed validation samples. by_source: loss and samples of each that has some."""
 
     progress: Progress
     loss: float
     samples: int
     seconds: float
+    by_source: Mapping[str, tuple[float, int]]
 
 
 @dataclass(frozen=True)

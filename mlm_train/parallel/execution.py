@@ -31,7 +31,7 @@ class Executor(Protocol):
         ...
 
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        """The summed CE without gradients, fp64 scalar."""
+        """The summed CE of each micro-batch without gradients, fp64 [micro-batches]."""
         ...
 
 
@@ -111,12 +111,12 @@ class Sequential:
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """Forward alone; as many micro-batches as in training share the rows of x0."""
         self.entry.eval()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        sums = []
         for start in range(0, len(batches), self.usual):
             for micro_batch in self._prepared(batches[start : start + self.usual]):
                 self.place.at("forward", None, micro_batch.number)
-                total += self._loss(micro_batch, 1.0)[1]
-        return total
+                sums.append(self._loss(micro_batch, 1.0)[1].double())
+        return torch.stack(sums)
 
     def _prepared(self, batches: Sequence[Batch]) -> list[Prepared]:
         """Micro-batches on the device, which share the rows of x0."""

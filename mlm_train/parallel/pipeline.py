@@ -59,13 +59,16 @@ class Stage(nn.Module):
         # Whether FFN-M is computed of a micro-batch's x0.
         self.computes = source is not None and not (isinstance(source, Table) and source.rest is None)
         self.scale = 1.0
-        self.total: Tensor | None = None  # summed CE of the step, on the last stage
+        self.sums = torch.zeros(0, dtype=torch.float64)  # CE of each micro-batch, on the last stage
         if isinstance(source, Table):  # what makes zero-bubble schedules run a lookup's backward
             mine = (source.anchors.get(layer) for layer in span.layers)
             self.anchors = nn.ParameterList(anchor for anchor in mine if anchor is not None)
 
-    def forward(self, *received: Tensor, ids: Tensor, labels: Tensor, index: Tensor) -> Any:
-        """First stage: gets ids, which it also gets by name. Others: hidden [, x0]. Last: the loss, [1]."""
+    def forward(self, *received: Tensor, ids: Tensor, labels: Tensor, index: Tensor, number: Tensor) -> Any:
+        """First stage: gets ids, which it also gets by name. Others: hidden [, x0]. Last: the loss, [1].
+
+        number: of the micro-batch in its step, once a sequence (all by name are cut alike).
+        """
         with self.precision:
             if self.span.first:
                 x = x0 = self.channel.x0(ids, index)
@@ -80,7 +83,7 @@ class Stage(nn.Module):
                 return (x, x0) if self.channel.relays else x
             assert self.model.norm is not None
             objective, found = self.loss(self.model.norm(x), self.model.head_weight, labels, self.scale)
-        self.total = found.double() if self.total is None else self.total + found
+        self.sums.index_add_(0, number[:1], found.double().view(1))
         return objective.view(1)
 
 
@@ -146,30 +149,29 @@ class Pipeline:
         )
 
     def _run(self, batches: Sequence[Batch], training: bool, scale: float) -> Tensor:
-        """All micro-batches through the schedule; the summed CE, on every rank of the pipeline."""
+        """All through the schedule; each one's summed CE, fp64 [micro-batches], on every rank of it."""
         self.runtime.place.at("x0")
         device = self.runtime.device
         ids, labels = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
         index = self.channel.begin(ids) if self.model.config.has_memory or self._first else ids
+        sums = torch.zeros(len(batches), dtype=torch.float64, device=device)
         for stage in self.stages:
             stage.train(training)
-            stage.scale, stage.total = scale, None
+            stage.scale, stage.sums = scale, sums
         schedule = self._schedule(len(batches))
         call = schedule.step if training else schedule.eval
-        arguments = {"ids": ids, "labels": labels, "index": index, "return_outputs": False}
+        number = torch.arange(len(batches), device=device).repeat_interleave(len(ids) // len(batches))
+        arguments = {"ids": ids, "labels": labels, "index": index, "number": number, "return_outputs": False}
         if self._last:
             arguments |= {"target": labels, "losses": []}
         call(*((ids,) if self._first else ()), **arguments)
         self.runtime.place.at("loss")
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        if self._last and self.stages[-1].total is not None:
-            total += self.stages[-1].total
-        dist.all_reduce(total, group=self.group)
-        return total
+        dist.all_reduce(sums, group=self.group)
+        return sums
 
     def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
         """The schedule, then x0's gradient to the embedding, then the tied head's and the norms'."""
-        total = self._run(batches, True, scale)
+        total = self._run(batches, True, scale).sum()
         self.runtime.place.at("gradient of x0")
         self.channel.finish()
         self._sum_tied()
@@ -182,11 +184,11 @@ class Pipeline:
         usual = self.runtime.topology.micro_batches(self.config.train)
         ids, labels = batches[0]
         empty = (torch.zeros_like(ids), torch.full_like(labels, IGNORED))
-        total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        sums = []
         for start in range(0, len(batches), usual):
             some = list(batches[start : start + usual])
-            total += self._run(some + [empty] * (usual - len(some)), False, 1.0)
-        return total
+            sums.append(self._run(some + [empty] * (usual - len(some)), False, 1.0)[: len(some)])
+        return torch.cat(sums)
 
     @property
     def _first(self) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mlm_train.config import Config, TrainConfig
 from mlm_train.errors import PeerFailure, SharedUserError, UserError
+from mlm_train.files import told
 from mlm_train.host_memory import keep_freed
 from mlm_train.parallel.failures import one_line
 from mlm_train.parallel.place import Place
@@ -121,7 +122,7 @@ def _attempt(work: Callable[[], Any]) -> tuple[_Outcome, Exception | None]:
     except UserError as error:
         return _Outcome(user_error=str(error)), None
     except OSError as error:
-        return _Outcome(user_error=f"{error.filename or 'a file'}: {error.strerror or error}"), None
+        return _Outcome(user_error=f"{error.filename or 'a file'}: {told(error)}"), None
     except Exception as error:
         line = f"stopped, because rank {global_rank()} failed first: {one_line(error)}"
         return _Outcome(failure=line), error

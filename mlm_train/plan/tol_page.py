@@ -5,7 +5,9 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from mlm_train.errors import escaped
 from mlm_train.plan.tol import LARGEST_BATCH
 from mlm_train.sizes import in_units
 
@@ -67,7 +69,7 @@ def _steps(plan: dict[str, Any]) -> Table:
 
 def _table(title: str, columns: tuple[str, ...] | list[str]) -> Table:
     """Names to the left, numbers to the right."""
-    table = Table(title=title, box=box.SIMPLE, title_justify="left")
+    table = Table(title=Text(escaped(title), "italic"), box=box.SIMPLE, title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number > 0 else "left")
     return table

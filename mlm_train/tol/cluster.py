@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import functools
 import os
 import re
 import secrets
@@ -59,7 +58,7 @@ def ray_cluster(workers: int, address: str | None = None, shared_bytes: int = 0)
         return
     with _scratch() as scratch:
         try:
-            with held(), _on_loopback(), _in_own_session(), _sigterm_kept():
+            with held(), _on_loopback(), _sigterm_kept():
                 ray.init(
                     address="local",  # whatever RAY_ADDRESS says
                     num_cpus=workers,
@@ -114,27 +113,31 @@ def _remove_abandoned(folder: Path) -> None:
 def _sigterm_kept() -> Iterator[None]:
     """Keep the handler of SIGTERM: Ray sets its own while it starts, then one that prints a crash report.
 
-    That one is set, by Ray's C++, somewhere in `connect`: no signal is delivered until it is gone again.
+    That one is set by Ray's C++: until it is gone again no signal is delivered, neither here nor to threads
+    that begin meanwhile. Ray's processes hear SIGTERM as ever, by which Ray ends them, but not one for all of
+    this process's group, as scripts send: one that ended first would take this process with it.
     """
-    from ray._private import utils, worker
+    from ray._private import services, utils
 
-    usual, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda _: None
-    hear, connect = _sigterm_again(), worker.connect
+    usual, popen = utils.set_sigterm_handler, services.ConsolePopen
 
-    def connect_deaf(*args: Any, **options: Any) -> None:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        try:
-            connect(*args, **options)
-        finally:
-            hear()
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    def start(*args: Any, preexec_fn: Callable[[], None] | None = None, **options: Any) -> Any:
+        def prepare() -> None:
+            if preexec_fn is not None:
+                preexec_fn()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
-    worker.connect = connect_deaf
+        return popen(*args, preexec_fn=prepare, start_new_session=True, **options)
+
+    utils.set_sigterm_handler, services.ConsolePopen = lambda _: None, start
+    hear = _sigterm_again()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
     finally:
-        utils.set_sigterm_handler, worker.connect = usual, connect
+        utils.set_sigterm_handler, services.ConsolePopen = usual, popen
         hear()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _sigterm_again() -> Callable[[], object]:
@@ -223,23 +226,6 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = usual
-
-
-@contextmanager
-def _in_own_session() -> Iterator[None]:
-    """Have Ray's processes not hear what a terminal or a script sends to all of this process's group.
-
-    We end them; one that ends first takes this process with it, without a word. They die with this one
-    anyway.
-    """
-    from ray._private import services
-
-    usual = services.ConsolePopen
-    services.ConsolePopen = functools.partial(usual, start_new_session=True)
-    try:
-        yield
-    finally:
-        services.ConsolePopen = usual
 
 
 def _check_reachable(address: str) -> None:

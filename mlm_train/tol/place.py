@@ -194,7 +194,8 @@ def check_space(place: Place, needed: int) -> None:
     free = place.free()
     if free is not None and free < needed:
         raise UserError(
-            f"{place} needs {in_units(needed)} and has {in_units(free)} free; choose another folder"
+            f"{place} needs {in_units(needed)} and has {in_units(free)} free; "
+            "free space or choose another folder"
         )
 
 

@@ -121,7 +121,7 @@ class Notes:
     """
 
     def __init__(self, result: Path, about: Sequence[object]) -> None:
-        self.path = result.with_name(f".{result.name}.measured")
+        self.result, self.path = result, result.with_name(f".{result.name}.measured")
         self._about = hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
     def read(self) -> Sums | None:
@@ -138,7 +138,7 @@ class Notes:
         """Keep them; JSON's decimals give every float64 back."""
         tree = {"about": self._about, "batches": sums.batches}
         numbers = {"divergences": sums.divergences.tolist(), "losses": sums.losses.tolist()}
-        with writing(self.path):
+        with writing(self.result):
             write_json(self.path, tree | numbers)
 
     def remove(self) -> None:

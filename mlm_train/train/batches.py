@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,19 +73,24 @@ class Ahead:
 
 def evaluation_batches(
     samples: "Samples", count: int, micro_batch: int, topology: Topology
-) -> list[MicroBatch]:
+) -> tuple[list[MicroBatch], list[int]]:
     """This rank's share of `count` samples spread evenly over a split, always the same ones.
 
-    Every rank gets as many micro-batches, all of one shape; what is missing in the last ones is padded
-    with label -100.
+    Each micro-batch is of one source, whose number is in the second list. Every rank gets as many, all of
+    one shape; what is missing is padded with label -100.
     """
-    stride = micro_batch * topology.data
-    batches = []
-    for start in range(topology.data_rank * micro_batch, -(-count // stride) * stride, stride):
-        present = range(start, min(start + micro_batch, count))
+    source_of = samples.sources_of(count)
+    parts: list[tuple[int, np.ndarray]] = []
+    for source in np.unique(source_of).tolist():
+        mine = np.flatnonzero(source_of == source)
+        parts += [(source, mine[start : start + micro_batch]) for start in range(0, len(mine), micro_batch)]
+    parts += [(0, np.empty(0, dtype=np.int64))] * (-len(parts) % topology.data)
+    batches, sources = [], []
+    for source, present in parts[topology.data_rank :: topology.data]:
         ids = torch.zeros(micro_batch, samples.sequence_length, dtype=torch.int64)
         labels = torch.full_like(ids, IGNORED)
-        if present:
+        if len(present):
             ids[: len(present)], labels[: len(present)] = samples.spread(present, count)
         batches.append(MicroBatch(ids, labels))
-    return batches
+        sources.append(source)
+    return batches, sources

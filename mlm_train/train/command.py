@@ -3,7 +3,6 @@
 import argparse
 
 from mlm_train.config import Config, dump_config, load_config
-from mlm_train.errors import SharedUserError, UserError
 
 HELP = """Train a model. One process by itself; every rank of a torchrun when started by it.
 A run continues from the newest checkpoint in train.output by itself. To go on after its last step, raise
@@ -36,17 +35,17 @@ def run(args: argparse.Namespace) -> int:
     from mlm_train.train.signals import end_with_agent
 
     end_with_agent()  # before imports that take seconds
+    from mlm_train.parallel.environment import check_environment
     from mlm_train.parallel.runtime import local_world_size, world_size
 
-    try:
-        config = load_config(args.config, args.overrides)
-        if args.dry_run:
-            return _dry_run(config, args.world or world_size())
-        from mlm_train.train.preflight import preflight
+    # Until the ranks have met each finds the same, and says it: the first to end may have the others ended.
+    check_environment()
+    config = load_config(args.config, args.overrides)
+    if args.dry_run:
+        return _dry_run(config, args.world or world_size())
+    from mlm_train.train.preflight import preflight
 
-        data = preflight(config, world_size(), local_world_size())
-    except UserError as error:
-        raise SharedUserError(str(error)) from error  # every rank finds the same
+    data = preflight(config, world_size(), local_world_size())
     from mlm_train.train.loop import train
     from mlm_train.train.setup import opened_run
 

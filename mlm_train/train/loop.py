@@ -70,9 +70,14 @@ def evaluate(run: Run, progress: Progress) -> Validation | None:
     run.runtime.place.enter(f"validation after step {progress.step}")
     train = run.config.train
     count = min(train.evaluate_samples, run.validation.samples_per_epoch)
-    batches = evaluation_batches(run.validation, count, train.micro_batch, run.runtime.topology)
-    loss = run.trainer.evaluate(batches)
-    run.monitor.evaluation(Evaluation(progress, loss, count, time.perf_counter() - started))
+    batches, sources = evaluation_batches(run.validation, count, train.micro_batch, run.runtime.topology)
+    names = run.data.names
+    loss, losses = run.trainer.evaluate_by_source(batches, sources, len(names))
+    numbers = [taken.samples for taken in run.validation.consumed(count)]
+    by_source = {
+        name: (mean, number) for name, mean, number in zip(names, losses, numbers, strict=True) if number
+    }
+    run.monitor.evaluation(Evaluation(progress, loss, count, time.perf_counter() - started, by_source))
     return Validation(loss=loss, samples=count) if math.isfinite(loss) else None
 
 

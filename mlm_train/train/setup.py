@@ -136,7 +136,7 @@ def _build(
         progress, _ = go_on(resumed.progress, resumed.config, config)
     executor = build_executor(model, config, runtime, engine.entry)
     monitor = Monitor(config, runtime, progress, runtime.together(socket.gethostname))
-    trained_on = {"fingerprint": data.fingerprint, "eod_id": data.eod_id, "order": ORDER}
+    trained_on = {"fingerprint": data.fingerprint, "eod_id": data.eod_id, "bos_id": data.bos_id}
     run = Run(
         config=config,
         runtime=runtime,
@@ -146,7 +146,7 @@ def _build(
         trainer=Trainer(engine, executor, runtime, signals),
         progress=progress,
         monitor=monitor,
-        saver=Saver(engine, runtime, config, trained_on, monitor.committed, monitor.say),
+        saver=Saver(engine, runtime, config, trained_on | {"order": ORDER}, monitor.committed, monitor.say),
     )
     if mode:
         run.monitor.say(mode)

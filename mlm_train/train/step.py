@@ -12,6 +12,7 @@ from torch import Tensor
 from mlm_train.errors import SharedUserError
 from mlm_train.model.loss import count_labels
 from mlm_train.model.transformer import Transformer
+from mlm_train.monitor.resources import peak_memory_bytes
 from mlm_train.parallel.engine import Engine
 from mlm_train.parallel.execution import Executor
 from mlm_train.parallel.runtime import Runtime
@@ -34,6 +35,7 @@ class StepResult:
     asked: Signal | None  # what asks the run to end here, on some rank; the same on every one
     waited: list[float]  # seconds that each rank waited for its data
     forward: list[float]  # seconds of each rank's forward passes, waiting for other ranks left out
+    peak_memory: list[float]  # bytes that each rank has used at most so far
     fault: str | None  # what was not finite, and where: the step has changed nothing then
 
 
@@ -54,7 +56,8 @@ class Trainer:
         process's gradients; the factor DP undoes the engine's average over data parallel.
         """
         self.runtime.place.at("count of labels")
-        labels = self._everywhere([float(sum(count_labels(batch.labels) for batch in batches))])[0]
+        mine = sum(count_labels(batch.labels) for batch in batches)
+        labels = self._everywhere(torch.tensor(float(mine), dtype=torch.float64)).item()
         with self.engine.accumulating():
             total = self.executor.backward(batches, self.runtime.topology.data / max(labels, 1.0))
             self.spoilt = self.engine.nonfinite()
@@ -80,10 +83,10 @@ class Trainer:
         evaluates = source is not None and self.runtime.topology.tensor_rank == 0
         mine = source.evaluations(whole.numel(), micro) if source and evaluates else 0
         counts = (whole.numel(), micro, whole.unique().numel())
-        (loss, tokens, micro, distinct), (*heard, evaluations), (waits, forwards) = self._over_all(
+        (loss, tokens, micro, distinct), (*heard, evaluations), (waits, forwards, peaks) = self._over_all(
             [total.item(), *map(float, counts)],
             [*self.signals.heard(), mine],
-            (waited, place.forwards.read()),
+            (waited, place.forwards.read(), float(peak_memory_bytes(self.runtime.device))),
         )
         fault = None
         if not math.isfinite(grad_norm):
@@ -104,6 +107,7 @@ class Trainer:
             asked=Signals.agreed(heard),
             waited=waits,
             forward=forwards,
+            peak_memory=peaks,
             fault=fault,
         )
 
@@ -117,10 +121,21 @@ class Trainer:
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:
         """Mean cross-entropy over the valid labels of all ranks' batches."""
-        total = self.executor.evaluate(batches)
-        labels = sum(count_labels(batch.labels) for batch in batches)
-        loss, count = self._everywhere([total.item(), float(labels)])
-        return loss / max(count, 1.0)
+        return self.evaluate_by_source(batches, [0] * len(batches), 1)[0]
+
+    def evaluate_by_source(
+        self, batches: Sequence[MicroBatch], sources: Sequence[int], number: int
+    ) -> tuple[float, list[float]]:
+        """The same, and the mean of each of `number` sources, NaN where it has no label.
+
+        sources: the one of each micro-batch.
+        """
+        sums = torch.zeros(2, number, dtype=torch.float64)  # cross-entropy, labels
+        labels = torch.tensor([count_labels(batch.labels) for batch in batches], dtype=torch.float64)
+        found = torch.stack([self.executor.evaluate(batches).cpu(), labels])
+        sums.index_add_(1, torch.tensor(sources), found)
+        losses, counts = self._everywhere(sums)
+        return float(losses.sum()) / max(float(counts.sum()), 1.0), (losses / counts).tolist()
 
     def _over_all(
         self, shared: Sequence[float], own: Sequence[float], each: Sequence[float]
@@ -137,7 +152,6 @@ class Trainer:
         sums = self.runtime.sum_over_all(values.to(self.runtime.device)).cpu().split(sizes)
         return sums[0].tolist(), sums[1].tolist(), sums[2].view_as(table).tolist()
 
-    def _everywhere(self, values: Sequence[float]) -> list[float]:
-        """Sums over data parallel."""
-        device = self.runtime.device
-        return self.runtime.sum_over_data(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
+    def _everywhere(self, values: Tensor) -> Tensor:
+        """Sums over data parallel, on the CPU as the values are."""
+        return self.runtime.sum_over_data(values.to(self.runtime.device)).cpu()

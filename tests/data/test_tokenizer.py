@@ -121,6 +121,13 @@ def test_training_refuses_an_impossible_size(texts, size):
         train_sentencepiece(texts[:1], size, None)
 
 
+def test_ids_that_only_a_model_has_are_no_text(tokenizer_json, model):
+    for file in (tokenizer_json, model):
+        tokenizer = Tokenizer.load(file)
+        ids = tokenizer.encode("some text")
+        assert tokenizer.decode([*ids, tokenizer.vocab_size, 2**31]) == "some text"
+
+
 def test_end_token_may_be_chosen(tokenizer_json, model):
     assert Tokenizer.load(tokenizer_json).eod_id == 0
     assert Tokenizer.load(tokenizer_json, "<|other|>").eod_id == 1

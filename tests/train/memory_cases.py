@@ -1,0 +1,34 @@
+"""What the ranks of the memory test run: a step, of which one rank has taken half a GiB more before it."""
+
+import resource
+
+import torch
+import torch.distributed as dist
+
+from mlm_train.monitor.monitor import Monitor
+from mlm_train.monitor.report import Progress, StepReport
+from mlm_train.parallel import runtime as processes
+from tests.parallel.layouts import MODELS
+from tests.parallel.parity_cases import make_trainer, my_batches
+from tests.parallel.reference import tiny_config
+
+TAKEN = 2**29  # bytes
+
+
+def run(guilty: int) -> list[tuple[float, float, list[float], list[float]]]:
+    """Of each rank: the peak in GiB and its rank as TensorBoard gets them, all peaks, and what ranks say."""
+    config = tiny_config(dict(MODELS["base"]), train={"micro_batch": 1}, monitor={"peak_tflops": 1.0})
+    runtime = processes.start(config)
+    trainer = make_trainer(config, runtime)
+    if runtime.topology.rank == guilty:
+        torch.ones(TAKEN // 4)
+    result = trainer.step(my_batches(runtime, 0, config), 1e-3)
+    quiet = Monitor.__new__(Monitor)
+    quiet.config, quiet.runtime, quiet.peak_flops = config, runtime, 1e12
+    values = quiet.step_values(StepReport(Progress(), 1e-3, 4, result, 0.0, {}))
+    own = [0.0] * runtime.topology.world
+    dist.all_gather_object(own, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0)
+    mine = (values["memory/peak_gib"], values["memory/peak_gib_rank"], list(result.peak_memory), own)
+    everyone: list[tuple[float, float, list[float], list[float]]] = [mine] * runtime.topology.world
+    dist.all_gather_object(everyone, mine)
+    return everyone
