@@ -159,6 +159,8 @@ def damage_sentencepiece(data: bytes, chance: random.Random) -> bytes:
 
     model = sentencepiece_model_pb2.ModelProto.FromString(data)
     for _ in range(chance.choice((1, 1, 3))):
+        if not model.pieces:
+            break
         piece = chance.choice(model.pieces)
         how = chance.randrange(9)
         if how == 0:
