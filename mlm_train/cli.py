@@ -10,6 +10,7 @@ import errno
 import importlib
 import io
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -174,6 +175,10 @@ def _code(error: BaseException, debug: bool) -> int:
         return 128 + stop
     if isinstance(error, UserError | PeerFailure):
         return _said(error, debug)
+    if os.strerror(errno.EMFILE) in str(error):  # libraries in C++ raise it as errors of their own
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        _say(f"{limit} open files at once are too few: raise the limit (ulimit -n 1024)")
+        return 2
     if isinstance(error, BrokenPipeError):
         _give_up(1)  # the reader of a pipe went away: nothing to say
         return 1

@@ -35,6 +35,7 @@ _REMEDY = {
     errno.EEXIST: "it is no folder; choose another place",
     errno.ENOTDIR: "a part of that path is a file; choose another place",
     errno.EISDIR: "name a file",
+    errno.EMFILE: "raise the limit of open files (ulimit -n 1024)",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 
