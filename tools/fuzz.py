@@ -42,6 +42,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+LINE_EVERY = 2000  # cases, in a log
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -120,7 +121,11 @@ def main() -> int:
                     console.print(line, markup=False)
                     if args.folder is not None:
                         fuzz.keep(outcome, args.folder / f"{outcome.number:06}")
-                bar.update(task, advance=1, refresh=not sum(found.values()) % 50)
+                done = sum(found.values())
+                bar.update(task, advance=1, refresh=not done % 50)
+                if not console.is_terminal and done % LINE_EVERY == 0:
+                    left = (time.monotonic() - started) / done * (args.cases - done)
+                    console.print(f"{done:,} of {args.cases:,} cases, {len(bad)} bad, {left:.0f} s left")
     finally:
         shutil.rmtree(root, ignore_errors=True)
     show(found, args.names)
