@@ -56,7 +56,12 @@ def study_of(state: State, place: Place, layer: int) -> Study:
     data = place.read(file.file)
     if data is None or file_of(file.file, data) != file:
         raise UserError(f"{place.at(file.file)} was changed while the build ran; run it again")
-    return Study.unpack(data)
+    try:
+        return Study.unpack(data)
+    except KeyError:  # it held singular values alone
+        raise UserError(
+            f"{place.at(file.file)} is of an earlier version of mlm-train: remove {place} and build again"
+        ) from None
 
 
 def lay_out(plan: Plan, errors: Sequence[torch.Tensor] = ()) -> Layout:
