@@ -248,9 +248,11 @@ def test_a_terabyte_of_nothing_is_not_read(data: Path, export: Path, tmp_path: P
         (export, "config.json", generate),
         (export, "tokenizer.model", generate),
         (export, "model.safetensors", generate),
+        (export, "tokenizer.model", ("import", "--output", tmp_path / "imported")),
     ):
-        copy = tmp_path / f"{folder.name}-{name}"
+        copy = tmp_path / f"{command[0]}-{name}"
         shutil.copytree(folder, copy)
+        (copy / "export.manifest.json").unlink(missing_ok=True)  # as of a folder that others wrote
         os.truncate(copy / name, 2**40)
         started = time.monotonic()
         assert str(copy / name) in refused(*command, copy)

@@ -22,7 +22,7 @@ from mlm_train.files import listed, new_folder, system_error, write_json
 from mlm_train.model.logical import named_pieces, pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.model.unfilled import unfilled
-from mlm_train.records import read_json
+from mlm_train.records import LARGEST, read_json
 
 __all__ = [
     "FolderTensors",
@@ -71,6 +71,8 @@ def write_folder(
     for file in copies:
         if not file.is_file():
             raise UserError(f"{file} does not exist; give the path of a file")
+        if file.stat().st_size > LARGEST:
+            raise UserError(f"{file} is larger than {LARGEST} bytes, which no tokenizer is: take it out")
     pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
     with new_folder(path) as draft:
         _write_weights(draft, _checked(pairs, config), dtype, shard_bytes)
