@@ -27,6 +27,7 @@ from mlm_train.bench import report, tol_show, tol_worker
 from mlm_train.checkpoint.hf_folder import expected_shapes, write_folder
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
+from mlm_train.records import record_of
 from mlm_train.tol.build import CHUNK_ROWS, Build
 from mlm_train.tol.cluster import ray_cluster
 from mlm_train.tol.state import Layout, Storage
@@ -106,14 +107,15 @@ def _config(args: argparse.Namespace) -> ModelConfig:
         raise UserError(f"--vocabulary {sizes['vocabulary']}: give at least {ROWS}, the rows of a turn")
     if sizes["hidden"] % 64:
         raise UserError(f"--hidden {sizes['hidden']}: give a multiple of 64, the size of a head")
-    return ModelConfig(
-        kind="memory",
-        vocab_size=sizes["vocabulary"],
-        hidden_size=sizes["hidden"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["hidden"] // 64,
-        intermediate_size=sizes["ffn"],
-    )
+    fields = {
+        "kind": "memory",
+        "vocab_size": sizes["vocabulary"],
+        "hidden_size": sizes["hidden"],
+        "num_hidden_layers": sizes["layers"],
+        "num_attention_heads": sizes["hidden"] // 64,
+        "intermediate_size": sizes["ffn"],
+    }
+    return record_of(ModelConfig, fields, "the model of these options", "choose smaller sizes")
 
 
 def _check(args: argparse.Namespace, config: ModelConfig) -> None:

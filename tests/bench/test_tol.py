@@ -95,5 +95,6 @@ def test_bad_input(tmp_path: Path) -> None:
     assert "--vocabulary 9: give at least 4096" in refused(*bench, tmp_path, "--vocabulary", 9)
     assert "--hidden 32: give a multiple of 64" in refused(*bench, tmp_path, "--hidden", 32)
     assert "--folder" in refused(*bench, tmp_path / "no")
-    assert "are needed" in refused(*bench, tmp_path, "--vocabulary", 10**12)
+    assert "are needed" in refused(*bench, tmp_path, "--vocabulary", 2**31)
+    assert "vocab_size=1000000000000" in refused(*bench, tmp_path, "--vocabulary", 10**12)
     assert "--plot" in refused(*bench, tmp_path, "--plot", tmp_path / "no" / "tol.png")
