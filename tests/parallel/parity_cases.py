@@ -199,10 +199,10 @@ class _Forgetful(x0.Broadcast):
 _everywhere = Trainer._everywhere
 
 
-def _count_alone(self: Trainer, values: list[float]) -> list[float]:
+def _count_alone(self: Trainer, values: Tensor) -> Tensor:
     """Sums over data parallel, but for the count of labels, which comes alone."""
-    if len(values) == 1:
-        return [values[0] * self.runtime.topology.data]
+    if values.dim() == 0:
+        return values * self.runtime.topology.data
     return _everywhere(self, values)
 
 

@@ -60,6 +60,7 @@ def test_all_pairs_of_choices_are_compared_or_refused() -> None:
     schedules = ("gpipe", "1f1b", "interleaved_1f1b", *ZERO_BUBBLE)
     expected = {(("schedule", schedule), ("zero", 3)) for schedule in schedules}
     expected |= {(("transport", name), ("zero", 3)) for name in ("broadcast", "relay", "replicate")}
+    expected |= {(("stages", which), ("zero", 3)) for which in ("longest first", "longest last")}
     tables = [mode for mode in MODES if "table" in mode]
     expected |= {(("mode", mode), ("zero", 3)) for mode in tables}
     expected |= {(("mode", mode), ("transport", name)) for mode in tables for name in ("relay", "replicate")}
