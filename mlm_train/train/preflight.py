@@ -69,14 +69,15 @@ def preflight(config: Config, world: int, local_world: int | None) -> Blend:
         )
     for split in ("train", "validation"):
         data.samples(split, config.data.sequence_length, None)
-    _check_output(config)
+    check_output(config)
     at_once = _at_once(config)
     if find_checkpoint(config, data, at_once) is None and config.checkpoint.warm_start is not None:
         warm_start_source(config)
     return data
 
 
-def _check_output(config: Config) -> None:
+def check_output(config: Config) -> None:
+    """UserError where train.output cannot take the run; asked again by who has locked the folder."""
     output = Path(config.train.output)
     if not output.exists():
         return

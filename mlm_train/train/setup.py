@@ -28,7 +28,7 @@ from mlm_train.parallel.build import build_executor, build_model
 from mlm_train.parallel.engine import Engine
 from mlm_train.parallel.watchdog import watched
 from mlm_train.train.memory_mode import decide_mode
-from mlm_train.train.preflight import LOG, Resumed, find_checkpoint, warm_start_source
+from mlm_train.train.preflight import LOG, Resumed, check_output, find_checkpoint, warm_start_source
 from mlm_train.train.schedule import go_on
 from mlm_train.train.signals import Signals
 from mlm_train.train.step import Trainer
@@ -68,6 +68,7 @@ def opened_run(config: Config, data: Blend) -> Iterator[Run | None]:
             output = Path(config.train.output)
             with writing(output):
                 stack.enter_context(owned(output, "being trained"))
+                check_output(config)  # another command may have filled it since the preflight
                 if config.data.verify == "full":
                     data.verify()
                 found = find_checkpoint(config, data)
