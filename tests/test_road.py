@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mlm_train.checkpoint.hf_manifest import MANIFEST
 from mlm_train.parallel import runtime
 from tests.commands import ROOT, TINY, finished, mlm_train, refused, scalars
 
@@ -89,6 +90,8 @@ def test_generation_agrees_and_never_loads_ffn_m(
     kept = {name: tensor for name, tensor in tensors.items() if ".memory_" not in name}
     assert len(kept) < len(tensors)
     save_file(kept, bare / "model.safetensors", metadata={"format": "pt"})
+    assert "model.safetensors" in refused(*words, bare, "--tol", tol)  # not what was written
+    (bare / MANIFEST).unlink()
     assert output_of(capsys, *words, bare, "--tol", tol)["ids"] == computed["ids"]
     assert "memory_" in refused(*words, bare)
 
