@@ -15,7 +15,7 @@ import numpy as np
 
 from mlm_train.data.tokenizer import Tokenizer
 from mlm_train.errors import UserError
-from mlm_train.stopping import deaf_children
+from mlm_train.stopping import deaf_children, held
 
 
 class Batch(Protocol):
@@ -40,12 +40,13 @@ def encode_in_order(
             yield batch, _encode(tokenizer, batch.texts)
         return
     resource_tracker.ensure_running()  # as it starts it hears what the next line leaves out
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(tokenizer.path, tokenizer.eod_id),
-    )
+    with held():  # a semaphore whose making is cut off is told of as leaked
+        pool = ProcessPoolExecutor(
+            workers,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(tokenizer.path, tokenizer.eod_id),
+        )
     waiting: deque[tuple[AnyBatch, Future[list[np.ndarray]]]] = deque()
     try:
         for batch in batches:
