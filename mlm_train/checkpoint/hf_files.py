@@ -17,9 +17,7 @@ from mlm_train.records import read_json, record_of
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-ADD_BOS = (
-    "add_bos_token"  # transformers has it in tokenizer_config.json; an export of ours in config.json too
-)
+ADD_BOS = "add_bos_token"  # in tokenizer_config.json, and in an export's config.json
 CARRIED = (
     "tokenizer.json",
     "tokenizer.model",
@@ -128,6 +126,15 @@ def _is_there(folder: Path, name: str) -> bool:
 def carried(folder: Path) -> list[Path]:
     """Those of CARRIED that a folder has."""
     return [folder / name for name in CARRIED if (folder / name).is_file()]
+
+
+def say_begin(folder: Path, tokens: SpecialTokens) -> None:
+    """Have a carried tokenizer_config.json say whether texts begin with bos: transformers does as it says."""
+    if tokens.add_bos is None or not _is_there(folder, TOKENIZER_CONFIG):
+        return
+    tree = read_json(folder / TOKENIZER_CONFIG, _FIX)
+    if tree.get(ADD_BOS) != tokens.add_bos:
+        write_json(folder / TOKENIZER_CONFIG, tree | {ADD_BOS: tokens.add_bos})
 
 
 def carry_over(source: Path, run: Path, tokenizer: Path, end: int) -> list[str]:

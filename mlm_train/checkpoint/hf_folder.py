@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mlm_train.checkpoint import hf_manifest
 from mlm_train.checkpoint.hf_config import config_json, read_config
-from mlm_train.checkpoint.hf_files import NO_TOKENS, SpecialTokens
+from mlm_train.checkpoint.hf_files import NO_TOKENS, SpecialTokens, say_begin
 from mlm_train.checks import Check
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
@@ -80,6 +80,7 @@ def write_folder(
         write_json(draft / "config.json", tree)
         for file in copies:
             shutil.copyfile(file, draft / file.name)
+        say_begin(draft, tokens)
         hf_manifest.write_manifest(draft)
 
 

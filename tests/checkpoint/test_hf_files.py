@@ -86,8 +86,11 @@ def test_the_road_through_a_run(folder: Path, data: Path, tmp_path: Path) -> Non
     runtime.stop()
     mlm_train("export", run, "--output", export)
     for name, text in BESIDE.items():
-        if name != "generation_config.json":
+        if name not in ("generation_config.json", "tokenizer_config.json"):
             assert (export / name).read_text() == text
+    # The run's documents did not begin with bos: transformers is to begin none either.
+    said = json.loads(BESIDE["tokenizer_config.json"])
+    assert said["add_bos_token"] and tree(export / "tokenizer_config.json") == said | {"add_bos_token": False}
     # A further run, from that run's checkpoint.
     mlm_train(
         "pretrain", imported / "config.yaml", f"data.path={data}", f"train.output={tmp_path / 'next'}",
