@@ -78,9 +78,10 @@ def _refusal(step: int, before: float, after: float, written: Config, config: Co
         fields[given] = (old, new)
         held.append(f"schedule.total_steps={old}")
     changes = ", ".join(f"{field} {was} -> {value}" for field, (was, value) in fields.items())
+    nothing = " (the rate is 0 there: nothing would be learnt)" if before == 0 else ""
     return (
         f"the learning rate of step {step + 1} would jump from {before:.3g} to {after:.3g} ({changes}): keep "
-        f"the checkpoint's schedule by {' '.join(held)}, or go to the new one by schedule.rewarm_steps=N, in "
+        f"the checkpoint's schedule by {' '.join(held)}{nothing}, or go to the new one by schedule.rewarm_steps=N, in "
         "a straight line over N steps (0: at once)"
     )
 
