@@ -81,8 +81,8 @@ def _refusal(step: int, before: float, after: float, written: Config, config: Co
     nothing = " (the rate is 0 there: nothing would be learnt)" if before == 0 else ""
     return (
         f"the learning rate of step {step + 1} would jump from {before:.3g} to {after:.3g} ({changes}): keep "
-        f"the checkpoint's schedule by {' '.join(held)}{nothing}, or go to the new one by schedule.rewarm_steps=N, in "
-        "a straight line over N steps (0: at once)"
+        f"the checkpoint's schedule by {' '.join(held)}{nothing}, or go to the new one by "
+        "schedule.rewarm_steps=N, in a straight line over N steps (0: at once)"
     )
 
 
