@@ -103,9 +103,10 @@ def test_four_deaths_over_one_piece(source: Path, unbroken: Path, tmp_path: Path
                 done.append(len(State.load(Folder(output)).done))
         time.sleep(0.01)
     said, _ = process.communicate()
-    assert process.returncode == 2 and said.count("\n") == 1, said
-    assert said.startswith("mlm-train: a worker died 4 times ("), said
-    assert said.endswith("run again: finished partitions are kept\n"), said
+    *progress_lines, last = said.splitlines()  # one a minute, where the machine is that slow
+    assert process.returncode == 2 and all(line.endswith(" left") for line in progress_lines), said
+    assert last.startswith("mlm-train: a worker died 4 times ("), said
+    assert last.endswith("run again: finished partitions are kept"), said
     seconds = round(time.monotonic() - begun, 1)
     assert done == [1, *[PARTITIONS - 1] * 3] and not list(output.glob(".*.part"))
     goes_on(source, output, unbroken)
