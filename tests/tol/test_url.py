@@ -259,7 +259,7 @@ def test_unfinished_builds(url: str, exported: Path, ray: None, tmp_path: Path) 
     state = State(plan=one.plan, done=dict(enumerate(index.partitions)))
     state.sums = {number: [(0.0, 0.0)] * 3 for number in state.done}
     state.save(place)
-    with pytest.raises(UserError, match=r"unfinished build with partitions=6, not 5; give 6 again"):
+    with pytest.raises(UserError, match=r"unfinished build with partitions=6, not partitions=5"):
         build(exported, url, Storage(), partitions=5).run()
     other = export(tmp_path / "other", random_model(intermediate_size=30))
     with pytest.raises(UserError, match="unfinished build of another model"):
