@@ -24,7 +24,7 @@ def run(guilty: int) -> list[tuple[float, float, list[float], list[float]]]:
         torch.ones(TAKEN // 4)
     result = trainer.step(my_batches(runtime, 0, config), 1e-3)
     quiet = Monitor.__new__(Monitor)
-    quiet.config, quiet.runtime, quiet.peak_flops = config, runtime, 1e12
+    quiet.config, quiet.runtime, quiet.peaks = config, runtime, {"measured": 1e12}
     values = quiet.step_values(StepReport(Progress(), 1e-3, 4, result, 0.0, {}))
     own = [0.0] * runtime.topology.world
     dist.all_gather_object(own, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0)

@@ -22,8 +22,8 @@ STILL = ("optimizer.lr=1e-30", "schedule.min_lr=0")
 def blend(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The corpus, and this project's own pages, with one tokenizer."""
     root = tmp_path_factory.mktemp("blend")
-    prepare = ("data", "prepare", "--input", ROOT / "docs" / "run.md", ROOT / "docs" / "data.md")
-    options = ("--tokenizer", data / "tokenizer.model", "--validation-fraction", 0.3)
+    prepare = ("data", "prepare", "--input", ROOT / "docs" / "run.md")
+    options = ("--tokenizer", data / "tokenizer.model", "--validation", ROOT / "docs" / "data.md")
     mlm_train(*prepare, "--output", root / "prose", *options)
     return {"data": data, "prose": root / "prose"}
 
