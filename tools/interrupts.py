@@ -187,6 +187,7 @@ class Interrupts:
         if not running.ended(PATIENCE):
             case.bad.append(f"it did not end in {PATIENCE:.0f} s ({running.log})")
         case.seconds, case.code = time.monotonic() - begun, running.process.returncode
+        case.heard |= case.code == 0  # it came when all was done, as Python ended
         time.sleep(LATER)
         if alive := running.processes():
             names = Counter(" ".join(process.cmdline())[:60] for process in alive)
