@@ -34,7 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 sys.path.insert(0, str(ROOT))
-GAP = 12  # steps from one injury to the next, about
+GAP = 16  # steps from one injury to the next, about: a save that fails, and the next that does not, take 8
 TMPFS_MEGABYTES = 24
 MODEL = (
     "model.vocab_size=512", "model.hidden_size=32", "model.num_hidden_layers=4", "model.intermediate_size=64",
@@ -63,7 +63,7 @@ class Chaos:
         self.folder, self.chance = folder, random.Random(args.seed)
         self.layouts = args.layouts
         self.events = plan(args.events, args.kinds, self.chance)
-        self.steps = (args.events + 3) * GAP
+        self.steps = (args.events + 5) * GAP
         self.data = args.data or self._prepared()
         self.lives: list[Life] = []
         self.at = 0  # the step at which the run is
@@ -133,7 +133,7 @@ class Chaos:
             time.sleep(0.01)
             if not waiting or not self._due(waiting[0], life):
                 continue
-            life.until(lambda: False, waiting[0].delay)
+            life.until(lambda: False, waiting[0].delay * (1 if waiting[0].early else life.pace()))
             if not life.alive():
                 break
             event = waiting.pop(0)
@@ -244,7 +244,7 @@ def plan(count: int, kinds: Sequence[str], chance: random.Random) -> list[Event]
         Event(
             kind,
             step=(number + 1) * GAP + chance.randrange(-GAP // 2, GAP // 2),
-            delay=chance.random() * (15 if early else 0.5),
+            delay=chance.random() * (15 if early else 2),
             early=early,
             strike=chance.random() < (0.6 if kind in ("truncate", "flip-bits", "remove") else 0.2),
             chance=random.Random(chance.random()),

@@ -32,6 +32,7 @@ class Life:
         self.number, self.output, self.began = number, output, time.monotonic()
         self.lines: list[str] = []
         self.step = 0  # the latest that was trained in this life
+        self.seen: list[float] = []  # when its steps were read of
         self.start: int | None = None  # where it went on
         self.rest = ""
         with output.open("wb") as file:
@@ -47,10 +48,15 @@ class Life:
         for line in lines:
             if found := STEP.match(line):
                 self.step = int(found[1])
+                self.seen.append(time.monotonic())
             elif found := START.match(line):
                 self.start = int(found[1] or 0)
         self.lines += lines
         return not ended
+
+    def pace(self) -> float:
+        """Seconds a step, of those seen so far."""
+        return (self.seen[-1] - self.seen[0]) / (len(self.seen) - 1) if len(self.seen) > 1 else 0.1
 
     def count(self, words: str) -> int:
         """Lines that hold these words."""
@@ -167,8 +173,8 @@ class Event:
 
     kind: str
     step: int  # once the run is past it
-    delay: float  # seconds later, so that it comes anywhere in a step
-    early: bool = False  # at start-up of a life instead, so many seconds in
+    delay: float  # so many steps' time later, so that it comes anywhere in a step, however fast they are
+    early: bool = False  # at start-up of a life instead, `delay` seconds in
     strike: bool = False  # kill everything while it lasts
     chance: random.Random = field(default_factory=random.Random)
     life: int = 0
@@ -182,6 +188,16 @@ class Event:
         """For the JSON file."""
         names = ("kind", "life", "at_step", "early", "note", "death", "seconds")
         return {name: getattr(self, name) for name in names}
+
+
+def _one_of(event: Event, life: Life) -> psutil.Process:
+    """One rank, named in the event's note."""
+    ranks = life.ranks()
+    if not ranks:
+        raise Violation(f"the run was over, or not begun, before {event.kind}: {life.output}")
+    victim = event.chance.choice(ranks)
+    event.note = f"rank {victim.environ().get('RANK')}"
+    return victim
 
 
 def kill_rank(event: Event, life: Life, disk: Disk) -> set[int]:
@@ -215,9 +231,7 @@ def kill_launch_alone(event: Event, life: Life, disk: Disk) -> set[int]:
 
 def stop_rank(event: Event, life: Life, disk: Disk) -> set[int]:
     """SIGSTOP of one rank: the watchdog ends the others, torchrun's agent kills it 30 s later."""
-    ranks = life.ranks()
-    victim = event.chance.choice(ranks)
-    event.note = f"rank {victim.environ().get('RANK')}"
+    victim = _one_of(event, life)
     victim.suspend()
     life.until(lambda: life.count("all ranks end with exit code 75") > 0)
     if event.chance.random() < 0.5:
@@ -321,8 +335,8 @@ def disk_full(event: Event, life: Life, disk: Disk) -> set[int]:
 def write_fails(event: Event, life: Life, disk: Disk) -> set[int]:
     """No file of one rank may grow beyond a size: its writes fail in the middle, until a save has failed."""
     limit = event.chance.randrange(20_000)
-    victim = event.chance.choice(life.ranks())
-    event.note = f"rank {victim.environ().get('RANK')} after {limit} bytes"
+    victim = _one_of(event, life)
+    event.note += f" after {limit} bytes"
     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     victim.rlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
