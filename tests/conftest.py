@@ -10,6 +10,12 @@ import pytest
 from tests.commands import mlm_train
 
 
+def pytest_configure() -> None:
+    """Hear Ctrl-C also where a shell has started the tests in the background, deaf to it: many tests send it."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Collected text, train.jsonl and validation.jsonl."""
