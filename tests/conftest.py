@@ -11,7 +11,7 @@ from tests.commands import mlm_train
 
 
 def pytest_configure() -> None:
-    """Hear Ctrl-C also where a shell has started the tests in the background, deaf to it: many tests send it."""
+    """Hear Ctrl-C also where a shell has started the tests in the background: many send it."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
