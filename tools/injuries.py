@@ -190,13 +190,13 @@ class Event:
         return {name: getattr(self, name) for name in names}
 
 
-def _one_of(event: Event, life: Life) -> psutil.Process:
-    """One rank, named in the event's note."""
-    ranks = life.ranks()
+def _one_of(ranks: Sequence[psutil.Process], event: Event, life: Life) -> psutil.Process:
+    """One of them, named in the event's note where it can still be asked."""
     if not ranks:
         raise Violation(f"the run was over, or not begun, before {event.kind}: {life.output}")
     victim = event.chance.choice(ranks)
-    event.note = f"rank {victim.environ().get('RANK')}"
+    with contextlib.suppress(psutil.Error):
+        event.note = f"rank {victim.environ().get('RANK')}"
     return victim
 
 
@@ -205,10 +205,7 @@ def kill_rank(event: Event, life: Life, disk: Disk) -> set[int]:
     ranks = life.ranks()
     if not ranks:
         return kill_all(event, life, disk)
-    victim = event.chance.choice(ranks)
-    with contextlib.suppress(psutil.Error):
-        event.note = f"rank {victim.environ().get('RANK')}"
-    victim.kill()
+    _one_of(ranks, event, life).kill()
     life.ended()
     return {1}
 
@@ -231,7 +228,7 @@ def kill_launch_alone(event: Event, life: Life, disk: Disk) -> set[int]:
 
 def stop_rank(event: Event, life: Life, disk: Disk) -> set[int]:
     """SIGSTOP of one rank: the watchdog ends the others, torchrun's agent kills it 30 s later."""
-    victim = _one_of(event, life)
+    victim = _one_of(life.ranks(), event, life)
     victim.suspend()
     life.until(lambda: life.count("all ranks end with exit code 75") > 0)
     if event.chance.random() < 0.5:
@@ -335,7 +332,7 @@ def disk_full(event: Event, life: Life, disk: Disk) -> set[int]:
 def write_fails(event: Event, life: Life, disk: Disk) -> set[int]:
     """No file of one rank may grow beyond a size: its writes fail in the middle, until a save has failed."""
     limit = event.chance.randrange(20_000)
-    victim = _one_of(event, life)
+    victim = _one_of(life.ranks(), event, life)
     event.note += f" after {limit} bytes"
     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     victim.rlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
