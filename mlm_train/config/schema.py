@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from mlm_train.checks import Check
+from mlm_train.config.choices import CallbackName, MemoryMode, Writer
 from mlm_train.config.model import ModelConfig
 from mlm_train.config.parallel import ZERO_BUBBLE, ParallelConfig, check_parallel
 from mlm_train.config.schedule import ScheduleConfig, check_schedule
@@ -53,11 +54,11 @@ class DataConfig(Section):
 class MemoryConfig(Section):
     """How FFN-M is executed in training."""
 
-    mode: Literal["auto", "per_token", "unique", "table"] = Field(
+    mode: MemoryMode = Field(
         "auto",
         description="per_token: at every position, as the paper does. unique: once per distinct token of a "
         "micro-batch; table: of a step (exactly the same gradients). auto: what costs least here, measured "
-        "at the start of a run",
+        "at the start of a run. Or a class of yours: package.module:Name (docs/extending.md)",
     )
     budget_gib: float | None = Field(
         None,
@@ -222,8 +223,16 @@ class CheckpointConfig(Section):
 class MonitorConfig(Section):
     """What is seen."""
 
-    tensorboard: bool = Field(True, description="write events below train.output/tensorboard")
-    log_every: int = Field(1, ge=1, description="steps between log lines and events")
+    writers: list[Writer] = Field(
+        ["tensorboard"],
+        description="where metrics go: tensorboard (below train.output/tensorboard), jsonl "
+        "(train.output/metrics.jsonl), wandb (Weights & Biases; pip install 'mlm-train[wandb]'), or classes "
+        "of yours: package.module:Name (docs/extending.md)",
+    )
+    callbacks: list[CallbackName] = Field(
+        [], description="classes of yours that look on while a run trains: package.module:Name"
+    )
+    log_every: int = Field(1, ge=1, description="steps between log lines and metrics")
     stragglers_every: int = Field(
         50, ge=1, description="steps over which ranks are compared, to say which are slow"
     )

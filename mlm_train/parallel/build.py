@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mlm_train.config import Config
-from mlm_train.memory import Table, TrainingSource, make_source
+from mlm_train.extensions import find
+from mlm_train.memory import SourceOptions, Table, TrainingSource, make_source
 from mlm_train.model.loss import Words, head_loss
 from mlm_train.model.transformer import Transformer
 from mlm_train.model.unfilled import unfilled
@@ -141,9 +142,8 @@ def _source(
         return None
     share = DataShare(parallel_state.get_data_parallel_group()) if memory.shared else None
     blocks = model.memory_blocks()
-    return make_source(
-        memory.mode, blocks, group, precision, share, memory.table_layers, memory.kept_layers or 0
-    )
+    options = SourceOptions(group, precision, share, memory.table_layers, memory.kept_layers or 0)
+    return make_source(memory.mode, blocks, options)
 
 
 def _channel(
@@ -154,8 +154,8 @@ def _channel(
 
     most = most_layers(config, runtime.topology)
     plain = source is None and runtime.topology.pipeline > 1
-    transport = Alone if plain else TRANSPORTS[config.transport]
-    return transport(
+    transport = Alone if plain else find("parallel.x0_transport", config.transport, TRANSPORTS)
+    channel: X0Channel = transport(
         model,
         parallel_state.get_pipeline_model_parallel_group(),
         group,
@@ -164,6 +164,7 @@ def _channel(
         source if isinstance(source, Table) else None,
         config.memory is not None and config.memory.tabled(most) == most,
     )
+    return channel
 
 
 def _nothing() -> None:

@@ -19,7 +19,7 @@ from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import pipeline, x0
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_executor, build_model
-from mlm_train.parallel.engine import Engine
+from mlm_train.parallel.engine import Engine, make_engine
 from mlm_train.parallel.shares import DataShare
 from mlm_train.train.batches import MicroBatch
 from mlm_train.train.schedule import learning_rate
@@ -104,7 +104,7 @@ def make_trainer(config: Config, runtime: processes.Runtime) -> Trainer:
         parameters = dict(network.named_parameters())
         for piece in pieces(network):
             piece.of(parameters[piece.parameter]).copy_(piece.cut(whole[piece.name]))
-    engine = Engine(network, config, runtime)
+    engine = make_engine(network, config, runtime)
     return Trainer(engine, build_executor(network, config, runtime, engine.entry), runtime)
 
 
