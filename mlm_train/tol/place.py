@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from mlm_train.errors import UserError
+from mlm_train.extensions import added, load
 from mlm_train.files import draft_of, listed, open_regular, replace_file, sha256_of, sync, writing
 from mlm_train.ownership import owned
 from mlm_train.records import read_regular
@@ -97,11 +98,28 @@ def place_of(where: str | Path | Place) -> Place:
         return where
     if where == "":  # as a path it would be the working folder
         raise UserError("the folder's name is empty; name a folder or a URL")
-    if not is_url(where):
-        return Folder(Path(where).absolute())
+    scheme = str(where).partition("://")[0] if is_url(where) else PATH
+    return (STORAGES.get(scheme) or _other_storage(scheme))(str(where))
+
+
+def _folder(path: str) -> Place:
+    return Folder(Path(path).absolute())
+
+
+PATH = ""  # the scheme of what has none
+# What makes a place of an address, in any process, by its scheme. Other packages add theirs by entry points
+# of GROUP, which name a class made as Class(url) (docs/extending.md); what nobody has is fsspec's.
+STORAGES: dict[str, Callable[[str], Place]] = {PATH: _folder}
+GROUP = "mlm_train.storages"
+
+
+def _other_storage(scheme: str) -> Callable[[str], Place]:
+    if (point := added(GROUP, STORAGES).get(scheme)) is not None:
+        make: Callable[[str], Place] = load(point)
+        return make
     from mlm_train.tol.url_place import UrlPlace
 
-    return UrlPlace(str(where))
+    return UrlPlace
 
 
 def files_at(address: str) -> Files:
