@@ -61,8 +61,10 @@ class Channel:
     tables: Table | None = None
     tables_everywhere: bool = False
 
+    def __post_init__(self) -> None:
+        """What a transport makes of these at the start."""
 
-@dataclass
+
 class Broadcast(Channel):
     """The step's rows: distinct ids of this data-parallel rank's step, once over the pipeline group.
 
