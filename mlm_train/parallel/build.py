@@ -12,21 +12,21 @@ from mlm_train.memory import Table, TrainingSource, make_source
 from mlm_train.model.loss import Words, head_loss
 from mlm_train.model.transformer import Transformer
 from mlm_train.model.unfilled import unfilled
-from mlm_train.parallel.execution import Executor, Loss, Sequential
-from mlm_train.parallel.mappings import TensorGroup
-from mlm_train.parallel.pipeline import Pipeline
+from mlm_train.parallel.ffn_m.shares import DataShare
+from mlm_train.parallel.mesh.topology import Topology
+from mlm_train.parallel.pipeline.executor import Pipeline
+from mlm_train.parallel.pipeline.single_stage import Executor, Loss, Sequential
+from mlm_train.parallel.pipeline.stages import most_layers, my_spans
+from mlm_train.parallel.pipeline.x0 import TRANSPORTS, Alone, X0Channel
 from mlm_train.parallel.runtime import Runtime
-from mlm_train.parallel.shares import DataShare
-from mlm_train.parallel.stages import most_layers, my_spans
-from mlm_train.parallel.tensor import (
+from mlm_train.parallel.tensor.collectives import TensorGroup
+from mlm_train.parallel.tensor.layers import (
     GroupWords,
     mark_for_clipping,
     shard,
     sum_replicated,
     sum_replicated_each_pass,
 )
-from mlm_train.parallel.topology import Topology
-from mlm_train.parallel.x0 import TRANSPORTS, Alone, X0Channel
 
 
 def tensor_group(config: Config, runtime: Runtime) -> TensorGroup:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from mlm_train.config import Config, TrainConfig
 from mlm_train.errors import PeerFailure, SharedUserError, UserError
-from mlm_train.files import told
-from mlm_train.host_memory import keep_freed
-from mlm_train.parallel.failures import one_line
-from mlm_train.parallel.place import Place
-from mlm_train.parallel.stacks import keep_flight_records
-from mlm_train.parallel.topology import Topology
+from mlm_train.parallel.health.failures import one_line
+from mlm_train.parallel.health.progress_marker import Place
+from mlm_train.parallel.health.thread_stacks import keep_flight_records
+from mlm_train.parallel.mesh.topology import Topology
+from mlm_train.utils.files import told
+from mlm_train.utils.malloc import keep_freed
 
 Result = TypeVar("Result")
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")

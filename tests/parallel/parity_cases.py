@@ -16,11 +16,12 @@ from mlm_train.memory.rows import add_rows
 from mlm_train.model.logical import Piece, initialise, named_pieces, pieces
 from mlm_train.model.loss import count_labels, loss_sums
 from mlm_train.model.transformer import Transformer
-from mlm_train.parallel import pipeline, x0
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_executor, build_model
-from mlm_train.parallel.engine import Engine
-from mlm_train.parallel.shares import DataShare
+from mlm_train.parallel.engine.deepspeed_zero import Engine
+from mlm_train.parallel.ffn_m.shares import DataShare
+from mlm_train.parallel.pipeline import executor as pipeline
+from mlm_train.parallel.pipeline import x0
 from mlm_train.train.batches import MicroBatch
 from mlm_train.train.schedule import learning_rate
 from mlm_train.train.step import Trainer
