@@ -92,7 +92,7 @@ def write_checkpoint(root: Path, snapshot: Snapshot, runtime: Runtime) -> Path:
         place.at("look for what is not finite")
         runtime.together(lambda: _refuse_nonfinite(snapshot))
         place.at("write")
-        mine = write_tensors(partial, snapshot.state, runtime.control)
+        mine = write_tensors(partial, snapshot.state, runtime.groups.control)
         place.at("commit")
         files = [entry for entries in runtime.together(lambda: mine) for entry in entries]
         manifest = snapshot.manifest | {"files": sorted(files, key=lambda entry: entry["file"])}

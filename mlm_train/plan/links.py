@@ -21,12 +21,10 @@ def measure_links(runtime: Runtime) -> tuple[float, float]:
 
     Every rank calls it; infinite where a rank is alone.
     """
-    from megatron.core import parallel_state
-
     topology, payload = runtime.topology, torch.zeros(BYTES // FP32, device=runtime.device)
     groups = (
-        (topology.tensor, parallel_state.get_tensor_model_parallel_group(), dist.all_reduce),
-        (topology.data, parallel_state.get_data_parallel_group(), _all_to_all),
+        (topology.tensor, runtime.groups.tensor, dist.all_reduce),
+        (topology.data, runtime.groups.data, _all_to_all),
     )
     found = []
     for size, group, collective in groups:

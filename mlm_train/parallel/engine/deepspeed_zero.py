@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 
 from mlm_train.config import Config, OptimizerConfig
 from mlm_train.model.logical import pieces
+from mlm_train.parallel.mesh.groups import deepspeed_mpu
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.utils.library_noise import silenced
 from mlm_train.utils.nonfinite import nonfinite
@@ -37,32 +37,6 @@ def _load_deepspeed(device: torch.device) -> Any:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
-
-
-def _groups_for_deepspeed(runtime: Runtime) -> SimpleNamespace:
-    """The `mpu` object DeepSpeed asks for process groups.
-
-    Its model-parallel group must span tensor and pipeline, or the clipped norm is a stage's own.
-    """
-    from megatron.core import parallel_state as state
-
-    t = runtime.topology
-    axes = {
-        "data_parallel": (state.get_data_parallel_group, t.data, t.data_rank),
-        "model_parallel": (
-            state.get_model_parallel_group,
-            t.tensor * t.pipeline,
-            t.pipeline_rank * t.tensor + t.tensor_rank,
-        ),
-        "tensor_model_parallel": (state.get_tensor_model_parallel_group, t.tensor, t.tensor_rank),
-        "pipeline_model_parallel": (state.get_pipeline_model_parallel_group, t.pipeline, t.pipeline_rank),
-    }
-    mpu = SimpleNamespace()
-    for axis, (group, size, rank) in axes.items():
-        setattr(mpu, f"get_{axis}_group", lambda *_, group=group, **__: group())
-        setattr(mpu, f"get_{axis}_world_size", lambda *_, size=size, **__: size)
-        setattr(mpu, f"get_{axis}_rank", lambda *_, rank=rank, **__: rank)
-    return mpu
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -113,7 +87,7 @@ class Engine:
         self.pieces = list(pieces(model))
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.reduces_each_pass = config.reduces_each_pass
-        self.groups = _groups_for_deepspeed(runtime)
+        self.mpu = deepspeed_mpu(runtime.groups, runtime.topology)
         self.alone = runtime.topology.data == 1
         options = config.optimizer
         # Stage 3 cuts the weights here, so each rank holds its whole share of the model once, at the start.
@@ -126,7 +100,7 @@ class Engine:
                 eps=options.eps,
                 fused=True,  # one pass over weights, gradients and moments
             ),
-            mpu=self.groups,
+            mpu=self.mpu,
             config={
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
@@ -196,4 +170,4 @@ class Engine:
         """Stage 0: DeepSpeed's own clipping of plain gradients, whose norm its engine would not tell."""
         from deepspeed.runtime.utils import clip_grad_norm_
 
-        return float(clip_grad_norm_(self.model.parameters(), self.clip or math.inf, mpu=self.groups))
+        return float(clip_grad_norm_(self.model.parameters(), self.clip or math.inf, mpu=self.mpu))

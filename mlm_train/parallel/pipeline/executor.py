@@ -101,11 +101,8 @@ class Pipeline:
         loss: Loss,
         precision: torch.autocast,
     ) -> None:
-        from megatron.core import parallel_state
-
         self.model, self.config, self.runtime, self.tensor = model, config, runtime, tensor
         self.channel, self.source = channel, source
-        self.group = parallel_state.get_pipeline_model_parallel_group()
         self.spans = my_spans(config, runtime.topology)
         self.stages = [Stage(model, span, channel, source, loss, precision) for span in self.spans]
         self.schedules: dict[int, Any] = {}
@@ -145,7 +142,7 @@ class Pipeline:
             self.runtime.device,
             input_args=(ids,) if stage.span.first else carried,
             output_args=(torch.empty(1, device=ids.device).requires_grad_(),) if stage.span.last else carried,
-            group=self.group,
+            group=self.runtime.groups.pipeline,
         )
 
     def _run(self, batches: Sequence[Batch], training: bool, scale: float) -> Tensor:
@@ -166,7 +163,7 @@ class Pipeline:
             arguments |= {"target": labels, "losses": []}
         call(*((ids,) if self._first else ()), **arguments)
         self.runtime.place.at("loss")
-        dist.all_reduce(sums, group=self.group)
+        dist.all_reduce(sums, group=self.runtime.groups.pipeline)
         return sums
 
     def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
@@ -203,10 +200,8 @@ class Pipeline:
         tied = self.model.config.tie_word_embeddings and (self._first or self._last)
         if not tied or (self._first and self._last) or self.config.transport == "replicate":
             return  # one weight for both ends (in a V), or summed over all stages already
-        from megatron.core import parallel_state
-
         assert self.model.embed_tokens is not None
         weight = self.model.embed_tokens.weight
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
-        dist.all_reduce(weight.grad, group=parallel_state.get_embedding_group())
+        dist.all_reduce(weight.grad, group=self.runtime.groups.embedding)
