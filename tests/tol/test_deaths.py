@@ -32,7 +32,7 @@ from mlm_train.errors import UserError
 from mlm_train.tol.build.builder import Build
 from mlm_train.tol.build.ray_cluster import ray_cluster
 from mlm_train.tol.build.weight_store import shared_weights
-from mlm_train.tol.build.state import Storage
+from mlm_train.tol.format.layout import Storage
 model, output = sys.argv[1:]
 plan = Build(model, output, Storage()).plan
 with ray_cluster(1):

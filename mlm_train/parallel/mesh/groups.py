@@ -16,8 +16,8 @@ class ProcessGroups:
 
     tensor: ranks that share each layer. data: those with the same weights and other samples. pipeline: the
     stages of one replica. model: tensor x pipeline, which hold one replica together. embedding: the first and
-    the last stage, of a tied head; None in between. control: all ranks, for small messages of one thread; None
-    is torch's default group.
+    the last stage, of a tied head; None in between. control: all ranks, for small messages of one thread;
+    None is torch's default group.
     """
 
     tensor: Any
