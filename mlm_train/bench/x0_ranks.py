@@ -18,7 +18,7 @@ from mlm_train.data.samples import Samples
 from mlm_train.model.loss import count_labels
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
-from mlm_train.parallel.pipeline.executor import Pipeline
+from mlm_train.parallel.pipeline.executor import PipelineExecutor
 from mlm_train.parallel.pipeline.x0 import TRANSPORTS
 from mlm_train.train.batches import MicroBatch, step_batches
 
@@ -50,19 +50,19 @@ def make_config(stages: int, schedule: str, vocabulary: int, transport: str | No
 
 
 @dataclass
-class Candidate:
+class TimedTransport:
     """A way to train, and its latest mean cross-entropy."""
 
     model: Transformer
-    executor: Pipeline
+    executor: PipelineExecutor
     runtime: processes.Runtime
     loss: float = 0.0
 
     @classmethod
-    def build(cls, config: Config) -> "Candidate":
+    def build(cls, config: Config) -> "TimedTransport":
         """On all ranks; every candidate has the same weights."""
         model, executor, runtime = build(config)
-        assert isinstance(executor, Pipeline)
+        assert isinstance(executor, PipelineExecutor)
         return cls(model, executor, runtime)
 
     def step(self, batches: list[MicroBatch]) -> float:
@@ -92,7 +92,7 @@ def work(order_file: str) -> int:
     data = PreparedData.open(order["data"]) if order["data"] else None
     vocabulary = data.vocab_size if data is not None else VOCABULARY
     candidates = {
-        name: Candidate.build(make_config(order["stages"], order["schedule"], vocabulary, name))
+        name: TimedTransport.build(make_config(order["stages"], order["schedule"], vocabulary, name))
         for name in (None, *TRANSPORTS)
     }
     runtime = candidates[None].runtime
@@ -104,7 +104,7 @@ def work(order_file: str) -> int:
     return 0
 
 
-def _measure(candidates: dict[str | None, Candidate], batches_of: Step, runs: int) -> dict[str, Any]:
+def _measure(candidates: dict[str | None, TimedTransport], batches_of: Step, runs: int) -> dict[str, Any]:
     """First the counted steps, then the timed ones, the transports in turn."""
     found: dict[str, Any] = {
         name: {"counted": [], "formula": [], "losses": [], "seconds": []} for name in TRANSPORTS

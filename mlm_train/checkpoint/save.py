@@ -21,7 +21,7 @@ from mlm_train.parallel.engine.optimizer_state import STATE, gather_state, optim
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.utils.files import writing
 from mlm_train.utils.nonfinite import nonfinite
-from mlm_train.utils.run_lock import Attempt, refuse_superseded
+from mlm_train.utils.run_lock import SlurmAttempt, refuse_superseded
 
 FP32, GIB = 4, 2**30
 
@@ -84,7 +84,7 @@ def write_checkpoint(root: Path, snapshot: Snapshot, runtime: Runtime) -> Path:
     until its manifest is on disk. Raises UserError on every rank where one could not write.
     """
     final = step_folder(root, snapshot.step)
-    partial = root / f"{PARTIAL}{final.name}{Attempt.suffix()}"
+    partial = root / f"{PARTIAL}{final.name}{SlurmAttempt.suffix()}"
     place = runtime.place  # each part may take long of its own
     place.at("space")
     runtime.everywhere(lambda: _prepare(partial, snapshot))

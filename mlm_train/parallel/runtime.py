@@ -16,7 +16,7 @@ from torch import Tensor
 from mlm_train.config import Config, TrainConfig
 from mlm_train.errors import PeerFailure, SharedUserError, UserError
 from mlm_train.parallel.health.failures import one_line
-from mlm_train.parallel.health.progress_marker import Place
+from mlm_train.parallel.health.progress_marker import ProgressMarker
 from mlm_train.parallel.health.thread_stacks import keep_flight_records
 from mlm_train.parallel.mesh.groups import ProcessGroups, create_groups, destroy_groups
 from mlm_train.parallel.mesh.topology import Topology
@@ -49,7 +49,7 @@ class Runtime:
     topology: Topology
     device: torch.device
     groups: ProcessGroups
-    place: Place = field(default_factory=Place)  # where this rank is, for the watchdog
+    place: ProgressMarker = field(default_factory=ProgressMarker)  # where this rank is, for the watchdog
 
     @property
     def leads(self) -> bool:
@@ -75,7 +75,7 @@ class Runtime:
     def aside(self, timeout: float) -> "Runtime":
         """The same ranks for another thread, with a group and a mark of its own; every rank calls it."""
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-        return replace(self, place=Place(), groups=replace(self.groups, control=group))
+        return replace(self, place=ProgressMarker(), groups=replace(self.groups, control=group))
 
     def everywhere(self, work: Callable[[], Result]) -> Result:
         """Run `work` on the leading rank; its result, or its failure, on every rank."""
@@ -180,7 +180,7 @@ def start(config: Config) -> Runtime:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    return Runtime(topology, device, create_groups(topology), Place(device))
+    return Runtime(topology, device, create_groups(topology), ProgressMarker(device))
 
 
 def _loopback() -> str | None:

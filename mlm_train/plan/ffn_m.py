@@ -102,7 +102,7 @@ def nominal_speeds(config: Config) -> Speeds:
     )
 
 
-class Choice(NamedTuple):
+class MemoryChoice(NamedTuple):
     """A decided config and why."""
 
     config: Config
@@ -191,7 +191,9 @@ def _table_layer(config: Config, topology: Topology, distinct: Distinct, speeds:
     return own + exchange + lookups * _bubble(config, topology)
 
 
-def choose(config: Config, topology: Topology, distinct: Distinct, speeds: Speeds, budget: float) -> Choice:
+def choose(
+    config: Config, topology: Topology, distinct: Distinct, speeds: Speeds, budget: float
+) -> MemoryChoice:
     """memory.mode=auto decided. `budget`: bytes that this rank's tables may take."""
     configs = {_name(candidate): candidate for candidate in _candidates(config, topology, distinct, budget)}
     costs = {name: seconds(one, topology, distinct, speeds) for name, one in configs.items()}
@@ -205,7 +207,7 @@ def choose(config: Config, topology: Topology, distinct: Distinct, speeds: Speed
     whole = most_layers(config, topology) * table_bytes_per_layer(config, MARGIN * distinct.step)
     if whole > budget:
         tables += f"; whole tables would take {whole / 2**20:,.0f} MiB of the {budget / 2**20:,.0f} allowed"
-    return Choice(chosen, f"memory.mode=auto -> {best}: FFN-M a step {ranking} ({rows}){tables}")
+    return MemoryChoice(chosen, f"memory.mode=auto -> {best}: FFN-M a step {ranking} ({rows}){tables}")
 
 
 def _name(config: Config) -> str:

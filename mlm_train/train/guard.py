@@ -14,7 +14,7 @@ from mlm_train.train.setup import Run
 from mlm_train.train.step import StepResult
 
 
-class Guard:
+class LossGuard:
     """Judges steps by what all ranks know alike, so all of them judge alike."""
 
     def __init__(self, config: Config) -> None:

@@ -5,8 +5,8 @@ import time
 
 from mlm_train.checkpoint.manifest import Validation
 from mlm_train.monitor.report import Evaluation, Progress, StepReport
-from mlm_train.train.batches import Ahead, evaluation_batches, pinned, step_batches
-from mlm_train.train.guard import Guard, roll_back
+from mlm_train.train.batches import Prefetcher, evaluation_batches, pinned, step_batches
+from mlm_train.train.guard import LossGuard, roll_back
 from mlm_train.train.schedule import global_batch_at, learning_rate
 from mlm_train.train.setup import Run
 from mlm_train.train.signals import EXIT_CODE
@@ -20,8 +20,8 @@ def train(run: Run) -> int:
     config, progress, place = run.config, run.progress, run.runtime.place
     first = progress.step
     last = min(config.train.steps, progress.step + (config.train.stop_after or config.train.steps))
-    micro_batch, runtime, guard = config.train.micro_batch, run.runtime, Guard(config)
-    data = Ahead(
+    micro_batch, runtime, guard = config.train.micro_batch, run.runtime, LossGuard(config)
+    data = Prefetcher(
         lambda key: pinned(step_batches(run.samples, *key, micro_batch, runtime.topology), runtime.device)
     )
     while progress.step < last:

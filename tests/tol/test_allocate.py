@@ -18,9 +18,9 @@ from mlm_train.tol.build.builder import Build
 from mlm_train.tol.format.codec import Scheme
 from mlm_train.tol.format.index import INDEX
 from mlm_train.tol.format.index_file import read_index
-from mlm_train.tol.format.layout import Storage
+from mlm_train.tol.format.layout import TableSpec
 from mlm_train.tol.lowrank.knapsack import Ways
-from mlm_train.tol.serve.reader import Table
+from mlm_train.tol.serve.reader import TableReader
 from mlm_train.tol.serve.source import TolSource
 from tests.commands import TINY, mlm_train, refused
 from tests.tol.conftest import export, random_model
@@ -60,7 +60,7 @@ def test_a_trial_is_what_the_table_would_be(
     ids = torch.arange(60).view(2, 30) ** 2 % 601
     model = random_model()
     x0 = model.embed_tokens(ids)
-    table = Table.open_folder(tables["float32"])
+    table = TableReader.open_folder(tables["float32"])
     trial = Trial(table, spectra_of(table))
     exact = TolSource(table).open(ids, x0)
     assert torch.equal(trial.open(ids, x0)(1), exact(1))
@@ -68,7 +68,9 @@ def test_a_trial_is_what_the_table_would_be(
         trial.chosen = {1: option}
         kept = [0, 2] if option is None else [0, 1, 2]
         whole = Scheme(dtype="float32")
-        storage = Storage(layers=kept, schemes=[option if layer == 1 and option else whole for layer in kept])
+        storage = TableSpec(
+            layers=kept, schemes=[option if layer == 1 and option else whole for layer in kept]
+        )
         folder = tmp_path / str(number)
         Build(None, folder, storage, table=tables["float32"], partitions=2).run()
         stored = TolSource.open_folder(folder, model.config).open(ids, x0)
@@ -85,7 +87,7 @@ def test_a_trial_is_what_the_table_would_be(
 
 def test_sensitivities(tables: dict[str, Path]) -> None:
     model = random_model()
-    table = Table.open_folder(tables["float32"])
+    table = TableReader.open_folder(tables["float32"])
     trial = Trial(table, spectra_of(table))
     ids = torch.randint(601, (3, 4, 20), generator=torch.Generator().manual_seed(5))
     batches = [(one, one.roll(-1, 1)) for one in ids]
@@ -107,7 +109,7 @@ def test_sensitivities(tables: dict[str, Path]) -> None:
 
 
 def test_a_study_that_was_killed_goes_on(tables: dict[str, Path], tmp_path: Path) -> None:
-    model, table = random_model(), Table.open_folder(tables["float32"])
+    model, table = random_model(), TableReader.open_folder(tables["float32"])
     trial = Trial(table, spectra_of(table))
     ids = torch.randint(601, (3, 4, 20), generator=torch.Generator().manual_seed(5))
     batches = [(one, one.roll(-1, 1)) for one in ids]

@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 
 from mlm_train.errors import PeerFailure, SharedUserError
-from mlm_train.parallel.health.status_store import Board, bounded
+from mlm_train.parallel.health.status_store import StatusStore, bounded
 
 FAILED = "failed"  # the board's note of the first failure
 # What gloo, NCCL and the store say when a peer is gone, and when it does not come.
@@ -43,7 +43,7 @@ def _write(path: Path, text: str) -> int:
     return path.write_text(text, encoding="utf-8")
 
 
-def explain_failure(error: Exception, board: Board, place: str, output: Path, linger: float) -> None:
+def explain_failure(error: Exception, board: StatusStore, place: str, output: Path, linger: float) -> None:
     """Return where this rank failed first: its error goes on. Otherwise PeerFailure, one line.
 
     `place` says where the rank was, for the end of the traceback. The traceback of a rank that failed

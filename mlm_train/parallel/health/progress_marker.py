@@ -59,7 +59,7 @@ class Stopwatch:
         return seconds
 
 
-class Place:
+class ProgressMarker:
     """The latest mark. Replacing it is one assignment: no lock, no system call."""
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -83,7 +83,7 @@ class Place:
 class MarkedStage(PipelineStage):
     """A pipeline stage that marks which micro-batch it computes, or waits for."""
 
-    def __init__(self, place: Place, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, place: ProgressMarker, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.place = place
 

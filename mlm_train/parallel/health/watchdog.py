@@ -20,9 +20,9 @@ from typing import Any
 from mlm_train.config import Config
 from mlm_train.errors import HUNG, escaped
 from mlm_train.parallel.health.failures import FAILED, explain_failure, folder_of, now
-from mlm_train.parallel.health.hang_report import Statement, hang_report
-from mlm_train.parallel.health.progress_marker import Mark, Place
-from mlm_train.parallel.health.status_store import Board, bounded
+from mlm_train.parallel.health.hang_report import RankStatus, hang_report
+from mlm_train.parallel.health.progress_marker import Mark, ProgressMarker
+from mlm_train.parallel.health.status_store import StatusStore, bounded
 from mlm_train.parallel.health.thread_stacks import flight_record, main_thread, pending, write_evidence
 from mlm_train.parallel.mesh.topology import Topology
 
@@ -30,13 +30,13 @@ FAILURE_GRACE = 10.0  # seconds a rank has to find by itself that another has fa
 
 
 @contextlib.contextmanager
-def watched(config: Config, topology: Topology, place: Place) -> Iterator[None]:
+def watched(config: Config, topology: Topology, place: ProgressMarker) -> Iterator[None]:
     """Watch the body on this rank; sort out whose failure is shown. Every rank calls it.
 
     Raises PeerFailure instead of an error that only follows from another rank's.
     """
     world = topology.world
-    board = bounded(lambda: Board(topology.rank, world), 60) if world > 1 else None
+    board = bounded(lambda: StatusStore(topology.rank, world), 60) if world > 1 else None
     watchdog = Watchdog(config, topology, place, board)
     watchdog.sign()  # before any work: a rank that is stopped at once can be named, too
     watchdog.start()
@@ -69,7 +69,9 @@ def limits(config: Config) -> tuple[float, float]:
 class Watchdog(threading.Thread):
     """The thread. It only reads the main thread's mark, and talks to the board."""
 
-    def __init__(self, config: Config, topology: Topology, place: Place, board: Board | None) -> None:
+    def __init__(
+        self, config: Config, topology: Topology, place: ProgressMarker, board: StatusStore | None
+    ) -> None:
         super().__init__(name="watchdog", daemon=True)
         self.topology, self.place, self.board = topology, place, board
         self.usual, self.patient = limits(config)
@@ -122,7 +124,7 @@ class Watchdog(threading.Thread):
             return None
         return self.topology.pipeline_rank if mark.stage is None else mark.stage
 
-    def _peers_ended(self, board: Board) -> bool:
+    def _peers_ended(self, board: StatusStore) -> bool:
         """Leave a sign of life and read the others' word; True where this thread is to end."""
         rank, world = self.topology.rank, self.topology.world
         self.sign()
@@ -144,9 +146,9 @@ class Watchdog(threading.Thread):
             self._exit(1)
         return True
 
-    def _said(self) -> Statement:
+    def _said(self) -> RankStatus:
         mark = self.place.mark
-        return Statement(
+        return RankStatus(
             self.topology.rank, socket.gethostname(), self._stage(mark), str(mark), self._age(mark.since)
         )
 
@@ -174,7 +176,7 @@ class Watchdog(threading.Thread):
             time.sleep(1.0)  # the store may end with this process: let the others read it
         self._exit(HUNG)
 
-    def _statements(self, own: Statement, seconds: float) -> list[Statement]:
+    def _statements(self, own: RankStatus, seconds: float) -> list[RankStatus]:
         """Everyone's, in the order of ranks; of those who stay silent, their last sign of life."""
         if self.board is None or self.board.lost:
             return [own]
@@ -183,10 +185,10 @@ class Watchdog(threading.Thread):
         for rank in range(self.topology.world):
             note = self.board.await_note(f"statement/{rank}", max(0.0, end - time.monotonic()))
             if note is None and rank != own.rank:
-                never = asdict(Statement(rank, "?", None, "", -math.inf))  # of time.time(): always before
+                never = asdict(RankStatus(rank, "?", None, "", -math.inf))  # of time.time(): always before
                 note = self.board.read(f"alive/{rank}") or never
                 note |= {"answers": False, "seconds": time.time() - note["seconds"]}
-            found.append(own if note is None else Statement(**note))
+            found.append(own if note is None else RankStatus(**note))
         return found
 
     def _say(self, text: str) -> None:

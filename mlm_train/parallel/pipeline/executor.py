@@ -20,7 +20,7 @@ from torch.distributed.pipelining import (
 )
 
 from mlm_train.config import Config
-from mlm_train.memory import Table, TrainingSource
+from mlm_train.memory import TableSource, TrainingSource
 from mlm_train.model.loss import IGNORED
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel.health.progress_marker import MarkedStage
@@ -57,10 +57,10 @@ class Stage(nn.Module):
         self.model, self.span, self.channel, self.source = model, span, channel, source
         self.loss, self.precision = loss, precision
         # Whether FFN-M is computed of a micro-batch's x0.
-        self.computes = source is not None and not (isinstance(source, Table) and source.rest is None)
+        self.computes = source is not None and not (isinstance(source, TableSource) and source.rest is None)
         self.scale = 1.0
         self.sums = torch.zeros(0, dtype=torch.float64)  # CE of each micro-batch, on the last stage
-        if isinstance(source, Table):  # what makes zero-bubble schedules run a lookup's backward
+        if isinstance(source, TableSource):  # what makes zero-bubble schedules run a lookup's backward
             mine = (source.anchors.get(layer) for layer in span.layers)
             self.anchors = nn.ParameterList(anchor for anchor in mine if anchor is not None)
 
@@ -87,7 +87,7 @@ class Stage(nn.Module):
         return objective.view(1)
 
 
-class Pipeline:
+class PipelineExecutor:
     """An executor over this rank's stages."""
 
     def __init__(

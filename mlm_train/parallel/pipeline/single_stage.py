@@ -44,7 +44,7 @@ class Prepared(NamedTuple):
     rows: Tensor
 
 
-class Sequential:
+class SingleStageExecutor:
     """All layers on this rank: one micro-batch after the other.
 
     `entry`: the Transformer, or what is called in its place; `channel`: where x0 comes from, if not from

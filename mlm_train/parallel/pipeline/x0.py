@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlm_train.memory import Table
+from mlm_train.memory import TableSource
 from mlm_train.memory.rows import Lookup
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel.tensor.collectives import TensorGroup
@@ -58,7 +58,7 @@ class _Channel:
     tensor: TensorGroup
     device: torch.device
     crossings: int
-    tables: Table | None = None
+    tables: TableSource | None = None
     tables_everywhere: bool = False
 
 
@@ -134,7 +134,7 @@ class Relay(_Channel):
         return 2 * 4 * tokens * self.model.config.hidden_size * self.crossings
 
 
-class Alone(Relay):
+class LocalEmbedding(Relay):
     """Without FFN-M: the first stage embeds, and nothing goes beside the hidden state."""
 
     relays = False

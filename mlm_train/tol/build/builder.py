@@ -12,19 +12,19 @@ from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.tol.build.budget import bases_of, check_budget, has_ranks, lay_out, say_dropped
 from mlm_train.tol.build.ray_cluster import ray_cluster
-from mlm_train.tol.build.scheduler import Group, Pieces
+from mlm_train.tol.build.scheduler import Group, PartitionScheduler
 from mlm_train.tol.build.spectra import make_studies, study_of
-from mlm_train.tol.build.state import Plan, State, begin, remove_spectra
+from mlm_train.tol.build.state import BuildPlan, BuildState, begin, remove_spectra
 from mlm_train.tol.build.weight_store import Weights, shared_weights
-from mlm_train.tol.build.worker import Job
-from mlm_train.tol.build.worker_pool import Crew
+from mlm_train.tol.build.worker import WorkerJob
+from mlm_train.tol.build.worker_pool import WorkerPool
 from mlm_train.tol.format.codec import TORCH_DTYPE, PlainDtype
 from mlm_train.tol.format.index import INDEX, STATE, Partition, TolIndex, schemes_of, summary
 from mlm_train.tol.format.index_file import index_at, is_whole, read_index, write_index
-from mlm_train.tol.format.layout import Layout, Storage
+from mlm_train.tol.format.layout import Layout, TableSpec
 from mlm_train.tol.serve.reader import check_rows, write_bases
-from mlm_train.tol.storage.base import Place, check_space, remove_drafts
-from mlm_train.tol.storage.resolve import place_of
+from mlm_train.tol.storage.base import Storage, check_space, remove_drafts
+from mlm_train.tol.storage.resolve import storage_at
 from mlm_train.utils.checks import Check
 from mlm_train.utils.files import sha256_of
 from mlm_train.utils.progress import ByteProgress
@@ -40,7 +40,7 @@ _SOURCE = ("checkpoint", "table", "compute")
 _DEVICES = ("cpu", "cuda", "cuda:0")
 
 
-Committed = Callable[[State], None]
+Committed = Callable[[BuildState], None]
 
 
 class Build:
@@ -55,8 +55,8 @@ class Build:
     def __init__(
         self,
         model: str | Path | None,
-        output: str | Path | Place,
-        storage: Storage,
+        output: str | Path | Storage,
+        storage: TableSpec,
         *,
         table: str | Path | None = None,
         partitions: int | None = None,
@@ -73,7 +73,7 @@ class Build:
             raise UserError(
                 f"--device {device or repr('')}: give cpu or cuda (Ray gives each worker a GPU of its own)"
             )
-        self.place, self.group_bytes = place_of(output), group_bytes
+        self.place, self.group_bytes = storage_at(output), group_bytes
         self.config: ModelConfig | None = None
         if table is None:
             assert model is not None
@@ -98,10 +98,10 @@ class Build:
         whole = storage.largest(source["num_layers"], source["hidden_size"])
         size = whole.shape.file_bytes(source["vocab_size"])
         count = partitions_of(partitions, source["vocab_size"], min(size, storage.budget or size))
-        self.plan = Plan(**source, storage=storage, partitions=count, threads=threads)
+        self.plan = BuildPlan(**source, storage=storage, partitions=count, threads=threads)
         check_budget(self.plan)
         places = {"model": None, "table": str(folder)} if table else {"model": str(folder), "table": None}
-        self.job = Job(**places, output=self.place.address, plan=self.plan, device=device)
+        self.job = WorkerJob(**places, output=self.place.address, plan=self.plan, device=device)
 
     def run(self, workers: int = 2, ray_address: str | None = None) -> TolIndex:
         """Build, or finish an unfinished build of the same plan.
@@ -166,7 +166,7 @@ class Build:
                 for number, partition in enumerate(index.partitions)
                 if is_whole(self.place, partition)
             }
-            state = State(plan=self.plan, layout=layout, basis=index.basis, done=dict(whole))
+            state = BuildState(plan=self.plan, layout=layout, basis=index.basis, done=dict(whole))
             if state.missing:
                 # No state is kept: what a repair has made before it was killed is whole.
                 self._work(state, workers, ray_address, lambda _: None)
@@ -177,18 +177,18 @@ class Build:
     @classmethod
     def like_index(
         cls,
-        output: str | Path | Place,
+        output: str | Path | Storage,
         model: str | Path | None,
         table: str | Path | None,
         device: str = "cpu",
     ) -> Self:
         """The build that made a table. Raises UserError where it was made from something else."""
-        output = place_of(output)
+        output = storage_at(output)
         index = index_at(output)
         schemes = schemes_of(index.fields)
-        storage = Storage(layers=index.layers, schemes=schemes)
+        storage = TableSpec(layers=index.layers, schemes=schemes)
         if index.encodings is None:
-            storage = Storage(layers=index.layers, dtype=schemes[0].dtype)
+            storage = TableSpec(layers=index.layers, dtype=schemes[0].dtype)
         source = index.source
         build = cls(
             model,
@@ -208,13 +208,13 @@ class Build:
             raise UserError(f"{output} was not cut by this program: build it again")
         return build
 
-    def _check_source(self, state: State, threads: int) -> None:
+    def _check_source(self, state: BuildState, threads: int) -> None:
         """That what will be compressed is whole; an export was hashed when it was opened."""
         if self.job.table is not None:
             rows = [(0, self.plan.vocab_size)] if state.layout is None else map(self.plan.rows, state.missing)
             check_rows(self.job.table, rows, threads)
 
-    def _work(self, state: State, workers: int, ray_address: str | None, committed: Committed) -> None:
+    def _work(self, state: BuildState, workers: int, ray_address: str | None, committed: Committed) -> None:
         """All that needs Ray. committed: called after each partition."""
         self._check_source(state, workers)
         groups, threads = self.groups(len(state.missing), workers), self.plan.threads
@@ -222,7 +222,7 @@ class Build:
         shared = self._weight_bytes() * len(self.plan.layers)
         try:
             with ray_cluster(size * threads, ray_address, shared), self.place.served():
-                crew = Crew(self.job, size, threads, gpus=float(self.job.device.startswith("cuda")))
+                crew = WorkerPool(self.job, size, threads, gpus=float(self.job.device.startswith("cuda")))
                 try:
                     with shared_weights(self.job.model, self.plan, size * len(groups[0])) as weights:
                         if state.layout is None:
@@ -234,7 +234,7 @@ class Build:
             with held():
                 remove_drafts(self.place)  # after an error, such as a full disk
 
-    def _cut(self, state: State, crew: Crew, weights: Weights) -> None:
+    def _cut(self, state: BuildState, crew: WorkerPool, weights: Weights) -> None:
         """Choose the ranks, write the bases, and commit both."""
         make_studies(crew, state, self.place, weights)
         layout = lay_out(self.plan, [study_of(state, self.place, one).errors for one in self.plan.layers])
@@ -266,14 +266,14 @@ class Build:
         return [tuple(layers[a:b]) for a, b in itertools.pairwise(edges)]
 
     def _fill(
-        self, state: State, crew: Crew, weights: Weights, groups: list[Group], committed: Committed
+        self, state: BuildState, crew: WorkerPool, weights: Weights, groups: list[Group], committed: Committed
     ) -> None:
         """Keep the workers busy until every missing partition is committed."""
         layout = state.layout
         assert layout is not None
         kept = [tuple(layer for layer in group if layer in layout.layers) for group in groups]
         groups = [group for group in kept if group]
-        pieces = Pieces(self.place, self.plan, layout.shape, state.missing, groups)
+        pieces = PartitionScheduler(self.place, self.plan, layout.shape, state.missing, groups)
         sizes = {group: layout.bytes_of(group) for group in groups}
         total = sum(state.bytes(number) for number in range(self.plan.partitions))
         with ByteProgress("rows", total) as progress:
@@ -296,7 +296,7 @@ class Build:
                 whole = sum(partition.bytes for partition in state.done.values())
                 progress.show(whole + pieces.written(sizes))
 
-    def _commit(self, state: State) -> TolIndex:
+    def _commit(self, state: BuildState) -> TolIndex:
         """Write the index, the last file; then the state goes."""
         plan, layout = self.plan, state.layout
         assert layout is not None
@@ -346,7 +346,7 @@ def partitions_of(asked: int | None, vocab: int, size: int) -> int:
     return asked
 
 
-def _errors(state: State) -> list[float | None]:
+def _errors(state: BuildState) -> list[float | None]:
     """The relative error of each kept layer over all rows; None where it was not measured."""
     errors: list[float | None] = []
     sums = [state.sums[number] for number in range(state.plan.partitions)]  # not as they were committed

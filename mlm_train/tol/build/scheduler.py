@@ -5,18 +5,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mlm_train.errors import UserError
-from mlm_train.tol.build.state import Plan
-from mlm_train.tol.build.worker import Filled, Sums
+from mlm_train.tol.build.state import BuildPlan
+from mlm_train.tol.build.worker import FilledRows, Sums
 from mlm_train.tol.build.worker_pool import ATTEMPTS, WorkerDied
 from mlm_train.tol.format.index import Partition
 from mlm_train.tol.format.partition import RowShape
-from mlm_train.tol.storage.base import Place
+from mlm_train.tol.storage.base import Storage
 
 Group = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Piece:
+class PartitionTask:
     """One task. layers: those to write into the draft; None: the draft was filled and is to be hashed."""
 
     number: int
@@ -34,7 +34,7 @@ class _Open:
     sums: dict[Group, Sums] = field(default_factory=dict)
 
 
-class Pieces:
+class PartitionScheduler:
     """The order: a group that the worker holds already, of the earliest partition. Large ones come first: no
     worker is left with one at the end.
 
@@ -43,14 +43,19 @@ class Pieces:
     """
 
     def __init__(
-        self, place: Place, plan: Plan, shape: RowShape, missing: Sequence[int], groups: Sequence[Group]
+        self,
+        place: Storage,
+        plan: BuildPlan,
+        shape: RowShape,
+        missing: Sequence[int],
+        groups: Sequence[Group],
     ) -> None:
         self.place, self.plan, self.shape, self.groups = place, plan, shape, list(groups)
         self._closed = sorted(missing, key=lambda number: (self._rows(number), -number))
         self._open: dict[int, _Open] = {}
         self._deaths: Counter[int] = Counter()
 
-    def next(self, held: Group) -> Piece | None:
+    def next(self, held: Group) -> PartitionTask | None:
         """A piece for a worker that holds these layers; None where nothing is left to begin.
 
         A partition is committed early, and a worker seldom changes its layers: a few may be open at a time.
@@ -73,14 +78,14 @@ class Pieces:
             return self._begin(waiting[0], self._open[waiting[0]].waiting[0])
         return None
 
-    def _begin(self, number: int, group: Group) -> Piece:
+    def _begin(self, number: int, group: Group) -> PartitionTask:
         one = self._open[number]
         one.waiting.remove(group)
         one.running += 1
         return self._piece(number, group)
 
-    def _piece(self, number: int, layers: Group | None) -> Piece:
-        return Piece(number, self._open[number].draft, layers)
+    def _piece(self, number: int, layers: Group | None) -> PartitionTask:
+        return PartitionTask(number, self._open[number].draft, layers)
 
     def _rows(self, number: int) -> int:
         start, stop = self.plan.rows(number)
@@ -91,7 +96,9 @@ class Pieces:
         draft = self.place.draft(self.plan.file(number), self.shape.file_bytes(rows), self.shape.header(rows))
         return _Open(draft, list(self.groups))
 
-    def ended(self, piece: Piece, result: Filled | Partition | Exception) -> tuple[Partition, Sums] | None:
+    def ended(
+        self, piece: PartitionTask, result: FilledRows | Partition | Exception
+    ) -> tuple[Partition, Sums] | None:
         """Take a piece's result; the partition and the sums of all its layers, once it has its name.
 
         A worker's death throws the partition's draft away, since what it has written is not known. Any
@@ -114,7 +121,7 @@ class Pieces:
                 return self._name(piece, one, result.partition)
         return None
 
-    def _name(self, piece: Piece, one: _Open, partition: Partition) -> tuple[Partition, Sums]:
+    def _name(self, piece: PartitionTask, one: _Open, partition: Partition) -> tuple[Partition, Sums]:
         self.place.name_draft(piece.draft, partition.file, partition.bytes)
         del self._open[piece.number]
         return partition, [pair for group in self.groups for pair in one.sums[group]]

@@ -1,15 +1,15 @@
 """The spectra of a build's layers, made by its workers."""
 
 from mlm_train.errors import UserError
-from mlm_train.tol.build.state import State, spectrum_name
+from mlm_train.tol.build.state import BuildState, spectrum_name
 from mlm_train.tol.build.weight_store import Weights
-from mlm_train.tol.build.worker_pool import ATTEMPTS, Crew, WorkerDied
+from mlm_train.tol.build.worker_pool import ATTEMPTS, WorkerDied, WorkerPool
 from mlm_train.tol.format.index import file_of
-from mlm_train.tol.lowrank.ranks import Study
-from mlm_train.tol.storage.base import Place
+from mlm_train.tol.lowrank.ranks import RankErrors
+from mlm_train.tol.storage.base import Storage
 
 
-def make_studies(crew: Crew, state: State, place: Place, weights: Weights) -> None:
+def make_studies(crew: WorkerPool, state: BuildState, place: Storage, weights: Weights) -> None:
     """The spectra of all kept layers, and what each way to store them loses, into files; a task a layer."""
     layers = state.plan.layers
     waiting = [layer for layer in layers if layer not in state.spectra][::-1]
@@ -38,14 +38,14 @@ def make_studies(crew: Crew, state: State, place: Place, weights: Weights) -> No
                 state.save(place)
 
 
-def study_of(state: State, place: Place, layer: int) -> Study:
+def study_of(state: BuildState, place: Storage, layer: int) -> RankErrors:
     """What `make_studies` wrote of a layer."""
     file = state.spectra[layer]
     data = place.read(file.file)
     if data is None or file_of(file.file, data) != file:
         raise UserError(f"{place.at(file.file)} was changed while the build ran; run it again")
     try:
-        return Study.unpack(data)
+        return RankErrors.unpack(data)
     except KeyError:  # it held singular values alone
         raise UserError(
             f"{place.at(file.file)} is of an earlier version of mlm-train: remove {place} and build again"

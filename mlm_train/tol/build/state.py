@@ -9,17 +9,17 @@ from mlm_train.tol.format.codec import (
     PlainDtype,
     Record,
 )
-from mlm_train.tol.format.index import BASIS, STATE, File, Partition
+from mlm_train.tol.format.index import BASIS, STATE, Partition, TableFile
 from mlm_train.tol.format.index_file import is_whole
-from mlm_train.tol.format.layout import Layout, Storage
-from mlm_train.tol.storage.base import Place, refuse_used, remove_drafts, remove_matching
+from mlm_train.tol.format.layout import Layout, TableSpec
+from mlm_train.tol.storage.base import Storage, refuse_used, remove_drafts, remove_matching
 from mlm_train.utils.files import json_text
 from mlm_train.utils.records import SEAL, json_value, seal_of
 
 SPECTRA = ".spectrum-{}.safetensors"  # of a layer, which an unfinished build keeps
 
 
-class Plan(Record):
+class BuildPlan(Record):
     """All that the partitions' bytes depend on; an unfinished folder is resumed only by an equal plan."""
 
     checkpoint: str
@@ -27,7 +27,7 @@ class Plan(Record):
     vocab_size: int
     num_layers: int
     hidden_size: int
-    storage: Storage
+    storage: TableSpec
     partitions: int
     compute: PlainDtype
     chunk_rows: int
@@ -55,7 +55,7 @@ class Plan(Record):
         return f"rows-{number:05d}-of-{self.partitions:05d}.safetensors"
 
 
-class State(BaseModel):
+class BuildState(BaseModel):
     """tol.build.json: exists while a build is unfinished; it carries a checksum of itself.
 
     spectra: of layers, until the layout is known. done: committed partitions by number; sums: for each of
@@ -63,10 +63,10 @@ class State(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
-    plan: Plan
+    plan: BuildPlan
     layout: Layout | None = None
-    spectra: dict[int, File] = Field(default_factory=dict)
-    basis: File | None = None
+    spectra: dict[int, TableFile] = Field(default_factory=dict)
+    basis: TableFile | None = None
     done: dict[int, Partition] = Field(default_factory=dict)
     sums: dict[int, list[tuple[float, float]]] = Field(default_factory=dict)
 
@@ -81,13 +81,13 @@ class State(BaseModel):
         start, stop = self.plan.rows(number)
         return self.layout.shape.file_bytes(stop - start)
 
-    def save(self, place: Place) -> None:
+    def save(self, place: Storage) -> None:
         """Commit: what it names is never made again."""
         tree = self.model_dump(mode="json")
         place.write(STATE, json_text(tree | {SEAL: seal_of(tree)}).encode())
 
     @classmethod
-    def load(cls, place: Place) -> Self | None:
+    def load(cls, place: Storage) -> Self | None:
         """What `save` wrote, None where nothing did; UserError where it was changed since."""
         if (data := place.read(STATE)) is None:
             return None
@@ -100,22 +100,22 @@ class State(BaseModel):
             raise UserError(f"{place.at(STATE)} is damaged; remove {place} and build again") from None
 
 
-def begin(place: Place, plan: Plan) -> State:
+def begin(place: Storage, plan: BuildPlan) -> BuildState:
     """The state to go on from, saved. Committed files are looked at again; damaged ones are dropped.
 
     Raises UserError for a place with other contents, and one with partitions of another plan.
     """
-    state = State.load(place)
+    state = BuildState.load(place)
     if state is not None:
         state = _resumed(place, plan, state)
     if state is None:
         refuse_used(place, STATE)
-        state = State(plan=plan)
+        state = BuildState(plan=plan)
     state.save(place)
     return state
 
 
-def _resumed(place: Place, plan: Plan, state: State) -> State | None:
+def _resumed(place: Storage, plan: BuildPlan, state: BuildState) -> BuildState | None:
     """The unfinished build there; None, and nothing of it left, when it never committed anything."""
     remove_drafts(place)
     if state.plan != plan and not state.done:
@@ -151,6 +151,6 @@ def spectrum_name(layer: int) -> str:
     return SPECTRA.format(f"{layer:05d}")
 
 
-def remove_spectra(place: Place) -> None:
+def remove_spectra(place: Storage) -> None:
     """Those of layers whose ranks are chosen, or of another plan, are of no use any more."""
     remove_matching(place, SPECTRA.format("*"))

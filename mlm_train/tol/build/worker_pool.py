@@ -7,7 +7,7 @@ from typing import Any
 
 from mlm_train.errors import UserError, first_line
 from mlm_train.tol.build.ray_cluster import check_ray, check_room
-from mlm_train.tol.build.worker import Job, Worker
+from mlm_train.tol.build.worker import BuildWorker, WorkerJob
 
 POLL = 0.5  # seconds
 PATIENCE = 30.0  # seconds that workers may take to start before it is said
@@ -20,7 +20,7 @@ class WorkerDied(Exception):
 
 
 @dataclass
-class Member:
+class PoolWorker:
     """A worker, and what it is doing."""
 
     actor: Any
@@ -28,13 +28,13 @@ class Member:
     task: Any = None
 
 
-class Crew:
+class WorkerPool:
     """Keeps `size` workers: one that dies is replaced, where the cluster has room for another.
 
     cpus, gpus: what each takes of the cluster. Raises UserError where no node has that.
     """
 
-    def __init__(self, job: Job, size: int, cpus: int, gpus: float = 0.0) -> None:
+    def __init__(self, job: WorkerJob, size: int, cpus: int, gpus: float = 0.0) -> None:
         import ray
 
         self.job, self._needs = job, {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
@@ -42,20 +42,20 @@ class Crew:
         check_room(self._needs, fix)
         # An actor that is given up must not come back: its partition is made anew, under another name.
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
-        self._class = ray.remote(**options)(Worker)
-        self._busy: dict[Any, Member] = {}
+        self._class = ray.remote(**options)(BuildWorker)
+        self._busy: dict[Any, PoolWorker] = {}
         self._starts_left = self._patience = _STARTS * size
-        self.size, self.idle = size, list[Member]()
+        self.size, self.idle = size, list[PoolWorker]()
         self._told = False
         for _ in range(size):
             self._hire()
 
     def _hire(self) -> None:
-        member = Member(self._class.remote(self.job))
+        member = PoolWorker(self._class.remote(self.job))
         self._busy[member.actor.ready.remote()] = member
         self._hired = time.monotonic()
 
-    def do(self, member: Member, task: Any, method: str, *args: Any) -> None:
+    def do(self, member: PoolWorker, task: Any, method: str, *args: Any) -> None:
         """Have an idle member do something; `finished` says when, with `task`."""
         self.idle.remove(member)
         member.task = task
@@ -90,7 +90,7 @@ class Crew:
                 ended.append((task, result))
         return ended
 
-    def _replace(self, member: Member, starting: bool, death: WorkerDied) -> None:
+    def _replace(self, member: PoolWorker, starting: bool, death: WorkerDied) -> None:
         """Take another for one that died; UserError where none comes up any more."""
         import ray
 

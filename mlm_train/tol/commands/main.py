@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mlm_train.errors import UserError, escaped
 from mlm_train.tol.commands.fetch import add_fetch, run_fetch
 from mlm_train.tol.commands.inspect import add_inspect, run_inspect
-from mlm_train.tol.commands.options import add_storage_arguments, given, storage_of
+from mlm_train.tol.commands.options import add_storage_arguments, given, table_spec_of
 from mlm_train.tol.storage.urls import refuse_url_output
 from mlm_train.utils.arguments import MODEL_KINDS, add_action
 from mlm_train.utils.checks import add_verify
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from mlm_train.evaluate.scorer import Scorer
     from mlm_train.tol.build.builder import Build
     from mlm_train.tol.format.index import TolIndex
-    from mlm_train.tol.storage.node_folders import OwnFolder
 
 BUILT = "bfloat16"  # what a build stores where nothing is said
 
@@ -188,22 +187,22 @@ def _copy(build: "Build", args: argparse.Namespace) -> None:
     """With --each-node: to all others."""
     if not args.each_node:
         return
-    from mlm_train.tol.storage.node_folders import OwnFolder
+    from mlm_train.tol.storage.node_folders import NodeFolder
     from mlm_train.tol.tools.copy_to_nodes import copy_to_nodes
 
-    assert isinstance(build.place, OwnFolder)
+    assert isinstance(build.place, NodeFolder)
     count = copy_to_nodes(build.place, args.ray_address)
     print(f"copied to {count} other node{'' if count == 1 else 's'}")
 
 
-def _place(args: argparse.Namespace) -> "str | OwnFolder":
+def _place(args: argparse.Namespace) -> "str | NodeFolder":
     """Where a table is to go."""
     if not args.each_node:
         return str(args.output)
-    from mlm_train.tol.storage.node_folders import OwnFolder
+    from mlm_train.tol.storage.node_folders import NodeFolder
 
     refuse_url_output(args.output, "--each-node gives each node its own")
-    return OwnFolder(args.output)
+    return NodeFolder(args.output)
 
 
 def _scorer(args: argparse.Namespace, build: "Build") -> "Scorer | None":
@@ -282,7 +281,7 @@ def _build(args: argparse.Namespace) -> "Build":
     from mlm_train.tol.build.builder import Build
 
     config = read_model_config(args.model)
-    storage = storage_of(args, list(range(config.num_hidden_layers)), config.hidden_size, BUILT)
+    storage = table_spec_of(args, list(range(config.num_hidden_layers)), config.hidden_size, BUILT)
     return Build(
         args.model,
         _place(args),
@@ -300,7 +299,7 @@ def _compression(args: argparse.Namespace) -> "Build":
     from mlm_train.tol.format.index_file import read_index
 
     index = read_index(args.table)
-    storage = storage_of(args, index.layers, index.hidden_size)
+    storage = table_spec_of(args, index.layers, index.hidden_size)
     return Build(
         None,
         _place(args),

@@ -5,14 +5,14 @@ import json
 from pathlib import Path
 
 from mlm_train.errors import UserError
-from mlm_train.tol.format.index import FETCHED, INDEX, REBUILD, STATE, File, TolIndex
-from mlm_train.tol.storage.base import Files, Place
-from mlm_train.tol.storage.local import Folder, sha256_at
+from mlm_train.tol.format.index import FETCHED, INDEX, REBUILD, STATE, TableFile, TolIndex
+from mlm_train.tol.storage.base import Storage, StorageReader
+from mlm_train.tol.storage.local import LocalFolder, sha256_at
 from mlm_train.tol.storage.urls import refuse_url
 from mlm_train.utils.records import parse_json, record_of
 
 
-def is_whole(place: Place, file: File, by_size: bool = False) -> bool:
+def is_whole(place: Storage, file: TableFile, by_size: bool = False) -> bool:
     """Whether a file is there with the contents that an index gives it; `by_size`: as its size shows."""
     return place.size(file.file) == file.bytes and (by_size or sha256_at(place, file.file) == file.sha256)
 
@@ -20,15 +20,15 @@ def is_whole(place: Place, file: File, by_size: bool = False) -> bool:
 def read_index(folder: str | Path) -> TolIndex:
     """The index of a ToL folder; UserError for a missing, broken or unknown one, and for a URL."""
     refuse_url(folder)
-    return index_at(Folder(Path(folder)))
+    return index_at(LocalFolder(Path(folder)))
 
 
-def index_at(place: Place) -> TolIndex:
+def index_at(place: Storage) -> TolIndex:
     """The same of a folder or a URL."""
     return parse_index(index_bytes(place), place.at(INDEX))
 
 
-def index_bytes(place: Files) -> bytes:
+def index_bytes(place: StorageReader) -> bytes:
     """The file INDEX; UserError where there is none, which says whether the table is only unfinished."""
     if (data := place.read(INDEX)) is not None:
         return data
@@ -49,7 +49,7 @@ def parse_index(data: bytes, file: str) -> TolIndex:
     return index
 
 
-def write_index(place: Place, index: TolIndex) -> None:
+def write_index(place: Storage, index: TolIndex) -> None:
     """Make a place a ToL: call it when every partition is there."""
     tree = index.model_dump(mode="json") | {"digest": _NO_DIGEST}
     data = (json.dumps(tree, indent=2) + "\n").encode()

@@ -11,7 +11,7 @@ from mlm_train.tol.format.partition import RowShape
 from mlm_train.utils.records import Record
 
 
-class Storage(Record):
+class TableSpec(Record):
     """How rows are to be stored.
 
     layers: the kept ones; None keeps all. rank: of every layer; budget: bytes of the whole table, within
@@ -69,7 +69,7 @@ class Layout(Record):
     schemes: list[Scheme]
 
     @classmethod
-    def of(cls, storage: Storage, layers: int, hidden: int) -> Self:
+    def of(cls, storage: TableSpec, layers: int, hidden: int) -> Self:
         """That of a storage whose ranks are known."""
         kept = list(range(layers)) if storage.layers is None else storage.layers
         schemes = storage.schemes or [storage.scheme(storage.rank)] * len(kept)

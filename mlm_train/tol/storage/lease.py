@@ -22,9 +22,9 @@ from typing import NamedTuple
 from pydantic import Field
 
 from mlm_train.errors import UserError, escaped
-from mlm_train.tol.storage.base import Place
+from mlm_train.tol.storage.base import Storage
 from mlm_train.utils.records import Record, json_value
-from mlm_train.utils.run_lock import Attempt
+from mlm_train.utils.run_lock import SlurmAttempt
 
 OWNER = "tol.owner.json"
 # Seconds for which a mark counts. All processes must agree, so it is for tests only to change.
@@ -50,7 +50,7 @@ class Owner(NamedTuple):
     @classmethod
     def here(cls) -> "Owner":
         """This process, by a new id."""
-        job, restart = Attempt.here() or (None, 0)
+        job, restart = SlurmAttempt.here() or (None, 0)
         return cls(secrets.token_hex(8), socket.gethostname(), os.getpid(), job, restart, time.time())
 
     def follows(self, other: "Owner") -> bool:
@@ -75,7 +75,7 @@ class _Mark(Record):
 class Lease:
     """Holds a URL for this process; see `leased`."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Storage) -> None:
         self.place, self.mine = place, Owner.here()
 
     def take(self, doing: str) -> None:
@@ -105,17 +105,17 @@ class Lease:
         """Raise Lost where this process is not the owner any more."""
         self._check(self.place)
 
-    def _check(self, place: Place) -> None:
+    def _check(self, place: Storage) -> None:
         found = _read(place)
         if found is None or found.id != self.mine.id:
             by = found or "another process, which has ended"
             raise Lost(f"{place} was taken over by {by}; this process ends and writes nothing more")
 
-    def _write(self, place: Place) -> None:
+    def _write(self, place: Storage) -> None:
         tree = self.mine._replace(time=time.time())._asdict()
         place.write(OWNER, (json.dumps(tree) + "\n").encode())
 
-    def renew(self, open_place: Callable[[], Place], ended: threading.Event) -> None:
+    def renew(self, open_place: Callable[[], Storage], ended: threading.Event) -> None:
         """Keep the mark fresh; end this process once it is another's, whatever the main thread does."""
         place = None
         while not ended.wait(REFRESH):
@@ -138,7 +138,7 @@ class Lease:
 
 
 @contextlib.contextmanager
-def leased(open_place: Callable[[], Place], doing: str) -> Iterator[Lease]:
+def leased(open_place: Callable[[], Storage], doing: str) -> Iterator[Lease]:
     """Hold a place while the block runs; `doing` says what another holder does.
 
     open_place: opens it anew, without a lease; the file systems of some stores serve one thread each.
@@ -156,7 +156,7 @@ def leased(open_place: Callable[[], Place], doing: str) -> Iterator[Lease]:
         lease.end()
 
 
-def _read(place: Place) -> Owner | None:
+def _read(place: Storage) -> Owner | None:
     """The owner; None where there is none, or none that can be made out."""
     data = place.read(OWNER)
     try:

@@ -17,10 +17,10 @@ import numpy as np
 from mlm_train.errors import UserError
 from mlm_train.tol.storage.base import BLOCK_BYTES
 from mlm_train.tol.storage.direct_io import FileSink, Sink
-from mlm_train.tol.storage.local import Folder
+from mlm_train.tol.storage.local import LocalFolder
 
 
-class OwnFolder(Folder):
+class NodeFolder(LocalFolder):
     """The builder's folder, which only its node sees; names of environment variables in it are replaced."""
 
     in_order = True
@@ -29,7 +29,7 @@ class OwnFolder(Folder):
         self.asked = str(path)
         super().__init__(expanded(self.asked))
         self._keeper = f"tol-{secrets.token_hex(8)}"
-        self.address = KEEPER + self._keeper
+        self.address = SERVED + self._keeper
 
     @contextlib.contextmanager
     def served(self) -> Iterator[None]:
@@ -37,7 +37,7 @@ class OwnFolder(Folder):
         import ray
 
         here = ray.get_runtime_context().get_node_id()
-        keeper = ray.remote(num_cpus=0, max_concurrency=16)(Keeper)
+        keeper = ray.remote(num_cpus=0, max_concurrency=16)(FolderServer)
         actor = keeper.options(name=self._keeper, scheduling_strategy=_on(here)).remote(str(self.path))
         ray.get(actor.ready.remote())
         try:
@@ -60,11 +60,11 @@ def _on(node: str) -> Any:
     return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
-class Keeper:
+class FolderServer:
     """A Ray actor: the files of a folder, for processes of other nodes."""
 
     def __init__(self, path: str) -> None:
-        self._folder = Folder(Path(path))
+        self._folder = LocalFolder(Path(path))
 
     def ready(self) -> None:
         """Returns once it runs."""
@@ -89,14 +89,14 @@ class Keeper:
             sink.finish()
 
 
-class KeptFiles:
+class ServedFolder:
     """The builder's folder as processes of its build see it, from any node."""
 
     def __init__(self, address: str) -> None:
         import ray
 
         self.address = address
-        self._keeper = ray.get_actor(address.removeprefix(KEEPER))
+        self._keeper = ray.get_actor(address.removeprefix(SERVED))
 
     def __str__(self) -> str:
         return "the builder's folder"
@@ -131,13 +131,13 @@ class KeptFiles:
 
     def sink(self, draft: str, header: bytes = b"") -> Sink:
         """A block at a time."""
-        return KeptSink(self, draft, len(header))
+        return ServedSink(self, draft, len(header))
 
 
-class KeptSink:
+class ServedSink:
     """A draft in the builder's folder, filled in order."""
 
-    def __init__(self, place: KeptFiles, draft: str, start: int) -> None:
+    def __init__(self, place: ServedFolder, draft: str, start: int) -> None:
         self._place, self._draft, self._at = place, draft, start
 
     def append(self, data: np.ndarray) -> None:
@@ -155,4 +155,4 @@ class KeptSink:
         """Nothing is held."""
 
 
-KEEPER = "keeper:"  # of addresses that only processes of one build understand
+SERVED = "keeper:"  # of addresses that only processes of one build understand

@@ -8,11 +8,11 @@ from rich.progress import track
 
 from mlm_train.errors import UserError, first_line
 from mlm_train.tol.build.ray_cluster import ray_cluster
-from mlm_train.tol.storage.local import Folder
-from mlm_train.tol.storage.node_folders import KeptFiles, OwnFolder, _on, expanded
+from mlm_train.tol.storage.local import LocalFolder
+from mlm_train.tol.storage.node_folders import NodeFolder, ServedFolder, _on, expanded
 
 
-def copy_to_nodes(place: OwnFolder, ray_address: str | None) -> int:
+def copy_to_nodes(place: NodeFolder, ray_address: str | None) -> int:
     """Give every other node of the cluster the finished table of this one; how many those are.
 
     A node's copy that was broken off goes on; files that are whole are kept. Raises UserError naming the
@@ -47,7 +47,7 @@ def copy_to_nodes(place: OwnFolder, ray_address: str | None) -> int:
 def _copy_here(address: str, path: str) -> None:
     from mlm_train.tol.tools.fetch import copy_table
 
-    copy_table(KeptFiles(address), Folder(expanded(path)))
+    copy_table(ServedFolder(address), LocalFolder(expanded(path)))
 
 
 def _as_they_end(running: list[Any]) -> Iterator[Any]:
