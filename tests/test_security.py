@@ -243,8 +243,8 @@ def test_a_url_with_a_password_is_no_config_value(
         line = refused("pretrain", *tiny, f"{name}={url}")
         assert f"{name} holds a URL with a user name or password" in line and SECRET not in line
     monkeypatch.setenv("HF_TOKEN", SECRET)  # the job gets it, the command does not show it
-    place = (f"data.path={data}", f"train.output={tmp_path / 'run'}")
-    mlm_train("launch", "--slurm", *tiny, *place, "--nproc", 1, "--render")
+    storage = (f"data.path={data}", f"train.output={tmp_path / 'run'}")
+    mlm_train("launch", "--slurm", *tiny, *storage, "--nproc", 1, "--render")
     assert SECRET not in capsys.readouterr().out
 
 

@@ -99,8 +99,8 @@ def _write_build(table: Path, folder: Path) -> None:
     index = read_index(table)
     sizes = {name: getattr(index, name) for name in ("vocab_size", "num_layers", "hidden_size")}
     how = {"compute": "float32", "chunk_rows": index.source.chunk_rows or 2048, "threads": 1}
-    storage = TableSpec(dtype="bfloat16")
-    plan = BuildPlan(checkpoint=index.source.checkpoint, storage=storage, partitions=3, **sizes, **how)
+    spec = TableSpec(dtype="bfloat16")
+    plan = BuildPlan(checkpoint=index.source.checkpoint, spec=spec, partitions=3, **sizes, **how)
     BuildState(plan=plan, done=dict(enumerate(index.partitions))).save(LocalFolder(folder))
 
 
@@ -127,16 +127,16 @@ def _write_tokenizers(folder: Path, sentencepiece: Path) -> None:
     unigram: Any = HuggingFace(models.Unigram())
     unigram.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
     unigram.pre_tokenizer, unigram.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    pieces: Any = HuggingFace(models.WordPiece(unk_token="<unk>"))
-    pieces.normalizer, pieces.decoder = normalizers.BertNormalizer(), decoders.WordPiece()
-    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    scheduler: Any = HuggingFace(models.WordPiece(unk_token="<unk>"))
+    scheduler.normalizer, scheduler.decoder = normalizers.BertNormalizer(), decoders.WordPiece()
+    scheduler.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     words: Any = HuggingFace(models.BPE(unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}{1,3}|\s+(?!\S)|\s+|."), "isolated")
     special = {"special_tokens": ["<unk>", "</s>"]}
     for name, tokenizer, trainer in (
         ("tokenizer", bpe, trainers.BpeTrainer(**quiet, **special, initial_alphabet=alphabet)),
         ("unigram", unigram, trainers.UnigramTrainer(**quiet, **special, unk_token="<unk>")),
-        ("pieces", pieces, trainers.WordPieceTrainer(**quiet, **special)),
+        ("pieces", scheduler, trainers.WordPieceTrainer(**quiet, **special)),
         ("words", words, trainers.BpeTrainer(**quiet, **special)),
     ):
         tokenizer.train_from_iterator([WORDS] * 4, trainer)

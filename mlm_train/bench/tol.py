@@ -205,12 +205,12 @@ def _rate(processes: list[ProcessPoolExecutor], work: Callable[[int, int], float
 def _files(folder: Path, build: Build, args: argparse.Namespace, measured: Repeated) -> None:
     """The parts of a partition beside FFN-M, and plain writing, in turn."""
     plan = build.plan
-    place = Layout.of(plan.storage, plan.num_layers, plan.hidden_size)
+    storage = Layout.of(plan.spec, plan.num_layers, plan.hidden_size)
     start, stop = plan.rows(0)
-    size = place.shape.file_bytes(stop - start)
+    size = storage.shape.file_bytes(stop - start)
     with tol_worker.start_process(args.threads) as process:
         for _ in track(range(args.runs), "files", console=Console(stderr=True), transient=True):
-            work = (folder, place, stop - start, plan.chunk_rows)
+            work = (folder, storage, stop - start, plan.chunk_rows)
             spent = process.submit(tol_worker.files, *work).result()
             for part in ("encode", "write", "hash", "commit"):
                 measured.add(f"parts.{part}", spent[part], "s a partition")

@@ -96,11 +96,11 @@ def files(folder: Path, layout: Layout, rows: int, chunk: int) -> dict[str, floa
     with _added(spent, "plain"):
         _write_plain(path, block, size)
     path.unlink()
-    place, header, digest = LocalFolder(folder), layout.shape.header(rows), hashlib.sha256()
+    storage, header, digest = LocalFolder(folder), layout.shape.header(rows), hashlib.sha256()
     (data,) = buffers(chunk, layout.shape.size, 1)
     with _added(spent, "write"):
-        draft = place.draft(path.name, size, header)
-        file = place.sink(draft, header)
+        draft = storage.draft(path.name, size, header)
+        file = storage.sink(draft, header)
     for first, last in chunks_of(0, rows, chunk):
         with _added(spent, "encode"):
             for out in data[: last - first].chunk(len(layout.layers), 1):
@@ -113,7 +113,7 @@ def files(folder: Path, layout: Layout, rows: int, chunk: int) -> dict[str, floa
         file.finish()
         file.close()
     with _added(spent, "commit"):
-        place.name_draft(draft, path.name, size)
+        storage.name_draft(draft, path.name, size)
     path.unlink()
     return spent
 

@@ -74,7 +74,7 @@ class TimedTransport:
         total = self.executor.backward(batches, 1.0 / labels)
         seconds = time.perf_counter() - started
         self.loss = total.item() / labels
-        return max(self.runtime.together(lambda: seconds))
+        return max(self.runtime.gather(lambda: seconds))
 
     def moved(self, batches: list[MicroBatch]) -> int:
         """Payload bytes that a step moves between all ranks."""
@@ -83,7 +83,7 @@ class TimedTransport:
         with Traffic() as traffic:
             total = self.executor.backward(batches, 1.0 / labels)
         self.loss = total.item() / labels
-        return sum(self.runtime.together(lambda: traffic.bytes))
+        return sum(self.runtime.gather(lambda: traffic.bytes))
 
 
 def work(order_file: str) -> int:
@@ -97,7 +97,7 @@ def work(order_file: str) -> int:
     }
     runtime = candidates[None].runtime
     result = _measure(candidates, _steps(data, runtime), order["runs"])
-    if runtime.leads:
+    if runtime.is_rank_0:
         report.write_result(order_file, result)
     runtime.barrier()
     processes.stop()
@@ -121,7 +121,7 @@ def _measure(candidates: dict[str | None, TimedTransport], batches_of: Step, run
             channel = candidates[name].executor.channel
             figures["formula"].append(channel.bytes_per_step(distinct[-1], tokens))
             figures["losses"].append(candidates[name].loss)
-    quiet = not candidates[None].runtime.leads
+    quiet = not candidates[None].runtime.is_rank_0
     console = Console(stderr=True)
     for run in track(range(runs), "timing", console=console, transient=True, disable=quiet):
         batches = batches_of(COUNTED + run)

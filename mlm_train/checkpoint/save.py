@@ -85,20 +85,20 @@ def write_checkpoint(root: Path, snapshot: Snapshot, runtime: Runtime) -> Path:
     """
     final = step_folder(root, snapshot.step)
     partial = root / f"{PARTIAL}{final.name}{SlurmAttempt.suffix()}"
-    place = runtime.place  # each part may take long of its own
-    place.at("space")
-    runtime.everywhere(lambda: _prepare(partial, snapshot))
+    marker = runtime.marker  # each part may take long of its own
+    marker.at("space")
+    runtime.broadcast(lambda: _prepare(partial, snapshot))
     try:
-        place.at("look for what is not finite")
-        runtime.together(lambda: _refuse_nonfinite(snapshot))
-        place.at("write")
+        marker.at("look for what is not finite")
+        runtime.gather(lambda: _refuse_nonfinite(snapshot))
+        marker.at("write")
         mine = write_tensors(partial, snapshot.state, runtime.groups.control)
-        place.at("commit")
-        files = [entry for entries in runtime.together(lambda: mine) for entry in entries]
+        marker.at("commit")
+        files = [entry for entries in runtime.gather(lambda: mine) for entry in entries]
         manifest = snapshot.manifest | {"files": sorted(files, key=lambda entry: entry["file"])}
-        runtime.everywhere(lambda: _finish(partial, manifest, final, snapshot.keep))
+        runtime.broadcast(lambda: _finish(partial, manifest, final, snapshot.keep))
     except UserError:
-        runtime.everywhere(lambda: shutil.rmtree(partial, ignore_errors=True))
+        runtime.broadcast(lambda: shutil.rmtree(partial, ignore_errors=True))
         raise
     return final
 

@@ -29,7 +29,7 @@ class Distinct(NamedTuple):
 
     micro_batch: float
     step: float
-    everywhere: float
+    all_ranks: float
 
     @classmethod
     def of(cls, ids: Sequence[Tensor], ranks: int = 1) -> "Distinct":
@@ -38,7 +38,7 @@ class Distinct(NamedTuple):
         return cls(
             micro_batch=sum(map(len, found)) / len(found),
             step=len(torch.cat(found[::ranks]).unique()),
-            everywhere=len(torch.cat(found).unique()),
+            all_ranks=len(torch.cat(found).unique()),
         )
 
 
@@ -132,7 +132,7 @@ def table_bytes(config: Config, topology: Topology, distinct: Distinct) -> float
 
 def _own_rows(topology: Topology, distinct: Distinct, shared: bool) -> float:
     """Rows of a table that this rank computes."""
-    return distinct.everywhere / topology.data if shared else distinct.step
+    return distinct.all_ranks / topology.data if shared else distinct.step
 
 
 def seconds(config: Config, topology: Topology, distinct: Distinct, speeds: Speeds) -> float:

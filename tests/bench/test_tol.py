@@ -81,8 +81,8 @@ def test_nothing_stays(tmp_path: Path) -> None:
 
 
 def test_files_leave_nothing(tmp_path: Path) -> None:
-    place = Layout.of(TableSpec(), 5, 64)
-    spent = tol_worker.files(tmp_path, place, CHUNK_ROWS + 7, CHUNK_ROWS)
+    storage = Layout.of(TableSpec(), 5, 64)
+    spent = tol_worker.files(tmp_path, storage, CHUNK_ROWS + 7, CHUNK_ROWS)
     assert spent.keys() == {"plain", *PARTS} and min(spent.values()) > 0
     assert not list(tmp_path.iterdir())
 

@@ -36,7 +36,7 @@ def _count(mode: str) -> list[dict[str, int]]:
     found |= {"flops": flops.get_total_flops(), "sent": traffic.by_operation["alltoall_base_"]}
     if isinstance(table.share, DataParallelSharing):
         found["formula"] = table.share.bytes_per_step(len(table.blocks), config.model.hidden_size, 4)
-    return runtime.together(lambda: found)
+    return runtime.gather(lambda: found)
 
 
 def tensor_traffic(modes: list[str]) -> dict[str, Any]:

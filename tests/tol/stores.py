@@ -56,8 +56,8 @@ class Objects:
 
 def names(url: str) -> list[str]:
     """All files, the owner's mark too."""
-    place = storage_at(url)
-    return sorted([*place.names(), *([OWNER] if place.read(OWNER) is not None else [])])
+    storage = storage_at(url)
+    return sorted([*storage.names(), *([OWNER] if storage.read(OWNER) is not None else [])])
 
 
 def done(url: str) -> int:
@@ -84,9 +84,9 @@ def kill(process: "subprocess.Popen[str]") -> None:
 
 def put(url: str, name: str, data: bytes) -> None:
     """As a stranger would."""
-    place = storage_at(url)
-    assert isinstance(place, ObjectStorage)
-    place._fs.pipe_file(place._path(name), data)
+    storage = storage_at(url)
+    assert isinstance(storage, ObjectStorage)
+    storage._fs.pipe_file(storage._path(name), data)
 
 
 def flip(url: str, name: str) -> None:

@@ -68,11 +68,9 @@ def test_a_trial_is_what_the_table_would_be(
         trial.chosen = {1: option}
         kept = [0, 2] if option is None else [0, 1, 2]
         whole = Scheme(dtype="float32")
-        storage = TableSpec(
-            layers=kept, schemes=[option if layer == 1 and option else whole for layer in kept]
-        )
+        spec = TableSpec(layers=kept, schemes=[option if layer == 1 and option else whole for layer in kept])
         folder = tmp_path / str(number)
-        Build(None, folder, storage, table=tables["float32"], partitions=2).run()
+        Build(None, folder, spec, table=tables["float32"], partitions=2).run()
         stored = TolSource.open_folder(folder, model.config).open(ids, x0)
         read = trial.open(ids, x0)
         for layer in range(3):

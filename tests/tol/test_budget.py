@@ -104,7 +104,7 @@ def test_a_gap_is_stated_where_too_many_pairs_come_up() -> None:
 
 def every_table(plan: BuildPlan, errors: Sequence[Tensor]) -> Iterator[tuple[Layout, float]]:
     """All layouts that keep a layer, and the sums of their layers' errors, as Study has them."""
-    hidden, schemes = plan.hidden_size, plan.storage.searched
+    hidden, schemes = plan.hidden_size, plan.spec.searched
     ways = [
         (scheme.model_copy(update={"rank": None if column == hidden else column + 1}), (number, column))
         for number, scheme in enumerate(schemes)
@@ -138,17 +138,17 @@ def written_bytes(plan: BuildPlan, layout: Layout, folder: Path) -> int:
         TableSpec(dtype=None, group_size=3, budget=1),
     ],
 )
-def test_the_table_is_the_best_of_all_tables(storage: TableSpec, tmp_path: Path) -> None:
+def test_the_table_is_the_best_of_all_tables(spec: TableSpec, tmp_path: Path) -> None:
     """Of two layers of five numbers, each padded to 16 bytes; not where all are whole in one plain type."""
     numbers = torch.Generator().manual_seed(7)
     given = {"checkpoint": "", "vocab_size": 40, "num_layers": 2, "hidden_size": 5, "partitions": 2}
-    plan = BuildPlan(**given, compute="float32", chunk_rows=10, threads=1, storage=storage)
-    shape = (len(storage.searched), 6)
+    plan = BuildPlan(**given, compute="float32", chunk_rows=10, threads=1, spec=spec)
+    shape = (len(spec.searched), 6)
     errors = [torch.rand(shape, generator=numbers, dtype=torch.float64) ** 2 for _ in range(2)]
     tables = [(*one, written_bytes(plan, one[0], tmp_path)) for one in every_table(plan, errors)]
     before = np.inf
     for budget in (*range(min(size for _, _, size in tables), 10_600, 40), 10**6):
-        plan = plan.model_copy(update={"storage": storage.model_copy(update={"budget": budget})})
+        plan = plan.model_copy(update={"storage": spec.model_copy(update={"budget": budget})})
         layout = lay_out(plan, errors)
         (found,) = (one for one in tables if one[0] == layout)
         assert found[2] <= budget and found[1] <= before

@@ -41,11 +41,11 @@ STORAGES = {
 }
 
 
-def build(source: Path, output: Path, storage: TableSpec, workers: int = 2, **options: Any) -> None:
+def build(source: Path, output: Path, spec: TableSpec, workers: int = 2, **options: Any) -> None:
     from_table = (source / INDEX).is_file()
-    places = {"model": None, "table": source} if from_table else {"model": source}
+    storages = {"model": None, "table": source} if from_table else {"model": source}
     options = {"partitions": 3, "chunk_rows": 100} | options
-    Build(**places, output=output, storage=storage, **options).run(workers)
+    Build(**storages, output=output, spec=spec, **options).run(workers)
 
 
 def true_rows(model: Transformer) -> Tensor:
@@ -65,12 +65,12 @@ def stored_rows(folder: Path) -> dict[int, Tensor]:
 def test_from_weights_and_from_a_table(
     name: str, ray: None, tables: dict[str, Path], exported: Path, model: Transformer, tmp_path: Path
 ) -> None:
-    storage, limit = STORAGES[name]
+    spec, limit = STORAGES[name]
     true = true_rows(model)
     for source, folder in ((exported, tmp_path / "weights"), (tables["float32"], tmp_path / "table")):
-        build(source, folder, storage)
+        build(source, folder, spec)
         index, stored = read_index(folder), stored_rows(folder)
-        assert list(stored) == (storage.layers or [0, 1, 2]) and index.errors is not None
+        assert list(stored) == (spec.layers or [0, 1, 2]) and index.errors is not None
         for (layer, rows), said in zip(stored.items(), index.errors, strict=True):
             error = float((rows - true[:, layer]).norm() / true[:, layer].norm())
             assert error < limit and said == pytest.approx(error, rel=1e-4)
@@ -112,10 +112,10 @@ def test_a_budget_is_kept_and_used_where_it_counts(ray: None, tmp_path: Path) ->
 def test_groups_of_layers_and_workers_do_not_change_a_byte(
     name: str, ray: None, exported: Path, tmp_path: Path
 ) -> None:
-    storage, _ = STORAGES[name]
+    spec, _ = STORAGES[name]
     """All layers at once and in order, or group by group: that is also what a few partitions are cut into."""
     for folder, workers, options in (("one", 1, {}), ("few", 2, {}), ("groups", 1, {"group_bytes": 1})):
-        build(exported, tmp_path / folder, storage, workers, partitions=8, chunk_rows=75, **options)
+        build(exported, tmp_path / folder, spec, workers, partitions=8, chunk_rows=75, **options)
         assert digests(tmp_path / "one") == digests(tmp_path / folder)
         assert read_index(tmp_path / "one").errors == read_index(tmp_path / folder).errors
 
@@ -220,9 +220,9 @@ def test_damaged_rows_are_not_compressed(
     flipped = whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
     file.write_bytes(flipped)
     message = r"rows-00002.*rows \[150, 250\).* is damaged: .*mend it with `mlm-train tol build MODEL"
-    for storage in (STORAGES["int8"][0], STORAGES["rank"][0]):
+    for spec in (STORAGES["int8"][0], STORAGES["rank"][0]):
         with pytest.raises(UserError, match=message):
-            build(source, output, storage)
+            build(source, output, spec)
     assert not list(output.glob("*.safetensors"))
     file.write_bytes(whole)
     build(source, output, STORAGES["int8"][0])

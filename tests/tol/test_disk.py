@@ -38,9 +38,9 @@ def test_a_stream(system: str, row_bytes: int, tmp_path: Path, monkeypatch: pyte
     shape, counts = RowShape.packed(row_bytes), [3 * MIB // row_bytes, 2 * MIB // row_bytes + 1, 1, 5]
     random = torch.Generator().manual_seed(row_bytes)
     chunks = [torch.randint(256, (count, row_bytes), dtype=torch.uint8, generator=random) for count in counts]
-    place, header = LocalFolder(tmp_path), shape.header(sum(counts))
-    draft = place.draft("rows", shape.file_bytes(sum(counts)), header)
-    with Stream(place.sink(draft, header), header, buffers(max(counts), row_bytes)) as stream:
+    storage, header = LocalFolder(tmp_path), shape.header(sum(counts))
+    draft = storage.draft("rows", shape.file_bytes(sum(counts)), header)
+    with Stream(storage.sink(draft, header), header, buffers(max(counts), row_bytes)) as stream:
         for chunk in chunks:
             stream.rows(len(chunk)).copy_(chunk)
             stream.put(len(chunk))

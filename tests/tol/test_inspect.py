@@ -124,21 +124,21 @@ def test_plain(tmp_path: Path, dtype: str) -> None:
         TableSpec(dtype="bfloat16", rank=11),
     ],
 )
-def test_encoded(exported: Path, ray: None, tmp_path: Path, storage: TableSpec) -> None:
+def test_encoded(exported: Path, ray: None, tmp_path: Path, spec: TableSpec) -> None:
     folder = tmp_path / "tol"
-    index = Build(exported, folder, storage, partitions=3, chunk_rows=50).run()
+    index = Build(exported, folder, spec, partitions=3, chunk_rows=50).run()
     found = inspect_tol(folder, exported, top=5, neighbours=["17", "600"])
     table = TableReader.open_folder(folder)
     stored = [table.values(table.range(0, 601), layer) for layer in index.layers]
     check(found, [values.double() for values in stored if values is not None], top=5)
     assert [one.error for one in found.layers] == index.errors and None not in (index.errors or [None])
     for one in found.layers:
-        assert (one.dtype, one.rank, one.group_size) == (storage.dtype, storage.rank, storage.group_size)
-        assert len(one.singular_values) == (storage.rank or 32)
-        assert one.bytes == 601 * one.row_bytes + (storage.rank or 0) * 32 * 2
+        assert (one.dtype, one.rank, one.group_size) == (spec.dtype, spec.rank, spec.group_size)
+        assert len(one.singular_values) == (spec.rank or 32)
+        assert one.bytes == 601 * one.row_bytes + (spec.rank or 0) * 32 * 2
     headers = sum(file.bytes for file in index.partitions) - 601 * index.row_bytes
     if index.basis is not None:
-        headers += index.basis.bytes - 3 * (storage.rank or 0) * 32 * 2
+        headers += index.basis.bytes - 3 * (spec.rank or 0) * 32 * 2
     assert found.sizes.other == headers == found.sizes.bytes - sum(one.bytes for one in found.layers)
     assert found.sizes.ffn_m == 3 * (3 * 32 * 44 + 32) * 2
 

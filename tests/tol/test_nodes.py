@@ -123,9 +123,9 @@ def test_bad_input(exported: Path, tmp_path: Path) -> None:
 
 def test_one_node(exported: Path, tmp_path: Path, ray: None) -> None:
     """Without others there is nothing to copy; what a worker says of its draft reaches the builder."""
-    place = NodeFolder(tmp_path / "tol")
-    Build(exported, place, STORAGE, partitions=6).run(1)
+    storage = NodeFolder(tmp_path / "tol")
+    Build(exported, storage, STORAGE, partitions=6).run(1)
     Build(exported, tmp_path / "seen", STORAGE, partitions=6).run(1)
-    assert copy_to_nodes(place, None) == 0 and same(tmp_path / "tol", tmp_path / "seen")
+    assert copy_to_nodes(storage, None) == 0 and same(tmp_path / "tol", tmp_path / "seen")
     with pytest.raises(UserError, match="exists already"):
         Build(exported, NodeFolder(tmp_path / "tol"), STORAGE, partitions=6).run(1)

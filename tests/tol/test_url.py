@@ -88,8 +88,8 @@ def unbroken(source: Path, ray: None, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-def build(source: Path, output: str | Path, storage: TableSpec = LOW_RANK, **options: Any) -> Build:
-    return Build(source, output, storage, **{"partitions": PARTITIONS} | options)
+def build(source: Path, output: str | Path, spec: TableSpec = LOW_RANK, **options: Any) -> Build:
+    return Build(source, output, spec, **{"partitions": PARTITIONS} | options)
 
 
 @pytest.mark.parametrize("name", STORAGES)
@@ -120,13 +120,13 @@ def test_a_killed_builder_goes_on(
     first = start("tol", "build", source, "--output", url, *OPTIONS)
     wait_until(lambda: done(url) >= 3, first)
     kill(first)
-    place = storage_at(url)
-    state = BuildState.load(place)
+    storage = storage_at(url)
+    state = BuildState.load(storage)
     assert state is not None and OWNER in names(url) and INDEX not in names(url)
     put(url, f".{STATE}.writing", b"half")
     # Would change if it were made again: what was committed is looked at by its size.
     kept = next(iter(state.done.values())).file
-    whole = place.read(kept) or b""
+    whole = storage.read(kept) or b""
     put(url, kept, bytes(len(whole)))
     said = ""
     time.sleep(2)
@@ -138,7 +138,7 @@ def test_a_killed_builder_goes_on(
         assert "is being built by process" in said and said.count("\n") == 1, said
         time.sleep(1)
     assert f"{url}: taken over from process {first.pid} on " in said
-    assert place.read(kept) == bytes(len(whole))
+    assert storage.read(kept) == bytes(len(whole))
     put(url, kept, whole)
     fetch_tol(url, tmp_path / "fetched")
     assert same(tmp_path / "fetched", unbroken) and OWNER not in names(url)
@@ -255,19 +255,19 @@ def test_an_owner_that_sleeps_loses_it(
 def test_unfinished_builds(url: str, exported: Path, ray: None, tmp_path: Path) -> None:
     """What was committed is kept by its size; another plan, a damaged state and other files are refused."""
     one = build(exported, url, TableSpec(), partitions=6)
-    index, place = one.run(), one.place
+    index, storage = one.run(), one.storage
     with pytest.raises(UserError, match="exists already and nothing is overwritten"):
         one.run()
-    place.remove(INDEX)
+    storage.remove(INDEX)
     state = BuildState(plan=one.plan, done=dict(enumerate(index.partitions)))
     state.sums = {number: [(0.0, 0.0)] * 3 for number in state.done}
-    state.save(place)
+    state.save(storage)
     with pytest.raises(UserError, match=r"unfinished build with partitions=6, not partitions=5"):
         build(exported, url, TableSpec(), partitions=5).run()
     other = export(tmp_path / "other", random_model(intermediate_size=30))
     with pytest.raises(UserError, match="unfinished build of another model"):
         build(other, url, TableSpec(), partitions=6).run()
-    text = (place.read(STATE) or b"").decode()
+    text = (storage.read(STATE) or b"").decode()
     changed = text.replace('"threads": 1', '"threads": 2')
     assert changed != text
     put(url, STATE, changed.encode())
@@ -275,7 +275,7 @@ def test_unfinished_builds(url: str, exported: Path, ray: None, tmp_path: Path) 
         one.run()
     put(url, STATE, text.encode())
     put(url, index.partitions[3].file, b"cut")
-    place.remove(index.partitions[5].file)
+    storage.remove(index.partitions[5].file)
     assert one.run().partitions == index.partitions
     assert not verify_tol(url).damages and OWNER not in names(url)
 

@@ -25,7 +25,7 @@ CONFIG = str(ROOT / "configs" / "micro.yaml")
 GIB = 2.0**30
 # FFN-M is what counts; lookups and links cost next to nothing.
 SPEEDS = Speeds(1e-4, 1e-5, 3e-4, 3e-5, 1e-8, 1e-9, 1e12, 1e12)
-TEXT = Distinct(micro_batch=500, step=3000, everywhere=4000)
+TEXT = Distinct(micro_batch=500, step=3000, all_ranks=4000)
 
 
 def chosen(

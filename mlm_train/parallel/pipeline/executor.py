@@ -135,7 +135,7 @@ class PipelineExecutor:
             torch.empty_like(hidden).requires_grad_() for _ in range(2 if self.channel.relays else 1)
         )
         return MarkedStage(
-            self.runtime.place,
+            self.runtime.marker,
             stage,
             stage.span.number,
             config.parallel.stages,
@@ -147,7 +147,7 @@ class PipelineExecutor:
 
     def _run(self, batches: Sequence[Batch], training: bool, scale: float) -> Tensor:
         """All through the schedule; each one's summed CE, fp64 [micro-batches], on every rank of it."""
-        self.runtime.place.at("x0")
+        self.runtime.marker.at("x0")
         device = self.runtime.device
         ids, labels = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
         index = self.channel.begin(ids) if self.model.config.has_memory or self._first else ids
@@ -162,14 +162,14 @@ class PipelineExecutor:
         if self._last:
             arguments |= {"target": labels, "losses": []}
         call(*((ids,) if self._first else ()), **arguments)
-        self.runtime.place.at("loss")
+        self.runtime.marker.at("loss")
         dist.all_reduce(sums, group=self.runtime.groups.pipeline)
         return sums
 
     def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
         """The schedule, then x0's gradient to the embedding, then the tied head's and the norms'."""
         total = self._run(batches, True, scale).sum()
-        self.runtime.place.at("gradient of x0")
+        self.runtime.marker.at("gradient of x0")
         self.channel.finish()
         self._sum_tied()
         sum_replicated(self.model, self.tensor)

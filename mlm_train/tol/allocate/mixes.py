@@ -74,6 +74,6 @@ def room_of(index: TolIndex, budget: int) -> int:
 
 
 def _partitions(index: TolIndex, layout: Layout) -> int:
-    storage, rows = TableSpec(layers=layout.layers, schemes=layout.schemes), index.vocab_size
-    largest = storage.largest(index.num_layers, index.hidden_size)
+    spec, rows = TableSpec(layers=layout.layers, schemes=layout.schemes), index.vocab_size
+    largest = spec.largest(index.num_layers, index.hidden_size)
     return partitions_of(None, rows, largest.shape.file_bytes(rows))

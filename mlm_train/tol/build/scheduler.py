@@ -44,13 +44,13 @@ class PartitionScheduler:
 
     def __init__(
         self,
-        place: Storage,
+        storage: Storage,
         plan: BuildPlan,
         shape: RowShape,
         missing: Sequence[int],
         groups: Sequence[Group],
     ) -> None:
-        self.place, self.plan, self.shape, self.groups = place, plan, shape, list(groups)
+        self.storage, self.plan, self.shape, self.groups = storage, plan, shape, list(groups)
         self._closed = sorted(missing, key=lambda number: (self._rows(number), -number))
         self._open: dict[int, _Open] = {}
         self._deaths: Counter[int] = Counter()
@@ -93,37 +93,39 @@ class PartitionScheduler:
 
     def _attempt(self, number: int) -> _Open:
         rows = self._rows(number)
-        draft = self.place.draft(self.plan.file(number), self.shape.file_bytes(rows), self.shape.header(rows))
+        draft = self.storage.draft(
+            self.plan.file(number), self.shape.file_bytes(rows), self.shape.header(rows)
+        )
         return _Open(draft, list(self.groups))
 
     def ended(
-        self, piece: PartitionTask, result: FilledRows | Partition | Exception
+        self, task: PartitionTask, result: FilledRows | Partition | Exception
     ) -> tuple[Partition, Sums] | None:
         """Take a piece's result; the partition and the sums of all its layers, once it has its name.
 
         A worker's death throws the partition's draft away, since what it has written is not known. Any
         other error is raised, unless it is about a draft that was thrown away.
         """
-        one = self._open.get(piece.number)
-        if one is None or one.draft != piece.draft:
+        one = self._open.get(task.number)
+        if one is None or one.draft != task.draft:
             return None  # of an attempt that was given up
         one.running -= 1
         if isinstance(result, WorkerDied):
-            self._again(piece.number, one, result)
+            self._again(task.number, one, result)
         elif isinstance(result, Exception):
             raise result
         elif isinstance(result, Partition):
-            return self._name(piece, one, result)
+            return self._name(task, one, result)
         else:
-            assert piece.layers is not None
-            one.sums[piece.layers] = result.sums
+            assert task.layers is not None
+            one.sums[task.layers] = result.sums
             if result.partition is not None:
-                return self._name(piece, one, result.partition)
+                return self._name(task, one, result.partition)
         return None
 
-    def _name(self, piece: PartitionTask, one: _Open, partition: Partition) -> tuple[Partition, Sums]:
-        self.place.name_draft(piece.draft, partition.file, partition.bytes)
-        del self._open[piece.number]
+    def _name(self, task: PartitionTask, one: _Open, partition: Partition) -> tuple[Partition, Sums]:
+        self.storage.name_draft(task.draft, partition.file, partition.bytes)
+        del self._open[task.number]
         return partition, [pair for group in self.groups for pair in one.sums[group]]
 
     def _again(self, number: int, one: _Open, death: WorkerDied) -> None:
@@ -133,7 +135,7 @@ class PartitionScheduler:
                 f"a worker died {ATTEMPTS} times ({death}); give it memory or fewer --workers "
                 "and run again: finished partitions are kept"
             )
-        self.place.remove(one.draft)
+        self.storage.remove(one.draft)
         del self._open[number]
         self._closed.insert(0, number)  # after all others: it may be what kills them
 

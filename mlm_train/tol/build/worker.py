@@ -84,14 +84,14 @@ class BuildWorker:
         return open_model(self.job.model, verify="sizes")
 
     @cached_property
-    def _place(self) -> StorageReader:
+    def _storage(self) -> StorageReader:
         return reader_at(self.job.output)
 
     @property
     def _folder(self) -> Path:
         """The same where it is one: only there a file is filled group by group."""
-        assert isinstance(self._place, LocalFolder)
-        return self._place.path
+        assert isinstance(self._storage, LocalFolder)
+        return self._storage.path
 
     def fill(
         self,
@@ -113,7 +113,7 @@ class BuildWorker:
         numbers = self._open(tuple(layers), weights)
         if list(layers) == layout.layers:
             header, room = layout.shape.header(stop - start), self._buffers(encoder.bytes)
-            with Stream(self._place.sink(draft, header), header, room) as stream:
+            with Stream(self._storage.sink(draft, header), header, room) as stream:
                 for first, last in chunks:
                     encoder.encode(numbers, first, last, stream.rows(last - first))
                     stream.put(last - first)
@@ -135,7 +135,7 @@ class BuildWorker:
         if basis is None or not cut:
             return {}
         if self._basis is None or self._basis[:2] != (basis, cut):
-            self._basis = (basis, cut, bases_at(self._place, basis, cut))
+            self._basis = (basis, cut, bases_at(self._storage, basis, cut))
         return self._basis[2]
 
     def _buffers(self, row_bytes: int) -> list[Tensor]:
@@ -160,9 +160,9 @@ class BuildWorker:
             spectrum = Spectrum.of(gram)
         except ValueError as error:
             raise UserError(f"layer {layer} cannot be cut to low rank: {error}; train again") from None
-        schemes = [] if plan.storage.budget is None else plan.storage.searched
+        schemes = [] if plan.spec.budget is None else plan.spec.searched
         data = RankErrors.of(spectrum, sample, plan.vocab_size, schemes).pack()
-        put(self._place.sink(draft), data)
+        put(self._storage.sink(draft), data)
         return file_of(spectrum_name(layer), data)
 
     def hash(self, draft: str, number: int) -> Partition:

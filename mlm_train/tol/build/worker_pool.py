@@ -51,15 +51,15 @@ class WorkerPool:
             self._hire()
 
     def _hire(self) -> None:
-        member = PoolWorker(self._class.remote(self.job))
-        self._busy[member.actor.ready.remote()] = member
+        worker = PoolWorker(self._class.remote(self.job))
+        self._busy[worker.actor.ready.remote()] = worker
         self._hired = time.monotonic()
 
-    def do(self, member: PoolWorker, task: Any, method: str, *args: Any) -> None:
+    def do(self, worker: PoolWorker, task: Any, method: str, *args: Any) -> None:
         """Have an idle member do something; `finished` says when, with `task`."""
-        self.idle.remove(member)
-        member.task = task
-        self._busy[getattr(member.actor, method).remote(*args)] = member
+        self.idle.remove(worker)
+        worker.task = task
+        self._busy[getattr(worker.actor, method).remote(*args)] = worker
 
     def finished(self) -> list[tuple[Any, Any]]:
         """What has ended within POLL seconds: tasks, and their results; WorkerDied, or what a task raised."""
@@ -71,30 +71,30 @@ class WorkerPool:
         check_ray()
         self._tell_who_waits()
         for reference in ready:
-            member = self._busy.pop(reference)
-            task, member.task = member.task, None
+            worker = self._busy.pop(reference)
+            task, worker.task = worker.task, None
             try:
                 result = ray.get(reference)
             except ActorUnschedulableError as error:
                 raise UserError(f"the Ray cluster has no place for a worker: {first_line(error)}") from None
             except (RayActorError, OutOfMemoryError) as error:
                 result = WorkerDied(first_line(error))
-                self._replace(member, task is None, result)
+                self._replace(worker, task is None, result)
             except RayTaskError as error:
                 result = error.cause if isinstance(error.cause, UserError | OSError) else error
-                self.idle.append(member)
+                self.idle.append(worker)
             else:
                 self._starts_left = self._patience
-                self.idle.append(member)
+                self.idle.append(worker)
             if task is not None:
                 ended.append((task, result))
         return ended
 
-    def _replace(self, member: PoolWorker, starting: bool, death: WorkerDied) -> None:
+    def _replace(self, worker: PoolWorker, starting: bool, death: WorkerDied) -> None:
         """Take another for one that died; UserError where none comes up any more."""
         import ray
 
-        ray.kill(member.actor)  # it may be out of reach, and still hold its place
+        ray.kill(worker.actor)  # it may be out of reach, and still hold its place
         self._starts_left -= starting
         if not self._starts_left:
             raise UserError(
@@ -106,7 +106,7 @@ class WorkerPool:
         """Once: Ray itself waits without a word for a place that may never be free. Others work meanwhile."""
         import ray
 
-        waiting = sum(member.task is None for member in self._busy.values())
+        waiting = sum(worker.task is None for worker in self._busy.values())
         if self._told or not waiting or time.monotonic() - self._hired < PATIENCE:
             return
         self._told = True
@@ -122,5 +122,5 @@ class WorkerPool:
         """End all workers at once."""
         import ray
 
-        for member in (*self.idle, *self._busy.values()):
-            ray.kill(member.actor)
+        for worker in (*self.idle, *self._busy.values()):
+            ray.kill(worker.actor)

@@ -135,9 +135,9 @@ def read_bases(folder: Path, index: TolIndex) -> dict[int, Tensor]:
     return bases
 
 
-def bases_at(place: StorageReader, file: TableFile, layers: Sequence[int]) -> dict[int, Tensor]:
+def bases_at(storage: StorageReader, file: TableFile, layers: Sequence[int]) -> dict[int, Tensor]:
     """The bases of these layers, fp32 [rank, hidden], out of their file; UserError for a damaged one."""
-    data, where = place.read(file.file), place.at(file.file)
+    data, where = storage.read(file.file), storage.at(file.file)
     if data is None or file_of(file.file, data) != file:
         raise UserError(f"{where} is missing or damaged: its SHA-256 is not the index's; {REBUILD}")
     try:
@@ -152,7 +152,7 @@ def projector(basis: Tensor) -> Tensor:
     return (basis / basis.square().sum(1, keepdim=True)).T
 
 
-def write_bases(place: Storage, bases: dict[int, Tensor]) -> TableFile:
+def write_bases(storage: Storage, bases: dict[int, Tensor]) -> TableFile:
     """Write bases [rank, hidden] of the layers that have a rank, as float16.
 
     The header takes BASIS_HEADER bytes a layer, whatever its numbers: what a layer adds to a table is known.
@@ -162,7 +162,7 @@ def write_bases(place: Storage, bases: dict[int, Tensor]) -> TableFile:
     header = data[8:start].rstrip(b" ")
     assert len(header) <= room
     data = room.to_bytes(8, "little") + header.ljust(room) + data[start:]
-    place.write(BASIS, data)
+    storage.write(BASIS, data)
     return file_of(BASIS, data)
 
 

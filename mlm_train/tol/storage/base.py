@@ -92,34 +92,36 @@ def put(sink: Sink, data: bytes) -> None:
         sink.close()
 
 
-def remove_matching(place: Storage, pattern: str) -> None:
+def remove_matching(storage: Storage, pattern: str) -> None:
     """Remove the files of such names (a glob)."""
-    for name in place.names():
+    for name in storage.names():
         if fnmatch(name, pattern):
-            place.remove(name)
+            storage.remove(name)
 
 
-def remove_drafts(place: Storage) -> None:
+def remove_drafts(storage: Storage) -> None:
     """Remove what killed processes left half written."""
-    remove_matching(place, DRAFTS)
+    remove_matching(storage, DRAFTS)
 
 
-def refuse_used(place: Storage, note: str) -> None:
+def refuse_used(storage: Storage, note: str) -> None:
     """UserError where something lies there: nothing is overwritten.
 
     note: the file that is written there first; a process that was killed meanwhile left nothing else.
     """
-    place.remove(writing_name(note))
-    if place.names():
-        raise UserError(f"{place} exists already and nothing is overwritten; name a new folder, or remove it")
+    storage.remove(writing_name(note))
+    if storage.names():
+        raise UserError(
+            f"{storage} exists already and nothing is overwritten; name a new folder, or remove it"
+        )
 
 
-def check_space(place: Storage, needed: int) -> None:
+def check_space(storage: Storage, needed: int) -> None:
     """UserError where a place is known to have fewer bytes free."""
-    free = place.free()
+    free = storage.free()
     if free is not None and free < needed:
         raise UserError(
-            f"{place} needs {in_units(needed)} and has {in_units(free)} free; "
+            f"{storage} needs {in_units(needed)} and has {in_units(free)} free; "
             "free space or choose another folder"
         )
 

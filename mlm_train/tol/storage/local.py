@@ -114,12 +114,12 @@ class LocalFolder:
             yield
 
 
-def sha256_at(place: Storage, name: str) -> str:
+def sha256_at(storage: Storage, name: str) -> str:
     """Hexadecimal SHA-256 of a file, read from start to end."""
-    if isinstance(place, LocalFolder):
-        return sha256_of(place.path / name)
+    if isinstance(storage, LocalFolder):
+        return sha256_of(storage.path / name)
     digest = hashlib.sha256()
-    for block in place.blocks(name):
+    for block in storage.blocks(name):
         digest.update(block)
     return digest.hexdigest()
 

@@ -12,7 +12,7 @@ from mlm_train.tol.storage.local import LocalFolder
 from mlm_train.tol.storage.node_folders import NodeFolder, ServedFolder, _on, expanded
 
 
-def copy_to_nodes(place: NodeFolder, ray_address: str | None) -> int:
+def copy_to_nodes(storage: NodeFolder, ray_address: str | None) -> int:
     """Give every other node of the cluster the finished table of this one; how many those are.
 
     A node's copy that was broken off goes on; files that are whole are kept. Raises UserError naming the
@@ -22,12 +22,12 @@ def copy_to_nodes(place: NodeFolder, ray_address: str | None) -> int:
         return 0  # a Ray of this node alone
     import ray
 
-    with ray_cluster(1, ray_address), place.served():
+    with ray_cluster(1, ray_address), storage.served():
         here = ray.get_runtime_context().get_node_id()
         names = {node["NodeID"]: node["NodeName"] for node in ray.nodes() if node["Alive"]}
         copy = ray.remote(num_cpus=0, max_retries=0)(_copy_here)
         running = {
-            copy.options(scheduling_strategy=_on(node)).remote(place.address, place.asked): name
+            copy.options(scheduling_strategy=_on(node)).remote(storage.address, storage.asked): name
             for node, name in names.items()
             if node != here
         }

@@ -159,31 +159,31 @@ def verify_tol(
     return report
 
 
-def _verify_url(place: Storage, model: str | Path | None, sample: int | None) -> VerifyReport:
+def _verify_url(storage: Storage, model: str | Path | None, sample: int | None) -> VerifyReport:
     """Every file's size and SHA-256, which are those of finite values: none else are written."""
     if model is not None or sample is not None:
         option = "--sample" if model is None else "--model"
         raise UserError(
-            f"{option} compares rows of a folder: mlm-train tol fetch {place} FOLDER, and verify that"
+            f"{option} compares rows of a folder: mlm-train tol fetch {storage} FOLDER, and verify that"
         )
-    report = VerifyReport(index_at(place))
-    _check_basis(place, report)
+    report = VerifyReport(index_at(storage))
+    _check_basis(storage, report)
     done = 0
     with ByteProgress("verify", report.index.bytes) as progress:
         for partition in report.index.partitions:
-            _check_file(place, partition, partition.rows, report)
+            _check_file(storage, partition, partition.rows, report)
             progress.show(done := done + partition.bytes)
     return report
 
 
-def _check_basis(place: Storage, report: VerifyReport) -> bool:
+def _check_basis(storage: Storage, report: VerifyReport) -> bool:
     """Whether it is whole, or there is none; its damage is that of all rows."""
     basis = report.index.basis
-    return basis is None or _check_file(place, basis, (0, report.index.vocab_size), report)
+    return basis is None or _check_file(storage, basis, (0, report.index.vocab_size), report)
 
 
-def _check_file(place: Storage, file: TableFile, rows: tuple[int, int], report: VerifyReport) -> bool:
-    whole = is_whole(place, file)
+def _check_file(storage: Storage, file: TableFile, rows: tuple[int, int], report: VerifyReport) -> bool:
+    whole = is_whole(storage, file)
     if not whole:
         what = "the file is missing, or its size or SHA-256 is not the index's"
         report.damages.append(Damage(file.file, *rows, what))
