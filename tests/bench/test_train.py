@@ -22,7 +22,7 @@ TINY = PRESETS["tiny"]
 EAGER = [name for name in ALL if name != "hf.compiled"]  # what compiles takes a minute
 
 
-class Here(train.Member):
+class Here(train.VariantProcess):
     """A variant in this process: all of them load their libraries once."""
 
     def __init__(self, variant: Variant, order: dict[str, Any]) -> None:

@@ -229,7 +229,7 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "labels counted on each rank alone": lambda: patch.object(Trainer, "_everywhere", _count_alone),
     "norms not summed over positions": lambda: patch("mlm_train.parallel.build.sum_replicated"),
     "norms not summed in each pass": lambda: patch("mlm_train.parallel.build.sum_replicated_each_pass"),
-    "tied heads not summed": lambda: patch.object(pipeline.Pipeline, "_sum_tied", lambda self: None),
+    "tied heads not summed": lambda: patch.object(pipeline.PipelineExecutor, "_sum_tied", lambda self: None),
     "rows of x0 not summed over positions": lambda: patch.dict(x0.TRANSPORTS, broadcast=_Forgetful),
     "gradients scaled by the schedule": lambda: patch.dict(
         pipeline.SCHEDULES, {"1f1b": lambda *args, scale_grads, **rest: Schedule1F1B(*args, **rest)}

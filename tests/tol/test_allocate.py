@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from mlm_train.parallel import runtime
-from mlm_train.tol.allocate import study
 from mlm_train.tol.allocate.mixes import best_mixes, choices
 from mlm_train.tol.allocate.sensitivity import Notes, Trial, measure, spectra_of
 from mlm_train.tol.build.budget import bytes_of
 from mlm_train.tol.build.builder import Build
+from mlm_train.tol.commands import allocate as allocate_command
 from mlm_train.tol.format.codec import Scheme
 from mlm_train.tol.format.index import INDEX
 from mlm_train.tol.format.index_file import read_index
@@ -205,10 +205,10 @@ def test_remarks() -> None:
         return {"bytes": size, "perplexity": 10 * (1 + growth), "growth": growth}
 
     measured = {"chosen": way(100, 0.02), "larger": way(101, 0.01), "worse": way(90, 0.03)}
-    assert study._remarks(measured, 0.03) == study._remarks(measured, None) == []
-    (line,) = study._remarks(measured | {"int8": way(100, 0.01)}, None)
+    assert allocate_command._remarks(measured, 0.03) == allocate_command._remarks(measured, None) == []
+    (line,) = allocate_command._remarks(measured | {"int8": way(100, 0.01)}, None)
     assert line.startswith("measured better in no more bytes: int8 (+1.000%, the chosen mix +2.000%)")
-    (line,) = study._remarks(measured, 0.01)
+    (line,) = allocate_command._remarks(measured, 0.01)
     assert line.startswith("no mix stays within 1.000%")
 
 

@@ -131,7 +131,7 @@ def written_bytes(plan: BuildPlan, layout: Layout, folder: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    "storage",
+    "spec",
     [
         TableSpec(dtype="float16", budget=1),
         TableSpec(dtype="int8", group_size=2, symmetric=False, budget=1),
@@ -148,7 +148,7 @@ def test_the_table_is_the_best_of_all_tables(spec: TableSpec, tmp_path: Path) ->
     tables = [(*one, written_bytes(plan, one[0], tmp_path)) for one in every_table(plan, errors)]
     before = np.inf
     for budget in (*range(min(size for _, _, size in tables), 10_600, 40), 10**6):
-        plan = plan.model_copy(update={"storage": spec.model_copy(update={"budget": budget})})
+        plan = plan.model_copy(update={"spec": spec.model_copy(update={"budget": budget})})
         layout = lay_out(plan, errors)
         (found,) = (one for one in tables if one[0] == layout)
         assert found[2] <= budget and found[1] <= before

@@ -117,7 +117,7 @@ def test_plain(tmp_path: Path, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "storage",
+    "spec",
     [
         TableSpec(dtype="int8", group_size=20, symmetric=False, layers=[0, 2]),
         TableSpec(dtype="int4", group_size=8, rank=9),
