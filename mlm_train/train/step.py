@@ -57,7 +57,7 @@ class Trainer:
         """
         self.runtime.marker.at("count of labels")
         mine = sum(count_labels(batch.labels) for batch in batches)
-        labels = self._everywhere(torch.tensor(float(mine), dtype=torch.float64)).item()
+        labels = self._sum_over_ranks(torch.tensor(float(mine), dtype=torch.float64)).item()
         with self.engine.accumulating():
             total = self.executor.backward(batches, self.runtime.topology.data / max(labels, 1.0))
             self.spoilt = self.engine.nonfinite()
@@ -134,7 +134,7 @@ class Trainer:
         labels = torch.tensor([count_labels(batch.labels) for batch in batches], dtype=torch.float64)
         found = torch.stack([self.executor.evaluate(batches).cpu(), labels])
         sums.index_add_(1, torch.tensor(sources), found)
-        losses, counts = self._everywhere(sums)
+        losses, counts = self._sum_over_ranks(sums)
         return float(losses.sum()) / max(float(counts.sum()), 1.0), (losses / counts).tolist()
 
     def _over_all(
@@ -152,6 +152,6 @@ class Trainer:
         sums = self.runtime.sum_over_all(values.to(self.runtime.device)).cpu().split(sizes)
         return sums[0].tolist(), sums[1].tolist(), sums[2].view_as(table).tolist()
 
-    def _everywhere(self, values: Tensor) -> Tensor:
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sums over data parallel, on the CPU as the values are."""
         return self.runtime.sum_over_data(values.to(self.runtime.device)).cpu()

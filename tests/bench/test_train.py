@@ -52,7 +52,7 @@ def groups() -> Iterator[None]:
 def test_all_variants_agree_and_are_reported(
     precision: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: None
 ) -> None:
-    monkeypatch.setattr(train, "Member", Here)
+    monkeypatch.setattr(train, "VariantProcess", Here)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     file = tmp_path / "train.json"
     assert train.bench_train(train.Options("tiny", str(data), precision, 4, EAGER, json=str(file))) == 0

@@ -196,14 +196,14 @@ class _Forgetful(x0.Broadcast):
             self.embedded.backward(self.table)
 
 
-_everywhere = Trainer._everywhere
+_sum_over_ranks = Trainer._sum_over_ranks
 
 
 def _count_alone(self: Trainer, values: Tensor) -> Tensor:
     """Sums over data parallel, but for the count of labels, which comes alone."""
     if values.dim() == 0:
         return values * self.runtime.topology.data
-    return _everywhere(self, values)
+    return _sum_over_ranks(self, values)
 
 
 def _without_anchors(*args: Any) -> TableSource:
@@ -226,7 +226,7 @@ def _collect_own(self: DataParallelSharing, rows: Tensor) -> Tensor:
 
 
 MISTAKES: dict[str, Callable[[], Any]] = {
-    "labels counted on each rank alone": lambda: patch.object(Trainer, "_everywhere", _count_alone),
+    "labels counted on each rank alone": lambda: patch.object(Trainer, "_sum_over_ranks", _count_alone),
     "norms not summed over positions": lambda: patch("mlm_train.parallel.build.sum_replicated"),
     "norms not summed in each pass": lambda: patch("mlm_train.parallel.build.sum_replicated_each_pass"),
     "tied heads not summed": lambda: patch.object(pipeline.PipelineExecutor, "_sum_tied", lambda self: None),

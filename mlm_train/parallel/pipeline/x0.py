@@ -49,7 +49,7 @@ class _Channel:
     """What channels are made of: this rank's model, its groups, its device.
 
     `crossings`: boundaries in the pipeline between stages on different ranks, virtual stages counted;
-    `tables`: what the step's rows are for, if FFN-M has tables; `tables_everywhere`: whether every layer of
+    `tables`: what the step's rows are for, if FFN-M has tables; `all_layers_tabled`: whether every layer of
     every stage has one, not of this rank's alone, since all stages send and receive the same rows.
     """
 
@@ -59,7 +59,7 @@ class _Channel:
     device: torch.device
     crossings: int
     tables: TableSource | None = None
-    tables_everywhere: bool = False
+    all_layers_tabled: bool = False
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Broadcast(_Channel):
         wanted = shared if shared is distinct else torch.cat((shared, distinct))
         if shared is not distinct:
             index = index + len(shared)
-        sent = len(shared) if self.tables_everywhere else len(wanted)
+        sent = len(shared) if self.all_layers_tabled else len(wanted)
         if self.owns:
             self.embedded = self.model.rows(wanted)
             rows = self.embedded.detach().clone()
