@@ -18,10 +18,10 @@ from typing import Any, NamedTuple, NoReturn
 
 from mlm_train import __version__
 from mlm_train.errors import PeerFailure, SharedUserError, Terminated, UserError, escaped
-from mlm_train.extensions import added, load, package_of
-from mlm_train.files import FULL, told
-from mlm_train.quiet import hush_libraries
-from mlm_train.stopping import heard, stoppable
+from mlm_train.utils.extensions import added, load, package_of
+from mlm_train.utils.files import FULL, told
+from mlm_train.utils.library_noise import hush_libraries
+from mlm_train.utils.signals import heard, stoppable
 
 
 class Command(NamedTuple):
@@ -42,12 +42,12 @@ COMMANDS = {
         "mlm_train.train.launch_command", "start pretrain on several processes, or submit it to Slurm"
     ),
     "checkpoint": Command("mlm_train.checkpoint.command", "list, verify and prune a run's checkpoints"),
-    "export": Command("mlm_train.checkpoint.export_command", "write a Hugging Face folder from a checkpoint"),
+    "export": Command("mlm_train.checkpoint.export", "write a Hugging Face folder from a checkpoint"),
     "import": Command(
         "mlm_train.checkpoint.import_command",
         "train on with the weights of a Hugging Face Llama, or of an export",
     ),
-    "tol": Command("mlm_train.tol.command", "build and verify token-wise lookups (ToL)"),
+    "tol": Command("mlm_train.tol.commands.main", "build and verify token-wise lookups (ToL)"),
     "plan": Command("mlm_train.plan.command", "size of a ToL, time to build it, and whether it pays"),
     "generate": Command("mlm_train.inference.command", "continue a prompt, with FFN-M computed or looked up"),
     "evaluate": Command("mlm_train.evaluate.command", "perplexity of a model, or its logits"),

@@ -19,11 +19,12 @@ from mlm_train.model.block import MemoryBlock
 from mlm_train.model.source import MemoryReader
 from mlm_train.monitor.callback import Callback, Context
 from mlm_train.monitor.report import StepReport
-from mlm_train.parallel.engine import Engine, parameter_groups
+from mlm_train.parallel.engine.base import Engine, parameter_groups
+from mlm_train.parallel.pipeline.x0 import Channel
 from mlm_train.parallel.runtime import Runtime
-from mlm_train.parallel.x0 import Channel
-from mlm_train.tol.format import index_at
-from mlm_train.tol.place import Folder, place_of
+from mlm_train.tol.format.index_file import index_at
+from mlm_train.tol.storage.local import LocalFolder
+from mlm_train.tol.storage.resolve import storage_at
 
 
 class RowByRow:
@@ -125,7 +126,7 @@ class PlainAdamW(Engine):
         return norm if finite else torch.inf
 
 
-class Scratch(Folder):
+class Scratch(LocalFolder):
     """A storage: scratch://NAME is a folder below the environment variable SCRATCH."""
 
     def __init__(self, url: str) -> None:
@@ -146,7 +147,7 @@ class CountRows:
     @staticmethod
     def run(args: argparse.Namespace) -> int:
         """The exit code."""
-        print(f"{index_at(place_of(args.table)).vocab_size} rows")
+        print(f"{index_at(storage_at(args.table)).vocab_size} rows")
         return 0
 
 

@@ -10,8 +10,8 @@ from mlm_train.config import choices
 from mlm_train.memory import MODES
 from mlm_train.monitor.writers import WRITERS
 from mlm_train.parallel.engine import ENGINES
-from mlm_train.parallel.x0 import TRANSPORTS
-from mlm_train.tol.format import INDEX
+from mlm_train.parallel.pipeline.x0 import TRANSPORTS
+from mlm_train.tol.format.index import INDEX
 from tests.commands import ROOT, TINY, finished, mlm_train, refused, same_losses, scalars
 from tests.tol.conftest import export, random_model
 

@@ -2,7 +2,7 @@
 
 Each kind has its registry, a plain dict, at its home; config does not import it, since most of them import
 torch. tests/test_extending.py compares them. Beside these names a class of one's own may be named as
-"package.module:Name" (extensions.py; docs/extending.md).
+"package.module:Name" (utils/extensions.py; docs/extending.md).
 """
 
 import re
@@ -11,8 +11,8 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 MEMORY_MODES = ("per_token", "unique", "table")  # memory/__init__.py: MODES
-X0_TRANSPORTS = ("broadcast", "relay", "replicate")  # parallel/x0.py: TRANSPORTS
-ENGINES = ("deepspeed",)  # parallel/engine.py: ENGINES
+X0_TRANSPORTS = ("broadcast", "relay", "replicate")  # parallel/pipeline/x0.py: TRANSPORTS
+ENGINES = ("deepspeed",)  # parallel/engine/__init__.py: ENGINES
 WRITERS = ("tensorboard", "jsonl", "wandb")  # monitor/writers/__init__.py: WRITERS
 
 _OWN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")

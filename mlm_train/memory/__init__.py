@@ -6,12 +6,12 @@ from typing import Protocol
 
 import torch
 
-from mlm_train.extensions import find
-from mlm_train.memory.per_token import PerToken
-from mlm_train.memory.table import Share, Table
-from mlm_train.memory.unique import Unique
+from mlm_train.memory.per_token import PerTokenSource
+from mlm_train.memory.table import RowSharing, TableSource
+from mlm_train.memory.unique import UniqueSource
 from mlm_train.model.block import MemoryBlock
 from mlm_train.model.source import MemorySource, Positions
+from mlm_train.utils.extensions import find
 
 
 class TrainingSource(MemorySource, Protocol):
@@ -37,7 +37,7 @@ class SourceOptions:
 
     positions: Positions = field(default_factory=Positions)
     precision: torch.autocast | None = None
-    share: Share | None = None
+    share: RowSharing | None = None
     tables: int | None = None
     kept: int = 0
 
@@ -46,18 +46,18 @@ Blocks = Mapping[int, MemoryBlock]  # this rank's, by layer
 
 
 def _per_token(blocks: Blocks, options: SourceOptions) -> TrainingSource:
-    return PerToken(blocks)
+    return PerTokenSource(blocks)
 
 
 def _unique(blocks: Blocks, options: SourceOptions) -> TrainingSource:
-    return Unique(blocks, options.positions)
+    return UniqueSource(blocks, options.positions)
 
 
 def _table(blocks: Blocks, options: SourceOptions) -> TrainingSource:
     count = len(blocks) if options.tables is None else options.tables
     first, others = dict(list(blocks.items())[:count]), dict(list(blocks.items())[count:])
-    rest = Unique(others, options.positions) if others else None
-    return Table(first, options.positions, options.precision, options.share, rest, options.kept)
+    rest = UniqueSource(others, options.positions) if others else None
+    return TableSource(first, options.positions, options.precision, options.share, rest, options.kept)
 
 
 # Names of config field memory.mode (config/choices.py lists them too).
@@ -75,4 +75,13 @@ def make_source(mode: str, blocks: Blocks, options: SourceOptions | None = None)
     return source
 
 
-__all__ = ["MODES", "PerToken", "Share", "SourceOptions", "Table", "TrainingSource", "Unique", "make_source"]
+__all__ = [
+    "MODES",
+    "PerTokenSource",
+    "RowSharing",
+    "SourceOptions",
+    "TableSource",
+    "TrainingSource",
+    "UniqueSource",
+    "make_source",
+]

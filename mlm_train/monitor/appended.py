@@ -7,7 +7,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from mlm_train.files import append_regular
+from mlm_train.utils.files import append_regular
 
 
 class Appended:

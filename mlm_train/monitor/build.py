@@ -1,10 +1,10 @@
 """The callbacks of a run: ours, then the user's."""
 
-from mlm_train.extensions import find
 from mlm_train.monitor.callback import Callback, Callbacks, Context
 from mlm_train.monitor.heartbeat import Heartbeat
 from mlm_train.monitor.monitor import Monitor
 from mlm_train.monitor.stragglers import Stragglers
+from mlm_train.utils.extensions import find
 
 OURS = (Heartbeat, Stragglers, Monitor)
 

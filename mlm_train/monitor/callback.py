@@ -15,7 +15,7 @@ the list: heartbeat, stragglers, monitor, then those of config field monitor.cal
 
 Reports hold the same values on every rank. All ranks come to a hook at the same step, so a callback may use
 collectives in it, but in two: after_save comes when a rank's own thread has seen the commit, and on_train_end
-on a rank that fails comes there alone. What prints or writes does so where `context.runtime.leads`, rank 0;
+on a rank that fails comes there alone. What prints or writes does so on rank 0 (`context.runtime.is_rank_0`);
 `context.say` and `context.writers` are silent elsewhere by themselves. Our own callbacks use no collective.
 An exception in a hook ends the run, as one in a step does.
 """

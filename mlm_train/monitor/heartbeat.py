@@ -11,7 +11,7 @@ from typing import Any
 from mlm_train.monitor.callback import Callback, Context
 from mlm_train.monitor.report import Progress, StepReport
 from mlm_train.monitor.time_left import TimeLeft
-from mlm_train.ownership import Attempt
+from mlm_train.utils.run_lock import SlurmAttempt
 
 EVERY = 1.0  # seconds between writes, at least
 
@@ -25,7 +25,7 @@ class HeartbeatFile:
     def __init__(self, folder: Path) -> None:
         self.path, self.next = folder / "heartbeat.json", 0.0
         self.values: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
-        if (attempt := Attempt.here()) is not None:
+        if (attempt := SlurmAttempt.here()) is not None:
             self.values["job"] = str(attempt)
 
     def beat(self, state: str, **values: Any) -> None:
@@ -54,7 +54,7 @@ class Heartbeat(Callback):
 
     def on_train_start(self, progress: Progress) -> None:
         train = self.config.train
-        if self.context.runtime.leads:
+        if self.context.runtime.is_rank_0:
             self.file = HeartbeatFile(Path(train.output))
             self.file.beat("starting", step=progress.step, steps=train.steps)
 

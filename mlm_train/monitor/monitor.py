@@ -28,7 +28,7 @@ class Monitor(Callback):
     def on_train_start(self, progress: Progress) -> None:
         """A progress bar where there is a terminal."""
         console = self.context.log.console
-        if self.context.runtime.leads and console.is_terminal:
+        if self.context.runtime.is_rank_0 and console.is_terminal:
             columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self.bar = Bar(*columns, console=console)
             self.task = self.bar.add_task("train", total=self.config.train.steps, completed=progress.step)
@@ -39,7 +39,7 @@ class Monitor(Callback):
         step, last = report.progress.step, self.config.train.steps
         left = self.time_left.after(report)
         self._show_step(step)
-        if not self.context.runtime.leads or (step % self.config.monitor.log_every and step != last):
+        if not self.context.runtime.is_rank_0 or (step % self.config.monitor.log_every and step != last):
             return
         values = self.step_values(report)
         self.context.say(

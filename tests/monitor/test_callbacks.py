@@ -13,8 +13,9 @@ from mlm_train.monitor.log import Log
 from mlm_train.monitor.report import Evaluation, Progress, Rollback, Saved, SkippedStep, StepReport
 from mlm_train.monitor.writers import Writers
 from mlm_train.parallel import runtime as processes
+from mlm_train.parallel.mesh.groups import ProcessGroups
+from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.parallel.runtime import Runtime
-from mlm_train.parallel.topology import Topology
 from mlm_train.train.step import StepResult
 from tests.commands import TINY, finished, mlm_train, outcome
 from tests.train.test_guard import SPIKE, bad_labels, spoil
@@ -160,9 +161,10 @@ def test_our_callbacks_use_no_collective_and_only_the_leading_rank_writes(rank: 
         "monitor.stragglers_every=1",
     ]
     config = load_config("configs/micro.yaml", [*words, "monitor.peak_tflops=1"])
-    runtime = Runtime(Topology.of(config.parallel, 2, rank), torch.device("cpu"))
-    log, writers = Log(tmp_path if runtime.leads else None), Writers()
-    if runtime.leads:
+    groups = ProcessGroups(tensor=None, data=None, pipeline=None, model=None, embedding=None)
+    runtime = Runtime(Topology.of(config.parallel, 2, rank), torch.device("cpu"), groups)
+    log, writers = Log(tmp_path if runtime.is_rank_0 else None), Writers()
+    if runtime.is_rank_0:
         writers.open(config, 1)
     callbacks = build_callbacks(Context(config, runtime, ["a", "b"], log, writers))
     assert tuple(map(type, callbacks.callbacks)) == OURS

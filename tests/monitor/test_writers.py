@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -167,7 +168,7 @@ def test_a_folder_named_wandb_is_not_the_package(tmp_path: Path, monkeypatch: py
     (tmp_path / "wandb").mkdir()
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     with monkeypatch.context() as patch:
-        patch.delitem(__import__("sys").modules, "wandb", raising=False)
+        patch.delitem(sys.modules, "wandb", raising=False)
         with pytest.raises(UserError, match=r"pip install 'mlm-train\[wandb\]'"):
             opened(tmp_path, "wandb", 1)
 

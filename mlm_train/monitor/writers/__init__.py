@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from mlm_train.config import Config
-from mlm_train.extensions import find
 from mlm_train.monitor.writers.jsonl import JsonLinesWriter
 from mlm_train.monitor.writers.tensorboard import TensorBoardWriter
 from mlm_train.monitor.writers.wandb import WandbWriter
+from mlm_train.utils.extensions import find
 
 
 class MetricsWriter(Protocol):

@@ -1,0 +1,102 @@
+"""An engine's flat tensors <-> whole tensors a parameter.
+
+Each stage of ZeRO keeps AdamW's fp32 weights and moments in flat tensors of its own making, padding included.
+Checkpoints want logical tensors that know nothing of that. All stages are described alike: a flat tensor on
+each rank of a group, and where in it a rank holds which run of a parameter's elements.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mlm_train.parallel.engine.base import Engine
+from mlm_train.parallel.engine.flat import Flat, Run
+
+STATE = ("weight", "exp_avg", "exp_avg_sq")
+BLOCK = 2**26  # elements gathered at once, of all ranks together
+
+
+def _state_of(engine: Engine, flat: Flat) -> dict[str, Any]:
+    """AdamW's state of a flat tensor; zeros before the first step."""
+    state: dict[str, Any] = engine.optimizer.state[flat.owner]
+    if "exp_avg" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["exp_avg"] = torch.zeros_like(flat.owner)
+        state["exp_avg_sq"] = torch.zeros_like(flat.owner)
+    return state
+
+
+def _values(engine: Engine, flat: Flat, key: str) -> Tensor:
+    """The flat tensor itself for `weight`, else its moment."""
+    return flat.tensor.detach() if key == "weight" else _state_of(engine, flat)[key].view(-1)
+
+
+@torch.no_grad()
+def gather_state(engine: Engine) -> dict[str, dict[str, Tensor]]:
+    """STATE key -> parameter name -> whole fp32 tensor in host memory.
+
+    The ranks of a data-parallel group share them out: each parameter is on one of them.
+    """
+    whole: dict[str, dict[str, Tensor]] = {key: {} for key in STATE}
+    for flat in engine.flats():
+        mine = [name for i, name in enumerate(flat.members) if i % flat.size == flat.rank]
+        for key in STATE:
+            for name in mine:
+                whole[key][name] = torch.empty(engine.shapes[name], dtype=torch.float32)
+            for start, gathered in _gathered(_values(engine, flat, key), flat):
+                for name in mine:
+                    _copy_block(whole[key][name].view(-1), flat.members[name], start, gathered)
+    return whole
+
+
+def _gathered(mine: Tensor, flat: Flat) -> Iterator[tuple[int, Tensor]]:
+    """Block after block of all ranks' flat tensors [ranks, block] in host memory, with its start."""
+    block = max(1, BLOCK // flat.size)
+    for start in range(0, mine.numel(), block):
+        part = mine[start : start + block].contiguous()
+        if flat.size == 1:
+            yield start, part.cpu().view(1, -1)
+            continue
+        gathered = part.new_empty(flat.size * part.numel())
+        dist.all_gather_into_tensor(gathered, part, group=flat.group)
+        yield start, gathered.view(flat.size, -1).cpu()
+
+
+def _copy_block(target: Tensor, run_of: Callable[[int], Run], start: int, gathered: Tensor) -> None:
+    """Put what a block holds of a parameter into it."""
+    stop = start + gathered.shape[1]
+    for rank, values in enumerate(gathered):
+        run = run_of(rank)
+        low, high = max(run.place, start), min(run.place + run.length, stop)
+        if low < high:
+            offset = run.start - run.place
+            target[low + offset : high + offset] = values[low - start : high - start]
+
+
+@torch.no_grad()
+def scatter_state(engine: Engine, key: str, whole: dict[str, Tensor]) -> None:
+    """Put whole tensors of one STATE key, every parameter's on every rank, into the partitions.
+
+    `finish_scatter` follows the last key.
+    """
+    for flat in engine.flats():
+        values = _values(engine, flat, key)
+        for name, run_of in flat.members.items():
+            start, length, place = run_of(flat.rank)
+            values[place : place + length] = whole[name].view(-1)[start : start + length]
+
+
+@torch.no_grad()
+def finish_scatter(engine: Engine, steps: int) -> None:
+    """Say how many updates AdamW has made, and put its weights into the model."""
+    for flat in engine.flats():
+        _state_of(engine, flat)["step"] = torch.tensor(float(steps))
+    engine.refresh_model()
+
+
+def optimizer_steps(engine: Engine) -> int:
+    """Updates AdamW has made (its bias correction counts them)."""
+    return int(_state_of(engine, next(engine.flats()))["step"])
