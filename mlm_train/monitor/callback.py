@@ -20,14 +20,13 @@ on a rank that fails comes there alone. What prints or writes does so on rank 0 
 An exception in a hook ends the run, as one in a step does.
 """
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from mlm_train.config import Config
 from mlm_train.monitor.log import Log
 from mlm_train.monitor.report import Evaluation, Progress, Rollback, Saved, SkippedStep, StepReport
-from mlm_train.monitor.writers import Writers
+from mlm_train.monitor.writers import Writers, each
 from mlm_train.parallel.runtime import Runtime
 
 
@@ -113,7 +112,5 @@ class Callbacks(Callback):
             callback.on_fault(fault)
 
     def on_train_end(self) -> None:
-        """Each of them, whatever one of them raises."""
-        with contextlib.ExitStack() as stack:
-            for callback in reversed(self.callbacks):  # a stack unwinds from its end
-                stack.callback(callback.on_train_end)
+        """Each of them, whatever one of them raises; the first such failure is raised after all."""
+        each([callback.on_train_end for callback in self.callbacks])

@@ -4,8 +4,7 @@ Metrics are scalars by tag and step, written on the leading rank alone. A run th
 after a loss spike, goes on from an earlier step: what was written of that step and of later ones is void.
 """
 
-import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from mlm_train.config import Config
@@ -62,11 +61,32 @@ class Writers:
             writer.purge(step)
 
     def close(self) -> None:
-        """All of them, whatever one of them raises."""
-        with contextlib.ExitStack() as stack:
-            for writer in self.open_ones:
-                stack.callback(writer.close)
+        """All of them, whatever one of them raises; the first such failure is raised after all."""
+        each([writer.close for writer in self.open_ones])
         self.open_ones.clear()
 
 
-__all__ = ["WRITERS", "JsonLinesWriter", "MetricsWriter", "TensorBoardWriter", "WandbWriter", "Writers"]
+def each(endings: Sequence[Callable[[], None]]) -> None:
+    """Call all of them; then raise what the first one raised that failed.
+
+    Not an ExitStack, which takes from a failure the one that it came after: what has ended the run.
+    """
+    failures = []
+    for end in endings:
+        try:
+            end()
+        except Exception as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
+
+
+__all__ = [
+    "WRITERS",
+    "JsonLinesWriter",
+    "MetricsWriter",
+    "TensorBoardWriter",
+    "WandbWriter",
+    "Writers",
+    "each",
+]

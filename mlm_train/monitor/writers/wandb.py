@@ -41,7 +41,7 @@ class WandbWriter:
                 settings=self.wandb.Settings(console="off", silent=True, disable_git=True),
             )
         except self.wandb.Error as error:
-            line = (str(error).splitlines() or [type(error).__name__])[0]
+            line = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise UserError(
                 f"monitor.writers: wandb: {line}; run `wandb login`, or set WANDB_MODE=offline"
             ) from None
