@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from mlm_train.monitor.writers import WRITERS
 from mlm_train.parallel.engine import ENGINES
 from mlm_train.parallel.pipeline.x0 import TRANSPORTS
 from mlm_train.tol.format.index import INDEX
+from tests import extensions
 from tests.commands import ROOT, TINY, finished, mlm_train, refused, same_losses, scalars
 from tests.tol.conftest import export, random_model
 
@@ -43,6 +45,15 @@ def test_config_knows_the_names_of_every_registry() -> None:
     assert tuple(TRANSPORTS) == choices.X0_TRANSPORTS
     assert tuple(ENGINES) == choices.ENGINES
     assert tuple(WRITERS) == choices.WRITERS
+
+
+def test_the_docs_show_what_is_tried_here() -> None:
+    """To the letter, imports included."""
+    blocks = re.findall(r"```python\n(.*?)\n```", (ROOT / "docs/extending.md").read_text(), re.S)
+    source = Path(extensions.__file__).read_text()
+    assert blocks and all(block in source for block in blocks)
+    shown = {name for block in blocks for name in re.findall(r"^class (\w+)", block, re.M)}
+    assert shown == set(re.findall(r"^class (\w+)", source, re.M))
 
 
 def test_a_memory_mode(data: Path, tmp_path: Path) -> None:
