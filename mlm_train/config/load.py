@@ -116,11 +116,11 @@ def _refuse_credentials(value: Any, name: str) -> None:
         _refuse_credentials(item, f"{name}.{key}" if name else str(key))
 
 
-def _section_of(annotation: Any) -> type[Section] | None:
+def section_of(annotation: Any) -> type[Section] | None:
     """The Section inside a field's annotation, `Section | None` and `list[Section]` included."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    return next(filter(None, map(_section_of, typing.get_args(annotation))), None)
+    return next(filter(None, map(section_of, typing.get_args(annotation))), None)
 
 
 def _refuse_unknown(tree: dict[str, Any], section: type[Section], prefix: str) -> None:
@@ -130,7 +130,7 @@ def _refuse_unknown(tree: dict[str, Any], section: type[Section], prefix: str) -
             raise UserError(
                 f"unknown config key {prefix}{str(key)[:_SHOWN]}; {_nearest(str(key), section, prefix)}"
             )
-        inner = _section_of(field.annotation)
+        inner = section_of(field.annotation)
         if inner is None:
             continue
         if isinstance(value, dict):
@@ -149,7 +149,7 @@ def _nearest(key: str, section: type[Section], prefix: str) -> str:
     if near:
         return f"did you mean {prefix}{near[0]}?"
     for name, field in Config.model_fields.items():
-        inner = _section_of(field.annotation)
+        inner = section_of(field.annotation)
         near = difflib.get_close_matches(key, inner.model_fields, n=1, cutoff=0.7) if inner else []
         if near:
             return f"did you mean {name}.{near[0]}?"
