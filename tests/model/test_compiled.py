@@ -62,7 +62,7 @@ def test_same_numbers_from_few_graphs(
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_bf16_is_as_close_to_fp32_as_without(recompute: ActivationCheckpointing) -> None:
-    """On a CPU attention's backward is another one then: model/causal.py."""
+    """On a CPU attention's backward is another one then: kernels/cpu_attention.py."""
     torch.compiler.reset()
     counters.clear()
     config = tiny_config(dict(MODELS["memory"]))
