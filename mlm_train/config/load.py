@@ -24,8 +24,8 @@ _SHOWN = 200  # characters of a value that a message repeats
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a YAML file and apply overrides such as `train.steps=20` (values are YAML).
 
-    A config.yaml that a run wrote may have a field's former name. Raises UserError for a missing file, bad
-    YAML, an unknown key, a former name elsewhere, or a value out of range.
+    A config.yaml that a run or an import wrote may have a field's former name. Raises UserError for a missing
+    file, bad YAML, an unknown key, a former name elsewhere, or a value out of range.
     """
     path = Path(path)
     tree = read_yaml(path)

@@ -196,6 +196,18 @@ def test_a_former_name_inside_an_overrides_value(override: str, new: str) -> Non
     assert refused("pretrain", CONFIG, override, "--dry-run").endswith(f"was renamed: write {new}")
 
 
+@pytest.mark.parametrize("beside", ["train.log", "checkpoints", "export.manifest.json"])
+def test_what_was_written_is_known_by_what_lies_beside_it(beside: str, tmp_path: Path) -> None:
+    """A run, a copy of its config and checkpoints, an import; a copy of the config alone is a person's."""
+    file = Path(shutil.copyfile(OLD / "run" / "config.yaml", tmp_path / "config.yaml"))
+    with pytest.raises(UserError, match="was renamed"):
+        load_config(file)
+    (tmp_path / beside).touch()
+    assert load_config(file) == load_config(CONFIG, [*NEW, *WRITTEN])
+    with pytest.raises(UserError, match="was renamed"):
+        load_config(shutil.copyfile(file, tmp_path / "mine.yaml"))
+
+
 def test_sections_of_another_kind_are_left_to_the_schema() -> None:
     for tree in ({"train": 5}, {"train": [{"ramp": 1}]}, {"train": {"spike": None}}, {"checkpoint": "keep"}):
         assert with_new_names(tree, "x") == tree
