@@ -12,7 +12,7 @@ from mlm_train.tol.build.budget import bytes_of, headers, table_bytes
 from mlm_train.tol.build.builder import partitions_of
 from mlm_train.tol.format.codec import GROUP, Scheme
 from mlm_train.tol.format.index import TolIndex
-from mlm_train.tol.format.layout import Layout, Storage
+from mlm_train.tol.format.layout import Layout, TableSpec
 from mlm_train.tol.lowrank.knapsack import Mix, Ways, best_mix
 
 _RANKS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
@@ -74,6 +74,6 @@ def room_of(index: TolIndex, budget: int) -> int:
 
 
 def _partitions(index: TolIndex, layout: Layout) -> int:
-    storage, rows = Storage(layers=layout.layers, schemes=layout.schemes), index.vocab_size
-    largest = storage.largest(index.num_layers, index.hidden_size)
+    spec, rows = TableSpec(layers=layout.layers, schemes=layout.schemes), index.vocab_size
+    largest = spec.largest(index.num_layers, index.hidden_size)
     return partitions_of(None, rows, largest.shape.file_bytes(rows))

@@ -8,7 +8,7 @@ from pathlib import Path
 from mlm_train.errors import UserError
 from mlm_train.tol.allocate.mix_file import _check_fits, read_allocation
 from mlm_train.tol.format.codec import GROUP, GROUPS, LEVELS, TORCH_DTYPE
-from mlm_train.tol.format.layout import Storage
+from mlm_train.tol.format.layout import TableSpec
 from mlm_train.utils.units import size
 
 _WORDS = ("dtype", "group_size", "asymmetric", "drop", "rank", "budget")  # of args
@@ -56,9 +56,9 @@ def given(args: argparse.Namespace, names: Sequence[str] = (*_WORDS, "allocation
     return ", ".join(f"--{name.replace('_', '-')}" for name in found)
 
 
-def storage_of(
+def table_spec_of(
     args: argparse.Namespace, layers: list[int], hidden: int, default: str | None = None
-) -> Storage:
+) -> TableSpec:
     """What the words ask for, of a table with these layers; `default`: the type where none is given.
 
     Raises UserError naming a wrong one.
@@ -86,7 +86,7 @@ def storage_of(
         kept = [layer for layer in layers if layer not in dropped]
         if not kept:
             raise UserError(f"--drop {args.drop} leaves no layer")
-    return Storage(
+    return TableSpec(
         dtype=dtype,
         group_size=GROUP if dtype in LEVELS and args.budget is None is args.group_size else args.group_size,
         symmetric=not args.asymmetric,
@@ -113,7 +113,7 @@ def _dropped(text: str, layers: list[int]) -> set[int]:
     return found
 
 
-def _allocated(file: Path, layers: list[int], hidden: int) -> Storage:
+def _allocated(file: Path, layers: list[int], hidden: int) -> TableSpec:
     try:
         found = read_allocation(file)
         _check_fits(found, layers, hidden)
@@ -122,5 +122,5 @@ def _allocated(file: Path, layers: list[int], hidden: int) -> Storage:
     except ValueError as error:
         reason = str(error)
     else:
-        return Storage(layers=found.layers, schemes=found.schemes)
+        return TableSpec(layers=found.layers, schemes=found.schemes)
     raise UserError(f"--allocation {file}: {reason}; write one with `mlm-train tol allocate`")
