@@ -35,11 +35,11 @@ class Monitor(Callback):
             self.bar.start()
 
     def after_step(self, report: StepReport) -> None:
-        """Bar at once, line and metrics every monitor.log_every steps."""
+        """Bar at once, line and metrics every monitor.log_interval steps."""
         step, last = report.progress.step, self.config.train.steps
         left = self.time_left.after(report)
         self._show_step(step)
-        if not self.context.runtime.is_rank_0 or (step % self.config.monitor.log_every and step != last):
+        if not self.context.runtime.is_rank_0 or (step % self.config.monitor.log_interval and step != last):
             return
         values = self.step_values(report)
         self.context.say(

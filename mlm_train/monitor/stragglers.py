@@ -27,7 +27,7 @@ class Pace(NamedTuple):
 
 
 class Stragglers(Callback):
-    """Compares ranks every monitor.stragglers_every steps, and names those that make the others wait."""
+    """Compares ranks every monitor.straggler_interval steps, and names those that make the others wait."""
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -41,13 +41,13 @@ class Stragglers(Callback):
     def after_step(self, report: StepReport) -> None:
         monitor, step = self.config.monitor, report.progress.step
         self.add(report.result.forward, report.result.waited)
-        if self.steps < monitor.stragglers_every or not (paces := self.take()):
+        if self.steps < monitor.straggler_interval or not (paces := self.take()):
             return
         values = {"speed/slowest_rank": paces[0].rank, "speed/slowest_rank_ratio": paces[0].ratio}
         self.context.writers.scalars(values, step)
         for pace in paces[:4]:
             if pace.ratio >= monitor.straggler_ratio:
-                self.context.say(f"slow over the last {monitor.stragglers_every} steps: {pace}")
+                self.context.say(f"slow over the last {monitor.straggler_interval} steps: {pace}")
 
     def add(self, forward: Sequence[float], waited: Sequence[float]) -> None:
         """A step's seconds by rank."""

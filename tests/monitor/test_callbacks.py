@@ -87,7 +87,7 @@ def hooks(run: Path, rank: int = 0) -> list[str]:
 
 def test_every_rank_comes_to_every_hook_with_the_same_values(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    more = ("train.steps=3", "train.evaluate_every=2", "checkpoint.every=2", "checkpoint.background=false")
+    more = ("train.steps=3", "train.eval_interval=2", "checkpoint.interval=2", "checkpoint.async_save=false")
     finished("launch", "--nproc", 2, *pretrain(data, run, *more))
     assert hooks(run) == [
         "start after 0", "before 1", "after 1", "before 2", "after 2", "before validation 2", "validation 2",
@@ -101,7 +101,7 @@ def test_a_skipped_step_and_a_resumed_run(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    more = ("checkpoint.every=0", "schedule.total_steps=9")
+    more = ("checkpoint.interval=0", "schedule.total_steps=9")
     with monkeypatch.context() as patch:
         spoil(patch, {2}.__contains__)
         mlm_train("pretrain", *pretrain(data, run, *more, "train.steps=3"))
@@ -158,8 +158,8 @@ def test_our_callbacks_use_no_collective_and_only_the_leading_rank_writes(rank: 
     words = [
         "data.path=none",
         f"train.output={tmp_path}",
-        "train.micro_batch=1",
-        "monitor.stragglers_every=1",
+        "train.micro_batch_size=1",
+        "monitor.straggler_interval=1",
     ]
     config = load_config("configs/micro.yaml", [*words, "monitor.peak_tflops=1"])
     groups = ProcessGroups(tensor=None, data=None, pipeline=None, model=None, embedding=None)

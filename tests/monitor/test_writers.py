@@ -81,7 +81,7 @@ def test_a_run_and_its_resumption_in_two_writers_at_once(data: Path, tmp_path: P
     words = [
         "pretrain", "configs/micro.yaml", *TINY, f"data.path={data}", f"train.output={run}",
         "memory.mode=unique", "monitor.peak_tflops=1", "monitor.writers=[jsonl, tensorboard]",
-        "schedule.total_steps=9", "train.evaluate_every=2",
+        "schedule.total_steps=9", "train.eval_interval=2",
     ]  # fmt: skip
     mlm_train(*words, "train.steps=2")
     mlm_train(*words, "train.steps=4")

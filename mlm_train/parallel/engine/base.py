@@ -42,7 +42,7 @@ class Engine(ABC):
     optimizer: torch.optim.Optimizer
 
     def __init__(self, model: nn.Module, config: Config, runtime: Runtime) -> None:
-        self.model, self.clip = model, config.optimizer.clip
+        self.model, self.clip = model, config.optimizer.max_grad_norm
         self.entry = model
         self.pieces = list(pieces(model))
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}

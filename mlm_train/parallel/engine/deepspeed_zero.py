@@ -60,7 +60,7 @@ def _zero_section(stage: int, model: nn.Module) -> dict[str, Any]:
 
 
 class DeepSpeedEngine(Engine):
-    """AdamW under DeepSpeed's ZeRO, stages 0 to 3 (config field parallel.zero).
+    """AdamW under DeepSpeed's ZeRO, stages 0 to 3 (config field parallel.zero_stage).
 
     Stage 3 leaves nothing but this rank's part in the model's parameters, and their own shape is gone.
     """
@@ -68,7 +68,7 @@ class DeepSpeedEngine(Engine):
     def __init__(self, model: nn.Module, config: Config, runtime: Runtime) -> None:
         super().__init__(model, config, runtime)
         deepspeed = _load_deepspeed(runtime.device)
-        self.stage = config.parallel.zero
+        self.stage = config.parallel.zero_stage
         self.reduces_each_pass = config.reduces_each_pass
         self.mpu = deepspeed_mpu(runtime.groups, runtime.topology)
         self.alone = runtime.topology.data == 1
