@@ -27,10 +27,10 @@ from mlm_train.ownership import Attempt, _note
 from mlm_train.records import SEAL, seal_of
 from mlm_train.tol.build import build_tol
 from mlm_train.tol.cluster import ray_cluster
-from mlm_train.tol.codec import Scheme
 from mlm_train.tol.format import INDEX, STATE, _digest, read_index
 from mlm_train.tol.lease import OWNER, Owner
 from mlm_train.tol.place import Folder
+from mlm_train.tol.schemes import Scheme
 from mlm_train.tol.sensitivities import Notes, Sums
 from mlm_train.tol.state import Plan, State, Storage
 

@@ -27,11 +27,11 @@ from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.ownership import Attempt, _noted
 from mlm_train.records import SEAL
-from mlm_train.tol.codec import Scheme
 from mlm_train.tol.format import INDEX, STATE
 from mlm_train.tol.lease import OWNER, Owner, _read
 from mlm_train.tol.options import read_allocation
 from mlm_train.tol.place import Folder, refuse_used
+from mlm_train.tol.schemes import Scheme
 from mlm_train.tol.sensitivities import Notes
 from mlm_train.tol.state import State, begin
 from mlm_train.tol.store import TolSource

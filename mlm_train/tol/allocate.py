@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mlm_train.tol.build import partitions_of
-from mlm_train.tol.codec import GROUP, Scheme
 from mlm_train.tol.format import TolIndex
 from mlm_train.tol.knapsack import Mix, Ways, best_mix
 from mlm_train.tol.lowrank import bytes_of, headers, table_bytes
+from mlm_train.tol.schemes import GROUP, Scheme
 from mlm_train.tol.sensitivities import Choice
 from mlm_train.tol.state import Layout, Storage
 

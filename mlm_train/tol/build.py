@@ -14,7 +14,7 @@ from mlm_train.errors import UserError
 from mlm_train.files import sha256_of
 from mlm_train.stopping import held
 from mlm_train.tol.cluster import ray_cluster
-from mlm_train.tol.codec import TORCH_DTYPE, PlainDtype
+from mlm_train.tol.codec import TORCH_DTYPE
 from mlm_train.tol.crew import Crew
 from mlm_train.tol.format import (
     INDEX,
@@ -39,6 +39,7 @@ from mlm_train.tol.lowrank import (
 from mlm_train.tol.pieces import Group, Pieces
 from mlm_train.tol.place import Place, check_space, place_of, remove_drafts
 from mlm_train.tol.progress import ByteProgress
+from mlm_train.tol.schemes import PlainDtype
 from mlm_train.tol.shared import Weights, shared_weights
 from mlm_train.tol.state import (
     Layout,

@@ -13,7 +13,6 @@ from mlm_train.sizes import in_units, size
 from mlm_train.tol.fetch_command import add_fetch, run_fetch
 from mlm_train.tol.inspect_command import add_inspect, run_inspect
 from mlm_train.tol.options import add_storage_arguments, given, storage_of
-from mlm_train.tol.place import refuse_url_output
 
 if TYPE_CHECKING:
     from mlm_train.evaluate.scorer import Scorer
@@ -200,6 +199,7 @@ def _place(args: argparse.Namespace) -> "str | OwnFolder":
     if not args.each_node:
         return str(args.output)
     from mlm_train.tol.node_place import OwnFolder
+    from mlm_train.tol.place import refuse_url_output
 
     refuse_url_output(args.output, "--each-node gives each node its own")
     return OwnFolder(args.output)
@@ -208,6 +208,8 @@ def _place(args: argparse.Namespace) -> "str | OwnFolder":
 def _scorer(args: argparse.Namespace, build: "Build") -> "Scorer | None":
     if args.evaluate is None:
         return None
+    from mlm_train.tol.place import refuse_url_output
+
     refuse_url_output(args.output, "--evaluate reads the table there")
     from mlm_train.evaluate.scorer import Scorer
     from mlm_train.tol.format import check_fits, read_index

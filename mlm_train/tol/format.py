@@ -16,8 +16,9 @@ from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.files import is_plain_name
 from mlm_train.records import Record, parse_json, record_of
-from mlm_train.tol.codec import TORCH_DTYPE, Dtype, Encoding, PlainDtype, Scheme
+from mlm_train.tol.codec import TORCH_DTYPE
 from mlm_train.tol.place import Files, Folder, Place, refuse_url
+from mlm_train.tol.schemes import Dtype, Encoding, PlainDtype, Scheme
 
 INDEX = "tol.index.json"
 STATE = "tol.build.json"  # of an unfinished build

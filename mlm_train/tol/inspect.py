@@ -13,10 +13,10 @@ from mlm_train.checkpoint.logical_folder import ModelFolder, find_model
 from mlm_train.checks import Check
 from mlm_train.errors import UserError
 from mlm_train.model.counts import count_parameters
-from mlm_train.tol.codec import Encoding
 from mlm_train.tol.compute import chunks_of
 from mlm_train.tol.format import BASIS_ITEM, TolIndex, check_fits
 from mlm_train.tol.progress import ByteProgress
+from mlm_train.tol.schemes import Encoding
 from mlm_train.tol.spectrum import Gram, Spectrum
 from mlm_train.tol.table import Table
 from mlm_train.tol.verify import CHUNK_ROWS

@@ -8,13 +8,13 @@ import torch
 
 from mlm_train.errors import UserError
 from mlm_train.sizes import in_units
-from mlm_train.tol.codec import Scheme
 from mlm_train.tol.crew import ATTEMPTS, Crew, WorkerDied
 from mlm_train.tol.format import BASIS_ITEM, file_of
 from mlm_train.tol.knapsack import Mix, Ways, best_mix
 from mlm_train.tol.partition import ALIGNMENT
 from mlm_train.tol.place import Place
 from mlm_train.tol.ranks import Study
+from mlm_train.tol.schemes import Scheme
 from mlm_train.tol.shared import Weights
 from mlm_train.tol.spectrum import scaled_basis
 from mlm_train.tol.state import Layout, Plan, State, Storage, spectrum_name

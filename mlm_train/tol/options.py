@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -11,8 +12,10 @@ from mlm_train.errors import UserError
 from mlm_train.files import LARGEST_RESULT
 from mlm_train.records import Record, first_problem, json_value, read_regular
 from mlm_train.sizes import size
-from mlm_train.tol.codec import GROUP, GROUPS, LEVELS, TORCH_DTYPE, Scheme
-from mlm_train.tol.state import Storage
+from mlm_train.tol.schemes import GROUP, GROUPS, LEVELS, PLAIN_BYTES, Scheme
+
+if TYPE_CHECKING:
+    from mlm_train.tol.state import Storage
 
 _WORDS = ("dtype", "group_size", "asymmetric", "drop", "rank", "budget")  # of args
 _RANGE = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
@@ -29,7 +32,7 @@ def add_storage_arguments(parser: argparse.ArgumentParser, default: str | None) 
     """--dtype and what goes with it."""
     parser.add_argument(  # its default comes later, in storage_of: what was given can be told from it
         "--dtype",
-        choices=(*TORCH_DTYPE, *LEVELS),
+        choices=(*PLAIN_BYTES, *LEVELS),
         help="type of the stored numbers ("
         + (f"default {default}; " if default else "")
         + "with --budget: the best for each layer)",
@@ -52,7 +55,7 @@ def add_storage_arguments(parser: argparse.ArgumentParser, default: str | None) 
         metavar="SIZE",
         help="most bytes of the table's files but its index, such as 3.2GB. Each layer is stored so that the "
         "sum of squared relative errors is least, over what --dtype and --group-size leave open: "
-        f"{', '.join((*TORCH_DTYPE, *LEVELS))}; groups of {', '.join(map(str, GROUPS))}; every rank; the "
+        f"{', '.join((*PLAIN_BYTES, *LEVELS))}; groups of {', '.join(map(str, GROUPS))}; every rank; the "
         "whole layer; a dropped one, which a warning names. Errors are predicted (docs/tol.md)",
     )
     parser.add_argument(
@@ -68,11 +71,13 @@ def given(args: argparse.Namespace, names: Sequence[str] = (*_WORDS, "allocation
 
 def storage_of(
     args: argparse.Namespace, layers: list[int], hidden: int, default: str | None = None
-) -> Storage:
+) -> "Storage":
     """What the words ask for, of a table with these layers; `default`: the type where none is given.
 
     Raises UserError naming a wrong one.
     """
+    from mlm_train.tol.state import Storage
+
     if args.allocation is not None:
         if more := given(args, _WORDS):
             raise UserError(f"--allocation says how every layer is stored: leave {more} out")
@@ -80,7 +85,7 @@ def storage_of(
     dtype = default if args.dtype is None and args.budget is None else args.dtype
     if dtype is None and args.budget is None:
         raise UserError("give --dtype, --budget or --allocation: how the numbers are to be stored")
-    if dtype in TORCH_DTYPE and (args.group_size is not None or args.asymmetric):
+    if dtype in PLAIN_BYTES and (args.group_size is not None or args.asymmetric):
         raise UserError(f"--group-size and --asymmetric are of int8 and int4, not of {dtype}")
     # A group as wide as a row is the largest there can be; the default is more than a narrow model's row.
     for name, most in (("group_size", max(hidden, GROUP)), ("rank", hidden)):
@@ -123,7 +128,9 @@ def _dropped(text: str, layers: list[int]) -> set[int]:
     return found
 
 
-def _allocated(file: Path, layers: list[int], hidden: int) -> Storage:
+def _allocated(file: Path, layers: list[int], hidden: int) -> "Storage":
+    from mlm_train.tol.state import Storage
+
     try:
         found = read_allocation(file)
         _check_fits(found, layers, hidden)

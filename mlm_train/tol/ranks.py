@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from mlm_train.tol.codec import Scheme, grouped, rounded
+from mlm_train.tol.codec import grouped, rounded
+from mlm_train.tol.schemes import Scheme
 from mlm_train.tol.spectrum import Spectrum, scaled_basis
 from mlm_train.tol.table import projector
 

@@ -24,8 +24,9 @@ from mlm_train.files import write_json, writing
 from mlm_train.model.source import MemoryReader
 from mlm_train.model.transformer import Transformer
 from mlm_train.records import Record, json_value, read_regular
-from mlm_train.tol.codec import Scheme, decode, encode, layout
+from mlm_train.tol.codec import decode, encode
 from mlm_train.tol.compute import chunks_of
+from mlm_train.tol.schemes import Scheme, layout
 from mlm_train.tol.spectrum import Gram, Spectrum, scaled_basis
 from mlm_train.tol.table import Table, projector
 

@@ -7,21 +7,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mlm_train.errors import UserError
 from mlm_train.files import json_text
-from mlm_train.records import SEAL, json_value, seal_of
-from mlm_train.tol.codec import (
-    GROUPS,
-    LEVELS,
-    TORCH_DTYPE,
-    Dtype,
-    Encoding,
-    PlainDtype,
-    Record,
-    Scheme,
-    layout,
-)
+from mlm_train.records import SEAL, Record, json_value, seal_of
+from mlm_train.tol.codec import TORCH_DTYPE
 from mlm_train.tol.format import BASIS, STATE, File, Partition, plain_fields, row_bytes
 from mlm_train.tol.partition import RowShape
 from mlm_train.tol.place import Place, refuse_used, remove_drafts, remove_matching, sha256_at
+from mlm_train.tol.schemes import GROUPS, LEVELS, Dtype, Encoding, PlainDtype, Scheme, layout
 
 SPECTRA = ".spectrum-{}.safetensors"  # of a layer, which an unfinished build keeps
 

@@ -15,11 +15,11 @@ from mlm_train.evaluate.scorer import Scorer
 from mlm_train.files import check_output, is_png, sha256_of, write_figure, write_json, writing
 from mlm_train.sizes import in_units
 from mlm_train.tol.allocate import best_kept, best_mixes, choices, layout_of, room_of, size_of, ways_of
-from mlm_train.tol.codec import ALIGNMENT, GROUP, Scheme
 from mlm_train.tol.format import INDEX, TolIndex, check_fits
 from mlm_train.tol.knapsack import Mix
 from mlm_train.tol.lowrank import say_dropped
 from mlm_train.tol.options import is_allocation
+from mlm_train.tol.schemes import ALIGNMENT, GROUP, Scheme
 from mlm_train.tol.sensitivities import Choice, Notes, Trial, measure, spectra_of
 from mlm_train.tol.table import Table
 

@@ -11,12 +11,13 @@ from mlm_train.checkpoint.hf_folder import FolderTensors
 from mlm_train.checkpoint.logical_folder import open_model
 from mlm_train.errors import UserError
 from mlm_train.files import sha256_of
-from mlm_train.tol.codec import TORCH_DTYPE, Encoding, decode, encode, grouped, layout
+from mlm_train.tol.codec import TORCH_DTYPE, decode, encode, grouped
 from mlm_train.tol.compute import EMBEDDING, FfnM, chunks_of, ffn_m_weights
 from mlm_train.tol.format import File, Partition, TolIndex, check_fits, index_at, read_index
 from mlm_train.tol.partition import map_partition
 from mlm_train.tol.place import Folder, Place, is_url, place_of
 from mlm_train.tol.progress import ByteProgress
+from mlm_train.tol.schemes import Encoding, layout
 from mlm_train.tol.state import is_whole
 from mlm_train.tol.table import Table, read_bases
 

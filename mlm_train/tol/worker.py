@@ -13,13 +13,14 @@ from torch import Tensor
 from mlm_train.checkpoint.logical_folder import OpenedModel, open_model
 from mlm_train.errors import UserError
 from mlm_train.host_memory import keep_freed
-from mlm_train.tol.codec import NotFinite, decode, encode, layout
+from mlm_train.tol.codec import NotFinite, decode, encode
 from mlm_train.tol.compute import FfnM, Numbers, Stored, chunks_of, from_numpy
 from mlm_train.tol.disk import Stream, buffers
 from mlm_train.tol.format import File, Partition, file_of
 from mlm_train.tol.partition import Draft, hash_draft
 from mlm_train.tol.place import Files, Folder, files_at, put
 from mlm_train.tol.ranks import Sample, Study
+from mlm_train.tol.schemes import layout
 from mlm_train.tol.spectrum import Gram, Spectrum
 from mlm_train.tol.state import Layout, Plan, spectrum_name
 from mlm_train.tol.table import bases_at, projector

@@ -13,10 +13,10 @@ from mlm_train.parallel import runtime
 from mlm_train.tol import study
 from mlm_train.tol.allocate import best_mixes, choices
 from mlm_train.tol.build import Build
-from mlm_train.tol.codec import Scheme
 from mlm_train.tol.format import INDEX, read_index
 from mlm_train.tol.knapsack import Ways
 from mlm_train.tol.lowrank import bytes_of
+from mlm_train.tol.schemes import Scheme
 from mlm_train.tol.sensitivities import Notes, Trial, measure, spectra_of
 from mlm_train.tol.state import Storage
 from mlm_train.tol.store import TolSource

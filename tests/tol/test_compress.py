@@ -15,8 +15,8 @@ from mlm_train.errors import UserError
 from mlm_train.memory import make_source
 from mlm_train.model.transformer import Transformer
 from mlm_train.tol.build import Build
-from mlm_train.tol.codec import Scheme
 from mlm_train.tol.format import BASIS, INDEX, read_index
+from mlm_train.tol.schemes import Scheme
 from mlm_train.tol.state import Storage
 from mlm_train.tol.store import TolSource
 from mlm_train.tol.table import Table

@@ -7,8 +7,9 @@ import torch
 
 from mlm_train.checkpoint.logical_folder import open_model
 from mlm_train.model.transformer import Transformer
-from mlm_train.tol.codec import TORCH_DTYPE, PlainDtype
+from mlm_train.tol.codec import TORCH_DTYPE
 from mlm_train.tol.compute import EMBEDDING, FfnM, ffn_m_weights
+from mlm_train.tol.schemes import PlainDtype
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlm_train.tol.codec import Scheme, decode, encode, layout
+from mlm_train.tol.codec import decode, encode
 from mlm_train.tol.ranks import Sample, Study
+from mlm_train.tol.schemes import Scheme, layout
 from mlm_train.tol.spectrum import Gram, Spectrum, scaled_basis
 from mlm_train.tol.state import Storage
 from mlm_train.tol.table import projector
