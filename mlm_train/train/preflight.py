@@ -14,7 +14,7 @@ from mlm_train.config import Config
 from mlm_train.data.blend import Blend
 from mlm_train.errors import UserError
 from mlm_train.monitor.report import Progress
-from mlm_train.parallel.runtime import check_compiler, check_device
+from mlm_train.parallel.runtime import check_compiler, check_device, check_torch
 from mlm_train.parallel.topology import Topology
 from mlm_train.train.schedule import go_on
 
@@ -61,6 +61,7 @@ def preflight(config: Config, world: int, local_world: int | None) -> Blend:
     if local_world is not None:
         check_device(config.train.device, local_world)
         check_compiler(config.train)
+        check_torch(config.parallel)
     data = Blend.open(config.data)
     if data.vocab_size > config.model.vocab_size:
         raise UserError(
