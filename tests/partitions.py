@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mlm_train.checkpoint.hf_folder import fingerprint
+from mlm_train.checkpoint.hf.folder import fingerprint
 from mlm_train.model.transformer import Transformer
-from mlm_train.tol.disk import Stream, buffers
-from mlm_train.tol.format import Partition, Source, TolIndex, write_index
-from mlm_train.tol.partition import RowShape
-from mlm_train.tol.place import Folder
+from mlm_train.tol.format.index import Partition, Source, TolIndex
+from mlm_train.tol.format.index_file import write_index
+from mlm_train.tol.format.partition import RowShape
+from mlm_train.tol.storage.direct_io import Stream, buffers
+from mlm_train.tol.storage.local import Folder
 
 
 def write_partition(

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from mlm_train.cli import main
-from mlm_train.tol.cluster import ray_cluster
+from mlm_train.tol.build.ray_cluster import ray_cluster
 from tests.commands import TINY, mlm_train
 
 MEGABYTES = 48

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from mlm_train.errors import UserError
-from mlm_train.ownership import Attempt, owned, refuse_superseded
+from mlm_train.utils.run_lock import Attempt, owned, refuse_superseded
 from tests.commands import ROOT
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from mlm_train.ownership import owned
+from mlm_train.utils.run_lock import owned
 with owned(Path(sys.argv[1]), "being trained"):
     print("held", flush=True)
     time.sleep(60)

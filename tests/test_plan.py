@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mlm_train.config import load_config
-from mlm_train.parallel.topology import Topology
+from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.plan.activations import activation_bytes, in_flight
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "memory-250m.yaml"

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from mlm_train.checkpoint.hf_folder import write_folder
+from mlm_train.checkpoint.hf.folder import write_folder
 from mlm_train.config import ModelConfig, load_config
 from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.plan import tol
 from mlm_train.plan.command import _giga
 from mlm_train.plan.tol import Serving, Stored, Tier
-from mlm_train.sizes import in_units
+from mlm_train.utils.units import in_units
 from tests.commands import ROOT, mlm_train, refused
 
 PAPER = ROOT / "configs" / "memory-1b.yaml"

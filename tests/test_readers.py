@@ -14,10 +14,10 @@ import pytest
 
 from mlm_train.checkpoint.load import open_checkpoint
 from mlm_train.checkpoint.manifest import write_manifest
-from mlm_train.ownership import Attempt, _note, _noted, _path
 from mlm_train.parallel import runtime
-from mlm_train.records import SEAL, json_value
-from mlm_train.tol.sensitivities import Notes, Sums
+from mlm_train.tol.allocate.sensitivity import Notes, Sums
+from mlm_train.utils.records import SEAL, json_value
+from mlm_train.utils.run_lock import Attempt, _note, _noted, _path
 from tests.commands import TINY, mlm_train, outcome, refused
 from tests.test_security import sharded_export, tol
 

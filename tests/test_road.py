@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mlm_train.checkpoint.hf_manifest import MANIFEST
+from mlm_train.checkpoint.hf.manifest import MANIFEST
 from mlm_train.parallel import runtime
 from tests.commands import ROOT, TINY, finished, mlm_train, refused, scalars
 

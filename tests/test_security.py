@@ -15,22 +15,23 @@ import psutil
 import pytest
 import torch
 
-from mlm_train.checkpoint.hf_folder import open_tensors, verify_folder, write_folder
-from mlm_train.checkpoint.hf_manifest import MANIFEST
+from mlm_train.checkpoint.hf.folder import open_tensors, verify_folder, write_folder
+from mlm_train.checkpoint.hf.manifest import MANIFEST
 from mlm_train.checkpoint.load import config_of, load_weights, open_checkpoint
-from mlm_train.checkpoint.logical_folder import load_model
+from mlm_train.checkpoint.reading.logical_folder import load_model
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.tokenizer import tokenizer_of
 from mlm_train.errors import UserError
 from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime
-from mlm_train.parallel.stacks import flight_record, write_evidence
-from mlm_train.records import SEAL, seal_of
-from mlm_train.tol.format import Source, TolIndex, write_index
-from mlm_train.tol.partition import RowShape
-from mlm_train.tol.place import Folder
-from mlm_train.tol.store import TolSource
+from mlm_train.parallel.health.thread_stacks import flight_record, write_evidence
+from mlm_train.tol.format.index import Source, TolIndex
+from mlm_train.tol.format.index_file import write_index
+from mlm_train.tol.format.partition import RowShape
+from mlm_train.tol.serve.source import TolSource
+from mlm_train.tol.storage.local import Folder
+from mlm_train.utils.records import SEAL, seal_of
 from tests.commands import ROOT, TINY, listening, mlm_train, refused, start
 from tests.partitions import write_partition
 from tests.tol.conftest import random_model

@@ -285,7 +285,7 @@ def difference(checkpoint: Path, other: Path, folder: Path) -> float:
     from safetensors.torch import load_file
 
     from mlm_train.checkpoint.export import export_checkpoint
-    from mlm_train.quiet import hush_libraries
+    from mlm_train.utils.library_noise import hush_libraries
 
     hush_libraries()
     exports = []

@@ -18,21 +18,23 @@ from safetensors.torch import save_file
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HuggingFace
 
-from mlm_train.checkpoint.hf_folder import write_folder
+from mlm_train.checkpoint.hf.folder import write_folder
 from mlm_train.config import ModelConfig, dump_config, load_config
-from mlm_train.data.prepared import SplitRecord, TokenizerRecord, fingerprint_of
+from mlm_train.data.manifest import SplitRecord, TokenizerRecord, fingerprint_of
 from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
-from mlm_train.ownership import Attempt, _note
-from mlm_train.records import SEAL, seal_of
-from mlm_train.tol.build import build_tol
-from mlm_train.tol.cluster import ray_cluster
-from mlm_train.tol.format import INDEX, STATE, _digest, read_index
-from mlm_train.tol.lease import OWNER, Owner
-from mlm_train.tol.place import Folder
-from mlm_train.tol.schemes import Scheme
-from mlm_train.tol.sensitivities import Notes, Sums
-from mlm_train.tol.state import Plan, State, Storage
+from mlm_train.tol.allocate.sensitivity import Notes, Sums
+from mlm_train.tol.build.builder import Build
+from mlm_train.tol.build.ray_cluster import ray_cluster
+from mlm_train.tol.build.state import Plan, State
+from mlm_train.tol.format.index import INDEX, STATE
+from mlm_train.tol.format.index_file import _digest, read_index
+from mlm_train.tol.format.layout import Storage
+from mlm_train.tol.format.schemes import Scheme
+from mlm_train.tol.storage.lease import OWNER, Owner
+from mlm_train.tol.storage.local import Folder
+from mlm_train.utils.records import SEAL, seal_of
+from mlm_train.utils.run_lock import Attempt, _note
 
 
 def reseal(file: Path) -> Callable[[Any], bytes] | None:
@@ -72,7 +74,7 @@ def make_artefacts(root: Path) -> None:
     command("export", root / "run", "--output", root / "export")
     _write_llama(root / "llama", root / "data/tokenizer.model")
     with ray_cluster(workers=1):
-        build_tol(root / "export", root / "plain-table", "bfloat16", partitions=2)
+        Build(root / "export", root / "plain-table", Storage(), partitions=2, compute="float32").run(2)
         command_line = ("tol", "build", root / "export", "--output", root / "table", "--partitions", 2)
         command(*command_line, "--workers", 1, "--dtype", "int8", "--group-size", 8, "--rank", 8)
     _write_build(root / "plain-table", root / "build")

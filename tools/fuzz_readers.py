@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from mlm_train.bench.report import check_writable
-from mlm_train.checkpoint.hf_import import import_folder
+from mlm_train.checkpoint.hf.importing import import_folder
 from mlm_train.checkpoint.load import config_of, load_weights, open_checkpoint
-from mlm_train.checkpoint.logical_folder import load_model, open_model
+from mlm_train.checkpoint.reading.logical_folder import load_model, open_model
 from mlm_train.cli import main
 from mlm_train.config import dump_config, load_config
 from mlm_train.data.blend import Blend
@@ -25,18 +25,19 @@ from mlm_train.data.tokenizer import Tokenizer, tokenizer_of
 from mlm_train.evaluate.logits import _read_tokens
 from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
-from mlm_train.ownership import Attempt, _noted
-from mlm_train.records import SEAL
-from mlm_train.tol.format import INDEX, STATE
-from mlm_train.tol.lease import OWNER, Owner, _read
-from mlm_train.tol.options import read_allocation
-from mlm_train.tol.place import Folder, refuse_used
-from mlm_train.tol.schemes import Scheme
-from mlm_train.tol.sensitivities import Notes
-from mlm_train.tol.state import State, begin
-from mlm_train.tol.store import TolSource
-from mlm_train.tol.table import Table
+from mlm_train.tol.allocate.mix_file import read_allocation
+from mlm_train.tol.allocate.sensitivity import Notes
+from mlm_train.tol.build.state import State, begin
+from mlm_train.tol.format.index import INDEX, STATE
+from mlm_train.tol.format.schemes import Scheme
+from mlm_train.tol.serve.reader import Table
+from mlm_train.tol.serve.source import TolSource
+from mlm_train.tol.storage.base import refuse_used
+from mlm_train.tol.storage.lease import OWNER, Owner, _read
+from mlm_train.tol.storage.local import Folder
 from mlm_train.train.preflight import find_checkpoint
+from mlm_train.utils.records import SEAL
+from mlm_train.utils.run_lock import Attempt, _noted
 
 TINY = (
     "model.vocab_size=384", "model.hidden_size=16", "model.num_hidden_layers=2",

@@ -8,7 +8,7 @@ from mlm_train.model.logical import initialise
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_executor, build_model
-from mlm_train.parallel.execution import Executor
+from mlm_train.parallel.pipeline.single_stage import Executor
 
 SEED = 1234
 MODES: dict[str, dict[str, Any]] = {  # executions of FFN-M, as config section `memory` says them

@@ -24,11 +24,11 @@ from mlm_train.checkpoint.load import load_training_state, open_checkpoint
 from mlm_train.checkpoint.saver import Saver
 from mlm_train.config import Config
 from mlm_train.errors import UserError
-from mlm_train.files import sync
 from mlm_train.monitor.report import Saved
-from mlm_train.parallel.engine import Engine
+from mlm_train.parallel.engine.deepspeed_zero import Engine
 from mlm_train.train.batches import MicroBatch
 from mlm_train.train.step import Trainer
+from mlm_train.utils.files import sync
 
 GIB = 2**30
 VOCABULARY, HIDDEN, LENGTH = 32768, 512, 128

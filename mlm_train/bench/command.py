@@ -4,11 +4,11 @@ import argparse
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from mlm_train.arguments import add_action
 from mlm_train.errors import UserError
+from mlm_train.utils.arguments import add_action
 
 if TYPE_CHECKING:
-    from mlm_train.arguments import Actions
+    from mlm_train.utils.arguments import Actions
 
 HELP = """Measure this machine: alternated runs, medians.
 

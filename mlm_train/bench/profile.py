@@ -1,7 +1,7 @@
 """`bench profile`: where the time of a training step's forward and backward passes goes, on one process.
 
-The step is the trainer's own (parallel/execution.py), tables included, the optimizer left out; the
-operations that torch.profiler saw are summed by what they are for.
+The step is the trainer's own (parallel/pipeline/single_stage.py), tables included, the optimizer left out;
+the operations that torch.profiler saw are summed by what they are for.
 """
 
 import argparse

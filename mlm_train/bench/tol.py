@@ -24,13 +24,13 @@ from rich.progress import track
 from torch import Tensor
 
 from mlm_train.bench import report, tol_show, tol_worker
-from mlm_train.checkpoint.hf_folder import expected_shapes, write_folder
+from mlm_train.checkpoint.hf.folder import expected_shapes, write_folder
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
-from mlm_train.records import record_of
-from mlm_train.tol.build import CHUNK_ROWS, Build
-from mlm_train.tol.cluster import ray_cluster
-from mlm_train.tol.state import Layout, Storage
+from mlm_train.tol.build.builder import CHUNK_ROWS, Build
+from mlm_train.tol.build.ray_cluster import ray_cluster
+from mlm_train.tol.format.layout import Layout, Storage
+from mlm_train.utils.records import record_of
 
 PRESETS = {  # layers, hidden, FFN-M's width, vocabulary
     "1b": {"layers": 24, "hidden": 2048, "ffn": 5464, "vocabulary": 128256},

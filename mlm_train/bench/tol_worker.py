@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from mlm_train.checkpoint.logical_folder import open_model
-from mlm_train.files import sync
-from mlm_train.tol.codec import encode
-from mlm_train.tol.compute import FfnM, chunks_of, ffn_m_weights
-from mlm_train.tol.disk import buffers
-from mlm_train.tol.place import Folder
-from mlm_train.tol.state import Layout
-from mlm_train.tol.worker import prepare_process
+from mlm_train.checkpoint.reading.logical_folder import open_model
+from mlm_train.tol.build.row_source import FfnM, chunks_of, ffn_m_weights
+from mlm_train.tol.build.worker import prepare_process
+from mlm_train.tol.format.codec import encode
+from mlm_train.tol.format.layout import Layout
+from mlm_train.tol.storage.direct_io import buffers
+from mlm_train.tol.storage.local import Folder
+from mlm_train.utils.files import sync
 
 BLOCK = 2**24  # bytes of a plain write
 _layers: "Layers"  # of this process

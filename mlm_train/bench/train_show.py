@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mlm_train.bench import report
 from mlm_train.bench.train_figures import PARTS, Measured, Row
-from mlm_train.files import write_figure
+from mlm_train.utils.files import write_figure
 
 WIDTH = 132  # of the tables
 WORDS = 110  # of a line of words

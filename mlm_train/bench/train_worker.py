@@ -23,9 +23,9 @@ from mlm_train.bench.train_ways import Way, build_way
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
 from mlm_train.errors import UserError
-from mlm_train.host_memory import give_back
-from mlm_train.parallel.topology import Topology
+from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.train.batches import MicroBatch, step_batches
+from mlm_train.utils.malloc import give_back
 
 MEASURED = 3  # micro-batches of the step whose peak is taken: the second one already finds gradients there
 SCARCE = 0.25  # of the machine's memory: less than that is free

@@ -11,15 +11,15 @@ from rich.progress import track
 
 from mlm_train.bench import report
 from mlm_train.bench.built import SEED, build, step_config
+from mlm_train.bench.traffic import Traffic
 from mlm_train.config import Config
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
 from mlm_train.model.loss import count_labels
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
-from mlm_train.parallel.pipeline import Pipeline
-from mlm_train.parallel.traffic import Traffic
-from mlm_train.parallel.x0 import TRANSPORTS
+from mlm_train.parallel.pipeline.executor import Pipeline
+from mlm_train.parallel.pipeline.x0 import TRANSPORTS
 from mlm_train.train.batches import MicroBatch, step_batches
 
 # 2560 tokens a step: not the vocabulary, so that no two formulas give one number.

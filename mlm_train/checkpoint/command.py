@@ -7,8 +7,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlm_train.arguments import add_action
 from mlm_train.errors import UserError, escaped
+from mlm_train.utils.arguments import add_action
 
 if TYPE_CHECKING:
     from mlm_train.checkpoint.keep import Keep
@@ -174,7 +174,7 @@ def _prune(path: Path, args: argparse.Namespace) -> int:
     from mlm_train.checkpoint.folders import committed, delete, remove_partials, write_names
     from mlm_train.checkpoint.keep import NEWEST, Keep
     from mlm_train.checkpoint.load import config_of, open_checkpoint
-    from mlm_train.files import locked, writing
+    from mlm_train.utils.files import locked, writing
 
     for option, value, least in (
         ("--keep", args.keep, 1),

@@ -14,7 +14,7 @@ from pathlib import Path
 from mlm_train.checkpoint.keep import Keep, best_of, step_of
 from mlm_train.checkpoint.manifest import MANIFEST
 from mlm_train.errors import UserError
-from mlm_train.files import sync, write_text
+from mlm_train.utils.files import sync, write_text
 
 LATEST, BEST = "latest", "best"
 PARTIAL = ".partial-"

@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 from mlm_train.checkpoint.manifest import Manifest, read_manifest, verify_files
 from mlm_train.checkpoint.tensors import LogicalPart, read_tensors
-from mlm_train.checks import Check
 from mlm_train.config import Config, ModelConfig
 from mlm_train.config.load import parse_config
 from mlm_train.data.order import ORDER
 from mlm_train.errors import UserError
 from mlm_train.model.logical import pieces
-from mlm_train.parallel.engine import Engine
-from mlm_train.parallel.optimizer_state import STATE, finish_scatter, scatter_state
+from mlm_train.parallel.engine.deepspeed_zero import Engine
+from mlm_train.parallel.engine.optimizer_state import STATE, finish_scatter, scatter_state
+from mlm_train.utils.checks import Check
 
 
 def open_checkpoint(folder: Path, verify: Check = "full") -> Manifest:

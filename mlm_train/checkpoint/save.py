@@ -15,13 +15,13 @@ from mlm_train.checkpoint.manifest import FORMAT, VERSION, Validation, write_man
 from mlm_train.checkpoint.tensors import LogicalPart, write_tensors
 from mlm_train.config import Config
 from mlm_train.errors import UserError
-from mlm_train.files import writing
-from mlm_train.finite import nonfinite
 from mlm_train.model.counts import count_parameters
-from mlm_train.ownership import Attempt, refuse_superseded
-from mlm_train.parallel.engine import Engine
-from mlm_train.parallel.optimizer_state import STATE, gather_state, optimizer_steps
+from mlm_train.parallel.engine.deepspeed_zero import Engine
+from mlm_train.parallel.engine.optimizer_state import STATE, gather_state, optimizer_steps
 from mlm_train.parallel.runtime import Runtime
+from mlm_train.utils.files import writing
+from mlm_train.utils.nonfinite import nonfinite
+from mlm_train.utils.run_lock import Attempt, refuse_superseded
 
 FP32, GIB = 4, 2**30
 
@@ -92,7 +92,7 @@ def write_checkpoint(root: Path, snapshot: Snapshot, runtime: Runtime) -> Path:
         place.at("look for what is not finite")
         runtime.together(lambda: _refuse_nonfinite(snapshot))
         place.at("write")
-        mine = write_tensors(partial, snapshot.state, runtime.control)
+        mine = write_tensors(partial, snapshot.state, runtime.groups.control)
         place.at("commit")
         files = [entry for entries in runtime.together(lambda: mine) for entry in entries]
         manifest = snapshot.manifest | {"files": sorted(files, key=lambda entry: entry["file"])}

@@ -12,7 +12,7 @@ from mlm_train.config.schema import Config
 from mlm_train.config.section import Section
 from mlm_train.config.yaml_text import DEEPEST, LONGEST, yaml_text, yaml_value
 from mlm_train.errors import UserError
-from mlm_train.records import read_regular
+from mlm_train.utils.records import read_regular
 
 _CREDENTIALS = re.compile(r"://[^/\s]*@")  # of a URL
 _SHOWN = 200  # characters of a value that a message repeats

@@ -69,7 +69,7 @@ class ParallelConfig(Section):
 
 
 def check_parallel(parallel: ParallelConfig, model: ModelConfig, sequence_length: int) -> None:
-    """Refuse a layout that does not fit the model; the world size comes in parallel/topology.py."""
+    """Refuse a layout that does not fit the model; the world size comes in parallel/mesh/topology.py."""
     if parallel.context != 1:
         blame(
             "parallel.context",

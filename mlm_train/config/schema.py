@@ -4,12 +4,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mlm_train.checks import Check
 from mlm_train.config.model import ModelConfig
 from mlm_train.config.parallel import ZERO_BUBBLE, ParallelConfig, check_parallel
 from mlm_train.config.schedule import ScheduleConfig, check_schedule
 from mlm_train.config.section import Section, blame
 from mlm_train.errors import UserError
+from mlm_train.utils.checks import Check
 
 
 class BlendSource(Section):
@@ -253,7 +253,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
-        """Everything that involves two fields; the world size comes in parallel/topology.py."""
+        """Everything that involves two fields; the world size comes in parallel/mesh/topology.py."""
         self._check_memory()
         check_schedule(self.schedule, self.optimizer.lr, self.train.steps)
         self._check_batch()

@@ -18,7 +18,7 @@ from typing import Any
 
 from mlm_train.data.fraction import text_fraction
 from mlm_train.errors import UserError
-from mlm_train.files import new_folder
+from mlm_train.utils.files import new_folder
 
 SUFFIXES = (".py", ".md", ".rst", ".txt")
 NOT_CORPUS = ("site-packages", "dist-packages", "__pycache__")

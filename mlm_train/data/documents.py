@@ -28,7 +28,7 @@ from mlm_train.data.formats import (
     suffix_of,
 )
 from mlm_train.errors import UserError
-from mlm_train.records import json_value
+from mlm_train.utils.records import json_value
 
 SPLITS = ("train", "validation")
 DATA = (Format.LINES, Format.JSON, Format.PARQUET)  # what holds many documents

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlm_train.data.tokenizer import Tokenizer
 from mlm_train.errors import UserError
-from mlm_train.stopping import deaf_children, held
+from mlm_train.utils.signals import deaf_children, held
 
 
 class Batch(Protocol):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from mlm_train.data.order import Interleaving, shuffled
-from mlm_train.data.prepared import TokenStream
+from mlm_train.data.token_stream import TokenStream
 from mlm_train.errors import UserError
 
 BLOCK = 4096  # samples whose places are found at once
@@ -72,11 +72,6 @@ class Samples:
     def samples_per_epoch(self) -> int:
         """Windows of all sources together."""
         return sum(source.samples_per_epoch for source in self.sources)
-
-    @property
-    def tokens_per_sample(self) -> int:
-        """Tokens a sample is trained on (its labels): sequence_length."""
-        return self.sequence_length
 
     def batch(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """ids and labels, int64 [count, sequence_length], of samples first .. first + count - 1."""

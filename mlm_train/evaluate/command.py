@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlm_train.arguments import MODEL_KINDS
-from mlm_train.checks import add_verify
 from mlm_train.errors import UserError
+from mlm_train.utils.arguments import MODEL_KINDS
+from mlm_train.utils.checks import add_verify
 
 if TYPE_CHECKING:
     from mlm_train.evaluate.scorer import Scorer
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _perplexities(args: argparse.Namespace) -> dict[str, Any]:
     from mlm_train.evaluate.scorer import Scorer
-    from mlm_train.tol.store import TolSource
+    from mlm_train.tol.serve.source import TolSource
 
     scorer = Scorer(
         args.model,

@@ -10,18 +10,18 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from mlm_train.checkpoint.logical_folder import ModelFolder, open_model
-from mlm_train.checks import Check
+from mlm_train.checkpoint.reading.logical_folder import ModelFolder, open_model
 from mlm_train.config import ModelConfig
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
 from mlm_train.data.tokenizer import tokenizer_file
 from mlm_train.errors import UserError
 from mlm_train.evaluate.perplexity import Perplexity, measure_perplexity
-from mlm_train.files import sha256_of
 from mlm_train.memory import make_source
 from mlm_train.model.source import MemorySource
 from mlm_train.model.transformer import Transformer
+from mlm_train.utils.checks import Check
+from mlm_train.utils.files import sha256_of
 
 
 class Windows:

@@ -26,7 +26,7 @@ ROWS = 4096  # of a block, at most; of fewer than about 1,500 products run at ha
 class Share:
     """Which rows of a step's tables this process computes: those of its own ids.
 
-    parallel/shares.py has one that splits all data-parallel ranks' rows over them.
+    parallel/ffn_m/shares.py has one that splits all data-parallel ranks' rows over them.
     """
 
     def begin(self, ids: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class Words:
     """Which words of the vocabulary the rows of a head weight are: here all of them.
 
     Row i is word `offset` + i; rows from `length` on are padding. The reductions join what the holders
-    of other words found; parallel/tensor.py has those of a tensor-parallel group.
+    of other words found; parallel/tensor/layers.py has those of a tensor-parallel group.
     """
 
     offset: int

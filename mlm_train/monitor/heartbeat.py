@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mlm_train.ownership import Attempt
+from mlm_train.utils.run_lock import Attempt
 
 EVERY = 1.0  # seconds between writes, at least
 

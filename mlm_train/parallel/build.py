@@ -12,30 +12,27 @@ from mlm_train.memory import Table, TrainingSource, make_source
 from mlm_train.model.loss import Words, head_loss
 from mlm_train.model.transformer import Transformer
 from mlm_train.model.unfilled import unfilled
-from mlm_train.parallel.execution import Executor, Loss, Sequential
-from mlm_train.parallel.mappings import TensorGroup
-from mlm_train.parallel.pipeline import Pipeline
+from mlm_train.parallel.ffn_m.shares import DataShare
+from mlm_train.parallel.mesh.topology import Topology
+from mlm_train.parallel.pipeline.executor import Pipeline
+from mlm_train.parallel.pipeline.single_stage import Executor, Loss, Sequential
+from mlm_train.parallel.pipeline.stages import most_layers, my_spans
+from mlm_train.parallel.pipeline.x0 import TRANSPORTS, Alone, X0Channel
 from mlm_train.parallel.runtime import Runtime
-from mlm_train.parallel.shares import DataShare
-from mlm_train.parallel.stages import most_layers, my_spans
-from mlm_train.parallel.tensor import (
+from mlm_train.parallel.tensor.collectives import TensorGroup
+from mlm_train.parallel.tensor.layers import (
     GroupWords,
     mark_for_clipping,
     shard,
     sum_replicated,
     sum_replicated_each_pass,
 )
-from mlm_train.parallel.topology import Topology
-from mlm_train.parallel.x0 import TRANSPORTS, Alone, X0Channel
 
 
 def tensor_group(config: Config, runtime: Runtime) -> TensorGroup:
     """The ranks that share this rank's layers."""
-    from megatron.core import parallel_state
-
     topology = runtime.topology
-    handle = parallel_state.get_tensor_model_parallel_group()
-    return TensorGroup(topology.tensor, topology.tensor_rank, handle, config.parallel.sequence)
+    return TensorGroup(topology.tensor, topology.tensor_rank, runtime.groups.tensor, config.parallel.sequence)
 
 
 def shapes_of(config: Config, topology: Topology, group: TensorGroup) -> Transformer:
@@ -116,7 +113,7 @@ def build_executor(
             model.block(layer).compiles = config.train.compile
     loss = build_loss(config, group)
     precision = autocast_of(config, runtime.device)
-    source = _source(model, config, group, precision)
+    source = _source(model, config, runtime, group, precision)
     if runtime.topology.pipeline > 1:
         channel = _channel(model, config, runtime, group, source)
         return Pipeline(model, config, runtime, group, source, channel, loss, precision)
@@ -131,15 +128,13 @@ def build_executor(
 
 
 def _source(
-    model: Transformer, config: Config, group: TensorGroup, precision: torch.autocast
+    model: Transformer, config: Config, runtime: Runtime, group: TensorGroup, precision: torch.autocast
 ) -> TrainingSource | None:
     """How this rank executes FFN-M; None where the model has none."""
-    from megatron.core import parallel_state
-
     memory = config.memory
     if memory is None:
         return None
-    share = DataShare(parallel_state.get_data_parallel_group()) if memory.shared else None
+    share = DataShare(runtime.groups.data) if memory.shared else None
     blocks = model.memory_blocks()
     return make_source(
         memory.mode, blocks, group, precision, share, memory.table_layers, memory.kept_layers or 0
@@ -150,14 +145,12 @@ def _channel(
     model: Transformer, config: Config, runtime: Runtime, group: TensorGroup, source: TrainingSource | None
 ) -> X0Channel:
     """How x0 reaches this rank."""
-    from megatron.core import parallel_state
-
     most = most_layers(config, runtime.topology)
     plain = source is None and runtime.topology.pipeline > 1
     transport = Alone if plain else TRANSPORTS[config.transport]
     return transport(
         model,
-        parallel_state.get_pipeline_model_parallel_group(),
+        runtime.groups.pipeline,
         group,
         runtime.device,
         config.parallel.crossings,

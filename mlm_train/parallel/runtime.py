@@ -16,12 +16,13 @@ from torch import Tensor
 from mlm_train.config import Config, ParallelConfig, TrainConfig
 from mlm_train.config.parallel import ZERO_BUBBLE
 from mlm_train.errors import PeerFailure, SharedUserError, UserError
-from mlm_train.files import told
-from mlm_train.host_memory import keep_freed
-from mlm_train.parallel.failures import one_line
-from mlm_train.parallel.place import Place
-from mlm_train.parallel.stacks import keep_flight_records
-from mlm_train.parallel.topology import Topology
+from mlm_train.parallel.health.failures import one_line
+from mlm_train.parallel.health.progress_marker import Place
+from mlm_train.parallel.health.thread_stacks import keep_flight_records
+from mlm_train.parallel.mesh.groups import ProcessGroups, create_groups, destroy_groups
+from mlm_train.parallel.mesh.topology import Topology
+from mlm_train.utils.files import told
+from mlm_train.utils.malloc import keep_freed
 
 Result = TypeVar("Result")
 ZERO_BUBBLE_TORCH = (2, 13)  # before, torch lost gradients of ours in its zero-bubble schedules
@@ -49,8 +50,8 @@ class Runtime:
 
     topology: Topology
     device: torch.device
+    groups: ProcessGroups
     place: Place = field(default_factory=Place)  # where this rank is, for the watchdog
-    control: Any = None  # the group of barrier, everywhere and together; None: the default one
 
     @property
     def leads(self) -> bool:
@@ -59,10 +60,8 @@ class Runtime:
 
     def sum_over_data(self, values: Tensor) -> Tensor:
         """The sum of a small tensor over data parallel, on every rank."""
-        from megatron.core import parallel_state
-
         values = values.clone()
-        dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(values, group=self.groups.data)
         return values
 
     def sum_over_all(self, values: Tensor) -> Tensor:
@@ -73,18 +72,18 @@ class Runtime:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        dist.barrier(self.control)
+        dist.barrier(self.groups.control)
 
     def aside(self, timeout: float) -> "Runtime":
         """The same ranks for another thread, with a group and a mark of its own; every rank calls it."""
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-        return replace(self, place=Place(), control=group)
+        return replace(self, place=Place(), groups=replace(self.groups, control=group))
 
     def everywhere(self, work: Callable[[], Result]) -> Result:
         """Run `work` on the leading rank; its result, or its failure, on every rank."""
         outcome, error = _attempt(work) if self.leads else (None, None)
         outcomes = [outcome]
-        dist.broadcast_object_list(outcomes, src=0, group=self.control)
+        dist.broadcast_object_list(outcomes, src=0, group=self.groups.control)
         if error is not None:
             raise error
         assert outcomes[0] is not None
@@ -94,7 +93,7 @@ class Runtime:
         """Run `work` on every rank; all results in the order of ranks, or the first failure, on each."""
         outcomes: list[Any] = [None] * self.topology.world
         outcome, error = _attempt(work)
-        dist.all_gather_object(outcomes, outcome, group=self.control)
+        dist.all_gather_object(outcomes, outcome, group=self.groups.control)
         if error is not None:
             raise error
         return [outcome.result() for outcome in outcomes]
@@ -200,11 +199,7 @@ def start(config: Config) -> Runtime:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    from megatron.core import parallel_state
-
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(topology.tensor, topology.pipeline)
-    return Runtime(topology, device, Place(device))
+    return Runtime(topology, device, create_groups(topology), Place(device))
 
 
 def _loopback() -> str | None:
@@ -230,10 +225,7 @@ def _make_repeatable(train: TrainConfig) -> None:
 
 def stop() -> None:
     """Leave the groups, and what start() set for them: the next ones may span machines."""
-    from megatron.core import parallel_state
-
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    destroy_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
     for variable in INTERFACE_VARIABLES:

@@ -4,8 +4,8 @@ from mlm_train.config import Config
 from mlm_train.config.parallel import INTERLEAVED
 from mlm_train.config.schema import Recompute
 from mlm_train.model.loss import default_chunk
-from mlm_train.parallel.stages import StageSpan, my_spans
-from mlm_train.parallel.topology import Topology
+from mlm_train.parallel.mesh.topology import Topology
+from mlm_train.parallel.pipeline.stages import StageSpan, my_spans
 
 FP32 = 4
 

@@ -16,8 +16,8 @@ from mlm_train.config import Config
 from mlm_train.config.load import parse_config
 from mlm_train.errors import UserError
 from mlm_train.memory.table import ROWS
-from mlm_train.parallel.stages import most_layers
-from mlm_train.parallel.topology import Topology
+from mlm_train.parallel.mesh.topology import Topology
+from mlm_train.parallel.pipeline.stages import most_layers
 from mlm_train.plan.activations import compute_bytes
 
 FP32 = 4

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from mlm_train.config import Config
 from mlm_train.parallel.build import shapes_of
-from mlm_train.parallel.engine import BUCKET
-from mlm_train.parallel.mappings import TensorGroup
-from mlm_train.parallel.topology import Topology
+from mlm_train.parallel.engine.deepspeed_zero import BUCKET
+from mlm_train.parallel.mesh.topology import Topology
+from mlm_train.parallel.tensor.collectives import TensorGroup
 from mlm_train.plan.activations import activation_bytes
 from mlm_train.plan.ffn_m import expected_by_law, table_bytes
 

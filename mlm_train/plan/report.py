@@ -7,7 +7,7 @@ from rich.table import Table
 
 from mlm_train.config import Config
 from mlm_train.model.counts import count_parameters, train_flops_per_token
-from mlm_train.parallel.topology import Topology
+from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.plan.ffn_m import choose, expected_by_law, nominal_speeds
 from mlm_train.plan.memory import rank_memory
 

@@ -14,9 +14,9 @@ from mlm_train.config import Config
 from mlm_train.memory.rows import add_rows
 from mlm_train.model.feedforward import SwiGLU
 from mlm_train.parallel.build import autocast_of
-from mlm_train.parallel.links import measure_links, median_seconds
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.plan.ffn_m import Speeds
+from mlm_train.plan.links import measure_links, median_seconds
 
 ROWS = (256, 2048)  # a line through two sizes: what a call costs, and what a row
 LARGEST = 2**24  # elements of a product that ffn_flops measures

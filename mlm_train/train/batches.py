@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mlm_train.model.loss import IGNORED
-from mlm_train.parallel.stacks import AWAITED
-from mlm_train.parallel.topology import Topology
+from mlm_train.parallel.health.thread_stacks import AWAITED
+from mlm_train.parallel.mesh.topology import Topology
 
 if TYPE_CHECKING:
     from mlm_train.data.samples import Samples

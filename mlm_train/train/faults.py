@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mlm_train.finite import nonfinite
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel.runtime import Runtime
+from mlm_train.utils.nonfinite import nonfinite
 
 
 class Sighting(NamedTuple):

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check, then run the ranks or submit the job; their exit code."""
     _check_counts(args)
-    from mlm_train.parallel.topology import Topology
+    from mlm_train.parallel.mesh.topology import Topology
     from mlm_train.train.preflight import preflight
 
     processes = args.nproc or args.gpus_per_node
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
             time=args.time,
         )
         return submit(job, args.render)
-    from mlm_train.parallel.launch import Machines, launch_ranks
+    from mlm_train.parallel.launch.launcher import Machines, launch_ranks
 
     debug = ["--debug"] if args.debug else []
     arguments = ["pretrain", *debug, args.config, *args.overrides]

@@ -9,8 +9,8 @@ from mlm_train.checkpoint.load import config_of
 from mlm_train.config import Config
 from mlm_train.data.samples import Samples
 from mlm_train.errors import UserError
+from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.parallel.runtime import Runtime, local_world_size
-from mlm_train.parallel.topology import Topology
 from mlm_train.plan.ffn_m import Distinct, choose, table_bytes, with_memory
 from mlm_train.plan.speeds import measure_speeds
 from mlm_train.train.batches import step_batches

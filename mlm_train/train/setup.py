@@ -9,29 +9,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlm_train.checkpoint.folders import remove_partials
-from mlm_train.checkpoint.hf_files import carry_over
-from mlm_train.checkpoint.hf_folder import fill_model, verify_folder
+from mlm_train.checkpoint.hf.files import carry_over
+from mlm_train.checkpoint.hf.folder import fill_model, verify_folder
 from mlm_train.checkpoint.load import load_training_state, load_weights, open_checkpoint
 from mlm_train.checkpoint.saver import Saver
 from mlm_train.config import Config, changed_fields, dump_config
 from mlm_train.data.blend import Blend
 from mlm_train.data.order import ORDER
 from mlm_train.data.samples import Consumed, Samples
-from mlm_train.files import write_text, writing
 from mlm_train.model.logical import initialise
 from mlm_train.model.transformer import Transformer
 from mlm_train.monitor.monitor import Monitor
 from mlm_train.monitor.report import Progress
-from mlm_train.ownership import owned
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_executor, build_model
-from mlm_train.parallel.engine import Engine
-from mlm_train.parallel.watchdog import watched
+from mlm_train.parallel.engine.deepspeed_zero import Engine
+from mlm_train.parallel.health.watchdog import watched
 from mlm_train.train.memory_mode import decide_mode
 from mlm_train.train.preflight import LOG, Resumed, check_output, find_checkpoint, warm_start_source
 from mlm_train.train.schedule import go_on
 from mlm_train.train.signals import Signals
 from mlm_train.train.step import Trainer
+from mlm_train.utils.files import write_text, writing
+from mlm_train.utils.run_lock import owned
 
 
 @dataclass
@@ -62,7 +62,7 @@ def opened_run(config: Config, data: Blend) -> Iterator[Run | None]:
     the others.
     """
     runtime, signals = processes.start(config), Signals()
-    with watched(config, runtime), signals.listening(), ExitStack() as stack:
+    with watched(config, runtime.topology, runtime.place), signals.listening(), ExitStack() as stack:
 
         def claim() -> tuple[Resumed | None, list[str]]:
             output = Path(config.train.output)

@@ -8,11 +8,11 @@ import torch
 
 from mlm_train.bench import tol_worker
 from mlm_train.bench.tol import CHUNKS
-from mlm_train.checkpoint.hf_folder import open_tensors
-from mlm_train.tol.build import CHUNK_ROWS
-from mlm_train.tol.compute import EMBEDDING
-from mlm_train.tol.state import Layout, Storage
-from mlm_train.tol.table import Table
+from mlm_train.checkpoint.hf.folder import open_tensors
+from mlm_train.tol.build.builder import CHUNK_ROWS
+from mlm_train.tol.build.row_source import EMBEDDING
+from mlm_train.tol.format.layout import Layout, Storage
+from mlm_train.tol.serve.reader import Table
 from tests.commands import finished, refused
 
 PROCESSES = [f"gemm.{chunk}" for chunk in CHUNKS] + ["compute"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mlm_train.bench import x0
-from mlm_train.parallel.x0 import TRANSPORTS
+from mlm_train.parallel.pipeline.x0 import TRANSPORTS
 from tests.commands import finished, refused
 from tests.ranks import run_on_ranks
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from mlm_train.checkpoint.hf_files import SpecialTokens, special_tokens
-from mlm_train.checkpoint.hf_manifest import MANIFEST
+from mlm_train.checkpoint.hf.files import SpecialTokens, special_tokens
+from mlm_train.checkpoint.hf.manifest import MANIFEST
 from mlm_train.data.tokenizer import tokenizer_of
 from mlm_train.parallel import runtime
 from tests.checkpoint.test_hf_import import llama

@@ -12,8 +12,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mlm_train.checkpoint.hf_files import carried
-from mlm_train.checkpoint.logical_folder import load_model
+from mlm_train.checkpoint.hf.files import carried
+from mlm_train.checkpoint.reading.logical_folder import load_model
 from mlm_train.data.tokenizer import tokenizer_of
 from mlm_train.parallel import runtime
 from tests.checkpoint.test_hf_folder import KINDS, change, logits, random_model, write

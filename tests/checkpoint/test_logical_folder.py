@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from mlm_train.checkpoint.folders import newest
-from mlm_train.checkpoint.hf_config import config_json
-from mlm_train.checkpoint.joined import open_joined
+from mlm_train.checkpoint.hf.config import config_json
 from mlm_train.checkpoint.load import config_of, open_checkpoint
-from mlm_train.checkpoint.logical_folder import OpenedModel, open_model, read_model_config
+from mlm_train.checkpoint.reading.joined import open_joined
+from mlm_train.checkpoint.reading.logical_folder import OpenedModel, open_model, read_model_config
 from mlm_train.errors import UserError
 from mlm_train.parallel import runtime
 from tests.checkpoint.test_half_copied import HALVES

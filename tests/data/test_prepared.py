@@ -4,10 +4,12 @@ import shutil
 import numpy as np
 import pytest
 
-from mlm_train.data.prepared import INDEX_HEADER, Manifest, PreparedData, SplitRecord, fingerprint_of
+from mlm_train.data.manifest import Manifest, SplitRecord, fingerprint_of
+from mlm_train.data.prepared import PreparedData
+from mlm_train.data.token_stream import INDEX_HEADER
 from mlm_train.errors import UserError
-from mlm_train.files import sha256_of, write_json
-from mlm_train.records import SEAL, seal_of
+from mlm_train.utils.files import sha256_of, write_json
+from mlm_train.utils.records import SEAL, seal_of
 
 
 @pytest.fixture

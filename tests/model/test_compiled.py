@@ -60,7 +60,7 @@ def test_same_numbers_from_few_graphs(name: str, mode: str | None, recompute: Re
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_bf16_is_as_close_to_fp32_as_without(recompute: Recompute) -> None:
-    """On a CPU attention's backward is another one then: model/causal.py."""
+    """On a CPU attention's backward is another one then: kernels/cpu_attention.py."""
     torch.compiler.reset()
     counters.clear()
     config = tiny_config(dict(MODELS["memory"]))

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlm_train.config.parallel import INTERLEAVED, ZERO_BUBBLE
 from mlm_train.errors import UserError
-from mlm_train.parallel.topology import Topology
+from mlm_train.parallel.mesh.topology import Topology
 from tests.parallel.layouts import LAYOUTS as EVERY
 from tests.parallel.layouts import MODELS, MODES, Case, Layout, shaped
 from tests.parallel.reference import tiny_config

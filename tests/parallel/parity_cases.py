@@ -6,7 +6,6 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 from torch.distributed.pipelining import Schedule1F1B
 
@@ -16,11 +15,12 @@ from mlm_train.memory.rows import add_rows
 from mlm_train.model.logical import Piece, initialise, named_pieces, pieces
 from mlm_train.model.loss import count_labels, loss_sums
 from mlm_train.model.transformer import Transformer
-from mlm_train.parallel import pipeline, x0
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_executor, build_model
-from mlm_train.parallel.engine import Engine
-from mlm_train.parallel.shares import DataShare
+from mlm_train.parallel.engine.deepspeed_zero import Engine
+from mlm_train.parallel.ffn_m.shares import DataShare
+from mlm_train.parallel.pipeline import executor as pipeline
+from mlm_train.parallel.pipeline import x0
 from mlm_train.train.batches import MicroBatch
 from mlm_train.train.schedule import learning_rate
 from mlm_train.train.step import Trainer
@@ -243,8 +243,6 @@ def run_mistaken(cases: dict[str, dict]) -> dict[str, dict[str, float]]:
     """Each case with a mistake in the code."""
     found = {}
     for mistake, case in cases.items():
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()  # the cases' layouts differ
         with MISTAKES[mistake]():
             found[mistake] = run_case(**case)
     return found

@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
-from mlm_train.checkpoint.hf_folder import write_folder
+from mlm_train.checkpoint.hf.folder import write_folder
 from mlm_train.config import Config, ModelConfig
 from mlm_train.model.logical import initialise, named_pieces, pieces
 from mlm_train.model.loss import IGNORED, LossSums, count_labels
@@ -26,7 +26,7 @@ from mlm_train.model.rope import rotary_angles, rotate
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_loss, build_model, tensor_group
-from mlm_train.parallel.mappings import TensorGroup
+from mlm_train.parallel.tensor.collectives import TensorGroup
 from tests.parallel.parity_cases import assembled
 from tests.parallel.reference import global_batch, logical_gradients, relative_error, sharpen, tiny_config
 

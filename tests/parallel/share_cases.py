@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mlm_train.bench.traffic import Traffic
 from mlm_train.memory import Table
 from mlm_train.parallel import runtime as processes
-from mlm_train.parallel.shares import DataShare
-from mlm_train.parallel.traffic import Traffic
+from mlm_train.parallel.ffn_m.shares import DataShare
 from tests.parallel.layouts import MODES
 from tests.parallel.parity_cases import make_trainer
 from tests.parallel.reference import tiny_config

@@ -11,7 +11,7 @@ from mlm_train.config.schema import Recompute
 from mlm_train.model.logical import initialise
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_executor, build_model
-from mlm_train.parallel.execution import Sequential
+from mlm_train.parallel.pipeline.single_stage import Sequential
 from tests.parallel.layouts import MODELS
 from tests.parallel.reference import sharpen, tiny_config
 

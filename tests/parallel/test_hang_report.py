@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from mlm_train.parallel.hang_report import Statement, hang_report
+from mlm_train.parallel.health.hang_report import Statement, hang_report
 
 STUCK = Statement(
     1, "b", 1, "step 9, forward of micro-batch 2", 62.0, innermost="x.py:3 f", ours="mlm_train/y.py:7 g"

@@ -6,8 +6,8 @@ import pytest
 
 from mlm_train.config import ParallelConfig, load_config
 from mlm_train.errors import UserError
-from mlm_train.parallel.stages import balanced, my_spans
-from mlm_train.parallel.topology import Topology
+from mlm_train.parallel.mesh.topology import Topology
+from mlm_train.parallel.pipeline.stages import balanced, my_spans
 
 MICRO = Path(__file__).resolve().parents[2] / "configs" / "micro.yaml"
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import psutil
 
-from mlm_train.tol.lease import OWNER
-from mlm_train.tol.place import place_of
-from mlm_train.tol.state import State
-from mlm_train.tol.url_place import UrlPlace
+from mlm_train.tol.build.state import State
+from mlm_train.tol.storage.lease import OWNER
+from mlm_train.tol.storage.object_store import UrlPlace
+from mlm_train.tol.storage.resolve import place_of
 from tests.tol.conftest import end
 
 

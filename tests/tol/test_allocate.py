@@ -10,17 +10,18 @@ import pytest
 import torch
 
 from mlm_train.parallel import runtime
-from mlm_train.tol import study
-from mlm_train.tol.allocate import best_mixes, choices
-from mlm_train.tol.build import Build
-from mlm_train.tol.format import INDEX, read_index
-from mlm_train.tol.knapsack import Ways
-from mlm_train.tol.lowrank import bytes_of
-from mlm_train.tol.schemes import Scheme
-from mlm_train.tol.sensitivities import Notes, Trial, measure, spectra_of
-from mlm_train.tol.state import Storage
-from mlm_train.tol.store import TolSource
-from mlm_train.tol.table import Table
+from mlm_train.tol.allocate import study
+from mlm_train.tol.allocate.mixes import best_mixes, choices
+from mlm_train.tol.allocate.sensitivity import Notes, Trial, measure, spectra_of
+from mlm_train.tol.build.budget import bytes_of
+from mlm_train.tol.build.builder import Build
+from mlm_train.tol.format.index import INDEX
+from mlm_train.tol.format.index_file import read_index
+from mlm_train.tol.format.layout import Storage
+from mlm_train.tol.format.schemes import Scheme
+from mlm_train.tol.lowrank.knapsack import Ways
+from mlm_train.tol.serve.reader import Table
+from mlm_train.tol.serve.source import TolSource
 from tests.commands import TINY, mlm_train, refused
 from tests.tol.conftest import export, random_model
 from tests.tol.test_inspect import alike, write

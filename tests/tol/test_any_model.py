@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mlm_train.arguments import MODEL_KINDS
 from mlm_train.parallel import runtime
+from mlm_train.utils.arguments import MODEL_KINDS
 from tests.commands import TINY, mlm_train, refused
 from tests.tol.test_faults import flip
 

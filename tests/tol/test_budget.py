@@ -10,14 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlm_train.tol.build import build_tol
-from mlm_train.tol.format import INDEX, TolIndex, read_index
-from mlm_train.tol.knapsack import Ways, best_mix
-from mlm_train.tol.lowrank import lay_out
-from mlm_train.tol.place import Folder
-from mlm_train.tol.state import Layout, Plan, Storage
-from mlm_train.tol.table import write_bases
+from mlm_train.tol.build.budget import lay_out
+from mlm_train.tol.build.state import Plan
+from mlm_train.tol.format.index import INDEX, TolIndex
+from mlm_train.tol.format.index_file import read_index
+from mlm_train.tol.format.layout import Layout, Storage
+from mlm_train.tol.lowrank.knapsack import Ways, best_mix
+from mlm_train.tol.serve.reader import write_bases
+from mlm_train.tol.storage.local import Folder
 from tests.commands import mlm_train, refused
+from tests.tol.built import build_tol
 from tests.tol.conftest import export, random_model
 from tests.tol.test_compress import stored_rows
 

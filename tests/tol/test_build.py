@@ -19,17 +19,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mlm_train.errors import UserError
-from mlm_train.files import locked
+from mlm_train.errors import UserError, first_line
 from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
-from mlm_train.tol.build import Build, build_tol
-from mlm_train.tol.cluster import _check_reachable, _remove_abandoned, _scratch, first_line
-from mlm_train.tol.codec import TORCH_DTYPE
-from mlm_train.tol.format import INDEX, STATE, read_index
-from mlm_train.tol.place import Folder
-from mlm_train.tol.state import State, Storage
+from mlm_train.tol.build.builder import Build
+from mlm_train.tol.build.ray_cluster import _check_reachable, _remove_abandoned, _scratch
+from mlm_train.tol.build.state import State
+from mlm_train.tol.format.codec import TORCH_DTYPE
+from mlm_train.tol.format.index import INDEX, STATE
+from mlm_train.tol.format.index_file import read_index
+from mlm_train.tol.format.layout import Storage
+from mlm_train.tol.storage.local import Folder
+from mlm_train.utils.files import locked
 from tests.commands import ROOT, listening, mlm_train, refused
+from tests.tol.built import build_tol
 from tests.tol.conftest import export, random_model
 
 
@@ -78,7 +81,7 @@ def test_killed_builder_resumes_to_the_same_bytes(
     build_tol(*arguments)
     broken = tmp_path / "broken"
     code = (
-        "from mlm_train.tol.build import build_tol\n"
+        "from tests.tol.built import build_tol\n"
         f"build_tol({str(exported)!r}, {str(broken)!r}, 'float32', 6, 2, None, 1)"
     )
     builder = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
@@ -170,7 +173,7 @@ def test_no_node_has_what_a_worker_needs(exported: Path, ray: None, tmp_path: Pa
 def test_what_killed_builds_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not what a process holds, what has no mark yet, and what is another user's."""
     code = (
-        "import sys\nfrom pathlib import Path\nfrom mlm_train.tol.cluster import _scratch\n"
+        "import sys\nfrom pathlib import Path\nfrom mlm_train.tol.build.ray_cluster import _scratch\n"
         "with _scratch() as folder:\n    Path(folder).mkdir()\n    print(folder, flush=True)\n    input()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -275,7 +278,7 @@ def test_options_that_cannot_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Refused before Ray starts, and nothing is left."""
-    monkeypatch.setattr("mlm_train.tol.build.ray_cluster", None)
+    monkeypatch.setattr("mlm_train.tol.build.builder.ray_cluster", None)
     (tmp_path / "FILE").touch()
     (tmp_path / "LINK").symlink_to(tmp_path / "nowhere")
     monkeypatch.chdir(tmp_path)

@@ -9,18 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlm_train.checkpoint.logical_folder import load_model
+from mlm_train.checkpoint.reading.logical_folder import load_model
 from mlm_train.cli import main
 from mlm_train.errors import UserError
 from mlm_train.memory import make_source
 from mlm_train.model.transformer import Transformer
-from mlm_train.tol.build import Build
-from mlm_train.tol.format import BASIS, INDEX, read_index
-from mlm_train.tol.schemes import Scheme
-from mlm_train.tol.state import Storage
-from mlm_train.tol.store import TolSource
-from mlm_train.tol.table import Table
-from mlm_train.tol.verify import verify_tol
+from mlm_train.tol.build.builder import Build
+from mlm_train.tol.format.index import BASIS, INDEX
+from mlm_train.tol.format.index_file import read_index
+from mlm_train.tol.format.layout import Storage
+from mlm_train.tol.format.schemes import Scheme
+from mlm_train.tol.serve.reader import Table
+from mlm_train.tol.serve.source import TolSource
+from mlm_train.tol.tools.verify import verify_tol
 from tests.commands import mlm_train, refused
 from tests.tol.conftest import export, random_model
 from tests.tol.test_build import digests

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlm_train.checkpoint.logical_folder import open_model
+from mlm_train.checkpoint.reading.logical_folder import open_model
 from mlm_train.model.transformer import Transformer
-from mlm_train.tol.codec import TORCH_DTYPE
-from mlm_train.tol.compute import EMBEDDING, FfnM, ffn_m_weights
-from mlm_train.tol.schemes import PlainDtype
+from mlm_train.tol.build.row_source import EMBEDDING, FfnM, ffn_m_weights
+from mlm_train.tol.format.codec import TORCH_DTYPE
+from mlm_train.tol.format.schemes import PlainDtype
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -14,9 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlm_train.tol.build import Build
-from mlm_train.tol.place import Folder
-from mlm_train.tol.state import State, Storage
+from mlm_train.tol.build.builder import Build
+from mlm_train.tol.build.state import State
+from mlm_train.tol.format.layout import Storage
+from mlm_train.tol.storage.local import Folder
 from tests.commands import ROOT, start
 from tests.tol.conftest import end, export, random_model
 from tests.tol.test_faults import progress, same, wait_until, workers
@@ -28,10 +29,10 @@ CODE = """
 import sys
 import psutil
 from mlm_train.errors import UserError
-from mlm_train.tol.build import Build
-from mlm_train.tol.cluster import ray_cluster
-from mlm_train.tol.shared import shared_weights
-from mlm_train.tol.state import Storage
+from mlm_train.tol.build.builder import Build
+from mlm_train.tol.build.ray_cluster import ray_cluster
+from mlm_train.tol.build.weight_store import shared_weights
+from mlm_train.tol.format.layout import Storage
 model, output = sys.argv[1:]
 plan = Build(model, output, Storage()).plan
 with ray_cluster(1):

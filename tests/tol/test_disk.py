@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from mlm_train.files import sha256_of
-from mlm_train.tol import disk
-from mlm_train.tol.disk import BLOCK, FileSink, Stream, UncachedFile, buffers
-from mlm_train.tol.partition import ALIGNMENT, RowShape
-from mlm_train.tol.place import Folder
+from mlm_train.tol.format.partition import ALIGNMENT, RowShape
+from mlm_train.tol.storage import direct_io as disk
+from mlm_train.tol.storage.direct_io import BLOCK, FileSink, Stream, UncachedFile, buffers
+from mlm_train.tol.storage.local import Folder
+from mlm_train.utils.files import sha256_of
 from tests.partitions import write_partition
 
 MIB = 2**20

@@ -20,14 +20,15 @@ import psutil
 import pytest
 
 from mlm_train.errors import UserError
-from mlm_train.tol.build import Build
-from mlm_train.tol.crew import Crew, WorkerDied
-from mlm_train.tol.format import BASIS, INDEX, STATE
-from mlm_train.tol.partition import Draft
-from mlm_train.tol.pieces import Pieces
-from mlm_train.tol.place import Folder
-from mlm_train.tol.progress import ByteProgress
-from mlm_train.tol.state import Layout, State, Storage
+from mlm_train.tol.build.builder import Build
+from mlm_train.tol.build.scheduler import Pieces
+from mlm_train.tol.build.state import State
+from mlm_train.tol.build.worker_pool import Crew, WorkerDied
+from mlm_train.tol.format.index import BASIS, INDEX, STATE
+from mlm_train.tol.format.layout import Layout, Storage
+from mlm_train.tol.format.partition import Draft
+from mlm_train.tol.storage.local import Folder
+from mlm_train.utils.progress import ByteProgress
 from tests.commands import ROOT, start
 from tests.tol.conftest import end, export, random_model
 
@@ -36,8 +37,8 @@ LOW_RANK = {"dtype": "int8", "group_size": 8, "budget": ROWS * 60}
 GROUPS = {"dtype": "float32"}
 CODE = """
 import json, sys
-from mlm_train.tol.build import Build
-from mlm_train.tol.state import Storage
+from mlm_train.tol.build.builder import Build
+from mlm_train.tol.build.state import Storage
 model, output, storage, options, run = json.loads(sys.argv[1])
 Build(model, output, Storage(**storage), **options).run(**run)
 """
@@ -296,7 +297,7 @@ def test_workers_without_a_place_are_told_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("mlm_train.tol.crew.PATIENCE", 0.0)
+    monkeypatch.setattr("mlm_train.tol.build.worker_pool.PATIENCE", 0.0)
     crew = Crew(build_of(source, tmp_path, GROUPS).job, 3, 1)
     try:
         while len(crew.idle) < 2:

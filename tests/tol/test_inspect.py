@@ -9,19 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlm_train import files
-from mlm_train.checkpoint.hf_folder import write_folder
+from mlm_train.checkpoint.hf.folder import write_folder
 from mlm_train.data.tokenizer import tokenizer_of
 from mlm_train.errors import UserError
 from mlm_train.model.logical import named_pieces
-from mlm_train.tol.build import Build
-from mlm_train.tol.codec import TORCH_DTYPE
-from mlm_train.tol.format import INDEX, Source, TolIndex, write_index
-from mlm_train.tol.inspect import Inspection, Scored, inspect_tol
-from mlm_train.tol.partition import RowShape
-from mlm_train.tol.place import Folder
-from mlm_train.tol.state import Storage
-from mlm_train.tol.table import Table
+from mlm_train.tol.build.builder import Build
+from mlm_train.tol.format.codec import TORCH_DTYPE
+from mlm_train.tol.format.index import INDEX, Source, TolIndex
+from mlm_train.tol.format.index_file import write_index
+from mlm_train.tol.format.layout import Storage
+from mlm_train.tol.format.partition import RowShape
+from mlm_train.tol.serve.reader import Table
+from mlm_train.tol.storage.local import Folder
+from mlm_train.tol.tools.inspect import Inspection, Scored, inspect_tol
+from mlm_train.utils import files
 from tests.commands import mlm_train, refused
 from tests.partitions import write_partition
 from tests.tol.conftest import export, random_model

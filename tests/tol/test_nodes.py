@@ -13,9 +13,10 @@ import psutil
 import pytest
 
 from mlm_train.errors import UserError
-from mlm_train.tol.build import Build
-from mlm_train.tol.node_place import OwnFolder, copy_to_nodes
-from mlm_train.tol.state import Storage
+from mlm_train.tol.build.builder import Build
+from mlm_train.tol.format.layout import Storage
+from mlm_train.tol.storage.node_folders import OwnFolder
+from mlm_train.tol.tools.copy_to_nodes import copy_to_nodes
 from tests.commands import ROOT, refused
 from tests.tol.conftest import end
 from tests.tol.test_faults import flip, same

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlm_train.tol.codec import decode, encode
-from mlm_train.tol.ranks import Sample, Study
-from mlm_train.tol.schemes import Scheme, layout
-from mlm_train.tol.spectrum import Gram, Spectrum, scaled_basis
-from mlm_train.tol.state import Storage
-from mlm_train.tol.table import projector
+from mlm_train.tol.format.codec import decode, encode
+from mlm_train.tol.format.layout import Storage
+from mlm_train.tol.format.schemes import Scheme, layout
+from mlm_train.tol.lowrank.ranks import Sample, Study
+from mlm_train.tol.lowrank.spectrum import Gram, Spectrum, scaled_basis
+from mlm_train.tol.serve.reader import projector
 
 
 @pytest.fixture

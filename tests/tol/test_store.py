@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlm_train.checkpoint.logical_folder import load_model
+from mlm_train.checkpoint.reading.logical_folder import load_model
 from mlm_train.errors import UserError
 from mlm_train.memory import make_source
 from mlm_train.model.transformer import Transformer
-from mlm_train.tol.format import INDEX, read_index, write_index
-from mlm_train.tol.partition import RowShape
-from mlm_train.tol.place import Folder
-from mlm_train.tol.store import TolSource
+from mlm_train.tol.format.index import INDEX
+from mlm_train.tol.format.index_file import read_index, write_index
+from mlm_train.tol.format.partition import RowShape
+from mlm_train.tol.serve.source import TolSource
+from mlm_train.tol.storage.local import Folder
 from tests.partitions import write_partition
 from tests.tol.conftest import random_model
 

@@ -17,15 +17,18 @@ import psutil
 import pytest
 
 from mlm_train.errors import UserError
-from mlm_train.tol import lease
-from mlm_train.tol.build import Build
-from mlm_train.tol.fetch import fetch_tol
-from mlm_train.tol.format import BASIS, FETCHED, INDEX, STATE, index_at
-from mlm_train.tol.lease import OWNER
-from mlm_train.tol.place import place_of, refuse_url
-from mlm_train.tol.state import State, Storage
-from mlm_train.tol.url_place import reaching
-from mlm_train.tol.verify import verify_tol
+from mlm_train.tol.build.builder import Build
+from mlm_train.tol.build.state import State
+from mlm_train.tol.format.index import BASIS, FETCHED, INDEX, STATE
+from mlm_train.tol.format.index_file import index_at
+from mlm_train.tol.format.layout import Storage
+from mlm_train.tol.storage import lease
+from mlm_train.tol.storage.lease import OWNER
+from mlm_train.tol.storage.object_store import reaching
+from mlm_train.tol.storage.resolve import place_of
+from mlm_train.tol.storage.urls import refuse_url
+from mlm_train.tol.tools.fetch import fetch_tol
+from mlm_train.tol.tools.verify import verify_tol
 from tests.commands import ROOT, refused, start
 from tests.tol.conftest import end, export, random_model
 from tests.tol.stores import Objects, done, flip, kill, names, put, wait_until
@@ -192,7 +195,7 @@ def test_two_builders(s3: str, source: Path, unbroken: Path, objects: Objects, t
 HOLD = """
 import sys, time
 from mlm_train.errors import UserError
-from mlm_train.tol.place import place_of
+from mlm_train.tol.storage.base import place_of
 place = place_of(sys.argv[1])
 place.names()
 print("ready", flush=True)

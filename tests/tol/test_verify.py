@@ -10,8 +10,9 @@ import pytest
 
 from mlm_train.cli import main
 from mlm_train.errors import UserError
-from mlm_train.tol.format import INDEX, parse_index, read_index
-from mlm_train.tol.verify import verify_tol
+from mlm_train.tol.format.index import INDEX
+from mlm_train.tol.format.index_file import parse_index, read_index
+from mlm_train.tol.tools.verify import verify_tol
 from tests.tol.conftest import export, random_model
 
 

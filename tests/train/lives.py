@@ -6,10 +6,10 @@ from pathlib import Path
 
 from mlm_train.config import DataConfig, ParallelConfig
 from mlm_train.data.blend import Blend
-from mlm_train.files import write_json
 from mlm_train.monitor.report import Progress
-from mlm_train.parallel.topology import Topology
+from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.train.batches import Ahead, step_batches
+from mlm_train.utils.files import write_json
 from tests.train.recording import digests
 
 LENGTH, SEED, GLOBAL_BATCH, STEPS, COMMIT_EVERY = 32, 11, 12, 240, 5

@@ -16,7 +16,7 @@ import torch
 
 from mlm_train.checkpoint.manifest import write_manifest
 from mlm_train.parallel import runtime
-from mlm_train.records import SEAL
+from mlm_train.utils.records import SEAL
 from tests.commands import ROOT, listening, mlm_train, refused, start
 from tests.train.short_runs import CONFIG, copy_of, pretrain, snapshot
 
@@ -61,7 +61,7 @@ def test_a_rendezvous_that_cannot_be(data: Path, tmp_path: Path, monkeypatch: py
     assert "--rendezvous a.invalid:1: no machine of that name" in refused(
         *launch, "--rendezvous", "a.invalid:1"
     )
-    monkeypatch.setattr("mlm_train.parallel.rendezvous._HOST_SECONDS", 2)
+    monkeypatch.setattr("mlm_train.parallel.launch.rendezvous._HOST_SECONDS", 2)
     silent = "192.0.2.1:29500"  # an address for examples (RFC 5737), where nobody is
     assert f"--rendezvous {silent}: nothing answered there for 2 s" in refused(
         *launch, "--rendezvous", silent

@@ -8,7 +8,7 @@ import yaml
 from mlm_train.checkpoint.folders import newest
 from mlm_train.config import Config
 from mlm_train.config.load import load_config
-from mlm_train.parallel.topology import Topology
+from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.plan.ffn_m import (
     Choice,
     Distinct,

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from mlm_train.errors import START_AGAIN
-from mlm_train.stopping import ECHO_SECONDS
+from mlm_train.utils.signals import ECHO_SECONDS
 from tests.commands import ROOT, TINY, finished, same_losses, start, wait_for
 
 STEPS = 60
