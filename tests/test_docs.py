@@ -79,7 +79,7 @@ def check_command(words: list[str], line: str) -> None:
     actions = {path[1] for path in parsers() if path[0] == words[0] and len(path) == 2}
     assert not actions or len(words) == 1 or words[1] in actions or words[1].startswith("-"), line
     known = set().union(*(options(parsers()[path]) for path in paths))
-    assert {option for option in OPTION.findall(" ".join(words))} <= known, line
+    assert set(OPTION.findall(" ".join(words))) <= known, line
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=named)

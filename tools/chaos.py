@@ -67,7 +67,7 @@ class Chaos:
         self.data = args.data or self._prepared()
         self.lives: list[Life] = []
         self.at = 0  # the step at which the run is
-        self.repeated = self.not_saved = self.aside = 0
+        self.repeated = self.not_saved = self.for_thread = 0
         self.recovering: list[Event] = []  # deaths after which no step was trained yet
 
     def _prepared(self) -> Path:
@@ -177,7 +177,7 @@ class Chaos:
             self.repeated += self.at - life.start
             self.at = max(life.start, life.step)
         self.not_saved += life.count(NOT_SAVED)
-        self.aside += life.count(ASIDE)
+        self.for_thread += life.count(ASIDE)
         if life.process.returncode not in allowed | {0}:
             last = next((line for line in reversed(life.lines) if line.strip()), "")
             raise Violation(
@@ -230,7 +230,7 @@ class Chaos:
             "steps": self.steps,
             "steps repeated": self.repeated,
             "saves failed and said": self.not_saved,
-            "damaged checkpoints set aside": self.aside,
+            "damaged checkpoints set aside": self.for_thread,
             "by kind (medians)": by_kind,
         }
 

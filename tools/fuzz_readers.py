@@ -27,17 +27,17 @@ from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.tol.allocate.mix_file import read_allocation
 from mlm_train.tol.allocate.sensitivity import Notes
-from mlm_train.tol.build.state import State, begin
+from mlm_train.tol.build.state import BuildState, begin
 from mlm_train.tol.format.index import INDEX, STATE
 from mlm_train.tol.format.schemes import Scheme
-from mlm_train.tol.serve.reader import Table
+from mlm_train.tol.serve.reader import TableReader
 from mlm_train.tol.serve.source import TolSource
 from mlm_train.tol.storage.base import refuse_used
 from mlm_train.tol.storage.lease import OWNER, Owner, _read
-from mlm_train.tol.storage.local import Folder
+from mlm_train.tol.storage.local import LocalFolder
 from mlm_train.train.preflight import find_checkpoint
 from mlm_train.utils.records import SEAL
-from mlm_train.utils.run_lock import Attempt, _noted
+from mlm_train.utils.run_lock import SlurmAttempt, _noted
 
 TINY = (
     "model.vocab_size=384", "model.hidden_size=16", "model.num_hidden_layers=2",
@@ -170,7 +170,7 @@ def _table(folder: Path) -> str:
 
 
 def _rows(folder: Path) -> str:
-    table = Table.open_folder(folder)
+    table = TableReader.open_folder(folder)
     ids = torch.arange(table.index.vocab_size)
     values = [table.values(table.rows(ids), layer) for layer in table.index.layers]
     return digest(table.index.layers, *values)
@@ -184,12 +184,12 @@ def _looked_up(folder: Path) -> None:
 
 
 def _build(folder: Path) -> str:
-    state = State.load(Folder(folder))
+    state = BuildState.load(LocalFolder(folder))
     if state is None:
-        refuse_used(Folder(folder), STATE)  # as `begin` does: partitions of nobody
+        refuse_used(LocalFolder(folder), STATE)  # as `begin` does: partitions of nobody
         return "none"
     taken = digest(state.model_dump())
-    begin(Folder(folder), state.plan)
+    begin(LocalFolder(folder), state.plan)
     return taken
 
 
@@ -216,10 +216,10 @@ def _small(folder: Path) -> str:
     sums = notes.read()
     if sums is not None:
         sums.divergences.sum()
-    owner = _read(Folder(folder))  # type: ignore[arg-type]
+    owner = _read(LocalFolder(folder))  # type: ignore[arg-type]
     found = _noted(folder / "run")
     if found is not None:
-        found.follows(Attempt("1", 1))
+        found.follows(SlurmAttempt("1", 1))
     if owner is not None:
         Owner.here().follows(owner)
     return ""

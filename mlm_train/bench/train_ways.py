@@ -21,7 +21,7 @@ from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import autocast_of, build_executor, build_model
 from mlm_train.parallel.engine.deepspeed_zero import Engine, parameter_groups
-from mlm_train.parallel.pipeline.single_stage import Sequential
+from mlm_train.parallel.pipeline.single_stage import SingleStageExecutor
 from mlm_train.train.batches import MicroBatch
 from mlm_train.train.step import Trainer
 from mlm_train.utils.malloc import keep_freed
@@ -97,7 +97,7 @@ class Ours:
         self.lr = config.optimizer.lr
         self.engine = Engine(self.model, config, runtime)
         executor = build_executor(self.model, config, runtime, self.engine.entry)
-        assert isinstance(executor, Sequential)
+        assert isinstance(executor, SingleStageExecutor)
         self.executor = executor
         self.trainer = Trainer(self.engine, executor, runtime)
 

@@ -35,12 +35,12 @@ ONE_PROCESS = Topology(world=1, rank=0, tensor=1, pipeline=1)
 def work() -> int:
     """Serve the coordinator until it closes the pipe."""
     answers = _own_output()
-    worker: Worker | None = None
+    worker: VariantWorker | None = None
     for line in sys.stdin:
         order = json.loads(line)
         try:
             if worker is None:
-                worker = Worker(order)
+                worker = VariantWorker(order)
             answer = worker.do(order)
         except UserError as error:
             answer = {"refused": str(error)}
@@ -56,7 +56,7 @@ def _own_output() -> TextIO:
     return answers
 
 
-class Worker:
+class VariantWorker:
     """A built variant and the steps it is asked to run."""
 
     def __init__(self, order: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlm_train.data.manifest import AGAIN, Manifest, SplitRecord
+from mlm_train.data.manifest import AGAIN, DataManifest, SplitRecord
 from mlm_train.data.token_stream import DTYPE_CODES, INDEX_HEADER, TokenStream
 from mlm_train.data.tokenizer import Tokenizer
 from mlm_train.errors import UserError
@@ -38,7 +38,7 @@ def check_sizes(manifest_path: Path, name: str, record: SplitRecord, dtype: str)
         )
 
 
-def check_tokenizer(folder: Path, manifest_path: Path, manifest: Manifest) -> None:
+def check_tokenizer(folder: Path, manifest_path: Path, manifest: DataManifest) -> None:
     """UserError where the manifest says other things of the tokenizer than its file."""
     tokenizer = Tokenizer.load(folder / manifest.tokenizer.file, manifest.eod_id)
     for name, said, found in (

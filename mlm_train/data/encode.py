@@ -18,14 +18,14 @@ from mlm_train.errors import UserError
 from mlm_train.utils.signals import deaf_children, held
 
 
-class Batch(Protocol):
+class EncodedBatch(Protocol):
     """Whatever holds texts; it comes back beside their ids."""
 
     @property
     def texts(self) -> list[str]: ...
 
 
-AnyBatch = TypeVar("AnyBatch", bound=Batch)
+AnyBatch = TypeVar("AnyBatch", bound=EncodedBatch)
 
 
 def encode_in_order(

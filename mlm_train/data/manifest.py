@@ -38,7 +38,7 @@ class SplitRecord(Record):
     idx: FileRecord
 
 
-class Manifest(Record):
+class DataManifest(Record):
     """What manifest.json says, beside the checksum of that. fingerprint: see fingerprint_of."""
 
     format: Literal["mlm-data"] = "mlm-data"

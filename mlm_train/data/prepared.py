@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 
 from mlm_train.data.checks import check_documents, check_sizes, check_tokenizer
-from mlm_train.data.manifest import AGAIN, UNSEALED, FileRecord, Manifest, fingerprint_of
+from mlm_train.data.manifest import AGAIN, UNSEALED, DataManifest, FileRecord, fingerprint_of
 from mlm_train.data.token_stream import TokenStream
 from mlm_train.errors import UserError
 from mlm_train.utils.checks import Check
@@ -27,7 +27,7 @@ MANIFEST = "manifest.json"
 class PreparedData:
     """A folder written by `mlm-train data prepare`, checked when opened."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: DataManifest) -> None:
         self.path = path
         self.manifest = manifest
         self.vocab_size = manifest.vocab_size
@@ -81,13 +81,13 @@ class PreparedData:
         return [file for split in self.manifest.splits.values() for file in (split.bin, split.idx)]
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: DataManifest) -> None:
     """Write it with a checksum of itself, all at once."""
     tree = manifest.model_dump(mode="json")
     write_json(folder / MANIFEST, tree | {SEAL: seal_of(tree)})
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def _read_manifest(folder: Path) -> DataManifest:
     path = folder / MANIFEST
     try:
         tree = json_value(read_regular(path))
@@ -103,7 +103,7 @@ def _read_manifest(folder: Path) -> Manifest:
     seal = tree.pop(SEAL, None)
     if seal != seal_of(tree) and (seal is not None or tree.get("version") != UNSEALED):
         raise UserError(f"{path} was changed: its checksum differs; {AGAIN}")
-    manifest = record_of(Manifest, tree, path, AGAIN)
+    manifest = record_of(DataManifest, tree, path, AGAIN)
     if manifest.fingerprint != fingerprint_of(manifest.tokenizer, manifest.eod_id, manifest.splits):
         raise UserError(f"{path} was changed: its fingerprint does not match its hashes; {AGAIN}")
     return manifest

@@ -21,7 +21,7 @@ class Consumed(NamedTuple):
     epochs: float
 
 
-class Source:
+class SampleSource:
     """The samples of one stream: an endless sequence of epochs over its windows.
 
     Window k is tokens[k*S : k*S + S + 1]: ids and next-token labels, windows one stride of S apart,
@@ -63,7 +63,7 @@ class Samples:
     ) -> None:
         """`shares`: whole numbers, one a stream. Raises UserError if one holds less than one sample."""
         streams = [streams] if isinstance(streams, TokenStream) else streams
-        self.sources = [Source(stream, sequence_length, seed) for stream in streams]
+        self.sources = [SampleSource(stream, sequence_length, seed) for stream in streams]
         self.sequence_length = sequence_length
         self.interleaving = Interleaving(shares)
         self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}

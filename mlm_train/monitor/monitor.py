@@ -41,7 +41,7 @@ class Monitor:
         self.events: Events | None = None
         self.bar: Bar | None = None
         self.stragglers = Stragglers(runtime.topology, hosts)
-        if not runtime.leads:
+        if not runtime.is_rank_0:
             return
         output = Path(config.train.output)
         self.log = Appended(output / "train.log")

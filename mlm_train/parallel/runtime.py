@@ -17,7 +17,7 @@ from mlm_train.config import Config, ParallelConfig, TrainConfig
 from mlm_train.config.parallel import ZERO_BUBBLE
 from mlm_train.errors import PeerFailure, SharedUserError, UserError
 from mlm_train.parallel.health.failures import one_line
-from mlm_train.parallel.health.progress_marker import Place
+from mlm_train.parallel.health.progress_marker import ProgressMarker
 from mlm_train.parallel.health.thread_stacks import keep_flight_records
 from mlm_train.parallel.mesh.groups import ProcessGroups, create_groups, destroy_groups
 from mlm_train.parallel.mesh.topology import Topology
@@ -51,10 +51,10 @@ class Runtime:
     topology: Topology
     device: torch.device
     groups: ProcessGroups
-    place: Place = field(default_factory=Place)  # where this rank is, for the watchdog
+    marker: ProgressMarker = field(default_factory=ProgressMarker)  # where this rank is, for the watchdog
 
     @property
-    def leads(self) -> bool:
+    def is_rank_0(self) -> bool:
         """Whether this rank speaks for all: prints, writes TensorBoard and manifests."""
         return self.topology.rank == 0
 
@@ -74,14 +74,14 @@ class Runtime:
         """Wait for all ranks."""
         dist.barrier(self.groups.control)
 
-    def aside(self, timeout: float) -> "Runtime":
+    def for_thread(self, timeout: float) -> "Runtime":
         """The same ranks for another thread, with a group and a mark of its own; every rank calls it."""
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-        return replace(self, place=Place(), groups=replace(self.groups, control=group))
+        return replace(self, marker=ProgressMarker(), groups=replace(self.groups, control=group))
 
-    def everywhere(self, work: Callable[[], Result]) -> Result:
+    def broadcast(self, work: Callable[[], Result]) -> Result:
         """Run `work` on the leading rank; its result, or its failure, on every rank."""
-        outcome, error = _attempt(work) if self.leads else (None, None)
+        outcome, error = _attempt(work) if self.is_rank_0 else (None, None)
         outcomes = [outcome]
         dist.broadcast_object_list(outcomes, src=0, group=self.groups.control)
         if error is not None:
@@ -89,7 +89,7 @@ class Runtime:
         assert outcomes[0] is not None
         return outcomes[0].result()
 
-    def together(self, work: Callable[[], Result]) -> list[Result]:
+    def gather(self, work: Callable[[], Result]) -> list[Result]:
         """Run `work` on every rank; all results in the order of ranks, or the first failure, on each."""
         outcomes: list[Any] = [None] * self.topology.world
         outcome, error = _attempt(work)
@@ -199,7 +199,7 @@ def start(config: Config) -> Runtime:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    return Runtime(topology, device, create_groups(topology), Place(device))
+    return Runtime(topology, device, create_groups(topology), ProgressMarker(device))
 
 
 def _loopback() -> str | None:

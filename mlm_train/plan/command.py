@@ -12,7 +12,7 @@ from mlm_train.utils.units import in_units
 
 if TYPE_CHECKING:
     from mlm_train.config import ModelConfig
-    from mlm_train.plan.tol import Serving, Stored, Tier
+    from mlm_train.plan.tol import Serving, StoredAs, Tier
 
 HELP = """Say what something will take and whether it pays, before it is made.
 (What a training run needs: mlm-train pretrain CONFIG --dry-run)
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 def plan_tol(args: argparse.Namespace) -> dict[str, Any]:
     """All figures of the page, as JSON has them."""
     from mlm_train.plan.tol import (
-        Stored,
+        StoredAs,
         compare,
         ffn_m_bytes,
         ffn_m_flops,
@@ -86,7 +86,7 @@ def plan_tol(args: argparse.Namespace) -> dict[str, Any]:
     _check(args, model)
     serving, figures = _serving(args)
     home = _home(args, model, serving)
-    stored = [Stored(dtype, rank) for rank in (None, *args.rank) for dtype in DTYPES]
+    stored = [StoredAs(dtype, rank) for rank in (None, *args.rank) for dtype in DTYPES]
     speed, measured = _build_speed(args, model)
     return {
         "model": args.model,
@@ -201,7 +201,7 @@ def _build_speed(args: argparse.Namespace, model: "ModelConfig") -> tuple[float,
     return ffn_flops(model.hidden_size, model.intermediate_size), True
 
 
-def _table(model: "ModelConfig", stored: "Stored", speed: float, written: float) -> dict[str, Any]:
+def _table(model: "ModelConfig", stored: "StoredAs", speed: float, written: float) -> dict[str, Any]:
     from mlm_train.plan.tol import build_seconds, row_bytes, tol_bytes
 
     compute, write = build_seconds(model, stored, speed, written)

@@ -29,7 +29,7 @@ class Distinct(NamedTuple):
 
     micro_batch: float
     step: float
-    everywhere: float
+    all_ranks: float
 
     @classmethod
     def of(cls, ids: Sequence[Tensor], ranks: int = 1) -> "Distinct":
@@ -38,7 +38,7 @@ class Distinct(NamedTuple):
         return cls(
             micro_batch=sum(map(len, found)) / len(found),
             step=len(torch.cat(found[::ranks]).unique()),
-            everywhere=len(torch.cat(found).unique()),
+            all_ranks=len(torch.cat(found).unique()),
         )
 
 
@@ -102,7 +102,7 @@ def nominal_speeds(config: Config) -> Speeds:
     )
 
 
-class Choice(NamedTuple):
+class MemoryChoice(NamedTuple):
     """A decided config and why."""
 
     config: Config
@@ -132,7 +132,7 @@ def table_bytes(config: Config, topology: Topology, distinct: Distinct) -> float
 
 def _own_rows(topology: Topology, distinct: Distinct, shared: bool) -> float:
     """Rows of a table that this rank computes."""
-    return distinct.everywhere / topology.data if shared else distinct.step
+    return distinct.all_ranks / topology.data if shared else distinct.step
 
 
 def seconds(config: Config, topology: Topology, distinct: Distinct, speeds: Speeds) -> float:
@@ -191,7 +191,9 @@ def _table_layer(config: Config, topology: Topology, distinct: Distinct, speeds:
     return own + exchange + lookups * _bubble(config, topology)
 
 
-def choose(config: Config, topology: Topology, distinct: Distinct, speeds: Speeds, budget: float) -> Choice:
+def choose(
+    config: Config, topology: Topology, distinct: Distinct, speeds: Speeds, budget: float
+) -> MemoryChoice:
     """memory.mode=auto decided. `budget`: bytes that this rank's tables may take."""
     configs = {_name(candidate): candidate for candidate in _candidates(config, topology, distinct, budget)}
     costs = {name: seconds(one, topology, distinct, speeds) for name, one in configs.items()}
@@ -205,7 +207,7 @@ def choose(config: Config, topology: Topology, distinct: Distinct, speeds: Speed
     whole = most_layers(config, topology) * table_bytes_per_layer(config, MARGIN * distinct.step)
     if whole > budget:
         tables += f"; whole tables would take {whole / 2**20:,.0f} MiB of the {budget / 2**20:,.0f} allowed"
-    return Choice(chosen, f"memory.mode=auto -> {best}: FFN-M a step {ranking} ({rows}){tables}")
+    return MemoryChoice(chosen, f"memory.mode=auto -> {best}: FFN-M a step {ranking} ({rows}){tables}")
 
 
 def _name(config: Config) -> str:

@@ -32,7 +32,7 @@ def measure_links(runtime: Runtime) -> tuple[float, float]:
             found.append(float("inf"))
             continue
         taken = median_seconds(partial(collective, payload, group=group), runtime.device)
-        found.append(BYTES / statistics.fmean(runtime.together(partial(float, taken))))
+        found.append(BYTES / statistics.fmean(runtime.gather(partial(float, taken))))
     return found[0], found[1]
 
 

@@ -24,7 +24,7 @@ LARGEST = 2**24  # elements of a product that ffn_flops measures
 
 def measure_speeds(config: Config, runtime: Runtime) -> Speeds:
     """Every rank calls it; the ranks' mean."""
-    found = runtime.together(lambda: _measure(config, runtime.device))
+    found = runtime.gather(lambda: _measure(config, runtime.device))
     tensor_link, data_link = measure_links(runtime)
     means = {name: statistics.fmean(speeds[name] for speeds in found) for name in found[0]}
     return Speeds(**means, tensor_link=tensor_link, data_link=data_link)

@@ -50,7 +50,7 @@ def pinned(batches: list[MicroBatch], device: torch.device) -> list[MicroBatch]:
         return [MicroBatch(*(tensor.pin_memory() for tensor in batch)) for batch in batches]
 
 
-class Ahead:
+class Prefetcher:
     """What will be needed next, made by a thread while the present is worked on.
 
     The order is the caller's: `take(key)` is make(key) whatever was made ahead, which is thrown away

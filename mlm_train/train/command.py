@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     with opened_run(config, data) as run:
         if run is None:
             return 0
-        if run.runtime.leads:
+        if run.runtime.is_rank_0:
             print(dump_config(config), flush=True)
         return train(run)
 

@@ -14,7 +14,7 @@ from mlm_train.train.setup import Run
 from mlm_train.train.step import StepResult
 
 
-class Guard:
+class LossGuard:
     """Judges steps by what all ranks know alike, so all of them judge alike."""
 
     def __init__(self, config: Config) -> None:
@@ -60,15 +60,15 @@ def roll_back(run: Run, progress: Progress) -> Progress | None:
             f"(train.spike.limit={spike.limit}); committed checkpoints are kept: lower optimizer.lr, or look "
             "at the data there (mlm-train data inspect)"
         )
-    run.runtime.place.enter(f"rollback after step {progress.step}", patient=True)
+    run.runtime.marker.enter(f"rollback after step {progress.step}", patient=True)
     run.saver.settle()
-    found = run.runtime.everywhere(lambda: newest_of(run.config))
+    found = run.runtime.broadcast(lambda: newest_of(run.config))
     if found is None:
         run.monitor.say(
             f"loss spike at step {progress.step}, but no checkpoint to go back to; training goes on"
         )
         return None
-    for line in run.runtime.everywhere(found.set_damaged_aside):
+    for line in run.runtime.broadcast(found.set_damaged_aside):
         run.monitor.say(line)
     load_training_state(found.folder, found.manifest, run.trainer.engine)
     back = replace(

@@ -33,9 +33,9 @@ def decide_mode(
     if resumed is not None and (kept := _kept(config, config_of(resumed.manifest))):
         return kept, f"memory.mode=auto -> {kept.memory.mode if kept.memory else ''}, as in the checkpoint"
     speeds = measure_speeds(config, runtime)
-    budget = min(runtime.together(lambda: _budget(config, runtime.device)))
+    budget = min(runtime.gather(lambda: _budget(config, runtime.device)))
     # One rank's text decides for all: they must agree.
-    distinct = runtime.everywhere(lambda: expected_distinct(config, runtime.topology, samples))
+    distinct = runtime.broadcast(lambda: expected_distinct(config, runtime.topology, samples))
     choice = choose(config, runtime.topology, distinct, speeds, budget)
     return choice.config, choice.reason
 
@@ -53,7 +53,7 @@ def _described(config: Config, runtime: Runtime, samples: Samples) -> str:
     assert config.memory is not None
     if config.memory.mode != "table":
         return f"memory.mode={config.memory.mode}"
-    distinct = runtime.everywhere(lambda: expected_distinct(config, runtime.topology, samples))
+    distinct = runtime.broadcast(lambda: expected_distinct(config, runtime.topology, samples))
     size = table_bytes(config, runtime.topology, distinct) / 2**20
     return f"memory.mode=table: about {distinct.step:,.0f} distinct ids a step, tables {size:,.0f} MiB a rank"
 

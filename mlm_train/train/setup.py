@@ -62,7 +62,7 @@ def opened_run(config: Config, data: Blend) -> Iterator[Run | None]:
     the others.
     """
     runtime, signals = processes.start(config), Signals()
-    with watched(config, runtime.topology, runtime.place), signals.listening(), ExitStack() as stack:
+    with watched(config, runtime.topology, runtime.marker), signals.listening(), ExitStack() as stack:
 
         def claim() -> tuple[Resumed | None, list[str]]:
             output = Path(config.train.output)
@@ -79,9 +79,9 @@ def opened_run(config: Config, data: Blend) -> Iterator[Run | None]:
                     aside += _carry(warm_start_source(config), output, data)
             return found, aside
 
-        resumed, lines = runtime.everywhere(claim)
+        resumed, lines = runtime.broadcast(claim)
         if resumed is not None and resumed.completes(config):
-            if runtime.leads:
+            if runtime.is_rank_0:
                 _say_done(config, resumed, lines)
             yield None
         else:
@@ -136,7 +136,7 @@ def _build(
         load_training_state(resumed.folder, resumed.manifest, engine)
         progress, _ = go_on(resumed.progress, resumed.config, config)
     executor = build_executor(model, config, runtime, engine.entry)
-    monitor = Monitor(config, runtime, progress, runtime.together(socket.gethostname))
+    monitor = Monitor(config, runtime, progress, runtime.gather(socket.gethostname))
     trained_on = {"fingerprint": data.fingerprint, "eod_id": data.eod_id, "bos_id": data.bos_id}
     run = Run(
         config=config,
@@ -162,9 +162,9 @@ def _first_weights(model: Transformer, config: Config, runtime: processes.Runtim
     folder = warm_start_source(config)
     is_export = (folder / "config.json").is_file()
     check, compare = config.checkpoint.verify, verify_folder if is_export else open_checkpoint
-    runtime.everywhere(lambda: compare(folder, check))
+    runtime.broadcast(lambda: compare(folder, check))
     fill = fill_model if is_export else load_weights
-    runtime.together(lambda: fill(folder, model))
+    runtime.gather(lambda: fill(folder, model))
 
 
 def _say_start(run: Run, resumed: Resumed | None) -> None:

@@ -25,14 +25,14 @@ STARTED_AGAIN = "MLM_STARTED_AGAIN"  # set where an agent may start the ranks ag
 PATIENCE_SECONDS = 120.0  # a shared file system takes 90 s to forget the locks of a machine that is gone
 
 
-class Attempt(NamedTuple):
+class SlurmAttempt(NamedTuple):
     """A Slurm job, and how often it has been started again."""
 
     job: str
     restart: int
 
     @classmethod
-    def here(cls) -> "Attempt | None":
+    def here(cls) -> "SlurmAttempt | None":
         """This process's; None outside Slurm."""
         job = os.environ.get("SLURM_JOB_ID")
         return None if job is None else cls(job, int(os.environ.get("SLURM_RESTART_COUNT") or 0))
@@ -43,7 +43,7 @@ class Attempt(NamedTuple):
         attempt = cls.here()
         return "" if attempt is None else f".{attempt.job}-{attempt.restart}"
 
-    def follows(self, other: "Attempt | None") -> bool:
+    def follows(self, other: "SlurmAttempt | None") -> bool:
         """Whether it is a later attempt of the same job."""
         return other is not None and other.job == self.job and other.restart < self.restart
 
@@ -64,7 +64,7 @@ def owned(folder: Path, doing: str) -> Iterator[None]:
 
     Raises UserError where another process holds it, or a later attempt has taken it.
     """
-    attempt = Attempt.here()
+    attempt = SlurmAttempt.here()
     if attempt is None:
         # Ranks that were started again may meet those before them, on a machine that was given up.
         with locked(folder, doing, PATIENCE_SECONDS if STARTED_AGAIN in os.environ else 0.0):
@@ -87,7 +87,7 @@ def owned(folder: Path, doing: str) -> Iterator[None]:
 
 def refuse_superseded(folder: Path) -> None:
     """UserError where a later attempt of this process's job has taken the folder."""
-    attempt, noted = Attempt.here(), _noted(folder)
+    attempt, noted = SlurmAttempt.here(), _noted(folder)
     if attempt is not None and noted is not None and noted.follows(attempt):
         raise UserError(f"{folder} was taken over by {noted}; {attempt} ends and writes nothing more")
 
@@ -98,15 +98,15 @@ def _path(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.attempt")
 
 
-def _note(folder: Path, attempt: Attempt) -> None:
+def _note(folder: Path, attempt: SlurmAttempt) -> None:
     _path(folder).parent.mkdir(parents=True, exist_ok=True)
     write_text(_path(folder), json.dumps(attempt._asdict()))
 
 
-def _noted(folder: Path) -> Attempt | None:
+def _noted(folder: Path) -> SlurmAttempt | None:
     """Who was the last to take the folder; None where nobody did, or it cannot be read now."""
     try:
-        return Attempt(**_Note.model_validate(json_value(read_regular(_path(folder)))).model_dump())
+        return SlurmAttempt(**_Note.model_validate(json_value(read_regular(_path(folder)))).model_dump())
     except (OSError, ValueError, UserError):
         return None
 

@@ -6,7 +6,7 @@ from torch._dynamo.utils import counters
 
 from mlm_train.config.schema import Recompute
 from mlm_train.memory import make_source
-from mlm_train.memory.table import Table
+from mlm_train.memory.table import TableSource
 from mlm_train.model.logical import initialise
 from mlm_train.model.transformer import Transformer
 from tests.parallel.layouts import MODELS
@@ -18,13 +18,13 @@ def step(model: Transformer, mode: str | None, ids: torch.Tensor, weights: torch
     model.zero_grad(set_to_none=True)
     source = make_source(mode, model.memory_blocks()) if mode else None
     rows = None
-    if isinstance(source, Table):
+    if isinstance(source, TableSource):
         distinct = ids.unique()
         rows = model.rows(distinct)
         source.begin(distinct, rows)
     logits = model(ids, source)
     (logits * weights).sum().backward()
-    if isinstance(source, Table) and rows is not None:
+    if isinstance(source, TableSource) and rows is not None:
         rows.backward(source.finish())
     return {"logits": logits.detach()} | {name: p.grad for name, p in model.named_parameters()}
 

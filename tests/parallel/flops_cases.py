@@ -31,7 +31,7 @@ def _count(model: dict, **sections: dict) -> dict[str, float]:
             result = trainer.step(batches, 1e-3)
         counted = flops.get_flop_counts()["Global"]
         mine = sum(count for operation, count in counted.items() if operation in PRODUCTS)
-        everyone = sum(runtime.together(lambda: mine))
+        everyone = sum(runtime.gather(lambda: mine))
         monitor = Monitor(config, runtime, Progress(), ["here"] * runtime.topology.world)
         values = monitor.step_values(StepReport(Progress(), 1e-3, 8, result, 0.5, {}))
         monitor.close()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.pipelining import Schedule1F1B
 
 from mlm_train.config import Config
-from mlm_train.memory import Table, make_source
+from mlm_train.memory import TableSource, make_source
 from mlm_train.memory.rows import add_rows
 from mlm_train.model.logical import Piece, initialise, named_pieces, pieces
 from mlm_train.model.loss import count_labels, loss_sums
@@ -18,7 +18,7 @@ from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_executor, build_model
 from mlm_train.parallel.engine.deepspeed_zero import Engine
-from mlm_train.parallel.ffn_m.shares import DataShare
+from mlm_train.parallel.ffn_m.shares import DataParallelSharing
 from mlm_train.parallel.pipeline import executor as pipeline
 from mlm_train.parallel.pipeline import x0
 from mlm_train.train.batches import MicroBatch
@@ -196,28 +196,28 @@ class _Forgetful(x0.Broadcast):
             self.embedded.backward(self.table)
 
 
-_everywhere = Trainer._everywhere
+_sum_over_ranks = Trainer._sum_over_ranks
 
 
 def _count_alone(self: Trainer, values: Tensor) -> Tensor:
     """Sums over data parallel, but for the count of labels, which comes alone."""
     if values.dim() == 0:
         return values * self.runtime.topology.data
-    return _everywhere(self, values)
+    return _sum_over_ranks(self, values)
 
 
-def _without_anchors(*args: Any) -> Table:
+def _without_anchors(*args: Any) -> TableSource:
     """Tables whose lookups hang on nothing that wants a gradient."""
-    table = Table(*args)
+    table = TableSource(*args)
     for anchor in table.anchors.values():
         anchor.requires_grad_(False)
     return table
 
 
-_collect = DataShare.collect
+_collect = DataParallelSharing.collect
 
 
-def _collect_own(self: DataShare, rows: Tensor) -> Tensor:
+def _collect_own(self: DataParallelSharing, rows: Tensor) -> Tensor:
     """Gradients of the rows that this rank computed itself, zeros for those of the others."""
     rank = dist.get_rank(self.group)
     start = int(self.asked[:rank].sum())
@@ -226,16 +226,16 @@ def _collect_own(self: DataShare, rows: Tensor) -> Tensor:
 
 
 MISTAKES: dict[str, Callable[[], Any]] = {
-    "labels counted on each rank alone": lambda: patch.object(Trainer, "_everywhere", _count_alone),
+    "labels counted on each rank alone": lambda: patch.object(Trainer, "_sum_over_ranks", _count_alone),
     "norms not summed over positions": lambda: patch("mlm_train.parallel.build.sum_replicated"),
     "norms not summed in each pass": lambda: patch("mlm_train.parallel.build.sum_replicated_each_pass"),
-    "tied heads not summed": lambda: patch.object(pipeline.Pipeline, "_sum_tied", lambda self: None),
+    "tied heads not summed": lambda: patch.object(pipeline.PipelineExecutor, "_sum_tied", lambda self: None),
     "rows of x0 not summed over positions": lambda: patch.dict(x0.TRANSPORTS, broadcast=_Forgetful),
     "gradients scaled by the schedule": lambda: patch.dict(
         pipeline.SCHEDULES, {"1f1b": lambda *args, scale_grads, **rest: Schedule1F1B(*args, **rest)}
     ),
     "lookups without anchors": lambda: patch("mlm_train.memory.Table", _without_anchors),
-    "gradients of shared rows not sent": lambda: patch.object(DataShare, "collect", _collect_own),
+    "gradients of shared rows not sent": lambda: patch.object(DataParallelSharing, "collect", _collect_own),
 }
 
 

@@ -63,7 +63,7 @@ def _run_case(model: dict) -> dict[str, float]:
     error = _distances("megatron", _megatron(config, weights), ours)
     held = {name: parameter.grad for name, parameter in network.named_parameters()}
     ours = ours._replace(gradients=assembled(list(pieces(network)), held))
-    if runtime.leads:
+    if runtime.is_rank_0:
         error |= _distances("transformers", _transformers(config, weights), ours)
     assert all(map(math.isfinite, error.values())), error  # max() would lose a NaN
     everywhere: list[Any] = [None] * runtime.topology.world

@@ -11,7 +11,7 @@ from mlm_train.config.schema import Recompute
 from mlm_train.model.logical import initialise
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_executor, build_model
-from mlm_train.parallel.pipeline.single_stage import Sequential
+from mlm_train.parallel.pipeline.single_stage import SingleStageExecutor
 from tests.parallel.layouts import MODELS
 from tests.parallel.reference import sharpen, tiny_config
 
@@ -41,7 +41,7 @@ def test_weights_are_cast_once_a_step(name: str, mode: str | None, recompute: Re
         initialise(model, config.model, 3)
         sharpen(model)
         executor = build_executor(model, config, runtime)
-        without = patch.object(Sequential, "_casts_kept", lambda self: nullcontext())
+        without = patch.object(SingleStageExecutor, "_casts_kept", lambda self: nullcontext())
         with nullcontext() if kept else without, profile(activities=[ProfilerActivity.CPU]) as seen:
             for _ in range(2):
                 executor.backward(batches, 1 / ids.numel())

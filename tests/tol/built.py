@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mlm_train.tol.build.builder import CHUNK_ROWS, Build
 from mlm_train.tol.format.index import TolIndex
-from mlm_train.tol.format.layout import Storage
+from mlm_train.tol.format.layout import TableSpec
 from mlm_train.tol.format.schemes import PlainDtype
 
 
@@ -18,6 +18,6 @@ def build_tol(
     chunk_rows: int = CHUNK_ROWS,
 ) -> TolIndex:
     """Write the ToL of an export in a plain type, computed in fp32."""
-    storage = Storage(dtype=dtype)
-    build = Build(model, output, storage, partitions=partitions, compute="float32", chunk_rows=chunk_rows)
+    spec = TableSpec(dtype=dtype)
+    build = Build(model, output, spec, partitions=partitions, compute="float32", chunk_rows=chunk_rows)
     return build.run(workers, ray_address)

@@ -15,7 +15,7 @@ from mlm_train.tol.format.index import INDEX
 from mlm_train.tol.format.index_file import read_index, write_index
 from mlm_train.tol.format.partition import RowShape
 from mlm_train.tol.serve.source import TolSource
-from mlm_train.tol.storage.local import Folder
+from mlm_train.tol.storage.local import LocalFolder
 from tests.partitions import write_partition
 from tests.tol.conftest import random_model
 
@@ -41,7 +41,7 @@ def test_dropped_layer_reads_as_zeros(model: Transformer, tables: dict[str, Path
     path = tmp_path / "rows.safetensors"
     partition = write_partition(path, (0, 601), RowShape.plain("float32", 2, 32), table.split(100))
     index = read_index(tables["float32"])
-    write_index(Folder(tmp_path), index.model_copy(update={"layers": [0, 2], "partitions": [partition]}))
+    write_index(LocalFolder(tmp_path), index.model_copy(update={"layers": [0, 2], "partitions": [partition]}))
     x0 = model.embed_tokens(IDS).bfloat16()
     read = TolSource.open_folder(tmp_path, model.config).open(IDS, x0)
     assert torch.equal(read(1), torch.zeros_like(x0))

@@ -112,9 +112,9 @@ def test_bad_index(table: Path, fields: dict[str, Any], message: str) -> None:
 def test_any_flipped_bit_of_the_index_is_found(table: Path) -> None:
     whole = (table / INDEX).read_bytes()
     assert parse_index(whole, "index") == read_index(table)
-    for place in range(len(whole)):
+    for storage in range(len(whole)):
         data = bytearray(whole)
-        data[place] ^= 1 << random.randrange(8)
+        data[storage] ^= 1 << random.randrange(8)
         with pytest.raises(UserError, match="index"):
             parse_index(bytes(data), "index")
 

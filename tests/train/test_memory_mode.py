@@ -10,8 +10,8 @@ from mlm_train.config import Config
 from mlm_train.config.load import load_config
 from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.plan.ffn_m import (
-    Choice,
     Distinct,
+    MemoryChoice,
     Speeds,
     choose,
     distinct_ids,
@@ -25,19 +25,19 @@ CONFIG = str(ROOT / "configs" / "micro.yaml")
 GIB = 2.0**30
 # FFN-M is what counts; lookups and links cost next to nothing.
 SPEEDS = Speeds(1e-4, 1e-5, 3e-4, 3e-5, 1e-8, 1e-9, 1e12, 1e12)
-TEXT = Distinct(micro_batch=500, step=3000, everywhere=4000)
+TEXT = Distinct(micro_batch=500, step=3000, all_ranks=4000)
 
 
 def chosen(
     *words: str, world: int = 1, text: Distinct = TEXT, speeds: Speeds = SPEEDS, budget: float = GIB
-) -> Choice:
+) -> MemoryChoice:
     """What auto decides for micro at 8 micro-batches of 2 x 256 tokens a rank."""
     more = ("train.micro_batch=2", f"train.global_batch={16 * world}", "train.precision=bf16", *words)
     config = load_config(CONFIG, ["memory.mode=auto", *more])
     return choose(config, Topology.of(config.parallel, world), text, speeds, budget)
 
 
-def mode(choice: Choice) -> tuple[str, int | None, bool]:
+def mode(choice: MemoryChoice) -> tuple[str, int | None, bool]:
     """What it decided."""
     assert choice.config.memory is not None
     memory = choice.config.memory

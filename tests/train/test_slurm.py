@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlm_train.train.slurm import Job, _advice
+from mlm_train.train.slurm import SlurmJob, _advice
 from tests.commands import ROOT, TINY, mlm_train, refused
 
 JOB = ("launch", "--slurm", "configs/micro.yaml", *TINY)
@@ -74,6 +74,6 @@ def test_advice_for_what_slurm_says() -> None:
         "Job violates accounting/QOS policy (job submit limit)": "--account us: ",
         "Job submission disabled": "look at `sinfo`",
     }
-    job = Job("a.yaml", (), nodes=2, processes=8, gpus=8, account="us")
+    job = SlurmJob("a.yaml", (), nodes=2, processes=8, gpus=8, account="us")
     for reason, advice in said.items():
         assert _advice(f"sbatch: error: {reason}", job).startswith(advice), reason

@@ -20,7 +20,7 @@ FIX = f"export or copy it again; where the change is yours, delete {MANIFEST}"
 _HASHED_AT_ONCE = 4  # files
 
 
-class Manifest(Record):
+class ExportManifest(Record):
     """What it says."""
 
     format: Literal["mlm-export"] = "mlm-export"
@@ -35,18 +35,18 @@ def write_manifest(folder: Path) -> None:
     entries = [
         FileEntry(file=path.name, bytes=path.stat().st_size, sha256=found[path.name]) for path in files
     ]
-    tree = Manifest(files=entries).model_dump(mode="json")
+    tree = ExportManifest(files=entries).model_dump(mode="json")
     write_json(folder / MANIFEST, tree | {SEAL: seal_of(tree)})
 
 
-def read_manifest(folder: Path) -> Manifest | None:
+def read_manifest(folder: Path) -> ExportManifest | None:
     """The manifest of a folder, None where it has none. UserError for one that was changed."""
     file = folder / MANIFEST
     if not file.exists():
         return None
     tree = read_json(file, FIX)
     seal = tree.pop(SEAL, None)
-    manifest = record_of(Manifest, tree, file, FIX)
+    manifest = record_of(ExportManifest, tree, file, FIX)
     if seal != seal_of(tree):
         raise UserError(f"{file} is damaged: its checksum differs; {FIX}")
     return manifest

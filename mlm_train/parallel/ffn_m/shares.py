@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlm_train.memory import Share
+from mlm_train.memory import RowSharing
 from mlm_train.memory.rows import add_rows
 
 PRIME = 2654435761  # Knuth's multiplicative hash: ids of neighbouring frequency go to different ranks
@@ -21,7 +21,7 @@ def owners(ids: Tensor, ranks: int) -> Tensor:
     return (ids * PRIME % 2**32 >> 8) % ranks
 
 
-class DataShare(Share):
+class DataParallelSharing(RowSharing):
     """A share of the step's rows of a data-parallel group."""
 
     def __init__(self, group: Any) -> None:

@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 
 from mlm_train.errors import PeerFailure, SharedUserError
-from mlm_train.parallel.health.status_store import Board, bounded
+from mlm_train.parallel.health.status_store import StatusStore, bounded
 
 FAILED = "failed"  # the board's note of the first failure
 # What gloo, NCCL and the store say when a peer is gone, and when it does not come.
@@ -43,7 +43,7 @@ def _write(path: Path, text: str) -> int:
     return path.write_text(text, encoding="utf-8")
 
 
-def explain_failure(error: Exception, board: Board, place: str, output: Path, linger: float) -> None:
+def explain_failure(error: Exception, store: StatusStore, place: str, output: Path, linger: float) -> None:
     """Return where this rank failed first: its error goes on. Otherwise PeerFailure, one line.
 
     `place` says where the rank was, for the end of the traceback. The traceback of a rank that failed
@@ -58,19 +58,19 @@ def explain_failure(error: Exception, board: Board, place: str, output: Path, li
     lost = isinstance(cause, RuntimeError) and _LOST.search(str(cause))
     communication = isinstance(cause, RuntimeError) and _COMMUNICATION.search(str(cause))
     if communication or lost:
-        board.await_note(FAILED, RECORD_SECONDS)
+        store.await_note(FAILED, RECORD_SECONDS)
     said = "lost the connection to another rank" if lost else one_line(error)
-    first = board.claim(FAILED, {"rank": board.rank, "error": said, "when": now()})
-    if first["rank"] == board.rank and not lost:
-        error.add_note(f"on rank {board.rank} of {board.world}: {place}")
-        if board.hosted_here:
+    first = store.claim(FAILED, {"rank": store.rank, "error": said, "when": now()})
+    if first["rank"] == store.rank and not lost:
+        error.add_note(f"on rank {store.rank} of {store.world}: {place}")
+        if store.hosted_here:
             time.sleep(linger)  # the store ends with us: let the others read who failed
         return
     text = "".join(traceback.format_exception(error))
-    path = folder_of(output, first["when"]) / f"rank-{board.rank:05}.traceback.txt"
+    path = folder_of(output, first["when"]) / f"rank-{store.rank:05}.traceback.txt"
     kept = bounded(lambda: _write(path, text), 5)
     where = f" (traceback: {path})" if kept is not None else ""
-    if first["rank"] == board.rank:
+    if first["rank"] == store.rank:
         raise PeerFailure(
             f"stopped in {place}: the connection to another rank was lost, which was killed or whose "
             f"machine is gone{where}"

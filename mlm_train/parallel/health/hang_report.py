@@ -6,7 +6,7 @@ from math import isfinite
 
 
 @dataclass(frozen=True)
-class Statement:
+class RankStatus:
     """What one rank says, or, of a rank that does not answer, what it last said."""
 
     rank: int
@@ -53,7 +53,7 @@ class Statement:
         return f"{stage}{self.mark}, {self._where}"
 
 
-def hang_report(statements: Sequence[Statement], limit: float, ending: str) -> str:
+def hang_report(statements: Sequence[RankStatus], limit: float, ending: str) -> str:
     """Suspects first, one line each; then those who wait, grouped by place; then `ending`.
 
     Suspects do not answer, or are in no communication for long. Where every rank waits (collectives that
@@ -61,7 +61,7 @@ def hang_report(statements: Sequence[Statement], limit: float, ending: str) -> s
     """
     moving = [statement for statement in statements if statement.moves(limit)]
     suspects = [statement for statement in statements if not statement.waits and statement not in moving]
-    waiting: dict[str, list[Statement]] = {}
+    waiting: dict[str, list[RankStatus]] = {}
     for statement in statements:
         if statement.waits:
             waiting.setdefault(statement.shared_line(), []).append(statement)

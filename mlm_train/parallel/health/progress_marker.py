@@ -59,7 +59,7 @@ class Stopwatch:
         return seconds
 
 
-class Place:
+class ProgressMarker:
     """The latest mark. Replacing it is one assignment: no lock, no system call."""
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -83,31 +83,31 @@ class Place:
 class MarkedStage(PipelineStage):
     """A pipeline stage that marks which micro-batch it computes, or waits for."""
 
-    def __init__(self, place: Place, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, marker: ProgressMarker, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.place = place
+        self.marker = marker
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        self.place.at("forward", self.stage_index, fwd_chunk_id)
-        with self.place.forwards.running():
+        self.marker.at("forward", self.stage_index, fwd_chunk_id)
+        with self.marker.forwards.running():
             output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-        self.place.at("waiting after forward", self.stage_index, fwd_chunk_id)
+        self.marker.at("waiting after forward", self.stage_index, fwd_chunk_id)
         return output
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         if not self.has_backward:  # in evaluation
             return None
-        self.place.at("backward", self.stage_index, bwd_chunk_id)
+        self.marker.at("backward", self.stage_index, bwd_chunk_id)
         output = super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
-        self.place.at("waiting after backward", self.stage_index, bwd_chunk_id)
+        self.marker.at("waiting after backward", self.stage_index, bwd_chunk_id)
         return output
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         if not self.has_backward:
             return None
-        self.place.at("weights' backward", self.stage_index, bwd_chunk_id)
+        self.marker.at("weights' backward", self.stage_index, bwd_chunk_id)
         output = super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
-        self.place.at("waiting after weights' backward", self.stage_index, bwd_chunk_id)
+        self.marker.at("waiting after weights' backward", self.stage_index, bwd_chunk_id)
         return output
 
     # Where a rank holds two neighbouring stages (zbv, dualpipe_v), torch hands gradients from one to the
@@ -127,5 +127,5 @@ class MarkedStage(PipelineStage):
 
     def _received(self, operations: list[Any], what: str, micro_batch: int) -> list[Any]:
         if operations:
-            self.place.at(f"receive {what}", self.stage_index, micro_batch)
+            self.marker.at(f"receive {what}", self.stage_index, micro_batch)
         return operations

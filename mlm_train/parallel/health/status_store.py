@@ -29,7 +29,7 @@ def bounded(work: Callable[[], Answer], seconds: float) -> Answer | None:
     return answers[0] if answers else None
 
 
-class Board:
+class StatusStore:
     """Notes by key in the job's store, over a connection of our own: the main thread's may be in use.
 
     Nothing here raises or waits for long. Once the store does not answer, the board is `lost`, and what

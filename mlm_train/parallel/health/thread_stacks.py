@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 from torch._C import _distributed_c10d
 
-PACKAGE = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).resolve().parents[2]
 AWAITED = "awaited"  # how the names of threads begin that the main thread waits for
 RECORDS = "1000"  # operations that a rank's flight recorder remembers
 
 
-class Whereabouts(NamedTuple):
+class StackPosition(NamedTuple):
     """Of a thread: the communication it is in, its innermost frame, and our own innermost one."""
 
     operation: str | None
@@ -30,14 +30,14 @@ def keep_flight_records() -> None:
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", RECORDS)
 
 
-def main_thread() -> Whereabouts:
+def main_thread() -> StackPosition:
     """Where the main thread is, or the thread that it waits for.
 
     In a backward pass on a device that is one of autograd's; else one that is named AWAITED.
     """
     frames = sys._current_frames()
     main = threading.main_thread().ident
-    found = _whereabouts(frames[main]) if main in frames else Whereabouts(None, "nowhere", "nowhere")
+    found = _whereabouts(frames[main]) if main in frames else StackPosition(None, "nowhere", "nowhere")
     if found.operation is None and "_engine_run_backward" in found.innermost:
         others = [_whereabouts(frame) for ident, frame in frames.items() if ident != main]
         return next((other for other in others if other.operation), found)
@@ -48,14 +48,14 @@ def main_thread() -> Whereabouts:
     return found
 
 
-def _whereabouts(frame: FrameType) -> Whereabouts:
+def _whereabouts(frame: FrameType) -> StackPosition:
     frames: list[FrameType] = []
     current: FrameType | None = frame
     while current is not None:
         frames.append(current)
         current = current.f_back
     ours = next((f for f in frames if Path(f.f_code.co_filename).is_relative_to(PACKAGE)), frames[-1])
-    return Whereabouts(_operation(frames), _describe(frames[0]), _describe(ours))
+    return StackPosition(_operation(frames), _describe(frames[0]), _describe(ours))
 
 
 def _operation(frames: list[FrameType]) -> str | None:

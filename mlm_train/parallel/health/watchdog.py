@@ -20,9 +20,9 @@ from typing import Any
 from mlm_train.config import Config
 from mlm_train.errors import HUNG, escaped
 from mlm_train.parallel.health.failures import FAILED, explain_failure, folder_of, now
-from mlm_train.parallel.health.hang_report import Statement, hang_report
-from mlm_train.parallel.health.progress_marker import Mark, Place
-from mlm_train.parallel.health.status_store import Board, bounded
+from mlm_train.parallel.health.hang_report import RankStatus, hang_report
+from mlm_train.parallel.health.progress_marker import Mark, ProgressMarker
+from mlm_train.parallel.health.status_store import StatusStore, bounded
 from mlm_train.parallel.health.thread_stacks import flight_record, main_thread, pending, write_evidence
 from mlm_train.parallel.mesh.topology import Topology
 
@@ -30,25 +30,25 @@ FAILURE_GRACE = 10.0  # seconds a rank has to find by itself that another has fa
 
 
 @contextlib.contextmanager
-def watched(config: Config, topology: Topology, place: Place) -> Iterator[None]:
+def watched(config: Config, topology: Topology, marker: ProgressMarker) -> Iterator[None]:
     """Watch the body on this rank; sort out whose failure is shown. Every rank calls it.
 
     Raises PeerFailure instead of an error that only follows from another rank's.
     """
     world = topology.world
-    board = bounded(lambda: Board(topology.rank, world), 60) if world > 1 else None
-    watchdog = Watchdog(config, topology, place, board)
+    store = bounded(lambda: StatusStore(topology.rank, world), 60) if world > 1 else None
+    watchdog = Watchdog(config, topology, marker, store)
     watchdog.sign()  # before any work: a rank that is stopped at once can be named, too
     watchdog.start()
     try:
         yield
-        if board is not None:
-            board.post(f"done/{topology.rank}", {})
+        if store is not None:
+            store.post(f"done/{topology.rank}", {})
     except Exception as error:
         watchdog.stop()
-        if board is not None:
+        if store is not None:
             output, linger = Path(config.train.output), watchdog.interval + 0.5
-            explain_failure(error, board, watchdog.described(), output, linger)
+            explain_failure(error, store, watchdog.described(), output, linger)
         raise
     finally:
         watchdog.stop()
@@ -69,9 +69,11 @@ def limits(config: Config) -> tuple[float, float]:
 class Watchdog(threading.Thread):
     """The thread. It only reads the main thread's mark, and talks to the board."""
 
-    def __init__(self, config: Config, topology: Topology, place: Place, board: Board | None) -> None:
+    def __init__(
+        self, config: Config, topology: Topology, marker: ProgressMarker, store: StatusStore | None
+    ) -> None:
         super().__init__(name="watchdog", daemon=True)
-        self.topology, self.place, self.board = topology, place, board
+        self.topology, self.marker, self.store = topology, marker, store
         self.usual, self.patient = limits(config)
         self.output = Path(config.train.output)
         self.interval = min(5.0, self.usual / 8)
@@ -86,8 +88,8 @@ class Watchdog(threading.Thread):
 
     def sign(self) -> None:
         """Tell the others that this rank lives, and where it is."""
-        if self.board is not None:
-            self.board.post(f"alive/{self.topology.rank}", asdict(self._said()) | {"seconds": time.time()})
+        if self.store is not None:
+            self.store.post(f"alive/{self.topology.rank}", asdict(self._said()) | {"seconds": time.time()})
 
     def run(self) -> None:
         """Look, and leave a sign of life, several times in the allowed time."""
@@ -103,16 +105,16 @@ class Watchdog(threading.Thread):
             if moment - looked > 3 * self.interval + 1:
                 self.awake = moment  # the whole process was suspended: the main thread is not to blame
             looked = moment
-            if self.board is not None and self._peers_ended(self.board):
+            if self.store is not None and self._peers_ended(self.store):
                 return
-            limit = self.patient if self.place.mark.patient else self.usual
-            if self._age(self.place.mark.since) > limit:
+            limit = self.patient if self.marker.mark.patient else self.usual
+            if self._age(self.marker.mark.since) > limit:
                 self._end_hung(limit)
 
     def described(self) -> str:
         """Where the main thread is, in words."""
-        stage = self._stage(self.place.mark)
-        return f"{'' if stage is None else f'stage {stage}, '}{self.place.mark}"
+        stage = self._stage(self.marker.mark)
+        return f"{'' if stage is None else f'stage {stage}, '}{self.marker.mark}"
 
     def _age(self, since: float) -> float:
         return time.monotonic() - max(since, self.awake)
@@ -122,20 +124,20 @@ class Watchdog(threading.Thread):
             return None
         return self.topology.pipeline_rank if mark.stage is None else mark.stage
 
-    def _peers_ended(self, board: Board) -> bool:
+    def _peers_ended(self, store: StatusStore) -> bool:
         """Leave a sign of life and read the others' word; True where this thread is to end."""
         rank, world = self.topology.rank, self.topology.world
         self.sign()
-        if (hung := board.read("hung")) is not None:
+        if (hung := store.read("hung")) is not None:
             self._end_hung(hung["limit"])
         # A stopped rank cannot speak for itself; that no thread of it moves is no question of patience.
         neighbour = (rank + 1) % world
-        sign = board.read(f"alive/{neighbour}")
-        if sign != self.neighbour or board.lost:
+        sign = store.read(f"alive/{neighbour}")
+        if sign != self.neighbour or store.lost:
             self.neighbour, self.heard = sign, time.monotonic()
-        elif self._age(self.heard) > self.usual and board.read(f"done/{neighbour}") is None:
+        elif self._age(self.heard) > self.usual and store.read(f"done/{neighbour}") is None:
             self._end_hung(self.usual)
-        failed = board.read(FAILED)
+        failed = store.read(FAILED)
         if failed is None:
             return False
         if not self.ended.wait(FAILURE_GRACE):  # the main thread has not found out
@@ -144,49 +146,49 @@ class Watchdog(threading.Thread):
             self._exit(1)
         return True
 
-    def _said(self) -> Statement:
-        mark = self.place.mark
-        return Statement(
+    def _said(self) -> RankStatus:
+        mark = self.marker.mark
+        return RankStatus(
             self.topology.rank, socket.gethostname(), self._stage(mark), str(mark), self._age(mark.since)
         )
 
     def _end_hung(self, limit: float) -> None:
         """Say where this rank is; the first one to come here collects and reports; exit."""
-        rank, board = self.topology.rank, self.board
+        rank, store = self.topology.rank, self.store
         found, record = main_thread(), bounded(flight_record, 5)
         statement = replace(self._said(), pending=pending(record), **found._asdict())
         claim: dict[str, Any] = {"rank": rank, "limit": limit, "when": now()}
-        first = board.claim("hung", claim) if board is not None else claim
+        first = store.claim("hung", claim) if store is not None else claim
         folder = folder_of(self.output, first["when"])
         bounded(lambda: write_evidence(folder, rank, statement.line(), record), 5)
         wait = 2 * self.interval + 2
-        if board is not None:
-            board.post(f"statement/{rank}", asdict(statement))
-            if first["rank"] != rank and board.await_note("reported", wait + 5) is not None:
+        if store is not None:
+            store.post(f"statement/{rank}", asdict(statement))
+            if first["rank"] != rank and store.await_note("reported", wait + 5) is not None:
                 self._exit(HUNG)
         statements = self._statements(statement, wait)
         ending = f"all ranks end with exit code {HUNG}; stacks of all threads: {folder}"
         report = hang_report(statements, first["limit"], ending)
         self._say(report)
         bounded(lambda: (folder / "report.txt").write_text(f"{report}\n", encoding="utf-8"), 5)
-        if board is not None:
-            board.post("reported", {})
+        if store is not None:
+            store.post("reported", {})
             time.sleep(1.0)  # the store may end with this process: let the others read it
         self._exit(HUNG)
 
-    def _statements(self, own: Statement, seconds: float) -> list[Statement]:
+    def _statements(self, own: RankStatus, seconds: float) -> list[RankStatus]:
         """Everyone's, in the order of ranks; of those who stay silent, their last sign of life."""
-        if self.board is None or self.board.lost:
+        if self.store is None or self.store.lost:
             return [own]
         end = time.monotonic() + seconds
         found = []
         for rank in range(self.topology.world):
-            note = self.board.await_note(f"statement/{rank}", max(0.0, end - time.monotonic()))
+            note = self.store.await_note(f"statement/{rank}", max(0.0, end - time.monotonic()))
             if note is None and rank != own.rank:
-                never = asdict(Statement(rank, "?", None, "", -math.inf))  # of time.time(): always before
-                note = self.board.read(f"alive/{rank}") or never
+                never = asdict(RankStatus(rank, "?", None, "", -math.inf))  # of time.time(): always before
+                note = self.store.read(f"alive/{rank}") or never
                 note |= {"answers": False, "seconds": time.time() - note["seconds"]}
-            found.append(own if note is None else Statement(**note))
+            found.append(own if note is None else RankStatus(**note))
         return found
 
     def _say(self, text: str) -> None:

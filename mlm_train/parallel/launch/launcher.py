@@ -34,7 +34,7 @@ STUCK, ROOM = 30, 600  # seconds until ranks that were asked to end are killed
 LAST_CALL = 15.0  # seconds that fewer than all machines wait for another one
 
 
-class Machines(NamedTuple):
+class Nodes(NamedTuple):
     """How many run this same command, and where they meet: HOST:PORT of one of them."""
 
     fewest: int = 1
@@ -43,7 +43,7 @@ class Machines(NamedTuple):
 
 
 def launch_ranks(
-    arguments: Sequence[str], processes: int, machines: Machines | None = None, max_restarts: int = 0
+    arguments: Sequence[str], processes: int, machines: Nodes | None = None, max_restarts: int = 0
 ) -> int:
     """Run `python -m mlm_train ARGUMENTS` on that many ranks here; the exit code of the whole.
 
@@ -52,7 +52,7 @@ def launch_ranks(
     first. The others are ended; after 1 and 75 all are started again, up to max_restarts times. Raises
     UserError where the machines cannot meet, PeerFailure where the run has ended on another one.
     """
-    machines = machines or Machines()
+    machines = machines or Nodes()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"  # which end the ranks at once
     if max_restarts or machines.most > machines.fewest:
@@ -85,7 +85,7 @@ def launch_ranks(
     return _verdict(result.failures, passed) if result.is_failed() else 0
 
 
-def _meeting(machines: Machines) -> RendezvousHandler:
+def _meeting(machines: Nodes) -> RendezvousHandler:
     """Where the agents agree on the ranks."""
     return get_rendezvous_handler(
         RendezvousParameters(

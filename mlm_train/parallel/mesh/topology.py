@@ -53,7 +53,7 @@ class Topology:
         return self.rank // (self.tensor * self.data)
 
     @property
-    def leads_replica(self) -> bool:
+    def is_replica_rank_0(self) -> bool:
         """Whether this rank speaks for those that hold one copy of the model together."""
         return self.tensor_rank == 0 and self.pipeline_rank == 0
 

@@ -20,7 +20,7 @@ from torch.distributed.pipelining import (
 )
 
 from mlm_train.config import Config
-from mlm_train.memory import Table, TrainingSource
+from mlm_train.memory import TableSource, TrainingSource
 from mlm_train.model.loss import IGNORED
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel.health.progress_marker import MarkedStage
@@ -57,10 +57,10 @@ class Stage(nn.Module):
         self.model, self.span, self.channel, self.source = model, span, channel, source
         self.loss, self.precision = loss, precision
         # Whether FFN-M is computed of a micro-batch's x0.
-        self.computes = source is not None and not (isinstance(source, Table) and source.rest is None)
+        self.computes = source is not None and not (isinstance(source, TableSource) and source.rest is None)
         self.scale = 1.0
         self.sums = torch.zeros(0, dtype=torch.float64)  # CE of each micro-batch, on the last stage
-        if isinstance(source, Table):  # what makes zero-bubble schedules run a lookup's backward
+        if isinstance(source, TableSource):  # what makes zero-bubble schedules run a lookup's backward
             mine = (source.anchors.get(layer) for layer in span.layers)
             self.anchors = nn.ParameterList(anchor for anchor in mine if anchor is not None)
 
@@ -87,7 +87,7 @@ class Stage(nn.Module):
         return objective.view(1)
 
 
-class Pipeline:
+class PipelineExecutor:
     """An executor over this rank's stages."""
 
     def __init__(
@@ -135,7 +135,7 @@ class Pipeline:
             torch.empty_like(hidden).requires_grad_() for _ in range(2 if self.channel.relays else 1)
         )
         return MarkedStage(
-            self.runtime.place,
+            self.runtime.marker,
             stage,
             stage.span.number,
             config.parallel.stages,
@@ -147,7 +147,7 @@ class Pipeline:
 
     def _run(self, batches: Sequence[Batch], training: bool, scale: float) -> Tensor:
         """All through the schedule; each one's summed CE, fp64 [micro-batches], on every rank of it."""
-        self.runtime.place.at("x0")
+        self.runtime.marker.at("x0")
         device = self.runtime.device
         ids, labels = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
         index = self.channel.begin(ids) if self.model.config.has_memory or self._first else ids
@@ -162,14 +162,14 @@ class Pipeline:
         if self._last:
             arguments |= {"target": labels, "losses": []}
         call(*((ids,) if self._first else ()), **arguments)
-        self.runtime.place.at("loss")
+        self.runtime.marker.at("loss")
         dist.all_reduce(sums, group=self.runtime.groups.pipeline)
         return sums
 
     def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
         """The schedule, then x0's gradient to the embedding, then the tied head's and the norms'."""
         total = self._run(batches, True, scale).sum()
-        self.runtime.place.at("gradient of x0")
+        self.runtime.marker.at("gradient of x0")
         self.channel.finish()
         self._sum_tied()
         sum_replicated(self.model, self.tensor)

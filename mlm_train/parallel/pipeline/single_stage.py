@@ -44,7 +44,7 @@ class Prepared(NamedTuple):
     rows: Tensor
 
 
-class Sequential:
+class SingleStageExecutor:
     """All layers on this rank: one micro-batch after the other.
 
     `entry`: the Transformer, or what is called in its place; `channel`: where x0 comes from, if not from
@@ -64,7 +64,7 @@ class Sequential:
     ) -> None:
         self.entry, self.source, self.channel = entry, source, channel
         self.loss, self.after_backward = loss, after_backward
-        self.precision, self.device, self.place = precision, runtime.device, runtime.place
+        self.precision, self.device, self.marker = precision, runtime.device, runtime.marker
         self.gathers = config.parallel.zero == 3
         self.usual = runtime.topology.micro_batches(config.train)
 
@@ -84,16 +84,16 @@ class Sequential:
         with self._casts_kept():
             yield micro_batches
             if self.channel is not None:
-                self.place.at("gradient of x0")
+                self.marker.at("gradient of x0")
                 self.channel.finish()
         self.after_backward()
 
     def run(self, micro_batch: Prepared, scale: float) -> Tensor:
         """Forward and backward of a micro-batch of the step; its summed CE."""
-        self.place.at("forward", None, micro_batch.number)
-        with self.place.forwards.running():
+        self.marker.at("forward", None, micro_batch.number)
+        with self.marker.forwards.running():
             objective, cross_entropy = self._loss(micro_batch, scale)
-        self.place.at("backward", None, micro_batch.number)
+        self.marker.at("backward", None, micro_batch.number)
         objective.backward()
         return cross_entropy
 
@@ -114,7 +114,7 @@ class Sequential:
         sums = []
         for start in range(0, len(batches), self.usual):
             for micro_batch in self._prepared(batches[start : start + self.usual]):
-                self.place.at("forward", None, micro_batch.number)
+                self.marker.at("forward", None, micro_batch.number)
                 sums.append(self._loss(micro_batch, 1.0)[1].double())
         return torch.stack(sums)
 
@@ -126,7 +126,7 @@ class Sequential:
         )
         index = ids
         if self.channel is not None:
-            self.place.at("x0")
+            self.marker.at("x0")
             index = list(self.channel.begin(torch.cat(ids)).split([len(some) for some in ids]))
         return [Prepared(*parts) for parts in zip(range(len(ids)), ids, labels, index, strict=True)]
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlm_train.memory import Table
+from mlm_train.memory import TableSource
 from mlm_train.memory.rows import Lookup
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel.tensor.collectives import TensorGroup
@@ -49,7 +49,7 @@ class _Channel:
     """What channels are made of: this rank's model, its groups, its device.
 
     `crossings`: boundaries in the pipeline between stages on different ranks, virtual stages counted;
-    `tables`: what the step's rows are for, if FFN-M has tables; `tables_everywhere`: whether every layer of
+    `tables`: what the step's rows are for, if FFN-M has tables; `all_layers_tabled`: whether every layer of
     every stage has one, not of this rank's alone, since all stages send and receive the same rows.
     """
 
@@ -58,8 +58,8 @@ class _Channel:
     tensor: TensorGroup
     device: torch.device
     crossings: int
-    tables: Table | None = None
-    tables_everywhere: bool = False
+    tables: TableSource | None = None
+    all_layers_tabled: bool = False
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Broadcast(_Channel):
         wanted = shared if shared is distinct else torch.cat((shared, distinct))
         if shared is not distinct:
             index = index + len(shared)
-        sent = len(shared) if self.tables_everywhere else len(wanted)
+        sent = len(shared) if self.all_layers_tabled else len(wanted)
         if self.owns:
             self.embedded = self.model.rows(wanted)
             rows = self.embedded.detach().clone()
@@ -134,7 +134,7 @@ class Relay(_Channel):
         return 2 * 4 * tokens * self.model.config.hidden_size * self.crossings
 
 
-class Alone(Relay):
+class LocalEmbedding(Relay):
     """Without FFN-M: the first stage embeds, and nothing goes beside the hidden state."""
 
     relays = False

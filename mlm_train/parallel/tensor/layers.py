@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mlm_train.model.attention import Attention
 from mlm_train.model.linear import FusedLinear
 from mlm_train.model.logical import Part
-from mlm_train.model.loss import Words
+from mlm_train.model.loss import VocabRange
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel.tensor.collectives import TensorGroup
 
@@ -156,13 +156,13 @@ def sum_replicated_each_pass(model: nn.Module, group: TensorGroup) -> None:
 
 
 @dataclass(frozen=True)
-class GroupWords(Words):
+class ParallelVocabRange(VocabRange):
     """The words whose head rows a rank of the group holds."""
 
     group: TensorGroup
 
     @classmethod
-    def of(cls, vocab_size: int, group: TensorGroup) -> "GroupWords":
+    def of(cls, vocab_size: int, group: TensorGroup) -> "ParallelVocabRange":
         """This rank's share of the vocabulary."""
         part = group.part(None, 0, 0, vocab_size)
         return cls(part.offset, part.length, group)

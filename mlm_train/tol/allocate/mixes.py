@@ -11,7 +11,7 @@ from mlm_train.tol.allocate.sensitivity import Choice
 from mlm_train.tol.build.budget import bytes_of, headers, table_bytes
 from mlm_train.tol.build.builder import partitions_of
 from mlm_train.tol.format.index import TolIndex
-from mlm_train.tol.format.layout import Layout, Storage
+from mlm_train.tol.format.layout import Layout, TableSpec
 from mlm_train.tol.format.schemes import GROUP, Scheme
 from mlm_train.tol.lowrank.knapsack import Mix, Ways, best_mix
 
@@ -74,6 +74,6 @@ def room_of(index: TolIndex, budget: int) -> int:
 
 
 def _partitions(index: TolIndex, layout: Layout) -> int:
-    storage, rows = Storage(layers=layout.layers, schemes=layout.schemes), index.vocab_size
-    largest = storage.largest(index.num_layers, index.hidden_size)
+    spec, rows = TableSpec(layers=layout.layers, schemes=layout.schemes), index.vocab_size
+    largest = spec.largest(index.num_layers, index.hidden_size)
     return partitions_of(None, rows, largest.shape.file_bytes(rows))

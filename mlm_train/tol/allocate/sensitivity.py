@@ -26,7 +26,7 @@ from mlm_train.tol.build.row_source import chunks_of
 from mlm_train.tol.format.codec import decode, encode
 from mlm_train.tol.format.schemes import Scheme, layout
 from mlm_train.tol.lowrank.spectrum import Gram, Spectrum, scaled_basis
-from mlm_train.tol.serve.reader import Table, projector
+from mlm_train.tol.serve.reader import TableReader, projector
 from mlm_train.utils.files import write_json, writing
 from mlm_train.utils.records import Record, json_value, read_regular
 
@@ -34,7 +34,7 @@ _ROWS = 2048
 Choice = Scheme | None  # None: the layer is not stored
 
 
-def spectra_of(table: Table) -> dict[int, Spectrum]:
+def spectra_of(table: TableReader) -> dict[int, Spectrum]:
     """The spectrum of each stored layer, by one pass over the table for each."""
     found = {}
     for layer in table.index.layers:
@@ -50,7 +50,7 @@ def spectra_of(table: Table) -> dict[int, Spectrum]:
 class Trial:
     """A memory source over a table, in which some layers are as if they were stored otherwise."""
 
-    def __init__(self, table: Table, spectra: dict[int, Spectrum]) -> None:
+    def __init__(self, table: TableReader, spectra: dict[int, Spectrum]) -> None:
         self.table = table
         rows, hidden = table.index.vocab_size, table.index.hidden_size
         self._bases = {

@@ -15,14 +15,14 @@ from mlm_train.tol.allocate.sensitivity import Choice, Notes, Trial, measure, sp
 from mlm_train.tol.format.index import INDEX, check_fits
 from mlm_train.tol.format.schemes import ALIGNMENT, GROUP, Scheme
 from mlm_train.tol.lowrank.knapsack import Mix
-from mlm_train.tol.serve.reader import Table
+from mlm_train.tol.serve.reader import TableReader
 from mlm_train.utils.files import sha256_of
 
 
 class Study:
     """The table, the model, and what each choice of each layer costs."""
 
-    def __init__(self, args: argparse.Namespace, table: Table, console: Console) -> None:
+    def __init__(self, args: argparse.Namespace, table: TableReader, console: Console) -> None:
         self.table, self.index = table, table.index
         numbers = {"length": args.sequence_length, "micro_batch": args.micro_batch}
         self.scorer = Scorer(args.model, args.data, **numbers, verify=args.verify)

@@ -8,35 +8,35 @@ import torch
 
 from mlm_train.errors import UserError
 from mlm_train.tol.build.spectra import study_of
-from mlm_train.tol.build.state import Plan, State
+from mlm_train.tol.build.state import BuildPlan, BuildState
 from mlm_train.tol.format.index import BASIS_ITEM
-from mlm_train.tol.format.layout import Layout, Storage
+from mlm_train.tol.format.layout import Layout, TableSpec
 from mlm_train.tol.format.partition import ALIGNMENT
 from mlm_train.tol.format.schemes import Scheme
 from mlm_train.tol.lowrank.knapsack import Mix, Ways, best_mix
 from mlm_train.tol.lowrank.spectrum import scaled_basis
 from mlm_train.tol.serve.reader import BASIS_HEADER
-from mlm_train.tol.storage.base import Place
+from mlm_train.tol.storage.base import Storage
 from mlm_train.utils.units import in_units
 
 
-def lay_out(plan: Plan, errors: Sequence[torch.Tensor] = ()) -> Layout:
+def lay_out(plan: BuildPlan, errors: Sequence[torch.Tensor] = ()) -> Layout:
     """The schemes of the storage that was asked for; where it has a budget, one of its own for each layer.
 
     errors: of each layer, as Study predicts them. Their sum over layers is made least within the budget, over
     the types and group sizes that the storage leaves open, every rank, the whole layer and a dropped one.
     Raises UserError for a budget that holds nothing.
     """
-    storage = plan.storage
-    if storage.budget is None:
-        return Layout.of(storage, plan.num_layers, plan.hidden_size)
-    every = range(len(storage.searched))
+    spec = plan.spec
+    if spec.budget is None:
+        return Layout.of(spec, plan.num_layers, plan.hidden_size)
+    every = range(len(spec.searched))
     # Layers that all are whole in one plain type follow each other without padding: a table of its own kind.
     grids = [_Grid(plan, every)]
-    grids += [_Grid(plan, [one], unpadded=True) for one in every if not storage.searched[one].quantised]
+    grids += [_Grid(plan, [one], unpadded=True) for one in every if not spec.searched[one].quantised]
     found = [(mix, grid) for grid in grids if (mix := grid.best(errors)) is not None]
     if not found:
-        raise _too_small(storage.budget, plan)
+        raise _too_small(spec.budget, plan)
     mix, grid = min(found, key=lambda one: (one[0].cost, one[0].bytes))
     picks = zip(plan.layers, (grid.ways[pick] for pick in mix.picks), strict=True)
     kept = {layer: scheme for layer, scheme in picks if scheme is not None}
@@ -53,8 +53,8 @@ def say_dropped(layers: Sequence[int], layout: Layout) -> None:
 class _Grid:
     """The ways to store a layer that are searched, None for a dropped one first, and their bytes."""
 
-    def __init__(self, plan: Plan, searched: Sequence[int], unpadded: bool = False) -> None:
-        rows, hidden, schemes = plan.vocab_size, plan.hidden_size, plan.storage.searched
+    def __init__(self, plan: BuildPlan, searched: Sequence[int], unpadded: bool = False) -> None:
+        rows, hidden, schemes = plan.vocab_size, plan.hidden_size, plan.spec.searched
         columns = [hidden] if unpadded else range(hidden + 1)  # of Study.errors: rank column + 1, or whole
         self._cells = [(one, column) for one in searched for column in columns]
         self.ways = [None, *(_ranked(schemes[one], column, hidden) for one, column in self._cells)]
@@ -63,7 +63,7 @@ class _Grid:
             for way in self.ways
         )
         self.bytes = np.fromiter(sizes, np.int64)
-        self.room = (plan.storage.budget or 0) - headers(plan.partitions)
+        self.room = (plan.spec.budget or 0) - headers(plan.partitions)
 
     def best(self, errors: Sequence[torch.Tensor]) -> Mix | None:
         """Of least error that keeps a layer; None where none fits."""
@@ -83,22 +83,22 @@ def _ranked(scheme: Scheme, column: int, hidden: int) -> Scheme:
     return scheme if column == hidden else scheme.model_copy(update={"rank": column + 1})
 
 
-def check_budget(plan: Plan) -> None:
+def check_budget(plan: BuildPlan) -> None:
     """UserError for a budget of which it is known before any spectrum that it holds nothing."""
-    if plan.storage.budget is not None and plan.storage.budget < _least(plan):
-        raise _too_small(plan.storage.budget, plan)
+    if plan.spec.budget is not None and plan.spec.budget < _least(plan):
+        raise _too_small(plan.spec.budget, plan)
 
 
-def _least(plan: Plan) -> int:
+def _least(plan: BuildPlan) -> int:
     """Bytes of a table of one layer, stored in the smallest way."""
     rows, hidden = plan.vocab_size, plan.hidden_size
-    cut = [bytes_of(_ranked(one, 0, hidden), rows, hidden) for one in plan.storage.searched]
-    whole = [rows * Layout.of(Storage(schemes=[one]), 1, hidden).shape.size for one in plan.storage.searched]
+    cut = [bytes_of(_ranked(one, 0, hidden), rows, hidden) for one in plan.spec.searched]
+    whole = [rows * Layout.of(TableSpec(schemes=[one]), 1, hidden).shape.size for one in plan.spec.searched]
     return headers(plan.partitions) + min(cut + whole)
 
 
-def _too_small(budget: int, plan: Plan) -> UserError:
-    dtype = plan.storage.dtype or "any type"
+def _too_small(budget: int, plan: BuildPlan) -> UserError:
+    dtype = plan.spec.dtype or "any type"
     return UserError(
         f"a budget of {in_units(budget)} holds no layer: {in_units(_least(plan))} is the least in "
         f"{dtype} and {plan.partitions} partitions; give more"
@@ -125,16 +125,16 @@ def table_bytes(layout: Layout, rows: int, partitions: int) -> int:
     return headers(partitions) + sum(bytes_of(scheme, rows, layout.hidden_size) for scheme in layout.schemes)
 
 
-def bases_of(plan: Plan, layout: Layout, state: State, place: Place) -> dict[int, torch.Tensor]:
+def bases_of(plan: BuildPlan, layout: Layout, state: BuildState, storage: Storage) -> dict[int, torch.Tensor]:
     """The bases of the layers that have a rank."""
     ranks = {layer: one.rank for layer, one in zip(layout.layers, layout.schemes, strict=True) if one.rank}
     return {
-        layer: scaled_basis(study_of(state, place, layer).spectrum, rank, plan.vocab_size)
+        layer: scaled_basis(study_of(state, storage, layer).spectrum, rank, plan.vocab_size)
         for layer, rank in ranks.items()
     }
 
 
-def has_ranks(storage: Storage) -> bool:
+def has_ranks(spec: TableSpec) -> bool:
     """Whether some layer is cut, so that spectra are needed."""
-    ranks = [scheme.rank for scheme in storage.schemes or ()]
-    return storage.rank is not None or storage.budget is not None or any(ranks)
+    ranks = [scheme.rank for scheme in spec.schemes or ()]
+    return spec.rank is not None or spec.budget is not None or any(ranks)

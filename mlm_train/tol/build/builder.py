@@ -12,20 +12,20 @@ from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.tol.build.budget import bases_of, check_budget, has_ranks, lay_out, say_dropped
 from mlm_train.tol.build.ray_cluster import ray_cluster
-from mlm_train.tol.build.scheduler import Group, Pieces
+from mlm_train.tol.build.scheduler import Group, PartitionScheduler
 from mlm_train.tol.build.spectra import make_studies, study_of
-from mlm_train.tol.build.state import Plan, State, begin, remove_spectra
+from mlm_train.tol.build.state import BuildPlan, BuildState, begin, remove_spectra
 from mlm_train.tol.build.weight_store import Weights, shared_weights
-from mlm_train.tol.build.worker import Job
-from mlm_train.tol.build.worker_pool import Crew
+from mlm_train.tol.build.worker import WorkerJob
+from mlm_train.tol.build.worker_pool import WorkerPool
 from mlm_train.tol.format.codec import TORCH_DTYPE
 from mlm_train.tol.format.index import INDEX, STATE, Partition, TolIndex, schemes_of, summary
 from mlm_train.tol.format.index_file import index_at, is_whole, read_index, write_index
-from mlm_train.tol.format.layout import Layout, Storage
+from mlm_train.tol.format.layout import Layout, TableSpec
 from mlm_train.tol.format.schemes import PlainDtype
 from mlm_train.tol.serve.reader import check_rows, write_bases
-from mlm_train.tol.storage.base import Place, check_space, remove_drafts
-from mlm_train.tol.storage.resolve import place_of
+from mlm_train.tol.storage.base import Storage, check_space, remove_drafts
+from mlm_train.tol.storage.resolve import storage_at
 from mlm_train.utils.checks import Check
 from mlm_train.utils.files import sha256_of
 from mlm_train.utils.progress import ByteProgress
@@ -41,7 +41,7 @@ _SOURCE = ("checkpoint", "table", "compute")
 _DEVICES = ("cpu", "cuda", "cuda:0")
 
 
-Committed = Callable[[State], None]
+Committed = Callable[[BuildState], None]
 
 
 class Build:
@@ -56,8 +56,8 @@ class Build:
     def __init__(
         self,
         model: str | Path | None,
-        output: str | Path | Place,
-        storage: Storage,
+        output: str | Path | Storage,
+        spec: TableSpec,
         *,
         table: str | Path | None = None,
         partitions: int | None = None,
@@ -74,7 +74,7 @@ class Build:
             raise UserError(
                 f"--device {device or repr('')}: give cpu or cuda (Ray gives each worker a GPU of its own)"
             )
-        self.place, self.group_bytes = place_of(output), group_bytes
+        self.storage, self.group_bytes = storage_at(output), group_bytes
         self.config: ModelConfig | None = None
         if table is None:
             assert model is not None
@@ -94,15 +94,15 @@ class Build:
             source = {name: getattr(index, name) for name in ("vocab_size", "num_layers", "hidden_size")}
             source |= {"checkpoint": index.source.checkpoint, "table": sha256_of(folder / INDEX)}
             source |= {"compute": index.source.compute, "chunk_rows": chunk_rows}
-            if storage.layers is None:
-                storage = storage.model_copy(update={"layers": index.layers})
-        whole = storage.largest(source["num_layers"], source["hidden_size"])
+            if spec.layers is None:
+                spec = spec.model_copy(update={"layers": index.layers})
+        whole = spec.largest(source["num_layers"], source["hidden_size"])
         size = whole.shape.file_bytes(source["vocab_size"])
-        count = partitions_of(partitions, source["vocab_size"], min(size, storage.budget or size))
-        self.plan = Plan(**source, storage=storage, partitions=count, threads=threads)
+        count = partitions_of(partitions, source["vocab_size"], min(size, spec.budget or size))
+        self.plan = BuildPlan(**source, spec=spec, partitions=count, threads=threads)
         check_budget(self.plan)
-        places = {"model": None, "table": str(folder)} if table else {"model": str(folder), "table": None}
-        self.job = Job(**places, output=self.place.address, plan=self.plan, device=device)
+        storages = {"model": None, "table": str(folder)} if table else {"model": str(folder), "table": None}
+        self.job = WorkerJob(**storages, output=self.storage.address, plan=self.plan, device=device)
 
     def run(self, workers: int = 2, ray_address: str | None = None) -> TolIndex:
         """Build, or finish an unfinished build of the same plan.
@@ -111,37 +111,37 @@ class Build:
         cannot hold.
         """
         _check_workers(workers)
-        with self.place.held("being built"):
-            state = begin(self.place, self.plan)
-            if state.layout is None and not has_ranks(self.plan.storage):
+        with self.storage.held("being built"):
+            state = begin(self.storage, self.plan)
+            if state.layout is None and not has_ranks(self.plan.spec):
                 state.layout = lay_out(self.plan)
             if state.layout is not None:
-                check_space(self.place, sum(map(state.bytes, state.missing)))
+                check_space(self.storage, sum(map(state.bytes, state.missing)))
             if state.layout is None or state.missing:
-                self._work(state, workers, ray_address, lambda state: state.save(self.place))
+                self._work(state, workers, ray_address, lambda state: state.save(self.storage))
             with held():
                 return self._commit(state)
 
     def finished(self) -> TolIndex | None:
         """The index where this build has ended; UserError where it lost a file, or is another table."""
-        if self.place.read(INDEX) is None or self.place.read(STATE) is not None:
+        if self.storage.read(INDEX) is None or self.storage.read(STATE) is not None:
             return None
-        index, plan = index_at(self.place), self.plan
+        index, plan = index_at(self.storage), self.plan
         same = all(getattr(index.source, name) == getattr(plan, name) for name in _SOURCE)
         same &= len(index.partitions) == plan.partitions
-        schemes, storage = schemes_of(index.fields), plan.storage
-        if storage.budget is None:
+        schemes, spec = schemes_of(index.fields), plan.spec
+        if spec.budget is None:
             layout = lay_out(plan)
             same &= (index.layers, schemes) == (layout.layers, layout.schemes)
         else:  # within it, what ranks the layers have depends on the weights
-            same &= {one.model_copy(update={"rank": None}) for one in schemes} <= set(storage.searched)
-            same &= set(index.layers) <= set(plan.layers) and index.bytes <= storage.budget
+            same &= {one.model_copy(update={"rank": None}) for one in schemes} <= set(spec.searched)
+            same &= set(index.layers) <= set(plan.layers) and index.bytes <= spec.budget
         if not same:
-            raise UserError(f"{self.place} holds another table; name a new folder, or remove it")
+            raise UserError(f"{self.storage} holds another table; name a new folder, or remove it")
         for file in index.files:
-            if not is_whole(self.place, file, by_size=True):
+            if not is_whole(self.storage, file, by_size=True):
                 raise UserError(
-                    f"{self.place.at(file.file)} is missing or damaged, of a table that was finished: "
+                    f"{self.storage.at(file.file)} is missing or damaged, of a table that was finished: "
                     f"mend it with {index.repair}"
                 )
         return index
@@ -153,11 +153,11 @@ class Build:
         can be read.
         """
         _check_workers(workers)
-        with self.place.held("being built"):
-            index = index_at(self.place)
-            if index.basis is not None and not is_whole(self.place, index.basis):
+        with self.storage.held("being built"):
+            index = index_at(self.storage)
+            if index.basis is not None and not is_whole(self.storage, index.basis):
                 raise UserError(
-                    f"{self.place.at(index.basis.file)} is damaged: build the table again into a new folder"
+                    f"{self.storage.at(index.basis.file)} is damaged: build the table again into a new folder"
                 )
             layout = Layout(
                 hidden_size=index.hidden_size, layers=index.layers, schemes=schemes_of(index.fields)
@@ -165,36 +165,36 @@ class Build:
             whole = {
                 number: partition
                 for number, partition in enumerate(index.partitions)
-                if is_whole(self.place, partition)
+                if is_whole(self.storage, partition)
             }
-            state = State(plan=self.plan, layout=layout, basis=index.basis, done=dict(whole))
+            state = BuildState(plan=self.plan, layout=layout, basis=index.basis, done=dict(whole))
             if state.missing:
                 # No state is kept: what a repair has made before it was killed is whole.
                 self._work(state, workers, ray_address, lambda _: None)
             partitions = [state.done[number] for number in range(self.plan.partitions)]
-            write_index(self.place, index.model_copy(update={"partitions": partitions}))
+            write_index(self.storage, index.model_copy(update={"partitions": partitions}))
             return [one for number, one in state.done.items() if number not in whole]
 
     @classmethod
     def like_index(
         cls,
-        output: str | Path | Place,
+        output: str | Path | Storage,
         model: str | Path | None,
         table: str | Path | None,
         device: str = "cpu",
     ) -> Self:
         """The build that made a table. Raises UserError where it was made from something else."""
-        output = place_of(output)
+        output = storage_at(output)
         index = index_at(output)
         schemes = schemes_of(index.fields)
-        storage = Storage(layers=index.layers, schemes=schemes)
+        spec = TableSpec(layers=index.layers, schemes=schemes)
         if index.encodings is None:
-            storage = Storage(layers=index.layers, dtype=schemes[0].dtype)
+            spec = TableSpec(layers=index.layers, dtype=schemes[0].dtype)
         source = index.source
         build = cls(
             model,
             output,
-            storage,
+            spec,
             table=table,
             partitions=len(index.partitions),
             compute=source.compute,
@@ -209,43 +209,43 @@ class Build:
             raise UserError(f"{output} was not cut by this program: build it again")
         return build
 
-    def _check_source(self, state: State, threads: int) -> None:
+    def _check_source(self, state: BuildState, threads: int) -> None:
         """That what will be compressed is whole; an export was hashed when it was opened."""
         if self.job.table is not None:
             rows = [(0, self.plan.vocab_size)] if state.layout is None else map(self.plan.rows, state.missing)
             check_rows(self.job.table, rows, threads)
 
-    def _work(self, state: State, workers: int, ray_address: str | None, committed: Committed) -> None:
+    def _work(self, state: BuildState, workers: int, ray_address: str | None, committed: Committed) -> None:
         """All that needs Ray. committed: called after each partition."""
         self._check_source(state, workers)
         groups, threads = self.groups(len(state.missing), workers), self.plan.threads
         size = min(workers, len(state.missing) * len(groups))
         shared = self._weight_bytes() * len(self.plan.layers)
         try:
-            with ray_cluster(size * threads, ray_address, shared), self.place.served():
-                crew = Crew(self.job, size, threads, gpus=float(self.job.device.startswith("cuda")))
+            with ray_cluster(size * threads, ray_address, shared), self.storage.served():
+                pool = WorkerPool(self.job, size, threads, gpus=float(self.job.device.startswith("cuda")))
                 try:
                     with shared_weights(self.job.model, self.plan, size * len(groups[0])) as weights:
                         if state.layout is None:
-                            self._cut(state, crew, weights)
-                        self._fill(state, crew, weights, groups, committed)
+                            self._cut(state, pool, weights)
+                        self._fill(state, pool, weights, groups, committed)
                 finally:
-                    crew.dismiss()
+                    pool.dismiss()
         finally:
             with held():
-                remove_drafts(self.place)  # after an error, such as a full disk
+                remove_drafts(self.storage)  # after an error, such as a full disk
 
-    def _cut(self, state: State, crew: Crew, weights: Weights) -> None:
+    def _cut(self, state: BuildState, pool: WorkerPool, weights: Weights) -> None:
         """Choose the ranks, write the bases, and commit both."""
-        make_studies(crew, state, self.place, weights)
-        layout = lay_out(self.plan, [study_of(state, self.place, one).errors for one in self.plan.layers])
+        make_studies(pool, state, self.storage, weights)
+        layout = lay_out(self.plan, [study_of(state, self.storage, one).errors for one in self.plan.layers])
         say_dropped(self.plan.layers, layout)
-        bases = bases_of(self.plan, layout, state, self.place)
-        state.basis = write_bases(self.place, bases) if bases else None
+        bases = bases_of(self.plan, layout, state, self.storage)
+        state.basis = write_bases(self.storage, bases) if bases else None
         state.layout, state.spectra = layout, {}
-        check_space(self.place, sum(map(state.bytes, state.missing)))
-        state.save(self.place)
-        remove_spectra(self.place)
+        check_space(self.storage, sum(map(state.bytes, state.missing)))
+        state.save(self.storage)
+        remove_spectra(self.storage)
 
     def _weight_bytes(self) -> int:
         """Of one layer of FFN-M; nothing where rows are read."""
@@ -257,7 +257,7 @@ class Build:
     def groups(self, partitions: int, workers: int) -> list[Group]:
         """Neighbouring layers of one task: what a worker has room for, and tasks enough for all workers."""
         layers = self.plan.layers
-        if self.place.in_order:
+        if self.storage.in_order:
             return [tuple(layers)]  # a partition is written from its first byte to its last
         chunk = self.plan.chunk_rows * self.plan.hidden_size * TORCH_DTYPE[self.plan.compute].itemsize
         size = min(self.group_bytes // max(1, self._weight_bytes()), _BUFFER_BYTES // chunk)
@@ -267,41 +267,41 @@ class Build:
         return [tuple(layers[a:b]) for a, b in itertools.pairwise(edges)]
 
     def _fill(
-        self, state: State, crew: Crew, weights: Weights, groups: list[Group], committed: Committed
+        self, state: BuildState, pool: WorkerPool, weights: Weights, groups: list[Group], committed: Committed
     ) -> None:
         """Keep the workers busy until every missing partition is committed."""
         layout = state.layout
         assert layout is not None
         kept = [tuple(layer for layer in group if layer in layout.layers) for group in groups]
         groups = [group for group in kept if group]
-        pieces = Pieces(self.place, self.plan, layout.shape, state.missing, groups)
+        scheduler = PartitionScheduler(self.storage, self.plan, layout.shape, state.missing, groups)
         sizes = {group: layout.bytes_of(group) for group in groups}
         total = sum(state.bytes(number) for number in range(self.plan.partitions))
         with ByteProgress("rows", total) as progress:
             while state.missing:
-                for member in list(crew.idle):
-                    piece = pieces.next(member.group)
-                    if piece is None:
+                for worker in list(pool.idle):
+                    task = scheduler.next(worker.group)
+                    if task is None:
                         break
-                    draft, basis = piece.draft, state.basis
-                    if piece.layers is None:
-                        crew.do(member, piece, "hash", draft, piece.number)
+                    draft, basis = task.draft, state.basis
+                    if task.layers is None:
+                        pool.do(worker, task, "hash", draft, task.number)
                         continue
-                    member.group = piece.layers
-                    held = weights(piece.layers)
-                    crew.do(member, piece, "fill", draft, piece.number, piece.layers, held, layout, basis)
-                for piece, result in crew.finished():
-                    if (done := pieces.ended(piece, result)) is not None:
-                        state.done[piece.number], state.sums[piece.number] = done
+                    worker.group = task.layers
+                    held = weights(task.layers)
+                    pool.do(worker, task, "fill", draft, task.number, task.layers, held, layout, basis)
+                for task, result in pool.finished():
+                    if (done := scheduler.ended(task, result)) is not None:
+                        state.done[task.number], state.sums[task.number] = done
                         committed(state)
                 whole = sum(partition.bytes for partition in state.done.values())
-                progress.show(whole + pieces.written(sizes))
+                progress.show(whole + scheduler.written(sizes))
 
-    def _commit(self, state: State) -> TolIndex:
+    def _commit(self, state: BuildState) -> TolIndex:
         """Write the index, the last file; then the state goes."""
         plan, layout = self.plan, state.layout
         assert layout is not None
-        remove_spectra(self.place)  # of a build killed as soon as it had its layout
+        remove_spectra(self.storage)  # of a build killed as soon as it had its layout
         index = TolIndex(
             vocab_size=plan.vocab_size,
             num_layers=plan.num_layers,
@@ -322,8 +322,8 @@ class Build:
             },
             **summary(layout.schemes),
         )
-        write_index(self.place, index)
-        self.place.remove(STATE)
+        write_index(self.storage, index)
+        self.storage.remove(STATE)
         return index
 
 
@@ -347,7 +347,7 @@ def partitions_of(asked: int | None, vocab: int, size: int) -> int:
     return asked
 
 
-def _errors(state: State) -> list[float | None]:
+def _errors(state: BuildState) -> list[float | None]:
     """The relative error of each kept layer over all rows; None where it was not measured."""
     errors: list[float | None] = []
     sums = [state.sums[number] for number in range(state.plan.partitions)]  # not as they were committed

@@ -20,14 +20,14 @@ from mlm_train.model.transformer import Transformer
 from mlm_train.model.unfilled import unfilled
 from mlm_train.tol.format.codec import TORCH_DTYPE, all_finite
 from mlm_train.tol.format.schemes import PlainDtype
-from mlm_train.tol.serve.reader import Table
+from mlm_train.tol.serve.reader import TableReader
 
 EMBEDDING = "model.embed_tokens.weight"
 LayerWeights = dict[str, Tensor]
 Arrays = dict[str, tuple[np.ndarray, str, tuple[int, ...]]]  # bytes, type and shape of each
 
 
-class Numbers(Protocol):
+class RowSource(Protocol):
     """Where rows come from."""
 
     def values(self, first: int, last: int) -> Iterator[Tensor]:
@@ -103,7 +103,7 @@ def from_numpy(arrays: Arrays) -> LayerWeights:
         }
 
 
-class FfnM:
+class ComputedRows:
     """FFN_M_l(x0) of these layers.
 
     What MemoryBlock.ffn_m gives under autocast to `compute`, to the bit on a CPU (tests/tol/test_compute.py),
@@ -138,11 +138,11 @@ class FfnM:
             yield block.memory_mlp(normed.to(self.compute)).cpu()
 
 
-class Stored:
+class StoredRows:
     """Layers of a table that is there; UserError where it dropped one of them."""
 
     def __init__(self, folder: str | Path, layers: Sequence[int]) -> None:
-        self.table, self.layers = Table.open_folder(folder), layers
+        self.table, self.layers = TableReader.open_folder(folder), layers
         missing = sorted(set(layers) - set(self.table.index.layers))
         if missing:
             raise UserError(f"{folder} does not hold layer {missing[0]}: it was dropped there")

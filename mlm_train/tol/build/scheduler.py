@@ -5,18 +5,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mlm_train.errors import UserError
-from mlm_train.tol.build.state import Plan
-from mlm_train.tol.build.worker import Filled, Sums
+from mlm_train.tol.build.state import BuildPlan
+from mlm_train.tol.build.worker import FilledRows, Sums
 from mlm_train.tol.build.worker_pool import ATTEMPTS, WorkerDied
 from mlm_train.tol.format.index import Partition
 from mlm_train.tol.format.partition import RowShape
-from mlm_train.tol.storage.base import Place
+from mlm_train.tol.storage.base import Storage
 
 Group = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Piece:
+class PartitionTask:
     """One task. layers: those to write into the draft; None: the draft was filled and is to be hashed."""
 
     number: int
@@ -34,7 +34,7 @@ class _Open:
     sums: dict[Group, Sums] = field(default_factory=dict)
 
 
-class Pieces:
+class PartitionScheduler:
     """The order: a group that the worker holds already, of the earliest partition. Large ones come first: no
     worker is left with one at the end.
 
@@ -43,14 +43,19 @@ class Pieces:
     """
 
     def __init__(
-        self, place: Place, plan: Plan, shape: RowShape, missing: Sequence[int], groups: Sequence[Group]
+        self,
+        storage: Storage,
+        plan: BuildPlan,
+        shape: RowShape,
+        missing: Sequence[int],
+        groups: Sequence[Group],
     ) -> None:
-        self.place, self.plan, self.shape, self.groups = place, plan, shape, list(groups)
+        self.storage, self.plan, self.shape, self.groups = storage, plan, shape, list(groups)
         self._closed = sorted(missing, key=lambda number: (self._rows(number), -number))
         self._open: dict[int, _Open] = {}
         self._deaths: Counter[int] = Counter()
 
-    def next(self, held: Group) -> Piece | None:
+    def next(self, held: Group) -> PartitionTask | None:
         """A piece for a worker that holds these layers; None where nothing is left to begin.
 
         A partition is committed early, and a worker seldom changes its layers: a few may be open at a time.
@@ -73,14 +78,14 @@ class Pieces:
             return self._begin(waiting[0], self._open[waiting[0]].waiting[0])
         return None
 
-    def _begin(self, number: int, group: Group) -> Piece:
+    def _begin(self, number: int, group: Group) -> PartitionTask:
         one = self._open[number]
         one.waiting.remove(group)
         one.running += 1
         return self._piece(number, group)
 
-    def _piece(self, number: int, layers: Group | None) -> Piece:
-        return Piece(number, self._open[number].draft, layers)
+    def _piece(self, number: int, layers: Group | None) -> PartitionTask:
+        return PartitionTask(number, self._open[number].draft, layers)
 
     def _rows(self, number: int) -> int:
         start, stop = self.plan.rows(number)
@@ -88,35 +93,39 @@ class Pieces:
 
     def _attempt(self, number: int) -> _Open:
         rows = self._rows(number)
-        draft = self.place.draft(self.plan.file(number), self.shape.file_bytes(rows), self.shape.header(rows))
+        draft = self.storage.draft(
+            self.plan.file(number), self.shape.file_bytes(rows), self.shape.header(rows)
+        )
         return _Open(draft, list(self.groups))
 
-    def ended(self, piece: Piece, result: Filled | Partition | Exception) -> tuple[Partition, Sums] | None:
+    def ended(
+        self, task: PartitionTask, result: FilledRows | Partition | Exception
+    ) -> tuple[Partition, Sums] | None:
         """Take a piece's result; the partition and the sums of all its layers, once it has its name.
 
         A worker's death throws the partition's draft away, since what it has written is not known. Any
         other error is raised, unless it is about a draft that was thrown away.
         """
-        one = self._open.get(piece.number)
-        if one is None or one.draft != piece.draft:
+        one = self._open.get(task.number)
+        if one is None or one.draft != task.draft:
             return None  # of an attempt that was given up
         one.running -= 1
         if isinstance(result, WorkerDied):
-            self._again(piece.number, one, result)
+            self._again(task.number, one, result)
         elif isinstance(result, Exception):
             raise result
         elif isinstance(result, Partition):
-            return self._name(piece, one, result)
+            return self._name(task, one, result)
         else:
-            assert piece.layers is not None
-            one.sums[piece.layers] = result.sums
+            assert task.layers is not None
+            one.sums[task.layers] = result.sums
             if result.partition is not None:
-                return self._name(piece, one, result.partition)
+                return self._name(task, one, result.partition)
         return None
 
-    def _name(self, piece: Piece, one: _Open, partition: Partition) -> tuple[Partition, Sums]:
-        self.place.name_draft(piece.draft, partition.file, partition.bytes)
-        del self._open[piece.number]
+    def _name(self, task: PartitionTask, one: _Open, partition: Partition) -> tuple[Partition, Sums]:
+        self.storage.name_draft(task.draft, partition.file, partition.bytes)
+        del self._open[task.number]
         return partition, [pair for group in self.groups for pair in one.sums[group]]
 
     def _again(self, number: int, one: _Open, death: WorkerDied) -> None:
@@ -126,7 +135,7 @@ class Pieces:
                 f"a worker died {ATTEMPTS} times ({death}); give it memory or fewer --workers "
                 "and run again: finished partitions are kept"
             )
-        self.place.remove(one.draft)
+        self.storage.remove(one.draft)
         del self._open[number]
         self._closed.insert(0, number)  # after all others: it may be what kills them
 

@@ -1,31 +1,31 @@
 """The spectra of a build's layers, made by its workers."""
 
 from mlm_train.errors import UserError
-from mlm_train.tol.build.state import State, spectrum_name
+from mlm_train.tol.build.state import BuildState, spectrum_name
 from mlm_train.tol.build.weight_store import Weights
-from mlm_train.tol.build.worker_pool import ATTEMPTS, Crew, WorkerDied
+from mlm_train.tol.build.worker_pool import ATTEMPTS, WorkerDied, WorkerPool
 from mlm_train.tol.format.index import file_of
-from mlm_train.tol.lowrank.ranks import Study
-from mlm_train.tol.storage.base import Place
+from mlm_train.tol.lowrank.ranks import RankErrors
+from mlm_train.tol.storage.base import Storage
 
 
-def make_studies(crew: Crew, state: State, place: Place, weights: Weights) -> None:
+def make_studies(pool: WorkerPool, state: BuildState, storage: Storage, weights: Weights) -> None:
     """The spectra of all kept layers, and what each way to store them loses, into files; a task a layer."""
     layers = state.plan.layers
     waiting = [layer for layer in layers if layer not in state.spectra][::-1]
     running, attempts = 0, dict.fromkeys(waiting, 0)
     while waiting or running:
-        for member in list(crew.idle):
+        for worker in list(pool.idle):
             if not waiting:
                 break
             layer = waiting.pop()
-            member.group, running = (layer,), running + 1
-            draft = place.draft(spectrum_name(layer), 0)
-            crew.do(member, (layer, draft), "spectrum", layer, weights((layer,)), draft)
-        for (layer, draft), result in crew.finished():
+            worker.group, running = (layer,), running + 1
+            draft = storage.draft(spectrum_name(layer), 0)
+            pool.do(worker, (layer, draft), "spectrum", layer, weights((layer,)), draft)
+        for (layer, draft), result in pool.finished():
             running -= 1
             if isinstance(result, WorkerDied):
-                place.remove(draft)
+                storage.remove(draft)
                 attempts[layer] += 1
                 if attempts[layer] == ATTEMPTS:
                     raise UserError(f"a worker died {ATTEMPTS} times ({result}); give it memory")
@@ -33,20 +33,20 @@ def make_studies(crew: Crew, state: State, place: Place, weights: Weights) -> No
             elif isinstance(result, Exception):
                 raise result
             else:
-                place.name_draft(draft, result.file, result.bytes)
+                storage.name_draft(draft, result.file, result.bytes)
                 state.spectra[layer] = result
-                state.save(place)
+                state.save(storage)
 
 
-def study_of(state: State, place: Place, layer: int) -> Study:
+def study_of(state: BuildState, storage: Storage, layer: int) -> RankErrors:
     """What `make_studies` wrote of a layer."""
     file = state.spectra[layer]
-    data = place.read(file.file)
+    data = storage.read(file.file)
     if data is None or file_of(file.file, data) != file:
-        raise UserError(f"{place.at(file.file)} was changed while the build ran; run it again")
+        raise UserError(f"{storage.at(file.file)} was changed while the build ran; run it again")
     try:
-        return Study.unpack(data)
+        return RankErrors.unpack(data)
     except KeyError:  # it held singular values alone
         raise UserError(
-            f"{place.at(file.file)} is of an earlier version of mlm-train: remove {place} and build again"
+            f"{storage.at(file.file)} is of an earlier version of mlm-train: remove {storage} and build again"
         ) from None

@@ -5,26 +5,27 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from mlm_train.errors import UserError
-from mlm_train.tol.format.index import BASIS, STATE, File, Partition
+from mlm_train.tol.format.index import BASIS, STATE, Partition, TableFile
 from mlm_train.tol.format.index_file import is_whole
-from mlm_train.tol.format.layout import Layout, Storage
+from mlm_train.tol.format.layout import Layout, TableSpec
 from mlm_train.tol.format.schemes import PlainDtype
-from mlm_train.tol.storage.base import Place, refuse_used, remove_drafts, remove_matching
+from mlm_train.tol.storage.base import Storage, refuse_used, remove_drafts, remove_matching
 from mlm_train.utils.files import json_text
 from mlm_train.utils.records import SEAL, Record, json_value, seal_of
 
 SPECTRA = ".spectrum-{}.safetensors"  # of a layer, which an unfinished build keeps
 
 
-class Plan(Record):
+class BuildPlan(Record):
     """All that the partitions' bytes depend on; an unfinished folder is resumed only by an equal plan."""
 
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
     checkpoint: str
     table: str | None = None
     vocab_size: int
     num_layers: int
     hidden_size: int
-    storage: Storage
+    spec: TableSpec = Field(alias="storage")  # its name in the file
     partitions: int
     compute: PlainDtype
     chunk_rows: int
@@ -33,7 +34,7 @@ class Plan(Record):
     @property
     def layers(self) -> list[int]:
         """The layers that are kept."""
-        kept = self.storage.layers
+        kept = self.spec.layers
         return list(range(self.num_layers)) if kept is None else kept
 
     def rows(self, number: int) -> tuple[int, int]:
@@ -52,7 +53,7 @@ class Plan(Record):
         return f"rows-{number:05d}-of-{self.partitions:05d}.safetensors"
 
 
-class State(BaseModel):
+class BuildState(BaseModel):
     """tol.build.json: exists while a build is unfinished; it carries a checksum of itself.
 
     spectra: of layers, until the layout is known. done: committed partitions by number; sums: for each of
@@ -60,10 +61,10 @@ class State(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
-    plan: Plan
+    plan: BuildPlan
     layout: Layout | None = None
-    spectra: dict[int, File] = Field(default_factory=dict)
-    basis: File | None = None
+    spectra: dict[int, TableFile] = Field(default_factory=dict)
+    basis: TableFile | None = None
     done: dict[int, Partition] = Field(default_factory=dict)
     sums: dict[int, list[tuple[float, float]]] = Field(default_factory=dict)
 
@@ -78,15 +79,15 @@ class State(BaseModel):
         start, stop = self.plan.rows(number)
         return self.layout.shape.file_bytes(stop - start)
 
-    def save(self, place: Place) -> None:
+    def save(self, storage: Storage) -> None:
         """Commit: what it names is never made again."""
-        tree = self.model_dump(mode="json")
-        place.write(STATE, json_text(tree | {SEAL: seal_of(tree)}).encode())
+        tree = self.model_dump(mode="json", by_alias=True)
+        storage.write(STATE, json_text(tree | {SEAL: seal_of(tree)}).encode())
 
     @classmethod
-    def load(cls, place: Place) -> Self | None:
+    def load(cls, storage: Storage) -> Self | None:
         """What `save` wrote, None where nothing did; UserError where it was changed since."""
-        if (data := place.read(STATE)) is None:
+        if (data := storage.read(STATE)) is None:
             return None
         try:
             tree = json_value(data)
@@ -94,50 +95,51 @@ class State(BaseModel):
                 raise ValueError("its checksum differs")
             return cls.model_validate(tree)
         except (ValueError, UserError):
-            raise UserError(f"{place.at(STATE)} is damaged; remove {place} and build again") from None
+            raise UserError(f"{storage.at(STATE)} is damaged; remove {storage} and build again") from None
 
 
-def begin(place: Place, plan: Plan) -> State:
+def begin(storage: Storage, plan: BuildPlan) -> BuildState:
     """The state to go on from, saved. Committed files are looked at again; damaged ones are dropped.
 
     Raises UserError for a place with other contents, and one with partitions of another plan.
     """
-    state = State.load(place)
+    state = BuildState.load(storage)
     if state is not None:
-        state = _resumed(place, plan, state)
+        state = _resumed(storage, plan, state)
     if state is None:
-        refuse_used(place, STATE)
-        state = State(plan=plan)
-    state.save(place)
+        refuse_used(storage, STATE)
+        state = BuildState(plan=plan)
+    state.save(storage)
     return state
 
 
-def _resumed(place: Place, plan: Plan, state: State) -> State | None:
+def _resumed(storage: Storage, plan: BuildPlan, state: BuildState) -> BuildState | None:
     """The unfinished build there; None, and nothing of it left, when it never committed anything."""
-    remove_drafts(place)
+    remove_drafts(storage)
     if state.plan != plan and not state.done:
-        remove_spectra(place)
+        remove_spectra(storage)
         for name in (*map(state.plan.file, state.missing), BASIS):
-            place.remove(name)
-        place.remove(STATE)
+            storage.remove(name)
+        storage.remove(STATE)
         return None
     if state.plan.checkpoint != plan.checkpoint:
-        raise UserError(f"{place} is an unfinished build of another model; give a new folder")
+        raise UserError(f"{storage} is an unfinished build of another model; give a new folder")
     if state.plan.table != plan.table:
         what = "build from a model" if state.plan.table is None else "compression of another table"
-        raise UserError(f"{place} is an unfinished {what}; give a new folder")
-    for old, new in ((state.plan.storage, plan.storage), (state.plan, plan)):
+        raise UserError(f"{storage} is an unfinished {what}; give a new folder")
+    for old, new in ((state.plan.spec, plan.spec), (state.plan, plan)):
         for name in type(old).model_fields:
             before, now = getattr(old, name), getattr(new, name)
             if before != now:
                 words = [f"no {name}" if one is None else f"{name}={one}" for one in (before, now)]
                 raise UserError(
-                    f"{place} is an unfinished build with {words[0]}, not {words[1]}: ask for the same again"
+                    f"{storage} is an unfinished build with {words[0]}, not {words[1]}: "
+                    "ask for the same again"
                 )
-    spectra = {layer: one for layer, one in state.spectra.items() if is_whole(place, one)}
+    spectra = {layer: one for layer, one in state.spectra.items() if is_whole(storage, one)}
     # To read all rows back from a URL would take as long as building them.
-    whole = {n: part for n, part in state.done.items() if is_whole(place, part, by_size=place.far)}
-    if state.basis is not None and not is_whole(place, state.basis):
+    whole = {n: part for n, part in state.done.items() if is_whole(storage, part, by_size=storage.far)}
+    if state.basis is not None and not is_whole(storage, state.basis):
         # Another basis may differ in its last bits: rows of the old one are of no use with it.
         return state.model_copy(update={"layout": None, "basis": None, "done": {}, "sums": {}})
     return state.model_copy(update={"spectra": spectra, "done": whole})
@@ -148,6 +150,6 @@ def spectrum_name(layer: int) -> str:
     return SPECTRA.format(f"{layer:05d}")
 
 
-def remove_spectra(place: Place) -> None:
+def remove_spectra(storage: Storage) -> None:
     """Those of layers whose ranks are chosen, or of another plan, are of no use any more."""
-    remove_matching(place, SPECTRA.format("*"))
+    remove_matching(storage, SPECTRA.format("*"))

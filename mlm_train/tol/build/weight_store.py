@@ -8,13 +8,13 @@ from typing import Any
 from mlm_train.checkpoint.reading.logical_folder import open_model
 from mlm_train.tol.build.ray_cluster import check_ray
 from mlm_train.tol.build.row_source import ffn_m_weights, to_numpy
-from mlm_train.tol.build.state import Plan
+from mlm_train.tol.build.state import BuildPlan
 
 Weights = Callable[[Sequence[int]], list[Any]]  # references of these layers' weights
 
 
 @contextmanager
-def shared_weights(model: str | None, plan: Plan, ahead: int) -> Iterator[Weights]:
+def shared_weights(model: str | None, plan: BuildPlan, ahead: int) -> Iterator[Weights]:
     """Put layer after layer into the store; nothing without a model.
 
     `ahead` of them while the workers start, which needs the processors too; the others from the first asking

@@ -12,26 +12,26 @@ from torch import Tensor
 
 from mlm_train.checkpoint.reading.logical_folder import OpenedModel, open_model
 from mlm_train.errors import UserError
-from mlm_train.tol.build.row_source import FfnM, Numbers, Stored, chunks_of, from_numpy
-from mlm_train.tol.build.state import Plan, spectrum_name
+from mlm_train.tol.build.row_source import ComputedRows, RowSource, StoredRows, chunks_of, from_numpy
+from mlm_train.tol.build.state import BuildPlan, spectrum_name
 from mlm_train.tol.format.codec import NotFinite, decode, encode
-from mlm_train.tol.format.index import File, Partition, file_of
+from mlm_train.tol.format.index import Partition, TableFile, file_of
 from mlm_train.tol.format.layout import Layout
 from mlm_train.tol.format.partition import Draft, hash_draft
 from mlm_train.tol.format.schemes import layout
-from mlm_train.tol.lowrank.ranks import Sample, Study
+from mlm_train.tol.lowrank.ranks import RankErrors, Sample
 from mlm_train.tol.lowrank.spectrum import Gram, Spectrum
 from mlm_train.tol.serve.reader import bases_at, projector
-from mlm_train.tol.storage.base import Files, put
+from mlm_train.tol.storage.base import StorageReader, put
 from mlm_train.tol.storage.direct_io import Stream, buffers
-from mlm_train.tol.storage.local import Folder
-from mlm_train.tol.storage.resolve import files_at
+from mlm_train.tol.storage.local import LocalFolder
+from mlm_train.tol.storage.resolve import reader_at
 from mlm_train.utils.malloc import keep_freed
 
 Sums = list[tuple[float, float]]  # a layer: squared error and squared norm of its numbers
 
 
-class Filled(NamedTuple):
+class FilledRows(NamedTuple):
     """What came of filling some layers of a draft; with all of them, it is the partition."""
 
     sums: Sums
@@ -39,7 +39,7 @@ class Filled(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkerJob:
     """What every worker of a build knows.
 
     model: the folder with FFN-M; table: one to take the rows from; output: the folder or URL to write to.
@@ -48,7 +48,7 @@ class Job:
     model: str | None
     table: str | None
     output: str
-    plan: Plan
+    plan: BuildPlan
     device: str = "cpu"
 
 
@@ -60,19 +60,19 @@ def prepare_process(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-class Worker:
+class BuildWorker:
     """Runs in a process of its own; holds the layers of one group at a time.
 
     `weights`, references of each layer of a group, are of an object that a node's processes share.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: WorkerJob) -> None:
         prepare_process(job.plan.threads)
         self.job = job
         self._layers: tuple[int, ...] = ()
-        self._numbers: Numbers | None = None
+        self._numbers: RowSource | None = None
         self._room: list[Tensor] = []
-        self._basis: tuple[File, tuple[int, ...], dict[int, Tensor]] | None = None
+        self._basis: tuple[TableFile, tuple[int, ...], dict[int, Tensor]] | None = None
 
     def ready(self) -> None:
         """Returns once the worker runs, and has read what every piece needs."""
@@ -85,14 +85,14 @@ class Worker:
         return open_model(self.job.model, verify="sizes")
 
     @cached_property
-    def _place(self) -> Files:
-        return files_at(self.job.output)
+    def _storage(self) -> StorageReader:
+        return reader_at(self.job.output)
 
     @property
     def _folder(self) -> Path:
         """The same where it is one: only there a file is filled group by group."""
-        assert isinstance(self._place, Folder)
-        return self._place.path
+        assert isinstance(self._storage, LocalFolder)
+        return self._storage.path
 
     def fill(
         self,
@@ -101,8 +101,8 @@ class Worker:
         layers: Sequence[int],
         weights: list[Any],
         layout: Layout,
-        basis: File | None,
-    ) -> Filled:
+        basis: TableFile | None,
+    ) -> FilledRows:
         """Write these layers of a partition into its draft, which the builder has begun.
 
         `basis`: the file with the bases of low-rank layers.
@@ -114,29 +114,29 @@ class Worker:
         numbers = self._open(tuple(layers), weights)
         if list(layers) == layout.layers:
             header, room = layout.shape.header(stop - start), self._buffers(encoder.bytes)
-            with Stream(self._place.sink(draft, header), header, room) as stream:
+            with Stream(self._storage.sink(draft, header), header, room) as stream:
                 for first, last in chunks:
                     encoder.encode(numbers, first, last, stream.rows(last - first))
                     stream.put(last - first)
                 digest = stream.finish()
             whole = Partition(file=plan.file(number), rows=(start, stop), bytes=stream.bytes, sha256=digest)
-            return Filled(encoder.sums, whole)
+            return FilledRows(encoder.sums, whole)
         with Draft(self._folder / draft, layout.shape, stop - start) as file:
             for first, last in chunks:
                 out = torch.empty(last - first, encoder.bytes, dtype=torch.uint8)
                 encoder.encode(numbers, first, last, out)
                 file.write(first - start, encoder.edges[0], out)
             file.sync()
-        return Filled(encoder.sums)
+        return FilledRows(encoder.sums)
 
-    def _bases(self, basis: File | None, layout: Layout, layers: Sequence[int]) -> dict[int, Tensor]:
+    def _bases(self, basis: TableFile | None, layout: Layout, layers: Sequence[int]) -> dict[int, Tensor]:
         """Those of these layers that have one; kept while the worker fills the same layers."""
         ranks = dict(zip(layout.layers, layout.schemes, strict=True))
         cut = tuple(layer for layer in layers if ranks[layer].rank is not None)
         if basis is None or not cut:
             return {}
         if self._basis is None or self._basis[:2] != (basis, cut):
-            self._basis = (basis, cut, bases_at(self._place, basis, cut))
+            self._basis = (basis, cut, bases_at(self._storage, basis, cut))
         return self._basis[2]
 
     def _buffers(self, row_bytes: int) -> list[Tensor]:
@@ -146,7 +146,7 @@ class Worker:
             self._room = buffers(self.job.plan.chunk_rows, row_bytes)
         return self._room
 
-    def spectrum(self, layer: int, weights: list[Any], draft: str) -> File:
+    def spectrum(self, layer: int, weights: list[Any], draft: str) -> TableFile:
         """Write the spectrum of a layer, over the whole vocabulary, into its draft; what that is.
 
         Where there is a budget, also what every way to store the layer loses.
@@ -161,9 +161,9 @@ class Worker:
             spectrum = Spectrum.of(gram)
         except ValueError as error:
             raise UserError(f"layer {layer} cannot be cut to low rank: {error}; train again") from None
-        schemes = [] if plan.storage.budget is None else plan.storage.searched
-        data = Study.of(spectrum, sample, plan.vocab_size, schemes).pack()
-        put(self._place.sink(draft), data)
+        schemes = [] if plan.spec.budget is None else plan.spec.searched
+        data = RankErrors.of(spectrum, sample, plan.vocab_size, schemes).pack()
+        put(self._storage.sink(draft), data)
         return file_of(spectrum_name(layer), data)
 
     def hash(self, draft: str, number: int) -> Partition:
@@ -171,7 +171,7 @@ class Worker:
         plan = self.job.plan
         return hash_draft(self._folder / draft, plan.file(number), plan.rows(number))
 
-    def _open(self, layers: tuple[int, ...], weights: list[Any]) -> Numbers:
+    def _open(self, layers: tuple[int, ...], weights: list[Any]) -> RowSource:
         """The numbers of these layers; the group before is let go."""
         if layers == self._layers and self._numbers is not None:
             return self._numbers
@@ -180,10 +180,10 @@ class Worker:
         self._numbers = None
         job = self.job
         if job.table is not None:
-            self._numbers = Stored(job.table, layers)
+            self._numbers = StoredRows(job.table, layers)
         else:
             shared = {layer: from_numpy(one) for layer, one in zip(layers, ray.get(weights), strict=True)}
-            self._numbers = FfnM(self._model, shared, job.plan.compute, job.device)
+            self._numbers = ComputedRows(self._model, shared, job.plan.compute, job.device)
         self._layers = layers
         return self._numbers
 
@@ -202,7 +202,7 @@ class _Encoder:
         self.bytes = self.edges[-1] - self.edges[0]
         self.sums: Sums = [(0.0, 0.0)] * len(layers)
 
-    def encode(self, numbers: Numbers, first: int, last: int, out: Tensor) -> None:
+    def encode(self, numbers: RowSource, first: int, last: int, out: Tensor) -> None:
         """Rows [first, last) into `out`: uint8 [n, bytes of these layers]."""
         edges = [edge - self.edges[0] for edge in self.edges]
         for position, values in enumerate(numbers.values(first, last)):

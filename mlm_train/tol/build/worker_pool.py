@@ -7,7 +7,7 @@ from typing import Any
 
 from mlm_train.errors import UserError, first_line
 from mlm_train.tol.build.ray_cluster import check_ray, check_room
-from mlm_train.tol.build.worker import Job, Worker
+from mlm_train.tol.build.worker import BuildWorker, WorkerJob
 
 POLL = 0.5  # seconds
 PATIENCE = 30.0  # seconds that workers may take to start before it is said
@@ -20,7 +20,7 @@ class WorkerDied(Exception):
 
 
 @dataclass
-class Member:
+class PoolWorker:
     """A worker, and what it is doing."""
 
     actor: Any
@@ -28,13 +28,13 @@ class Member:
     task: Any = None
 
 
-class Crew:
+class WorkerPool:
     """Keeps `size` workers: one that dies is replaced, where the cluster has room for another.
 
     cpus, gpus: what each takes of the cluster. Raises UserError where no node has that.
     """
 
-    def __init__(self, job: Job, size: int, cpus: int, gpus: float = 0.0) -> None:
+    def __init__(self, job: WorkerJob, size: int, cpus: int, gpus: float = 0.0) -> None:
         import ray
 
         self.job, self._needs = job, {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
@@ -42,24 +42,24 @@ class Crew:
         check_room(self._needs, fix)
         # An actor that is given up must not come back: its partition is made anew, under another name.
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
-        self._class = ray.remote(**options)(Worker)
-        self._busy: dict[Any, Member] = {}
+        self._class = ray.remote(**options)(BuildWorker)
+        self._busy: dict[Any, PoolWorker] = {}
         self._starts_left = self._patience = _STARTS * size
-        self.size, self.idle = size, list[Member]()
+        self.size, self.idle = size, list[PoolWorker]()
         self._told = False
         for _ in range(size):
             self._hire()
 
     def _hire(self) -> None:
-        member = Member(self._class.remote(self.job))
-        self._busy[member.actor.ready.remote()] = member
+        worker = PoolWorker(self._class.remote(self.job))
+        self._busy[worker.actor.ready.remote()] = worker
         self._hired = time.monotonic()
 
-    def do(self, member: Member, task: Any, method: str, *args: Any) -> None:
+    def do(self, worker: PoolWorker, task: Any, method: str, *args: Any) -> None:
         """Have an idle member do something; `finished` says when, with `task`."""
-        self.idle.remove(member)
-        member.task = task
-        self._busy[getattr(member.actor, method).remote(*args)] = member
+        self.idle.remove(worker)
+        worker.task = task
+        self._busy[getattr(worker.actor, method).remote(*args)] = worker
 
     def finished(self) -> list[tuple[Any, Any]]:
         """What has ended within POLL seconds: tasks, and their results; WorkerDied, or what a task raised."""
@@ -71,30 +71,30 @@ class Crew:
         check_ray()
         self._tell_who_waits()
         for reference in ready:
-            member = self._busy.pop(reference)
-            task, member.task = member.task, None
+            worker = self._busy.pop(reference)
+            task, worker.task = worker.task, None
             try:
                 result = ray.get(reference)
             except ActorUnschedulableError as error:
                 raise UserError(f"the Ray cluster has no place for a worker: {first_line(error)}") from None
             except (RayActorError, OutOfMemoryError) as error:
                 result = WorkerDied(first_line(error))
-                self._replace(member, task is None, result)
+                self._replace(worker, task is None, result)
             except RayTaskError as error:
                 result = error.cause if isinstance(error.cause, UserError | OSError) else error
-                self.idle.append(member)
+                self.idle.append(worker)
             else:
                 self._starts_left = self._patience
-                self.idle.append(member)
+                self.idle.append(worker)
             if task is not None:
                 ended.append((task, result))
         return ended
 
-    def _replace(self, member: Member, starting: bool, death: WorkerDied) -> None:
+    def _replace(self, worker: PoolWorker, starting: bool, death: WorkerDied) -> None:
         """Take another for one that died; UserError where none comes up any more."""
         import ray
 
-        ray.kill(member.actor)  # it may be out of reach, and still hold its place
+        ray.kill(worker.actor)  # it may be out of reach, and still hold its place
         self._starts_left -= starting
         if not self._starts_left:
             raise UserError(
@@ -106,7 +106,7 @@ class Crew:
         """Once: Ray itself waits without a word for a place that may never be free. Others work meanwhile."""
         import ray
 
-        waiting = sum(member.task is None for member in self._busy.values())
+        waiting = sum(worker.task is None for worker in self._busy.values())
         if self._told or not waiting or time.monotonic() - self._hired < PATIENCE:
             return
         self._told = True
@@ -122,5 +122,5 @@ class Crew:
         """End all workers at once."""
         import ray
 
-        for member in (*self.idle, *self._busy.values()):
-            ray.kill(member.actor)
+        for worker in (*self.idle, *self._busy.values()):
+            ray.kill(worker.actor)

@@ -15,7 +15,7 @@ from mlm_train.tol.allocate.study import Study
 from mlm_train.tol.build.budget import say_dropped
 from mlm_train.tol.format.index import TolIndex
 from mlm_train.tol.lowrank.knapsack import Mix
-from mlm_train.tol.serve.reader import Table
+from mlm_train.tol.serve.reader import TableReader
 from mlm_train.utils.files import check_output, is_png, write_figure, write_json, writing
 from mlm_train.utils.units import in_units
 
@@ -26,7 +26,7 @@ def allocate(args: argparse.Namespace) -> int:
         raise UserError("give --budget or --tolerance")
     tolerance = None if args.tolerance is None else _fraction(args.tolerance)
     output, drawn = _outputs(args)
-    table = Table.open_folder(args.table, verify=args.verify or "sizes")
+    table = TableReader.open_folder(args.table, verify=args.verify or "sizes")
     if table.index.encodings is not None:
         raise UserError(f"{args.table} is compressed already; give the table that `tol build` wrote")
     if args.budget is not None and args.budget < (least := _least_bytes(table.index)):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mlm_train.errors import UserError, escaped
 from mlm_train.tol.commands.fetch import add_fetch, run_fetch
 from mlm_train.tol.commands.inspect import add_inspect, run_inspect
-from mlm_train.tol.commands.options import add_storage_arguments, given, storage_of
+from mlm_train.tol.commands.options import add_storage_arguments, given, table_spec_of
 from mlm_train.tol.storage.urls import refuse_url_output
 from mlm_train.utils.arguments import MODEL_KINDS, add_action
 from mlm_train.utils.checks import add_verify
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mlm_train.evaluate.scorer import Scorer
     from mlm_train.tol.build.builder import Build
     from mlm_train.tol.format.index import TolIndex
-    from mlm_train.tol.storage.node_folders import OwnFolder
+    from mlm_train.tol.storage.node_folders import NodeFolder
 
 BUILT = "bfloat16"  # what a build stores where nothing is said
 
@@ -175,9 +175,9 @@ def run(args: argparse.Namespace) -> int:
     build = _compression(args) if args.action == "compress" else _build(args)
     scorer = _scorer(args, build)  # before the work: its bad input costs nothing then
     if (index := build.finished()) is not None:
-        print(f"{build.place} is finished already: {describe(index)}")
+        print(f"{build.storage} is finished already: {describe(index)}")
     else:
-        print(f"{build.place}: {describe(build.run(args.workers, args.ray_address))}")
+        print(f"{build.storage}: {describe(build.run(args.workers, args.ray_address))}")
     _copy(build, args)
     if scorer is not None:
         print(_compared(args, build, scorer))
@@ -188,22 +188,22 @@ def _copy(build: "Build", args: argparse.Namespace) -> None:
     """With --each-node: to all others."""
     if not args.each_node:
         return
-    from mlm_train.tol.storage.node_folders import OwnFolder
+    from mlm_train.tol.storage.node_folders import NodeFolder
     from mlm_train.tol.tools.copy_to_nodes import copy_to_nodes
 
-    assert isinstance(build.place, OwnFolder)
-    count = copy_to_nodes(build.place, args.ray_address)
+    assert isinstance(build.storage, NodeFolder)
+    count = copy_to_nodes(build.storage, args.ray_address)
     print(f"copied to {count} other node{'' if count == 1 else 's'}")
 
 
-def _place(args: argparse.Namespace) -> "str | OwnFolder":
+def _storage(args: argparse.Namespace) -> "str | NodeFolder":
     """Where a table is to go."""
     if not args.each_node:
         return str(args.output)
-    from mlm_train.tol.storage.node_folders import OwnFolder
+    from mlm_train.tol.storage.node_folders import NodeFolder
 
     refuse_url_output(args.output, "--each-node gives each node its own")
-    return OwnFolder(args.output)
+    return NodeFolder(args.output)
 
 
 def _scorer(args: argparse.Namespace, build: "Build") -> "Scorer | None":
@@ -233,7 +233,7 @@ def _compared(args: argparse.Namespace, build: "Build", scorer: "Scorer") -> str
     else:
         before, what = TolSource.open_folder(args.table, scorer.config), str(args.table)
     exact = scorer.score(before).perplexity
-    found = scorer.score(TolSource.open_folder(str(build.place), scorer.config))
+    found = scorer.score(TolSource.open_folder(str(build.storage), scorer.config))
     return (
         f"perplexity {exact:.4f} with {what}, {found.perplexity:.4f} with {args.output}: "
         f"{found.perplexity / exact - 1:+.3%} over {found.tokens:,} tokens"
@@ -249,13 +249,12 @@ def _repair(args: argparse.Namespace) -> int:
         raise UserError(f"--repair makes {args.output} as it was: leave {unused} out")
     model, table = (None, args.table) if args.action == "compress" else (args.model, None)
     device = "cpu" if args.action == "compress" else args.device
-    build = Build.like_index(_place(args), model, table, device)
+    build = Build.like_index(_storage(args), model, table, device)
     again = build.repair(args.workers, args.ray_address)
     for partition in again:
         print(f"made again: {partition.file}, rows [{partition.rows[0]}, {partition.rows[1]})")
-    print(
-        f"{build.place}: {len(again)} partition{'s were' if len(again) != 1 else ' was'} damaged; it is whole"
-    )
+    were = "s were" if len(again) != 1 else " was"
+    print(f"{build.storage}: {len(again)} partition{were} damaged; it is whole")
     _copy(build, args)
     return 0
 
@@ -282,11 +281,11 @@ def _build(args: argparse.Namespace) -> "Build":
     from mlm_train.tol.build.builder import Build
 
     config = read_model_config(args.model)
-    storage = storage_of(args, list(range(config.num_hidden_layers)), config.hidden_size, BUILT)
+    spec = table_spec_of(args, list(range(config.num_hidden_layers)), config.hidden_size, BUILT)
     return Build(
         args.model,
-        _place(args),
-        storage,
+        _storage(args),
+        spec,
         partitions=args.partitions,
         compute=args.compute or "auto",
         threads=1 if args.threads is None else args.threads,
@@ -300,11 +299,11 @@ def _compression(args: argparse.Namespace) -> "Build":
     from mlm_train.tol.format.index_file import read_index
 
     index = read_index(args.table)
-    storage = storage_of(args, index.layers, index.hidden_size)
+    spec = table_spec_of(args, index.layers, index.hidden_size)
     return Build(
         None,
-        _place(args),
-        storage,
+        _storage(args),
+        spec,
         table=args.table,
         partitions=args.partitions,
         threads=1 if args.threads is None else args.threads,

@@ -12,7 +12,7 @@ from mlm_train.tol.format.schemes import GROUP, GROUPS, LEVELS, PLAIN_BYTES
 from mlm_train.utils.units import size
 
 if TYPE_CHECKING:
-    from mlm_train.tol.format.layout import Storage
+    from mlm_train.tol.format.layout import TableSpec
 
 _WORDS = ("dtype", "group_size", "asymmetric", "drop", "rank", "budget")  # of args
 _RANGE = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
@@ -59,14 +59,14 @@ def given(args: argparse.Namespace, names: Sequence[str] = (*_WORDS, "allocation
     return ", ".join(f"--{name.replace('_', '-')}" for name in found)
 
 
-def storage_of(
+def table_spec_of(
     args: argparse.Namespace, layers: list[int], hidden: int, default: str | None = None
-) -> "Storage":
+) -> "TableSpec":
     """What the words ask for, of a table with these layers; `default`: the type where none is given.
 
     Raises UserError naming a wrong one.
     """
-    from mlm_train.tol.format.layout import Storage
+    from mlm_train.tol.format.layout import TableSpec
 
     if args.allocation is not None:
         if more := given(args, _WORDS):
@@ -91,7 +91,7 @@ def storage_of(
         kept = [layer for layer in layers if layer not in dropped]
         if not kept:
             raise UserError(f"--drop {args.drop} leaves no layer")
-    return Storage(
+    return TableSpec(
         dtype=dtype,
         group_size=GROUP if dtype in LEVELS and args.budget is None is args.group_size else args.group_size,
         symmetric=not args.asymmetric,
@@ -118,8 +118,8 @@ def _dropped(text: str, layers: list[int]) -> set[int]:
     return found
 
 
-def _allocated(file: Path, layers: list[int], hidden: int) -> "Storage":
-    from mlm_train.tol.format.layout import Storage
+def _allocated(file: Path, layers: list[int], hidden: int) -> "TableSpec":
+    from mlm_train.tol.format.layout import TableSpec
 
     try:
         found = read_allocation(file)
@@ -129,5 +129,5 @@ def _allocated(file: Path, layers: list[int], hidden: int) -> "Storage":
     except ValueError as error:
         reason = str(error)
     else:
-        return Storage(layers=found.layers, schemes=found.schemes)
+        return TableSpec(layers=found.layers, schemes=found.schemes)
     raise UserError(f"--allocation {file}: {reason}; write one with `mlm-train tol allocate`")

@@ -25,7 +25,7 @@ BASIS_ITEM = 2  # bytes of a basis' number, float16
 REBUILD = "build it again with `mlm-train tol build`"
 
 
-class File(Record):
+class TableFile(Record):
     """A file of the folder, `bytes` bytes in all."""
 
     file: str
@@ -40,18 +40,18 @@ class File(Record):
         return value
 
 
-def file_of(name: str, data: bytes) -> File:
+def file_of(name: str, data: bytes) -> TableFile:
     """A small file with these contents."""
-    return File(file=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return TableFile(file=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-class Partition(File):
+class Partition(TableFile):
     """Rows [start, stop) of the vocabulary."""
 
     rows: tuple[int, int]
 
 
-class Source(Record):
+class Provenance(Record):
     """What the table was made from, and how its numbers were computed, so that a part can be made again.
 
     checkpoint: fingerprint of the model. table: SHA-256 of the index that it was compressed from, if any.
@@ -86,9 +86,9 @@ class TolIndex(Record):
     group_size: int | None = None
     encodings: list[Encoding] | None = None
     errors: list[float | None] | None = None
-    basis: File | None = None
+    basis: TableFile | None = None
     partitions: list[Partition]
-    source: Source
+    source: Provenance
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -156,7 +156,7 @@ class TolIndex(Record):
         return f"`mlm-train tol {made} --output DIR --repair`"
 
     @property
-    def files(self) -> list[File]:
+    def files(self) -> list[TableFile]:
         """All that belong to it, the index apart."""
         return [*([self.basis] if self.basis else []), *self.partitions]
 

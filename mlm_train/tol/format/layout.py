@@ -11,7 +11,7 @@ from mlm_train.tol.format.schemes import GROUPS, LEVELS, PLAIN_BYTES, Dtype, Enc
 from mlm_train.utils.records import Record
 
 
-class Storage(Record):
+class TableSpec(Record):
     """How rows are to be stored.
 
     layers: the kept ones; None keeps all. rank: of every layer; budget: bytes of the whole table, within
@@ -69,10 +69,10 @@ class Layout(Record):
     schemes: list[Scheme]
 
     @classmethod
-    def of(cls, storage: Storage, layers: int, hidden: int) -> Self:
+    def of(cls, spec: TableSpec, layers: int, hidden: int) -> Self:
         """That of a storage whose ranks are known."""
-        kept = list(range(layers)) if storage.layers is None else storage.layers
-        schemes = storage.schemes or [storage.scheme(storage.rank)] * len(kept)
+        kept = list(range(layers)) if spec.layers is None else spec.layers
+        schemes = spec.schemes or [spec.scheme(spec.rank)] * len(kept)
         return cls(hidden_size=hidden, layers=kept, schemes=schemes)
 
     def bytes_of(self, layers: Sequence[int]) -> int:

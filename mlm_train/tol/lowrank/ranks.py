@@ -53,7 +53,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Study:
+class RankErrors:
     """A layer's spectrum, and its predicted squared relative errors, fp64 [schemes, hidden + 1].
 
     errors[s, r - 1]: of scheme s at rank r, 1 to hidden; the last column: of the whole layer. Infinite where

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from mlm_train.errors import UserError
 from mlm_train.tol.format.codec import decode
-from mlm_train.tol.format.index import BASIS, INDEX, REBUILD, File, Partition, TolIndex, file_of
+from mlm_train.tol.format.index import BASIS, INDEX, REBUILD, Partition, TableFile, TolIndex, file_of
 from mlm_train.tol.format.index_file import read_index
 from mlm_train.tol.format.partition import map_partition
-from mlm_train.tol.storage.base import Files, Place
-from mlm_train.tol.storage.local import Folder
+from mlm_train.tol.storage.base import Storage, StorageReader
+from mlm_train.tol.storage.local import LocalFolder
 from mlm_train.utils.checks import Check
 from mlm_train.utils.files import listed, sha256_of
 from mlm_train.utils.progress import ByteProgress
@@ -25,7 +25,7 @@ _HASHED_AT_ONCE = 4  # partitions
 BASIS_HEADER = 128  # bytes a layer; more than its entry can need
 
 
-class Table:
+class TableReader:
     """Rows of the vocabulary, memory-mapped or read whole, uint8 [n, row bytes], and what they mean."""
 
     def __init__(self, index: TolIndex, partitions: Sequence[Tensor], bases: dict[int, Tensor]) -> None:
@@ -127,7 +127,7 @@ def read_bases(folder: Path, index: TolIndex) -> dict[int, Tensor]:
     listed(folder, index.basis.file, INDEX)
     schemes = zip(index.layers, index.fields, strict=True)
     ranks = {layer: field.rank for layer, field in schemes if field.rank is not None}
-    bases = bases_at(Folder(folder), index.basis, list(ranks))
+    bases = bases_at(LocalFolder(folder), index.basis, list(ranks))
     for layer, rank in ranks.items():
         if bases[layer].shape != (rank, index.hidden_size):
             where = folder / index.basis.file
@@ -135,9 +135,9 @@ def read_bases(folder: Path, index: TolIndex) -> dict[int, Tensor]:
     return bases
 
 
-def bases_at(place: Files, file: File, layers: Sequence[int]) -> dict[int, Tensor]:
+def bases_at(storage: StorageReader, file: TableFile, layers: Sequence[int]) -> dict[int, Tensor]:
     """The bases of these layers, fp32 [rank, hidden], out of their file; UserError for a damaged one."""
-    data, where = place.read(file.file), place.at(file.file)
+    data, where = storage.read(file.file), storage.at(file.file)
     if data is None or file_of(file.file, data) != file:
         raise UserError(f"{where} is missing or damaged: its SHA-256 is not the index's; {REBUILD}")
     try:
@@ -152,7 +152,7 @@ def projector(basis: Tensor) -> Tensor:
     return (basis / basis.square().sum(1, keepdim=True)).T
 
 
-def write_bases(place: Place, bases: dict[int, Tensor]) -> File:
+def write_bases(storage: Storage, bases: dict[int, Tensor]) -> TableFile:
     """Write bases [rank, hidden] of the layers that have a rank, as float16.
 
     The header takes BASIS_HEADER bytes a layer, whatever its numbers: what a layer adds to a table is known.
@@ -162,7 +162,7 @@ def write_bases(place: Place, bases: dict[int, Tensor]) -> File:
     header = data[8:start].rstrip(b" ")
     assert len(header) <= room
     data = room.to_bytes(8, "little") + header.ljust(room) + data[start:]
-    place.write(BASIS, data)
+    storage.write(BASIS, data)
     return file_of(BASIS, data)
 
 

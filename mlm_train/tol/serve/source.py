@@ -10,14 +10,14 @@ from mlm_train.config import ModelConfig
 from mlm_train.model.source import MemoryReader
 from mlm_train.tol.format.index import check_fits
 from mlm_train.tol.format.index_file import read_index
-from mlm_train.tol.serve.reader import Table
+from mlm_train.tol.serve.reader import TableReader
 from mlm_train.utils.checks import Check
 
 
 class TolSource:
     """FFN-M's output by token id, out of a table; see `open_folder`."""
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: TableReader) -> None:
         self.table = table
 
     @classmethod
@@ -30,7 +30,7 @@ class TolSource:
         the folder is damaged as far as was looked, or belongs to a model of another shape.
         """
         check_fits(Path(folder), read_index(folder), config)
-        table = Table.open_folder(folder, in_memory, verify)
+        table = TableReader.open_folder(folder, in_memory, verify)
         return cls(table)
 
     def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:

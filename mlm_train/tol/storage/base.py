@@ -24,7 +24,7 @@ DRAFTS = ".*.part"  # glob of files that do not have their name yet
 BLOCK_BYTES = 8 * 2**20  # of one read, or one write, of a file that is read or written in order
 
 
-class Files(Protocol):
+class StorageReader(Protocol):
     """Files by their plain names, as any process sees them. Methods raise UserError or OSError.
 
     address: what `files_at` makes the same of, in any process.
@@ -45,7 +45,7 @@ class Files(Protocol):
         """Fill a draft, from behind `header` on, with which it was begun."""
 
 
-class Place(Files, Protocol):
+class Storage(StorageReader, Protocol):
     """And what the one process does that holds the place. `held` turns an OSError into a UserError.
 
     in_order: a file is written from its first byte to its last, by one worker. far: reading one back takes as
@@ -92,34 +92,36 @@ def put(sink: Sink, data: bytes) -> None:
         sink.close()
 
 
-def remove_matching(place: Place, pattern: str) -> None:
+def remove_matching(storage: Storage, pattern: str) -> None:
     """Remove the files of such names (a glob)."""
-    for name in place.names():
+    for name in storage.names():
         if fnmatch(name, pattern):
-            place.remove(name)
+            storage.remove(name)
 
 
-def remove_drafts(place: Place) -> None:
+def remove_drafts(storage: Storage) -> None:
     """Remove what killed processes left half written."""
-    remove_matching(place, DRAFTS)
+    remove_matching(storage, DRAFTS)
 
 
-def refuse_used(place: Place, note: str) -> None:
+def refuse_used(storage: Storage, note: str) -> None:
     """UserError where something lies there: nothing is overwritten.
 
     note: the file that is written there first; a process that was killed meanwhile left nothing else.
     """
-    place.remove(writing_name(note))
-    if place.names():
-        raise UserError(f"{place} exists already and nothing is overwritten; name a new folder, or remove it")
+    storage.remove(writing_name(note))
+    if storage.names():
+        raise UserError(
+            f"{storage} exists already and nothing is overwritten; name a new folder, or remove it"
+        )
 
 
-def check_space(place: Place, needed: int) -> None:
+def check_space(storage: Storage, needed: int) -> None:
     """UserError where a place is known to have fewer bytes free."""
-    free = place.free()
+    free = storage.free()
     if free is not None and free < needed:
         raise UserError(
-            f"{place} needs {in_units(needed)} and has {in_units(free)} free; "
+            f"{storage} needs {in_units(needed)} and has {in_units(free)} free; "
             "free space or choose another folder"
         )
 

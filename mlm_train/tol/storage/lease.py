@@ -22,9 +22,9 @@ from typing import NamedTuple
 from pydantic import Field
 
 from mlm_train.errors import UserError, escaped
-from mlm_train.tol.storage.base import Place
+from mlm_train.tol.storage.base import Storage
 from mlm_train.utils.records import Record, json_value
-from mlm_train.utils.run_lock import Attempt
+from mlm_train.utils.run_lock import SlurmAttempt
 
 OWNER = "tol.owner.json"
 # Seconds for which a mark counts. All processes must agree, so it is for tests only to change.
@@ -50,7 +50,7 @@ class Owner(NamedTuple):
     @classmethod
     def here(cls) -> "Owner":
         """This process, by a new id."""
-        job, restart = Attempt.here() or (None, 0)
+        job, restart = SlurmAttempt.here() or (None, 0)
         return cls(secrets.token_hex(8), socket.gethostname(), os.getpid(), job, restart, time.time())
 
     def follows(self, other: "Owner") -> bool:
@@ -75,21 +75,21 @@ class _Mark(Record):
 class Lease:
     """Holds a URL for this process; see `leased`."""
 
-    def __init__(self, place: Place) -> None:
-        self.place, self.mine = place, Owner.here()
+    def __init__(self, storage: Storage) -> None:
+        self.storage, self.mine = storage, Owner.here()
 
     def take(self, doing: str) -> None:
         """Become the owner; UserError where another one lives."""
-        before = _read(self.place)
+        before = _read(self.storage)
         if before is not None and not self.mine.follows(before) and self._lives(before):
             raise UserError(
-                f"{self.place} is {doing} by {before}; wait for it, or {FRESH:.0f} s where it is gone, "
+                f"{self.storage} is {doing} by {before}; wait for it, or {FRESH:.0f} s where it is gone, "
                 "or name another"
             )
         if before is not None:
-            line = f"{self.place}: taken over from {before}, which is gone"
+            line = f"{self.storage}: taken over from {before}, which is gone"
             print(f"mlm-train: {escaped(line)}", file=sys.stderr)
-        self._write(self.place)
+        self._write(self.storage)
         time.sleep(SETTLE)
         self.check()
 
@@ -98,31 +98,31 @@ class Lease:
             return True
         # Clocks of machines differ: one that lives renews its mark, whatever time that says.
         time.sleep(1.5 * REFRESH)
-        now = _read(self.place)
+        now = _read(self.storage)
         return now is not None and now != owner
 
     def check(self) -> None:
         """Raise Lost where this process is not the owner any more."""
-        self._check(self.place)
+        self._check(self.storage)
 
-    def _check(self, place: Place) -> None:
-        found = _read(place)
+    def _check(self, storage: Storage) -> None:
+        found = _read(storage)
         if found is None or found.id != self.mine.id:
             by = found or "another process, which has ended"
-            raise Lost(f"{place} was taken over by {by}; this process ends and writes nothing more")
+            raise Lost(f"{storage} was taken over by {by}; this process ends and writes nothing more")
 
-    def _write(self, place: Place) -> None:
+    def _write(self, storage: Storage) -> None:
         tree = self.mine._replace(time=time.time())._asdict()
-        place.write(OWNER, (json.dumps(tree) + "\n").encode())
+        storage.write(OWNER, (json.dumps(tree) + "\n").encode())
 
-    def renew(self, open_place: Callable[[], Place], ended: threading.Event) -> None:
+    def renew(self, open_place: Callable[[], Storage], ended: threading.Event) -> None:
         """Keep the mark fresh; end this process once it is another's, whatever the main thread does."""
-        place = None
+        storage = None
         while not ended.wait(REFRESH):
             try:
-                place = place or open_place()
-                self._check(place)
-                self._write(place)
+                storage = storage or open_place()
+                self._check(storage)
+                self._write(storage)
             except Lost as error:
                 with contextlib.suppress(OSError):
                     os.write(2, f"mlm-train: {escaped(str(error))}\n".encode())
@@ -134,11 +134,11 @@ class Lease:
         """Give the place back."""
         with contextlib.suppress(UserError):  # out of reach, or another's: the mark grows old by itself
             self.check()
-            self.place.remove(OWNER)
+            self.storage.remove(OWNER)
 
 
 @contextlib.contextmanager
-def leased(open_place: Callable[[], Place], doing: str) -> Iterator[Lease]:
+def leased(open_place: Callable[[], Storage], doing: str) -> Iterator[Lease]:
     """Hold a place while the block runs; `doing` says what another holder does.
 
     open_place: opens it anew, without a lease; the file systems of some stores serve one thread each.
@@ -156,9 +156,9 @@ def leased(open_place: Callable[[], Place], doing: str) -> Iterator[Lease]:
         lease.end()
 
 
-def _read(place: Place) -> Owner | None:
+def _read(storage: Storage) -> Owner | None:
     """The owner; None where there is none, or none that can be made out."""
-    data = place.read(OWNER)
+    data = storage.read(OWNER)
     try:
         return None if data is None else Owner(**_Mark.model_validate(json_value(data)).model_dump())
     except ValueError:

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlm_train.errors import UserError
-from mlm_train.tol.storage.base import BLOCK_BYTES, Place, draft_name
+from mlm_train.tol.storage.base import BLOCK_BYTES, Storage, draft_name
 from mlm_train.tol.storage.direct_io import FileSink, Sink
 from mlm_train.utils.files import listed, open_regular, replace_file, sha256_of, sync, writing
 from mlm_train.utils.records import read_regular
 from mlm_train.utils.run_lock import owned
 
 
-class Folder:
+class LocalFolder:
     """A folder that all workers see under one path."""
 
     in_order, far = False, False
@@ -114,12 +114,12 @@ class Folder:
             yield
 
 
-def sha256_at(place: Place, name: str) -> str:
+def sha256_at(storage: Storage, name: str) -> str:
     """Hexadecimal SHA-256 of a file, read from start to end."""
-    if isinstance(place, Folder):
-        return sha256_of(place.path / name)
+    if isinstance(storage, LocalFolder):
+        return sha256_of(storage.path / name)
     digest = hashlib.sha256()
-    for block in place.blocks(name):
+    for block in storage.blocks(name):
         digest.update(block)
     return digest.hexdigest()
 

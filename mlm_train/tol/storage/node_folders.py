@@ -17,10 +17,10 @@ import numpy as np
 from mlm_train.errors import UserError
 from mlm_train.tol.storage.base import BLOCK_BYTES
 from mlm_train.tol.storage.direct_io import FileSink, Sink
-from mlm_train.tol.storage.local import Folder
+from mlm_train.tol.storage.local import LocalFolder
 
 
-class OwnFolder(Folder):
+class NodeFolder(LocalFolder):
     """The builder's folder, which only its node sees; names of environment variables in it are replaced."""
 
     in_order = True
@@ -28,8 +28,8 @@ class OwnFolder(Folder):
     def __init__(self, path: str | Path) -> None:
         self.asked = str(path)
         super().__init__(expanded(self.asked))
-        self._keeper = f"tol-{secrets.token_hex(8)}"
-        self.address = KEEPER + self._keeper
+        self._server = f"tol-{secrets.token_hex(8)}"
+        self.address = SERVED + self._server
 
     @contextlib.contextmanager
     def served(self) -> Iterator[None]:
@@ -37,8 +37,8 @@ class OwnFolder(Folder):
         import ray
 
         here = ray.get_runtime_context().get_node_id()
-        keeper = ray.remote(num_cpus=0, max_concurrency=16)(Keeper)
-        actor = keeper.options(name=self._keeper, scheduling_strategy=_on(here)).remote(str(self.path))
+        server = ray.remote(num_cpus=0, max_concurrency=16)(FolderServer)
+        actor = server.options(name=self._server, scheduling_strategy=_on(here)).remote(str(self.path))
         ray.get(actor.ready.remote())
         try:
             yield
@@ -60,11 +60,11 @@ def _on(node: str) -> Any:
     return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
-class Keeper:
+class FolderServer:
     """A Ray actor: the files of a folder, for processes of other nodes."""
 
     def __init__(self, path: str) -> None:
-        self._folder = Folder(Path(path))
+        self._folder = LocalFolder(Path(path))
 
     def ready(self) -> None:
         """Returns once it runs."""
@@ -89,14 +89,14 @@ class Keeper:
             sink.finish()
 
 
-class KeptFiles:
+class ServedFolder:
     """The builder's folder as processes of its build see it, from any node."""
 
     def __init__(self, address: str) -> None:
         import ray
 
         self.address = address
-        self._keeper = ray.get_actor(address.removeprefix(KEEPER))
+        self._server = ray.get_actor(address.removeprefix(SERVED))
 
     def __str__(self) -> str:
         return "the builder's folder"
@@ -111,7 +111,7 @@ class KeptFiles:
         from ray.exceptions import RayActorError, RayTaskError
 
         try:
-            return ray.get(getattr(self._keeper, method).remote(*args))
+            return ray.get(getattr(self._server, method).remote(*args))
         except RayActorError:
             raise UserError(f"{self} is out of reach: its node or the build is gone; run again") from None
         except RayTaskError as error:
@@ -131,28 +131,28 @@ class KeptFiles:
 
     def sink(self, draft: str, header: bytes = b"") -> Sink:
         """A block at a time."""
-        return KeptSink(self, draft, len(header))
+        return ServedSink(self, draft, len(header))
 
 
-class KeptSink:
+class ServedSink:
     """A draft in the builder's folder, filled in order."""
 
-    def __init__(self, place: KeptFiles, draft: str, start: int) -> None:
-        self._place, self._draft, self._at = place, draft, start
+    def __init__(self, storage: ServedFolder, draft: str, start: int) -> None:
+        self._storage, self._draft, self._at = storage, draft, start
 
     def append(self, data: np.ndarray) -> None:
         """The next bytes; one block is under way at a time, so that Ray's store stays small."""
         for start in range(0, len(data), BLOCK_BYTES):
             block = data[start : start + BLOCK_BYTES]
-            self._place.ask("put", self._draft, self._at, block)
+            self._storage.ask("put", self._draft, self._at, block)
             self._at += len(block)
 
     def finish(self) -> None:
         """Have all of them survive a power cut."""
-        self._place.ask("sync", self._draft)
+        self._storage.ask("sync", self._draft)
 
     def close(self) -> None:
         """Nothing is held."""
 
 
-KEEPER = "keeper:"  # of addresses that only processes of one build understand
+SERVED = "keeper:"  # of addresses that only processes of one build understand

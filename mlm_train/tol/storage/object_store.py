@@ -64,7 +64,7 @@ def _opened(url: str, shown: str) -> tuple[Any, str]:
             raise UserError(f"{shown}: needs the package {package}: pip install {package}") from None
 
 
-class UrlPlace:
+class ObjectStorage:
     """A URL; each process and each thread opens its own, by its own machine's credentials."""
 
     in_order, far = True, True
@@ -160,7 +160,7 @@ class UrlPlace:
     def sink(self, draft: str, header: bytes = b"") -> Sink:
         """In order, while the next bytes are made."""
         with reaching(self.at(draft)):
-            return UrlSink(self._open(draft, "wb"), self.at(draft), header)
+            return ObjectSink(self._open(draft, "wb"), self.at(draft), header)
 
     def name_draft(self, draft: str, name: str, size: int) -> None:
         """Nothing to do where it has its name already. UserError where another node wrote it elsewhere."""
@@ -189,7 +189,7 @@ class UrlPlace:
                 self._fs.makedirs(self._root, exist_ok=True)
         here = self.address.partition("://")[0] in LOCAL  # others may be given the folder by its path
         lock = owned(Path(self._root), doing) if here else contextlib.nullcontext()
-        lease = leased(lambda: UrlPlace(self.address), doing)
+        lease = leased(lambda: ObjectStorage(self.address), doing)
         with reaching_files(self._shown), lock, lease as self._lease:
             try:
                 yield
@@ -207,7 +207,7 @@ def reaching_files(url: str) -> Iterator[None]:
         raise UserError(f"{url}: {file}{told(error, 'mend that and run again')}") from error
 
 
-class UrlSink:
+class ObjectSink:
     """A file at a URL, in order; one that is not finished is thrown away where the store can do that."""
 
     def __init__(self, file: BinaryIO, shown: str, header: bytes) -> None:

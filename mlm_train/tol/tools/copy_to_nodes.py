@@ -8,11 +8,11 @@ from rich.progress import track
 
 from mlm_train.errors import UserError, first_line
 from mlm_train.tol.build.ray_cluster import ray_cluster
-from mlm_train.tol.storage.local import Folder
-from mlm_train.tol.storage.node_folders import KeptFiles, OwnFolder, _on, expanded
+from mlm_train.tol.storage.local import LocalFolder
+from mlm_train.tol.storage.node_folders import NodeFolder, ServedFolder, _on, expanded
 
 
-def copy_to_nodes(place: OwnFolder, ray_address: str | None) -> int:
+def copy_to_nodes(storage: NodeFolder, ray_address: str | None) -> int:
     """Give every other node of the cluster the finished table of this one; how many those are.
 
     A node's copy that was broken off goes on; files that are whole are kept. Raises UserError naming the
@@ -22,12 +22,12 @@ def copy_to_nodes(place: OwnFolder, ray_address: str | None) -> int:
         return 0  # a Ray of this node alone
     import ray
 
-    with ray_cluster(1, ray_address), place.served():
+    with ray_cluster(1, ray_address), storage.served():
         here = ray.get_runtime_context().get_node_id()
         names = {node["NodeID"]: node["NodeName"] for node in ray.nodes() if node["Alive"]}
         copy = ray.remote(num_cpus=0, max_retries=0)(_copy_here)
         running = {
-            copy.options(scheduling_strategy=_on(node)).remote(place.address, place.asked): name
+            copy.options(scheduling_strategy=_on(node)).remote(storage.address, storage.asked): name
             for node, name in names.items()
             if node != here
         }
@@ -47,7 +47,7 @@ def copy_to_nodes(place: OwnFolder, ray_address: str | None) -> int:
 def _copy_here(address: str, path: str) -> None:
     from mlm_train.tol.tools.fetch import copy_table
 
-    copy_table(KeptFiles(address), Folder(expanded(path)))
+    copy_table(ServedFolder(address), LocalFolder(expanded(path)))
 
 
 def _as_they_end(running: list[Any]) -> Iterator[Any]:

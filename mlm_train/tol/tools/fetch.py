@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 
 from mlm_train.errors import UserError
-from mlm_train.tol.format.index import FETCHED, INDEX, File, TolIndex
+from mlm_train.tol.format.index import FETCHED, INDEX, TableFile, TolIndex
 from mlm_train.tol.format.index_file import index_bytes, is_whole, parse_index
-from mlm_train.tol.storage.base import BLOCK_BYTES, Files, check_space, refuse_used, remove_drafts
+from mlm_train.tol.storage.base import BLOCK_BYTES, StorageReader, check_space, refuse_used, remove_drafts
 from mlm_train.tol.storage.direct_io import Stream, buffers
-from mlm_train.tol.storage.local import Folder
-from mlm_train.tol.storage.resolve import place_of
+from mlm_train.tol.storage.local import LocalFolder
+from mlm_train.tol.storage.resolve import storage_at
 from mlm_train.tol.storage.urls import refuse_url
 from mlm_train.utils.progress import ByteProgress
 
@@ -24,13 +24,13 @@ def fetch_tol(source: str | Path, folder: str | Path) -> TolIndex:
     folder with other contents, too little space, and a source whose bytes are not those of its index.
     """
     refuse_url(folder)
-    origin, target = place_of(source), Folder(Path(folder).absolute())
+    origin, target = storage_at(source), LocalFolder(Path(folder).absolute())
     if origin.address == target.address:
         raise UserError(f"{target} is to be copied to itself; name another folder")
     return copy_table(origin, target)
 
 
-def copy_table(origin: Files, target: Folder) -> TolIndex:
+def copy_table(origin: StorageReader, target: LocalFolder) -> TolIndex:
     """fetch_tol, from any process's view of a place."""
     data = index_bytes(origin)
     index = parse_index(data, origin.at(INDEX))
@@ -53,7 +53,7 @@ def copy_table(origin: Files, target: Folder) -> TolIndex:
     return index
 
 
-def _begin(target: Folder, index: bytes, origin: Files) -> None:
+def _begin(target: LocalFolder, index: bytes, origin: StorageReader) -> None:
     """Note what is copied; UserError where the folder holds anything else."""
     there = [data for data in (target.read(INDEX), target.read(FETCHED)) if data is not None]
     if there and any(data != index for data in there):
@@ -64,7 +64,7 @@ def _begin(target: Folder, index: bytes, origin: Files) -> None:
     remove_drafts(target)
 
 
-def _copy(origin: Files, target: Folder, file: File, shown: Callable[[int], None]) -> bool:
+def _copy(origin: StorageReader, target: LocalFolder, file: TableFile, shown: Callable[[int], None]) -> bool:
     """Copy a file, if it is what it should be; `shown` takes the bytes of it that are there."""
     draft = target.draft(file.file, file.bytes)
     try:

@@ -16,7 +16,7 @@ from mlm_train.tol.build.row_source import chunks_of
 from mlm_train.tol.format.index import BASIS_ITEM, TolIndex, check_fits
 from mlm_train.tol.format.schemes import Encoding
 from mlm_train.tol.lowrank.spectrum import Gram, Spectrum
-from mlm_train.tol.serve.reader import Table
+from mlm_train.tol.serve.reader import TableReader
 from mlm_train.tol.tools.verify import CHUNK_ROWS
 from mlm_train.tol.tools.vocabulary import Vocabulary
 from mlm_train.utils.checks import Check
@@ -127,7 +127,7 @@ def inspect_tol(
     if top < 1:
         raise UserError(f"--top {top}: give at least 1")
     folder = Path(folder)
-    table = Table.open_folder(folder, verify=verify)
+    table = TableReader.open_folder(folder, verify=verify)
     index = table.index
     found = None if model is None else find_model(model, verify)
     if found is not None:
@@ -161,7 +161,7 @@ class _Sums:
         self.pairs = _Pairs(kept * index.hidden_size)
 
 
-def _stream(table: Table, folder: Path, nearest: "_Nearest") -> _Sums:
+def _stream(table: TableReader, folder: Path, nearest: "_Nearest") -> _Sums:
     index = table.index
     sums = _Sums(index)
     with ByteProgress("inspect", index.vocab_size * index.row_bytes) as progress:
@@ -181,7 +181,7 @@ def _stream(table: Table, folder: Path, nearest: "_Nearest") -> _Sums:
     return sums
 
 
-def _values(table: Table, rows: Tensor) -> list[Tensor]:
+def _values(table: TableReader, rows: Tensor) -> list[Tensor]:
     """The stored layers' numbers in rows: fp32 [n, hidden] each."""
     found = (table.values(rows, layer) for layer in table.index.layers)
     return [values.float() for values in found if values is not None]
@@ -232,7 +232,7 @@ class _Pairs:
 class _Nearest:
     """The best cosines so far with the rows of some tokens; equal ones go to the lower id."""
 
-    def __init__(self, table: Table, tokens: Sequence[int], top: int) -> None:
+    def __init__(self, table: TableReader, tokens: Sequence[int], top: int) -> None:
         self._ids = torch.tensor(tokens, dtype=torch.int64)
         self._top = min(top, table.index.vocab_size - 1)
         self._units = torch.empty(len(tokens), len(table.index.layers) * table.index.hidden_size)

@@ -10,16 +10,16 @@ from torch import Tensor
 from mlm_train.checkpoint.hf.folder import FolderTensors
 from mlm_train.checkpoint.reading.logical_folder import open_model
 from mlm_train.errors import UserError
-from mlm_train.tol.build.row_source import EMBEDDING, FfnM, chunks_of, ffn_m_weights
+from mlm_train.tol.build.row_source import EMBEDDING, ComputedRows, chunks_of, ffn_m_weights
 from mlm_train.tol.format.codec import TORCH_DTYPE, decode, encode, grouped
-from mlm_train.tol.format.index import File, Partition, TolIndex, check_fits
+from mlm_train.tol.format.index import Partition, TableFile, TolIndex, check_fits
 from mlm_train.tol.format.index_file import index_at, is_whole, read_index
 from mlm_train.tol.format.partition import map_partition
 from mlm_train.tol.format.schemes import Encoding, layout
-from mlm_train.tol.serve.reader import Table, read_bases
-from mlm_train.tol.storage.base import Place
-from mlm_train.tol.storage.local import Folder
-from mlm_train.tol.storage.resolve import place_of
+from mlm_train.tol.serve.reader import TableReader, read_bases
+from mlm_train.tol.storage.base import Storage
+from mlm_train.tol.storage.local import LocalFolder
+from mlm_train.tol.storage.resolve import storage_at
 from mlm_train.tol.storage.urls import is_url
 from mlm_train.utils.files import sha256_of
 from mlm_train.utils.progress import ByteProgress
@@ -44,7 +44,7 @@ class Damage:
 
 
 @dataclass
-class Report:
+class VerifyReport:
     """What was looked at. Errors are those of recomputed rows; relative to a row's largest value."""
 
     index: TolIndex
@@ -64,7 +64,9 @@ class Report:
 class _Recompute:
     """FFN-M of the rows to compare; `sample` None compares every row."""
 
-    def __init__(self, tensors: FolderTensors, numbers: FfnM, table: Table, sample: Tensor | None) -> None:
+    def __init__(
+        self, tensors: FolderTensors, numbers: ComputedRows, table: TableReader, sample: Tensor | None
+    ) -> None:
         self.tensors, self.numbers, self.table, self.sample = tensors, numbers, table, sample
 
     def ids(self, first: int, last: int) -> Tensor:
@@ -73,7 +75,7 @@ class _Recompute:
             return torch.arange(first, last)
         return self.sample[(self.sample >= first) & (self.sample < last)]
 
-    def compare(self, rows: Tensor, first: int, last: int, report: Report) -> Tensor:
+    def compare(self, rows: Tensor, first: int, last: int, report: VerifyReport) -> Tensor:
         """Compare stored rows of [first, last) with FFN-M; the tokens that differ too much."""
         ids = self.ids(first, last)
         if not ids.numel():
@@ -118,7 +120,7 @@ class _Recompute:
 
 def verify_tol(
     folder: str | Path, model: str | Path | None = None, sample: int | None = None, seed: int = 0
-) -> Report:
+) -> VerifyReport:
     """Check coverage, sizes, SHA-256 and finite values, and with `model` recompute rows from its weights.
 
     `folder` may be a URL where there is no `model`: everything is read, and nothing kept.
@@ -127,15 +129,15 @@ def verify_tol(
     UserError is for an unreadable index and a model that the table was not built from.
     """
     if is_url(folder):
-        return _verify_url(place_of(folder), model, sample)
+        return _verify_url(storage_at(folder), model, sample)
     index = read_index(folder)
-    folder, report = Path(folder), Report(index)
+    folder, report = Path(folder), VerifyReport(index)
     if sample is not None and sample < 1:
         raise UserError(f"--sample {sample}: give at least 1 row")
     if sample is not None and model is None:
         raise UserError(f"--sample {sample} recomputes rows: give --model too, or leave it out")
     if model is None:
-        _check_basis(Folder(folder), report)
+        _check_basis(LocalFolder(folder), report)
         _check_partitions(folder, report, None)
         return report
     opened = open_model(model)
@@ -149,47 +151,47 @@ def verify_tol(
     with opened:
         weights = ffn_m_weights(opened.tensors, opened.config, index.layers, index.source.compute)
         by_layer = dict(zip(index.layers, weights, strict=True))
-        numbers = FfnM(opened, by_layer, index.source.compute)
+        numbers = ComputedRows(opened, by_layer, index.source.compute)
         recompute = None  # without its basis a row of low rank says nothing
-        if _check_basis(Folder(folder), report):
-            table = Table(index, [], read_bases(folder, index))
+        if _check_basis(LocalFolder(folder), report):
+            table = TableReader(index, [], read_bases(folder, index))
             recompute = _Recompute(opened.tensors, numbers, table, chosen)
         _check_partitions(folder, report, recompute)
     return report
 
 
-def _verify_url(place: Place, model: str | Path | None, sample: int | None) -> Report:
+def _verify_url(storage: Storage, model: str | Path | None, sample: int | None) -> VerifyReport:
     """Every file's size and SHA-256, which are those of finite values: none else are written."""
     if model is not None or sample is not None:
         option = "--sample" if model is None else "--model"
         raise UserError(
-            f"{option} compares rows of a folder: mlm-train tol fetch {place} FOLDER, and verify that"
+            f"{option} compares rows of a folder: mlm-train tol fetch {storage} FOLDER, and verify that"
         )
-    report = Report(index_at(place))
-    _check_basis(place, report)
+    report = VerifyReport(index_at(storage))
+    _check_basis(storage, report)
     done = 0
     with ByteProgress("verify", report.index.bytes) as progress:
         for partition in report.index.partitions:
-            _check_file(place, partition, partition.rows, report)
+            _check_file(storage, partition, partition.rows, report)
             progress.show(done := done + partition.bytes)
     return report
 
 
-def _check_basis(place: Place, report: Report) -> bool:
+def _check_basis(storage: Storage, report: VerifyReport) -> bool:
     """Whether it is whole, or there is none; its damage is that of all rows."""
     basis = report.index.basis
-    return basis is None or _check_file(place, basis, (0, report.index.vocab_size), report)
+    return basis is None or _check_file(storage, basis, (0, report.index.vocab_size), report)
 
 
-def _check_file(place: Place, file: File, rows: tuple[int, int], report: Report) -> bool:
-    whole = is_whole(place, file)
+def _check_file(storage: Storage, file: TableFile, rows: tuple[int, int], report: VerifyReport) -> bool:
+    whole = is_whole(storage, file)
     if not whole:
         what = "the file is missing, or its size or SHA-256 is not the index's"
         report.damages.append(Damage(file.file, *rows, what))
     return whole
 
 
-def _check_partitions(folder: Path, report: Report, recompute: _Recompute | None) -> None:
+def _check_partitions(folder: Path, report: VerifyReport, recompute: _Recompute | None) -> None:
     done = 0
     with ByteProgress("verify", sum(partition.bytes for partition in report.index.partitions)) as progress:
         for partition in report.index.partitions:
@@ -199,7 +201,7 @@ def _check_partitions(folder: Path, report: Report, recompute: _Recompute | None
 
 
 def _check_partition(
-    folder: Path, report: Report, partition: Partition, recompute: _Recompute | None
+    folder: Path, report: VerifyReport, partition: Partition, recompute: _Recompute | None
 ) -> Iterator[int]:
     """Add a partition's damage to the report; yields the rows passed, for the progress bar."""
     start, stop = partition.rows
