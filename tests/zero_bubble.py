@@ -10,7 +10,7 @@ _NEEDED = ".".join(map(str, ZERO_BUBBLE_TORCH))
 
 
 def runs_here(schedule: str | None) -> bool:
-    """Whether this torch has a schedule whole; `schedule` may be a word such as parallel.schedule=zbv."""
+    """Whether this torch has a schedule, given by its name or as an override of the config."""
     return has_zero_bubble() or (schedule or "").rpartition("=")[2] not in ZERO_BUBBLE
 
 

@@ -166,8 +166,8 @@ def check_torch(parallel: ParallelConfig) -> None:
     if parallel.pipeline > 1 and parallel.order in ZERO_BUBBLE and not has_zero_bubble():
         needed = ".".join(map(str, ZERO_BUBBLE_TORCH))
         raise UserError(
-            f"parallel.schedule={parallel.order}: needs torch {needed} or newer, and this is torch "
-            f"{torch.__version__}: set parallel.schedule=1f1b, or install a newer torch"
+            f"parallel.pipeline_schedule={parallel.order}: needs torch {needed} or newer, and this is torch "
+            f"{torch.__version__}: set parallel.pipeline_schedule=1f1b, or install a newer torch"
         )
 
 

@@ -44,7 +44,7 @@ def beyond(results: dict[str, Errors]) -> dict[str, Errors]:
 
 def has_schedule(case: Case) -> bool:
     """Whether this torch has the case's schedule."""
-    return runs_here(case.get("parallel", {}).get("schedule"))
+    return runs_here(case.get("parallel", {}).get("pipeline_schedule"))
 
 
 def run_layout(layout: Layout) -> dict[str, Errors]:

@@ -7,10 +7,10 @@ from tests.zero_bubble import runs_here, skip_the_rest
 
 BASE, MEMORY = {"kind": "base"}, {"kind": "memory", "num_hidden_layers": 4}
 LAYOUTS = {
-    "ZeRO-0 DP4": {"parallel": {"zero": 0}, "model": BASE},
-    "ZeRO-1 DP4": {"parallel": {"zero": 1}, "model": MEMORY},
-    "ZeRO-2 DP4": {"parallel": {"zero": 2}, "model": BASE},
-    "ZeRO-3 DP4": {"parallel": {"zero": 3}, "model": MEMORY},
+    "ZeRO-0 DP4": {"parallel": {"zero_stage": 0}, "model": BASE},
+    "ZeRO-1 DP4": {"parallel": {"zero_stage": 1}, "model": MEMORY},
+    "ZeRO-2 DP4": {"parallel": {"zero_stage": 2}, "model": BASE},
+    "ZeRO-3 DP4": {"parallel": {"zero_stage": 3}, "model": MEMORY},
     "TP2 DP2": {"parallel": {"tensor": 2, "sequence": True}, "model": MEMORY},
     "TP2 PP2, tables": {
         "parallel": {"tensor": 2, "pipeline": 2},
@@ -18,10 +18,13 @@ LAYOUTS = {
         "memory": {"mode": "table"},
     },
     "PP2 V2 DP2": {
-        "parallel": {"pipeline": 2, "virtual_stages": 2, "schedule": "interleaved_1f1b"},
+        "parallel": {"pipeline": 2, "virtual_stages": 2, "pipeline_schedule": "interleaved_1f1b"},
         "model": MEMORY,
     },
-    "zbv DP2": {"parallel": {"pipeline": 2, "schedule": "zbv"}, "model": BASE | {"num_hidden_layers": 4}},
+    "zbv DP2": {
+        "parallel": {"pipeline": 2, "pipeline_schedule": "zbv"},
+        "model": BASE | {"num_hidden_layers": 4},
+    },
 }
 KEEP_NO_GRADIENTS = ("ZeRO-2 DP4", "ZeRO-3 DP4")  # each pass is reduced at once
 KINDS = ("gradient", "forward", "weight", "once")
@@ -34,7 +37,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[tuple[str, str], dict]:
-    runnable = [case for case in CASES if runs_here(LAYOUTS[case[0]]["parallel"].get("schedule"))]
+    runnable = [case for case in CASES if runs_here(LAYOUTS[case[0]]["parallel"].get("pipeline_schedule"))]
     cases = [LAYOUTS[layout] | {"kind": kind, "guilty": 3 - guilty % 4} for layout, kind, guilty in runnable]
     found = run_on_ranks("tests.parallel.fault_cases:run", 4, cases=cases)
     return {case[:2]: outcome for case, outcome in zip(runnable, found, strict=True)}
