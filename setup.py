@@ -1,6 +1,6 @@
 """Packaging of mlm_train: what it needs, as ranges.
 
-The exact set that is tested is in requirements.txt and requirements-dev.txt, which `make` installs.
+The exact set that is tested is in the requirements files, which `make` installs.
 A lower bound is the oldest version that the tests were run with (CONTRIBUTING.md says when); there are no
 upper ones, so that the packages of a cluster's own environment, torch above all, stay as they are.
 """
@@ -45,6 +45,7 @@ EXTRAS = {
         "Flask>=3.1.0",
         "flask-cors>=6.0.0",
     ],
+    "wandb": ["wandb>=0.31.0"],
 }
 
 setup(

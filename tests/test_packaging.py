@@ -45,10 +45,10 @@ def pins(name: str) -> dict[str, str]:
     return {canonicalize_name(match[1]): match[2] for match in found if match}
 
 
-@pytest.mark.parametrize("extra", ["", "dev"])
+@pytest.mark.parametrize("extra", ["", "dev", "wandb"])
 def test_ranges_hold_the_pins(metadata: dict[str, Any], extra: str) -> None:
     wanted = ranges(metadata["extras_require"][extra] if extra else metadata["install_requires"])
-    pinned = pins("requirements-dev.txt" if extra else "requirements.txt")
+    pinned = pins(f"requirements-{extra}.txt" if extra else "requirements.txt")
     assert pinned.keys() - BUILD_ONLY == wanted.keys()
     assert [name for name, allowed in wanted.items() if pinned[name] not in allowed] == []
 
