@@ -13,6 +13,25 @@ from mlm_train.cli import COMMANDS, main
 from mlm_train.errors import Terminated
 from mlm_train.utils.signals import stoppable
 from tests.commands import ROOT, mlm_train, refused
+from tests.parsers import parsers
+
+# Each takes seconds to import, or draws in one that does: help and a wrong option are answered without them.
+HEAVY = ("torch", "transformers", "ray", "megatron", "deepspeed", "datasets", "fsspec")
+_LOADED = f"""
+import sys, time
+started = time.perf_counter()
+import mlm_train
+package = time.perf_counter() - started
+loaded = [name for name in {HEAVY} if name in sys.modules]
+from mlm_train.__main__ import main
+try:
+    main()
+except SystemExit as end:
+    print("exit code", end.code)
+loaded += [name for name in {HEAVY} if name in sys.modules]
+print(f"{{package:.3f}} s, then {{time.perf_counter() - started:.3f}} s", file=sys.stderr)
+print("loaded", loaded)
+"""
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -36,6 +55,17 @@ def test_top_level_help_is_quick_and_lists_all_commands() -> None:
         capture_output=True, text=True, cwd=ROOT, check=True,
     )  # fmt: skip
     assert "| torch\n" not in done.stderr, "help must not import torch"
+
+
+@pytest.mark.parametrize("path", ((), *parsers()), ids=lambda path: " ".join(path) or "mlm-train")
+def test_help_imports_nothing_heavy(path: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _LOADED, *path, "--help"],
+        capture_output=True, text=True, cwd=ROOT, check=True,
+    )  # fmt: skip
+    print("import mlm_train:", done.stderr)
+    assert f"usage: mlm-train{''.join(f' {word}' for word in path)} " in done.stdout
+    assert done.stdout.endswith("exit code 0\nloaded []\n")
 
 
 def test_version_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,10 +27,10 @@ from mlm_train.tol.allocate.sensitivity import Notes, Sums
 from mlm_train.tol.build.builder import Build
 from mlm_train.tol.build.ray_cluster import ray_cluster
 from mlm_train.tol.build.state import BuildPlan, BuildState
-from mlm_train.tol.format.codec import Scheme
 from mlm_train.tol.format.index import INDEX, STATE
 from mlm_train.tol.format.index_file import _digest, read_index
 from mlm_train.tol.format.layout import TableSpec
+from mlm_train.tol.format.schemes import Scheme
 from mlm_train.tol.storage.lease import OWNER, Owner
 from mlm_train.tol.storage.local import LocalFolder
 from mlm_train.utils.records import SEAL, seal_of

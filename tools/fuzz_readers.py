@@ -28,8 +28,8 @@ from mlm_train.model.transformer import Transformer
 from mlm_train.tol.allocate.mix_file import read_allocation
 from mlm_train.tol.allocate.sensitivity import Notes
 from mlm_train.tol.build.state import BuildState, begin
-from mlm_train.tol.format.codec import Scheme
 from mlm_train.tol.format.index import INDEX, STATE
+from mlm_train.tol.format.schemes import Scheme
 from mlm_train.tol.serve.reader import TableReader
 from mlm_train.tol.serve.source import TolSource
 from mlm_train.tol.storage.base import refuse_used

@@ -52,8 +52,8 @@ def default_is_cuda(pin: str) -> bool:
 
 def main(requirements: str) -> None:
     """Install everything."""
-    if sys.version_info[:2] != (3, 11):
-        raise SystemExit(f"install.py: Python 3.11 is needed, this is {sys.version.split()[0]}")
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        raise SystemExit(f"install.py: Python 3.11, 3.12 or 3.13 is needed, this is {sys.version.split()[0]}")
     if not (VENV / "bin" / "pip").exists():
         print(f"creating {VENV}", flush=True)
         venv.create(VENV, with_pip=True)

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlm_train.config import Config, TrainConfig
+from mlm_train.config import Config, ParallelConfig, TrainConfig
+from mlm_train.config.parallel import ZERO_BUBBLE
 from mlm_train.errors import PeerFailure, SharedUserError, UserError
 from mlm_train.parallel.health.failures import one_line
 from mlm_train.parallel.health.progress_marker import ProgressMarker
@@ -24,6 +25,7 @@ from mlm_train.utils.files import told
 from mlm_train.utils.malloc import keep_freed
 
 Result = TypeVar("Result")
+ZERO_BUBBLE_TORCH = (2, 13)  # before, torch lost gradients of ours in its zero-bubble schedules
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -153,6 +155,22 @@ def check_compiler(train: TrainConfig) -> None:
         )
 
 
+def has_zero_bubble() -> bool:
+    """Whether this torch's zero-bubble schedules run our stages."""
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= ZERO_BUBBLE_TORCH
+
+
+def check_torch(parallel: ParallelConfig) -> None:
+    """UserError where the schedule needs a newer torch than this one."""
+    if parallel.pipeline > 1 and parallel.order in ZERO_BUBBLE and not has_zero_bubble():
+        needed = ".".join(map(str, ZERO_BUBBLE_TORCH))
+        raise UserError(
+            f"parallel.pipeline_schedule={parallel.order}: needs torch {needed} or newer, and this is torch "
+            f"{torch.__version__}: set parallel.pipeline_schedule=1f1b, or install a newer torch"
+        )
+
+
 def pick_device(choice: str) -> torch.device:
     """The device of config field train.device on this rank: auto takes CUDA where it is."""
     if choice == "cpu" or not torch.cuda.is_available():
@@ -166,6 +184,7 @@ def start(config: Config) -> Runtime:
     """Join the other ranks: gloo on CPU, NCCL on CUDA, megatron-core's groups over them."""
     topology = Topology.of(config.parallel, world_size(), global_rank())
     topology.check_batch(config)
+    check_torch(config.parallel)
     _make_repeatable(config.train)
     device = pick_device(config.train.device)
     if device.type == "cpu":

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
+from tests.parallel.layouts import Case
 from tests.parallel.matrix import LAYOUTS, Layout, cases_of
 from tests.ranks import ROOT, run_on_ranks
+from tests.zero_bubble import runs_here
 
 Errors = dict[str, float]
 
@@ -40,9 +42,14 @@ def beyond(results: dict[str, Errors]) -> dict[str, Errors]:
     }
 
 
+def has_schedule(case: Case) -> bool:
+    """Whether this torch has the case's schedule."""
+    return runs_here(case.get("parallel", {}).get("pipeline_schedule"))
+
+
 def run_layout(layout: Layout) -> dict[str, Errors]:
-    """Case -> errors of a layout, one launch for all cases."""
-    named = cases_of(layout)
+    """Case -> errors of a layout, one launch for all cases that this torch can run."""
+    named = {name: case for name, case in cases_of(layout).items() if has_schedule(case)}
     results = run_on_ranks(
         "tests.parallel.parity_cases:run_cases", layout.world, timeout=900, cases=list(named.values())
     )

@@ -15,10 +15,10 @@ from mlm_train.tol.allocate.sensitivity import Notes, Trial, measure, spectra_of
 from mlm_train.tol.build.budget import bytes_of
 from mlm_train.tol.build.builder import Build
 from mlm_train.tol.commands import allocate as allocate_command
-from mlm_train.tol.format.codec import Scheme
 from mlm_train.tol.format.index import INDEX
 from mlm_train.tol.format.index_file import read_index
 from mlm_train.tol.format.layout import TableSpec
+from mlm_train.tol.format.schemes import Scheme
 from mlm_train.tol.lowrank.knapsack import Ways
 from mlm_train.tol.serve.reader import TableReader
 from mlm_train.tol.serve.source import TolSource
