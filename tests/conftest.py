@@ -9,6 +9,8 @@ import pytest
 
 from tests.commands import mlm_train
 
+pytest_plugins = ["tests.order"]
+
 
 def pytest_configure() -> None:
     """Hear Ctrl-C also where a shell has started the tests in the background: many send it."""
