@@ -6,7 +6,8 @@ export TOKENIZERS_PARALLELISM := false
 export RAY_USAGE_STATS_ENABLED := 0
 
 # Much of a test's time is waiting: for processes that start, for a lease that ends.
-TEST_WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+TEST_WORKERS ?= $(shell echo $$(($(CORES) < 8 ? $(CORES) + 1 : 8)))
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: quickstart test test-fast test-long test-slurm check parity performance clean help

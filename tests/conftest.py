@@ -10,6 +10,7 @@ import pytest
 from tests.commands import mlm_train
 
 pytest_plugins = ["tests.order"]
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process that a test starts compiles all modules
 
 
 def pytest_configure() -> None:
