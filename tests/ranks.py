@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
+from tests.commands import mlm_train
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -51,6 +53,21 @@ def run_on_ranks(target: str, world: int, timeout: float = 600, **arguments: Any
             codes = [process.exitcode for process in ranks]
             raise AssertionError("\n".join(failures) or f"exit codes {codes} after {timeout} s at most")
         return json.loads((folder / "result").read_text())
+
+
+def train_on_ranks(world: int, *words: object) -> None:
+    """`mlm-train pretrain` on ranks that begin as torchrun begins them, where no launch is under test.
+
+    What a launch spends on the imports of every rank and agent is more than these runs compute.
+    """
+    run_on_ranks("tests.ranks:_pretrain", world, words=[str(word) for word in words])
+
+
+def _pretrain(words: list[str]) -> None:
+    from mlm_train.parallel import runtime
+
+    mlm_train("pretrain", *words)
+    runtime.stop()
 
 
 def _rank(target: str, rank: int, world: int, port: int, folder: Path, arguments: dict[str, Any]) -> None:
