@@ -13,6 +13,7 @@ import tempfile
 import time
 import traceback
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,19 @@ from tests.commands import mlm_train
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def forkserver() -> ForkServerContext:
+    """How processes begin that need a part of it: a test process has one server, for all its tests."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["tests.preload"])
+    return processes
+
+
 def run_on_ranks(target: str, world: int, timeout: float = 600, **arguments: Any) -> Any:
     """`target` is "module:function"; it gets the arguments, rank 0's result comes back (through JSON).
 
     Any rank's failure fails the test with that rank's own traceback, and ends the others.
     """
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["tests.preload"])
+    processes = forkserver()
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
