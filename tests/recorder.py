@@ -1,19 +1,22 @@
 """Writes tests/seconds.json: what each file takes, and which of its tests are slow or start a process."""
 
+import importlib
 import json
 import multiprocessing.process
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-SLOW = 1.0  # seconds, without the fixtures' setup
-# A fixture's, once for all tests of a process that use it. Its own processes make none of them slow.
-SLOW_FIXTURE = 3.0
+from tests.order import file_of, function_of
+
+# Of this process's CPU, which other load does not change: of a test without its fixtures, and of a fixture,
+# which is set up once for all tests of a process that use it.
+SLOW, SLOW_FIXTURE = 1.0, 3.0
 
 
 class Recorder:
@@ -24,7 +27,12 @@ class Recorder:
         self.started = 0  # processes
         self.seconds: dict[str, float] = defaultdict(float)  # of each file
         self.calls: dict[str, dict[str, Any]] = {}  # of each test
-        self.fixtures: dict[str, float] = {}
+        self.slow_fixtures: set[str] = set()
+        if hasattr(config, "workerinput") or not config.getoption("numprocesses"):
+            self._watch()
+
+    def _watch(self) -> None:
+        importlib.import_module("tests.preload")  # or the first test to import something would be slow
         sys.addaudithook(self._audit)
         start = multiprocessing.process.BaseProcess.start
 
@@ -37,56 +45,45 @@ class Recorder:
     def _audit(self, event: str, _: Any) -> None:
         self.started += event in ("subprocess.Popen", "os.fork", "os.posix_spawn")
 
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
         self.item = item
-        yield
 
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
-        begun = time.monotonic()
-        yield
-        name = f"{fixturedef.baseid}::{fixturedef.argname}"
-        self.item.user_properties.append(("fixture", [name, time.monotonic() - begun]))
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any) -> Generator[None, object, object]:
+        begun, started = time.process_time(), self.started
+        value = yield
+        if self.started > started or time.process_time() - begun > SLOW_FIXTURE:
+            self.item.user_properties.append(("slow fixture", f"{fixturedef.baseid}::{fixturedef.argname}"))
+        return value
 
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
-        begun, started = time.monotonic(), self.started
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, None, None]:
+        begun, started = time.process_time(), self.started
         yield
+        slow = self.started > started or time.process_time() - begun > SLOW
         named = item._fixtureinfo.name2fixturedefs  # type: ignore[attr-defined]
-        item.user_properties.append(
-            (
-                "call",
-                {
-                    "seconds": time.monotonic() - begun,
-                    "started": self.started > started,
-                    "fixtures": [f"{found[-1].baseid}::{name}" for name, found in named.items()],
-                },
-            )
-        )
+        fixtures = [f"{found[-1].baseid}::{name}" for name, found in named.items()]
+        item.user_properties.append(("call", {"slow": slow, "fixtures": fixtures}))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.seconds[report.nodeid.partition("::")[0]] += report.duration
+        self.seconds[file_of(report.nodeid)] += report.duration
         if report.when != "teardown":
             return
         for kind, found in report.user_properties:
             if kind == "call":
                 self.calls[report.nodeid] = found  # type: ignore[assignment]
-            elif kind == "fixture":
-                name, seconds = found  # type: ignore[misc]
-                self.fixtures[name] = max(seconds, self.fixtures.get(name, 0.0))
+            elif kind == "slow fixture":
+                self.slow_fixtures.add(str(found))
 
     def pytest_sessionfinish(self) -> None:
         if hasattr(self.config, "workerinput"):
             return
         table = json.loads(self.table.read_text()) if self.table.is_file() else {}
-        slow: dict[str, dict[str, float]] = defaultdict(dict)
+        slow: dict[str, set[str]] = defaultdict(set)
         for nodeid, call in self.calls.items():
-            file, _, name = nodeid.partition("::")
-            waits = any(self.fixtures.get(fixture, 0.0) > SLOW_FIXTURE for fixture in call["fixtures"])
-            if call["seconds"] > SLOW or call["started"] or waits:
-                name = name.partition("[")[0]
-                slow[file][name] = round(max(call["seconds"], slow[file].get(name, 0.0)), 1)
+            if call["slow"] or self.slow_fixtures.intersection(call["fixtures"]):
+                slow[file_of(nodeid)].add(function_of(nodeid))
         for file, seconds in self.seconds.items():
-            table[file] = {"seconds": round(seconds, 1), "slow": dict(sorted(slow[file].items()))}
+            table[file] = {"seconds": round(seconds, 1), "slow": sorted(slow[file])}
         self.table.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n")
