@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from tests.parallel.layouts import Case
 from tests.parallel.matrix import LAYOUTS, Layout, cases_of
 from tests.ranks import ROOT, run_on_ranks
 
@@ -40,9 +41,8 @@ def beyond(results: dict[str, Errors]) -> dict[str, Errors]:
     }
 
 
-def run_layout(layout: Layout) -> dict[str, Errors]:
+def run_layout(layout: Layout, named: dict[str, Case]) -> dict[str, Errors]:
     """Case -> errors of a layout, one launch for all cases."""
-    named = cases_of(layout)
     results = run_on_ranks(
         "tests.parallel.parity_cases:run_cases", layout.world, timeout=900, cases=list(named.values())
     )
@@ -56,7 +56,7 @@ def main() -> None:
     details: list[str] = []
     wrong: dict[str, Errors] = {}
     for layout in LAYOUTS:
-        results = run_layout(layout)
+        results = run_layout(layout, cases_of(layout))
         wrong |= {f"{layout}: {name}": error for name, error in beyond(results).items()}
         worst = [max(error[key] for error in results.values()) for key in FIGURES]
         figures = " | ".join(f"{value:.1e}" for value in worst)
