@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 
-from mlm_train import stopping
+from mlm_train.utils import signals as stopping
 
 
 def _end_rank(code: int) -> None:

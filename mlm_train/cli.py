@@ -18,18 +18,18 @@ from typing import NoReturn
 
 from mlm_train import __version__
 from mlm_train.errors import PeerFailure, SharedUserError, Terminated, UserError, escaped
-from mlm_train.files import FULL, told
-from mlm_train.quiet import hush_libraries
-from mlm_train.stopping import heard, stoppable
+from mlm_train.utils.files import FULL, told
+from mlm_train.utils.library_noise import hush_libraries
+from mlm_train.utils.signals import heard, stoppable
 
 COMMANDS = {
     "data": "mlm_train.data.command",
     "pretrain": "mlm_train.train.command",
     "launch": "mlm_train.train.launch_command",
     "checkpoint": "mlm_train.checkpoint.command",
-    "export": "mlm_train.checkpoint.export_command",
+    "export": "mlm_train.checkpoint.export",
     "import": "mlm_train.checkpoint.import_command",
-    "tol": "mlm_train.tol.command",
+    "tol": "mlm_train.tol.commands.main",
     "plan": "mlm_train.plan.command",
     "generate": "mlm_train.inference.command",
     "evaluate": "mlm_train.evaluate.command",

@@ -7,19 +7,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mlm_train.checkpoint.hf_folder import fingerprint
+from mlm_train.checkpoint.hf.folder import fingerprint
 from mlm_train.model.transformer import Transformer
-from mlm_train.tol.disk import Stream, buffers
-from mlm_train.tol.format import Partition, Source, TolIndex, write_index
-from mlm_train.tol.partition import RowShape
-from mlm_train.tol.place import Folder
+from mlm_train.tol.format.index import Partition, Provenance, TolIndex
+from mlm_train.tol.format.index_file import write_index
+from mlm_train.tol.format.partition import RowShape
+from mlm_train.tol.storage.direct_io import Stream, buffers
+from mlm_train.tol.storage.local import LocalFolder
 
 
 def write_partition(
     path: Path, rows: tuple[int, int], shape: RowShape, chunks: Sequence[Tensor]
 ) -> Partition:
     """Write `chunks` of rows, [n, ...] of any type, one after another, as one partition."""
-    place, count = Folder(path.parent), rows[1] - rows[0]
+    place, count = LocalFolder(path.parent), rows[1] - rows[0]
     header = shape.header(count)
     draft = place.draft(path.name, shape.file_bytes(count), header)
     try:
@@ -46,8 +47,8 @@ def write_table(folder: Path, model: Transformer, export: Path, cuts: Sequence[i
         write_partition(folder / f"{start}.safetensors", (start, stop), shape, [table[start:stop]])
         for start, stop in itertools.pairwise((0, *cuts, len(table)))
     ]
-    source = Source(checkpoint=fingerprint(export), created="", tool_version="")
+    source = Provenance(checkpoint=fingerprint(export), created="", tool_version="")
     shapes = {"vocab_size": len(table), "num_layers": len(blocks), "hidden_size": hidden}
     index = {"dtype": "float32", "layers": list(blocks), "partitions": parts, "source": source, **shapes}
-    write_index(Folder(folder), TolIndex.model_validate(index))
+    write_index(LocalFolder(folder), TolIndex.model_validate(index))
     return folder

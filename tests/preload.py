@@ -4,6 +4,6 @@ import torch
 
 import tests.parallel.parity_cases
 import tests.train.lives  # noqa: F401
-from mlm_train.parallel.engine import _load_deepspeed
+from mlm_train.parallel.engine.deepspeed_zero import _load_deepspeed
 
 _load_deepspeed(torch.device("cpu"))

@@ -11,7 +11,7 @@ import pytest
 from mlm_train import __version__
 from mlm_train.cli import COMMANDS, SUMMARY, main
 from mlm_train.errors import Terminated
-from mlm_train.stopping import stoppable
+from mlm_train.utils.signals import stoppable
 from tests.commands import ROOT, mlm_train, refused
 
 
@@ -128,7 +128,7 @@ def test_further_signals_let_it_clean_up(monkeypatch: pytest.MonkeyPatch) -> Non
                 signal.raise_signal(signal.SIGINT)
                 signal.raise_signal(signal.SIGTERM)
                 assert not ended
-                monkeypatch.setattr("mlm_train.stopping.ECHO_SECONDS", 0.0)
+                monkeypatch.setattr("mlm_train.utils.signals.ECHO_SECONDS", 0.0)
                 signal.raise_signal(signal.SIGINT)
         assert ended == [130]
     finally:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from mlm_train.cli import main
-from mlm_train.tol.cluster import ray_cluster
+from mlm_train.tol.build.ray_cluster import ray_cluster
 from tests.commands import TINY, mlm_train
 
 MEGABYTES = 48
@@ -94,7 +94,7 @@ def ended(*words: object) -> list[str]:
 
 
 def training(data: Path, output: Path) -> list[str]:
-    more = ("train.steps=3", "checkpoint.every=1", "monitor.peak_tflops=1", "memory.mode=unique")
+    more = ("train.steps=3", "checkpoint.interval=1", "monitor.peak_tflops=1", "memory.mode=unique")
     return [*TINY, *more, f"data.path={data}", f"train.output={output}"]
 
 

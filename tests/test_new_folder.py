@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from mlm_train.checkpoint.hf_import import import_folder
+from mlm_train.checkpoint.hf.importing import import_folder
 from mlm_train.data.collect import collect, standard_library
 from mlm_train.data.prepare import prepare
 from mlm_train.errors import UserError
-from mlm_train.files import new_folder
+from mlm_train.utils.files import new_folder
 from tests.checkpoint.test_hf_folder import random_model, write
 from tests.commands import refused
 
@@ -22,7 +22,7 @@ from tests.commands import refused
 WRITER = """
 import sys, time
 from pathlib import Path
-from mlm_train.files import new_folder
+from mlm_train.utils.files import new_folder
 with new_folder(Path(sys.argv[1])) as draft, new_folder(draft) as inner:
     (inner / "big").write_bytes(bytes(100))
     print("writing", flush=True)

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from mlm_train.checkpoint.hf_folder import write_folder
+from mlm_train.checkpoint.hf.folder import write_folder
 from mlm_train.config import ModelConfig, load_config
 from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.plan import tol
 from mlm_train.plan.command import _giga
-from mlm_train.plan.tol import Serving, Stored, Tier
-from mlm_train.sizes import in_units
+from mlm_train.plan.tol import Serving, StoredAs, Tier
+from mlm_train.utils.units import in_units
 from tests.commands import ROOT, mlm_train, refused
 
 PAPER = ROOT / "configs" / "memory-1b.yaml"
@@ -45,15 +45,15 @@ def serving(*, flops: float = 1e30, distinct: float = 1.0, **tiers: Tier) -> Ser
 
 def test_bytes_of_the_papers_1b(paper: ModelConfig) -> None:
     """12.6 GB in 16 bits: 128256 x 24 x 2048 x 2."""
-    assert tol.tol_bytes(paper, Stored("bfloat16")) == 12_608_077_824
+    assert tol.tol_bytes(paper, StoredAs("bfloat16")) == 12_608_077_824
     # 2048 codes of a byte and 32 scales of two: 2112 a layer; 1024 and 64: 1088.
-    assert tol.row_bytes(paper, Stored("int8")) == 24 * 2112 == 50_688
-    assert tol.tol_bytes(paper, Stored("int8")) == 6_501_040_128
-    assert tol.row_bytes(paper, Stored("int4")) == 24 * 1088 == 26_112
-    assert tol.tol_bytes(paper, Stored("int4")) == 3_349_020_672
+    assert tol.row_bytes(paper, StoredAs("int8")) == 24 * 2112 == 50_688
+    assert tol.tol_bytes(paper, StoredAs("int8")) == 6_501_040_128
+    assert tol.row_bytes(paper, StoredAs("int4")) == 24 * 1088 == 26_112
+    assert tol.tol_bytes(paper, StoredAs("int4")) == 3_349_020_672
     # 256 numbers of two bytes a layer; bases of 256 x 2048 float16 in 24 layers.
-    assert tol.row_bytes(paper, Stored("bfloat16", 256)) == 24 * 512
-    assert tol.tol_bytes(paper, Stored("bfloat16", 256)) == 128_256 * 12_288 + 25_165_824
+    assert tol.row_bytes(paper, StoredAs("bfloat16", 256)) == 24 * 512
+    assert tol.tol_bytes(paper, StoredAs("bfloat16", 256)) == 128_256 * 12_288 + 25_165_824
     # 24 layers of 3 x 2048 x 5464 and a norm of 2048, in two bytes.
     assert tol.ffn_m_bytes(paper, "bfloat16") == 1_611_497_472
     # Attention 4 x 2048^2 and its norm in each layer, a last norm, embedding and head of 128256 x 2048.
@@ -68,17 +68,17 @@ def test_bytes_of_the_papers_1b(paper: ModelConfig) -> None:
 def test_short_groups_and_padding() -> None:
     """100 numbers are two groups: 4 bytes of scales. A layer that is packed ends at a multiple of 16."""
     model = small(hidden_size=100, num_attention_heads=5)
-    assert tol.row_bytes(model, Stored("bfloat16")) == 2 * 200
-    assert tol.row_bytes(model, Stored("int8")) == 2 * 112  # 104
-    assert tol.row_bytes(model, Stored("int4")) == 2 * 64  # 54
-    assert tol.row_bytes(model, Stored("bfloat16", 7)) == 2 * 16  # 14
-    assert tol.row_bytes(model, Stored("int4", 7)) == 2 * 16  # 2 + 4: half a byte is a byte
-    assert tol.basis_bytes(model, Stored("int4", 7)) == 2 * 7 * 100 * 2
+    assert tol.row_bytes(model, StoredAs("bfloat16")) == 2 * 200
+    assert tol.row_bytes(model, StoredAs("int8")) == 2 * 112  # 104
+    assert tol.row_bytes(model, StoredAs("int4")) == 2 * 64  # 54
+    assert tol.row_bytes(model, StoredAs("bfloat16", 7)) == 2 * 16  # 14
+    assert tol.row_bytes(model, StoredAs("int4", 7)) == 2 * 16  # 2 + 4: half a byte is a byte
+    assert tol.basis_bytes(model, StoredAs("int4", 7)) == 2 * 7 * 100 * 2
 
 
 def test_build_time(paper: ModelConfig) -> None:
     """6 x 24 x 2048 x 5464 FLOPs a token: 2.067e14 for the vocabulary, at 1e12 a second; bytes at 2e9."""
-    compute, write = tol.build_seconds(paper, Stored("bfloat16"), 1e12, 2e9)
+    compute, write = tol.build_seconds(paper, StoredAs("bfloat16"), 1e12, 2e9)
     assert compute == pytest.approx(206.671611691)
     assert write == pytest.approx(6.304038912)
 
@@ -86,17 +86,17 @@ def test_build_time(paper: ModelConfig) -> None:
 def test_the_batch_from_which_reading_rows_takes_longer(paper: ModelConfig) -> None:
     """1.611497472 ms of weights from VRAM at 1e12; 98304 bytes from RAM at 1e10 are 9.8304 us: 163.9 rows."""
     machine = serving(vram=Tier(tol.VRAM, 24e9, 1e12), ram=Tier(tol.RAM, 64e9, 1e10))
-    vram, ram, _ = tol.compare(paper, machine, machine.tiers[0], [Stored("bfloat16")], [1, 100, 1000])
+    vram, ram, _ = tol.compare(paper, machine, machine.tiers[0], [StoredAs("bfloat16")], [1, 100, 1000])
     assert vram.fits and ram.fits and ram.bytes == 12_608_077_824
     assert ram.seconds == pytest.approx([9.8304e-6, 9.8304e-4, 9.8304e-3])
     assert ram.pays == [(1, 164)]
     assert vram.pays == [(1, 16393)]  # 98304 bytes at 1e12: 16392.995 rows
     # With half of the tokens distinct, twice the batch.
     halved = machine._replace(distinct=0.5)
-    assert tol.compare(paper, halved, machine.tiers[0], [Stored("bfloat16")], [1])[1].pays == [(1, 328)]
+    assert tol.compare(paper, halved, machine.tiers[0], [StoredAs("bfloat16")], [1])[1].pays == [(1, 328)]
     # Where products are slower than reading their row, it pays at any batch: 16.1 us against 9.83.
     slow = machine._replace(flops=1e14)
-    assert tol.compare(paper, slow, machine.tiers[0], [Stored("bfloat16")], [1])[1].pays == [(1, None)]
+    assert tol.compare(paper, slow, machine.tiers[0], [StoredAs("bfloat16")], [1])[1].pays == [(1, None)]
 
 
 def test_latency_makes_small_batches_not_pay() -> None:
@@ -105,12 +105,12 @@ def test_latency_makes_small_batches_not_pay() -> None:
     vram = Tier(tol.VRAM, 1e9, 77_056 / 10e-6)
     nvme = Tier(tol.NVME, 1e9, 4096 / 0.1e-6, latency=50e-6, in_flight=1e9, block=4096)
     machine = serving(vram=vram, nvme=nvme, flops=76_800 / 1e-6)
-    offer = tol.compare(model, machine, vram, [Stored("bfloat16")], [1, 1000])[2]
+    offer = tol.compare(model, machine, vram, [StoredAs("bfloat16")], [1, 1000])[2]
     assert offer.seconds == pytest.approx([50e-6, 100e-6])
     assert [first for first, _ in offer.pays] in ([50], [51]) and offer.pays[0][1] is None
     never = nvme._replace(bandwidth=4096 / 2e-6)
     machine = serving(vram=vram, nvme=never, flops=76_800 / 1e-6)
-    assert tol.compare(model, machine, vram, [Stored("bfloat16")], [1])[2].pays == []
+    assert tol.compare(model, machine, vram, [StoredAs("bfloat16")], [1])[2].pays == []
 
 
 def test_against_a_reference_that_asks_one_batch_at_a_time() -> None:
@@ -126,7 +126,7 @@ def test_against_a_reference_that_asks_one_batch_at_a_time() -> None:
         nvme = Tier(tol.NVME, 1e9, some(7, 10), some(-6, -3), some(0, 2), 4096)
         machine = serving(vram=vram, ram=ram, nvme=nvme, flops=some(9, 13), distinct=chance.uniform(0.1, 1))
         home, rank = chance.choice(machine.tiers), chance.randint(1, hidden)
-        ways = [Stored("bfloat16"), Stored("int8"), Stored("int4", rank)]
+        ways = [StoredAs("bfloat16"), StoredAs("int8"), StoredAs("int4", rank)]
         widths = [2 * hidden, ceil(hidden / 64) * 2 + hidden, ceil(rank / 64) * 2 + ceil(rank / 2)]
         sizes = [layers * 2 * hidden, *(layers * ceil(width / 16) * 16 for width in widths[1:])]
         batches, tiers = list(range(1, 60)), {tier.name: tier for tier in machine.tiers}
@@ -154,7 +154,7 @@ def test_against_a_reference_that_asks_one_batch_at_a_time() -> None:
 def test_capacity(paper: ModelConfig) -> None:
     """VRAM holds the other weights (1.86 GB) first; FFN-M's weights (1.61 GB) live where they fit."""
     machine = serving(vram=Tier(tol.VRAM, 14.4e9, 1e12), ram=Tier(tol.RAM, 12.7e9, 1e10))
-    ways = [Stored("bfloat16"), Stored("int8")]
+    ways = [StoredAs("bfloat16"), StoredAs("int8")]
     offers = tol.compare(paper, machine, machine.tiers[0], ways, [1])
     assert [offer.fits for offer in offers] == [False, True, True, True, True, True]
     assert offers[0].pays == []

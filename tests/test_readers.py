@@ -14,10 +14,10 @@ import pytest
 
 from mlm_train.checkpoint.load import open_checkpoint
 from mlm_train.checkpoint.manifest import write_manifest
-from mlm_train.ownership import Attempt, _note, _noted, _path
 from mlm_train.parallel import runtime
-from mlm_train.records import SEAL, json_value
-from mlm_train.tol.sensitivities import Notes, Sums
+from mlm_train.tol.allocate.sensitivity import Notes, Sums
+from mlm_train.utils.records import SEAL, json_value
+from mlm_train.utils.run_lock import SlurmAttempt, _note, _noted, _path
 from tests.commands import TINY, mlm_train, outcome, refused
 from tests.test_security import sharded_export, tol
 
@@ -227,8 +227,8 @@ def test_notes_that_are_damaged_are_as_none(tmp_path: Path, fifo: Fifo) -> None:
         fifo(path)
     assert _noted(folder) is None and notes.read() is None
     _path(folder).unlink()
-    _note(folder, Attempt("7", 2))
-    assert _noted(folder) == Attempt("7", 2)
+    _note(folder, SlurmAttempt("7", 2))
+    assert _noted(folder) == SlurmAttempt("7", 2)
     notes.path.unlink()
     sums = Sums(np.array([[0.5]]), np.array([[0.25]]), 3)
     notes.write(sums)

@@ -15,22 +15,23 @@ import psutil
 import pytest
 import torch
 
-from mlm_train.checkpoint.hf_folder import open_tensors, verify_folder, write_folder
-from mlm_train.checkpoint.hf_manifest import MANIFEST
+from mlm_train.checkpoint.hf.folder import open_tensors, verify_folder, write_folder
+from mlm_train.checkpoint.hf.manifest import MANIFEST
 from mlm_train.checkpoint.load import config_of, load_weights, open_checkpoint
-from mlm_train.checkpoint.logical_folder import load_model
+from mlm_train.checkpoint.reading.logical_folder import load_model
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.tokenizer import tokenizer_of
 from mlm_train.errors import UserError
 from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime
-from mlm_train.parallel.stacks import flight_record, write_evidence
-from mlm_train.records import SEAL, seal_of
-from mlm_train.tol.format import Source, TolIndex, write_index
-from mlm_train.tol.partition import RowShape
-from mlm_train.tol.place import Folder
-from mlm_train.tol.store import TolSource
+from mlm_train.parallel.health.thread_stacks import flight_record, write_evidence
+from mlm_train.tol.format.index import Provenance, TolIndex
+from mlm_train.tol.format.index_file import write_index
+from mlm_train.tol.format.partition import RowShape
+from mlm_train.tol.serve.source import TolSource
+from mlm_train.tol.storage.local import LocalFolder
+from mlm_train.utils.records import SEAL, seal_of
 from tests.commands import ROOT, TINY, listening, mlm_train, refused, start
 from tests.partitions import write_partition
 from tests.tol.conftest import random_model
@@ -109,10 +110,10 @@ def tol(folder: Path) -> Path:
     partition = write_partition(
         folder / "rows.safetensors", (0, 601), RowShape.plain("float32", 3, 32), [chunk]
     )
-    source = Source(checkpoint="0" * 64, created="2026-01-01", tool_version="0")
+    source = Provenance(checkpoint="0" * 64, created="2026-01-01", tool_version="0")
     shape = {"vocab_size": 601, "num_layers": 3, "hidden_size": 32, "dtype": "float32"}
     index = {**shape, "layers": [0, 1, 2], "partitions": [partition], "source": source}
-    write_index(Folder(folder), TolIndex.model_validate(index))
+    write_index(LocalFolder(folder), TolIndex.model_validate(index))
     return folder
 
 
@@ -242,8 +243,8 @@ def test_a_url_with_a_password_is_no_config_value(
         line = refused("pretrain", *tiny, f"{name}={url}")
         assert f"{name} holds a URL with a user name or password" in line and SECRET not in line
     monkeypatch.setenv("HF_TOKEN", SECRET)  # the job gets it, the command does not show it
-    place = (f"data.path={data}", f"train.output={tmp_path / 'run'}")
-    mlm_train("launch", "--slurm", *tiny, *place, "--nproc", 1, "--render")
+    storage = (f"data.path={data}", f"train.output={tmp_path / 'run'}")
+    mlm_train("launch", "--slurm", *tiny, *storage, "--nproc", 1, "--render")
     assert SECRET not in capsys.readouterr().out
 
 

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from mlm_train.checkpoint.tensors import read_tensors, write_tensors
 from mlm_train.errors import Terminated, UserError
-from mlm_train.stopping import heard, held, stoppable
+from mlm_train.utils.signals import heard, held, stoppable
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 MODULE = """

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from mlm_train.checkpoint.hf_files import SpecialTokens
+from mlm_train.checkpoint.hf.files import SpecialTokens
 from mlm_train.cli import main
 from tests.checkpoint.test_hf_folder import random_model, write
 from tests.checkpoint.test_hf_import import llama

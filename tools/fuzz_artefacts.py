@@ -18,21 +18,23 @@ from safetensors.torch import save_file
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HuggingFace
 
-from mlm_train.checkpoint.hf_folder import write_folder
+from mlm_train.checkpoint.hf.folder import write_folder
 from mlm_train.config import ModelConfig, dump_config, load_config
-from mlm_train.data.prepared import SplitRecord, TokenizerRecord, fingerprint_of
+from mlm_train.data.manifest import SplitRecord, TokenizerRecord, fingerprint_of
 from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
-from mlm_train.ownership import Attempt, _note
-from mlm_train.records import SEAL, seal_of
-from mlm_train.tol.build import build_tol
-from mlm_train.tol.cluster import ray_cluster
-from mlm_train.tol.codec import Scheme
-from mlm_train.tol.format import INDEX, STATE, _digest, read_index
-from mlm_train.tol.lease import OWNER, Owner
-from mlm_train.tol.place import Folder
-from mlm_train.tol.sensitivities import Notes, Sums
-from mlm_train.tol.state import Plan, State, Storage
+from mlm_train.tol.allocate.sensitivity import Notes, Sums
+from mlm_train.tol.build.builder import Build
+from mlm_train.tol.build.ray_cluster import ray_cluster
+from mlm_train.tol.build.state import BuildPlan, BuildState
+from mlm_train.tol.format.codec import Scheme
+from mlm_train.tol.format.index import INDEX, STATE
+from mlm_train.tol.format.index_file import _digest, read_index
+from mlm_train.tol.format.layout import TableSpec
+from mlm_train.tol.storage.lease import OWNER, Owner
+from mlm_train.tol.storage.local import LocalFolder
+from mlm_train.utils.records import SEAL, seal_of
+from mlm_train.utils.run_lock import SlurmAttempt, _note
 
 
 def reseal(file: Path) -> Callable[[Any], bytes] | None:
@@ -72,7 +74,7 @@ def make_artefacts(root: Path) -> None:
     command("export", root / "run", "--output", root / "export")
     _write_llama(root / "llama", root / "data/tokenizer.model")
     with ray_cluster(workers=1):
-        build_tol(root / "export", root / "plain-table", "bfloat16", partitions=2)
+        Build(root / "export", root / "plain-table", TableSpec(), partitions=2, compute="float32").run(2)
         command_line = ("tol", "build", root / "export", "--output", root / "table", "--partitions", 2)
         command(*command_line, "--workers", 1, "--dtype", "int8", "--group-size", 8, "--rank", 8)
     _write_build(root / "plain-table", root / "build")
@@ -97,9 +99,9 @@ def _write_build(table: Path, folder: Path) -> None:
     index = read_index(table)
     sizes = {name: getattr(index, name) for name in ("vocab_size", "num_layers", "hidden_size")}
     how = {"compute": "float32", "chunk_rows": index.source.chunk_rows or 2048, "threads": 1}
-    storage = Storage(dtype="bfloat16")
-    plan = Plan(checkpoint=index.source.checkpoint, storage=storage, partitions=3, **sizes, **how)
-    State(plan=plan, done=dict(enumerate(index.partitions))).save(Folder(folder))
+    spec = TableSpec(dtype="bfloat16")
+    plan = BuildPlan(checkpoint=index.source.checkpoint, spec=spec, partitions=3, **sizes, **how)
+    BuildState(plan=plan, done=dict(enumerate(index.partitions))).save(LocalFolder(folder))
 
 
 def _write_small(small: Path) -> None:
@@ -109,7 +111,7 @@ def _write_small(small: Path) -> None:
     (small / "allocation.json").write_text(json.dumps(allocation))
     save_file({"tokens": torch.arange(12).view(2, 6)}, small / "tokens.safetensors")
     (small / "report.json").write_text(json.dumps({"machine": {}, "rows": [1, {"a": 2.5}], "ratios": {}}))
-    _note(small / "run", Attempt("7", 2))
+    _note(small / "run", SlurmAttempt("7", 2))
     Notes(small / "mix.json", ["about"]).write(Sums(np.ones((2, 3)), np.zeros((2, 3)), 4))
     (small / OWNER).write_text(json.dumps(Owner.here()._asdict()))
 
@@ -125,16 +127,16 @@ def _write_tokenizers(folder: Path, sentencepiece: Path) -> None:
     unigram: Any = HuggingFace(models.Unigram())
     unigram.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
     unigram.pre_tokenizer, unigram.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    pieces: Any = HuggingFace(models.WordPiece(unk_token="<unk>"))
-    pieces.normalizer, pieces.decoder = normalizers.BertNormalizer(), decoders.WordPiece()
-    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    scheduler: Any = HuggingFace(models.WordPiece(unk_token="<unk>"))
+    scheduler.normalizer, scheduler.decoder = normalizers.BertNormalizer(), decoders.WordPiece()
+    scheduler.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     words: Any = HuggingFace(models.BPE(unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}{1,3}|\s+(?!\S)|\s+|."), "isolated")
     special = {"special_tokens": ["<unk>", "</s>"]}
     for name, tokenizer, trainer in (
         ("tokenizer", bpe, trainers.BpeTrainer(**quiet, **special, initial_alphabet=alphabet)),
         ("unigram", unigram, trainers.UnigramTrainer(**quiet, **special, unk_token="<unk>")),
-        ("pieces", pieces, trainers.WordPieceTrainer(**quiet, **special)),
+        ("pieces", scheduler, trainers.WordPieceTrainer(**quiet, **special)),
         ("words", words, trainers.BpeTrainer(**quiet, **special)),
     ):
         tokenizer.train_from_iterator([WORDS] * 4, trainer)

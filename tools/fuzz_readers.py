@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from mlm_train.bench.report import check_writable
-from mlm_train.checkpoint.hf_import import import_folder
+from mlm_train.checkpoint.hf.importing import import_folder
 from mlm_train.checkpoint.load import config_of, load_weights, open_checkpoint
-from mlm_train.checkpoint.logical_folder import load_model, open_model
+from mlm_train.checkpoint.reading.logical_folder import load_model, open_model
 from mlm_train.cli import main
 from mlm_train.config import dump_config, load_config
 from mlm_train.data.blend import Blend
@@ -25,25 +25,27 @@ from mlm_train.data.tokenizer import Tokenizer, tokenizer_of
 from mlm_train.evaluate.logits import _read_tokens
 from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
-from mlm_train.ownership import Attempt, _noted
-from mlm_train.records import SEAL
-from mlm_train.tol.codec import Scheme
-from mlm_train.tol.format import INDEX, STATE
-from mlm_train.tol.lease import OWNER, Owner, _read
-from mlm_train.tol.options import read_allocation
-from mlm_train.tol.place import Folder, refuse_used
-from mlm_train.tol.sensitivities import Notes
-from mlm_train.tol.state import State, begin
-from mlm_train.tol.store import TolSource
-from mlm_train.tol.table import Table
+from mlm_train.tol.allocate.mix_file import read_allocation
+from mlm_train.tol.allocate.sensitivity import Notes
+from mlm_train.tol.build.state import BuildState, begin
+from mlm_train.tol.format.codec import Scheme
+from mlm_train.tol.format.index import INDEX, STATE
+from mlm_train.tol.serve.reader import TableReader
+from mlm_train.tol.serve.source import TolSource
+from mlm_train.tol.storage.base import refuse_used
+from mlm_train.tol.storage.lease import OWNER, Owner, _read
+from mlm_train.tol.storage.local import LocalFolder
 from mlm_train.train.preflight import find_checkpoint
+from mlm_train.utils.records import SEAL
+from mlm_train.utils.run_lock import SlurmAttempt, _noted
 
 TINY = (
     "model.vocab_size=384", "model.hidden_size=16", "model.num_hidden_layers=2",
     "model.num_attention_heads=2",
     "model.intermediate_size=24", "data.sequence_length=16", "model.max_position_embeddings=64",
-    "train.global_batch=4", "train.micro_batch=2", "schedule.warmup_steps=0", "train.precision=fp32",
-    "train.evaluate_samples=2", "train.steps=2", "checkpoint.every=1", "memory.mode=unique",
+    "train.global_batch_size=4", "train.micro_batch_size=2", "schedule.warmup_steps=0",
+    "train.precision=fp32", "train.eval_samples=2", "train.steps=2", "checkpoint.interval=1",
+    "memory.mode=unique",
 )  # fmt: skip
 EXPORT_MANIFEST = "export.manifest.json"
 WORDS = "def main(self):\n    return 'é' + \"\u2581\" + str(0.5)  # \U0001f600\n"
@@ -169,7 +171,7 @@ def _table(folder: Path) -> str:
 
 
 def _rows(folder: Path) -> str:
-    table = Table.open_folder(folder)
+    table = TableReader.open_folder(folder)
     ids = torch.arange(table.index.vocab_size)
     values = [table.values(table.rows(ids), layer) for layer in table.index.layers]
     return digest(table.index.layers, *values)
@@ -183,12 +185,12 @@ def _looked_up(folder: Path) -> None:
 
 
 def _build(folder: Path) -> str:
-    state = State.load(Folder(folder))
+    state = BuildState.load(LocalFolder(folder))
     if state is None:
-        refuse_used(Folder(folder), STATE)  # as `begin` does: partitions of nobody
+        refuse_used(LocalFolder(folder), STATE)  # as `begin` does: partitions of nobody
         return "none"
     taken = digest(state.model_dump())
-    begin(Folder(folder), state.plan)
+    begin(LocalFolder(folder), state.plan)
     return taken
 
 
@@ -215,10 +217,10 @@ def _small(folder: Path) -> str:
     sums = notes.read()
     if sums is not None:
         sums.divergences.sum()
-    owner = _read(Folder(folder))  # type: ignore[arg-type]
+    owner = _read(LocalFolder(folder))  # type: ignore[arg-type]
     found = _noted(folder / "run")
     if found is not None:
-        found.follows(Attempt("1", 1))
+        found.follows(SlurmAttempt("1", 1))
     if owner is not None:
         Owner.here().follows(owner)
     return ""

@@ -17,7 +17,7 @@ from mlm_train.bench.built import MODES, SEED, build, step_config
 from mlm_train.config import Config
 from mlm_train.errors import UserError
 from mlm_train.parallel import runtime as processes
-from mlm_train.parallel.execution import Batch, Executor
+from mlm_train.parallel.pipeline.single_stage import Batch, Executor
 from mlm_train.plan.ffn_m import Distinct, choose
 from mlm_train.plan.speeds import measure_speeds
 

@@ -8,7 +8,7 @@ from mlm_train.model.logical import initialise
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_executor, build_model
-from mlm_train.parallel.execution import Executor
+from mlm_train.parallel.pipeline.single_stage import Executor
 
 SEED = 1234
 MODES: dict[str, dict[str, Any]] = {  # executions of FFN-M, as config section `memory` says them
@@ -37,8 +37,8 @@ def step_config(
             "output": "none",
             "steps": 1,
             "device": "cpu",
-            "micro_batch": micro_batch,
-            "global_batch": micro_batch * micro_batches,
+            "micro_batch_size": micro_batch,
+            "global_batch_size": micro_batch * micro_batches,
         }
         | train,
     }

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mlm_train.bench import report
 from mlm_train.errors import UserError
-from mlm_train.model.loss import Words, head_loss, loss_sums
+from mlm_train.model.loss import VocabRange, head_loss, loss_sums
 
 WAYS = ("plain", "chunked")
 Z_LOSS, SEED = 1e-6, 1234
@@ -126,7 +126,7 @@ def _run(order: dict[str, Any], hidden: Tensor, weight: Tensor, labels: Tensor) 
             labels,
             scale=1 / count,
             z_loss=Z_LOSS,
-            words=Words(0, len(weight)),
+            words=VocabRange(0, len(weight)),
             chunk=order["chunk"],
         )
     objective.backward()

@@ -10,8 +10,8 @@ from typing import Any
 
 from mlm_train.bench.train_show import Figures, lines_of, plot
 from mlm_train.errors import UserError, escaped
-from mlm_train.files import write_text, writing
-from mlm_train.records import read_json
+from mlm_train.utils.files import write_text, writing
+from mlm_train.utils.records import read_json
 
 BEGIN, END = (
     f"<!-- {word} of what `make performance` writes from docs/bench -->" for word in ("begin", "end")

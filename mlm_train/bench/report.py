@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mlm_train.errors import UserError
-from mlm_train.files import check_output, is_png, write_json, writing
-from mlm_train.records import json_value, read_regular
+from mlm_train.utils.files import check_output, is_png, write_json, writing
+from mlm_train.utils.records import json_value, read_regular
 
 
 def row(name: str, values: Sequence[float], unit: str) -> dict[str, Any]:

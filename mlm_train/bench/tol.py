@@ -24,13 +24,13 @@ from rich.progress import track
 from torch import Tensor
 
 from mlm_train.bench import report, tol_show, tol_worker
-from mlm_train.checkpoint.hf_folder import expected_shapes, write_folder
+from mlm_train.checkpoint.hf.folder import expected_shapes, write_folder
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
-from mlm_train.records import record_of
-from mlm_train.tol.build import CHUNK_ROWS, Build
-from mlm_train.tol.cluster import ray_cluster
-from mlm_train.tol.state import Layout, Storage
+from mlm_train.tol.build.builder import CHUNK_ROWS, Build
+from mlm_train.tol.build.ray_cluster import ray_cluster
+from mlm_train.tol.format.layout import Layout, TableSpec
+from mlm_train.utils.records import record_of
 
 PRESETS = {  # layers, hidden, FFN-M's width, vocabulary
     "1b": {"layers": 24, "hidden": 2048, "ffn": 5464, "vocabulary": 128256},
@@ -46,7 +46,7 @@ RESTS = 100  # times as long as a look took, at least: of large processes one ta
 
 
 @dataclass
-class Measured:
+class Repeated:
     """Repeated figures by name, and what each is in."""
 
     values: dict[str, list[float]] = field(default_factory=dict)
@@ -83,7 +83,7 @@ def bench_tol(args: argparse.Namespace) -> int:
     """Measure, print, write; 0."""
     config = _config(args)
     _check(args, config)
-    found, measured = report.machine(), Measured()
+    found, measured = report.machine(), Repeated()
     with _folder(args.folder, args.keep) as folder:
         measure(folder, config, args, measured)
     rows = [report.row(name, values, measured.units[name]) for name, values in measured.values.items()]
@@ -149,18 +149,18 @@ def _folder(parent: str, keep: bool) -> Iterator[Path]:
             shutil.rmtree(folder)
 
 
-def measure(folder: Path, config: ModelConfig, args: argparse.Namespace, measured: Measured) -> None:
+def measure(folder: Path, config: ModelConfig, args: argparse.Namespace, measured: Repeated) -> None:
     """Everything, from an empty folder."""
     export = folder / "model"
     write_folder(export, config, random_tensors(config), dtype=torch.bfloat16, shard_bytes=SHARD_BYTES)
     with measured.timed("parts.open"):
-        build = Build(export, folder / "tol", Storage(), threads=args.threads)
+        build = Build(export, folder / "tol", TableSpec(), threads=args.threads)
     _in_turn(build, export, args, measured)
     weights = 2 * 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
     with ExitStack() as stack:
         with measured.timed("ray_start"):
             stack.enter_context(ray_cluster(args.workers * args.threads, shared_bytes=weights))
-        with Memory(args.workers) as memory, measured.timed("parts.run"):
+        with MemorySampler(args.workers) as memory, measured.timed("parts.run"):
             build.run(args.workers)
     measured.add("whole", measured.median("parts.open") + measured.median("parts.run"), "s")
     for peaks in memory.peaks.values():
@@ -178,7 +178,7 @@ def random_tensors(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
         yield name, torch.empty(shape, dtype=torch.bfloat16).normal_(mean, config.init_std)
 
 
-def _in_turn(build: Build, export: Path, args: argparse.Namespace, measured: Measured) -> None:
+def _in_turn(build: Build, export: Path, args: argparse.Namespace, measured: Repeated) -> None:
     """Seconds a layer of products and FFN-M, in turn: of all processes together, and of one alone."""
     layers, vocabulary = build.plan.layers[:LAYERS], build.plan.vocab_size
     ways: list[tuple[str, Callable[[int, int], float], int]] = [
@@ -202,15 +202,15 @@ def _rate(processes: list[ProcessPoolExecutor], work: Callable[[int, int], float
     return sum(ROWS / future.result() for future in running)
 
 
-def _files(folder: Path, build: Build, args: argparse.Namespace, measured: Measured) -> None:
+def _files(folder: Path, build: Build, args: argparse.Namespace, measured: Repeated) -> None:
     """The parts of a partition beside FFN-M, and plain writing, in turn."""
     plan = build.plan
-    place = Layout.of(plan.storage, plan.num_layers, plan.hidden_size)
+    storage = Layout.of(plan.spec, plan.num_layers, plan.hidden_size)
     start, stop = plan.rows(0)
-    size = place.shape.file_bytes(stop - start)
+    size = storage.shape.file_bytes(stop - start)
     with tol_worker.start_process(args.threads) as process:
         for _ in track(range(args.runs), "files", console=Console(stderr=True), transient=True):
-            work = (folder, place, stop - start, plan.chunk_rows)
+            work = (folder, storage, stop - start, plan.chunk_rows)
             spent = process.submit(tol_worker.files, *work).result()
             for part in ("encode", "write", "hash", "commit"):
                 measured.add(f"parts.{part}", spent[part], "s a partition")
@@ -218,7 +218,7 @@ def _files(folder: Path, build: Build, args: argparse.Namespace, measured: Measu
             measured.add("tol.write", size / spent["write"] / 1e9, "GB/s")
 
 
-class Memory:
+class MemorySampler:
     """The peak memory of each of a build's workers, in bytes, looked at while the block runs.
 
     private: what a worker alone holds; share: and its part of what several processes hold, such as the
@@ -260,7 +260,7 @@ class Memory:
                 pause = max(POLL, RESTS * took)
 
 
-def ratios_of(measured: Measured, config: ModelConfig, workers: int) -> dict[str, float]:
+def ratios_of(measured: Repeated, config: ModelConfig, workers: int) -> dict[str, float]:
     """What others read; products at their best chunk size."""
     best = measured.best_chunk
     ratios = {

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlm_train.bench import report
-from mlm_train.files import write_figure
+from mlm_train.utils.files import write_figure
 
 Row = dict[str, Any]
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from mlm_train.checkpoint.logical_folder import open_model
-from mlm_train.files import sync
-from mlm_train.tol.codec import encode
-from mlm_train.tol.compute import FfnM, chunks_of, ffn_m_weights
-from mlm_train.tol.disk import buffers
-from mlm_train.tol.place import Folder
-from mlm_train.tol.state import Layout
-from mlm_train.tol.worker import prepare_process
+from mlm_train.checkpoint.reading.logical_folder import open_model
+from mlm_train.tol.build.row_source import ComputedRows, chunks_of, ffn_m_weights
+from mlm_train.tol.build.worker import prepare_process
+from mlm_train.tol.format.codec import encode
+from mlm_train.tol.format.layout import Layout
+from mlm_train.tol.storage.direct_io import buffers
+from mlm_train.tol.storage.local import LocalFolder
+from mlm_train.utils.files import sync
 
 BLOCK = 2**24  # bytes of a plain write
 _layers: "Layers"  # of this process
@@ -37,7 +37,7 @@ class Layers:
         opened = open_model(folder, verify="sizes")
         self.config = opened.config
         weights = ffn_m_weights(opened.tensors, self.config, layers, "bfloat16")
-        self.numbers = FfnM(opened, dict(zip(layers, weights, strict=True)), "bfloat16")
+        self.numbers = ComputedRows(opened, dict(zip(layers, weights, strict=True)), "bfloat16")
 
     @torch.no_grad()
     def products(self, rows: int, chunk: int) -> float:
@@ -96,11 +96,11 @@ def files(folder: Path, layout: Layout, rows: int, chunk: int) -> dict[str, floa
     with _added(spent, "plain"):
         _write_plain(path, block, size)
     path.unlink()
-    place, header, digest = Folder(folder), layout.shape.header(rows), hashlib.sha256()
+    storage, header, digest = LocalFolder(folder), layout.shape.header(rows), hashlib.sha256()
     (data,) = buffers(chunk, layout.shape.size, 1)
     with _added(spent, "write"):
-        draft = place.draft(path.name, size, header)
-        file = place.sink(draft, header)
+        draft = storage.draft(path.name, size, header)
+        file = storage.sink(draft, header)
     for first, last in chunks_of(0, rows, chunk):
         with _added(spent, "encode"):
             for out in data[: last - first].chunk(len(layout.layers), 1):
@@ -113,7 +113,7 @@ def files(folder: Path, layout: Layout, rows: int, chunk: int) -> dict[str, floa
         file.finish()
         file.close()
     with _added(spent, "commit"):
-        place.name_draft(draft, path.name, size)
+        storage.name_draft(draft, path.name, size)
     path.unlink()
     return spent
 

@@ -22,8 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mlm_train.bench import report, train_show
 from mlm_train.bench.train_figures import (
-    Measured,
-    Record,
+    TrainFigures,
+    VariantFigures,
     disagreements,
     ratios_of,
     rows_of,
@@ -60,7 +60,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """Options, resolved and found possible."""
 
     preset: Preset
@@ -77,12 +77,12 @@ def bench_train(options: Options) -> int:
     found = report.machine()
     notes: list[str] = []
     with ExitStack() as stack:
-        crew = Crew.start(plan, options, stack, notes)
+        crew = Variants.start(plan, options, stack, notes)
         records = crew.measure(options.runs, min(options.passes, options.runs))
     distinct = _distinct(plan)
     micro = distinct.pop(plan.preset.micro_tokens)
     peak = measured_peak_flops(torch.device("cpu"), options.precision)
-    measured = Measured(plan.preset, options.precision, options.data, records, micro, distinct, peak)
+    measured = TrainFigures(plan.preset, options.precision, options.data, records, micro, distinct, peak)
     notes += train_show.notes(measured, options.runs, plan.data.fingerprint)
     faults = disagreements(measured)
     rows, ratios = rows_of(measured), ratios_of(measured)
@@ -95,7 +95,7 @@ def bench_train(options: Options) -> int:
     return int(bool(faults))
 
 
-def _checked(options: Options) -> Plan:
+def _checked(options: Options) -> BenchPlan:
     """UserError for everything that can be refused before a process starts."""
     if options.preset not in PRESETS:
         raise UserError(f"--preset {options.preset}: there are {', '.join(PRESETS)}")
@@ -123,7 +123,7 @@ def _checked(options: Options) -> Plan:
             raise UserError(f"{option} {size}: {fix}")
     data = _checked_data(options.data, preset, max([preset.tokens, *sizes]))
     _check_memory(preset, variants, options)
-    return Plan(preset, data, variants, sizes, [name for name in validated if name in names])
+    return BenchPlan(preset, data, variants, sizes, [name for name in validated if name in names])
 
 
 def _checked_data(folder: str, preset: Preset, tokens: int) -> PreparedData:
@@ -153,7 +153,7 @@ def _check_memory(preset: Preset, variants: Sequence[Variant], options: Options)
         )
 
 
-def _distinct(plan: Plan) -> dict[int, float]:
+def _distinct(plan: BenchPlan) -> dict[int, float]:
     """Distinct ids / tokens of the measured step's micro-batches (mean), and of steps of each size."""
     preset = plan.preset
     samples = Samples(plan.data.split("train"), preset.sequence, SEED)
@@ -167,7 +167,7 @@ def _distinct(plan: Plan) -> dict[int, float]:
     return found | {preset.micro_tokens: sum(micro) / len(micro)}
 
 
-class Member:
+class VariantProcess:
     """A variant's process."""
 
     def __init__(self, variant: Variant, order: dict[str, Any]) -> None:
@@ -216,15 +216,15 @@ class Member:
         self.process.wait()
 
 
-class Crew:
+class Variants:
     """All variants, and what was measured of them so far."""
 
-    def __init__(self, plan: Plan, members: list[Member], bar: Progress) -> None:
+    def __init__(self, plan: BenchPlan, members: list[VariantProcess], bar: Progress) -> None:
         self.plan, self.members, self.bar = plan, members, bar
-        self.records: dict[str, Record] = {}
+        self.records: dict[str, VariantFigures] = {}
 
     @classmethod
-    def start(cls, plan: Plan, options: Options, stack: ExitStack, notes: list[str]) -> "Crew":
+    def start(cls, plan: BenchPlan, options: Options, stack: ExitStack, notes: list[str]) -> "Variants":
         """All built and warm. transformers' and compiled ones that cannot be are left out, with a note."""
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -237,13 +237,13 @@ class Crew:
         }
         members = []
         for variant in plan.variants:
-            members.append(Member(variant, order))
+            members.append(VariantProcess(variant, order))
             stack.callback(members[-1].kill)
         crew = cls(plan, members, bar)
         task = bar.add_task("building and warming up", total=len(members))
         for member in members.copy():
             try:
-                crew.records[member.variant.name] = Record(member.answer())
+                crew.records[member.variant.name] = VariantFigures(member.answer())
                 crew.warm_up(member)
             except UserError as error:
                 if member.variant.family != "hf" and not member.variant.compiled:
@@ -256,7 +256,7 @@ class Crew:
             bar.advance(task)
         return crew
 
-    def warm_up(self, member: Member) -> None:
+    def warm_up(self, member: VariantProcess) -> None:
         """A short step: kernels are chosen, gradients allocated; what compiles does so, twice if it must."""
         member.ask("begin", tokens=self.plan.preset.tokens)
         self.records[member.variant.name].loss = member.ask("run", number=0)["loss"]
@@ -265,7 +265,7 @@ class Crew:
         member.ask("finish")
         member.ask("zero")
 
-    def measure(self, runs: int, passes: int) -> dict[str, Record]:
+    def measure(self, runs: int, passes: int) -> dict[str, VariantFigures]:
         """Everything, in the order in which the processes can be let go."""
         preset = self.plan.preset
         alike = len(self.members) * (runs + 2 * passes)
@@ -282,21 +282,21 @@ class Crew:
             self._state(member)
         return self.records
 
-    def _validated(self) -> list[Member]:
+    def _validated(self) -> list[VariantProcess]:
         """Whose steps are run in one go too, after each pass, so that both meet the machine alike."""
         return [member for member in self.members if member.variant.name in self.plan.validated]
 
-    def _sized(self) -> list[Member]:
+    def _sized(self) -> list[VariantProcess]:
         """Whose begin and finish are measured at other sizes too."""
         return [member for member in self.members if member.variant.family in ("base", "memory")]
 
-    def _pass(self, tokens: int, members: list[Member], numbers: range, first: bool = False) -> None:
+    def _pass(self, tokens: int, members: list[VariantProcess], numbers: range, first: bool = False) -> None:
         """Begin, some micro-batches of a step, finish, everything in turn."""
 
-        def begin(member: Member, record: Record) -> None:
+        def begin(member: VariantProcess, record: VariantFigures) -> None:
             record.begin.setdefault(tokens, []).append(member.ask("begin", tokens=tokens)["seconds"])
 
-        def finish(member: Member, record: Record) -> None:
+        def finish(member: VariantProcess, record: VariantFigures) -> None:
             record.finish.setdefault(tokens, []).append(member.ask("finish")["seconds"])
             if first:
                 record.norm = member.ask("norm")["norm"]
@@ -306,7 +306,12 @@ class Crew:
             self._in_turn(members, number, partial(_run, number))
         self._in_turn(members, numbers.stop, finish)
 
-    def _in_turn(self, members: list[Member], start: int, work: Callable[[Member, Record], None]) -> None:
+    def _in_turn(
+        self,
+        members: list[VariantProcess],
+        start: int,
+        work: Callable[[VariantProcess, VariantFigures], None],
+    ) -> None:
         """`work` of each, one at a time; each round begins with another."""
         shift = start % max(1, len(members))
         for member in members[shift:] + members[:shift]:
@@ -314,10 +319,10 @@ class Crew:
             work(member, self.records[member.variant.name])
             self.bar.advance(self.task)
 
-    def _whole(self, member: Member, record: Record) -> None:
+    def _whole(self, member: VariantProcess, record: VariantFigures) -> None:
         record.whole.append(member.ask("whole", tokens=self.plan.preset.tokens)["seconds"])
 
-    def _state(self, member: Member) -> None:
+    def _state(self, member: VariantProcess) -> None:
         """What needs the optimizer's state, with which not all processes fit: then the process goes."""
         record = self.records[member.variant.name]
         self.bar.update(self.task, description=f"optimizer and memory of {member.variant.name}")
@@ -328,7 +333,7 @@ class Crew:
         self.bar.advance(self.task)
 
 
-def _run(number: int, member: Member, record: Record) -> None:
+def _run(number: int, member: VariantProcess, record: VariantFigures) -> None:
     answer = member.ask("run", number=number)
     record.run.append(answer["seconds"])
     record.processor.append(answer["processor"])

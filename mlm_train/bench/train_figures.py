@@ -15,7 +15,7 @@ NORMS_AGREE = {"fp32": 1e-4, "bf16": 2e-2}  # relative, of a step's gradient
 
 
 @dataclass
-class Record:
+class VariantFigures:
     """What was measured of a variant; seconds, bytes."""
 
     built: dict[str, int]  # runtime, weights, parameters
@@ -42,13 +42,13 @@ def turns_of_passes(runs: int, passes: int) -> list[range]:
 
 
 @dataclass(frozen=True)
-class Measured:
+class TrainFigures:
     """A whole benchmark."""
 
     preset: Preset
     precision: str
     data: str
-    records: Mapping[str, Record]
+    records: Mapping[str, VariantFigures]
     distinct_micro: float  # distinct ids / tokens, mean over the micro-batches of the step
     distinct: Mapping[int, float]  # of a step of so many tokens
     product_peak: float  # FLOP/s of a square matrix product
@@ -140,7 +140,7 @@ class Measured:
         return max(alike or found, key=self.speed, default=None)
 
 
-def rows_of(found: Measured) -> list[Row]:
+def rows_of(found: TrainFigures) -> list[Row]:
     """Everything measured or counted, `PRESET.VARIANT.FIGURE`."""
     preset, start = found.preset, found.preset.name
     rows = [
@@ -180,7 +180,7 @@ def rows_of(found: Measured) -> list[Row]:
     return rows
 
 
-def ratios_of(found: Measured) -> dict[str, float]:
+def ratios_of(found: TrainFigures) -> dict[str, float]:
     """The ratios that others read; those whose variants were not measured are left out."""
     ratios: dict[str, float] = {}
     base, memory, noffn = found.fastest("base"), found.best, found.fastest("noffn")
@@ -211,7 +211,7 @@ def ratios_of(found: Measured) -> dict[str, float]:
     return {f"{found.preset.name}.{name}": value for name, value in ratios.items()}
 
 
-def _by_size(found: Measured, base: str) -> dict[str, float]:
+def _by_size(found: TrainFigures, base: str) -> dict[str, float]:
     """The best execution of memory over base at each size of a step."""
     ratios = {}
     for tokens in sorted(found.distinct):
@@ -228,7 +228,7 @@ def _by_size(found: Measured, base: str) -> dict[str, float]:
     return ratios
 
 
-def disagreements(found: Measured) -> list[str]:
+def disagreements(found: TrainFigures) -> list[str]:
     """Variants of one function whose losses or gradients are not alike, in words."""
     groups: dict[str, list[str]] = {}
     for name in found.records:

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mlm_train.bench import report
-from mlm_train.bench.train_figures import PARTS, Measured, Row
-from mlm_train.files import write_figure
+from mlm_train.bench.train_figures import PARTS, Row, TrainFigures
+from mlm_train.utils.files import write_figure
 
 WIDTH = 132  # of the tables
 WORDS = 110  # of a line of words
@@ -112,7 +112,7 @@ as noffn: the time of the same model without any FFN. products at the peak: what
 take at the speed that square matrix products of 1,024 have here."""
 
 
-def notes(found: Measured, runs: int, fingerprint: str) -> list[str]:
+def notes(found: TrainFigures, runs: int, fingerprint: str) -> list[str]:
     """What the figures do not say."""
     preset, records = found.preset, found.records
     ratios = [f"{ratio:.3f} of {tokens:,}" for tokens, ratio in sorted(found.distinct.items())]

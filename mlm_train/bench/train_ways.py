@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from mlm_train.bench.train_presets import Variant
-from mlm_train.checkpoint.hf_config import config_json
+from mlm_train.checkpoint.hf.config import config_json
 from mlm_train.config import Config, ModelConfig
 from mlm_train.errors import UserError
-from mlm_train.host_memory import keep_freed
 from mlm_train.model.block import Block, MemoryBlock
 from mlm_train.model.logical import draw, initialise
 from mlm_train.model.loss import count_labels
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import autocast_of, build_executor, build_model
-from mlm_train.parallel.engine import Engine, parameter_groups
-from mlm_train.parallel.execution import Sequential
+from mlm_train.parallel.engine.deepspeed_zero import Engine, parameter_groups
+from mlm_train.parallel.pipeline.single_stage import SingleStageExecutor
 from mlm_train.train.batches import MicroBatch
 from mlm_train.train.step import Trainer
+from mlm_train.utils.malloc import keep_freed
 
 
 class Way(Protocol):
@@ -97,7 +97,7 @@ class Ours:
         self.lr = config.optimizer.lr
         self.engine = Engine(self.model, config, runtime)
         executor = build_executor(self.model, config, runtime, self.engine.entry)
-        assert isinstance(executor, Sequential)
+        assert isinstance(executor, SingleStageExecutor)
         self.executor = executor
         self.trainer = Trainer(self.engine, executor, runtime)
 
@@ -152,7 +152,7 @@ class Llama:
             for name, weight in self.model.named_parameters():
                 weight.copy_(draw(config.model, config.train.seed, name, weight.shape))
         options = config.optimizer
-        self.clip = options.clip
+        self.clip = options.max_grad_norm
         groups: Any = parameter_groups(self.model, options)
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             groups, lr=options.lr, betas=options.betas, eps=options.eps

@@ -23,9 +23,9 @@ from mlm_train.bench.train_ways import Way, build_way
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
 from mlm_train.errors import UserError
-from mlm_train.host_memory import give_back
-from mlm_train.parallel.topology import Topology
+from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.train.batches import MicroBatch, step_batches
+from mlm_train.utils.malloc import give_back
 
 MEASURED = 3  # micro-batches of the step whose peak is taken: the second one already finds gradients there
 SCARCE = 0.25  # of the machine's memory: less than that is free
@@ -35,12 +35,12 @@ ONE_PROCESS = Topology(world=1, rank=0, tensor=1, pipeline=1)
 def work() -> int:
     """Serve the coordinator until it closes the pipe."""
     answers = _own_output()
-    worker: Worker | None = None
+    worker: VariantWorker | None = None
     for line in sys.stdin:
         order = json.loads(line)
         try:
             if worker is None:
-                worker = Worker(order)
+                worker = VariantWorker(order)
             answer = worker.do(order)
         except UserError as error:
             answer = {"refused": str(error)}
@@ -56,7 +56,7 @@ def _own_output() -> TextIO:
     return answers
 
 
-class Worker:
+class VariantWorker:
     """A built variant and the steps it is asked to run."""
 
     def __init__(self, order: dict[str, Any]) -> None:

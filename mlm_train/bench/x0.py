@@ -12,7 +12,7 @@ from rich.table import Table
 from mlm_train.bench import report, x0_ranks
 from mlm_train.data.prepared import PreparedData
 from mlm_train.errors import UserError
-from mlm_train.parallel.launch import launch_ranks
+from mlm_train.parallel.launch.launcher import launch_ranks
 
 LOSSES_AGREE = 1e-6  # relative; fp32 sums in another order
 

@@ -11,15 +11,15 @@ from rich.progress import track
 
 from mlm_train.bench import report
 from mlm_train.bench.built import SEED, build, step_config
+from mlm_train.bench.traffic import Traffic
 from mlm_train.config import Config
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
 from mlm_train.model.loss import count_labels
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
-from mlm_train.parallel.pipeline import Pipeline
-from mlm_train.parallel.traffic import Traffic
-from mlm_train.parallel.x0 import TRANSPORTS
+from mlm_train.parallel.pipeline.executor import PipelineExecutor
+from mlm_train.parallel.pipeline.x0 import TRANSPORTS
 from mlm_train.train.batches import MicroBatch, step_batches
 
 # 2560 tokens a step: not the vocabulary, so that no two formulas give one number.
@@ -33,7 +33,7 @@ Step = Callable[[int], list[MicroBatch]]
 
 def make_config(stages: int, schedule: str, vocabulary: int, transport: str | None) -> Config:
     """The model measured; transport None: the same without FFN-M, whose stages need no x0."""
-    parallel: dict[str, Any] = {"pipeline": stages, "schedule": schedule}
+    parallel: dict[str, Any] = {"pipeline": stages, "pipeline_schedule": schedule}
     if schedule == "interleaved_1f1b":
         parallel["virtual_stages"] = VIRTUAL
     model = {
@@ -50,19 +50,19 @@ def make_config(stages: int, schedule: str, vocabulary: int, transport: str | No
 
 
 @dataclass
-class Candidate:
+class TimedTransport:
     """A way to train, and its latest mean cross-entropy."""
 
     model: Transformer
-    executor: Pipeline
+    executor: PipelineExecutor
     runtime: processes.Runtime
     loss: float = 0.0
 
     @classmethod
-    def build(cls, config: Config) -> "Candidate":
+    def build(cls, config: Config) -> "TimedTransport":
         """On all ranks; every candidate has the same weights."""
         model, executor, runtime = build(config)
-        assert isinstance(executor, Pipeline)
+        assert isinstance(executor, PipelineExecutor)
         return cls(model, executor, runtime)
 
     def step(self, batches: list[MicroBatch]) -> float:
@@ -74,7 +74,7 @@ class Candidate:
         total = self.executor.backward(batches, 1.0 / labels)
         seconds = time.perf_counter() - started
         self.loss = total.item() / labels
-        return max(self.runtime.together(lambda: seconds))
+        return max(self.runtime.gather(lambda: seconds))
 
     def moved(self, batches: list[MicroBatch]) -> int:
         """Payload bytes that a step moves between all ranks."""
@@ -83,7 +83,7 @@ class Candidate:
         with Traffic() as traffic:
             total = self.executor.backward(batches, 1.0 / labels)
         self.loss = total.item() / labels
-        return sum(self.runtime.together(lambda: traffic.bytes))
+        return sum(self.runtime.gather(lambda: traffic.bytes))
 
 
 def work(order_file: str) -> int:
@@ -92,19 +92,19 @@ def work(order_file: str) -> int:
     data = PreparedData.open(order["data"]) if order["data"] else None
     vocabulary = data.vocab_size if data is not None else VOCABULARY
     candidates = {
-        name: Candidate.build(make_config(order["stages"], order["schedule"], vocabulary, name))
+        name: TimedTransport.build(make_config(order["stages"], order["schedule"], vocabulary, name))
         for name in (None, *TRANSPORTS)
     }
     runtime = candidates[None].runtime
     result = _measure(candidates, _steps(data, runtime), order["runs"])
-    if runtime.leads:
+    if runtime.is_rank_0:
         report.write_result(order_file, result)
     runtime.barrier()
     processes.stop()
     return 0
 
 
-def _measure(candidates: dict[str | None, Candidate], batches_of: Step, runs: int) -> dict[str, Any]:
+def _measure(candidates: dict[str | None, TimedTransport], batches_of: Step, runs: int) -> dict[str, Any]:
     """First the counted steps, then the timed ones, the transports in turn."""
     found: dict[str, Any] = {
         name: {"counted": [], "formula": [], "losses": [], "seconds": []} for name in TRANSPORTS
@@ -121,7 +121,7 @@ def _measure(candidates: dict[str | None, Candidate], batches_of: Step, runs: in
             channel = candidates[name].executor.channel
             figures["formula"].append(channel.bytes_per_step(distinct[-1], tokens))
             figures["losses"].append(candidates[name].loss)
-    quiet = not candidates[None].runtime.leads
+    quiet = not candidates[None].runtime.is_rank_0
     console = Console(stderr=True)
     for run in track(range(runs), "timing", console=console, transient=True, disable=quiet):
         batches = batches_of(COUNTED + run)

@@ -1,14 +1,57 @@
-"""Checkpoint -> Hugging Face folder (contract: hf_folder.py), on one process."""
+"""`mlm-train export`: a Hugging Face folder from a checkpoint, and whether one is still what was written."""
 
+import argparse
 from pathlib import Path
 
-from mlm_train.checkpoint.folders import resolve
-from mlm_train.checkpoint.hf_files import carried, special_tokens
-from mlm_train.checkpoint.hf_folder import write_folder
-from mlm_train.checkpoint.load import config_of, load_weights, open_checkpoint
-from mlm_train.checks import Check
-from mlm_train.model.logical import named_pieces
-from mlm_train.model.transformer import Transformer
+from mlm_train.errors import UserError
+from mlm_train.utils.checks import Check, add_verify
+
+HELP = """Write a Hugging Face folder (config.json, safetensors, tokenizer) from a checkpoint.
+A base model loads in transformers.LlamaForCausalLM as it is. The folder has a manifest with the SHA-256 of
+each of its files; `export verify` reads all of them again. Exit code 2 and one line naming the file that is
+not what was written, also where there is no manifest.
+
+examples:
+  mlm-train export runs/micro --output runs/micro-export
+  mlm-train export verify runs/micro-export"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.usage = (
+        "mlm-train export RUN --output FOLDER [--dtype T] [--verify V]\n       mlm-train export verify FOLDER"
+    )
+    parser.add_argument(
+        "source",
+        nargs="+",
+        metavar="RUN",
+        help="a run's folder (its newest checkpoint), RUN/best, or a step-* folder; or `verify` and an "
+        "export's folder",
+    )
+    parser.add_argument("--output", metavar="FOLDER", help="new folder to write")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default float32)"
+    )
+    add_verify(parser, "the checkpoint")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export and say what was written, or verify and say whether it is whole."""
+    first, *more = args.source
+    if first == "verify" and len(more) == 1:
+        if given := [name for name in ("output", "dtype", "verify") if getattr(args, name) is not None]:
+            raise UserError(
+                f"--{given[0]} is not of `export verify`, which reads a whole folder: leave it out"
+            )
+        return _verify(Path(more[0]))
+    if more:
+        raise UserError(f"export takes one run, not also {more[0]!r}: leave it out")
+    if args.output is None:
+        raise UserError("--output is missing: name the new folder to write")
+    dtype = args.dtype or "float32"
+    folder = export_checkpoint(Path(first), Path(args.output), dtype, args.verify or "full")
+    print(f"exported {folder} to {args.output} ({dtype})")
+    return 0
 
 
 def export_checkpoint(source: Path, output: Path, dtype: str, verify: Check = "full") -> Path:
@@ -18,6 +61,13 @@ def export_checkpoint(source: Path, output: Path, dtype: str, verify: Check = "f
     an import what that had. Raises UserError for a damaged checkpoint or an existing output folder.
     """
     import torch
+
+    from mlm_train.checkpoint.folders import resolve
+    from mlm_train.checkpoint.hf.files import carried, special_tokens
+    from mlm_train.checkpoint.hf.folder import write_folder
+    from mlm_train.checkpoint.load import config_of, load_weights, open_checkpoint
+    from mlm_train.model.logical import named_pieces
+    from mlm_train.model.transformer import Transformer
 
     folder = resolve(source)
     manifest = open_checkpoint(folder, verify)
@@ -34,3 +84,18 @@ def export_checkpoint(source: Path, output: Path, dtype: str, verify: Check = "f
         tokens=special_tokens(home).ended_by(manifest.data.eod_id).begun_by(manifest.data.bos_id),
     )
     return folder
+
+
+def _verify(folder: Path) -> int:
+    from mlm_train.checkpoint.hf.folder import read_config, verify_folder
+    from mlm_train.checkpoint.hf.manifest import MANIFEST
+
+    read_config(folder)
+    found = verify_folder(folder, "full")
+    if not found:
+        raise UserError(
+            f"{folder} has no {MANIFEST} to be compared with: not written by this program's export"
+        )
+    size = sum((folder / name).stat().st_size for name in found)
+    print(f"{folder}: whole, {len(found)} files, {size / 2**30:.2f} GiB")
+    return 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from mlm_train.checkpoint.keep import Keep, best_of, step_of
 from mlm_train.checkpoint.manifest import MANIFEST
 from mlm_train.errors import UserError
-from mlm_train.files import sync, write_text
+from mlm_train.utils.files import sync, write_text
 
 LATEST, BEST = "latest", "best"
 PARTIAL = ".partial-"
@@ -60,7 +60,7 @@ def resolve(path: Path) -> Path:
     if path.name == BEST and names_one(path):
         best = best_of(_in(path.parent))
         if best is None:
-            raise UserError(f"{path}: no checkpoint there has a validation loss (train.evaluate_every)")
+            raise UserError(f"{path}: no checkpoint there has a validation loss (train.eval_interval)")
         return best
     return _in(path.parent if names_one(path) else path)[-1]
 

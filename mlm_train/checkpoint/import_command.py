@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from mlm_train.checks import add_verify
 from mlm_train.errors import escaped
+from mlm_train.utils.checks import add_verify
 
 HELP = """Take the weights of a Hugging Face Llama (as kind base), or of an export, to train on with them.
 Writes a folder of config.json, safetensors and tokenizer, which `evaluate`, `generate` and
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Import, say what was written and what to do next."""
-    from mlm_train.checkpoint.hf_import import CONFIG, import_folder
+    from mlm_train.checkpoint.hf.importing import CONFIG, import_folder
     from mlm_train.data.tokenizer import tokenizer_file
     from mlm_train.model.counts import count_parameters
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from mlm_train.errors import UserError
-from mlm_train.files import listed, sha256_of, write_json
-from mlm_train.records import SEAL, Record, json_value, read_regular, record_of, seal_of
+from mlm_train.utils.files import listed, sha256_of, write_json
+from mlm_train.utils.records import SEAL, Record, json_value, read_regular, record_of, seal_of
 
 MANIFEST = "manifest.json"
 FORMAT = "mlm-checkpoint"

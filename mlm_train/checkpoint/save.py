@@ -15,13 +15,13 @@ from mlm_train.checkpoint.manifest import FORMAT, VERSION, Validation, write_man
 from mlm_train.checkpoint.tensors import LogicalPart, write_tensors
 from mlm_train.config import Config
 from mlm_train.errors import UserError
-from mlm_train.files import writing
-from mlm_train.finite import nonfinite
 from mlm_train.model.counts import count_parameters
-from mlm_train.ownership import Attempt, refuse_superseded
-from mlm_train.parallel.engine import Engine
-from mlm_train.parallel.optimizer_state import STATE, gather_state, optimizer_steps
+from mlm_train.parallel.engine.deepspeed_zero import Engine
+from mlm_train.parallel.engine.optimizer_state import STATE, gather_state, optimizer_steps
 from mlm_train.parallel.runtime import Runtime
+from mlm_train.utils.files import writing
+from mlm_train.utils.nonfinite import nonfinite
+from mlm_train.utils.run_lock import SlurmAttempt, refuse_superseded
 
 FP32, GIB = 4, 2**30
 
@@ -84,21 +84,21 @@ def write_checkpoint(root: Path, snapshot: Snapshot, runtime: Runtime) -> Path:
     until its manifest is on disk. Raises UserError on every rank where one could not write.
     """
     final = step_folder(root, snapshot.step)
-    partial = root / f"{PARTIAL}{final.name}{Attempt.suffix()}"
-    place = runtime.place  # each part may take long of its own
-    place.at("space")
-    runtime.everywhere(lambda: _prepare(partial, snapshot))
+    partial = root / f"{PARTIAL}{final.name}{SlurmAttempt.suffix()}"
+    marker = runtime.marker  # each part may take long of its own
+    marker.at("space")
+    runtime.broadcast(lambda: _prepare(partial, snapshot))
     try:
-        place.at("look for what is not finite")
-        runtime.together(lambda: _refuse_nonfinite(snapshot))
-        place.at("write")
-        mine = write_tensors(partial, snapshot.state, runtime.control)
-        place.at("commit")
-        files = [entry for entries in runtime.together(lambda: mine) for entry in entries]
+        marker.at("look for what is not finite")
+        runtime.gather(lambda: _refuse_nonfinite(snapshot))
+        marker.at("write")
+        mine = write_tensors(partial, snapshot.state, runtime.groups.control)
+        marker.at("commit")
+        files = [entry for entries in runtime.gather(lambda: mine) for entry in entries]
         manifest = snapshot.manifest | {"files": sorted(files, key=lambda entry: entry["file"])}
-        runtime.everywhere(lambda: _finish(partial, manifest, final, snapshot.keep))
+        runtime.broadcast(lambda: _finish(partial, manifest, final, snapshot.keep))
     except UserError:
-        runtime.everywhere(lambda: shutil.rmtree(partial, ignore_errors=True))
+        runtime.broadcast(lambda: shutil.rmtree(partial, ignore_errors=True))
         raise
     return final
 

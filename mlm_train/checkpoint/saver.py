@@ -12,7 +12,7 @@ from mlm_train.checkpoint.save import Snapshot, take_snapshot, write_checkpoint
 from mlm_train.config import Config
 from mlm_train.errors import UserError
 from mlm_train.monitor.report import Saved
-from mlm_train.parallel.engine import Engine
+from mlm_train.parallel.engine.deepspeed_zero import Engine
 from mlm_train.parallel.runtime import Runtime
 
 FAILURES = 3  # saves in a row that may fail before the run ends: a disk may be full for a while
@@ -37,7 +37,8 @@ class Saver:
         self.engine, self.runtime, self.config, self.data = engine, runtime, config, data
         self.committed, self.say = committed, say
         self.root = Path(config.train.output) / "checkpoints"
-        self.aside = runtime.aside(config.parallel.timeout)  # the thread's collectives meet no others
+        # The thread's collectives meet no others.
+        self.thread_runtime = runtime.for_thread(config.parallel.timeout)
         self.failures = 0
         self.write: _Write | None = None
 
@@ -49,10 +50,10 @@ class Saver:
         """
         started = time.monotonic()
         self.settle()
-        self.runtime.place.at("copy")
+        self.runtime.marker.at("copy")
         snapshot = take_snapshot(self.engine, self.runtime, self.config, progress, self.data, validation)
-        self.write = _Write(self.root, snapshot, self.aside, started)
-        if self.config.checkpoint.background:
+        self.write = _Write(self.root, snapshot, self.thread_runtime, started)
+        if self.config.checkpoint.async_save:
             self.write.start()
         else:
             self.write.run()
@@ -74,7 +75,7 @@ class Saver:
     def leave(self) -> None:
         """The run ends by a failure of something else: give a checkpoint that is being written its time."""
         if self.write is not None and self.write.is_alive():
-            self.runtime.place.linger()  # no hang, and still where the failure was
+            self.runtime.marker.linger()  # no hang, and still where the failure was
             self.write.join(LEAVE)
         self.poll()
 
@@ -84,7 +85,7 @@ class Saver:
         if write is None:
             return None
         if write.is_alive():
-            self.runtime.place.at(f"wait for the checkpoint of step {write.snapshot.step}")
+            self.runtime.marker.at(f"wait for the checkpoint of step {write.snapshot.step}")
             write.join()
         self.poll()
         self.write, error = None, write.error

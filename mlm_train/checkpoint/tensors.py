@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from mlm_train.checkpoint.shards import ShardWriter
 from mlm_train.errors import SharedUserError, UserError
-from mlm_train.files import told
 from mlm_train.model.logical import Piece
+from mlm_train.utils.files import told
 
 
 class LogicalPart(Tensor):

@@ -11,7 +11,7 @@ import yaml
 from yaml.events import AliasEvent, CollectionStartEvent, NodeEvent
 from yaml.nodes import MappingNode, Node, ScalarNode
 
-from mlm_train.records import DEEPEST
+from mlm_train.utils.records import DEEPEST
 
 __all__ = ["DEEPEST", "LONGEST", "yaml_text", "yaml_value"]
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from mlm_train.checks import Check
 from mlm_train.config import DataConfig
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
 from mlm_train.errors import UserError
+from mlm_train.utils.checks import Check
 
 PARTS = 100_000  # of a blend, into which weights are rounded: five decimals
 

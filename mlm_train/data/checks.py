@@ -2,26 +2,18 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mlm_train.data.manifest import AGAIN, DataManifest, SplitRecord
+from mlm_train.data.token_stream import DTYPE_CODES, INDEX_HEADER, TokenStream
 from mlm_train.data.tokenizer import Tokenizer
 from mlm_train.errors import UserError
 
-if TYPE_CHECKING:
-    from mlm_train.data.prepared import Manifest, SplitRecord, TokenStream
-
-AGAIN = "run `mlm-train data prepare` again into a new folder, or copy the folder again"
-INDEX_HEADER = np.dtype(
-    [("magic", "S9"), ("version", "<u8"), ("dtype", "u1"), ("sequences", "<u8"), ("documents", "<u8")]
-)
-"""Start of an .idx; then int32 lengths, int64 byte offsets, int64 document boundaries."""
-DTYPE_CODES = {"int32": 4, "uint16": 8}  # megatron-core's
 AT_ONCE = 1 << 24  # tokens
 
 
-def check_sizes(manifest_path: Path, name: str, record: "SplitRecord", dtype: str) -> None:
+def check_sizes(manifest_path: Path, name: str, record: SplitRecord, dtype: str) -> None:
     """UserError where a split's counts do not fit its files' sizes, or the header of its .idx."""
     where, index = f"{manifest_path}: splits.{name}", manifest_path.parent / record.idx.file
     size = np.dtype(dtype).itemsize
@@ -46,7 +38,7 @@ def check_sizes(manifest_path: Path, name: str, record: "SplitRecord", dtype: st
         )
 
 
-def check_tokenizer(folder: Path, manifest_path: Path, manifest: "Manifest") -> None:
+def check_tokenizer(folder: Path, manifest_path: Path, manifest: DataManifest) -> None:
     """UserError where the manifest says other things of the tokenizer than its file."""
     tokenizer = Tokenizer.load(folder / manifest.tokenizer.file, manifest.eod_id)
     for name, said, found in (
@@ -57,7 +49,7 @@ def check_tokenizer(folder: Path, manifest_path: Path, manifest: "Manifest") -> 
             raise UserError(f"{manifest_path}: {name}={said}, but {tokenizer.path} has {found}; {AGAIN}")
 
 
-def check_documents(stream: "TokenStream", vocab_size: int, eod_id: int, bos_id: int | None) -> None:
+def check_documents(stream: TokenStream, vocab_size: int, eod_id: int, bos_id: int | None) -> None:
     """Read a split: UserError where its index or its ids are not documents, each ended by eod_id once.
 
     bos_id: what each begins with, if anything.

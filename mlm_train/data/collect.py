@@ -18,14 +18,14 @@ from typing import Any
 
 from mlm_train.data.fraction import text_fraction
 from mlm_train.errors import UserError
-from mlm_train.files import new_folder
+from mlm_train.utils.files import new_folder
 
 SUFFIXES = (".py", ".md", ".rst", ".txt")
 NOT_CORPUS = ("site-packages", "dist-packages", "__pycache__")
 
 
 @dataclass(frozen=True, order=True)
-class Candidate:
+class CollectedFile:
     """A usable file. Ordered by the hash of its contents, so any prefix is spread over the corpus."""
 
     digest: bytes
@@ -77,7 +77,7 @@ def collect(
     return report
 
 
-def _candidates(folders: Sequence[Path], counts: Counter[str]) -> Iterator[Candidate]:
+def _candidates(folders: Sequence[Path], counts: Counter[str]) -> Iterator[CollectedFile]:
     """Every readable, non-empty UTF-8 file; counts what is passed over."""
     for folder in folders:
         for file in _text_files(folder):
@@ -94,7 +94,7 @@ def _candidates(folders: Sequence[Path], counts: Counter[str]) -> Iterator[Candi
                 counts["empty"] += 1
                 continue
             path = file.relative_to(folder).as_posix()
-            yield Candidate(hashlib.sha256(data).digest(), path, file, len(data))
+            yield CollectedFile(hashlib.sha256(data).digest(), path, file, len(data))
 
 
 def _text_files(folder: Path) -> Iterator[Path]:
@@ -105,9 +105,9 @@ def _text_files(folder: Path) -> Iterator[Path]:
                 yield Path(parent, name)
 
 
-def _choose(candidates: Iterator[Candidate], max_bytes: int, counts: Counter[str]) -> list[Candidate]:
+def _choose(candidates: Iterator[CollectedFile], max_bytes: int, counts: Counter[str]) -> list[CollectedFile]:
     """Without duplicates (the first path stays), in the order of hashes, while they fit."""
-    chosen: list[Candidate] = []
+    chosen: list[CollectedFile] = []
     total = 0
     previous = b""
     for candidate in sorted(candidates):
@@ -124,7 +124,7 @@ def _choose(candidates: Iterator[Candidate], max_bytes: int, counts: Counter[str
 
 
 def _write_splits(
-    folder: Path, chosen: Sequence[Candidate], validation_fraction: float
+    folder: Path, chosen: Sequence[CollectedFile], validation_fraction: float
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The two files; returns documents and bytes per split and per extension."""
     splits = {name: {"documents": 0, "bytes": 0} for name in ("train", "validation")}

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlm_train.arguments import add_action
-from mlm_train.checks import add_verify
 from mlm_train.errors import escaped
-from mlm_train.sizes import size
+from mlm_train.utils.arguments import add_action
+from mlm_train.utils.checks import add_verify
+from mlm_train.utils.units import size
 
 if TYPE_CHECKING:
     from mlm_train.data.prepare import Progress

@@ -28,7 +28,7 @@ from mlm_train.data.formats import (
     suffix_of,
 )
 from mlm_train.errors import UserError
-from mlm_train.records import json_value
+from mlm_train.utils.records import json_value
 
 SPLITS = ("train", "validation")
 DATA = (Format.LINES, Format.JSON, Format.PARQUET)  # what holds many documents
@@ -43,7 +43,7 @@ class Document(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """A file or a dataset. `split` is None where documents are divided by a fraction."""
 
     name: str
@@ -56,7 +56,7 @@ class Source:
 class Inputs:
     """What to read. `left_out`: files of folders that hold no text, and why; it grows as sources are read."""
 
-    sources: list[Source]
+    sources: list[TextSource]
     left_out: dict[str, str]
 
 
@@ -83,7 +83,7 @@ def find_sources(inputs: Sequence[str], text_key: str, validation: str | None = 
         raise UserError(
             f"--validation {validation}: {own} is part of a folder with its own split; leave it out"
         )
-    for_training = [Source(s.name, "train", s.size, s.read) for s in sources]
+    for_training = [TextSource(s.name, "train", s.size, s.read) for s in sources]
     return Inputs(for_training + finder.sources_of(validation, "validation"), finder.left_out)
 
 
@@ -94,7 +94,7 @@ class _Finder:
     text_key: str
     left_out: dict[str, str]
 
-    def sources_of(self, name: str, split: str | None) -> list[Source]:
+    def sources_of(self, name: str, split: str | None) -> list[TextSource]:
         path = Path(name)
         if path.is_file():
             found = _format_of(path)
@@ -111,7 +111,7 @@ class _Finder:
             return [_hub_source(name, self.text_key, split)]
         raise UserError(f"input {name} does not exist; give a file, a folder or a Hugging Face dataset name")
 
-    def _folder(self, folder: Path, split: str | None) -> list[Source]:
+    def _folder(self, folder: Path, split: str | None) -> list[TextSource]:
         files = sorted(self._files(folder), key=lambda path: path.relative_to(folder).as_posix())
         own = _own_split(folder, files)
         if own is not None:
@@ -153,7 +153,7 @@ class _Finder:
                     yield path
             children[:] = [name for name in children if not name.startswith(".")]
 
-    def _file(self, path: Path, found: Format | None, split: str | None, named: bool) -> Source:
+    def _file(self, path: Path, found: Format | None, split: str | None, named: bool) -> TextSource:
         """`named`: by the user, who wants to hear where it holds no text."""
 
         def read() -> Iterator[Document]:
@@ -173,7 +173,7 @@ class _Finder:
             except BROKEN as error:
                 raise UserError(f"input {path} cannot be read: {error or type(error).__name__}") from None
 
-        return Source(str(path), split, path.stat().st_size, read)
+        return TextSource(str(path), split, path.stat().st_size, read)
 
 
 def listing(left_out: dict[str, str]) -> str:
@@ -305,7 +305,7 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[Document]:
         raise UserError(f"input {path} is not Parquet: {str(error).splitlines()[0]}") from None
 
 
-def _hub_source(name: str, text_key: str, split: str | None) -> Source:
+def _hub_source(name: str, text_key: str, split: str | None) -> TextSource:
     """A dataset of the Hugging Face hub (or of its local cache), as NAME or NAME:CONFIGURATION."""
     import datasets
 
@@ -329,4 +329,4 @@ def _hub_source(name: str, text_key: str, split: str | None) -> Source:
         for row, record in enumerate(dataset.select_columns([text_key]), start=1):
             yield Document(_text_of(record, text_key, f"{name} row {row}"), share)
 
-    return Source(name, split, size, read)
+    return TextSource(name, split, size, read)

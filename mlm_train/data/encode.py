@@ -15,17 +15,17 @@ import numpy as np
 
 from mlm_train.data.tokenizer import Tokenizer
 from mlm_train.errors import UserError
-from mlm_train.stopping import deaf_children, held
+from mlm_train.utils.signals import deaf_children, held
 
 
-class Batch(Protocol):
+class EncodedBatch(Protocol):
     """Whatever holds texts; it comes back beside their ids."""
 
     @property
     def texts(self) -> list[str]: ...
 
 
-AnyBatch = TypeVar("AnyBatch", bound=Batch)
+AnyBatch = TypeVar("AnyBatch", bound=EncodedBatch)
 
 
 def encode_in_order(

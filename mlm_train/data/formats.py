@@ -17,7 +17,7 @@ from enum import Enum
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from mlm_train.records import json_value
+from mlm_train.utils.records import json_value
 
 HEAD_BYTES = 1 << 16  # of a file whose name says nothing: what is no text shows it here, or when it is read
 

@@ -11,7 +11,7 @@ from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
 from mlm_train.data.tokenizer import tokenizer_of
 from mlm_train.errors import escaped
-from mlm_train.terminal import shown
+from mlm_train.utils.terminal import shown
 
 BATCH_TOKENS = tuple(k * 1024 for k in (2, 16, 64, 256, 1024, 4096))
 BATCHES_AVERAGED = 8

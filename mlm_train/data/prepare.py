@@ -13,19 +13,13 @@ import numpy as np
 from mlm_train.data.documents import SPLITS, Document, Inputs, find_sources, listing
 from mlm_train.data.encode import encode_in_order
 from mlm_train.data.fraction import text_fraction
-from mlm_train.data.prepared import (
-    FileRecord,
-    Manifest,
-    SplitRecord,
-    TokenizerRecord,
-    fingerprint_of,
-    write_manifest,
-)
+from mlm_train.data.manifest import DataManifest, FileRecord, SplitRecord, TokenizerRecord, fingerprint_of
+from mlm_train.data.prepared import write_manifest
 from mlm_train.data.tokenizer import FILE_OF_KIND, Tokenizer, tokenizer_file, tokenizer_of
 from mlm_train.data.tokenizer_trial import try_tokenizer
 from mlm_train.data.train_tokenizer import train_sentencepiece
 from mlm_train.errors import UserError
-from mlm_train.files import new_folder, sha256_of
+from mlm_train.utils.files import new_folder, sha256_of
 
 DEFAULT_VALIDATION_FRACTION = 0.02
 BATCH_CHARACTERS = 1 << 18
@@ -51,7 +45,7 @@ def prepare(
     add_bos: bool = False,
     progress: Progress = lambda stage, done, total: None,
     tell_left_out: Callable[[dict[str, str]], None] = lambda left_out: None,
-) -> Manifest:
+) -> DataManifest:
     """Tokenise `inputs` into the folder `output` (layout: prepared.py) and return its manifest.
 
     inputs: files, folders or Hugging Face dataset names. tokenizer: a .model, a tokenizer.json, a
@@ -230,7 +224,7 @@ def _record_of(path: Path) -> FileRecord:
 
 def _write_tokens(
     folder: Path, corpus: Corpus, tokenizer: Tokenizer, workers: int, bos_id: int | None
-) -> Manifest:
+) -> DataManifest:
     eod_id = tokenizer.eod_id
     storage = _megatron_storage()
     dtype = storage.DType.optimal_dtype(tokenizer.vocab_size)
@@ -249,7 +243,7 @@ def _write_tokens(
             )
     splits = {name: writer.finish() for name, writer in writers.items()}
     record = TokenizerRecord(file=tokenizer.path.name, sha256=tokenizer.sha256, kind=tokenizer.kind)
-    return Manifest(
+    return DataManifest(
         vocab_size=tokenizer.vocab_size,
         eod_id=eod_id,
         bos_id=bos_id,

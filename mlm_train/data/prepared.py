@@ -10,113 +10,24 @@ one sequence of the `.idx` and ends with `eod_id`.
 """
 
 import hashlib
-import json
 import os
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
-from pydantic import Field, NonNegativeInt, PositiveInt
-
-from mlm_train.checks import Check
-from mlm_train.data.checks import AGAIN, INDEX_HEADER, check_documents, check_sizes, check_tokenizer
+from mlm_train.data.checks import check_documents, check_sizes, check_tokenizer
+from mlm_train.data.manifest import AGAIN, UNSEALED, DataManifest, FileRecord, fingerprint_of
+from mlm_train.data.token_stream import TokenStream
 from mlm_train.errors import UserError
-from mlm_train.files import listed, open_regular, sha256_of, write_json
-from mlm_train.records import SEAL, Record, json_value, read_regular, record_of, seal_of
+from mlm_train.utils.checks import Check
+from mlm_train.utils.files import listed, open_regular, sha256_of, write_json
+from mlm_train.utils.records import SEAL, json_value, read_regular, record_of, seal_of
 
 MANIFEST = "manifest.json"
-UNSEALED = 1  # the version of manifests without a checksum of themselves
-
-
-class FileRecord(Record):
-    """A file beside the manifest. bytes: its exact size."""
-
-    file: str
-    bytes: NonNegativeInt
-    sha256: str
-
-
-class TokenizerRecord(Record):
-    """The tokenizer's copy in the folder."""
-
-    file: str
-    sha256: str
-    kind: Literal["sentencepiece", "huggingface"]
-
-
-class SplitRecord(Record):
-    """One split. tokens counts end-of-document ids too; text_bytes is UTF-8."""
-
-    documents: PositiveInt
-    tokens: PositiveInt
-    characters: PositiveInt
-    text_bytes: PositiveInt
-    bin: FileRecord
-    idx: FileRecord
-
-
-class Manifest(Record):
-    """What manifest.json says, beside the checksum of that. fingerprint: see fingerprint_of."""
-
-    format: Literal["mlm-data"] = "mlm-data"
-    version: Literal[1, 2] = 2
-    vocab_size: PositiveInt
-    eod_id: NonNegativeInt
-    bos_id: NonNegativeInt | None = None  # what every document begins with
-    dtype: Literal["uint16", "int32"]
-    documents_are: Literal["one .idx sequence each, ended by eod_id"] = (
-        "one .idx sequence each, ended by eod_id"
-    )
-    tokenizer: TokenizerRecord
-    splits: dict[str, SplitRecord] = Field(min_length=1)
-    fingerprint: str
-
-
-def fingerprint_of(tokenizer: TokenizerRecord, eod_id: int, splits: dict[str, SplitRecord]) -> str:
-    """SHA-256 over everything that decides a sample: format, tokenizer, and the files' hashes."""
-    parts = {
-        "format": "mlm-data",
-        "version": 1,
-        "tokenizer": tokenizer.sha256,
-        "eod_id": eod_id,
-        "splits": {name: [split.bin.sha256, split.idx.sha256] for name, split in splits.items()},
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class TokenStream:
-    """The tokens of one split, one document after another, memory-mapped."""
-
-    bin_path: Path
-    idx_path: Path
-    record: SplitRecord
-    dtype: str
-
-    def __len__(self) -> int:
-        """Tokens."""
-        return self.record.tokens
-
-    @cached_property
-    def tokens(self) -> np.ndarray:
-        """Read-only memory map [tokens] of `dtype`. Copy what outlives the stream."""
-        return np.memmap(self.bin_path, dtype=self.dtype, mode="r")
-
-    @cached_property
-    def document_offsets(self) -> np.ndarray:
-        """int64 [documents + 1]: document i is tokens[offsets[i] : offsets[i + 1]]."""
-        lengths = np.fromfile(
-            self.idx_path, dtype="<i4", count=self.record.documents, offset=INDEX_HEADER.itemsize
-        )
-        return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
 class PreparedData:
     """A folder written by `mlm-train data prepare`, checked when opened."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: DataManifest) -> None:
         self.path = path
         self.manifest = manifest
         self.vocab_size = manifest.vocab_size
@@ -170,13 +81,13 @@ class PreparedData:
         return [file for split in self.manifest.splits.values() for file in (split.bin, split.idx)]
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: DataManifest) -> None:
     """Write it with a checksum of itself, all at once."""
     tree = manifest.model_dump(mode="json")
     write_json(folder / MANIFEST, tree | {SEAL: seal_of(tree)})
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def _read_manifest(folder: Path) -> DataManifest:
     path = folder / MANIFEST
     try:
         tree = json_value(read_regular(path))
@@ -192,7 +103,7 @@ def _read_manifest(folder: Path) -> Manifest:
     seal = tree.pop(SEAL, None)
     if seal != seal_of(tree) and (seal is not None or tree.get("version") != UNSEALED):
         raise UserError(f"{path} was changed: its checksum differs; {AGAIN}")
-    manifest = record_of(Manifest, tree, path, AGAIN)
+    manifest = record_of(DataManifest, tree, path, AGAIN)
     if manifest.fingerprint != fingerprint_of(manifest.tokenizer, manifest.eod_id, manifest.splits):
         raise UserError(f"{path} was changed: its fingerprint does not match its hashes; {AGAIN}")
     return manifest

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from mlm_train.data.order import Interleaving, shuffled
-from mlm_train.data.prepared import TokenStream
+from mlm_train.data.token_stream import TokenStream
 from mlm_train.errors import UserError
 
 BLOCK = 4096  # samples whose places are found at once
@@ -21,7 +21,7 @@ class Consumed(NamedTuple):
     epochs: float
 
 
-class Source:
+class SampleSource:
     """The samples of one stream: an endless sequence of epochs over its windows.
 
     Window k is tokens[k*S : k*S + S + 1]: ids and next-token labels, windows one stride of S apart,
@@ -63,7 +63,7 @@ class Samples:
     ) -> None:
         """`shares`: whole numbers, one a stream. Raises UserError if one holds less than one sample."""
         streams = [streams] if isinstance(streams, TokenStream) else streams
-        self.sources = [Source(stream, sequence_length, seed) for stream in streams]
+        self.sources = [SampleSource(stream, sequence_length, seed) for stream in streams]
         self.sequence_length = sequence_length
         self.interleaving = Interleaving(shares)
         self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -72,11 +72,6 @@ class Samples:
     def samples_per_epoch(self) -> int:
         """Windows of all sources together."""
         return sum(source.samples_per_epoch for source in self.sources)
-
-    @property
-    def tokens_per_sample(self) -> int:
-        """Tokens a sample is trained on (its labels): sequence_length."""
-        return self.sequence_length
 
     def batch(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """ids and labels, int64 [count, sequence_length], of samples first .. first + count - 1."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from mlm_train.errors import UserError
-from mlm_train.records import read_json, read_regular
+from mlm_train.utils.records import read_json, read_regular
 
 Kind = Literal["sentencepiece", "huggingface"]
 FILE_OF_KIND: dict[Kind, str] = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json"}

@@ -24,19 +24,6 @@ class BaselinePerplexities:
     bigram: float
 
 
-def baseline_perplexities(
-    train_windows: np.ndarray, evaluation_windows: np.ndarray, vocab_size: int
-) -> BaselinePerplexities:
-    """Count `train_windows` and score `evaluation_windows`, integers [windows, S + 1] each.
-
-    Pairs are counted inside windows, unigrams over their labels (positions 1 .. S): exactly what a
-    model trained on these windows has seen. Memory: one chunk and the distinct pairs.
-    """
-    counts = BigramCounts(vocab_size)
-    counts.add(train_windows)
-    return counts.perplexities(evaluation_windows)
-
-
 class BigramCounts:
     """Counts of ids and of pairs of ids; more windows may be added at any time."""
 

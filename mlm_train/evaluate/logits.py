@@ -9,12 +9,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mlm_train.checkpoint.logical_folder import find_model, load_model
-from mlm_train.checks import Check
+from mlm_train.checkpoint.reading.logical_folder import find_model, load_model
 from mlm_train.errors import UserError
-from mlm_train.files import check_output, draft_of, sync, system_error, writing
 from mlm_train.memory import make_source
-from mlm_train.stopping import held
+from mlm_train.utils.checks import Check
+from mlm_train.utils.files import check_output, draft_of, sync, system_error, writing
+from mlm_train.utils.signals import held
 
 TENSOR = "tokens"
 

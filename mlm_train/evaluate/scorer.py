@@ -10,18 +10,18 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from mlm_train.checkpoint.logical_folder import ModelFolder, open_model
-from mlm_train.checks import Check
+from mlm_train.checkpoint.reading.logical_folder import ModelFolder, open_model
 from mlm_train.config import ModelConfig
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
 from mlm_train.data.tokenizer import tokenizer_file
 from mlm_train.errors import UserError
 from mlm_train.evaluate.perplexity import Perplexity, measure_perplexity
-from mlm_train.files import sha256_of
 from mlm_train.memory import make_source
 from mlm_train.model.source import MemorySource
 from mlm_train.model.transformer import Transformer
+from mlm_train.utils.checks import Check
+from mlm_train.utils.files import sha256_of
 
 
 class Windows:
@@ -39,7 +39,11 @@ class Windows:
         micro_batch: int,
         bos_id: int | None = None,
     ) -> None:
-        for name, value in (("sequence-length", length), ("samples", count), ("micro-batch", micro_batch)):
+        for name, value in (
+            ("sequence-length", length),
+            ("samples", count),
+            ("micro-batch-size", micro_batch),
+        ):
             if value is not None and value < 1:
                 raise UserError(f"--{name} {value}: give at least 1")
         self.samples, self.micro_batch = Samples(data.split(split), length, None), micro_batch

@@ -5,13 +5,13 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from mlm_train.arguments import MODEL_KINDS, seed
-from mlm_train.checks import Check, add_verify
 from mlm_train.errors import UserError
-from mlm_train.terminal import json_line, shown
+from mlm_train.utils.arguments import MODEL_KINDS, seed
+from mlm_train.utils.checks import Check, add_verify
+from mlm_train.utils.terminal import json_line, shown
 
 if TYPE_CHECKING:
-    from mlm_train.checkpoint.logical_folder import ModelFolder
+    from mlm_train.checkpoint.reading.logical_folder import ModelFolder
     from mlm_train.data.tokenizer import Tokenizer
     from mlm_train.inference.decode import Decoder
 
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Stream the new tokens, or write {"ids", "text", "prefill_ms", "decode_ms_per_token"}."""
-    from mlm_train.checkpoint.logical_folder import find_model
+    from mlm_train.checkpoint.reading.logical_folder import find_model
 
     prompt = [] if args.prompt_ids is None else _ids(args.prompt_ids)
     folder, tokenizer = find_model(args.model, args.verify or "full"), None
@@ -98,10 +98,10 @@ def _ids(text: str) -> list[int]:
 
 
 def _decoder(folder: "ModelFolder", tol_dir: str | None, verify: Check) -> "Decoder":
-    from mlm_train.checkpoint.logical_folder import load_model
+    from mlm_train.checkpoint.reading.logical_folder import load_model
     from mlm_train.inference.decode import Decoder
     from mlm_train.memory import make_source
-    from mlm_train.tol.store import TolSource
+    from mlm_train.tol.serve.source import TolSource
 
     if tol_dir is not None:
         # First: it fails faster than the weights load.

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 
 import torch
 
-from mlm_train.memory.per_token import PerToken
-from mlm_train.memory.table import Share, Table
-from mlm_train.memory.unique import Unique
+from mlm_train.memory.per_token import PerTokenSource
+from mlm_train.memory.table import RowSharing, TableSource
+from mlm_train.memory.unique import UniqueSource
 from mlm_train.model.block import MemoryBlock
 from mlm_train.model.source import Positions
 
-TrainingSource = PerToken | Unique | Table
+TrainingSource = PerTokenSource | UniqueSource | TableSource
 
 
 def make_source(
@@ -18,7 +18,7 @@ def make_source(
     blocks: Mapping[int, MemoryBlock],
     positions: Positions | None = None,
     precision: torch.autocast | None = None,
-    share: Share | None = None,
+    share: RowSharing | None = None,
     tables: int | None = None,
     kept: int = 0,
 ) -> TrainingSource:
@@ -29,14 +29,16 @@ def make_source(
     computed as by "unique"; `kept`, how many of those with one, the first, keep their activations.
     """
     if mode == "per_token":
-        return PerToken(blocks)
+        return PerTokenSource(blocks)
     positions = positions or Positions()
     if mode == "unique":
-        return Unique(blocks, positions)
+        return UniqueSource(blocks, positions)
     assert mode == "table", f"memory.mode={mode} is not decided"
     count = len(blocks) if tables is None else tables
     first, others = dict(list(blocks.items())[:count]), dict(list(blocks.items())[count:])
-    return Table(first, positions, precision, share, Unique(others, positions) if others else None, kept)
+    return TableSource(
+        first, positions, precision, share, UniqueSource(others, positions) if others else None, kept
+    )
 
 
-__all__ = ["PerToken", "Share", "Table", "TrainingSource", "Unique", "make_source"]
+__all__ = ["PerTokenSource", "RowSharing", "TableSource", "TrainingSource", "UniqueSource", "make_source"]

@@ -8,7 +8,7 @@ from mlm_train.model.block import MemoryBlock
 from mlm_train.model.source import MemoryReader
 
 
-class PerToken:
+class PerTokenSource:
     """A memory source that computes FFN_M(N_m(x0)) for each position."""
 
     def __init__(self, blocks: Mapping[int, MemoryBlock]) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlm_train.memory.rows import Lookup
-from mlm_train.memory.unique import Unique
+from mlm_train.memory.unique import UniqueSource
 from mlm_train.model.block import MemoryBlock
 from mlm_train.model.linear import compute_dtype
 from mlm_train.model.source import MemoryReader, Positions
@@ -23,10 +23,10 @@ from mlm_train.model.source import MemoryReader, Positions
 ROWS = 4096  # of a block, at most; of fewer than about 1,500 products run at half the speed here
 
 
-class Share:
+class RowSharing:
     """Which rows of a step's tables this process computes: those of its own ids.
 
-    parallel/shares.py has one that splits all data-parallel ranks' rows over them.
+    parallel/ffn_m/shares.py has one that splits all data-parallel ranks' rows over them.
     """
 
     def begin(self, ids: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class Share:
         return rows
 
 
-class Table:
+class TableSource:
     """A memory source of one step's rows: begin, any number of micro-batches, finish.
 
     `rest`: the source of layers that have no table. `kept`: layers, the first ones, whose activations wait
@@ -54,12 +54,12 @@ class Table:
         blocks: Mapping[int, MemoryBlock],
         positions: Positions | None = None,
         precision: torch.autocast | None = None,
-        share: Share | None = None,
-        rest: Unique | None = None,
+        share: RowSharing | None = None,
+        rest: UniqueSource | None = None,
         kept: int = 0,
     ) -> None:
         self.blocks, self.positions, self.rest = blocks, positions or Positions(), rest
-        self.share = share or Share()
+        self.share = share or RowSharing()
         self.precision = precision or torch.autocast("cpu", enabled=False)
         self.anchors = {
             layer: nn.Parameter(block.memory_layernorm.weight.new_zeros(1)) for layer, block in blocks.items()

@@ -10,7 +10,7 @@ from mlm_train.model.block import MemoryBlock
 from mlm_train.model.source import MemoryReader, Positions
 
 
-class Unique:
+class UniqueSource:
     """A memory source that computes FFN_M(N_m(x0)) for each distinct id.
 
     Exact: positions of one id share x0, so the gather's backward sums their gradients, and the whole

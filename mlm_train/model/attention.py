@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlm_train.config import ModelConfig
-from mlm_train.model.causal import by_blocks, causal_attention
+from mlm_train.kernels.cpu_attention import by_blocks, causal_attention
 from mlm_train.model.geometry import Geometry
 from mlm_train.model.linear import FusedLinear
 from mlm_train.model.recompute import recomputed

@@ -50,11 +50,11 @@ def count_labels(labels: Tensor) -> int:
 
 
 @dataclass(frozen=True)
-class Words:
+class VocabRange:
     """Which words of the vocabulary the rows of a head weight are: here all of them.
 
     Row i is word `offset` + i; rows from `length` on are padding. The reductions join what the holders
-    of other words found; parallel/tensor.py has those of a tensor-parallel group.
+    of other words found; parallel/tensor/layers.py has those of a tensor-parallel group.
     """
 
     offset: int
@@ -81,7 +81,7 @@ def head_loss(
     *,
     scale: float,
     z_loss: float,
-    words: Words,
+    words: VocabRange,
     chunk: int | None = None,
     compiles: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ class _Settings:
 
     scale: float
     z_loss: float
-    words: Words
+    words: VocabRange
     chunk: int
     hidden_gradient: bool
     weight_gradient: bool

@@ -29,7 +29,7 @@ class MemorySource(Protocol):
 class Positions:
     """Which positions of a micro-batch are on this process: all, but for sequence parallelism's.
 
-    parallel/mappings.py has one that cuts them over ranks.
+    parallel/tensor/collectives.py has one that cuts them over ranks.
     """
 
     positions = 1  # processes they are cut over

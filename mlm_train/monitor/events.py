@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from mlm_train.files import append_regular
+from mlm_train.utils.files import append_regular
 
 
 class Appended:

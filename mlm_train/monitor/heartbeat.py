@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mlm_train.ownership import Attempt
+from mlm_train.utils.run_lock import SlurmAttempt
 
 EVERY = 1.0  # seconds between writes, at least
 
@@ -21,7 +21,7 @@ class Heartbeat:
     def __init__(self, folder: Path) -> None:
         self.path, self.next = folder / "heartbeat.json", 0.0
         self.values: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
-        if (attempt := Attempt.here()) is not None:
+        if (attempt := SlurmAttempt.here()) is not None:
             self.values["job"] = str(attempt)
 
     def beat(self, state: str, **values: Any) -> None:

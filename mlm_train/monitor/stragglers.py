@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mlm_train.parallel.topology import Topology
+from mlm_train.parallel.mesh.topology import Topology
 
 
 class Pace(NamedTuple):
@@ -45,7 +45,7 @@ class Stragglers:
     def take(self) -> list[Pace]:
         """All ranks since the last call, the slowest first; empty where each is alone in its stage."""
         steps, world, stages = max(self.steps, 1), self.topology.world, self.topology.pipeline
-        share = world // stages  # ranks of one stage are neighbours (topology.py)
+        share = world // stages  # ranks of one stage are neighbours (parallel/mesh/topology.py)
         paces = []
         for first in range(0, world, share) if share > 1 else ():
             ranks = range(first, first + share)

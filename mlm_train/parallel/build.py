@@ -8,34 +8,31 @@ import torch
 from torch import Tensor, nn
 
 from mlm_train.config import Config
-from mlm_train.memory import Table, TrainingSource, make_source
-from mlm_train.model.loss import Words, head_loss
+from mlm_train.memory import TableSource, TrainingSource, make_source
+from mlm_train.model.loss import VocabRange, head_loss
 from mlm_train.model.transformer import Transformer
 from mlm_train.model.unfilled import unfilled
-from mlm_train.parallel.execution import Executor, Loss, Sequential
-from mlm_train.parallel.mappings import TensorGroup
-from mlm_train.parallel.pipeline import Pipeline
+from mlm_train.parallel.ffn_m.shares import DataParallelSharing
+from mlm_train.parallel.mesh.topology import Topology
+from mlm_train.parallel.pipeline.executor import PipelineExecutor
+from mlm_train.parallel.pipeline.single_stage import Executor, Loss, SingleStageExecutor
+from mlm_train.parallel.pipeline.stages import most_layers, my_spans
+from mlm_train.parallel.pipeline.x0 import TRANSPORTS, LocalEmbedding, X0Channel
 from mlm_train.parallel.runtime import Runtime
-from mlm_train.parallel.shares import DataShare
-from mlm_train.parallel.stages import most_layers, my_spans
-from mlm_train.parallel.tensor import (
-    GroupWords,
+from mlm_train.parallel.tensor.collectives import TensorGroup
+from mlm_train.parallel.tensor.layers import (
+    ParallelVocabRange,
     mark_for_clipping,
     shard,
     sum_replicated,
     sum_replicated_each_pass,
 )
-from mlm_train.parallel.topology import Topology
-from mlm_train.parallel.x0 import TRANSPORTS, Alone, X0Channel
 
 
 def tensor_group(config: Config, runtime: Runtime) -> TensorGroup:
     """The ranks that share this rank's layers."""
-    from megatron.core import parallel_state
-
     topology = runtime.topology
-    handle = parallel_state.get_tensor_model_parallel_group()
-    return TensorGroup(topology.tensor, topology.tensor_rank, handle, config.parallel.sequence)
+    return TensorGroup(topology.tensor, topology.tensor_rank, runtime.groups.tensor, config.parallel.sequence)
 
 
 def shapes_of(config: Config, topology: Topology, group: TensorGroup) -> Transformer:
@@ -81,7 +78,7 @@ def build_loss(config: Config, group: TensorGroup) -> Loss:
     """The loss of a normed hidden state, the head's product included, over this rank's words."""
     train, vocab_size = config.train, config.model.vocab_size
     cut = group.size > 1
-    words = GroupWords.of(vocab_size, group) if cut else Words(0, vocab_size)
+    words = ParallelVocabRange.of(vocab_size, group) if cut else VocabRange(0, vocab_size)
 
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         if cut:  # each rank's words cause a part of its gradient
@@ -93,7 +90,7 @@ def build_loss(config: Config, group: TensorGroup) -> Loss:
             scale=scale,
             z_loss=train.z_loss,
             words=words,
-            chunk=train.loss_chunk,
+            chunk=train.loss_chunk_size,
             compiles=train.compile,
         )
 
@@ -112,14 +109,16 @@ def build_executor(
     group = tensor_group(config, runtime)
     for span in my_spans(config, runtime.topology):
         for layer in span.layers:
-            model.block(layer).set_recompute(config.train.recompute_of(span.number))
+            model.block(layer).set_activation_checkpointing(
+                config.train.activation_checkpointing_of(span.number)
+            )
             model.block(layer).compiles = config.train.compile
     loss = build_loss(config, group)
     precision = autocast_of(config, runtime.device)
-    source = _source(model, config, group, precision)
+    source = _source(model, config, runtime, group, precision)
     if runtime.topology.pipeline > 1:
         channel = _channel(model, config, runtime, group, source)
-        return Pipeline(model, config, runtime, group, source, channel, loss, precision)
+        return PipelineExecutor(model, config, runtime, group, source, channel, loss, precision)
     sum_norms: Callable[[], None] = partial(sum_replicated, model, group)
     if config.reduces_each_pass:
         # A pass's gradients are gone when the next begins: the norms' are summed in it.
@@ -127,19 +126,17 @@ def build_executor(
         sum_norms = _nothing
     # Rows of x0 once a step; but a pass whose gradients go at once has to embed by itself.
     rows = None if config.reduces_each_pass else _channel(model, config, runtime, group, source)
-    return Sequential(config, runtime, entry or model, source, rows, loss, precision, sum_norms)
+    return SingleStageExecutor(config, runtime, entry or model, source, rows, loss, precision, sum_norms)
 
 
 def _source(
-    model: Transformer, config: Config, group: TensorGroup, precision: torch.autocast
+    model: Transformer, config: Config, runtime: Runtime, group: TensorGroup, precision: torch.autocast
 ) -> TrainingSource | None:
     """How this rank executes FFN-M; None where the model has none."""
-    from megatron.core import parallel_state
-
     memory = config.memory
     if memory is None:
         return None
-    share = DataShare(parallel_state.get_data_parallel_group()) if memory.shared else None
+    share = DataParallelSharing(runtime.groups.data) if memory.shared else None
     blocks = model.memory_blocks()
     return make_source(
         memory.mode, blocks, group, precision, share, memory.table_layers, memory.kept_layers or 0
@@ -150,18 +147,16 @@ def _channel(
     model: Transformer, config: Config, runtime: Runtime, group: TensorGroup, source: TrainingSource | None
 ) -> X0Channel:
     """How x0 reaches this rank."""
-    from megatron.core import parallel_state
-
     most = most_layers(config, runtime.topology)
     plain = source is None and runtime.topology.pipeline > 1
-    transport = Alone if plain else TRANSPORTS[config.transport]
+    transport = LocalEmbedding if plain else TRANSPORTS[config.transport]
     return transport(
         model,
-        parallel_state.get_pipeline_model_parallel_group(),
+        runtime.groups.pipeline,
         group,
         runtime.device,
         config.parallel.crossings,
-        source if isinstance(source, Table) else None,
+        source if isinstance(source, TableSource) else None,
         config.memory is not None and config.memory.tabled(most) == most,
     )
 

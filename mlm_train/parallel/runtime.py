@@ -15,12 +15,13 @@ from torch import Tensor
 
 from mlm_train.config import Config, TrainConfig
 from mlm_train.errors import PeerFailure, SharedUserError, UserError
-from mlm_train.files import told
-from mlm_train.host_memory import keep_freed
-from mlm_train.parallel.failures import one_line
-from mlm_train.parallel.place import Place
-from mlm_train.parallel.stacks import keep_flight_records
-from mlm_train.parallel.topology import Topology
+from mlm_train.parallel.health.failures import one_line
+from mlm_train.parallel.health.progress_marker import ProgressMarker
+from mlm_train.parallel.health.thread_stacks import keep_flight_records
+from mlm_train.parallel.mesh.groups import ProcessGroups, create_groups, destroy_groups
+from mlm_train.parallel.mesh.topology import Topology
+from mlm_train.utils.files import told
+from mlm_train.utils.malloc import keep_freed
 
 Result = TypeVar("Result")
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -47,20 +48,18 @@ class Runtime:
 
     topology: Topology
     device: torch.device
-    place: Place = field(default_factory=Place)  # where this rank is, for the watchdog
-    control: Any = None  # the group of barrier, everywhere and together; None: the default one
+    groups: ProcessGroups
+    marker: ProgressMarker = field(default_factory=ProgressMarker)  # where this rank is, for the watchdog
 
     @property
-    def leads(self) -> bool:
+    def is_rank_0(self) -> bool:
         """Whether this rank speaks for all: prints, writes TensorBoard and manifests."""
         return self.topology.rank == 0
 
     def sum_over_data(self, values: Tensor) -> Tensor:
         """The sum of a small tensor over data parallel, on every rank."""
-        from megatron.core import parallel_state
-
         values = values.clone()
-        dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(values, group=self.groups.data)
         return values
 
     def sum_over_all(self, values: Tensor) -> Tensor:
@@ -71,28 +70,28 @@ class Runtime:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        dist.barrier(self.control)
+        dist.barrier(self.groups.control)
 
-    def aside(self, timeout: float) -> "Runtime":
+    def for_thread(self, timeout: float) -> "Runtime":
         """The same ranks for another thread, with a group and a mark of its own; every rank calls it."""
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-        return replace(self, place=Place(), control=group)
+        return replace(self, marker=ProgressMarker(), groups=replace(self.groups, control=group))
 
-    def everywhere(self, work: Callable[[], Result]) -> Result:
+    def broadcast(self, work: Callable[[], Result]) -> Result:
         """Run `work` on the leading rank; its result, or its failure, on every rank."""
-        outcome, error = _attempt(work) if self.leads else (None, None)
+        outcome, error = _attempt(work) if self.is_rank_0 else (None, None)
         outcomes = [outcome]
-        dist.broadcast_object_list(outcomes, src=0, group=self.control)
+        dist.broadcast_object_list(outcomes, src=0, group=self.groups.control)
         if error is not None:
             raise error
         assert outcomes[0] is not None
         return outcomes[0].result()
 
-    def together(self, work: Callable[[], Result]) -> list[Result]:
+    def gather(self, work: Callable[[], Result]) -> list[Result]:
         """Run `work` on every rank; all results in the order of ranks, or the first failure, on each."""
         outcomes: list[Any] = [None] * self.topology.world
         outcome, error = _attempt(work)
-        dist.all_gather_object(outcomes, outcome, group=self.control)
+        dist.all_gather_object(outcomes, outcome, group=self.groups.control)
         if error is not None:
             raise error
         return [outcome.result() for outcome in outcomes]
@@ -181,11 +180,7 @@ def start(config: Config) -> Runtime:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    from megatron.core import parallel_state
-
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(topology.tensor, topology.pipeline)
-    return Runtime(topology, device, Place(device))
+    return Runtime(topology, device, create_groups(topology), ProgressMarker(device))
 
 
 def _loopback() -> str | None:
@@ -211,10 +206,7 @@ def _make_repeatable(train: TrainConfig) -> None:
 
 def stop() -> None:
     """Leave the groups, and what start() set for them: the next ones may span machines."""
-    from megatron.core import parallel_state
-
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    destroy_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
     for variable in INTERFACE_VARIABLES:

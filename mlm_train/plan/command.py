@@ -2,18 +2,17 @@
 
 import argparse
 import json
-import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlm_train.arguments import add_action
 from mlm_train.errors import UserError
-from mlm_train.sizes import in_units
+from mlm_train.plan.assumptions import ASSUMPTIONS, positive
+from mlm_train.utils.arguments import add_action
+from mlm_train.utils.units import in_units
 
 if TYPE_CHECKING:
     from mlm_train.config import ModelConfig
-    from mlm_train.plan.tol import Serving, Stored, Tier
+    from mlm_train.plan.tol import Serving, StoredAs, Tier
 
 HELP = """Say what something will take and whether it pays, before it is made.
 (What a training run needs: mlm-train pretrain CONFIG --dry-run)
@@ -31,41 +30,6 @@ examples:
   mlm-train plan tol runs/micro --build-tflops 40 --json"""
 
 DTYPES = ("bfloat16", "int8", "int4")
-
-
-@dataclass(frozen=True)
-class Assumption:
-    """A figure that the plan takes on trust: an option with a default."""
-
-    option: str
-    default: float
-    meaning: str
-
-    def of(self, args: argparse.Namespace) -> float:
-        """Its value; UserError where it is out of range."""
-        return _positive(self.option, getattr(args, self.option.replace("-", "_")))
-
-
-def _positive(option: str, value: float) -> float:
-    """The value; UserError where it is not above zero and finite."""
-    if not 0 < value < math.inf:
-        raise UserError(f"--{option} {value:g}: give a number above 0")
-    return value
-
-
-ASSUMPTIONS = (
-    Assumption("vram-gb", 24, "VRAM, GB; the KV cache is left out"),
-    Assumption("vram-gbs", 1000, "VRAM's bandwidth, GB/s"),
-    Assumption("ram-gb", 64, "RAM, GB"),
-    Assumption("ram-gbs", 25, "from RAM to the device, GB/s (16 lanes of PCIe 4)"),
-    Assumption("nvme-gb", 1000, "NVMe, GB"),
-    Assumption("nvme-gbs", 5, "from NVMe to the device, GB/s"),
-    Assumption("nvme-latency-us", 100, "a random read from NVMe, microseconds"),
-    Assumption("nvme-reads", 32, "random reads from NVMe under way at once"),
-    Assumption("tflops", 100, "products of the device that decodes, TFLOP/s"),
-    Assumption("distinct", 1, "distinct tokens of a decoded step / its batch; 1 is the worst for a ToL"),
-    Assumption("write-gbs", 1, "writing the ToL, GB/s"),
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 def plan_tol(args: argparse.Namespace) -> dict[str, Any]:
     """All figures of the page, as JSON has them."""
     from mlm_train.plan.tol import (
-        Stored,
+        StoredAs,
         compare,
         ffn_m_bytes,
         ffn_m_flops,
@@ -122,7 +86,7 @@ def plan_tol(args: argparse.Namespace) -> dict[str, Any]:
     _check(args, model)
     serving, figures = _serving(args)
     home = _home(args, model, serving)
-    stored = [Stored(dtype, rank) for rank in (None, *args.rank) for dtype in DTYPES]
+    stored = [StoredAs(dtype, rank) for rank in (None, *args.rank) for dtype in DTYPES]
     speed, measured = _build_speed(args, model)
     return {
         "model": args.model,
@@ -150,7 +114,7 @@ def plan_tol(args: argparse.Namespace) -> dict[str, Any]:
 
 def _model(path: Path, overrides: list[str]) -> "ModelConfig":
     """Of a config file, or of a folder whose weights are not read."""
-    from mlm_train.checkpoint.logical_folder import read_model_config
+    from mlm_train.checkpoint.reading.logical_folder import read_model_config
     from mlm_train.config import load_config
 
     if not path.is_dir():
@@ -231,13 +195,13 @@ def _giga(size: int) -> str:
 def _build_speed(args: argparse.Namespace, model: "ModelConfig") -> tuple[float, bool]:
     """FLOPs a second, and whether they were measured."""
     if args.build_tflops is not None:
-        return _positive("build-tflops", args.build_tflops) * 1e12, False
+        return positive("build-tflops", args.build_tflops) * 1e12, False
     from mlm_train.plan.speeds import ffn_flops
 
     return ffn_flops(model.hidden_size, model.intermediate_size), True
 
 
-def _table(model: "ModelConfig", stored: "Stored", speed: float, written: float) -> dict[str, Any]:
+def _table(model: "ModelConfig", stored: "StoredAs", speed: float, written: float) -> dict[str, Any]:
     from mlm_train.plan.tol import build_seconds, row_bytes, tol_bytes
 
     compute, write = build_seconds(model, stored, speed, written)

@@ -16,8 +16,8 @@ from mlm_train.config import Config
 from mlm_train.config.load import parse_config
 from mlm_train.errors import UserError
 from mlm_train.memory.table import ROWS
-from mlm_train.parallel.stages import most_layers
-from mlm_train.parallel.topology import Topology
+from mlm_train.parallel.mesh.topology import Topology
+from mlm_train.parallel.pipeline.stages import most_layers
 from mlm_train.plan.activations import compute_bytes
 
 FP32 = 4
@@ -29,7 +29,7 @@ class Distinct(NamedTuple):
 
     micro_batch: float
     step: float
-    everywhere: float
+    all_ranks: float
 
     @classmethod
     def of(cls, ids: Sequence[Tensor], ranks: int = 1) -> "Distinct":
@@ -38,7 +38,7 @@ class Distinct(NamedTuple):
         return cls(
             micro_batch=sum(map(len, found)) / len(found),
             step=len(torch.cat(found[::ranks]).unique()),
-            everywhere=len(torch.cat(found).unique()),
+            all_ranks=len(torch.cat(found).unique()),
         )
 
 
@@ -72,7 +72,7 @@ NOMINAL_FLOPS, NOMINAL_BYTES, NOMINAL_LINK, NOMINAL_CALL = 1e14, 1e12, 2e10, 2e-
 
 def expected_by_law(config: Config, topology: Topology) -> Distinct:
     """Distinct ids as in ordinary text, for a plan without the data."""
-    step = config.train.global_batch * config.data.sequence_length
+    step = config.train.global_batch_size * config.data.sequence_length
     sizes = (_positions(config), step // topology.data, step)
     return Distinct(*(distinct_ids(size, config.model.vocab_size) for size in sizes))
 
@@ -102,7 +102,7 @@ def nominal_speeds(config: Config) -> Speeds:
     )
 
 
-class Choice(NamedTuple):
+class MemoryChoice(NamedTuple):
     """A decided config and why."""
 
     config: Config
@@ -132,7 +132,7 @@ def table_bytes(config: Config, topology: Topology, distinct: Distinct) -> float
 
 def _own_rows(topology: Topology, distinct: Distinct, shared: bool) -> float:
     """Rows of a table that this rank computes."""
-    return distinct.everywhere / topology.data if shared else distinct.step
+    return distinct.all_ranks / topology.data if shared else distinct.step
 
 
 def seconds(config: Config, topology: Topology, distinct: Distinct, speeds: Speeds) -> float:
@@ -151,7 +151,7 @@ def seconds(config: Config, topology: Topology, distinct: Distinct, speeds: Spee
 
 
 def _positions(config: Config) -> int:
-    return config.train.micro_batch * config.data.sequence_length
+    return config.train.micro_batch_size * config.data.sequence_length
 
 
 def _bubble(config: Config, topology: Topology) -> float:
@@ -169,7 +169,7 @@ def _layer(config: Config, topology: Topology, distinct: Distinct, speeds: Speed
     """A layer in all micro-batches: at every position, or once per distinct id of each."""
     rows = _positions(config) if everywhere else distinct.micro_batch
     once = speeds.passes(rows) + _summed(config, rows, speeds)
-    if config.train.recompute == "full":
+    if config.train.activation_checkpointing == "full":
         once += speeds.forward(rows)
     if not everywhere:
         once += _positions(config) * speeds.lookup
@@ -191,7 +191,9 @@ def _table_layer(config: Config, topology: Topology, distinct: Distinct, speeds:
     return own + exchange + lookups * _bubble(config, topology)
 
 
-def choose(config: Config, topology: Topology, distinct: Distinct, speeds: Speeds, budget: float) -> Choice:
+def choose(
+    config: Config, topology: Topology, distinct: Distinct, speeds: Speeds, budget: float
+) -> MemoryChoice:
     """memory.mode=auto decided. `budget`: bytes that this rank's tables may take."""
     configs = {_name(candidate): candidate for candidate in _candidates(config, topology, distinct, budget)}
     costs = {name: seconds(one, topology, distinct, speeds) for name, one in configs.items()}
@@ -205,7 +207,7 @@ def choose(config: Config, topology: Topology, distinct: Distinct, speeds: Speed
     whole = most_layers(config, topology) * table_bytes_per_layer(config, MARGIN * distinct.step)
     if whole > budget:
         tables += f"; whole tables would take {whole / 2**20:,.0f} MiB of the {budget / 2**20:,.0f} allowed"
-    return Choice(chosen, f"memory.mode=auto -> {best}: FFN-M a step {ranking} ({rows}){tables}")
+    return MemoryChoice(chosen, f"memory.mode=auto -> {best}: FFN-M a step {ranking} ({rows}){tables}")
 
 
 def _name(config: Config) -> str:
@@ -247,7 +249,9 @@ def _candidates(config: Config, topology: Topology, distinct: Distinct, budget: 
 
 def _recomputes_layers(config: Config) -> bool:
     """Whether some stage keeps no activations of a layer but its input."""
-    return any(config.train.recompute_of(stage) == "full" for stage in range(config.parallel.stages))
+    return any(
+        config.train.activation_checkpointing_of(stage) == "full" for stage in range(config.parallel.stages)
+    )
 
 
 def with_memory(config: Config, section: dict[str, object]) -> Config:

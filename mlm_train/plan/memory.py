@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from mlm_train.config import Config
 from mlm_train.parallel.build import shapes_of
-from mlm_train.parallel.engine import BUCKET
-from mlm_train.parallel.mappings import TensorGroup
-from mlm_train.parallel.topology import Topology
+from mlm_train.parallel.engine.deepspeed_zero import BUCKET
+from mlm_train.parallel.mesh.topology import Topology
+from mlm_train.parallel.tensor.collectives import TensorGroup
 from mlm_train.plan.activations import activation_bytes
 from mlm_train.plan.ffn_m import expected_by_law, table_bytes
 
@@ -47,7 +47,7 @@ def state_bytes(config: Config, elements: int, topology: Topology) -> tuple[int,
 
     The optimizer has two moments, and from stage 1 on its own copy of the weights of its part too.
     """
-    zero = config.parallel.zero
+    zero = config.parallel.zero_stage
     whole, part = elements * FP32, -(-elements // topology.data) * FP32
     # One bucket of gradients on their way, and of weights gathered ahead.
     bucket = min(elements, BUCKET) * FP32

@@ -14,9 +14,9 @@ from mlm_train.config import Config
 from mlm_train.memory.rows import add_rows
 from mlm_train.model.feedforward import SwiGLU
 from mlm_train.parallel.build import autocast_of
-from mlm_train.parallel.links import measure_links, median_seconds
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.plan.ffn_m import Speeds
+from mlm_train.plan.links import measure_links, median_seconds
 
 ROWS = (256, 2048)  # a line through two sizes: what a call costs, and what a row
 LARGEST = 2**24  # elements of a product that ffn_flops measures
@@ -24,7 +24,7 @@ LARGEST = 2**24  # elements of a product that ffn_flops measures
 
 def measure_speeds(config: Config, runtime: Runtime) -> Speeds:
     """Every rank calls it; the ranks' mean."""
-    found = runtime.together(lambda: _measure(config, runtime.device))
+    found = runtime.gather(lambda: _measure(config, runtime.device))
     tensor_link, data_link = measure_links(runtime)
     means = {name: statistics.fmean(speeds[name] for speeds in found) for name in found[0]}
     return Speeds(**means, tensor_link=tensor_link, data_link=data_link)

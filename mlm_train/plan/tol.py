@@ -12,8 +12,8 @@ import numpy as np
 
 from mlm_train.config import ModelConfig
 from mlm_train.model.counts import count_parameters
-from mlm_train.tol.codec import GROUP, LEVELS, Scheme
-from mlm_train.tol.format import BASIS_ITEM
+from mlm_train.tol.format.codec import GROUP, LEVELS, Scheme
+from mlm_train.tol.format.index import BASIS_ITEM
 
 BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.25, "int4": 4.25}  # a float16 scale for each group
 BLOCK = 4096  # bytes that an NVMe device reads at least
@@ -23,7 +23,7 @@ VRAM, RAM, NVME = "VRAM", "RAM", "NVMe"
 Batches = Sequence[int] | np.ndarray  # batch sizes
 
 
-class Stored(NamedTuple):
+class StoredAs(NamedTuple):
     """How a ToL's numbers are kept, all layers alike; rank None keeps them all."""
 
     dtype: str
@@ -60,7 +60,7 @@ class Serving(NamedTuple):
 class Offer(NamedTuple):
     """A ToL in a tier, against FFN-M's weights."""
 
-    stored: Stored
+    stored: StoredAs
     tier: str
     bytes: int
     fits: bool
@@ -68,7 +68,7 @@ class Offer(NamedTuple):
     pays: list[tuple[int, int | None]]  # batch sizes [first, stop) at which it is faster; None: no end found
 
 
-def row_bytes(model: ModelConfig, stored: Stored) -> int:
+def row_bytes(model: ModelConfig, stored: StoredAs) -> int:
     """Of a token's row, all layers."""
     group = GROUP if stored.dtype in LEVELS else None
     scheme = Scheme.model_validate({"dtype": stored.dtype, "rank": stored.rank, "group_size": group})
@@ -77,12 +77,12 @@ def row_bytes(model: ModelConfig, stored: Stored) -> int:
     return model.num_hidden_layers * layer
 
 
-def basis_bytes(model: ModelConfig, stored: Stored) -> int:
+def basis_bytes(model: ModelConfig, stored: StoredAs) -> int:
     """Of all layers' bases [rank, hidden], kept once and used by every row."""
     return model.num_hidden_layers * (stored.rank or 0) * model.hidden_size * BASIS_ITEM
 
 
-def tol_bytes(model: ModelConfig, stored: Stored) -> int:
+def tol_bytes(model: ModelConfig, stored: StoredAs) -> int:
     """Of the whole table and its bases."""
     return model.vocab_size * row_bytes(model, stored) + basis_bytes(model, stored)
 
@@ -109,7 +109,7 @@ def ffn_m_flops(model: ModelConfig) -> int:
     return 6 * model.num_hidden_layers * model.hidden_size * model.intermediate_size
 
 
-def build_seconds(model: ModelConfig, stored: Stored, flops: float, written: float) -> tuple[float, float]:
+def build_seconds(model: ModelConfig, stored: StoredAs, flops: float, written: float) -> tuple[float, float]:
     """To compute FFN-M for the vocabulary at so many FLOPs a second, and to write so many bytes a second."""
     return model.vocab_size * ffn_m_flops(model) / flops, tol_bytes(model, stored) / written
 
@@ -126,7 +126,7 @@ def weights_seconds(model: ModelConfig, serving: Serving, tier: Tier, batches: B
 
 
 def lookup_seconds(
-    model: ModelConfig, serving: Serving, stored: Stored, tier: Tier, batches: Batches
+    model: ModelConfig, serving: Serving, stored: StoredAs, tier: Tier, batches: Batches
 ) -> np.ndarray:
     """The same read from a ToL: bytes of the rows, or latency of their reads, whichever takes longer.
 
@@ -149,7 +149,7 @@ def home_of_weights(model: ModelConfig, serving: Serving) -> Tier | None:
 
 
 def compare(
-    model: ModelConfig, serving: Serving, home: Tier, stored: Sequence[Stored], batches: Batches
+    model: ModelConfig, serving: Serving, home: Tier, stored: Sequence[StoredAs], batches: Batches
 ) -> list[Offer]:
     """Every way of storing in every tier, against FFN-M's weights that live in `home`."""
     every = np.arange(1, LARGEST_BATCH + 1)

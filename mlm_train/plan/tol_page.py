@@ -9,7 +9,7 @@ from rich.text import Text
 
 from mlm_train.errors import escaped
 from mlm_train.plan.tol import LARGEST_BATCH
-from mlm_train.sizes import in_units
+from mlm_train.utils.units import in_units
 
 WIDTH = 110
 ALWAYS = [(1, None)]  # all batch sizes
@@ -112,7 +112,7 @@ def _verdict(offer: dict[str, Any]) -> str:
 
 def _assumed(plan: dict[str, Any]) -> list[str]:
     """Every figure with its option."""
-    from mlm_train.plan.command import ASSUMPTIONS
+    from mlm_train.plan.assumptions import ASSUMPTIONS
 
     build = plan["build_tflops"]
     source = "measured on this machine's CPU, fp32, all threads" if build["measured"] else "as given"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mlm_train.model.loss import IGNORED
-from mlm_train.parallel.stacks import AWAITED
-from mlm_train.parallel.topology import Topology
+from mlm_train.parallel.health.thread_stacks import AWAITED
+from mlm_train.parallel.mesh.topology import Topology
 
 if TYPE_CHECKING:
     from mlm_train.data.samples import Samples
@@ -50,7 +50,7 @@ def pinned(batches: list[MicroBatch], device: torch.device) -> list[MicroBatch]:
         return [MicroBatch(*(tensor.pin_memory() for tensor in batch)) for batch in batches]
 
 
-class Ahead:
+class Prefetcher:
     """What will be needed next, made by a thread while the present is worked on.
 
     The order is the caller's: `take(key)` is make(key) whatever was made ahead, which is thrown away

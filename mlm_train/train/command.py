@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from mlm_train.train.signals import end_with_agent
 
     end_with_agent()  # before imports that take seconds
-    from mlm_train.parallel.environment import check_environment
+    from mlm_train.parallel.launch.environment import check_environment
     from mlm_train.parallel.runtime import local_world_size, world_size
 
     # Until the ranks have met each finds the same, and says it: the first to end may have the others ended.
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     with opened_run(config, data) as run:
         if run is None:
             return 0
-        if run.runtime.leads:
+        if run.runtime.is_rank_0:
             print(dump_config(config), flush=True)
         return train(run)
 
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 def _dry_run(config: Config, world: int) -> int:
     from rich.console import Console
 
-    from mlm_train.parallel.topology import Topology
+    from mlm_train.parallel.mesh.topology import Topology
     from mlm_train.plan.report import print_plan
 
     topology = Topology.of(config.parallel, world)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mlm_train.finite import nonfinite
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel.runtime import Runtime
+from mlm_train.utils.nonfinite import nonfinite
 
 
 class Sighting(NamedTuple):
@@ -46,7 +46,7 @@ def locate(
         seen.append((_depth_of_gradient(gradients[-1], model.config.num_hidden_layers), what))
     rank, host = runtime.topology.rank, socket.gethostname()
     mine = [Sighting(depth, what, rank, host) for depth, what in seen]
-    found = [sighting for rank in runtime.together(lambda: mine) for sighting in rank]
+    found = [sighting for rank in runtime.gather(lambda: mine) for sighting in rank]
     if not found:
         return "the same samples again are finite everywhere: a passing fault, or a sum over ranks"
     first = min(found)

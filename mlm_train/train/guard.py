@@ -14,11 +14,11 @@ from mlm_train.train.setup import Run
 from mlm_train.train.step import StepResult
 
 
-class Guard:
+class LossGuard:
     """Judges steps by what all ranks know alike, so all of them judge alike."""
 
     def __init__(self, config: Config) -> None:
-        self.limit, self.spike = config.train.skip_limit, config.train.spike
+        self.limit, self.spike = config.train.max_skipped_steps, config.train.spike
         self.in_row = 0
         self.usual: deque[float] = deque(maxlen=self.spike.window if self.spike else 0)
 
@@ -54,26 +54,26 @@ def roll_back(run: Run, progress: Progress) -> Progress | None:
     """
     spike = run.config.train.spike
     assert spike is not None
-    if progress.rollbacks >= spike.limit:
+    if progress.rollbacks >= spike.max_rollbacks:
         raise SharedUserError(
             f"loss spike at step {progress.step} after {progress.rollbacks} rollbacks "
-            f"(train.spike.limit={spike.limit}); committed checkpoints are kept: lower optimizer.lr, or look "
-            "at the data there (mlm-train data inspect)"
+            f"(train.spike.max_rollbacks={spike.max_rollbacks}); committed checkpoints are kept: "
+            "lower optimizer.lr, or look at the data there (mlm-train data inspect)"
         )
-    run.runtime.place.enter(f"rollback after step {progress.step}", patient=True)
+    run.runtime.marker.enter(f"rollback after step {progress.step}", patient=True)
     run.saver.settle()
-    found = run.runtime.everywhere(lambda: newest_of(run.config))
+    found = run.runtime.broadcast(lambda: newest_of(run.config))
     if found is None:
         run.monitor.say(
             f"loss spike at step {progress.step}, but no checkpoint to go back to; training goes on"
         )
         return None
-    for line in run.runtime.everywhere(found.set_damaged_aside):
+    for line in run.runtime.broadcast(found.set_damaged_aside):
         run.monitor.say(line)
     load_training_state(found.folder, found.manifest, run.trainer.engine)
     back = replace(
         found.progress,
-        samples=progress.samples + spike.skip_steps * run.config.train.global_batch,
+        samples=progress.samples + spike.skip_steps * run.config.train.global_batch_size,
         skipped=progress.skipped,
         rollbacks=progress.rollbacks + 1,
         rewarm=progress.rewarm,

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check, then run the ranks or submit the job; their exit code."""
     _check_counts(args)
-    from mlm_train.parallel.topology import Topology
+    from mlm_train.parallel.mesh.topology import Topology
     from mlm_train.train.preflight import preflight
 
     processes = args.nproc or args.gpus_per_node
@@ -56,9 +56,9 @@ def run(args: argparse.Namespace) -> int:
         Topology.of(config.parallel, nodes * processes).check_batch(config)
     preflight(config, most * processes, None if args.slurm else processes)
     if args.slurm:
-        from mlm_train.train.slurm import Job, submit
+        from mlm_train.train.slurm import SlurmJob, submit
 
-        job = Job(
+        job = SlurmJob(
             config=args.config,
             overrides=tuple(args.overrides),
             nodes=most,
@@ -69,14 +69,14 @@ def run(args: argparse.Namespace) -> int:
             time=args.time,
         )
         return submit(job, args.render)
-    from mlm_train.parallel.launch import Machines, launch_ranks
+    from mlm_train.parallel.launch.launcher import Nodes, launch_ranks
 
     debug = ["--debug"] if args.debug else []
     arguments = ["pretrain", *debug, args.config, *args.overrides]
     restarts = args.max_restarts
     if restarts is None:
         restarts = 3 if fewest < most else 0
-    return launch_ranks(arguments, args.nproc, Machines(fewest, most, args.rendezvous), restarts)
+    return launch_ranks(arguments, args.nproc, Nodes(fewest, most, args.rendezvous), restarts)
 
 
 def _counts(text: str) -> tuple[int, int]:

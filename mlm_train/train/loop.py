@@ -5,8 +5,8 @@ import time
 
 from mlm_train.checkpoint.manifest import Validation
 from mlm_train.monitor.report import Evaluation, Progress, StepReport
-from mlm_train.train.batches import Ahead, evaluation_batches, pinned, step_batches
-from mlm_train.train.guard import Guard, roll_back
+from mlm_train.train.batches import Prefetcher, evaluation_batches, pinned, step_batches
+from mlm_train.train.guard import LossGuard, roll_back
 from mlm_train.train.schedule import global_batch_at, learning_rate
 from mlm_train.train.setup import Run
 from mlm_train.train.signals import EXIT_CODE
@@ -17,16 +17,16 @@ def train(run: Run) -> int:
 
     Returns the exit code: 0, or that of a signal which ended the run early, after a checkpoint.
     """
-    config, progress, place = run.config, run.progress, run.runtime.place
+    config, progress, marker = run.config, run.progress, run.runtime.marker
     first = progress.step
     last = min(config.train.steps, progress.step + (config.train.stop_after or config.train.steps))
-    micro_batch, runtime, guard = config.train.micro_batch, run.runtime, Guard(config)
-    data = Ahead(
+    micro_batch, runtime, guard = config.train.micro_batch_size, run.runtime, LossGuard(config)
+    data = Prefetcher(
         lambda key: pinned(step_batches(run.samples, *key, micro_batch, runtime.topology), runtime.device)
     )
     while progress.step < last:
-        place.enter(f"step {progress.step + 1}", patient=progress.step == first)
-        place.at("data")
+        marker.enter(f"step {progress.step + 1}", patient=progress.step == first)
+        marker.at("data")
         started = time.perf_counter()
         size = global_batch_at(config.train, progress.samples)
         following = progress.samples + size
@@ -42,10 +42,10 @@ def train(run: Run) -> int:
             progress = earlier
             continue
         validation = None
-        if _due(progress.step, config.train.evaluate_every, config.train.steps):
+        if _due(progress.step, config.train.eval_interval, config.train.steps):
             validation = evaluate(run, progress)
         # After a skipped step the newest checkpoint stays: what spoils the steps may be in the weights.
-        every = config.checkpoint.every if result.fault is None else 0
+        every = config.checkpoint.interval if result.fault is None else 0
         if result.asked or _due(progress.step, every, last):
             save(run, progress, validation)
         run.saver.poll()
@@ -67,10 +67,10 @@ def _due(step: int, every: int, last: int) -> bool:
 def evaluate(run: Run, progress: Progress) -> Validation | None:
     """Loss on the fixed validation samples, on every rank, told to the monitor; None where not finite."""
     started = time.perf_counter()
-    run.runtime.place.enter(f"validation after step {progress.step}")
+    run.runtime.marker.enter(f"validation after step {progress.step}")
     train = run.config.train
-    count = min(train.evaluate_samples, run.validation.samples_per_epoch)
-    batches, sources = evaluation_batches(run.validation, count, train.micro_batch, run.runtime.topology)
+    count = min(train.eval_samples, run.validation.samples_per_epoch)
+    batches, sources = evaluation_batches(run.validation, count, train.micro_batch_size, run.runtime.topology)
     names = run.data.names
     loss, losses = run.trainer.evaluate_by_source(batches, sources, len(names))
     numbers = [taken.samples for taken in run.validation.consumed(count)]
@@ -83,5 +83,5 @@ def evaluate(run: Run, progress: Progress) -> Validation | None:
 
 def save(run: Run, progress: Progress, validation: Validation | None = None) -> None:
     """Begin a checkpoint; said only once it is on disk. validation: of this step, where it had one."""
-    run.runtime.place.enter(f"checkpoint of step {progress.step}", patient=True)
+    run.runtime.marker.enter(f"checkpoint of step {progress.step}", patient=True)
     run.saver.save(progress.as_dict(), validation)

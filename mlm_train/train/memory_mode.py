@@ -9,8 +9,8 @@ from mlm_train.checkpoint.load import config_of
 from mlm_train.config import Config
 from mlm_train.data.samples import Samples
 from mlm_train.errors import UserError
+from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.parallel.runtime import Runtime, local_world_size
-from mlm_train.parallel.topology import Topology
 from mlm_train.plan.ffn_m import Distinct, choose, table_bytes, with_memory
 from mlm_train.plan.speeds import measure_speeds
 from mlm_train.train.batches import step_batches
@@ -33,16 +33,16 @@ def decide_mode(
     if resumed is not None and (kept := _kept(config, config_of(resumed.manifest))):
         return kept, f"memory.mode=auto -> {kept.memory.mode if kept.memory else ''}, as in the checkpoint"
     speeds = measure_speeds(config, runtime)
-    budget = min(runtime.together(lambda: _budget(config, runtime.device)))
+    budget = min(runtime.gather(lambda: _budget(config, runtime.device)))
     # One rank's text decides for all: they must agree.
-    distinct = runtime.everywhere(lambda: expected_distinct(config, runtime.topology, samples))
+    distinct = runtime.broadcast(lambda: expected_distinct(config, runtime.topology, samples))
     choice = choose(config, runtime.topology, distinct, speeds, budget)
     return choice.config, choice.reason
 
 
 def expected_distinct(config: Config, topology: Topology, samples: Samples) -> Distinct:
     """Distinct ids of the first step's micro-batches, of a data-parallel rank's step, of the whole step."""
-    size, micro_batch = config.train.global_batch, config.train.micro_batch
+    size, micro_batch = config.train.global_batch_size, config.train.micro_batch_size
     alone = replace(topology, rank=0, world=topology.tensor * topology.pipeline)
     whole = step_batches(samples, 0, size, micro_batch, alone)
     return Distinct.of([batch.ids for batch in whole], topology.data)
@@ -53,7 +53,7 @@ def _described(config: Config, runtime: Runtime, samples: Samples) -> str:
     assert config.memory is not None
     if config.memory.mode != "table":
         return f"memory.mode={config.memory.mode}"
-    distinct = runtime.everywhere(lambda: expected_distinct(config, runtime.topology, samples))
+    distinct = runtime.broadcast(lambda: expected_distinct(config, runtime.topology, samples))
     size = table_bytes(config, runtime.topology, distinct) / 2**20
     return f"memory.mode=table: about {distinct.step:,.0f} distinct ids a step, tables {size:,.0f} MiB a rank"
 
@@ -61,8 +61,8 @@ def _described(config: Config, runtime: Runtime, samples: Samples) -> str:
 def _kept(config: Config, old: Config) -> Config | None:
     """The checkpoint's decision, where it was made for the same work."""
     same = config.model == old.model and config.parallel == old.parallel
-    same = same and config.train.micro_batch == old.train.micro_batch
-    same = same and config.train.global_batch == old.train.global_batch
+    same = same and config.train.micro_batch_size == old.train.micro_batch_size
+    same = same and config.train.global_batch_size == old.train.global_batch_size
     if not same or old.memory is None or old.memory.mode == "auto":
         return None
     try:

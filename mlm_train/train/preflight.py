@@ -5,18 +5,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlm_train.checkpoint.folders import DAMAGED, committed, resolve, set_aside, step_folders
-from mlm_train.checkpoint.hf_folder import open_tensors, read_config
+from mlm_train.checkpoint.hf.folder import open_tensors, read_config
 from mlm_train.checkpoint.keep import Keep, refuse_deletions
 from mlm_train.checkpoint.load import check_fits, check_same_model, check_steps, config_of, open_checkpoint
 from mlm_train.checkpoint.manifest import Damaged, Manifest
-from mlm_train.checks import Check
 from mlm_train.config import Config
 from mlm_train.data.blend import Blend
 from mlm_train.errors import UserError
 from mlm_train.monitor.report import Progress
+from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.parallel.runtime import check_compiler, check_device
-from mlm_train.parallel.topology import Topology
 from mlm_train.train.schedule import go_on
+from mlm_train.utils.checks import Check
 
 LOG = "train.log"  # the first file of a run: it marks the folder as ours
 

@@ -9,29 +9,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlm_train.checkpoint.folders import remove_partials
-from mlm_train.checkpoint.hf_files import carry_over
-from mlm_train.checkpoint.hf_folder import fill_model, verify_folder
+from mlm_train.checkpoint.hf.files import carry_over
+from mlm_train.checkpoint.hf.folder import fill_model, verify_folder
 from mlm_train.checkpoint.load import load_training_state, load_weights, open_checkpoint
 from mlm_train.checkpoint.saver import Saver
 from mlm_train.config import Config, changed_fields, dump_config
 from mlm_train.data.blend import Blend
 from mlm_train.data.order import ORDER
 from mlm_train.data.samples import Consumed, Samples
-from mlm_train.files import write_text, writing
 from mlm_train.model.logical import initialise
 from mlm_train.model.transformer import Transformer
 from mlm_train.monitor.monitor import Monitor
 from mlm_train.monitor.report import Progress
-from mlm_train.ownership import owned
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_executor, build_model
-from mlm_train.parallel.engine import Engine
-from mlm_train.parallel.watchdog import watched
+from mlm_train.parallel.engine.deepspeed_zero import Engine
+from mlm_train.parallel.health.watchdog import watched
 from mlm_train.train.memory_mode import decide_mode
 from mlm_train.train.preflight import LOG, Resumed, check_output, find_checkpoint, warm_start_source
 from mlm_train.train.schedule import go_on
 from mlm_train.train.signals import Signals
 from mlm_train.train.step import Trainer
+from mlm_train.utils.files import write_text, writing
+from mlm_train.utils.run_lock import owned
 
 
 @dataclass
@@ -62,7 +62,7 @@ def opened_run(config: Config, data: Blend) -> Iterator[Run | None]:
     the others.
     """
     runtime, signals = processes.start(config), Signals()
-    with watched(config, runtime), signals.listening(), ExitStack() as stack:
+    with watched(config, runtime.topology, runtime.marker), signals.listening(), ExitStack() as stack:
 
         def claim() -> tuple[Resumed | None, list[str]]:
             output = Path(config.train.output)
@@ -79,9 +79,9 @@ def opened_run(config: Config, data: Blend) -> Iterator[Run | None]:
                     aside += _carry(warm_start_source(config), output, data)
             return found, aside
 
-        resumed, lines = runtime.everywhere(claim)
+        resumed, lines = runtime.broadcast(claim)
         if resumed is not None and resumed.completes(config):
-            if runtime.leads:
+            if runtime.is_rank_0:
                 _say_done(config, resumed, lines)
             yield None
         else:
@@ -136,7 +136,7 @@ def _build(
         load_training_state(resumed.folder, resumed.manifest, engine)
         progress, _ = go_on(resumed.progress, resumed.config, config)
     executor = build_executor(model, config, runtime, engine.entry)
-    monitor = Monitor(config, runtime, progress, runtime.together(socket.gethostname))
+    monitor = Monitor(config, runtime, progress, runtime.gather(socket.gethostname))
     trained_on = {"fingerprint": data.fingerprint, "eod_id": data.eod_id, "bos_id": data.bos_id}
     run = Run(
         config=config,
@@ -162,9 +162,9 @@ def _first_weights(model: Transformer, config: Config, runtime: processes.Runtim
     folder = warm_start_source(config)
     is_export = (folder / "config.json").is_file()
     check, compare = config.checkpoint.verify, verify_folder if is_export else open_checkpoint
-    runtime.everywhere(lambda: compare(folder, check))
+    runtime.broadcast(lambda: compare(folder, check))
     fill = fill_model if is_export else load_weights
-    runtime.together(lambda: fill(folder, model))
+    runtime.gather(lambda: fill(folder, model))
 
 
 def _say_start(run: Run, resumed: Resumed | None) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from mlm_train.errors import START_AGAIN
-from mlm_train.stopping import ECHO_SECONDS
+from mlm_train.utils.signals import ECHO_SECONDS
 
 # The first one counts where several came: a warned job is to be started again, however it ends then.
 EXIT_CODE = {signal.SIGUSR1: START_AGAIN, signal.SIGTERM: 128 + signal.SIGTERM}

@@ -18,7 +18,7 @@ LOGS = Path("slurm-logs")
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """What a user asks for; None: what the cluster gives."""
 
     config: str
@@ -60,7 +60,7 @@ class Job:
         return ["sbatch", *more, *self.options(), str(SCRIPT), self.config, *self.overrides]
 
 
-def submit(job: Job, render: bool = False) -> int:
+def submit(job: SlurmJob, render: bool = False) -> int:
     """Try the job, submit it, and say how to watch and stop it; `render`: only print the command.
 
     Raises UserError with sbatch's reason.
@@ -83,7 +83,7 @@ def submit(job: Job, render: bool = False) -> int:
     return 0
 
 
-def _sbatch(command: Sequence[str], job: Job) -> str:
+def _sbatch(command: Sequence[str], job: SlurmJob) -> str:
     """Its standard output; UserError with its reason and what to change."""
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | job.environment)
     if done.returncode == 0:
@@ -93,7 +93,7 @@ def _sbatch(command: Sequence[str], job: Job) -> str:
     raise UserError(f"sbatch refuses the job: {reason}; {_advice(' '.join(lines), job)}")
 
 
-def _advice(reason: str, job: Job) -> str:
+def _advice(reason: str, job: SlurmJob) -> str:
     """What to change, for the reasons that Slurm gives most."""
     lower = reason.lower()
     if "partition" in lower and "account" not in lower:

@@ -13,8 +13,8 @@ from mlm_train.errors import SharedUserError
 from mlm_train.model.loss import count_labels
 from mlm_train.model.transformer import Transformer
 from mlm_train.monitor.resources import peak_memory_bytes
-from mlm_train.parallel.engine import Engine
-from mlm_train.parallel.execution import Executor
+from mlm_train.parallel.engine.deepspeed_zero import Engine
+from mlm_train.parallel.pipeline.single_stage import Executor
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.train.batches import MicroBatch
 from mlm_train.train.faults import locate
@@ -55,9 +55,9 @@ class Trainer:
         N counts the valid labels of the whole step over all ranks, so masks of any shape give one
         process's gradients; the factor DP undoes the engine's average over data parallel.
         """
-        self.runtime.place.at("count of labels")
+        self.runtime.marker.at("count of labels")
         mine = sum(count_labels(batch.labels) for batch in batches)
-        labels = self._everywhere(torch.tensor(float(mine), dtype=torch.float64)).item()
+        labels = self._sum_over_ranks(torch.tensor(float(mine), dtype=torch.float64)).item()
         with self.engine.accumulating():
             total = self.executor.backward(batches, self.runtime.topology.data / max(labels, 1.0))
             self.spoilt = self.engine.nonfinite()
@@ -70,12 +70,12 @@ class Trainer:
 
         Raises UserError where the loss was not finite, and yet the weights have changed.
         """
-        started, place = time.perf_counter(), self.runtime.place
-        place.forwards.read()  # an evaluation's
+        started, marker = time.perf_counter(), self.runtime.marker
+        marker.forwards.read()  # an evaluation's
         total, labels = self.backward(batches)
-        place.at("optimizer step")
+        marker.at("optimizer step")
         grad_norm = self.engine.step(lr)
-        place.at("metrics")
+        marker.at("metrics")
         micro = sum(batch.ids.unique().numel() for batch in batches)
         whole = torch.cat([batch.ids.flatten() for batch in batches])
         source = self.executor.source
@@ -86,7 +86,7 @@ class Trainer:
         (loss, tokens, micro, distinct), (*heard, evaluations), (waits, forwards, peaks) = self._over_all(
             [total.item(), *map(float, counts)],
             [*self.signals.heard(), mine],
-            (waited, place.forwards.read(), float(peak_memory_bytes(self.runtime.device))),
+            (waited, marker.forwards.read(), float(peak_memory_bytes(self.runtime.device))),
         )
         fault = None
         if not math.isfinite(grad_norm):
@@ -113,7 +113,7 @@ class Trainer:
 
     def _fault(self, loss: float, batches: Sequence[MicroBatch]) -> str:
         """What was not finite in the step, and where."""
-        self.runtime.place.at("search for what is not finite")
+        self.runtime.marker.at("search for what is not finite")
         what = "gradient not finite" if math.isfinite(loss) else f"loss {loss}"
         model = self.engine.model
         assert isinstance(model, Transformer)
@@ -134,7 +134,7 @@ class Trainer:
         labels = torch.tensor([count_labels(batch.labels) for batch in batches], dtype=torch.float64)
         found = torch.stack([self.executor.evaluate(batches).cpu(), labels])
         sums.index_add_(1, torch.tensor(sources), found)
-        losses, counts = self._everywhere(sums)
+        losses, counts = self._sum_over_ranks(sums)
         return float(losses.sum()) / max(float(counts.sum()), 1.0), (losses / counts).tolist()
 
     def _over_all(
@@ -144,7 +144,7 @@ class Trainer:
         `own`, which each rank has itself; and every rank's value of each in `each`, unsummed.
         """
         topology = self.runtime.topology
-        once = shared if topology.leads_replica else [0.0] * len(shared)
+        once = shared if topology.is_replica_rank_0 else [0.0] * len(shared)
         table = torch.zeros(len(each), topology.world, dtype=torch.float64)
         table[:, topology.rank] = torch.tensor(each, dtype=torch.float64)
         values = torch.cat([torch.tensor([*once, *own], dtype=torch.float64), table.flatten()])
@@ -152,6 +152,6 @@ class Trainer:
         sums = self.runtime.sum_over_all(values.to(self.runtime.device)).cpu().split(sizes)
         return sums[0].tolist(), sums[1].tolist(), sums[2].view_as(table).tolist()
 
-    def _everywhere(self, values: Tensor) -> Tensor:
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sums over data parallel, on the CPU as the values are."""
         return self.runtime.sum_over_data(values.to(self.runtime.device)).cpu()

@@ -8,11 +8,11 @@ import torch
 
 from mlm_train.bench import tol_worker
 from mlm_train.bench.tol import CHUNKS
-from mlm_train.checkpoint.hf_folder import open_tensors
-from mlm_train.tol.build import CHUNK_ROWS
-from mlm_train.tol.compute import EMBEDDING
-from mlm_train.tol.state import Layout, Storage
-from mlm_train.tol.table import Table
+from mlm_train.checkpoint.hf.folder import open_tensors
+from mlm_train.tol.build.builder import CHUNK_ROWS
+from mlm_train.tol.build.row_source import EMBEDDING
+from mlm_train.tol.format.layout import Layout, TableSpec
+from mlm_train.tol.serve.reader import TableReader
 from tests.commands import finished, refused
 
 PROCESSES = [f"gemm.{chunk}" for chunk in CHUNKS] + ["compute"]
@@ -62,7 +62,7 @@ def test_the_report_and_what_is_kept(tmp_path: Path) -> None:
     best = min(rows[f"gemm.{chunk}"]["median"] for chunk in CHUNKS)
     assert ratios["whole_over_gemm"] == pytest.approx(rows["whole"]["median"] / (2 * best))
     (kept,) = folder.iterdir()
-    table = Table.open_folder(kept / "tol")
+    table = TableReader.open_folder(kept / "tol")
     for layer in (0, 1):
         values = table.values(table.range(0, 300), layer)
         assert values is not None and values.dtype == torch.bfloat16
@@ -81,8 +81,8 @@ def test_nothing_stays(tmp_path: Path) -> None:
 
 
 def test_files_leave_nothing(tmp_path: Path) -> None:
-    place = Layout.of(Storage(), 5, 64)
-    spent = tol_worker.files(tmp_path, place, CHUNK_ROWS + 7, CHUNK_ROWS)
+    storage = Layout.of(TableSpec(), 5, 64)
+    spent = tol_worker.files(tmp_path, storage, CHUNK_ROWS + 7, CHUNK_ROWS)
     assert spent.keys() == {"plain", *PARTS} and min(spent.values()) > 0
     assert not list(tmp_path.iterdir())
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mlm_train.bench import train
-from mlm_train.bench.train_figures import PARTS, Measured, Record, disagreements, ratios_of
+from mlm_train.bench.train_figures import PARTS, TrainFigures, VariantFigures, disagreements, ratios_of
 from mlm_train.bench.train_presets import ALL, PRESETS, Variant, flops_per_token, make_config
 from mlm_train.bench.train_ways import build_way
-from mlm_train.bench.train_worker import Worker
+from mlm_train.bench.train_worker import VariantWorker
 from mlm_train.model.counts import count_parameters, train_flops_per_token
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime
@@ -22,11 +22,11 @@ TINY = PRESETS["tiny"]
 EAGER = [name for name in ALL if name != "hf.compiled"]  # what compiles takes a minute
 
 
-class Here(train.Member):
+class Here(train.VariantProcess):
     """A variant in this process: all of them load their libraries once."""
 
     def __init__(self, variant: Variant, order: dict[str, Any]) -> None:
-        self.variant, self.worker = variant, Worker(order | {"variant": variant.name})
+        self.variant, self.worker = variant, VariantWorker(order | {"variant": variant.name})
         self.send({"do": "build"})
 
     def send(self, order: dict[str, Any]) -> None:
@@ -52,7 +52,7 @@ def groups() -> Iterator[None]:
 def test_all_variants_agree_and_are_reported(
     precision: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: None
 ) -> None:
-    monkeypatch.setattr(train, "Member", Here)
+    monkeypatch.setattr(train, "VariantProcess", Here)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     file = tmp_path / "train.json"
     assert train.bench_train(train.Options("tiny", str(data), precision, 4, EAGER, json=str(file))) == 0
@@ -152,18 +152,18 @@ def record(
     tables: int = 0,
     loss: float = 6.0,
     whole: Sequence[float] = (),
-) -> Record:
+) -> VariantFigures:
     """Three micro-batches around `run` seconds, `ends` at begin and finish each, `whole` steps."""
     sizes = {size: [ends] * 3 for size in (128, 256)}
-    return Record(
+    return VariantFigures(
         {"runtime": 10, "weights": 20, "parameters": 5}, loss, 1.0, dict(sizes), dict(sizes),
         [run, 0.9 * run, 1.1 * run], [run] * 3, list(whole), [0.1],
         {"peak": peak, "peak_with_update": peak, "gradients": 20, "optimizer": 40, "tables": tables},
     )  # fmt: skip
 
 
-def measured(records: dict[str, Record]) -> Measured:
-    return Measured(TINY, "bf16", "none", records, 0.5, {128: 0.4, 256: 0.3}, 1e12)
+def measured(records: dict[str, VariantFigures]) -> TrainFigures:
+    return TrainFigures(TINY, "bf16", "none", records, 0.5, {128: 0.4, 256: 0.3}, 1e12)
 
 
 def test_ratios_by_hand() -> None:

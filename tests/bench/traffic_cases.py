@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from mlm_train.parallel.traffic import Traffic
+from mlm_train.bench.traffic import Traffic
 
 
 def count_operations() -> dict[str, int]:

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from mlm_train.checkpoint import hf_folder
-from mlm_train.checkpoint.hf_files import SpecialTokens
-from mlm_train.checkpoint.hf_folder import open_tensors, read_config, write_folder
-from mlm_train.checkpoint.hf_manifest import MANIFEST
-from mlm_train.checkpoint.logical_folder import load_model
+from mlm_train.checkpoint.hf import folder as hf_folder
+from mlm_train.checkpoint.hf.files import SpecialTokens
+from mlm_train.checkpoint.hf.folder import open_tensors, read_config, write_folder
+from mlm_train.checkpoint.hf.manifest import MANIFEST
+from mlm_train.checkpoint.reading.logical_folder import load_model
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.memory import make_source

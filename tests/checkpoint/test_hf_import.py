@@ -12,8 +12,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mlm_train.checkpoint.hf_files import carried
-from mlm_train.checkpoint.logical_folder import load_model
+from mlm_train.checkpoint.hf.files import carried
+from mlm_train.checkpoint.reading.logical_folder import load_model
 from mlm_train.data.tokenizer import tokenizer_of
 from mlm_train.parallel import runtime
 from tests.checkpoint.test_hf_folder import KINDS, change, logits, random_model, write
@@ -156,7 +156,7 @@ def test_a_run_starts_from_it_at_another_layout_with_the_same_loss(data: Path, t
     def words(run: str) -> list[object]:
         return [
             config, f"data.path={data}", f"train.output={tmp_path / run}", "train.precision=fp32",
-            "train.steps=2", "train.global_batch=8", "train.evaluate_samples=4", "schedule.warmup_steps=0",
+            "train.steps=2", "train.global_batch_size=8", "train.eval_samples=4", "schedule.warmup_steps=0",
         ]  # fmt: skip
 
     assert "set model.vocab_size" in refused("pretrain", *words("no"), "model.vocab_size=100")

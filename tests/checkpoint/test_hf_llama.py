@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mlm_train.checkpoint.hf_config import read_config
-from mlm_train.checkpoint.logical_folder import load_model
+from mlm_train.checkpoint.hf.config import read_config
+from mlm_train.checkpoint.reading.logical_folder import load_model
 from tests.checkpoint.test_hf_folder import logits
 from tests.checkpoint.test_hf_import import IDS, llama
 from tests.commands import mlm_train, refused

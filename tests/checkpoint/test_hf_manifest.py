@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from mlm_train.checkpoint.hf_manifest import MANIFEST
-from mlm_train.checkpoint.logical_folder import load_model
-from mlm_train.files import sha256_of
+from mlm_train.checkpoint.hf.manifest import MANIFEST
+from mlm_train.checkpoint.reading.logical_folder import load_model
 from mlm_train.parallel import runtime
+from mlm_train.utils.files import sha256_of
 from tests.checkpoint.test_hf_folder import random_model, write
 from tests.checkpoint.test_hf_import import llama
 from tests.commands import mlm_train, refused

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from mlm_train.checkpoint.folders import newest
-from mlm_train.checkpoint.hf_config import config_json
-from mlm_train.checkpoint.joined import open_joined
+from mlm_train.checkpoint.hf.config import config_json
 from mlm_train.checkpoint.load import config_of, open_checkpoint
-from mlm_train.checkpoint.logical_folder import OpenedModel, open_model, read_model_config
+from mlm_train.checkpoint.reading.joined import open_joined
+from mlm_train.checkpoint.reading.logical_folder import OpenedModel, open_model, read_model_config
 from mlm_train.errors import UserError
 from mlm_train.parallel import runtime
 from tests.checkpoint.test_half_copied import HALVES
@@ -29,8 +29,8 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one process": (1, ()),
     "TP2 PP2": (4, TP2_PP2),
     "TP2 PP2, tied": (4, (*TP2_PP2, TIED)),
-    "TP2 DP2, ZeRO-2, flex": (4, ("parallel.tensor=2", "parallel.zero=2", *FLEX)),
-    "DP2, ZeRO-3, tied": (2, ("parallel.zero=3", TIED)),
+    "TP2 DP2, ZeRO-2, flex": (4, ("parallel.tensor=2", "parallel.zero_stage=2", *FLEX)),
+    "DP2, ZeRO-3, tied": (2, ("parallel.zero_stage=3", TIED)),
 }
 
 
@@ -42,7 +42,7 @@ def no_groups_left() -> Iterator[None]:
 
 
 def words(data: Path, run: Path, *more: str) -> list[str]:
-    paths = (f"data.path={data}", f"train.output={run}", "train.steps=2", "checkpoint.every=1")
+    paths = (f"data.path={data}", f"train.output={run}", "train.steps=2", "checkpoint.interval=1")
     return ["configs/micro.yaml", *TINY, *ODD, *paths, "memory.mode=unique", *more]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from sentencepiece import SentencePieceTrainer
 
-from mlm_train.checkpoint.logical_folder import find_model, load_model
+from mlm_train.checkpoint.reading.logical_folder import find_model, load_model
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.tokenizer import Tokenizer, tokenizer_of
 from mlm_train.errors import UserError

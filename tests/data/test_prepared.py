@@ -4,10 +4,12 @@ import shutil
 import numpy as np
 import pytest
 
-from mlm_train.data.prepared import INDEX_HEADER, Manifest, PreparedData, SplitRecord, fingerprint_of
+from mlm_train.data.manifest import DataManifest, SplitRecord, fingerprint_of
+from mlm_train.data.prepared import PreparedData
+from mlm_train.data.token_stream import INDEX_HEADER
 from mlm_train.errors import UserError
-from mlm_train.files import sha256_of, write_json
-from mlm_train.records import SEAL, seal_of
+from mlm_train.utils.files import sha256_of, write_json
+from mlm_train.utils.records import SEAL, seal_of
 
 
 @pytest.fixture
@@ -165,7 +167,7 @@ def test_verify_reads_the_index_and_the_ids(prepared, folder):
         before = (folder / name).read_bytes(), (folder / "manifest.json").read_text()
         (folder / name).write_bytes(data)
         rewrite(folder, {f"splits.train.{name[-3:]}.sha256": sha256_of(folder / name)})
-        manifest = Manifest.model_validate(
+        manifest = DataManifest.model_validate(
             {key: value for key, value in json.loads(before[1]).items() if key != SEAL}
         )
         tree = json.loads((folder / "manifest.json").read_text())

@@ -19,7 +19,6 @@ def test_shapes_and_next_token_labels(samples, prepared):
     assert ids.shape == labels.shape == (5, SIZE)
     assert ids.dtype == labels.dtype == torch.int64
     assert torch.equal(ids[:, 1:], labels[:, :-1])
-    assert samples.tokens_per_sample == SIZE
     assert samples.samples_per_epoch == (len(prepared.split("train")) - 1) // SIZE
     windows = samples.windows(range(3, 8))
     assert np.array_equal(windows[:, :-1], ids.numpy()) and np.array_equal(windows[:, 1:], labels.numpy())

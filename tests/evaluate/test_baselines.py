@@ -7,9 +7,18 @@ import pytest
 import torch
 
 from mlm_train.evaluate import baselines
-from mlm_train.evaluate.baselines import BigramCounts, baseline_perplexities
+from mlm_train.evaluate.baselines import BaselinePerplexities, BigramCounts
 
 VOCAB = 23
+
+
+def baseline_perplexities(
+    train_windows: np.ndarray, evaluation_windows: np.ndarray, vocab_size: int
+) -> BaselinePerplexities:
+    """Count the first windows and score the second."""
+    counts = BigramCounts(vocab_size)
+    counts.add(train_windows)
+    return counts.perplexities(evaluation_windows)
 
 
 def slow(train, evaluation, vocab):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mlm_train.checkpoint.hf_folder import write_folder
+from mlm_train.checkpoint.hf.folder import write_folder
 from mlm_train.errors import UserError
 from mlm_train.evaluate.logits import dump_logits
 from mlm_train.memory import make_source

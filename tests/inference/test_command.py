@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mlm_train.checkpoint import hf_folder
-from mlm_train.checkpoint.hf_folder import write_folder
+from mlm_train.checkpoint.hf import folder as hf_folder
+from mlm_train.checkpoint.hf.folder import write_folder
 from mlm_train.cli import main
 from mlm_train.model.logical import named_pieces
 from tests.inference.test_decode import random_model

@@ -5,9 +5,9 @@ import contextlib
 import pytest
 import torch
 
-from mlm_train.memory import PerToken
+from mlm_train.memory import PerTokenSource
 from mlm_train.memory.rows import Lookup
-from mlm_train.memory.table import Table
+from mlm_train.memory.table import TableSource
 from mlm_train.model.logical import initialise
 from mlm_train.model.source import Positions
 from mlm_train.model.transformer import Transformer
@@ -27,11 +27,11 @@ def test_gradients_are_per_token_s(name: str, rows: int, kept: int, monkeypatch:
     weights = torch.randn(4, batches[0].shape[1], 96, dtype=torch.float64)
 
     for ids in batches:
-        (model(ids, PerToken(model.memory_blocks())) * weights).sum().backward()
+        (model(ids, PerTokenSource(model.memory_blocks())) * weights).sum().backward()
     expected = {key: p.grad.clone() for key, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
 
-    source = Table(model.memory_blocks(), Positions(), contextlib.nullcontext(), kept=kept)  # type: ignore[arg-type]
+    source = TableSource(model.memory_blocks(), Positions(), contextlib.nullcontext(), kept=kept)  # type: ignore[arg-type]
     distinct, index = torch.cat(batches).unique(return_inverse=True)
     embedded = model.rows(distinct)
     source.begin(distinct, embedded)

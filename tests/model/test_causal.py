@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlm_train.model import causal
-from mlm_train.model.causal import by_blocks, causal_attention
+from mlm_train.kernels import cpu_attention as causal
+from mlm_train.kernels.cpu_attention import by_blocks, causal_attention
 
 
 def inputs(length: int, head_dim: int, dtype: torch.dtype) -> list[Tensor]:

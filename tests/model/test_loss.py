@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mlm_train.config.load import parse_config
 from mlm_train.model import loss as loss_module
 from mlm_train.model.logical import initialise
-from mlm_train.model.loss import IGNORED, Words, default_chunk, head_loss, loss_sums
+from mlm_train.model.loss import IGNORED, VocabRange, default_chunk, head_loss, loss_sums
 from mlm_train.model.transformer import Transformer
 
 HIDDEN, VOCABULARY, SHAPE = 16, 53, (3, 7)
@@ -54,7 +54,7 @@ def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Found:
 
 def call(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None, **other: Any) -> tuple:
     """head_loss over the whole vocabulary."""
-    words = Words(0, VOCABULARY)
+    words = VocabRange(0, VOCABULARY)
     options = {"scale": SCALE, "z_loss": Z_LOSS, "words": words, "chunk": chunk} | other
     return head_loss(hidden, weight, labels, **options)
 
@@ -215,7 +215,7 @@ def test_no_tensor_holds_the_logits_of_all_tokens(bf16: bool) -> None:
     weight = torch.randn(vocabulary, hidden_size, requires_grad=True)
     labels = torch.randint(0, vocabulary, (tokens,))
     with Largest() as largest, torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-        words = Words(0, vocabulary)
+        words = VocabRange(0, vocabulary)
         head_loss(hidden, weight, labels, scale=1.0, z_loss=0.0, words=words, chunk=chunk)[0].backward()
     assert largest.elements == chunk * vocabulary
     with Largest() as largest:
@@ -243,7 +243,7 @@ def test_the_model_gives_its_head_to_the_loss(tied: bool) -> None:
             "tie_word_embeddings": tied,
         },
         "data": {"path": "none", "sequence_length": SHAPE[1]},
-        "train": {"output": "none", "steps": 1, "global_batch": 1, "micro_batch": 1},
+        "train": {"output": "none", "steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
     }
     config = parse_config(tree).model
     model = Transformer(config).double()

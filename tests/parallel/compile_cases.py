@@ -1,7 +1,6 @@
 """What the ranks of the test of train.compile run."""
 
 import torch
-from megatron.core import parallel_state
 from torch._dynamo.utils import counters
 
 from tests.parallel.parity_cases import run_case
@@ -11,8 +10,6 @@ def run_compiled(cases: dict[str, dict]) -> dict[str, dict[str, float]]:
     """Errors of each case with compiled layers, the graphs that it took, and where a graph broke."""
     found = {}
     for name, case in cases.items():
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()  # the cases' layouts differ
         torch.compiler.reset()
         counters.clear()
         train = case.get("train", {}) | {"compile": True}

@@ -1,7 +1,5 @@
 """What the ranks of the test of separate documents run."""
 
-from megatron.core import parallel_state
-
 from tests.parallel.parity_cases import run_case
 
 
@@ -9,7 +7,5 @@ def run_separated(cases: dict[str, dict]) -> dict[str, dict[str, float]]:
     """Errors of each case against documents run one by one."""
     found = {}
     for name, case in cases.items():
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()  # the cases' layouts differ
         found[name] = run_case(**case | {"data": {"separate_documents": True}})
     return found

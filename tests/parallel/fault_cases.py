@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from mlm_train.model.transformer import Transformer
@@ -50,9 +49,7 @@ def run(cases: list[dict]) -> list[dict[str, Any]]:
 
 
 def _run(kind: str, guilty: int, model: dict, **sections: Any) -> dict[str, Any]:
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()  # the cases' layouts differ
-    config = tiny_config(model, train={"micro_batch": 1}, **sections)
+    config = tiny_config(model, train={"micro_batch_size": 1}, **sections)
     runtime = processes.start(config)
 
     def step(trainer: Trainer, number: int) -> Any:

@@ -4,7 +4,6 @@ import tempfile
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from torch.utils.flop_counter import FlopCounterMode
 
 from mlm_train.monitor.monitor import Monitor
@@ -22,8 +21,6 @@ def count_products(cases: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def _count(model: dict, **sections: dict) -> dict[str, float]:
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()  # the cases' layouts differ
     with tempfile.TemporaryDirectory() as folder:
         train = sections.pop("train", {}) | {"output": folder}
         config = tiny_config(model, train=train, monitor={"tensorboard": False}, **sections)
@@ -34,7 +31,7 @@ def _count(model: dict, **sections: dict) -> dict[str, float]:
             result = trainer.step(batches, 1e-3)
         counted = flops.get_flop_counts()["Global"]
         mine = sum(count for operation, count in counted.items() if operation in PRODUCTS)
-        everyone = sum(runtime.together(lambda: mine))
+        everyone = sum(runtime.gather(lambda: mine))
         monitor = Monitor(config, runtime, Progress(), ["here"] * runtime.topology.world)
         values = monitor.step_values(StepReport(Progress(), 1e-3, 8, result, 0.5, {}))
         monitor.close()

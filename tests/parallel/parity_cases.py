@@ -6,21 +6,21 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 from torch.distributed.pipelining import Schedule1F1B
 
 from mlm_train.config import Config
-from mlm_train.memory import Table, make_source
+from mlm_train.memory import TableSource, make_source
 from mlm_train.memory.rows import add_rows
 from mlm_train.model.logical import Piece, initialise, named_pieces, pieces
 from mlm_train.model.loss import count_labels, loss_sums
 from mlm_train.model.transformer import Transformer
-from mlm_train.parallel import pipeline, x0
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_executor, build_model
-from mlm_train.parallel.engine import Engine
-from mlm_train.parallel.shares import DataShare
+from mlm_train.parallel.engine.deepspeed_zero import Engine
+from mlm_train.parallel.ffn_m.shares import DataParallelSharing
+from mlm_train.parallel.pipeline import executor as pipeline
+from mlm_train.parallel.pipeline import x0
 from mlm_train.train.batches import MicroBatch
 from mlm_train.train.schedule import learning_rate
 from mlm_train.train.step import Trainer
@@ -47,7 +47,7 @@ def run_case(model: dict, mode: str | None, micro_batch: int, **sections: dict) 
     """One case on all ranks; every rank computes the reference too."""
     if mode is not None:
         sections = sections | {"memory": MODES[mode]}
-    train = sections.pop("train", {}) | {"micro_batch": micro_batch}
+    train = sections.pop("train", {}) | {"micro_batch_size": micro_batch}
     config = tiny_config(model, train=train, **sections)
     runtime = processes.start(config)
     trainer = make_trainer(config, runtime)
@@ -77,7 +77,7 @@ def _reference(config: Config) -> dict:
     `alone` is how far one fp32 process's weights end from it: AdamW divides by gradients' own size, so a
     model may be ill-conditioned, whatever the layout.
     """
-    key = repr((config.model, config.optimizer, config.schedule, config.train.global_batch, config.data))
+    key = repr((config.model, config.optimizer, config.schedule, config.train.global_batch_size, config.data))
     if key not in REFERENCES:
         shared: list = [None]
         if dist.get_rank() == 0:
@@ -141,7 +141,7 @@ def assembled(held: list[Piece], values: dict[str, Tensor]) -> dict[str, Tensor]
 
 def my_batches(runtime: processes.Runtime, step: int, config: Config) -> list[MicroBatch]:
     """This rank's micro-batches of a global batch: contiguous rows, so masks differ by rank."""
-    size, micro_batch = config.train.global_batch, config.train.micro_batch
+    size, micro_batch = config.train.global_batch_size, config.train.micro_batch_size
     share = size // runtime.topology.data
     mine = slice(runtime.topology.data_rank * share, (runtime.topology.data_rank + 1) * share)
     pairs = zip(*(tensor[mine].split(micro_batch) for tensor in global_batch(step, size)), strict=True)
@@ -163,7 +163,7 @@ def run_bf16_cases(
     """Median distance of bf16 gradients from fp32's: each mode in this layout, and one process alone."""
     distances: dict[str, list[float]] = {name: [] for name in [*modes, "alone"]}
     for seed in range(seeds):
-        train = {"micro_batch": micro_batch, "precision": "bf16", "seed": seed, "loss_chunk": 13}
+        train = {"micro_batch_size": micro_batch, "precision": "bf16", "seed": seed, "loss_chunk_size": 13}
         sections = {"train": train, "parallel": parallel}
         config = tiny_config(model, memory=MODES[modes[0]], **sections)
         runtime = processes.start(config)
@@ -196,28 +196,28 @@ class _Forgetful(x0.Broadcast):
             self.embedded.backward(self.table)
 
 
-_everywhere = Trainer._everywhere
+_sum_over_ranks = Trainer._sum_over_ranks
 
 
 def _count_alone(self: Trainer, values: Tensor) -> Tensor:
     """Sums over data parallel, but for the count of labels, which comes alone."""
     if values.dim() == 0:
         return values * self.runtime.topology.data
-    return _everywhere(self, values)
+    return _sum_over_ranks(self, values)
 
 
-def _without_anchors(*args: Any) -> Table:
+def _without_anchors(*args: Any) -> TableSource:
     """Tables whose lookups hang on nothing that wants a gradient."""
-    table = Table(*args)
+    table = TableSource(*args)
     for anchor in table.anchors.values():
         anchor.requires_grad_(False)
     return table
 
 
-_collect = DataShare.collect
+_collect = DataParallelSharing.collect
 
 
-def _collect_own(self: DataShare, rows: Tensor) -> Tensor:
+def _collect_own(self: DataParallelSharing, rows: Tensor) -> Tensor:
     """Gradients of the rows that this rank computed itself, zeros for those of the others."""
     rank = dist.get_rank(self.group)
     start = int(self.asked[:rank].sum())
@@ -226,16 +226,16 @@ def _collect_own(self: DataShare, rows: Tensor) -> Tensor:
 
 
 MISTAKES: dict[str, Callable[[], Any]] = {
-    "labels counted on each rank alone": lambda: patch.object(Trainer, "_everywhere", _count_alone),
+    "labels counted on each rank alone": lambda: patch.object(Trainer, "_sum_over_ranks", _count_alone),
     "norms not summed over positions": lambda: patch("mlm_train.parallel.build.sum_replicated"),
     "norms not summed in each pass": lambda: patch("mlm_train.parallel.build.sum_replicated_each_pass"),
-    "tied heads not summed": lambda: patch.object(pipeline.Pipeline, "_sum_tied", lambda self: None),
+    "tied heads not summed": lambda: patch.object(pipeline.PipelineExecutor, "_sum_tied", lambda self: None),
     "rows of x0 not summed over positions": lambda: patch.dict(x0.TRANSPORTS, broadcast=_Forgetful),
     "gradients scaled by the schedule": lambda: patch.dict(
         pipeline.SCHEDULES, {"1f1b": lambda *args, scale_grads, **rest: Schedule1F1B(*args, **rest)}
     ),
     "lookups without anchors": lambda: patch("mlm_train.memory.Table", _without_anchors),
-    "gradients of shared rows not sent": lambda: patch.object(DataShare, "collect", _collect_own),
+    "gradients of shared rows not sent": lambda: patch.object(DataParallelSharing, "collect", _collect_own),
 }
 
 
@@ -243,8 +243,6 @@ def run_mistaken(cases: dict[str, dict]) -> dict[str, dict[str, float]]:
     """Each case with a mistake in the code."""
     found = {}
     for mistake, case in cases.items():
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()  # the cases' layouts differ
         with MISTAKES[mistake]():
             found[mistake] = run_case(**case)
     return found
@@ -252,7 +250,7 @@ def run_mistaken(cases: dict[str, dict]) -> dict[str, dict[str, float]]:
 
 def count_lookups(model: dict, parallel: dict) -> list[int]:
     """Backward passes of x0's lookups on this rank after a step, after an evaluation, after another step."""
-    config = tiny_config(model, parallel=parallel, train={"micro_batch": 2})
+    config = tiny_config(model, parallel=parallel, train={"micro_batch_size": 2})
     runtime = processes.start(config)
     trainer = make_trainer(config, runtime)
     found = []

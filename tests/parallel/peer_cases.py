@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
-from mlm_train.checkpoint.hf_folder import write_folder
+from mlm_train.checkpoint.hf.folder import write_folder
 from mlm_train.config import Config, ModelConfig
 from mlm_train.model.logical import initialise, named_pieces, pieces
 from mlm_train.model.loss import IGNORED, LossSums, count_labels
@@ -26,7 +26,7 @@ from mlm_train.model.rope import rotary_angles, rotate
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_loss, build_model, tensor_group
-from mlm_train.parallel.mappings import TensorGroup
+from mlm_train.parallel.tensor.collectives import TensorGroup
 from tests.parallel.parity_cases import assembled
 from tests.parallel.reference import global_batch, logical_gradients, relative_error, sharpen, tiny_config
 
@@ -63,7 +63,7 @@ def _run_case(model: dict) -> dict[str, float]:
     error = _distances("megatron", _megatron(config, weights), ours)
     held = {name: parameter.grad for name, parameter in network.named_parameters()}
     ours = ours._replace(gradients=assembled(list(pieces(network)), held))
-    if runtime.leads:
+    if runtime.is_rank_0:
         error |= _distances("transformers", _transformers(config, weights), ours)
     assert all(map(math.isfinite, error.values())), error  # max() would lose a NaN
     everywhere: list[Any] = [None] * runtime.topology.world

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mlm_train.memory import Table
+from mlm_train.bench.traffic import Traffic
+from mlm_train.memory import TableSource
 from mlm_train.parallel import runtime as processes
-from mlm_train.parallel.shares import DataShare
-from mlm_train.parallel.traffic import Traffic
+from mlm_train.parallel.ffn_m.shares import DataParallelSharing
 from tests.parallel.layouts import MODES
 from tests.parallel.parity_cases import make_trainer
 from tests.parallel.reference import tiny_config
@@ -25,7 +25,7 @@ def _count(mode: str) -> list[dict[str, int]]:
     config = tiny_config({"kind": "memory", "vocab_size": VOCABULARY}, memory=MODES[mode])
     runtime = processes.start(config)
     executor: Any = make_trainer(config, runtime).executor
-    table: Table = executor.source
+    table: TableSource = executor.source
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(0, VOCABULARY, (3, 64, 64), generator=generator).amin(0)  # low ids come often
     mine = ids.chunk(runtime.topology.data)[runtime.topology.data_rank]
@@ -34,9 +34,9 @@ def _count(mode: str) -> list[dict[str, int]]:
         found = {"rows": sum(map(len, table.rows)), "distinct": ids.unique().numel()}
         executor.channel.finish()
     found |= {"flops": flops.get_total_flops(), "sent": traffic.by_operation["alltoall_base_"]}
-    if isinstance(table.share, DataShare):
+    if isinstance(table.share, DataParallelSharing):
         found["formula"] = table.share.bytes_per_step(len(table.blocks), config.model.hidden_size, 4)
-    return runtime.together(lambda: found)
+    return runtime.gather(lambda: found)
 
 
 def tensor_traffic(modes: list[str]) -> dict[str, Any]:

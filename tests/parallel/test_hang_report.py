@@ -3,12 +3,12 @@
 import math
 from dataclasses import replace
 
-from mlm_train.parallel.hang_report import Statement, hang_report
+from mlm_train.parallel.health.hang_report import RankStatus, hang_report
 
-STUCK = Statement(
+STUCK = RankStatus(
     1, "b", 1, "step 9, forward of micro-batch 2", 62.0, innermost="x.py:3 f", ours="mlm_train/y.py:7 g"
 )
-WAITING = Statement(0, "a", 0, "step 9, loss", 61.0, operation="all_reduce", ours="mlm_train/z.py:1 h")
+WAITING = RankStatus(0, "a", 0, "step 9, loss", 61.0, operation="all_reduce", ours="mlm_train/z.py:1 h")
 
 
 def test_names_the_stuck_rank_and_groups_those_who_wait() -> None:

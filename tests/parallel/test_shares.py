@@ -2,7 +2,7 @@
 
 import torch
 
-from mlm_train.parallel.shares import owners
+from mlm_train.parallel.ffn_m.shares import owners
 from tests.ranks import run_on_ranks
 
 

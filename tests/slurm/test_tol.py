@@ -4,7 +4,7 @@ import json
 import time
 from pathlib import Path
 
-from mlm_train.tol.format import STATE
+from mlm_train.tol.format.index import STATE
 from tests.commands import ROOT
 from tests.slurm.conftest import Cluster
 from tests.tol.conftest import export, random_model
@@ -14,7 +14,7 @@ SCRIPT = ROOT / "slurm/tol_build.sbatch"
 
 
 def test_across_nodes_as_on_one_and_with_a_node_lost(cluster: Cluster, tmp_path: Path) -> None:
-    from mlm_train.tol.build import build_tol
+    from tests.tol.built import build_tol
 
     large = random_model(vocab_size=60000, num_hidden_layers=6, hidden_size=64, intermediate_size=256)
     model = export(tmp_path / "model", large)

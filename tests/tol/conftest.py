@@ -15,12 +15,12 @@ import psutil
 import pytest
 import torch
 
-from mlm_train.checkpoint.hf_folder import write_folder
+from mlm_train.checkpoint.hf.folder import write_folder
 from mlm_train.config import ModelConfig
 from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
-from mlm_train.tol.build import build_tol
-from mlm_train.tol.cluster import ray_cluster
+from mlm_train.tol.build.ray_cluster import ray_cluster
+from tests.tol.built import build_tol
 
 CLUSTER = """
 import sys

@@ -11,10 +11,10 @@ from typing import Any
 
 import psutil
 
-from mlm_train.tol.lease import OWNER
-from mlm_train.tol.place import place_of
-from mlm_train.tol.state import State
-from mlm_train.tol.url_place import UrlPlace
+from mlm_train.tol.build.state import BuildState
+from mlm_train.tol.storage.lease import OWNER
+from mlm_train.tol.storage.object_store import ObjectStorage
+from mlm_train.tol.storage.resolve import storage_at
 from tests.tol.conftest import end
 
 
@@ -66,13 +66,13 @@ class Objects:
 
 def names(url: str) -> list[str]:
     """All files, the owner's mark too."""
-    place = place_of(url)
-    return sorted([*place.names(), *([OWNER] if place.read(OWNER) is not None else [])])
+    storage = storage_at(url)
+    return sorted([*storage.names(), *([OWNER] if storage.read(OWNER) is not None else [])])
 
 
 def done(url: str) -> int:
     """Committed partitions."""
-    state = State.load(place_of(url))
+    state = BuildState.load(storage_at(url))
     return 0 if state is None else len(state.done)
 
 
@@ -94,12 +94,12 @@ def kill(process: "subprocess.Popen[str]") -> None:
 
 def put(url: str, name: str, data: bytes) -> None:
     """As a stranger would."""
-    place = place_of(url)
-    assert isinstance(place, UrlPlace)
-    place._fs.pipe_file(place._path(name), data)
+    storage = storage_at(url)
+    assert isinstance(storage, ObjectStorage)
+    storage._fs.pipe_file(storage._path(name), data)
 
 
 def flip(url: str, name: str) -> None:
-    data = bytearray(place_of(url).read(name) or b"")
+    data = bytearray(storage_at(url).read(name) or b"")
     data[-5] ^= 1
     put(url, name, bytes(data))

@@ -10,17 +10,18 @@ import pytest
 import torch
 
 from mlm_train.parallel import runtime
-from mlm_train.tol import study
-from mlm_train.tol.allocate import best_mixes, choices
-from mlm_train.tol.build import Build
-from mlm_train.tol.codec import Scheme
-from mlm_train.tol.format import INDEX, read_index
-from mlm_train.tol.knapsack import Ways
-from mlm_train.tol.lowrank import bytes_of
-from mlm_train.tol.sensitivities import Notes, Trial, measure, spectra_of
-from mlm_train.tol.state import Storage
-from mlm_train.tol.store import TolSource
-from mlm_train.tol.table import Table
+from mlm_train.tol.allocate.mixes import best_mixes, choices
+from mlm_train.tol.allocate.sensitivity import Notes, Trial, measure, spectra_of
+from mlm_train.tol.build.budget import bytes_of
+from mlm_train.tol.build.builder import Build
+from mlm_train.tol.commands import allocate as allocate_command
+from mlm_train.tol.format.codec import Scheme
+from mlm_train.tol.format.index import INDEX
+from mlm_train.tol.format.index_file import read_index
+from mlm_train.tol.format.layout import TableSpec
+from mlm_train.tol.lowrank.knapsack import Ways
+from mlm_train.tol.serve.reader import TableReader
+from mlm_train.tol.serve.source import TolSource
 from tests.commands import TINY, mlm_train, refused
 from tests.tol.conftest import export, random_model
 from tests.tol.test_inspect import alike, write
@@ -59,7 +60,7 @@ def test_a_trial_is_what_the_table_would_be(
     ids = torch.arange(60).view(2, 30) ** 2 % 601
     model = random_model()
     x0 = model.embed_tokens(ids)
-    table = Table.open_folder(tables["float32"])
+    table = TableReader.open_folder(tables["float32"])
     trial = Trial(table, spectra_of(table))
     exact = TolSource(table).open(ids, x0)
     assert torch.equal(trial.open(ids, x0)(1), exact(1))
@@ -67,9 +68,9 @@ def test_a_trial_is_what_the_table_would_be(
         trial.chosen = {1: option}
         kept = [0, 2] if option is None else [0, 1, 2]
         whole = Scheme(dtype="float32")
-        storage = Storage(layers=kept, schemes=[option if layer == 1 and option else whole for layer in kept])
+        spec = TableSpec(layers=kept, schemes=[option if layer == 1 and option else whole for layer in kept])
         folder = tmp_path / str(number)
-        Build(None, folder, storage, table=tables["float32"], partitions=2).run()
+        Build(None, folder, spec, table=tables["float32"], partitions=2).run()
         stored = TolSource.open_folder(folder, model.config).open(ids, x0)
         read = trial.open(ids, x0)
         for layer in range(3):
@@ -84,7 +85,7 @@ def test_a_trial_is_what_the_table_would_be(
 
 def test_sensitivities(tables: dict[str, Path]) -> None:
     model = random_model()
-    table = Table.open_folder(tables["float32"])
+    table = TableReader.open_folder(tables["float32"])
     trial = Trial(table, spectra_of(table))
     ids = torch.randint(601, (3, 4, 20), generator=torch.Generator().manual_seed(5))
     batches = [(one, one.roll(-1, 1)) for one in ids]
@@ -106,7 +107,7 @@ def test_sensitivities(tables: dict[str, Path]) -> None:
 
 
 def test_a_study_that_was_killed_goes_on(tables: dict[str, Path], tmp_path: Path) -> None:
-    model, table = random_model(), Table.open_folder(tables["float32"])
+    model, table = random_model(), TableReader.open_folder(tables["float32"])
     trial = Trial(table, spectra_of(table))
     ids = torch.randint(601, (3, 4, 20), generator=torch.Generator().manual_seed(5))
     batches = [(one, one.roll(-1, 1)) for one in ids]
@@ -204,10 +205,10 @@ def test_remarks() -> None:
         return {"bytes": size, "perplexity": 10 * (1 + growth), "growth": growth}
 
     measured = {"chosen": way(100, 0.02), "larger": way(101, 0.01), "worse": way(90, 0.03)}
-    assert study._remarks(measured, 0.03) == study._remarks(measured, None) == []
-    (line,) = study._remarks(measured | {"int8": way(100, 0.01)}, None)
+    assert allocate_command._remarks(measured, 0.03) == allocate_command._remarks(measured, None) == []
+    (line,) = allocate_command._remarks(measured | {"int8": way(100, 0.01)}, None)
     assert line.startswith("measured better in no more bytes: int8 (+1.000%, the chosen mix +2.000%)")
-    (line,) = study._remarks(measured, 0.01)
+    (line,) = allocate_command._remarks(measured, 0.01)
     assert line.startswith("no mix stays within 1.000%")
 
 

@@ -10,14 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlm_train.tol.build import build_tol
-from mlm_train.tol.format import INDEX, TolIndex, read_index
-from mlm_train.tol.knapsack import Ways, best_mix
-from mlm_train.tol.lowrank import lay_out
-from mlm_train.tol.place import Folder
-from mlm_train.tol.state import Layout, Plan, Storage
-from mlm_train.tol.table import write_bases
+from mlm_train.tol.build.budget import lay_out
+from mlm_train.tol.build.state import BuildPlan
+from mlm_train.tol.format.index import INDEX, TolIndex
+from mlm_train.tol.format.index_file import read_index
+from mlm_train.tol.format.layout import Layout, TableSpec
+from mlm_train.tol.lowrank.knapsack import Ways, best_mix
+from mlm_train.tol.serve.reader import write_bases
+from mlm_train.tol.storage.local import LocalFolder
 from tests.commands import mlm_train, refused
+from tests.tol.built import build_tol
 from tests.tol.conftest import export, random_model
 from tests.tol.test_compress import stored_rows
 
@@ -62,7 +64,7 @@ def test_the_best_mix_is_the_best_of_all() -> None:
 def large_layers(layers: int, hidden: int, rows: int) -> list[Ways]:
     """As many ways as a budget leaves open: 19 types and groups, every rank; spectra of every decay."""
     numbers, found = np.random.default_rng(3), []
-    schemes, ranks = Storage(dtype=None, budget=1).searched, np.arange(1, hidden + 1)
+    schemes, ranks = TableSpec(dtype=None, budget=1).searched, np.arange(1, hidden + 1)
     for _ in range(layers):
         energies = 10 ** np.linspace(0, -numbers.uniform(1, 5), hidden) * (1 + numbers.random(hidden))
         left = np.append(np.sort(energies).cumsum()[::-1][1:], 0.0) / energies.sum()
@@ -100,9 +102,9 @@ def test_a_gap_is_stated_where_too_many_pairs_come_up() -> None:
     assert 0 <= mix.gap <= 1e-3 * mix.cost
 
 
-def every_table(plan: Plan, errors: Sequence[Tensor]) -> Iterator[tuple[Layout, float]]:
+def every_table(plan: BuildPlan, errors: Sequence[Tensor]) -> Iterator[tuple[Layout, float]]:
     """All layouts that keep a layer, and the sums of their layers' errors, as Study has them."""
-    hidden, schemes = plan.hidden_size, plan.storage.searched
+    hidden, schemes = plan.hidden_size, plan.spec.searched
     ways = [
         (scheme.model_copy(update={"rank": None if column == hidden else column + 1}), (number, column))
         for number, scheme in enumerate(schemes)
@@ -115,38 +117,38 @@ def every_table(plan: Plan, errors: Sequence[Tensor]) -> Iterator[tuple[Layout, 
             yield Layout(hidden_size=hidden, layers=list(kept), schemes=list(kept.values())), lost
 
 
-def written_bytes(plan: Plan, layout: Layout, folder: Path) -> int:
+def written_bytes(plan: BuildPlan, layout: Layout, folder: Path) -> int:
     """Of the files that a build would write, by writing the basis and the headers."""
     rows = [stop - start for start, stop in map(plan.rows, range(plan.partitions))]
     size = sum(len(layout.shape.header(count)) + count * layout.shape.size for count in rows)
     ranks = {layer: one.rank for layer, one in zip(layout.layers, layout.schemes, strict=True) if one.rank}
     if ranks:
         bases = {layer: torch.zeros(rank, plan.hidden_size) for layer, rank in ranks.items()}
-        file = write_bases(Folder(folder), bases)
+        file = write_bases(LocalFolder(folder), bases)
         assert file.bytes == (folder / file.file).stat().st_size
         size += file.bytes
     return size
 
 
 @pytest.mark.parametrize(
-    "storage",
+    "spec",
     [
-        Storage(dtype="float16", budget=1),
-        Storage(dtype="int8", group_size=2, symmetric=False, budget=1),
-        Storage(dtype=None, group_size=3, budget=1),
+        TableSpec(dtype="float16", budget=1),
+        TableSpec(dtype="int8", group_size=2, symmetric=False, budget=1),
+        TableSpec(dtype=None, group_size=3, budget=1),
     ],
 )
-def test_the_table_is_the_best_of_all_tables(storage: Storage, tmp_path: Path) -> None:
+def test_the_table_is_the_best_of_all_tables(spec: TableSpec, tmp_path: Path) -> None:
     """Of two layers of five numbers, each padded to 16 bytes; not where all are whole in one plain type."""
     numbers = torch.Generator().manual_seed(7)
     given = {"checkpoint": "", "vocab_size": 40, "num_layers": 2, "hidden_size": 5, "partitions": 2}
-    plan = Plan(**given, compute="float32", chunk_rows=10, threads=1, storage=storage)
-    shape = (len(storage.searched), 6)
+    plan = BuildPlan(**given, compute="float32", chunk_rows=10, threads=1, spec=spec)
+    shape = (len(spec.searched), 6)
     errors = [torch.rand(shape, generator=numbers, dtype=torch.float64) ** 2 for _ in range(2)]
     tables = [(*one, written_bytes(plan, one[0], tmp_path)) for one in every_table(plan, errors)]
     before = np.inf
     for budget in (*range(min(size for _, _, size in tables), 10_600, 40), 10**6):
-        plan = plan.model_copy(update={"storage": storage.model_copy(update={"budget": budget})})
+        plan = plan.model_copy(update={"spec": spec.model_copy(update={"budget": budget})})
         layout = lay_out(plan, errors)
         (found,) = (one for one in tables if one[0] == layout)
         assert found[2] <= budget and found[1] <= before

@@ -19,17 +19,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mlm_train.errors import UserError
-from mlm_train.files import locked
+from mlm_train.errors import UserError, first_line
 from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
-from mlm_train.tol.build import Build, build_tol
-from mlm_train.tol.cluster import _check_reachable, _remove_abandoned, _scratch, first_line
-from mlm_train.tol.codec import TORCH_DTYPE
-from mlm_train.tol.format import INDEX, STATE, read_index
-from mlm_train.tol.place import Folder
-from mlm_train.tol.state import State, Storage
+from mlm_train.tol.build.builder import Build
+from mlm_train.tol.build.ray_cluster import _check_reachable, _remove_abandoned, _scratch
+from mlm_train.tol.build.state import BuildState
+from mlm_train.tol.format.codec import TORCH_DTYPE
+from mlm_train.tol.format.index import INDEX, STATE
+from mlm_train.tol.format.index_file import read_index
+from mlm_train.tol.format.layout import TableSpec
+from mlm_train.tol.storage.local import LocalFolder
+from mlm_train.utils.files import locked
 from tests.commands import ROOT, listening, mlm_train, refused
+from tests.tol.built import build_tol
 from tests.tol.conftest import export, random_model
 
 
@@ -78,7 +81,7 @@ def test_killed_builder_resumes_to_the_same_bytes(
     build_tol(*arguments)
     broken = tmp_path / "broken"
     code = (
-        "from mlm_train.tol.build import build_tol\n"
+        "from tests.tol.built import build_tol\n"
         f"build_tol({str(exported)!r}, {str(broken)!r}, 'float32', 6, 2, None, 1)"
     )
     builder = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
@@ -110,10 +113,10 @@ def test_unfinished_builds(tables: dict[str, Path], exported: Path, tmp_path: Pa
     index = build_tol(exported, output, "bfloat16", 3)
     before = digests(output)
     (output / INDEX).unlink()
-    state = State(plan=Build(exported, output, Storage(), partitions=3).plan)
+    state = BuildState(plan=Build(exported, output, TableSpec(), partitions=3).plan)
     state.done = dict(enumerate(index.partitions))
     state.sums = {number: [(0.0, 0.0)] * 3 for number in state.done}
-    state.save(Folder(output))
+    state.save(LocalFolder(output))
     for options, message in (
         ({"partitions": 4}, "partitions=3"),
         ({"partitions": 3, "dtype": "float16"}, "dtype=bf"),
@@ -163,14 +166,14 @@ def test_no_node_has_what_a_worker_needs(exported: Path, ray: None, tmp_path: Pa
         ({"threads": 3}, r"needs 3 CPUs, .* \(at most 2 CPUs\); give fewer --threads"),
     ):
         with pytest.raises(UserError, match=message):
-            Build(exported, tmp_path / "tol", Storage(), **options).run(1)
+            Build(exported, tmp_path / "tol", TableSpec(), **options).run(1)
         assert {path.name for path in (tmp_path / "tol").iterdir()} == {STATE}
 
 
 def test_what_killed_builds_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not what a process holds, what has no mark yet, and what is another user's."""
     code = (
-        "import sys\nfrom pathlib import Path\nfrom mlm_train.tol.cluster import _scratch\n"
+        "import sys\nfrom pathlib import Path\nfrom mlm_train.tol.build.ray_cluster import _scratch\n"
         "with _scratch() as folder:\n    Path(folder).mkdir()\n    print(folder, flush=True)\n    input()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -275,7 +278,7 @@ def test_options_that_cannot_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Refused before Ray starts, and nothing is left."""
-    monkeypatch.setattr("mlm_train.tol.build.ray_cluster", None)
+    monkeypatch.setattr("mlm_train.tol.build.builder.ray_cluster", None)
     (tmp_path / "FILE").touch()
     (tmp_path / "LINK").symlink_to(tmp_path / "nowhere")
     monkeypatch.chdir(tmp_path)
@@ -313,10 +316,13 @@ def test_the_same_command_again(
 def test_an_unfinished_build_is_no_compression(
     tables: dict[str, Path], exported: Path, tmp_path: Path
 ) -> None:
-    index, plan = read_index(tables["float32"]), Build(exported, tmp_path / "x", Storage(), partitions=7).plan
+    index, plan = (
+        read_index(tables["float32"]),
+        Build(exported, tmp_path / "x", TableSpec(), partitions=7).plan,
+    )
     (output := tmp_path / "tol").mkdir()
-    state = State(plan=plan.model_copy(update={"checkpoint": index.source.checkpoint}))
+    state = BuildState(plan=plan.model_copy(update={"checkpoint": index.source.checkpoint}))
     state.done, state.sums = dict(enumerate(index.partitions)), {n: [(0.0, 0.0)] * 3 for n in range(7)}
-    state.save(Folder(output))
+    state.save(LocalFolder(output))
     with pytest.raises(UserError, match="is an unfinished build from a model; give a new folder"):
-        Build(None, output, Storage(), table=tables["float32"], partitions=7).run()
+        Build(None, output, TableSpec(), table=tables["float32"], partitions=7).run()

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlm_train.tol import codec
-from mlm_train.tol.codec import LEVELS, Encoding, NotFinite, Scheme, decode, layout
+from mlm_train.tol.format import codec
+from mlm_train.tol.format.codec import LEVELS, Encoding, NotFinite, Scheme, decode, layout
 from tests.commands import ROOT
 
 HIDDEN = 75  # odd, and no multiple of a group
@@ -151,7 +151,7 @@ def test_the_search_for_a_scale_is_not_worse_than_the_full_range(
         return error.square().unflatten(1, (-1, 64)).sum(-1)
 
     searched = errors()
-    monkeypatch.setattr("mlm_train.tol.codec._FACTORS", {"int4": (1.0,)})
+    monkeypatch.setattr("mlm_train.tol.format.codec._FACTORS", {"int4": (1.0,)})
     full = errors()
     assert (searched <= full * (1 + 1e-6)).all() and searched.sum() < 0.95 * full.sum()
 

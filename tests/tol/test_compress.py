@@ -9,18 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlm_train.checkpoint.logical_folder import load_model
+from mlm_train.checkpoint.reading.logical_folder import load_model
 from mlm_train.cli import main
 from mlm_train.errors import UserError
 from mlm_train.memory import make_source
 from mlm_train.model.transformer import Transformer
-from mlm_train.tol.build import Build
-from mlm_train.tol.codec import Scheme
-from mlm_train.tol.format import BASIS, INDEX, read_index
-from mlm_train.tol.state import Storage
-from mlm_train.tol.store import TolSource
-from mlm_train.tol.table import Table
-from mlm_train.tol.verify import verify_tol
+from mlm_train.tol.build.builder import Build
+from mlm_train.tol.format.codec import Scheme
+from mlm_train.tol.format.index import BASIS, INDEX
+from mlm_train.tol.format.index_file import read_index
+from mlm_train.tol.format.layout import TableSpec
+from mlm_train.tol.serve.reader import TableReader
+from mlm_train.tol.serve.source import TolSource
+from mlm_train.tol.tools.verify import verify_tol
 from tests.commands import mlm_train, refused
 from tests.tol.conftest import export, random_model
 from tests.tol.test_build import digests
@@ -31,21 +32,21 @@ MIXED = [
     Scheme(dtype="int8", group_size=16),
 ]
 STORAGES = {
-    "int8": (Storage(dtype="int8", group_size=16), 0.006),
-    "int4": (Storage(dtype="int4", group_size=8, symmetric=False), 0.07),
-    "rank": (Storage(dtype="bfloat16", rank=24), 0.25),
-    "rank and bits": (Storage(dtype="int8", group_size=8, rank=24), 0.25),
-    "mixed": (Storage(schemes=MIXED), 0.4),
-    "dropped": (Storage(dtype="int8", group_size=16, layers=[0, 2]), 0.006),
+    "int8": (TableSpec(dtype="int8", group_size=16), 0.006),
+    "int4": (TableSpec(dtype="int4", group_size=8, symmetric=False), 0.07),
+    "rank": (TableSpec(dtype="bfloat16", rank=24), 0.25),
+    "rank and bits": (TableSpec(dtype="int8", group_size=8, rank=24), 0.25),
+    "mixed": (TableSpec(schemes=MIXED), 0.4),
+    "dropped": (TableSpec(dtype="int8", group_size=16, layers=[0, 2]), 0.006),
 }
 
 
-def build(source: Path, output: Path, storage: Storage, workers: int = 1, **options: Any) -> None:
+def build(source: Path, output: Path, spec: TableSpec, workers: int = 1, **options: Any) -> None:
     """By one worker, a process that imports torch: how many there are changes no byte, as is tested below."""
     from_table = (source / INDEX).is_file()
-    places = {"model": None, "table": source} if from_table else {"model": source}
+    storages = {"model": None, "table": source} if from_table else {"model": source}
     options = {"partitions": 3, "chunk_rows": 100} | options
-    Build(**places, output=output, storage=storage, **options).run(workers)
+    Build(**storages, output=output, spec=spec, **options).run(workers)
 
 
 def true_rows(model: Transformer) -> Tensor:
@@ -55,7 +56,7 @@ def true_rows(model: Transformer) -> Tensor:
 
 
 def stored_rows(folder: Path) -> dict[int, Tensor]:
-    table = Table.open_folder(folder)
+    table = TableReader.open_folder(folder)
     rows = table.range(0, table.index.vocab_size)
     values = {layer: table.values(rows, layer) for layer in table.index.layers}
     return {layer: one.double() for layer, one in values.items() if one is not None}
@@ -65,12 +66,12 @@ def stored_rows(folder: Path) -> dict[int, Tensor]:
 def test_from_weights_and_from_a_table(
     name: str, ray: None, tables: dict[str, Path], exported: Path, model: Transformer, tmp_path: Path
 ) -> None:
-    storage, limit = STORAGES[name]
+    spec, limit = STORAGES[name]
     true = true_rows(model)
     for source, folder in ((exported, tmp_path / "weights"), (tables["float32"], tmp_path / "table")):
-        build(source, folder, storage)
+        build(source, folder, spec)
         index, stored = read_index(folder), stored_rows(folder)
-        assert list(stored) == (storage.layers or [0, 1, 2]) and index.errors is not None
+        assert list(stored) == (spec.layers or [0, 1, 2]) and index.errors is not None
         for (layer, rows), said in zip(stored.items(), index.errors, strict=True):
             error = float((rows - true[:, layer]).norm() / true[:, layer].norm())
             assert error < limit and said == pytest.approx(error, rel=1e-4)
@@ -82,7 +83,7 @@ def test_from_weights_and_from_a_table(
 def test_low_rank_is_the_best_of_its_rank(
     ray: None, exported: Path, model: Transformer, tmp_path: Path
 ) -> None:
-    build(exported, tmp_path / "tol", Storage(dtype="float32", rank=12))
+    build(exported, tmp_path / "tol", TableSpec(dtype="float32", rank=12))
     for layer, rows in stored_rows(tmp_path / "tol").items():
         true = true_rows(model)[:, layer]
         left = torch.linalg.svdvals(true)[12:].norm()
@@ -97,14 +98,14 @@ def test_a_budget_is_kept_and_used_where_it_counts(ray: None, tmp_path: Path) ->
     source = export(tmp_path / "model", model)
     for budget in (40_000, 70_000, 100_000):
         folder = tmp_path / str(budget)
-        build(source, folder, Storage(dtype="float16", budget=budget))
+        build(source, folder, TableSpec(dtype="float16", budget=budget))
         index = read_index(folder)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         assert 0.75 * budget <= size <= budget
         ranks = dict(zip(index.layers, index.rank or [], strict=True))
         assert all(ranks.get(1, 0) <= min(16, ranks.get(layer, 32)) for layer in (0, 2))
     with pytest.raises(UserError, match=r"holds no layer: .* is the least in .*; give more"):
-        build(source, tmp_path / "none", Storage(dtype="float16", budget=3_000))
+        build(source, tmp_path / "none", TableSpec(dtype="float16", budget=3_000))
     assert not (tmp_path / "none").exists()
 
 
@@ -112,10 +113,10 @@ def test_a_budget_is_kept_and_used_where_it_counts(ray: None, tmp_path: Path) ->
 def test_groups_of_layers_and_workers_do_not_change_a_byte(
     name: str, ray: None, exported: Path, tmp_path: Path
 ) -> None:
-    storage, _ = STORAGES[name]
+    spec, _ = STORAGES[name]
     """All layers at once and in order, or group by group: that is also what a few partitions are cut into."""
     for folder, workers, options in (("one", 1, {}), ("few", 2, {}), ("groups", 1, {"group_bytes": 1})):
-        build(exported, tmp_path / folder, storage, workers, partitions=8, chunk_rows=75, **options)
+        build(exported, tmp_path / folder, spec, workers, partitions=8, chunk_rows=75, **options)
         assert digests(tmp_path / "one") == digests(tmp_path / folder)
         assert read_index(tmp_path / "one").errors == read_index(tmp_path / folder).errors
 
@@ -124,7 +125,7 @@ def test_groups(exported: Path, tmp_path: Path) -> None:
     """Of 3 layers: what fits into memory, and 8 tasks for each worker."""
 
     def groups(partitions: int, workers: int, **options: Any) -> list[int]:
-        built = Build(exported, tmp_path / "tol", Storage(), **options)
+        built = Build(exported, tmp_path / "tol", TableSpec(), **options)
         return [len(group) for group in built.groups(partitions, workers)]
 
     assert groups(8, 1) == groups(99, 2) == [3]
@@ -149,7 +150,7 @@ def test_a_model_serves_from_it(
 
 
 def test_bfloat16_products(ray: None, exported: Path, model: Transformer, tmp_path: Path) -> None:
-    build(exported, tmp_path / "tol", Storage(dtype="bfloat16"), compute="bfloat16")
+    build(exported, tmp_path / "tol", TableSpec(dtype="bfloat16"), compute="bfloat16")
     index = read_index(tmp_path / "tol")
     assert index.source.compute == "bfloat16" and not verify_tol(tmp_path / "tol", exported).damages
     for layer, rows in stored_rows(tmp_path / "tol").items():
@@ -220,9 +221,9 @@ def test_damaged_rows_are_not_compressed(
     flipped = whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
     file.write_bytes(flipped)
     message = r"rows-00002.*rows \[150, 250\).* is damaged: .*mend it with `mlm-train tol build MODEL"
-    for storage in (STORAGES["int8"][0], STORAGES["rank"][0]):
+    for spec in (STORAGES["int8"][0], STORAGES["rank"][0]):
         with pytest.raises(UserError, match=message):
-            build(source, output, storage)
+            build(source, output, spec)
     assert not list(output.glob("*.safetensors"))
     file.write_bytes(whole)
     build(source, output, STORAGES["int8"][0])
@@ -333,10 +334,10 @@ def test_files_that_are_no_allocations(
 
 
 def test_a_dropped_layer_cannot_come_back(ray: None, tables: dict[str, Path], tmp_path: Path) -> None:
-    build(tables["bfloat16"], tmp_path / "two", Storage(dtype="int8", group_size=8, layers=[0, 2]))
+    build(tables["bfloat16"], tmp_path / "two", TableSpec(dtype="int8", group_size=8, layers=[0, 2]))
     assert "there is no layer 1; those there are: [0, 2]" in refused(
         "tol", "compress", tmp_path / "two", "--output", tmp_path / "out", "--dtype", "int4", "--drop", "1"
     )
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    build(tmp_path / "two", tmp_path / "again", Storage(dtype="int4", group_size=8))
+    build(tmp_path / "two", tmp_path / "again", TableSpec(dtype="int4", group_size=8))
     assert read_index(tmp_path / "again").layers == [0, 2]

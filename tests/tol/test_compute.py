@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlm_train.checkpoint.logical_folder import open_model
+from mlm_train.checkpoint.reading.logical_folder import open_model
 from mlm_train.model.transformer import Transformer
-from mlm_train.tol.codec import TORCH_DTYPE, PlainDtype
-from mlm_train.tol.compute import EMBEDDING, FfnM, ffn_m_weights
+from mlm_train.tol.build.row_source import EMBEDDING, ComputedRows, ffn_m_weights
+from mlm_train.tol.format.codec import TORCH_DTYPE, PlainDtype
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -16,7 +16,7 @@ def test_as_the_model_does(model: Transformer, exported: Path, dtype: PlainDtype
     layers = range(model.config.num_hidden_layers)
     with open_model(exported) as opened:
         weights = ffn_m_weights(opened.tensors, opened.config, layers, dtype)
-        numbers = FfnM(opened, dict(zip(layers, weights, strict=True)), dtype)
+        numbers = ComputedRows(opened, dict(zip(layers, weights, strict=True)), dtype)
         found = torch.stack(list(numbers.values(5, 207)))
         x0 = opened.tensor(EMBEDDING)[5:207].float()
     with torch.autocast("cpu", TORCH_DTYPE[dtype], enabled=dtype != "float32"):

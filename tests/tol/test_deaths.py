@@ -14,9 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlm_train.tol.build import Build
-from mlm_train.tol.place import Folder
-from mlm_train.tol.state import State, Storage
+from mlm_train.tol.build.builder import Build
+from mlm_train.tol.build.state import BuildState
+from mlm_train.tol.format.layout import TableSpec
+from mlm_train.tol.storage.local import LocalFolder
 from tests.commands import ROOT, start
 from tests.tol.conftest import end, export, random_model
 from tests.tol.test_faults import progress, same, wait_until, workers
@@ -28,10 +29,10 @@ CODE = """
 import sys
 import psutil
 from mlm_train.errors import UserError
-from mlm_train.tol.build import Build
-from mlm_train.tol.cluster import ray_cluster
-from mlm_train.tol.shared import shared_weights
-from mlm_train.tol.state import Storage
+from mlm_train.tol.build.builder import Build
+from mlm_train.tol.build.ray_cluster import ray_cluster
+from mlm_train.tol.build.weight_store import shared_weights
+from mlm_train.tol.format.layout import TableSpec
 model, output = sys.argv[1:]
 plan = Build(model, output, Storage()).plan
 with ray_cluster(1):
@@ -56,7 +57,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def unbroken(source: Path, ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("unbroken") / "tol"
-    Build(source, output, Storage(dtype="float32"), partitions=PARTITIONS).run()
+    Build(source, output, TableSpec(dtype="float32"), partitions=PARTITIONS).run()
     return output
 
 
@@ -67,7 +68,7 @@ def command(source: Path, output: Path, count: int, *more: str) -> "subprocess.P
 
 def finished(output: Path) -> dict[str, tuple[int, int]]:
     """Inode and time of each committed partition."""
-    files = [output / part.file for part in State.load(Folder(output)).done.values()]
+    files = [output / part.file for part in BuildState.load(LocalFolder(output)).done.values()]
     return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
 
 
@@ -100,7 +101,7 @@ def test_four_deaths_over_one_piece(source: Path, unbroken: Path, tmp_path: Path
             if any(draft.name.startswith(".rows-00001-") for draft in drafts(victim)):
                 victim.kill()
                 victim.wait(60)
-                done.append(len(State.load(Folder(output)).done))
+                done.append(len(BuildState.load(LocalFolder(output)).done))
         time.sleep(0.01)
     said, _ = process.communicate()
     *progress_lines, last = said.splitlines()  # one a minute, where the machine is that slow

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from mlm_train.files import sha256_of
-from mlm_train.tol import disk
-from mlm_train.tol.disk import BLOCK, FileSink, Stream, UncachedFile, buffers
-from mlm_train.tol.partition import ALIGNMENT, RowShape
-from mlm_train.tol.place import Folder
+from mlm_train.tol.format.partition import ALIGNMENT, RowShape
+from mlm_train.tol.storage import direct_io as disk
+from mlm_train.tol.storage.direct_io import BLOCK, FileSink, Stream, UncachedFile, buffers
+from mlm_train.tol.storage.local import LocalFolder
+from mlm_train.utils.files import sha256_of
 from tests.partitions import write_partition
 
 MIB = 2**20
@@ -38,9 +38,9 @@ def test_a_stream(system: str, row_bytes: int, tmp_path: Path, monkeypatch: pyte
     shape, counts = RowShape.packed(row_bytes), [3 * MIB // row_bytes, 2 * MIB // row_bytes + 1, 1, 5]
     random = torch.Generator().manual_seed(row_bytes)
     chunks = [torch.randint(256, (count, row_bytes), dtype=torch.uint8, generator=random) for count in counts]
-    place, header = Folder(tmp_path), shape.header(sum(counts))
-    draft = place.draft("rows", shape.file_bytes(sum(counts)), header)
-    with Stream(place.sink(draft, header), header, buffers(max(counts), row_bytes)) as stream:
+    storage, header = LocalFolder(tmp_path), shape.header(sum(counts))
+    draft = storage.draft("rows", shape.file_bytes(sum(counts)), header)
+    with Stream(storage.sink(draft, header), header, buffers(max(counts), row_bytes)) as stream:
         for chunk in chunks:
             stream.rows(len(chunk)).copy_(chunk)
             stream.put(len(chunk))

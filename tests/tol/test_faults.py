@@ -20,14 +20,15 @@ import psutil
 import pytest
 
 from mlm_train.errors import UserError
-from mlm_train.tol.build import Build
-from mlm_train.tol.crew import Crew, WorkerDied
-from mlm_train.tol.format import BASIS, INDEX, STATE
-from mlm_train.tol.partition import Draft
-from mlm_train.tol.pieces import Pieces
-from mlm_train.tol.place import Folder
-from mlm_train.tol.progress import ByteProgress
-from mlm_train.tol.state import Layout, State, Storage
+from mlm_train.tol.build.builder import Build
+from mlm_train.tol.build.scheduler import PartitionScheduler
+from mlm_train.tol.build.state import BuildState
+from mlm_train.tol.build.worker_pool import WorkerDied, WorkerPool
+from mlm_train.tol.format.index import BASIS, INDEX, STATE
+from mlm_train.tol.format.layout import Layout, TableSpec
+from mlm_train.tol.format.partition import Draft
+from mlm_train.tol.storage.local import LocalFolder
+from mlm_train.utils.progress import ByteProgress
 from tests.commands import ROOT, start
 from tests.tol.conftest import end, export, random_model
 
@@ -36,8 +37,8 @@ LOW_RANK = {"dtype": "int8", "group_size": 8, "budget": ROWS * 60}
 GROUPS = {"dtype": "float32"}
 CODE = """
 import json, sys
-from mlm_train.tol.build import Build
-from mlm_train.tol.state import Storage
+from mlm_train.tol.build.builder import Build
+from mlm_train.tol.build.state import Storage
 model, output, storage, options, run = json.loads(sys.argv[1])
 Build(model, output, Storage(**storage), **options).run(**run)
 """
@@ -49,19 +50,19 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(tmp_path_factory.mktemp("faults") / "model", random_model(vocab_size=ROWS))
 
 
-def options_of(storage: dict[str, Any]) -> dict[str, int]:
+def options_of(spec: dict[str, Any]) -> dict[str, int]:
     """A layer each is a task, and a partition is read again; or a task is all of a partition, in order."""
-    groups = {"group_bytes": 1} if storage == GROUPS else {}
+    groups = {"group_bytes": 1} if spec == GROUPS else {}
     return {"partitions": PARTITIONS, "chunk_rows": CHUNK, **groups}
 
 
-def build_of(model: Path, output: Path, storage: dict[str, Any]) -> Build:
-    return Build(model, output, Storage(**storage), **options_of(storage))
+def build_of(model: Path, output: Path, spec: dict[str, Any]) -> Build:
+    return Build(model, output, TableSpec(**spec), **options_of(spec))
 
 
-def builder(model: Path, output: Path, storage: dict[str, Any], **run: object) -> "subprocess.Popen[str]":
+def builder(model: Path, output: Path, spec: dict[str, Any], **run: object) -> "subprocess.Popen[str]":
     """The same in a process of its own."""
-    words = json.dumps([str(model), str(output), storage, options_of(storage), run])
+    words = json.dumps([str(model), str(output), spec, options_of(spec), run])
     command = [sys.executable, "-c", CODE, words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
@@ -71,9 +72,9 @@ def builder(model: Path, output: Path, storage: dict[str, Any], **run: object) -
 def unbroken(source: Path, ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What every broken build must come to."""
     root = tmp_path_factory.mktemp("unbroken")
-    for name, storage in (("low_rank", LOW_RANK), ("groups", GROUPS)):
+    for name, spec in (("low_rank", LOW_RANK), ("groups", GROUPS)):
         begun = time.monotonic()
-        build_of(source, root / name, storage).run()
+        build_of(source, root / name, spec).run()
         print(json.dumps({"unbroken": name, "seconds": round(time.monotonic() - begun, 1)}))
     return {name: root / name for name in ("low_rank", "groups")}
 
@@ -107,7 +108,7 @@ def progress(folder: Path) -> int:
     """0 once there is a state, 1 to 3 with so many spectra, 4 with a layout, and 1 more a partition."""
     if not (folder / STATE).exists():
         return -1
-    state = State.load(Folder(folder))
+    state = BuildState.load(LocalFolder(folder))
     return len(state.spectra) + 4 * (state.layout is not None) + len(state.done)
 
 
@@ -166,7 +167,7 @@ def test_the_builder_is_killed_at_random_moments(
         assert process.wait() == -signal.SIGKILL and not (output / INDEX).exists()
         end(left)
         left = children
-        state = State.load(Folder(output))
+        state = BuildState.load(LocalFolder(output))
         inodes = {part.file: (output / part.file).stat().st_ino for part in state.done.values()}
         assert kept.items() <= inodes.items()
         redone += len(list(output.glob(".rows-*.part")))
@@ -186,13 +187,13 @@ def test_two_nodes(
 ) -> None:
     """More workers than CPUs; then a node is removed in mid-build, with the worker that it has."""
     assert cluster.stdin is not None and cluster.stdout is not None
-    storage = {"low_rank": LOW_RANK, "groups": GROUPS}[name]
+    spec = {"low_rank": LOW_RANK, "groups": GROUPS}[name]
     run = {"workers": 5, "ray_address": cluster.stdout.readline().strip()}
-    whole = builder(source, tmp_path / "whole", storage, **run)
+    whole = builder(source, tmp_path / "whole", spec, **run)
     assert whole.wait(120) == 0, whole.communicate()[1]
     assert same(tmp_path / "whole", unbroken[name])
     begun = time.monotonic()
-    process = builder(source, tmp_path / "tol", storage, **run)
+    process = builder(source, tmp_path / "tol", spec, **run)
     wait_until(lambda: progress(tmp_path / "tol") >= 5, process)
     cluster.stdin.write("remove\n")
     cluster.stdin.flush()
@@ -236,7 +237,7 @@ def test_the_disk_fills(source: Path, ray: None, tmp_path: Path, small_disk: Pat
         assert last.startswith(line) and last.count("\n") == 1, last
         assert progress(output) >= moment and not list(output.glob(".*.part"))
         (small_disk / "other").unlink()
-    done = State.load(Folder(output)).done.values()
+    done = BuildState.load(LocalFolder(output)).done.values()
     kept = {part.file: (output / part.file).stat().st_ino for part in done}
     files = contents(output)
     for folder in (output, tmp_path / "unbroken"):
@@ -265,28 +266,28 @@ def test_two_builders(source: Path, unbroken: dict[str, Path], tmp_path: Path) -
 def test_a_draft_that_was_thrown_away(source: Path, tmp_path: Path) -> None:
     """A late worker makes no file of it, and its error ends no build."""
     build = build_of(source, tmp_path, GROUPS)
-    layout = Layout.of(build.plan.storage, 3, 32)
-    pieces = Pieces(Folder(tmp_path), build.plan, layout.shape, [0], build.groups(1, 2))
-    first, second = pieces.next(()), pieces.next(())
+    layout = Layout.of(build.plan.spec, 3, 32)
+    scheduler = PartitionScheduler(LocalFolder(tmp_path), build.plan, layout.shape, [0], build.groups(1, 2))
+    first, second = scheduler.next(()), scheduler.next(())
     assert first is not None and second is not None and first.draft == second.draft
-    assert pieces.ended(first, WorkerDied("killed")) is None
+    assert scheduler.ended(first, WorkerDied("killed")) is None
     with pytest.raises(FileNotFoundError) as late:
         Draft(tmp_path / second.draft, layout.shape, 10)
-    assert pieces.ended(second, late.value) is None
-    third = pieces.next(())
+    assert scheduler.ended(second, late.value) is None
+    third = scheduler.next(())
     assert third is not None and [tmp_path / third.draft] == list(tmp_path.iterdir())
     with pytest.raises(OSError, match="full"):
-        pieces.ended(third, OSError("full"))
+        scheduler.ended(third, OSError("full"))
 
 
 def test_workers_that_never_start(source: Path, ray: None, tmp_path: Path) -> None:
     """Their constructor fails: threads=0 is what torch refuses."""
     job = build_of(source, tmp_path, GROUPS).job
-    crew = Crew(replace(job, plan=job.plan.model_copy(update={"threads": 0})), 2, 0)
+    pool = WorkerPool(replace(job, plan=job.plan.model_copy(update={"threads": 0})), 2, 0)
     with pytest.raises(UserError, match="workers die as they start"):
         while True:
-            crew.finished()
-    crew.dismiss()
+            pool.finished()
+    pool.dismiss()
 
 
 def test_workers_without_a_place_are_told_once(
@@ -296,14 +297,14 @@ def test_workers_without_a_place_are_told_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("mlm_train.tol.crew.PATIENCE", 0.0)
-    crew = Crew(build_of(source, tmp_path, GROUPS).job, 3, 1)
+    monkeypatch.setattr("mlm_train.tol.build.worker_pool.PATIENCE", 0.0)
+    pool = WorkerPool(build_of(source, tmp_path, GROUPS).job, 3, 1)
     try:
-        while len(crew.idle) < 2:
-            crew.finished()
-        crew.finished()
+        while len(pool.idle) < 2:
+            pool.finished()
+        pool.finished()
     finally:
-        crew.dismiss()
+        pool.dismiss()
     told = capsys.readouterr().err
     assert re.fullmatch(r"[123] of 3 workers have not started: .*free in Ray: \d of 2 CPUs.*\n", told), told
 
@@ -338,7 +339,7 @@ def test_damage_before_a_build_goes_on(source: Path, unbroken: dict[str, Path], 
         process.kill()
         process.wait()
         end(left)
-        state = State.load(Folder(output))
+        state = BuildState.load(LocalFolder(output))
         for damage in damages:
             folder = shutil.copytree(output, tmp_path / damage)
             DAMAGES[damage](folder, state)
@@ -356,20 +357,20 @@ def test_damage_before_a_build_goes_on(source: Path, unbroken: dict[str, Path], 
                 assert len(again) == {"spectrum": 0, "rows": 2, "basis": len(kept)}[damage]
 
 
-def _cut_and_flip(folder: Path, state: State) -> None:
+def _cut_and_flip(folder: Path, state: BuildState) -> None:
     one, other, *_ = (folder / part.file for part in state.done.values())
     flip(one)
     other.write_bytes(other.read_bytes()[:-1])
 
 
-def _change_a_digit(folder: Path, state: State) -> None:
+def _change_a_digit(folder: Path, state: BuildState) -> None:
     text = (folder / STATE).read_text()
     rank = f'"rank": {next(scheme.rank for scheme in state.layout.schemes if scheme.rank)}'
     assert rank in text
     (folder / STATE).write_text(text.replace(rank, rank[:-1] + str((int(rank[-1]) + 1) % 10), 1))
 
 
-DAMAGES: dict[str, Callable[[Path, State], None]] = {
+DAMAGES: dict[str, Callable[[Path, BuildState], None]] = {
     "spectrum": lambda folder, state: flip(folder / next(iter(state.spectra.values())).file),
     "plan": lambda folder, state: None,  # another one
     "state": _change_a_digit,

@@ -9,19 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlm_train import files
-from mlm_train.checkpoint.hf_folder import write_folder
+from mlm_train.checkpoint.hf.folder import write_folder
 from mlm_train.data.tokenizer import tokenizer_of
 from mlm_train.errors import UserError
 from mlm_train.model.logical import named_pieces
-from mlm_train.tol.build import Build
-from mlm_train.tol.codec import TORCH_DTYPE
-from mlm_train.tol.format import INDEX, Source, TolIndex, write_index
-from mlm_train.tol.inspect import Inspection, Scored, inspect_tol
-from mlm_train.tol.partition import RowShape
-from mlm_train.tol.place import Folder
-from mlm_train.tol.state import Storage
-from mlm_train.tol.table import Table
+from mlm_train.tol.build.builder import Build
+from mlm_train.tol.format.codec import TORCH_DTYPE
+from mlm_train.tol.format.index import INDEX, Provenance, TolIndex
+from mlm_train.tol.format.index_file import write_index
+from mlm_train.tol.format.layout import TableSpec
+from mlm_train.tol.format.partition import RowShape
+from mlm_train.tol.serve.reader import TableReader
+from mlm_train.tol.storage.local import LocalFolder
+from mlm_train.tol.tools.inspect import Inspection, Scored, inspect_tol
+from mlm_train.utils import files
 from tests.commands import mlm_train, refused
 from tests.partitions import write_partition
 from tests.tol.conftest import export, random_model
@@ -52,9 +53,9 @@ def write(folder: Path, rows: Tensor, dtype: str = "float32", layers: tuple[int,
         dtype=dtype,
         layers=list(layers),
         partitions=partitions,
-        source=Source(checkpoint="0" * 64, created="now", tool_version="0"),
+        source=Provenance(checkpoint="0" * 64, created="now", tool_version="0"),
     )
-    write_index(Folder(folder), index)
+    write_index(LocalFolder(folder), index)
     return folder
 
 
@@ -116,28 +117,28 @@ def test_plain(tmp_path: Path, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "storage",
+    "spec",
     [
-        Storage(dtype="int8", group_size=20, symmetric=False, layers=[0, 2]),
-        Storage(dtype="int4", group_size=8, rank=9),
-        Storage(dtype="bfloat16", rank=11),
+        TableSpec(dtype="int8", group_size=20, symmetric=False, layers=[0, 2]),
+        TableSpec(dtype="int4", group_size=8, rank=9),
+        TableSpec(dtype="bfloat16", rank=11),
     ],
 )
-def test_encoded(exported: Path, ray: None, tmp_path: Path, storage: Storage) -> None:
+def test_encoded(exported: Path, ray: None, tmp_path: Path, spec: TableSpec) -> None:
     folder = tmp_path / "tol"
-    index = Build(exported, folder, storage, partitions=3, chunk_rows=50).run()
+    index = Build(exported, folder, spec, partitions=3, chunk_rows=50).run()
     found = inspect_tol(folder, exported, top=5, neighbours=["17", "600"])
-    table = Table.open_folder(folder)
+    table = TableReader.open_folder(folder)
     stored = [table.values(table.range(0, 601), layer) for layer in index.layers]
     check(found, [values.double() for values in stored if values is not None], top=5)
     assert [one.error for one in found.layers] == index.errors and None not in (index.errors or [None])
     for one in found.layers:
-        assert (one.dtype, one.rank, one.group_size) == (storage.dtype, storage.rank, storage.group_size)
-        assert len(one.singular_values) == (storage.rank or 32)
-        assert one.bytes == 601 * one.row_bytes + (storage.rank or 0) * 32 * 2
+        assert (one.dtype, one.rank, one.group_size) == (spec.dtype, spec.rank, spec.group_size)
+        assert len(one.singular_values) == (spec.rank or 32)
+        assert one.bytes == 601 * one.row_bytes + (spec.rank or 0) * 32 * 2
     headers = sum(file.bytes for file in index.partitions) - 601 * index.row_bytes
     if index.basis is not None:
-        headers += index.basis.bytes - 3 * (storage.rank or 0) * 32 * 2
+        headers += index.basis.bytes - 3 * (spec.rank or 0) * 32 * 2
     assert found.sizes.other == headers == found.sizes.bytes - sum(one.bytes for one in found.layers)
     assert found.sizes.ffn_m == 3 * (3 * 32 * 44 + 32) * 2
 

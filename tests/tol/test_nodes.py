@@ -13,14 +13,15 @@ import psutil
 import pytest
 
 from mlm_train.errors import UserError
-from mlm_train.tol.build import Build
-from mlm_train.tol.node_place import OwnFolder, copy_to_nodes
-from mlm_train.tol.state import Storage
+from mlm_train.tol.build.builder import Build
+from mlm_train.tol.format.layout import TableSpec
+from mlm_train.tol.storage.node_folders import NodeFolder
+from mlm_train.tol.tools.copy_to_nodes import copy_to_nodes
 from tests.commands import ROOT, refused
 from tests.tol.conftest import end
 from tests.tol.test_faults import flip, same
 
-STORAGE = Storage(dtype="int8", group_size=8, rank=16)
+STORAGE = TableSpec(dtype="int8", group_size=8, rank=16)
 WORDS = ("--dtype", "int8", "--group-size", "8", "--rank", "16", "--partitions", "6", "--compute", "float32")
 CLUSTER = """
 import os, sys
@@ -122,9 +123,9 @@ def test_bad_input(exported: Path, tmp_path: Path) -> None:
 
 def test_one_node(exported: Path, tmp_path: Path, ray: None) -> None:
     """Without others there is nothing to copy; what a worker says of its draft reaches the builder."""
-    place = OwnFolder(tmp_path / "tol")
-    Build(exported, place, STORAGE, partitions=6).run(1)
+    storage = NodeFolder(tmp_path / "tol")
+    Build(exported, storage, STORAGE, partitions=6).run(1)
     Build(exported, tmp_path / "seen", STORAGE, partitions=6).run(1)
-    assert copy_to_nodes(place, None) == 0 and same(tmp_path / "tol", tmp_path / "seen")
+    assert copy_to_nodes(storage, None) == 0 and same(tmp_path / "tol", tmp_path / "seen")
     with pytest.raises(UserError, match="exists already"):
-        Build(exported, OwnFolder(tmp_path / "tol"), STORAGE, partitions=6).run(1)
+        Build(exported, NodeFolder(tmp_path / "tol"), STORAGE, partitions=6).run(1)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlm_train.tol.codec import Scheme, decode, encode, layout
-from mlm_train.tol.ranks import Sample, Study
-from mlm_train.tol.spectrum import Gram, Spectrum, scaled_basis
-from mlm_train.tol.state import Storage
-from mlm_train.tol.table import projector
+from mlm_train.tol.format.codec import Scheme, decode, encode, layout
+from mlm_train.tol.format.layout import TableSpec
+from mlm_train.tol.lowrank.ranks import RankErrors, Sample
+from mlm_train.tol.lowrank.spectrum import Gram, Spectrum, scaled_basis
+from mlm_train.tol.serve.reader import projector
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def sample_of(table: Tensor, chunk: int = 500) -> Sample:
     return sample
 
 
-EVERY = Storage(dtype=None, budget=1).searched + Storage(dtype=None, symmetric=False, budget=1).searched
+EVERY = TableSpec(dtype=None, budget=1).searched + TableSpec(dtype=None, symmetric=False, budget=1).searched
 
 
 def log_values(hidden: int, last: float) -> Tensor:
@@ -136,7 +136,7 @@ def test_layer_of_a_token_major_chunk(draws: torch.Generator) -> None:
 def test_table_of_zeros_and_infinite_values(draws: torch.Generator) -> None:
     zeros = Spectrum.of(gram_of(torch.zeros(20, 8)))
     assert zeros.error(0) == zeros.error(8) == 0
-    assert not Study.of(zeros, sample_of(torch.zeros(20, 8)), 20, EVERY).errors.any()
+    assert not RankErrors.of(zeros, sample_of(torch.zeros(20, 8)), 20, EVERY).errors.any()
     for value in (float("nan"), float("inf"), 1e30):
         table = torch.randn(20, 8, generator=draws)
         table[3, 2] = value
@@ -168,7 +168,7 @@ def test_predicted_errors_are_those_of_storing(
     spectrum, sample = Spectrum.of(gram_of(table)), sample_of(table, 301)
     assert len(sample.rows) == min(rows, 2**19 // hidden)
     assert sample.largest.abs().max() == table.abs().max()
-    study = Study.unpack(Study.of(spectrum, sample, rows, EVERY).pack())
+    study = RankErrors.unpack(RankErrors.of(spectrum, sample, rows, EVERY).pack())
     assert study.errors.shape == (len(EVERY), hidden + 1)
     whole = scaled_basis(spectrum, hidden, rows).half().float()
     for scheme, predicted in zip(EVERY, study.errors.tolist(), strict=True):
@@ -186,7 +186,7 @@ def test_numbers_beyond_a_type(draws: torch.Generator) -> None:
     """One row of 20,000 is too large for float16, wherever it lies; a cut's numbers are all of one size."""
     table = torch.randn(20_000, 64, generator=draws)
     table[12_347] *= 1e5
-    study = Study.of(Spectrum.of(gram_of(table)), sample_of(table), 20_000, EVERY)
+    study = RankErrors.of(Spectrum.of(gram_of(table)), sample_of(table), 20_000, EVERY)
     for scheme, predicted in zip(EVERY, study.errors, strict=True):
         assert predicted[:-1].isfinite().all()
         assert predicted[-1].isfinite() == (scheme.dtype != "float16"), scheme

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlm_train.checkpoint.logical_folder import load_model
+from mlm_train.checkpoint.reading.logical_folder import load_model
 from mlm_train.errors import UserError
 from mlm_train.memory import make_source
 from mlm_train.model.transformer import Transformer
-from mlm_train.tol.format import INDEX, read_index, write_index
-from mlm_train.tol.partition import RowShape
-from mlm_train.tol.place import Folder
-from mlm_train.tol.store import TolSource
+from mlm_train.tol.format.index import INDEX
+from mlm_train.tol.format.index_file import read_index, write_index
+from mlm_train.tol.format.partition import RowShape
+from mlm_train.tol.serve.source import TolSource
+from mlm_train.tol.storage.local import LocalFolder
 from tests.partitions import write_partition
 from tests.tol.conftest import random_model
 
@@ -40,7 +41,7 @@ def test_dropped_layer_reads_as_zeros(model: Transformer, tables: dict[str, Path
     path = tmp_path / "rows.safetensors"
     partition = write_partition(path, (0, 601), RowShape.plain("float32", 2, 32), table.split(100))
     index = read_index(tables["float32"])
-    write_index(Folder(tmp_path), index.model_copy(update={"layers": [0, 2], "partitions": [partition]}))
+    write_index(LocalFolder(tmp_path), index.model_copy(update={"layers": [0, 2], "partitions": [partition]}))
     x0 = model.embed_tokens(IDS).bfloat16()
     read = TolSource.open_folder(tmp_path, model.config).open(IDS, x0)
     assert torch.equal(read(1), torch.zeros_like(x0))

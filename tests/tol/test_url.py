@@ -17,15 +17,18 @@ import psutil
 import pytest
 
 from mlm_train.errors import UserError
-from mlm_train.tol import lease
-from mlm_train.tol.build import Build
-from mlm_train.tol.fetch import fetch_tol
-from mlm_train.tol.format import BASIS, FETCHED, INDEX, STATE, index_at
-from mlm_train.tol.lease import OWNER
-from mlm_train.tol.place import place_of, refuse_url
-from mlm_train.tol.state import State, Storage
-from mlm_train.tol.url_place import reaching
-from mlm_train.tol.verify import verify_tol
+from mlm_train.tol.build.builder import Build
+from mlm_train.tol.build.state import BuildState
+from mlm_train.tol.format.index import BASIS, FETCHED, INDEX, STATE
+from mlm_train.tol.format.index_file import index_at
+from mlm_train.tol.format.layout import TableSpec
+from mlm_train.tol.storage import lease
+from mlm_train.tol.storage.lease import OWNER
+from mlm_train.tol.storage.object_store import reaching
+from mlm_train.tol.storage.resolve import storage_at
+from mlm_train.tol.storage.urls import refuse_url
+from mlm_train.tol.tools.fetch import fetch_tol
+from mlm_train.tol.tools.verify import verify_tol
 from tests.commands import ROOT, refused, start
 from tests.tol.conftest import end, export, random_model
 from tests.tol.stores import Objects, done, flip, kill, names, put, wait_until
@@ -34,12 +37,12 @@ from tests.tol.test_faults import same, workers
 
 PARTITIONS = 24
 SMALL: dict[str, Any] = {"partitions": 5, "chunk_rows": 50}
-LOW_RANK = Storage(dtype="int8", group_size=8, rank=16)
+LOW_RANK = TableSpec(dtype="int8", group_size=8, rank=16)
 OPTIONS = ("--dtype", "int8", "--group-size", "8", "--rank", "16", "--partitions", PARTITIONS)
 STORAGES = {
-    "plain": Storage(),
-    "int4": Storage(dtype="int4", group_size=8),
-    "mixed": Storage(schemes=MIXED),  # low rank, bits, groups
+    "plain": TableSpec(),
+    "int4": TableSpec(dtype="int4", group_size=8),
+    "mixed": TableSpec(schemes=MIXED),  # low rank, bits, groups
 }
 
 
@@ -86,16 +89,16 @@ def unbroken(source: Path, ray: None, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-def build(source: Path, output: str | Path, storage: Storage = LOW_RANK, **options: Any) -> Build:
-    return Build(source, output, storage, **{"partitions": PARTITIONS} | options)
+def build(source: Path, output: str | Path, spec: TableSpec = LOW_RANK, **options: Any) -> Build:
+    return Build(source, output, spec, **{"partitions": PARTITIONS} | options)
 
 
 @pytest.fixture(scope="module")
 def folders(exported: Path, ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What each of STORAGES must come to, in a folder; and the mixed one from the table in int4."""
     root = tmp_path_factory.mktemp("folders")
-    for name, storage in STORAGES.items():
-        build(exported, root / name, storage, group_bytes=1, **SMALL).run()
+    for name, spec in STORAGES.items():
+        build(exported, root / name, spec, group_bytes=1, **SMALL).run()
     Build(None, root / "again", STORAGES["mixed"], table=root / "int4", **SMALL).run()
     return {name: root / name for name in (*STORAGES, "again")}
 
@@ -106,7 +109,7 @@ def test_the_bytes_of_a_folder(
 ) -> None:
     """From weights and from a table; verified there, fetched, and verified from the weights."""
     build(exported, url, STORAGES[name], **SMALL).run()
-    index = index_at(place_of(url))
+    index = index_at(storage_at(url))
     files = [part.file for part in index.partitions] + ([BASIS] if index.basis else [])
     assert names(url) == sorted([INDEX, *files])
     assert not verify_tol(url).damages
@@ -127,13 +130,13 @@ def test_a_killed_builder_goes_on(
     first = start("tol", "build", source, "--output", url, *OPTIONS)
     wait_until(lambda: done(url) >= 3, first)
     kill(first)
-    place = place_of(url)
-    state = State.load(place)
+    storage = storage_at(url)
+    state = BuildState.load(storage)
     assert state is not None and OWNER in names(url) and INDEX not in names(url)
     put(url, f".{STATE}.writing", b"half")
     # Would change if it were made again: what was committed is looked at by its size.
     kept = next(iter(state.done.values())).file
-    whole = place.read(kept) or b""
+    whole = storage.read(kept) or b""
     put(url, kept, bytes(len(whole)))
     said = ""
     time.sleep(2)
@@ -145,7 +148,7 @@ def test_a_killed_builder_goes_on(
         assert "is being built by process" in said and said.count("\n") == 1, said
         time.sleep(1)
     assert f"{url}: taken over from process {first.pid} on " in said
-    assert place.read(kept) == bytes(len(whole))
+    assert storage.read(kept) == bytes(len(whole))
     put(url, kept, whole)
     fetch_tol(url, tmp_path / "fetched")
     assert same(tmp_path / "fetched", unbroken) and OWNER not in names(url)
@@ -201,7 +204,7 @@ def test_two_builders(s3: str, source: Path, unbroken: Path, objects: Objects, t
 HOLD = """
 import sys, time
 from mlm_train.errors import UserError
-from mlm_train.tol.place import place_of
+from mlm_train.tol.storage.base import place_of
 place = place_of(sys.argv[1])
 place.names()
 print("ready", flush=True)
@@ -260,20 +263,20 @@ def test_an_owner_that_sleeps_loses_it(
 
 def test_unfinished_builds(url: str, exported: Path, ray: None, tmp_path: Path) -> None:
     """What was committed is kept by its size; another plan, a damaged state and other files are refused."""
-    one = build(exported, url, Storage(), partitions=6)
-    index, place = one.run(), one.place
+    one = build(exported, url, TableSpec(), partitions=6)
+    index, storage = one.run(), one.storage
     with pytest.raises(UserError, match="exists already and nothing is overwritten"):
         one.run()
-    place.remove(INDEX)
-    state = State(plan=one.plan, done=dict(enumerate(index.partitions)))
+    storage.remove(INDEX)
+    state = BuildState(plan=one.plan, done=dict(enumerate(index.partitions)))
     state.sums = {number: [(0.0, 0.0)] * 3 for number in state.done}
-    state.save(place)
+    state.save(storage)
     with pytest.raises(UserError, match=r"unfinished build with partitions=6, not partitions=5"):
-        build(exported, url, Storage(), partitions=5).run()
+        build(exported, url, TableSpec(), partitions=5).run()
     other = export(tmp_path / "other", random_model(intermediate_size=30))
     with pytest.raises(UserError, match="unfinished build of another model"):
-        build(other, url, Storage(), partitions=6).run()
-    text = (place.read(STATE) or b"").decode()
+        build(other, url, TableSpec(), partitions=6).run()
+    text = (storage.read(STATE) or b"").decode()
     changed = text.replace('"threads": 1', '"threads": 2')
     assert changed != text
     put(url, STATE, changed.encode())
@@ -281,7 +284,7 @@ def test_unfinished_builds(url: str, exported: Path, ray: None, tmp_path: Path) 
         one.run()
     put(url, STATE, text.encode())
     put(url, index.partitions[3].file, b"cut")
-    place.remove(index.partitions[5].file)
+    storage.remove(index.partitions[5].file)
     assert one.run().partitions == index.partitions
     assert not verify_tol(url).damages and OWNER not in names(url)
 
@@ -289,7 +292,7 @@ def test_unfinished_builds(url: str, exported: Path, ray: None, tmp_path: Path) 
 def test_a_flipped_byte(url: str, source: Path, unbroken: Path, ray: None, tmp_path: Path) -> None:
     """Found by verify and by fetch, which keeps what is whole; repaired at the URL; fetched damage mended."""
     build(source, url).run()
-    flip(url, (bad := index_at(place_of(url)).partitions[17]).file)
+    flip(url, (bad := index_at(storage_at(url)).partitions[17]).file)
     assert [str(damage).partition(":")[0] for damage in verify_tol(url).damages] == [bad.file]
     said = refused("tol", "fetch", url, tmp_path / "fetched")
     assert said.startswith(f"mlm-train: {url}/{bad.file} is damaged") and "--repair" in said
@@ -387,7 +390,7 @@ def test_a_folder_by_two_names(source: Path, tmp_path: Path) -> None:
     """One lock, whichever name came first."""
     names = (str(tmp_path / "tol"), f"file://{tmp_path}/tol")
     for first, second in (names, names[::-1]):
-        with place_of(first).held("being built"):
+        with storage_at(first).held("being built"):
             said = refused("tol", "build", source, "--output", second)
             assert said.endswith("tol is being built by another process; wait for it or name another")
 
@@ -420,5 +423,5 @@ def test_urls_as_they_were_given() -> None:
 
 def test_a_garbled_mark_is_nobodys(s3: str, source: Path, ray: None) -> None:
     put(s3, OWNER, json.dumps({"id": "x"}).encode())
-    build(source, s3, Storage(), partitions=2).run()
+    build(source, s3, TableSpec(), partitions=2).run()
     assert OWNER not in names(s3)

@@ -10,8 +10,9 @@ import pytest
 
 from mlm_train.cli import main
 from mlm_train.errors import UserError
-from mlm_train.tol.format import INDEX, parse_index, read_index
-from mlm_train.tol.verify import verify_tol
+from mlm_train.tol.format.index import INDEX
+from mlm_train.tol.format.index_file import parse_index, read_index
+from mlm_train.tol.tools.verify import verify_tol
 from tests.tol.conftest import export, random_model
 
 
@@ -111,9 +112,9 @@ def test_bad_index(table: Path, fields: dict[str, Any], message: str) -> None:
 def test_any_flipped_bit_of_the_index_is_found(table: Path) -> None:
     whole = (table / INDEX).read_bytes()
     assert parse_index(whole, "index") == read_index(table)
-    for place in range(len(whole)):
+    for storage in range(len(whole)):
         data = bytearray(whole)
-        data[place] ^= 1 << random.randrange(8)
+        data[storage] ^= 1 << random.randrange(8)
         with pytest.raises(UserError, match="index"):
             parse_index(bytes(data), "index")
 

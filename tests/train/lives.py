@@ -6,10 +6,10 @@ from pathlib import Path
 
 from mlm_train.config import DataConfig, ParallelConfig
 from mlm_train.data.blend import Blend
-from mlm_train.files import write_json
 from mlm_train.monitor.report import Progress
-from mlm_train.parallel.topology import Topology
-from mlm_train.train.batches import Ahead, step_batches
+from mlm_train.parallel.mesh.topology import Topology
+from mlm_train.train.batches import Prefetcher, step_batches
+from mlm_train.utils.files import write_json
 from tests.train.recording import digests
 
 LENGTH, SEED, GLOBAL_BATCH, STEPS, COMMIT_EVERY = 32, 11, 12, 240, 5
@@ -26,7 +26,7 @@ def live(blend: list[dict], world: int, micro_batch: int, notes: Path, checkpoin
         progress = Progress.from_dict(json.loads(checkpoint.read_text()))
     ranks = [Topology.of(ParallelConfig(), world, rank) for rank in range(world)]
     loaders = [
-        Ahead(lambda key, rank=rank: step_batches(samples, *key, micro_batch, rank))  # type: ignore[misc]
+        Prefetcher(lambda key, rank=rank: step_batches(samples, *key, micro_batch, rank))  # type: ignore[misc]
         for rank in ranks
     ]
     with notes.open("a", encoding="utf-8") as file:

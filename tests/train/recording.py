@@ -28,7 +28,7 @@ _step = Trainer.step
 
 def _noted(self: Trainer, batches: Sequence[MicroBatch], lr: float, waited: float = 0.0) -> StepResult:
     with open(f"{sys.argv[1]}.{os.environ['RANK']}", "a", encoding="utf-8") as file:
-        task = self.runtime.place.mark.task
+        task = self.runtime.marker.mark.task
         file.write(json.dumps([task, [digest for batch in batches for digest in digests(*batch)]]) + "\n")
     time.sleep(0.1)  # the models are tiny, and a kill has to come in time
     return _step(self, batches, lr, waited)

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from mlm_train.train.batches import Ahead, MicroBatch, pinned
+from mlm_train.train.batches import MicroBatch, Prefetcher, pinned
 
 
 def made(key: tuple[int, int]) -> list[MicroBatch]:
@@ -22,7 +22,7 @@ def test_order_is_the_callers_whatever_was_made_ahead() -> None:
         calls.append((key, threading.get_ident()))
         return made(key)
 
-    data = Ahead(make)
+    data = Prefetcher(make)
     plan: list[tuple[tuple[int, int], tuple[int, int] | None]] = [
         ((0, 4), (4, 4)),
         ((4, 4), (8, 4)),
@@ -43,7 +43,7 @@ def test_only_a_gpu_s_batches_are_pinned() -> None:
 
 
 def test_an_error_comes_where_the_batch_is_needed() -> None:
-    data = Ahead(made)
+    data = Prefetcher(made)
     data.take((0, 2), (-1, 2))
     with pytest.raises(ValueError, match="no such samples"):
         data.take((-1, 2), None)

@@ -11,8 +11,8 @@ from mlm_train.checkpoint.manifest import write_manifest
 from mlm_train.config import load_config
 from mlm_train.data.blend import Blend
 from mlm_train.parallel import runtime
-from mlm_train.records import SEAL
 from mlm_train.train.preflight import find_checkpoint
+from mlm_train.utils.records import SEAL
 from tests.commands import mlm_train, refused, scalars, start
 from tests.train.short_runs import CONFIG, copy_of, pretrain, snapshot
 

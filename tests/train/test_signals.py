@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from mlm_train.errors import START_AGAIN
-from mlm_train.stopping import ECHO_SECONDS
+from mlm_train.utils.signals import ECHO_SECONDS
 from tests.commands import ROOT, TINY, finished, same_losses, start, wait_for
 from tests.ranks import train_on_ranks
 
@@ -22,12 +22,12 @@ STEPS = 60
 def words(data: Path, run: Path, *more: str) -> list[str]:
     return [
         "configs/micro.yaml", *TINY, f"data.path={data}", f"train.output={run}", f"train.steps={STEPS}",
-        "checkpoint.every=0", "memory.mode=unique", "monitor.peak_tflops=1", "model.num_hidden_layers=4",
+        "checkpoint.interval=0", "memory.mode=unique", "monitor.peak_tflops=1", "model.num_hidden_layers=4",
         *more,
     ]  # fmt: skip
 
 
-PP2 = ("parallel.pipeline=2", "train.micro_batch=1")
+PP2 = ("parallel.pipeline=2", "train.micro_batch_size=1")
 
 
 def stopped_at(run: Path, name: str) -> int:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from mlm_train.train.slurm import Job, _advice
+from mlm_train.train.slurm import SlurmJob, _advice
 from tests.commands import ROOT, TINY, mlm_train, refused
 
 JOB = ("launch", "--slurm", "configs/micro.yaml", *TINY)
 
 
 def test_the_command_is_shown(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    place = (f"data.path={data}", f"train.output={tmp_path / 'run'}", "train.global_batch=64")
+    place = (f"data.path={data}", f"train.output={tmp_path / 'run'}", "train.global_batch_size=64")
     options = (
         "--nodes",
         4,
@@ -49,7 +49,7 @@ def test_bad_input(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ((*JOB, *place, *gpus, "--nodes", 0), "--nodes 0: give at least 1"),
         ((*JOB, *place, "--gpus-per-node", 0), "--gpus-per-node 0: give at least 1"),
         ((*JOB, *place, *gpus, "--rendezvous", "a:1"), "--rendezvous: a Slurm job chooses its own"),
-        ((*JOB, *place, *gpus, "--nodes", 3), "train.global_batch=8: must be a multiple of"),
+        ((*JOB, *place, *gpus, "--nodes", 3), "train.global_batch_size=8: must be a multiple of"),
         (("launch", "--slurm", "configs/mikro.yaml", *gpus), "did you mean configs/micro.yaml?"),
         (("launch", JOB[2], *TINY, *place), "--nproc is missing"),
         (("launch", JOB[2], *TINY, *place, "--nproc", 1, "--nodes", 2), "--nodes and --rendezvous"),
@@ -74,6 +74,6 @@ def test_advice_for_what_slurm_says() -> None:
         "Job violates accounting/QOS policy (job submit limit)": "--account us: ",
         "Job submission disabled": "look at `sinfo`",
     }
-    job = Job("a.yaml", (), nodes=2, processes=8, gpus=8, account="us")
+    job = SlurmJob("a.yaml", (), nodes=2, processes=8, gpus=8, account="us")
     for reason, advice in said.items():
         assert _advice(f"sbatch: error: {reason}", job).startswith(advice), reason

@@ -26,8 +26,8 @@ PP2 = ("parallel.pipeline=2", "model.num_hidden_layers=4")
 def words(data: Path, run: Path, *more: str) -> list[str]:
     return [
         "pretrain", "configs/micro.yaml", *TINY, f"data.path={data}", f"train.output={run}", "train.steps=6",
-        "train.micro_batch=1", "checkpoint.every=1", f"train.watchdog={LIMIT}", "monitor.peak_tflops=1",
-        *more,
+        "train.micro_batch_size=1", "checkpoint.interval=1", f"train.watchdog_timeout={LIMIT}",
+        "monitor.peak_tflops=1", *more,
     ]  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def test_a_stage_that_never_ends_is_named_and_every_rank_ends_itself(data: Path,
     assert codes == [75, 75], report
     assert report.count("watchdog: no progress for 5 s") == 1 and "Traceback" not in report
     assert re.search(r"stuck: +rank 1 \(.*, stage 1\): step 3, forward of micro-batch 2, for \d+ s", report)
-    assert "sleep_for_ever, called from mlm_train/parallel/pipeline.py" in report
+    assert "sleep_for_ever, called from mlm_train/parallel/pipeline/executor.py" in report
     waiting = (
         r"waiting: rank 0 for \d+ s, stage 0: step 3, receive gradient of micro-batch 2, in send/recv at"
     )
@@ -102,7 +102,7 @@ def test_a_stuck_rank_under_torchrun_and_then_a_merely_slow_one(data: Path, tmp_
     )
     assert re.search(waiting, output), output
     started = time.monotonic()
-    every = "monitor.stragglers_every=2"
+    every = "monitor.straggler_interval=2"
     slow = python([*TORCHRUN, *MISBEHAVE, "slow-data", "1", *words(data, run, every)])
     output, _ = slow.communicate(timeout=120)
     assert slow.returncode == 0 and "at step 2" in output and "no progress for" not in output, output

@@ -1,0 +1,1 @@
+"""Reading a model, from a checkpoint or an export alike."""

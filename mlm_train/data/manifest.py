@@ -1,0 +1,70 @@
+"""What manifest.json of prepared data says."""
+
+import hashlib
+import json
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from mlm_train.utils.records import Record
+
+UNSEALED = 1  # the version of manifests without a checksum of themselves
+
+
+class FileRecord(Record):
+    """A file beside the manifest. bytes: its exact size."""
+
+    file: str
+    bytes: NonNegativeInt
+    sha256: str
+
+
+class TokenizerRecord(Record):
+    """The tokenizer's copy in the folder."""
+
+    file: str
+    sha256: str
+    kind: Literal["sentencepiece", "huggingface"]
+
+
+class SplitRecord(Record):
+    """One split. tokens counts end-of-document ids too; text_bytes is UTF-8."""
+
+    documents: PositiveInt
+    tokens: PositiveInt
+    characters: PositiveInt
+    text_bytes: PositiveInt
+    bin: FileRecord
+    idx: FileRecord
+
+
+class DataManifest(Record):
+    """What manifest.json says, beside the checksum of that. fingerprint: see fingerprint_of."""
+
+    format: Literal["mlm-data"] = "mlm-data"
+    version: Literal[1, 2] = 2
+    vocab_size: PositiveInt
+    eod_id: NonNegativeInt
+    bos_id: NonNegativeInt | None = None  # what every document begins with
+    dtype: Literal["uint16", "int32"]
+    documents_are: Literal["one .idx sequence each, ended by eod_id"] = (
+        "one .idx sequence each, ended by eod_id"
+    )
+    tokenizer: TokenizerRecord
+    splits: dict[str, SplitRecord] = Field(min_length=1)
+    fingerprint: str
+
+
+def fingerprint_of(tokenizer: TokenizerRecord, eod_id: int, splits: dict[str, SplitRecord]) -> str:
+    """SHA-256 over everything that decides a sample: format, tokenizer, and the files' hashes."""
+    parts = {
+        "format": "mlm-data",
+        "version": 1,
+        "tokenizer": tokenizer.sha256,
+        "eod_id": eod_id,
+        "splits": {name: [split.bin.sha256, split.idx.sha256] for name, split in splits.items()},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+AGAIN = "run `mlm-train data prepare` again into a new folder, or copy the folder again"

@@ -1,0 +1,1 @@
+"""How FFN-M is executed in parallel."""

@@ -1,0 +1,1 @@
+"""Hangs and failures: who is stuck, where, and whose failure it was."""

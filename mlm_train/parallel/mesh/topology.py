@@ -1,0 +1,118 @@
+"""How ranks are laid out. One frozen object, made and validated without processes."""
+
+from dataclasses import dataclass, replace
+
+from mlm_train.config import Config, ParallelConfig, TrainConfig
+from mlm_train.config.parallel import INTERLEAVED
+from mlm_train.config.section import blame
+from mlm_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Sizes of the axes and this rank's place; tensor runs fastest, then data, then pipeline.
+
+    That is megatron-core's order: neighbours in a node share a layer.
+    """
+
+    world: int
+    rank: int
+    tensor: int
+    pipeline: int
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig, world: int, rank: int = 0) -> "Topology":
+        """The layout of a world. Raises UserError where the axes do not fit it."""
+        model_ranks = parallel.tensor * parallel.pipeline
+        if world % model_ranks:
+            fewer, more = world // model_ranks * model_ranks, (world // model_ranks + 1) * model_ranks
+            raise UserError(
+                f"{world} processes cannot hold parallel.tensor={parallel.tensor} x "
+                f"parallel.pipeline={parallel.pipeline}: start {f'{fewer} or ' if fewer else ''}{more}"
+            )
+        return cls(world, rank, parallel.tensor, parallel.pipeline)
+
+    @property
+    def data(self) -> int:
+        """Data-parallel size."""
+        return self.world // (self.tensor * self.pipeline)
+
+    @property
+    def tensor_rank(self) -> int:
+        """Place in the group that shares each layer."""
+        return self.rank % self.tensor
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the global batch this rank trains on."""
+        return self.rank // self.tensor % self.data
+
+    @property
+    def pipeline_rank(self) -> int:
+        """Which stage this rank holds."""
+        return self.rank // (self.tensor * self.data)
+
+    @property
+    def is_replica_rank_0(self) -> bool:
+        """Whether this rank speaks for those that hold one copy of the model together."""
+        return self.tensor_rank == 0 and self.pipeline_rank == 0
+
+    def along_pipeline(self) -> "list[Topology]":
+        """As the first rank of each place in the pipeline sees it."""
+        return [replace(self, rank=place * self.tensor * self.data) for place in range(self.pipeline)]
+
+    def micro_batches(self, train: TrainConfig) -> int:
+        """Micro-batches of a step on each data-parallel rank, after the batch-size warm-up."""
+        return train.global_batch_size // (train.micro_batch_size * self.data)
+
+    def check_batch(self, config: Config) -> None:
+        """Refuse a global batch that the data-parallel ranks cannot share evenly."""
+        train = config.train
+        unit = train.micro_batch_size * self.data
+        sizes = {"train.global_batch_size": train.global_batch_size}
+        if (warmup := train.batch_size_warmup) is not None:
+            sizes |= {
+                "train.batch_size_warmup.start": warmup.start,
+                "train.batch_size_warmup.increment": warmup.increment,
+            }
+        for name, value in sizes.items():
+            if value % unit:
+                nearest = max(unit, round(value / unit) * unit)
+                blame(
+                    name,
+                    value,
+                    f"must be a multiple of train.micro_batch_size={train.micro_batch_size} x "
+                    f"{self.data} data-parallel processes = {unit}; the nearest is {nearest}",
+                )
+        if self.pipeline > 1:
+            self._check_schedule(config)
+
+    def _check_schedule(self, config: Config) -> None:
+        """Refuse numbers of micro-batches that the schedule of torch.distributed.pipelining cannot take."""
+        train, schedule = config.train, config.parallel.order
+        sizes = [train.global_batch_size]
+        if (warmup := train.batch_size_warmup) is not None:
+            sizes += range(warmup.start, train.global_batch_size, warmup.increment)
+        unit = train.micro_batch_size * self.data
+        for size in sizes:
+            if takes(schedule, size // unit, self.pipeline):
+                continue
+            near = sorted(range(1, 2 * size // unit + 2 * self.pipeline), key=lambda n: abs(n - size // unit))
+            nearest = next(n for n in near if takes(schedule, n, self.pipeline)) * unit
+            blame(
+                "train.global_batch_size" if size == train.global_batch_size else "train.batch_size_warmup",
+                size,
+                f"makes {size // unit} micro-batches, which parallel.pipeline_schedule={schedule} cannot "
+                f"take with parallel.pipeline={self.pipeline}; the nearest batch it can is {nearest}",
+            )
+
+
+def takes(schedule: str, micro_batches: int, pipeline: int) -> bool:
+    """Whether a schedule can run that many micro-batches."""
+    if schedule == "1f1b":
+        return micro_batches >= pipeline
+    if schedule in INTERLEAVED:
+        return micro_batches % max(1, micro_batches // pipeline) == 0
+    if schedule == "dualpipe_v":
+        return micro_batches >= 2 * pipeline
+    return True

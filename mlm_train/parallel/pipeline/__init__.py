@@ -1,0 +1,1 @@
+"""Pipeline parallelism: stages, schedules, and how x0 reaches each stage."""

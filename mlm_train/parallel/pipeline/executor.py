@@ -1,0 +1,207 @@
+"""Pipeline parallelism through torch.distributed.pipelining, with x0 at every stage.
+
+A stage's shapes are given and never inferred (inference would run an extra forward and backward), the
+loss is computed inside the last stage, gradients of the head included, and we scale it ourselves.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import (
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
+
+from mlm_train.config import Config
+from mlm_train.memory import TableSource, TrainingSource
+from mlm_train.model.loss import IGNORED
+from mlm_train.model.transformer import Transformer
+from mlm_train.parallel.health.progress_marker import MarkedStage
+from mlm_train.parallel.pipeline.single_stage import Batch, Loss
+from mlm_train.parallel.pipeline.stages import StageSpan, my_spans
+from mlm_train.parallel.pipeline.x0 import X0Channel
+from mlm_train.parallel.runtime import Runtime
+from mlm_train.parallel.tensor.collectives import TensorGroup
+from mlm_train.parallel.tensor.layers import sum_replicated
+
+SCHEDULES: dict[str, Any] = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "interleaved_1f1b": ScheduleInterleaved1F1B,
+    "zbv": ScheduleZBVZeroBubble,
+    "interleaved_zero_bubble": ScheduleInterleavedZeroBubble,
+    "dualpipe_v": ScheduleDualPipeV,
+}
+
+
+class Stage(nn.Module):
+    """Some layers of the model as a pipeline stage; micro-batches go through it."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        span: StageSpan,
+        channel: X0Channel,
+        source: TrainingSource | None,
+        loss: Loss,
+        precision: torch.autocast,
+    ) -> None:
+        super().__init__()
+        self.model, self.span, self.channel, self.source = model, span, channel, source
+        self.loss, self.precision = loss, precision
+        # Whether FFN-M is computed of a micro-batch's x0.
+        self.computes = source is not None and not (isinstance(source, TableSource) and source.rest is None)
+        self.scale = 1.0
+        self.sums = torch.zeros(0, dtype=torch.float64)  # CE of each micro-batch, on the last stage
+        if isinstance(source, TableSource):  # what makes zero-bubble schedules run a lookup's backward
+            mine = (source.anchors.get(layer) for layer in span.layers)
+            self.anchors = nn.ParameterList(anchor for anchor in mine if anchor is not None)
+
+    def forward(self, *received: Tensor, ids: Tensor, labels: Tensor, index: Tensor, number: Tensor) -> Any:
+        """First stage: gets ids, which it also gets by name. Others: hidden [, x0]. Last: the loss, [1].
+
+        number: of the micro-batch in its step, once a sequence (all by name are cut alike).
+        """
+        with self.precision:
+            if self.span.first:
+                x = x0 = self.channel.x0(ids, index)
+            else:
+                x = received[0]
+                x0 = received[1] if self.channel.relays else None  # type: ignore[assignment]
+                if x0 is None and self.computes:
+                    x0 = self.channel.x0(ids, index)
+            read = self.source.open(ids, x0) if self.source is not None else None
+            x = self.model.run_layers(x, read, ids, self.span.layers)
+            if not self.span.last:
+                return (x, x0) if self.channel.relays else x
+            assert self.model.norm is not None
+            objective, found = self.loss(self.model.norm(x), self.model.head_weight, labels, self.scale)
+        self.sums.index_add_(0, number[:1], found.double().view(1))
+        return objective.view(1)
+
+
+class PipelineExecutor:
+    """An executor over this rank's stages."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        config: Config,
+        runtime: Runtime,
+        tensor: TensorGroup,
+        source: TrainingSource | None,
+        channel: X0Channel,
+        loss: Loss,
+        precision: torch.autocast,
+    ) -> None:
+        self.model, self.config, self.runtime, self.tensor = model, config, runtime, tensor
+        self.channel, self.source = channel, source
+        self.spans = my_spans(config, runtime.topology)
+        self.stages = [Stage(model, span, channel, source, loss, precision) for span in self.spans]
+        self.schedules: dict[int, Any] = {}
+
+    def _schedule(self, micro_batches: int) -> Any:
+        """The schedule for a number of micro-batches; a batch-size warm-up goes through several.
+
+        Each holds receive buffers for all its micro-batches: none is kept but the usual one's.
+        """
+        if micro_batches not in self.schedules:
+            usual = self.runtime.topology.micro_batches(self.config.train)
+            self.schedules = {count: kept for count, kept in self.schedules.items() if count == usual}
+            kind = SCHEDULES[self.config.parallel.order]
+            stages = [self._pipeline_stage(stage) for stage in self.stages]
+            self.schedules[micro_batches] = kind(
+                stages if len(stages) > 1 else stages[0],
+                micro_batches,
+                loss_fn=lambda out, _: out.sum(),
+                scale_grads=False,
+            )
+        return self.schedules[micro_batches]
+
+    def _pipeline_stage(self, stage: Stage) -> MarkedStage:
+        config = self.config
+        batch, length = config.train.micro_batch_size, config.data.sequence_length
+        ids = torch.zeros(batch, length, dtype=torch.int64, device=self.runtime.device)
+        here = (batch, length // self.tensor.positions, config.model.hidden_size)
+        hidden = torch.empty(here, device=self.runtime.device)
+        carried = tuple(
+            torch.empty_like(hidden).requires_grad_() for _ in range(2 if self.channel.relays else 1)
+        )
+        return MarkedStage(
+            self.runtime.marker,
+            stage,
+            stage.span.number,
+            config.parallel.stages,
+            self.runtime.device,
+            input_args=(ids,) if stage.span.first else carried,
+            output_args=(torch.empty(1, device=ids.device).requires_grad_(),) if stage.span.last else carried,
+            group=self.runtime.groups.pipeline,
+        )
+
+    def _run(self, batches: Sequence[Batch], training: bool, scale: float) -> Tensor:
+        """All through the schedule; each one's summed CE, fp64 [micro-batches], on every rank of it."""
+        self.runtime.marker.at("x0")
+        device = self.runtime.device
+        ids, labels = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
+        index = self.channel.begin(ids) if self.model.config.has_memory or self._first else ids
+        sums = torch.zeros(len(batches), dtype=torch.float64, device=device)
+        for stage in self.stages:
+            stage.train(training)
+            stage.scale, stage.sums = scale, sums
+        schedule = self._schedule(len(batches))
+        call = schedule.step if training else schedule.eval
+        number = torch.arange(len(batches), device=device).repeat_interleave(len(ids) // len(batches))
+        arguments = {"ids": ids, "labels": labels, "index": index, "number": number, "return_outputs": False}
+        if self._last:
+            arguments |= {"target": labels, "losses": []}
+        call(*((ids,) if self._first else ()), **arguments)
+        self.runtime.marker.at("loss")
+        dist.all_reduce(sums, group=self.runtime.groups.pipeline)
+        return sums
+
+    def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
+        """The schedule, then x0's gradient to the embedding, then the tied head's and the norms'."""
+        total = self._run(batches, True, scale).sum()
+        self.runtime.marker.at("gradient of x0")
+        self.channel.finish()
+        self._sum_tied()
+        sum_replicated(self.model, self.tensor)
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        """Through the same stages, with as many micro-batches at a time as in training."""
+        usual = self.runtime.topology.micro_batches(self.config.train)
+        ids, labels = batches[0]
+        empty = (torch.zeros_like(ids), torch.full_like(labels, IGNORED))
+        sums = []
+        for start in range(0, len(batches), usual):
+            some = list(batches[start : start + usual])
+            sums.append(self._run(some + [empty] * (usual - len(some)), False, 1.0)[: len(some)])
+        return torch.cat(sums)
+
+    @property
+    def _first(self) -> bool:
+        return self.spans[0].first
+
+    @property
+    def _last(self) -> bool:
+        return self.spans[-1].last
+
+    def _sum_tied(self) -> None:
+        """A tied head is a copy of the embedding on the last stage: both need the sum of gradients."""
+        tied = self.model.config.tie_word_embeddings and (self._first or self._last)
+        if not tied or (self._first and self._last) or self.config.transport == "replicate":
+            return  # one weight for both ends (in a V), or summed over all stages already
+        assert self.model.embed_tokens is not None
+        weight = self.model.embed_tokens.weight
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        dist.all_reduce(weight.grad, group=self.runtime.groups.embedding)

@@ -1,0 +1,75 @@
+"""Which layers a pipeline rank holds: arithmetic only."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlm_train.config import Config, ModelConfig
+from mlm_train.config.parallel import V_SHAPED
+from mlm_train.model.counts import count_parameters
+from mlm_train.parallel.mesh.topology import Topology
+
+
+@dataclass(frozen=True)
+class StageSpan:
+    """One stage of the pipeline: consecutive layers [start, stop)."""
+
+    number: int
+    start: int
+    stop: int
+    first: bool
+    last: bool
+
+    @property
+    def layers(self) -> range:
+        """Their numbers in the whole model."""
+        return range(self.start, self.stop)
+
+
+def balanced(config: ModelConfig, stages: int) -> list[int]:
+    """Layers a stage, so that the costliest stage is as cheap as can be; the head counts on the last.
+
+    Cost is multiplications a token. The embedding is a lookup and costs nothing. Every stage gets at
+    least one layer. The first of equally good splits is taken.
+    """
+    counts = count_parameters(config)
+    layer = (counts.total - config.hidden_size) / config.num_hidden_layers
+    head = config.vocab_size * config.hidden_size
+    layers = config.num_hidden_layers
+
+    def cost(last_layers: int) -> float:
+        others = -(-(layers - last_layers) // (stages - 1)) if stages > 1 else 0
+        return max(others * layer, last_layers * layer + head)
+
+    last = min(range(1, layers - stages + 2), key=cost) if stages > 1 else layers
+    rest, others = layers - last, stages - 1
+    return [rest // others + (number < rest % others) for number in range(others)] + [last]
+
+
+def all_spans(config: Config) -> list[StageSpan]:
+    """Every stage of the pipeline, in order."""
+    parallel = config.parallel
+    count = parallel.stages
+    sizes: Sequence[int] = parallel.layers_per_stage or balanced(config.model, count)
+    spans, start = [], 0
+    for number, size in enumerate(sizes):
+        spans.append(StageSpan(number, start, start + size, number == 0, number == count - 1))
+        start += size
+    return spans
+
+
+def most_layers(config: Config, topology: Topology) -> int:
+    """Layers of the pipeline rank that has most."""
+    places = topology.along_pipeline()
+    return max(sum(len(span.layers) for span in my_spans(config, place)) for place in places)
+
+
+def my_spans(config: Config, topology: Topology) -> list[StageSpan]:
+    """The stages of this rank: every pipeline-size-th one (arXiv 2104.04473, interleaved).
+
+    In a V (arXiv 2401.10241, section 6) the stages go down the ranks and up again, so the first rank
+    holds both ends.
+    """
+    spans, rank = all_spans(config), topology.pipeline_rank
+    if config.parallel.order in V_SHAPED:
+        return [spans[rank], spans[-1 - rank]]
+    return spans[rank :: topology.pipeline]

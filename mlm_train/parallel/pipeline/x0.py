@@ -1,0 +1,170 @@
+"""The x0 channel: every pipeline stage gets x0 for its FFN-M and owes its gradient to the embedding.
+
+Three transports behind one interface. `broadcast`: the step's distinct rows travel once, each stage
+looks x0 up and sums its gradient in a table of the same shape, one reduce brings it back. `relay`: x0
+rides with the hidden state from stage to stage. `replicate`: every stage keeps the embedding.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mlm_train.memory import TableSource
+from mlm_train.memory.rows import Lookup
+from mlm_train.model.transformer import Transformer
+from mlm_train.parallel.tensor.collectives import TensorGroup
+
+
+class X0Channel(Protocol):
+    """What a stage asks for x0. `relays`: whether stages pass x0 on as a second tensor."""
+
+    relays: bool
+
+    def begin(self, ids: Tensor) -> Tensor:
+        """Before a step: ids int64 [micro-batches * batch, sequence] -> an index of the same shape."""
+        ...
+
+    def x0(self, ids: Tensor, index: Tensor) -> Tensor:
+        """x0 [batch, positions here, hidden] of a micro-batch, with its gradient cared for."""
+        ...
+
+    def finish(self) -> None:
+        """After a step's backward passes: bring the gradient of x0 to the embedding."""
+        ...
+
+    def bytes_per_step(self, distinct: int, tokens: int) -> int:
+        """Payload bytes that cross between stages in a training step for x0's sake, by formula.
+
+        `distinct`: distinct ids of the step on this data-parallel rank; `tokens`: its positions. All
+        stages of one pipeline together. Convention: bench/traffic.py.
+        """
+        ...
+
+
+@dataclass
+class _Channel:
+    """What channels are made of: this rank's model, its groups, its device.
+
+    `crossings`: boundaries in the pipeline between stages on different ranks, virtual stages counted;
+    `tables`: what the step's rows are for, if FFN-M has tables; `all_layers_tabled`: whether every layer of
+    every stage has one, not of this rank's alone, since all stages send and receive the same rows.
+    """
+
+    model: Transformer
+    group: Any  # of the pipeline
+    tensor: TensorGroup
+    device: torch.device
+    crossings: int
+    tables: TableSource | None = None
+    all_layers_tabled: bool = False
+
+
+@dataclass
+class Broadcast(_Channel):
+    """The step's rows: distinct ids of this data-parallel rank's step, once over the pipeline group.
+
+    With tables what travels is the rows that these are made of; of a share of them (memory.shared) the
+    positions' own rows stay on the first rank, unless some layers have no table.
+    """
+
+    relays = False
+
+    def __post_init__(self) -> None:
+        self.source = dist.get_global_rank(self.group, 0)
+        self.owns = dist.get_rank(self.group) == 0
+        self.anchor = torch.zeros(1, device=self.device, requires_grad=True)
+
+    def begin(self, ids: Tensor) -> Tensor:
+        distinct, index = ids.unique(return_inverse=True)
+        shared = self.tables.share.begin(distinct) if self.tables else distinct
+        self.shared = len(shared)
+        wanted = shared if shared is distinct else torch.cat((shared, distinct))
+        if shared is not distinct:
+            index = index + len(shared)
+        sent = len(shared) if self.all_layers_tabled else len(wanted)
+        if self.owns:
+            self.embedded = self.model.rows(wanted)
+            rows = self.embedded.detach().clone()
+        else:
+            rows = torch.empty(sent, self.model.config.hidden_size, device=self.device)
+        dist.broadcast(rows[:sent], self.source, group=self.group)
+        self.sent = sent
+        self.rows = rows
+        self.table = torch.zeros_like(self.rows)
+        if self.tables:
+            self.tables.begin(distinct, self.rows[: self.shared])
+        return index
+
+    def x0(self, ids: Tensor, index: Tensor) -> Tensor:
+        return Lookup.apply(self.tensor.mine(index, 1), self.rows, self.table, self.anchor)
+
+    def finish(self) -> None:
+        if self.tables:
+            self.table[: self.shared] += self.tables.finish()
+        dist.reduce(self.table[: self.sent], self.source, group=self.group)
+        if self.owns:
+            # Under sequence parallelism each rank saw the gradients of its own positions.
+            table = self.tensor.all_reduce(self.table) if self.tensor.positions > 1 else self.table
+            self.embedded.backward(table)
+
+    def bytes_per_step(self, distinct: int, tokens: int) -> int:
+        others = dist.get_world_size(self.group) - 1
+        return 2 * 4 * distinct * self.model.config.hidden_size * others
+
+
+class Relay(_Channel):
+    """x0 beside the hidden state: the plain way, and the oracle."""
+
+    relays = True
+
+    def begin(self, ids: Tensor) -> Tensor:
+        return ids
+
+    def x0(self, ids: Tensor, index: Tensor) -> Tensor:
+        return self.model.embed(ids)  # asked on the first stage alone
+
+    def finish(self) -> None:
+        pass
+
+    def bytes_per_step(self, distinct: int, tokens: int) -> int:
+        # Every boundary between stages is crossed, of which a rank with virtual stages has several.
+        return 2 * 4 * tokens * self.model.config.hidden_size * self.crossings
+
+
+class LocalEmbedding(Relay):
+    """Without FFN-M: the first stage embeds, and nothing goes beside the hidden state."""
+
+    relays = False
+
+
+class Replicate(_Channel):
+    """Every stage embeds; the embedding's gradients are summed over the pipeline group."""
+
+    relays = False
+
+    def begin(self, ids: Tensor) -> Tensor:
+        return ids
+
+    def x0(self, ids: Tensor, index: Tensor) -> Tensor:
+        return self.model.embed(ids)
+
+    def finish(self) -> None:
+        assert self.model.embed_tokens is not None
+        weight = self.model.embed_tokens.weight
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        dist.all_reduce(weight.grad, group=self.group)
+
+    def bytes_per_step(self, distinct: int, tokens: int) -> int:
+        others = dist.get_world_size(self.group) - 1
+        return 2 * 4 * self.model.config.vocab_size * self.model.config.hidden_size * others
+
+
+TRANSPORTS: dict[str, type[Broadcast] | type[Relay] | type[Replicate]] = {
+    "broadcast": Broadcast,
+    "relay": Relay,
+    "replicate": Replicate,
+}

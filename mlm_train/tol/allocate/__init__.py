@@ -1,0 +1,1 @@
+"""Which layer is stored how, by what it costs in perplexity."""

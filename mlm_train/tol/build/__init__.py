@@ -1,0 +1,1 @@
+"""Building tables with Ray."""

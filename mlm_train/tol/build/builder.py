@@ -1,0 +1,356 @@
+"""Building a ToL on Ray: tasks of a range of rows and a group of layers, resumable after any death."""
+
+import itertools
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from mlm_train import __version__
+from mlm_train.checkpoint.reading.logical_folder import OpenedModel, open_model
+from mlm_train.config import ModelConfig
+from mlm_train.errors import UserError
+from mlm_train.tol.build.budget import bases_of, check_budget, has_ranks, lay_out, say_dropped
+from mlm_train.tol.build.ray_cluster import ray_cluster
+from mlm_train.tol.build.scheduler import Group, PartitionScheduler
+from mlm_train.tol.build.spectra import make_studies, study_of
+from mlm_train.tol.build.state import BuildPlan, BuildState, begin, remove_spectra
+from mlm_train.tol.build.weight_store import Weights, shared_weights
+from mlm_train.tol.build.worker import WorkerJob
+from mlm_train.tol.build.worker_pool import WorkerPool
+from mlm_train.tol.format.codec import TORCH_DTYPE, PlainDtype
+from mlm_train.tol.format.index import INDEX, STATE, Partition, TolIndex, schemes_of, summary
+from mlm_train.tol.format.index_file import index_at, is_whole, read_index, write_index
+from mlm_train.tol.format.layout import Layout, TableSpec
+from mlm_train.tol.serve.reader import check_rows, write_bases
+from mlm_train.tol.storage.base import Storage, check_space, remove_drafts
+from mlm_train.tol.storage.resolve import storage_at
+from mlm_train.utils.checks import Check
+from mlm_train.utils.files import sha256_of
+from mlm_train.utils.progress import ByteProgress
+from mlm_train.utils.signals import held
+
+CHUNK_ROWS = 2048
+GROUP_BYTES = 2 * 2**30
+_BUFFER_BYTES = 256 * 2**20  # of a chunk's rows; a worker has two
+_TASKS = 8  # of a worker, at least: the last one ends little before the others
+_PARTITION_BYTES = 512 * 2**20
+_LEAST_PARTITIONS = 8
+_SOURCE = ("checkpoint", "table", "compute")
+_DEVICES = ("cpu", "cuda", "cuda:0")
+
+
+Committed = Callable[[BuildState], None]
+
+
+class Build:
+    """What is built from what: an export's FFN-M, or with `table` the rows of a ToL.
+
+    output: a folder that all workers see under that path, a URL that means one place for all of them, or
+    another place. group_bytes: weights of the layers that a worker holds at once, one layer at least. Where
+    it holds all, as it must where files are written in order, a partition is written and hashed as it is
+    computed; filled group by group, it is read again. verify: what is compared of the model.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None,
+        output: str | Path | Storage,
+        spec: TableSpec,
+        *,
+        table: str | Path | None = None,
+        partitions: int | None = None,
+        compute: PlainDtype | Literal["auto"] = "auto",
+        chunk_rows: int = CHUNK_ROWS,
+        threads: int = 1,
+        device: str = "cpu",
+        group_bytes: int = GROUP_BYTES,
+        verify: Check = "full",
+    ) -> None:
+        if threads < 1:
+            raise UserError(f"--threads {threads}: give at least 1")
+        if device not in _DEVICES:
+            raise UserError(
+                f"--device {device or repr('')}: give cpu or cuda (Ray gives each worker a GPU of its own)"
+            )
+        self.storage, self.group_bytes = storage_at(output), group_bytes
+        self.config: ModelConfig | None = None
+        if table is None:
+            assert model is not None
+            with open_model(Path(model).absolute(), needs_ffn_m=True, verify=verify) as opened:
+                folder, self.config = opened.path, opened.config
+                checkpoint, own = opened.fingerprint, compute_of(opened)
+            source: dict[str, Any] = {
+                "checkpoint": checkpoint,
+                "vocab_size": self.config.vocab_size,
+                "num_layers": self.config.num_hidden_layers,
+                "hidden_size": self.config.hidden_size,
+                "compute": own if compute == "auto" else compute,
+                "chunk_rows": chunk_rows,
+            }
+        else:
+            index, folder = read_index(table), Path(table).absolute()
+            source = {name: getattr(index, name) for name in ("vocab_size", "num_layers", "hidden_size")}
+            source |= {"checkpoint": index.source.checkpoint, "table": sha256_of(folder / INDEX)}
+            source |= {"compute": index.source.compute, "chunk_rows": chunk_rows}
+            if spec.layers is None:
+                spec = spec.model_copy(update={"layers": index.layers})
+        whole = spec.largest(source["num_layers"], source["hidden_size"])
+        size = whole.shape.file_bytes(source["vocab_size"])
+        count = partitions_of(partitions, source["vocab_size"], min(size, spec.budget or size))
+        self.plan = BuildPlan(**source, spec=spec, partitions=count, threads=threads)
+        check_budget(self.plan)
+        storages = {"model": None, "table": str(folder)} if table else {"model": str(folder), "table": None}
+        self.job = WorkerJob(**storages, output=self.storage.address, plan=self.plan, device=device)
+
+    def run(self, workers: int = 2, ray_address: str | None = None) -> TolIndex:
+        """Build, or finish an unfinished build of the same plan.
+
+        Raises UserError for a place in use or out of reach, too little space, and numbers that the type
+        cannot hold.
+        """
+        _check_workers(workers)
+        with self.storage.held("being built"):
+            state = begin(self.storage, self.plan)
+            if state.layout is None and not has_ranks(self.plan.spec):
+                state.layout = lay_out(self.plan)
+            if state.layout is not None:
+                check_space(self.storage, sum(map(state.bytes, state.missing)))
+            if state.layout is None or state.missing:
+                self._work(state, workers, ray_address, lambda state: state.save(self.storage))
+            with held():
+                return self._commit(state)
+
+    def finished(self) -> TolIndex | None:
+        """The index where this build has ended; UserError where it lost a file, or is another table."""
+        if self.storage.read(INDEX) is None or self.storage.read(STATE) is not None:
+            return None
+        index, plan = index_at(self.storage), self.plan
+        same = all(getattr(index.source, name) == getattr(plan, name) for name in _SOURCE)
+        same &= len(index.partitions) == plan.partitions
+        schemes, spec = schemes_of(index.fields), plan.spec
+        if spec.budget is None:
+            layout = lay_out(plan)
+            same &= (index.layers, schemes) == (layout.layers, layout.schemes)
+        else:  # within it, what ranks the layers have depends on the weights
+            same &= {one.model_copy(update={"rank": None}) for one in schemes} <= set(spec.searched)
+            same &= set(index.layers) <= set(plan.layers) and index.bytes <= spec.budget
+        if not same:
+            raise UserError(f"{self.storage} holds another table; name a new folder, or remove it")
+        for file in index.files:
+            if not is_whole(self.storage, file, by_size=True):
+                raise UserError(
+                    f"{self.storage.at(file.file)} is missing or damaged, of a table that was finished: "
+                    f"mend it with {index.repair}"
+                )
+        return index
+
+    def repair(self, workers: int = 2, ray_address: str | None = None) -> list[Partition]:
+        """Make the damaged partitions of a finished table again; those that were.
+
+        A build of `like_index`. Raises UserError for a damaged basis, from which alone rows of low rank
+        can be read.
+        """
+        _check_workers(workers)
+        with self.storage.held("being built"):
+            index = index_at(self.storage)
+            if index.basis is not None and not is_whole(self.storage, index.basis):
+                raise UserError(
+                    f"{self.storage.at(index.basis.file)} is damaged: build the table again into a new folder"
+                )
+            layout = Layout(
+                hidden_size=index.hidden_size, layers=index.layers, schemes=schemes_of(index.fields)
+            )
+            whole = {
+                number: partition
+                for number, partition in enumerate(index.partitions)
+                if is_whole(self.storage, partition)
+            }
+            state = BuildState(plan=self.plan, layout=layout, basis=index.basis, done=dict(whole))
+            if state.missing:
+                # No state is kept: what a repair has made before it was killed is whole.
+                self._work(state, workers, ray_address, lambda _: None)
+            partitions = [state.done[number] for number in range(self.plan.partitions)]
+            write_index(self.storage, index.model_copy(update={"partitions": partitions}))
+            return [one for number, one in state.done.items() if number not in whole]
+
+    @classmethod
+    def like_index(
+        cls,
+        output: str | Path | Storage,
+        model: str | Path | None,
+        table: str | Path | None,
+        device: str = "cpu",
+    ) -> Self:
+        """The build that made a table. Raises UserError where it was made from something else."""
+        output = storage_at(output)
+        index = index_at(output)
+        schemes = schemes_of(index.fields)
+        spec = TableSpec(layers=index.layers, schemes=schemes)
+        if index.encodings is None:
+            spec = TableSpec(layers=index.layers, dtype=schemes[0].dtype)
+        source = index.source
+        build = cls(
+            model,
+            output,
+            spec,
+            table=table,
+            partitions=len(index.partitions),
+            compute=source.compute,
+            chunk_rows=source.chunk_rows or CHUNK_ROWS,
+            threads=source.threads,
+            device=device,
+        )
+        if (build.plan.checkpoint, build.plan.table) != (source.checkpoint, source.table):
+            raise UserError(f"{output} was not built from {model or table}; give what it was built from")
+        ours = [(build.plan.file(n), build.plan.rows(n)) for n in range(build.plan.partitions)]
+        if ours != [(partition.file, partition.rows) for partition in index.partitions]:
+            raise UserError(f"{output} was not cut by this program: build it again")
+        return build
+
+    def _check_source(self, state: BuildState, threads: int) -> None:
+        """That what will be compressed is whole; an export was hashed when it was opened."""
+        if self.job.table is not None:
+            rows = [(0, self.plan.vocab_size)] if state.layout is None else map(self.plan.rows, state.missing)
+            check_rows(self.job.table, rows, threads)
+
+    def _work(self, state: BuildState, workers: int, ray_address: str | None, committed: Committed) -> None:
+        """All that needs Ray. committed: called after each partition."""
+        self._check_source(state, workers)
+        groups, threads = self.groups(len(state.missing), workers), self.plan.threads
+        size = min(workers, len(state.missing) * len(groups))
+        shared = self._weight_bytes() * len(self.plan.layers)
+        try:
+            with ray_cluster(size * threads, ray_address, shared), self.storage.served():
+                pool = WorkerPool(self.job, size, threads, gpus=float(self.job.device.startswith("cuda")))
+                try:
+                    with shared_weights(self.job.model, self.plan, size * len(groups[0])) as weights:
+                        if state.layout is None:
+                            self._cut(state, pool, weights)
+                        self._fill(state, pool, weights, groups, committed)
+                finally:
+                    pool.dismiss()
+        finally:
+            with held():
+                remove_drafts(self.storage)  # after an error, such as a full disk
+
+    def _cut(self, state: BuildState, pool: WorkerPool, weights: Weights) -> None:
+        """Choose the ranks, write the bases, and commit both."""
+        make_studies(pool, state, self.storage, weights)
+        layout = lay_out(self.plan, [study_of(state, self.storage, one).errors for one in self.plan.layers])
+        say_dropped(self.plan.layers, layout)
+        bases = bases_of(self.plan, layout, state, self.storage)
+        state.basis = write_bases(self.storage, bases) if bases else None
+        state.layout, state.spectra = layout, {}
+        check_space(self.storage, sum(map(state.bytes, state.missing)))
+        state.save(self.storage)
+        remove_spectra(self.storage)
+
+    def _weight_bytes(self) -> int:
+        """Of one layer of FFN-M; nothing where rows are read."""
+        if self.config is None:
+            return 0
+        products = 3 * self.config.hidden_size * self.config.intermediate_size
+        return products * TORCH_DTYPE[self.plan.compute].itemsize
+
+    def groups(self, partitions: int, workers: int) -> list[Group]:
+        """Neighbouring layers of one task: what a worker has room for, and tasks enough for all workers."""
+        layers = self.plan.layers
+        if self.storage.in_order:
+            return [tuple(layers)]  # a partition is written from its first byte to its last
+        chunk = self.plan.chunk_rows * self.plan.hidden_size * TORCH_DTYPE[self.plan.compute].itemsize
+        size = min(self.group_bytes // max(1, self._weight_bytes()), _BUFFER_BYTES // chunk)
+        count = max(-(-len(layers) // max(1, size)), -(-_TASKS * workers // partitions))
+        count = min(count, len(layers))
+        edges = [i * len(layers) // count for i in range(count + 1)]
+        return [tuple(layers[a:b]) for a, b in itertools.pairwise(edges)]
+
+    def _fill(
+        self, state: BuildState, pool: WorkerPool, weights: Weights, groups: list[Group], committed: Committed
+    ) -> None:
+        """Keep the workers busy until every missing partition is committed."""
+        layout = state.layout
+        assert layout is not None
+        kept = [tuple(layer for layer in group if layer in layout.layers) for group in groups]
+        groups = [group for group in kept if group]
+        scheduler = PartitionScheduler(self.storage, self.plan, layout.shape, state.missing, groups)
+        sizes = {group: layout.bytes_of(group) for group in groups}
+        total = sum(state.bytes(number) for number in range(self.plan.partitions))
+        with ByteProgress("rows", total) as progress:
+            while state.missing:
+                for worker in list(pool.idle):
+                    task = scheduler.next(worker.group)
+                    if task is None:
+                        break
+                    draft, basis = task.draft, state.basis
+                    if task.layers is None:
+                        pool.do(worker, task, "hash", draft, task.number)
+                        continue
+                    worker.group = task.layers
+                    held = weights(task.layers)
+                    pool.do(worker, task, "fill", draft, task.number, task.layers, held, layout, basis)
+                for task, result in pool.finished():
+                    if (done := scheduler.ended(task, result)) is not None:
+                        state.done[task.number], state.sums[task.number] = done
+                        committed(state)
+                whole = sum(partition.bytes for partition in state.done.values())
+                progress.show(whole + scheduler.written(sizes))
+
+    def _commit(self, state: BuildState) -> TolIndex:
+        """Write the index, the last file; then the state goes."""
+        plan, layout = self.plan, state.layout
+        assert layout is not None
+        remove_spectra(self.storage)  # of a build killed as soon as it had its layout
+        index = TolIndex(
+            vocab_size=plan.vocab_size,
+            num_layers=plan.num_layers,
+            hidden_size=plan.hidden_size,
+            layers=layout.layers,
+            encodings=None if layout.plain else layout.fields,
+            errors=None if layout.plain else _errors(state),
+            basis=state.basis,
+            partitions=[state.done[number] for number in range(plan.partitions)],
+            source={
+                "checkpoint": plan.checkpoint,
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "tool_version": __version__,
+                "table": plan.table,
+                "compute": plan.compute,
+                "chunk_rows": plan.chunk_rows,
+                "threads": plan.threads,
+            },
+            **summary(layout.schemes),
+        )
+        write_index(self.storage, index)
+        self.storage.remove(STATE)
+        return index
+
+
+def compute_of(model: OpenedModel) -> PlainDtype:
+    """The type in which a model's FFN-M runs: bfloat16 where its weights are, else float32."""
+    stored = {model.dtype(name) for name in model.tensors.names() if "memory_mlp" in name}
+    return "bfloat16" if stored == {"BF16"} else "float32"
+
+
+def _check_workers(count: int) -> None:
+    if count < 1:
+        raise UserError(f"--workers {count}: give at least 1")
+
+
+def partitions_of(asked: int | None, vocab: int, size: int) -> int:
+    """How many, of so many bytes; not a function of the workers: any number can resume to the same files."""
+    if asked is None:
+        asked = min(vocab, max(_LEAST_PARTITIONS, -(-size // _PARTITION_BYTES)))
+    if not 1 <= asked <= vocab:
+        raise UserError(f"--partitions {asked}: give 1 to {vocab} (the vocabulary)")
+    return asked
+
+
+def _errors(state: BuildState) -> list[float | None]:
+    """The relative error of each kept layer over all rows; None where it was not measured."""
+    errors: list[float | None] = []
+    sums = [state.sums[number] for number in range(state.plan.partitions)]  # not as they were committed
+    for pairs in zip(*sums, strict=True):
+        error, norm = (sum(one[i] for one in pairs) for i in (0, 1))
+        errors.append((error / norm) ** 0.5 if norm else None)
+    return errors

@@ -1,0 +1,256 @@
+"""One layer's numbers of a token's row, as bytes: plain floats, or group-wise int8 and int4.
+
+A layer of a row holds `width` numbers: its hidden size, or its rank where the table is cut to low rank.
+Integers: value = (code - zero) * scale, a float16 scale for each `group_size` neighbours (the last group
+may be short), an int8 zero where not symmetric. int8 codes are signed; int4 stores two a byte, the low half
+first, code = nibble - 8. An encoded row lays its layers out one after another, each at a multiple of
+ALIGNMENT bytes: scales, zeros, codes.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from mlm_train.errors import UserError
+from mlm_train.utils.records import Record
+
+PlainDtype = Literal["bfloat16", "float16", "float32"]
+Dtype = Literal["bfloat16", "float16", "float32", "int8", "int4"]
+TORCH_DTYPE: dict[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+LEVELS = {"int8": (-127, 127), "int4": (-8, 7)}  # smallest and largest code
+GROUP = 64
+GROUPS = (8, 16, 24, 32, 48, 64, 96, 128)  # that are tried where a group size is searched for
+_MOST = 2**31 - 1  # of a rank and a group: readers keep them in 32 bits
+ALIGNMENT = 16  # wide loads of a GPU want it
+# Factors on the range of a group that the search for its scale tries: the best clips a little at four bits.
+_FACTORS = {"int8": (1.0,), "int4": (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)}
+
+
+class Scheme(Record):
+    """How one layer is stored. rank: numbers a row after the cut to low rank; None keeps all."""
+
+    dtype: Dtype
+    rank: int | None = Field(default=None, ge=1, le=_MOST)
+    group_size: int | None = Field(default=None, ge=1, le=_MOST)
+    symmetric: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.group_size is not None) != self.quantised:
+            raise ValueError(f"{self.dtype} {'needs a' if self.quantised else 'has no'} group_size")
+        return self
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the numbers are integers."""
+        return self.dtype in LEVELS
+
+    def width(self, hidden: int) -> int:
+        """Numbers of a row in this layer."""
+        return hidden if self.rank is None else self.rank
+
+    def sizes(self, hidden: int) -> tuple[int, int, int]:
+        """Bytes of a row's scales, zeros and codes."""
+        width = self.width(hidden)
+        if self.group_size is None:
+            return 0, 0, width * TORCH_DTYPE[self.dtype].itemsize
+        groups = -(-width // self.group_size)
+        return 2 * groups, 0 if self.symmetric else groups, width if self.dtype == "int8" else -(-width // 2)
+
+    def bytes(self, hidden: int) -> int:
+        """Bytes of this layer in a row, up to where the next one may begin."""
+        return -(-sum(self.sizes(hidden)) // ALIGNMENT) * ALIGNMENT
+
+
+class Encoding(Scheme):
+    """A scheme, and the byte offsets of its fields within a row."""
+
+    scales: int | None = Field(default=None, ge=0)
+    zeros: int | None = Field(default=None, ge=0)
+    codes: int = Field(ge=0)
+
+    def spans(self, hidden: int) -> list[tuple[int, int]]:
+        """[start, stop) in bytes of each field that is there."""
+        starts = (self.scales, self.zeros, self.codes)
+        fields = zip(starts, self.sizes(hidden), strict=True)
+        return [(start, start + size) for start, size in fields if start is not None]
+
+    @model_validator(mode="after")
+    def _check_offsets(self) -> Self:
+        wanted = (self.quantised, self.quantised and not self.symmetric)
+        if (self.scales is not None, self.zeros is not None) != wanted:
+            raise ValueError("scales are of int8 and int4, zeros of those that are not symmetric")
+        return self
+
+
+def layout(schemes: Sequence[Scheme], hidden: int) -> list[Encoding]:
+    """The layers of a row one after another."""
+    encodings, start = [], 0
+    for scheme in schemes:
+        scales, zeros, _ = scheme.sizes(hidden)
+        encodings.append(
+            Encoding(
+                **scheme.model_dump(include=set(Scheme.model_fields)),
+                scales=start if scales else None,
+                zeros=start + scales if zeros else None,
+                codes=start + scales + zeros,
+            )
+        )
+        start += scheme.bytes(hidden)
+    return encodings
+
+
+def encode(scheme: Scheme, values: Tensor, out: Tensor) -> None:
+    """values [n, width] -> one layer of n rows in `out`, uint8 [n, scheme.bytes or more].
+
+    Raises NotFinite where a number, or a group's scale, is not finite in this type.
+    """
+    if not scheme.quantised:
+        fields = [values.to(TORCH_DTYPE[scheme.dtype])]
+    else:
+        scales, zeros, codes = _quantise(scheme, values.float())
+        if scheme.dtype == "int4":
+            codes = _pack(codes)
+        fields = [scales, codes] if zeros is None else [scales, zeros, codes]
+    if not all_finite(fields[0]):
+        raise NotFinite(int((~fields[0].isfinite()).any(1).nonzero()[0]), scheme.dtype)
+    start = 0
+    for field in fields:
+        data = field.contiguous().view(torch.uint8)
+        out[:, start : start + data.shape[1]] = data
+        start += data.shape[1]
+    out[:, start:] = 0
+
+
+def rounded(scheme: Scheme, values: Tensor) -> Tensor:
+    """What `encode`, then `decode` make of values [n, width], in fp32; not finite where encode raises."""
+    if scheme.group_size is None:
+        return values.to(TORCH_DTYPE[scheme.dtype]).float()
+    scales, zeros, codes = _quantise(scheme, values.float())
+    spread = grouped(codes.float(), scheme.group_size)
+    if zeros is not None:
+        spread = spread - zeros.float().unsqueeze(-1)
+    return (spread * scales.float().unsqueeze(-1)).flatten(1)[:, : values.shape[1]]
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no number is NaN or infinite. Their sum, cheap to have, would be; it may also overflow."""
+    return bool(values.sum().isfinite()) or bool(torch.stack(values.aminmax()).isfinite().all())
+
+
+class NotFinite(UserError):
+    """A row that a type cannot hold; whoever knows its token says it again."""
+
+    def __init__(self, row: int, dtype: str) -> None:
+        super().__init__(f"row {row} is not finite in {dtype}")
+        self.row, self.dtype = row, dtype
+
+
+def decode(encoding: Encoding, rows: Tensor, hidden: int) -> Tensor:
+    """Encoded rows, uint8 [n, row bytes] -> this layer's numbers, [n, width] in fp32 or their plain type."""
+
+    def field(start: int, size: int, dtype: torch.dtype) -> Tensor:
+        part, item = rows[:, start : start + size], dtype.itemsize
+        aligned = part.storage_offset() % item == 0 and part.stride(0) % item == 0
+        return (part if aligned else part.contiguous()).view(dtype)
+
+    scale_bytes, zero_bytes, code_bytes = encoding.sizes(hidden)
+    if encoding.group_size is None:
+        return field(encoding.codes, code_bytes, TORCH_DTYPE[encoding.dtype])
+    assert encoding.scales is not None
+    width = encoding.width(hidden)
+    codes = field(encoding.codes, code_bytes, torch.uint8 if encoding.dtype == "int4" else torch.int8)
+    if encoding.dtype == "int4":
+        codes = _unpack(codes, width)
+    spread = grouped(codes.float(), encoding.group_size)
+    if encoding.zeros is not None:
+        spread = spread - field(encoding.zeros, zero_bytes, torch.int8).float().unsqueeze(-1)
+    scaled = spread * field(encoding.scales, scale_bytes, torch.float16).float().unsqueeze(-1)
+    return scaled.flatten(1)[:, :width]
+
+
+def grouped(values: Tensor, size: int) -> Tensor:
+    """Numbers by groups: [n, width] -> [n, groups, size], zeros after the end.
+
+    A group that is wider than the row is the row: no memory for what is beyond it.
+    """
+    size = min(size, values.shape[1])
+    missing = -values.shape[1] % size
+    return torch.nn.functional.pad(values, (0, missing)).unflatten(1, (-1, size))
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """int4 codes, int8 [n, width] -> uint8 [n, ceil(width / 2)]."""
+    nibbles = (torch.nn.functional.pad(codes, (0, codes.shape[1] % 2)) + 8).to(torch.uint8)
+    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+
+
+def _unpack(packed: Tensor, width: int) -> Tensor:
+    """The reverse of _pack."""
+    nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)[:, :width]
+    return nibbles.to(torch.int8) - 8
+
+
+def _quantise(scheme: Scheme, values: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """[n, width] -> scales float16 [n, groups], zeros int8 [n, groups] or None, codes int8 [n, width].
+
+    For each group the factor on its range is taken that leaves the smallest squared error.
+    """
+    assert scheme.group_size is not None
+    spread = grouped(values, scheme.group_size)
+    full, middle = _ranges(scheme, spread)
+    factors = _FACTORS[scheme.dtype]
+    best, least = torch.full_like(full, factors[0]), torch.full_like(full, torch.inf)
+    for factor in factors if len(factors) > 1 else ():
+        scales, zeros = _rounded(scheme, full * factor, middle)
+        error = _codes(scheme, spread, scales, zeros)
+        error = error.sub_(zeros).mul_(scales).sub_(spread).square_().sum(-1, keepdim=True)
+        best = torch.where(error < least, factor, best)
+        least = torch.minimum(error, least)
+    scales, zeros = _rounded(scheme, full * best, middle)
+    codes = _codes(scheme, spread, scales, zeros).to(torch.int8).flatten(1)[:, : values.shape[1]]
+    offsets = None if scheme.symmetric else zeros.squeeze(-1).to(torch.int8)
+    return scales.squeeze(-1).to(torch.float16), offsets, codes
+
+
+def _ranges(scheme: Scheme, spread: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales that clip no number of a group in `spread` [n, groups, size], and what zeros put in the middle.
+
+    Each [n, groups, 1].
+    """
+    lowest, highest = LEVELS[scheme.dtype]
+    low, high = spread.amin(-1, keepdim=True), spread.amax(-1, keepdim=True)
+    if not scheme.symmetric:
+        low, high = low.clamp_(max=0.0), high.clamp_(min=0.0)  # zero has a code
+        return (high - low) / (highest - lowest), (low + high) / 2
+    if lowest == -highest:
+        scales = torch.maximum(high, -low) / highest
+    else:  # one code more on one side: a negative scale gives it to the positive numbers
+        scales = torch.where(high > -low, high, low) / lowest
+    return scales, torch.zeros_like(scales)
+
+
+def _rounded(scheme: Scheme, scales: Tensor, middle: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and zeros as they are stored, in fp32."""
+    scales = scales.to(torch.float16).float()
+    if scheme.symmetric:
+        return scales, middle
+    lowest, highest = LEVELS[scheme.dtype]
+    return scales, ((lowest + highest) / 2 - middle * _inverse(scales)).round_().clamp_(lowest, highest)
+
+
+def _inverse(scales: Tensor) -> Tensor:
+    """1 / scale; zero for a group whose scale is zero, so that its codes are."""
+    return torch.where(scales == 0.0, 0.0, 1.0 / scales)
+
+
+def _codes(scheme: Scheme, spread: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """The nearest codes, in fp32."""
+    return (spread * _inverse(scales)).add_(zeros).round_().clamp_(*LEVELS[scheme.dtype])

@@ -1,0 +1,213 @@
+"""A ToL folder on disk: tol.index.json, and partitions that hold one contiguous row a token for all layers.
+
+docs/tol-format.md describes it for readers in any language. Rows leave the model's alpha out. The index is
+written last.
+"""
+
+import hashlib
+import itertools
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from mlm_train.config import ModelConfig
+from mlm_train.errors import UserError
+from mlm_train.tol.format.codec import TORCH_DTYPE, Dtype, Encoding, PlainDtype, Scheme
+from mlm_train.utils.files import is_plain_name
+from mlm_train.utils.records import Record
+
+INDEX = "tol.index.json"
+STATE = "tol.build.json"  # of an unfinished build
+FETCHED = "tol.fetch.json"  # the index of what is being copied, until all of it is there
+BASIS = "basis.safetensors"
+BASIS_ITEM = 2  # bytes of a basis' number, float16
+REBUILD = "build it again with `mlm-train tol build`"
+
+
+class TableFile(Record):
+    """A file of the folder, `bytes` bytes in all."""
+
+    file: str
+    bytes: int = Field(ge=0, lt=2**63)
+    sha256: str
+
+    @field_validator("file")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not is_plain_name(value):
+            raise ValueError("must be a plain file name inside the folder")
+        return value
+
+
+def file_of(name: str, data: bytes) -> TableFile:
+    """A small file with these contents."""
+    return TableFile(file=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+class Partition(TableFile):
+    """Rows [start, stop) of the vocabulary."""
+
+    rows: tuple[int, int]
+
+
+class Provenance(Record):
+    """What the table was made from, and how its numbers were computed, so that a part can be made again.
+
+    checkpoint: fingerprint of the model. table: SHA-256 of the index that it was compressed from, if any.
+    compute, chunk_rows, threads: the type of FFN-M's products, how many rows went through them at once, and
+    the threads of a worker.
+    """
+
+    checkpoint: str
+    created: str
+    tool_version: str
+    table: str | None = None
+    compute: PlainDtype = "float32"
+    chunk_rows: int | None = Field(default=None, ge=1)
+    threads: int = Field(default=1, ge=1)
+
+
+class TolIndex(Record):
+    """tol.index.json; its partitions cover the vocabulary once, in order.
+
+    encodings, one a kept layer: None where all layers are of one plain type, in a tensor [rows, layers,
+    hidden]. errors: relative error of each kept layer against what was encoded, where it was measured.
+    """
+
+    format: Literal["mlm-tol"] = "mlm-tol"
+    version: Literal[1] = 1
+    vocab_size: int = Field(ge=1)
+    num_layers: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    dtype: Dtype | Literal["mixed"]
+    layers: list[int]
+    rank: list[int | None] | None = None
+    group_size: int | None = None
+    encodings: list[Encoding] | None = None
+    errors: list[float | None] | None = None
+    basis: TableFile | None = None
+    partitions: list[Partition]
+    source: Provenance
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        kept = self.layers
+        if not kept or sorted(set(kept)) != kept or kept[0] < 0 or kept[-1] >= self.num_layers:
+            raise ValueError(f"layers must be ascending indices below num_layers={self.num_layers}")
+        if self.encodings is None:
+            self._check_plain()
+        else:
+            self._check_encodings(self.encodings)
+        if self.errors is not None and len(self.errors) != len(kept):
+            raise ValueError(f"{len(self.errors)} errors are given for {len(kept)} layers")
+        self._check_coverage()
+        return self
+
+    def _check_plain(self) -> None:
+        if self.dtype not in TORCH_DTYPE or self.rank is not None or self.basis is not None:
+            raise ValueError(f"dtype {self.dtype} with rank {self.rank} needs encodings")
+
+    def _check_encodings(self, encodings: list[Encoding]) -> None:
+        if len(encodings) != len(self.layers):
+            raise ValueError(f"{len(encodings)} encodings are given for {len(self.layers)} layers")
+        spans = sorted(span for encoding in encodings for span in encoding.spans(self.hidden_size))
+        if any(stop > start for (_, stop), (start, _) in itertools.pairwise(spans)):
+            raise ValueError("fields of encodings lie over each other")
+        if spans[-1][1] > self.row_bytes:
+            raise ValueError("fields of encodings lie beyond the row")
+        for field, value in summary(encodings).items():
+            if getattr(self, field) != value:
+                raise ValueError(f"{field} is {getattr(self, field)}, and {value} in encodings")
+        ranks = [encoding.rank for encoding in encodings if encoding.rank is not None]
+        if any(rank > self.hidden_size for rank in ranks):
+            raise ValueError(f"a rank is larger than hidden_size={self.hidden_size}")
+        if bool(ranks) != (self.basis is not None):
+            raise ValueError("layers with a rank, and only they, need a basis")
+
+    def _check_coverage(self) -> None:
+        covered = 0
+        for partition in self.partitions:
+            start, stop = partition.rows
+            if start != covered or stop <= start:
+                raise ValueError(
+                    f"{partition.file} has rows [{start}, {stop}), expected to begin at {covered}"
+                )
+            covered = stop
+        if covered != self.vocab_size:
+            raise ValueError(f"rows [{covered}, {self.vocab_size}) are in no partition")
+
+    @property
+    def fields(self) -> list[Encoding]:
+        """Where each kept layer lies in a row, plain ones too."""
+        if self.encodings is not None:
+            return self.encodings
+        return plain_fields(self.dtype, len(self.layers), self.hidden_size)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's row."""
+        return row_bytes(self.fields, self.hidden_size, self.encodings is None)
+
+    @property
+    def repair(self) -> str:
+        """The command that makes damaged partitions again."""
+        made = "compress TABLE" if self.source.table else "build MODEL"
+        return f"`mlm-train tol {made} --output DIR --repair`"
+
+    @property
+    def files(self) -> list[TableFile]:
+        """All that belong to it, the index apart."""
+        return [*([self.basis] if self.basis else []), *self.partitions]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all its files."""
+        return sum(file.bytes for file in self.files)
+
+
+def plain_fields(dtype: str, layers: int, hidden: int) -> list[Encoding]:
+    """The layers of a row that is one tensor [layers, hidden]."""
+    size = hidden * TORCH_DTYPE[dtype].itemsize
+    return [Encoding(dtype=dtype, codes=position * size) for position in range(layers)]
+
+
+def row_bytes(fields: list[Encoding], hidden: int, plain: bool) -> int:
+    """Bytes of a row: to the end of its last layer, and where layers are encoded, of that one's padding."""
+    if plain:
+        return sum(sum(field.sizes(hidden)) for field in fields)
+    first = [min(field.spans(hidden))[0] for field in fields]
+    return max(start + field.bytes(hidden) for start, field in zip(first, fields, strict=True))
+
+
+def schemes_of(fields: list[Encoding]) -> list[Scheme]:
+    """The same without places."""
+    return [Scheme(**field.model_dump(include=set(Scheme.model_fields))) for field in fields]
+
+
+def summary(schemes: list[Encoding] | list[Scheme]) -> dict[str, object]:
+    """The index's dtype, rank and group_size for these layers."""
+    dtypes = {scheme.dtype for scheme in schemes}
+    groups = {scheme.group_size for scheme in schemes}
+    ranks = [scheme.rank for scheme in schemes]
+    return {
+        "dtype": dtypes.pop() if len(dtypes) == 1 else "mixed",
+        "rank": ranks if any(rank is not None for rank in ranks) else None,
+        "group_size": groups.pop() if len(groups) == 1 else None,
+    }
+
+
+def check_fits(folder: Path, index: TolIndex, config: ModelConfig) -> None:
+    """UserError when a ToL cannot be of a model, by its shape; contents are `tol verify --model`'s matter."""
+    if not config.has_memory:
+        raise UserError(f"{folder}: a base model has no FFN-M to look up; leave the ToL out")
+    wanted = {
+        "vocab_size": config.vocab_size,
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+    }
+    for name, value in wanted.items():
+        if getattr(index, name) != value:
+            raise UserError(
+                f"{folder} has {name}={getattr(index, name)} and the model {value}: it is of another model"
+            )

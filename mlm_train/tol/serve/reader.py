@@ -1,0 +1,171 @@
+"""A ToL folder, opened for reading: rows as they are stored, and the numbers in them."""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from mlm_train.errors import UserError
+from mlm_train.tol.format.codec import decode
+from mlm_train.tol.format.index import BASIS, INDEX, REBUILD, Partition, TableFile, TolIndex, file_of
+from mlm_train.tol.format.index_file import read_index
+from mlm_train.tol.format.partition import map_partition
+from mlm_train.tol.storage.base import Storage, StorageReader
+from mlm_train.tol.storage.local import LocalFolder
+from mlm_train.utils.checks import Check
+from mlm_train.utils.files import listed, sha256_of
+from mlm_train.utils.progress import ByteProgress
+
+_HASHED_AT_ONCE = 4  # partitions
+BASIS_HEADER = 128  # bytes a layer; more than its entry can need
+
+
+class TableReader:
+    """Rows of the vocabulary, memory-mapped or read whole, uint8 [n, row bytes], and what they mean."""
+
+    def __init__(self, index: TolIndex, partitions: Sequence[Tensor], bases: dict[int, Tensor]) -> None:
+        self.index = index
+        self._partitions = partitions
+        self._bases = bases
+        self._starts = torch.tensor([partition.rows[0] for partition in index.partitions])
+        self._fields = dict(zip(index.layers, index.fields, strict=True))
+
+    @classmethod
+    def open_folder(cls, folder: str | Path, in_memory: bool = False, verify: Check = "sizes") -> Self:
+        """Map a folder's partitions into memory, or with `in_memory` read them whole.
+
+        `verify`: "full" reads and hashes every partition first. Sizes and headers are compared always, since
+        nothing can be mapped without them, and so is the basis. Raises UserError for what is damaged.
+        """
+        index = read_index(folder)
+        if verify == "full":
+            check_rows(folder, [(0, index.vocab_size)], _HASHED_AT_ONCE)
+        folder = Path(folder)
+        partitions = []
+        for partition in index.partitions:
+            try:
+                rows = map_partition(folder, index, partition)
+            except ValueError as error:
+                raise _damaged(folder, index, partition, str(error)) from None
+            partitions.append(rows.clone() if in_memory else rows)
+        return cls(index, partitions, read_bases(folder, index))
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of ascending ids [n] on the CPU -> uint8 [n, row bytes]."""
+        owner = torch.searchsorted(self._starts, ids, right=True) - 1
+        parts = [
+            self._partitions[number].index_select(0, ids[owner == number] - self._starts[number])
+            for number in owner.unique().tolist()
+        ]
+        return torch.cat(parts)
+
+    def range(self, first: int, last: int) -> Tensor:
+        """Rows [first, last), which lie in one partition or several."""
+        parts = []
+        for partition, rows in zip(self.index.partitions, self._partitions, strict=True):
+            start, stop = partition.rows
+            if start < last and first < stop:
+                parts.append(rows[max(first - start, 0) : min(last, stop) - start])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def values(self, rows: Tensor, layer: int) -> Tensor | None:
+        """A layer's numbers in stored rows: [n, hidden], in fp32 or the layer's plain type.
+
+        None for a layer that is not stored. A low-rank one is multiplied with its basis, in fp32.
+        """
+        field = self._fields.get(layer)
+        if field is None:
+            return None
+        numbers = decode(field, rows, self.index.hidden_size)
+        if field.rank is None:
+            return numbers
+        return numbers.float() @ self._bases[layer].to(rows.device)
+
+    def in_basis(self, values: Tensor, layer: int) -> Tensor:
+        """A low-rank layer's numbers [n, hidden] as it stores them, [n, rank]."""
+        return values.float() @ projector(self._bases[layer])
+
+
+def check_rows(folder: str | Path, ranges: Iterable[tuple[int, int]], threads: int) -> None:
+    """Read the partitions with these rows whole, and compare their SHA-256 with the index's.
+
+    What is made of damaged rows looks as whole as anything. Raises UserError naming the partition.
+    """
+    index, folder, wanted = read_index(folder), Path(folder), list(ranges)
+    needed = [
+        partition
+        for partition in index.partitions
+        if any(first < partition.rows[1] and partition.rows[0] < last for first, last in wanted)
+    ]
+    done = 0
+    with (
+        ByteProgress("check", sum(partition.bytes for partition in needed)) as progress,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        found = pool.map(lambda partition: sha256_of(listed(folder, partition.file, INDEX)), needed)
+        for partition, digest in zip(needed, found, strict=True):
+            if digest != partition.sha256:
+                raise _damaged(folder, index, partition, "its SHA-256 is not the index's")
+            progress.show(done := done + partition.bytes)
+
+
+def _damaged(folder: Path, index: TolIndex, partition: Partition, what: str) -> UserError:
+    start, stop = partition.rows
+    where = f"{folder / partition.file} (rows [{start}, {stop}))"
+    return UserError(f"{where} is damaged: {what}; mend it with {index.repair}")
+
+
+def read_bases(folder: Path, index: TolIndex) -> dict[int, Tensor]:
+    """The bases of low-rank layers, fp32 [rank, hidden] by layer; UserError for a damaged file."""
+    if index.basis is None:
+        return {}
+    listed(folder, index.basis.file, INDEX)
+    schemes = zip(index.layers, index.fields, strict=True)
+    ranks = {layer: field.rank for layer, field in schemes if field.rank is not None}
+    bases = bases_at(LocalFolder(folder), index.basis, list(ranks))
+    for layer, rank in ranks.items():
+        if bases[layer].shape != (rank, index.hidden_size):
+            where = folder / index.basis.file
+            raise UserError(f"{where}: {basis_name(layer)} does not fit the index; {REBUILD}")
+    return bases
+
+
+def bases_at(storage: StorageReader, file: TableFile, layers: Sequence[int]) -> dict[int, Tensor]:
+    """The bases of these layers, fp32 [rank, hidden], out of their file; UserError for a damaged one."""
+    data, where = storage.read(file.file), storage.at(file.file)
+    if data is None or file_of(file.file, data) != file:
+        raise UserError(f"{where} is missing or damaged: its SHA-256 is not the index's; {REBUILD}")
+    try:
+        bases = load(data)
+        return {layer: bases[basis_name(layer)].float() for layer in layers}
+    except (SafetensorError, KeyError) as error:
+        raise UserError(f"{where} is damaged: {error}; {REBUILD}") from None
+
+
+def projector(basis: Tensor) -> Tensor:
+    """[hidden, rank] that gives the numbers whose product with a basis of orthogonal rows is nearest."""
+    return (basis / basis.square().sum(1, keepdim=True)).T
+
+
+def write_bases(storage: Storage, bases: dict[int, Tensor]) -> TableFile:
+    """Write bases [rank, hidden] of the layers that have a rank, as float16.
+
+    The header takes BASIS_HEADER bytes a layer, whatever its numbers: what a layer adds to a table is known.
+    """
+    data = save({basis_name(layer): basis.half().contiguous() for layer, basis in bases.items()})
+    start, room = 8 + int.from_bytes(data[:8], "little"), BASIS_HEADER * len(bases) - 8
+    header = data[8:start].rstrip(b" ")
+    assert len(header) <= room
+    data = room.to_bytes(8, "little") + header.ljust(room) + data[start:]
+    storage.write(BASIS, data)
+    return file_of(BASIS, data)
+
+
+def basis_name(layer: int) -> str:
+    """A basis' tensor."""
+    return f"layer.{layer}"

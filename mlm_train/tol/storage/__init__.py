@@ -1,0 +1,1 @@
+"""Where tables lie: folders, object stores, folders of each node's own."""

@@ -1,0 +1,1 @@
+"""Verifying, copying and inspecting tables."""

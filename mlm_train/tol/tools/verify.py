@@ -1,0 +1,236 @@
+"""Proving a ToL: its files against the index, and its rows against FFN-M."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mlm_train.checkpoint.hf.folder import FolderTensors
+from mlm_train.checkpoint.reading.logical_folder import open_model
+from mlm_train.errors import UserError
+from mlm_train.tol.build.row_source import EMBEDDING, ComputedRows, chunks_of, ffn_m_weights
+from mlm_train.tol.format.codec import TORCH_DTYPE, Encoding, decode, encode, grouped, layout
+from mlm_train.tol.format.index import Partition, TableFile, TolIndex, check_fits
+from mlm_train.tol.format.index_file import index_at, is_whole, read_index
+from mlm_train.tol.format.partition import map_partition
+from mlm_train.tol.serve.reader import TableReader, read_bases
+from mlm_train.tol.storage.base import Storage
+from mlm_train.tol.storage.local import LocalFolder
+from mlm_train.tol.storage.resolve import storage_at
+from mlm_train.tol.storage.urls import is_url
+from mlm_train.utils.files import sha256_of
+from mlm_train.utils.progress import ByteProgress
+
+CHUNK_ROWS = 512
+# Other thread counts and chunk sizes add numbers in another order, and a sum that rounds otherwise to a
+# product's type goes on into the next product; relative to a row's largest value.
+_NOISE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Rows [start, stop) of a partition that must not be used."""
+
+    file: str
+    start: int
+    stop: int
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: rows [{self.start}, {self.stop}): {self.what}"
+
+
+@dataclass
+class VerifyReport:
+    """What was looked at. Errors are those of recomputed rows; relative to a row's largest value."""
+
+    index: TolIndex
+    recomputed: int = 0
+    max_abs_error: float = 0.0
+    max_rel_error: float = 0.0
+    damages: list[Damage] = field(default_factory=list)
+
+    @property
+    def cure(self) -> str:
+        """What makes the table whole again."""
+        if self.index.basis is not None and self.index.basis.file in {one.file for one in self.damages}:
+            return "build it again into a new folder, since no row can be made again without the basis"
+        return f"{self.index.repair} makes it whole"
+
+
+class _Recompute:
+    """FFN-M of the rows to compare; `sample` None compares every row."""
+
+    def __init__(
+        self, tensors: FolderTensors, numbers: ComputedRows, table: TableReader, sample: Tensor | None
+    ) -> None:
+        self.tensors, self.numbers, self.table, self.sample = tensors, numbers, table, sample
+
+    def ids(self, first: int, last: int) -> Tensor:
+        """The tokens of [first, last) to compare."""
+        if self.sample is None:
+            return torch.arange(first, last)
+        return self.sample[(self.sample >= first) & (self.sample < last)]
+
+    def compare(self, rows: Tensor, first: int, last: int, report: VerifyReport) -> Tensor:
+        """Compare stored rows of [first, last) with FFN-M; the tokens that differ too much."""
+        ids = self.ids(first, last)
+        if not ids.numel():
+            return ids
+        x0 = self.tensors.rows(EMBEDDING, first, last)[ids - first].float()
+        rows, bad = rows[ids - first], torch.zeros(len(ids), dtype=torch.bool)
+        index = self.table.index
+        for layer, encoding, values in zip(index.layers, index.fields, self.numbers.of(x0), strict=True):
+            true = values.float()
+            found = self.table.values(rows, layer)
+            assert found is not None
+            error, scale = (found.float() - true).abs(), true.abs().amax(-1, keepdim=True)
+            shown = error.where(error.isfinite(), 0.0)
+            report.max_abs_error = max(report.max_abs_error, float(shown.max()))
+            report.max_rel_error = max(report.max_rel_error, float((shown / scale.clamp_min(1e-30)).max()))
+            bad |= ~self._is_near(encoding, decode(encoding, rows, index.hidden_size).float(), true, layer)
+        report.recomputed += ids.numel()
+        return ids[bad]
+
+    def _is_near(self, field: Encoding, stored: Tensor, true: Tensor, layer: int) -> Tensor:
+        """Which rows hold what their type makes of FFN-M's numbers, as far as arithmetic allows: bool [n]."""
+        source = self.table.index.source
+        noise = _NOISE[source.compute if source.table is None else "bfloat16"]
+        if field.rank is not None:
+            true = self.table.in_basis(true, layer)
+        room = noise * true.abs().amax(-1, keepdim=True)
+        error = (stored - true).abs()
+        if not field.quantised:
+            info = torch.finfo(TORCH_DTYPE[field.dtype])
+            # Rounding is at most half an eps; numbers below the smallest normal one keep fewer digits.
+            limit = 0.505 * info.eps * true.abs() + room + info.smallest_normal * info.eps
+            return (error <= limit).all(1)
+        # A group may err as much as one that is encoded now does, whichever codes the noise has chosen.
+        assert field.group_size is not None
+        (fresh,) = layout([field], self.table.index.hidden_size)
+        now = torch.empty(len(true), field.bytes(self.table.index.hidden_size), dtype=torch.uint8)
+        encode(field, true, now)
+        expected = decode(fresh, now, self.table.index.hidden_size) - true
+        found, allowed = (grouped(x, field.group_size).norm(dim=-1) for x in (error, expected))
+        return (found <= 1.05 * allowed + room * field.group_size**0.5).all(1)
+
+
+def verify_tol(
+    folder: str | Path, model: str | Path | None = None, sample: int | None = None, seed: int = 0
+) -> VerifyReport:
+    """Check coverage, sizes, SHA-256 and finite values, and with `model` recompute rows from its weights.
+
+    `folder` may be a URL where there is no `model`: everything is read, and nothing kept.
+
+    `sample`: recompute that many rows, drawn with `seed`, instead of all. Damage is reported, not raised;
+    UserError is for an unreadable index and a model that the table was not built from.
+    """
+    if is_url(folder):
+        return _verify_url(storage_at(folder), model, sample)
+    index = read_index(folder)
+    folder, report = Path(folder), VerifyReport(index)
+    if sample is not None and sample < 1:
+        raise UserError(f"--sample {sample}: give at least 1 row")
+    if sample is not None and model is None:
+        raise UserError(f"--sample {sample} recomputes rows: give --model too, or leave it out")
+    if model is None:
+        _check_basis(LocalFolder(folder), report)
+        _check_partitions(folder, report, None)
+        return report
+    opened = open_model(model)
+    check_fits(folder, index, opened.config)
+    if opened.fingerprint != index.source.checkpoint:
+        raise UserError(f"{folder} was built from another model than {model}; give the one it was built from")
+    chosen = None
+    if sample is not None and sample < index.vocab_size:
+        order = torch.randperm(index.vocab_size, generator=torch.Generator().manual_seed(seed))
+        chosen = order[:sample].sort().values
+    with opened:
+        weights = ffn_m_weights(opened.tensors, opened.config, index.layers, index.source.compute)
+        by_layer = dict(zip(index.layers, weights, strict=True))
+        numbers = ComputedRows(opened, by_layer, index.source.compute)
+        recompute = None  # without its basis a row of low rank says nothing
+        if _check_basis(LocalFolder(folder), report):
+            table = TableReader(index, [], read_bases(folder, index))
+            recompute = _Recompute(opened.tensors, numbers, table, chosen)
+        _check_partitions(folder, report, recompute)
+    return report
+
+
+def _verify_url(storage: Storage, model: str | Path | None, sample: int | None) -> VerifyReport:
+    """Every file's size and SHA-256, which are those of finite values: none else are written."""
+    if model is not None or sample is not None:
+        option = "--sample" if model is None else "--model"
+        raise UserError(
+            f"{option} compares rows of a folder: mlm-train tol fetch {storage} FOLDER, and verify that"
+        )
+    report = VerifyReport(index_at(storage))
+    _check_basis(storage, report)
+    done = 0
+    with ByteProgress("verify", report.index.bytes) as progress:
+        for partition in report.index.partitions:
+            _check_file(storage, partition, partition.rows, report)
+            progress.show(done := done + partition.bytes)
+    return report
+
+
+def _check_basis(storage: Storage, report: VerifyReport) -> bool:
+    """Whether it is whole, or there is none; its damage is that of all rows."""
+    basis = report.index.basis
+    return basis is None or _check_file(storage, basis, (0, report.index.vocab_size), report)
+
+
+def _check_file(storage: Storage, file: TableFile, rows: tuple[int, int], report: VerifyReport) -> bool:
+    whole = is_whole(storage, file)
+    if not whole:
+        what = "the file is missing, or its size or SHA-256 is not the index's"
+        report.damages.append(Damage(file.file, *rows, what))
+    return whole
+
+
+def _check_partitions(folder: Path, report: VerifyReport, recompute: _Recompute | None) -> None:
+    done = 0
+    with ByteProgress("verify", sum(partition.bytes for partition in report.index.partitions)) as progress:
+        for partition in report.index.partitions:
+            for row in _check_partition(folder, report, partition, recompute):
+                progress.show(done + (row - partition.rows[0]) * report.index.row_bytes)
+            done += partition.bytes
+
+
+def _check_partition(
+    folder: Path, report: VerifyReport, partition: Partition, recompute: _Recompute | None
+) -> Iterator[int]:
+    """Add a partition's damage to the report; yields the rows passed, for the progress bar."""
+    start, stop = partition.rows
+    try:
+        rows = map_partition(folder, report.index, partition)
+    except ValueError as error:
+        report.damages.append(Damage(partition.file, start, stop, str(error)))
+        return
+    if sha256_of(folder / partition.file) != partition.sha256:
+        what = "the file's SHA-256 is not the index's"
+        report.damages.append(Damage(partition.file, start, stop, what))
+    infinite, different = [], []
+    for first, last in chunks_of(start, stop, CHUNK_ROWS):
+        chunk = rows[first - start : last - start]
+        numbers = [decode(one, chunk, report.index.hidden_size) for one in report.index.fields]
+        bad = torch.stack([(~values.isfinite()).any(1) for values in numbers]).any(0)
+        infinite.append(first + bad.nonzero().flatten())
+        if recompute is not None:
+            different.append(recompute.compare(chunk, first, last, report))
+        yield last
+    for tokens, what in ((infinite, "values are not finite"), (different, "values are not FFN-M's")):
+        report.damages += [Damage(partition.file, *span, what) for span in _spans(tokens)]
+
+
+def _spans(tokens: list[Tensor]) -> list[tuple[int, int]]:
+    """Ascending tokens -> ranges [start, stop) of neighbours."""
+    spans: list[tuple[int, int]] = []
+    for token in [int(token) for chunk in tokens for token in chunk]:
+        if spans and spans[-1][1] == token:
+            spans[-1] = (spans[-1][0], token + 1)
+        else:
+            spans.append((token, token + 1))
+    return spans

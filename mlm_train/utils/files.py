@@ -1,0 +1,325 @@
+"""Writing files so that a kill or a full disk never leaves half of one under its final name."""
+
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import stat
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlm_train.errors import UserError
+from mlm_train.utils.signals import held
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LARGEST_RESULT = 2**28  # bytes of a JSON or a picture that a command writes: far more than any has
+# What marks a folder whose files belong together: a table, one being built, prepared data or a checkpoint, a
+# model.
+_MARKS = ("tol.index.json", "tol.build.json", "manifest.json", "config.json")
+FULL = (errno.ENOSPC, errno.EDQUOT)
+_REMEDY = {
+    **dict.fromkeys(FULL, "free space or choose another place"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS), "mind the rights there or choose another place"
+    ),
+    errno.EEXIST: "it is no folder; choose another place",
+    errno.ENOTDIR: "a part of that path is a file; choose another place",
+    errno.EISDIR: "name a file",
+    errno.EMFILE: "raise the limit of open files (ulimit -n 1024)",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+class Unwritable(UserError):
+    """What `writing` raises; its cause is the system's error."""
+
+
+def told(error: OSError, otherwise: str = "choose another place") -> str:
+    """What went wrong, and what to do: as fits the error's number, or `otherwise`."""
+    return f"{error.strerror or error}; {_REMEDY.get(error.errno or 0, otherwise)}"
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """A file, open for reading. Raises an OSError as open does, UserError for what is no regular file.
+
+    A FIFO or a device in a file's place would let its reader wait for ever.
+    """
+    return open(_descriptor(path, os.O_RDONLY), "rb")
+
+
+def append_regular(path: Path) -> io.FileIO:
+    """A file, made where there is none, open to be added to, unbuffered. Raises as open_regular does."""
+    return io.FileIO(_descriptor(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
+
+
+def _descriptor(path: Path, flags: int) -> int:
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # a FIFO that nobody reads, a socket
+            raise
+    else:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISREG(mode):
+            return descriptor
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise UserError(f"{path} is no regular file: put the file itself there")
+
+
+def system_error(error: Exception) -> OSError:
+    """The same as an OSError, of a library in Rust that tells only in words what the system said."""
+    found = re.search(r"os error (\d+)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else OSError(str(error))
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read once from start to end. Raises as open_regular does."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether it names a file of one folder, whatever the system: no path, no `..`."""
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and name not in ("", ".", "..")
+        and not set(name) & set("/\\\0")
+    )
+
+
+def listed(folder: Path, name: object, index: str, around: Path | None = None) -> Path:
+    """The file of a folder that its `index` (a file there) names.
+
+    Raises UserError for a name that is no plain one, and for a link that leads out of the folder, or out of
+    `around` where that is given. Whether the file is there is not looked at.
+    """
+    if not is_plain_name(name):
+        raise UserError(
+            f"{folder / index} names {name!r}, which is not a file of that folder: use another copy of it"
+        )
+    path = folder / str(name)
+    target = Path(os.path.realpath(path))  # where resolve() would raise for a loop of links
+    if not target.is_relative_to((around or folder).resolve()):
+        raise UserError(f"{path} is a link to {target}, out of its folder: put the file itself there (cp -L)")
+    return path
+
+
+def refuse_used(path: Path) -> None:
+    """UserError when an output folder exists and holds something: nothing is overwritten."""
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists already and nothing is overwritten; name a new folder, or remove it")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A temporary sibling of `output` to write into; renamed to `output` when the block ends well.
+
+    An error removes it. A killed process leaves only `NAME.partial-*` behind, never `output`; the next one to
+    write `output` removes that.
+    Raises UserError if `output` exists and is not an empty folder, is being written, or cannot be written.
+    """
+    output = output.absolute()
+    refuse_used(output)
+    partial = output.with_name(f"{output.name}.partial-{uuid.uuid4().hex[:8]}")
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with _lock_beside(output, "being written") as alone:
+            refuse_used(output)  # who held the lock may have written it
+            if alone:
+                _remove_partials(output)
+            try:
+                partial.mkdir()
+                yield partial
+                with held():
+                    for path in (*partial.iterdir(), partial):
+                        sync(path)
+                    partial.rename(output)
+                    sync(output.parent)
+            finally:
+                with held():
+                    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_partials(output: Path) -> None:
+    """Delete what killed writers of a folder left: drafts, drafts within these, and the locks of drafts."""
+    draft = r"\.partial-[0-9a-f]{8}"
+    name = re.compile(rf"{re.escape(output.name)}{draft}({draft})?|\.{re.escape(output.name)}{draft}\.lock")
+    for path in output.parent.iterdir():
+        if name.fullmatch(path.name):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or a folder's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def draft_of(path: Path) -> Path:
+    """Where replace_file puts a file before it takes its name."""
+    return path.with_name(f".{path.name}.writing")
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Replace a small file at once: readers see the old bytes or the new ones, whole."""
+    draft = draft_of(path)
+    with held():
+        try:
+            draft.write_bytes(data)
+            sync(draft)
+            draft.rename(path)
+        except OSError as error:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
+            error.filename = str(path)  # what the caller knows
+            raise
+        sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """replace_file of text in UTF-8."""
+    replace_file(path, text.encode())
+
+
+def json_text(tree: Any) -> str:
+    """A JSON value as our files hold it."""
+    return json.dumps(tree, indent=1) + "\n"
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """write_text of a JSON value."""
+    write_text(path, json_text(tree))
+
+
+def write_figure(path: Path, figure: "Figure") -> None:
+    """A figure of matplotlib as a PNG; UserError where it cannot be written, and nothing is changed then."""
+    data = io.BytesIO()
+    figure.savefig(data, dpi=110, format="png", metadata={"Software": None})
+    with writing(path):
+        replace_file(path, data.getvalue())
+
+
+def is_png(path: Path) -> bool:
+    """Whether a file begins as a PNG does."""
+    with open_regular(path) as file:
+        return file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def check_output(option: str, name: str | Path, is_ours: Callable[[Path], bool], what: str) -> Path:
+    """The path of the file that an option names, looked at before the work whose result it is to take.
+
+    Raises UserError where nothing can be written there, and where that would take something away: a file
+    that `is_ours` does not know as an earlier result (`what`, in words), one of a table's, model's or
+    data's folder. An empty file may be replaced.
+    """
+    path, folder = Path(name), Path(name).absolute().parent
+    if not str(name) or path.is_dir() or not folder.is_dir():
+        raise UserError(f"{option} {str(name) or repr('')}: name a file in a folder that exists")
+    if mark := next((mark for mark in _MARKS if (folder / mark).exists()), None):
+        raise UserError(
+            f"{option} {path} lies in the folder of {folder / mark}, which takes no other files; "
+            "name a file elsewhere"
+        )
+    if os.path.lexists(path):
+        try:
+            size = path.stat().st_size if path.is_file() else LARGEST_RESULT
+            replaceable = size == 0 or (size < LARGEST_RESULT and is_ours(path))
+        except OSError:
+            replaceable = False
+        if not replaceable:
+            raise UserError(f"{option} {path} exists and is no {what}: it is not replaced; name another file")
+    draft = draft_of(path)
+    with writing(path), held(), suppress(FileExistsError):
+        os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        draft.unlink()
+    return path
+
+
+@contextmanager
+def locked(folder: Path, doing: str, patience: float = 0.0) -> Iterator[None]:
+    """Hold a folder for one process at a time; the lock goes with the process, however it ends.
+
+    Raises UserError where another process holds it for more than `patience` seconds; `doing` says what
+    that one does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock_beside(folder, doing, patience):
+        yield
+
+
+@contextmanager
+def _lock_beside(folder: Path, doing: str, patience: float = 0.0) -> Iterator[bool]:
+    """As `locked`, of a folder that need not exist; whether the file system has locks at all."""
+    path, end = folder.absolute().with_name(f".{folder.name}.lock"), time.monotonic() + patience
+    while (lock := _lock(path, folder)) is None:
+        if time.monotonic() >= end:
+            raise UserError(f"{folder} is {doing} by another process; wait for it or name another")
+        time.sleep(0.5)
+    descriptor, is_locked = lock
+    try:
+        yield is_locked
+    finally:
+        with held():
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _lock(path: Path, folder: Path) -> tuple[int, bool] | None:
+    """An open file, and whether it holds our lock; None where another process has it.
+
+    A file beside the folder, since NFS locks no folders; the folder where its parent takes no files.
+    """
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:
+            if not folder.is_dir():
+                raise
+            descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError:
+            return descriptor, False  # no locks here; unfinished files have names of their own anyway
+        if os.fstat(descriptor).st_nlink:
+            return descriptor, True
+        os.close(descriptor)  # the one before has ended and taken its file away
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a full disk, missing rights or a name in use, while writing `path`, into a UserError.
+
+    Of blocks in one another the outermost names the path: the others are of drafts of it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise Unwritable(f"{path} cannot be written: {told(error)}") from error
+    except Unwritable as error:
+        assert isinstance(error.__cause__, OSError)
+        raise Unwritable(f"{path} cannot be written: {told(error.__cause__)}") from error.__cause__
