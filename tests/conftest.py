@@ -9,6 +9,9 @@ import pytest
 
 from tests.commands import mlm_train
 
+pytest_plugins = ["tests.order"]
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process that a test starts compiles all modules
+
 
 def pytest_configure() -> None:
     """Hear Ctrl-C also where a shell has started the tests in the background: many send it."""

@@ -17,7 +17,8 @@ from mlm_train.checkpoint.reading.logical_folder import load_model
 from mlm_train.data.tokenizer import tokenizer_of
 from mlm_train.parallel import runtime
 from tests.checkpoint.test_hf_folder import KINDS, change, logits, random_model, write
-from tests.commands import finished, mlm_train, refused, scalars
+from tests.commands import mlm_train, refused, scalars
+from tests.ranks import train_on_ranks
 
 IDS = torch.arange(60).view(2, 30) * 31 % 512
 SHAPES: dict[str, Any] = {
@@ -165,6 +166,6 @@ def test_a_run_starts_from_it_at_another_layout_with_the_same_loss(data: Path, t
     assert not (tmp_path / "no").exists()
     mlm_train("pretrain", *words("one"))
     layout = ("parallel.tensor=2", "parallel.pipeline=2")
-    finished("launch", "--nproc", 4, *words("four"), *layout)
+    train_on_ranks(4, *words("four"), *layout)
     one, four = (scalars(tmp_path / run, "train/loss") for run in ("one", "four"))
     assert len(one) == 2 and four == pytest.approx(one, rel=1e-6)

@@ -47,9 +47,9 @@ def has_schedule(case: Case) -> bool:
     return runs_here(case.get("parallel", {}).get("pipeline_schedule"))
 
 
-def run_layout(layout: Layout) -> dict[str, Errors]:
+def run_layout(layout: Layout, named: dict[str, Case]) -> dict[str, Errors]:
     """Case -> errors of a layout, one launch for all cases that this torch can run."""
-    named = {name: case for name, case in cases_of(layout).items() if has_schedule(case)}
+    named = {name: case for name, case in named.items() if has_schedule(case)}
     results = run_on_ranks(
         "tests.parallel.parity_cases:run_cases", layout.world, timeout=900, cases=list(named.values())
     )
@@ -63,7 +63,7 @@ def main() -> None:
     details: list[str] = []
     wrong: dict[str, Errors] = {}
     for layout in LAYOUTS:
-        results = run_layout(layout)
+        results = run_layout(layout, cases_of(layout))
         wrong |= {f"{layout}: {name}": error for name, error in beyond(results).items()}
         worst = [max(error[key] for error in results.values()) for key in FIGURES]
         figures = " | ".join(f"{value:.1e}" for value in worst)

@@ -4,7 +4,7 @@ import pytest
 
 from mlm_train.config.parallel import INTERLEAVED, ZERO_BUBBLE
 from tests.parallel.layouts import MODES
-from tests.parallel.matrix import LAYOUTS, Layout, cases_of
+from tests.parallel.matrix import LAYOUTS, Layout, cases_of, further, pairs_of_choices
 from tests.parallel.pairwise import LAYOUTS as MIXED
 from tests.parallel.pairwise import case_of, pairs_of, pairwise, pool, together
 from tests.parallel.table import beyond, run_layout
@@ -16,9 +16,21 @@ SEQUENCE = {"tensor": 2, "sequence": True}
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_parity_with_one_process(layout: Layout) -> None:
-    results = run_layout(layout)
+    """Every pair of choices in as few cases as hold them, and all cases of layouts with four of a kind."""
+    results = run_layout(layout, pairs_of_choices(layout))
     assert results and beyond(results) == {}
     skip_the_rest(*cases_of(layout).keys() - results.keys())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if further(layout)], ids=str)
+def test_parity_of_all_other_cases(layout: Layout) -> None:
+    assert beyond(run_layout(layout, further(layout))) == {}
+
+
+def test_no_case_is_left_out() -> None:
+    for layout in LAYOUTS:
+        assert pairs_of_choices(layout) | further(layout) == cases_of(layout)
 
 
 def test_the_matrix_meets_every_value_of_every_axis() -> None:
