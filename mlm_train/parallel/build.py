@@ -75,13 +75,13 @@ def build_model(config: Config, runtime: Runtime, eod_id: int | None = None) -> 
 
 
 def build_loss(config: Config, group: TensorGroup) -> Loss:
-    """The loss of a normed hidden state, the head's product included, over this rank's words."""
+    """The loss of a normed hidden state, the head's matmul included, over this rank's vocabulary shard."""
     train, vocab_size = config.train, config.model.vocab_size
     cut = group.size > 1
-    words = ParallelVocabRange.of(vocab_size, group) if cut else VocabRange(0, vocab_size)
+    vocabulary = ParallelVocabRange.of(vocab_size, group) if cut else VocabRange(0, vocab_size)
 
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        if cut:  # each rank's words cause a part of its gradient
+        if cut:  # each vocabulary shard causes a part of its gradient
             hidden = group.enter(hidden)
         return head_loss(
             hidden,
@@ -89,7 +89,7 @@ def build_loss(config: Config, group: TensorGroup) -> Loss:
             labels,
             scale=scale,
             z_loss=train.z_loss,
-            words=words,
+            vocabulary=vocabulary,
             chunk=train.loss_chunk,
             compiles=train.compile,
         )

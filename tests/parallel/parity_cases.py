@@ -220,8 +220,8 @@ _collect = DataParallelSharing.collect
 def _collect_own(self: DataParallelSharing, rows: Tensor) -> Tensor:
     """Gradients of the rows that this rank computed itself, zeros for those of the others."""
     rank = dist.get_rank(self.group)
-    start = int(self.asked[:rank].sum())
-    own = self.order[start : start + int(self.asked[rank])]
+    start = int(self.requested[:rank].sum())
+    own = self.order[start : start + int(self.requested[rank])]
     return _collect(self, torch.zeros_like(rows).index_copy(0, own, rows[own]))
 
 
@@ -234,7 +234,7 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "gradients scaled by the schedule": lambda: patch.dict(
         pipeline.SCHEDULES, {"1f1b": lambda *args, scale_grads, **rest: Schedule1F1B(*args, **rest)}
     ),
-    "lookups without anchors": lambda: patch("mlm_train.memory.Table", _without_anchors),
+    "lookups without anchors": lambda: patch("mlm_train.memory.TableSource", _without_anchors),
     "gradients of shared rows not sent": lambda: patch.object(DataParallelSharing, "collect", _collect_own),
 }
 

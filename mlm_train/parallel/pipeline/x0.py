@@ -99,7 +99,7 @@ class Broadcast(_Channel):
         return index
 
     def x0(self, ids: Tensor, index: Tensor) -> Tensor:
-        return Lookup.apply(self.tensor.mine(index, 1), self.rows, self.table, self.anchor)
+        return Lookup.apply(self.tensor.local(index, 1), self.rows, self.table, self.anchor)
 
     def finish(self) -> None:
         if self.tables:
@@ -107,7 +107,7 @@ class Broadcast(_Channel):
         dist.reduce(self.table[: self.sent], self.source, group=self.group)
         if self.owns:
             # Under sequence parallelism each rank saw the gradients of its own positions.
-            table = self.tensor.all_reduce(self.table) if self.tensor.positions > 1 else self.table
+            table = self.tensor.all_reduce(self.table) if self.tensor.shards > 1 else self.table
             self.embedded.backward(table)
 
     def bytes_per_step(self, distinct: int, tokens: int) -> int:
