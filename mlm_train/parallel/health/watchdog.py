@@ -57,9 +57,10 @@ def watched(config: Config, topology: Topology, marker: ProgressMarker) -> Itera
 def limits(config: Config) -> tuple[float, float]:
     """Seconds without progress that are allowed: usually, and in tasks that may take long.
 
-    Both are below the timeout of collectives, whose error names no rank. Infinite where train.watchdog is 0.
+    Both are below the timeout of collectives, whose error names no rank. Infinite where
+    train.watchdog_timeout is 0.
     """
-    timeout, chosen = config.parallel.timeout, config.train.watchdog
+    timeout, chosen = config.parallel.timeout, config.train.watchdog_timeout
     if chosen == 0:
         return float("inf"), float("inf")
     usual = timeout / 2 if chosen is None else chosen

@@ -130,7 +130,7 @@ class PipelineExecutor:
 
     def _pipeline_stage(self, stage: Stage) -> MarkedStage:
         config = self.config
-        batch, length = config.train.micro_batch, config.data.sequence_length
+        batch, length = config.train.micro_batch_size, config.data.sequence_length
         ids = torch.zeros(batch, length, dtype=torch.int64, device=self.runtime.device)
         here = (batch, length // self.tensor.shards, config.model.hidden_size)
         hidden = torch.empty(here, device=self.runtime.device)
