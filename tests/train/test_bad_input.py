@@ -55,7 +55,7 @@ def test_a_rendezvous_that_cannot_be(data: Path, tmp_path: Path, monkeypatch: py
         endpoint = f"localhost:{stale.getsockname()[1]}"
         line = refused(*launch, "--rendezvous", endpoint)
     assert f"--rendezvous {endpoint}: this port cannot be used on this node (taken by" in line
-    assert f"process {os.getpid()}); give another one, the same on every machine" in line
+    assert f"process {os.getpid()}); give another one, the same on every node" in line
     for wrong in ("node1", "node1:port", "node1:70000"):
         assert f"--rendezvous {wrong}: give HOST:PORT" in refused(*launch, "--rendezvous", wrong)
     assert "--rendezvous a.invalid:1: unknown host" in refused(*launch, "--rendezvous", "a.invalid:1")
