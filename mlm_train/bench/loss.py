@@ -126,7 +126,7 @@ def _run(order: dict[str, Any], hidden: Tensor, weight: Tensor, labels: Tensor) 
             labels,
             scale=1 / count,
             z_loss=Z_LOSS,
-            words=VocabRange(0, len(weight)),
+            vocabulary=VocabRange(0, len(weight)),
             chunk=order["chunk"],
         )
     objective.backward()

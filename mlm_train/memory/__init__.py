@@ -1,4 +1,4 @@
-"""How FFN-M is executed in training: memory sources that compute it, all with equal gradients."""
+"""How FFN-M is executed in training: memory sources that compute it, all with the same gradients."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

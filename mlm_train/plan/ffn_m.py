@@ -15,7 +15,7 @@ from torch import Tensor
 from mlm_train.config import Config
 from mlm_train.config.load import parse_config
 from mlm_train.errors import UserError
-from mlm_train.memory.table import ROWS
+from mlm_train.memory.table import BLOCK_ROWS
 from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.parallel.pipeline.stages import most_layers
 from mlm_train.plan.activations import compute_bytes
@@ -183,7 +183,7 @@ def _table_layer(config: Config, topology: Topology, distinct: Distinct, speeds:
     if config.memory.shared:
         others = (topology.data - 1) / topology.data
         exchange = others * table_bytes_per_layer(config, distinct.step) / speeds.data_link
-    calls = ceil(rows / ROWS)
+    calls = ceil(rows / BLOCK_ROWS)
     lookups = topology.micro_batches(config.train) * _positions(config) * speeds.lookup
     own = speeds.passes(rows, calls) + _summed(config, rows, speeds)
     if not kept:

@@ -1,4 +1,4 @@
-"""What the ranks of MFU's test run: the products of a step counted by torch, beside what the log says."""
+"""What the ranks of MFU's test run: FLOPs of a step's matmuls counted by torch, and those in the log."""
 
 import tempfile
 from typing import Any
@@ -15,11 +15,11 @@ from mlm_train.parallel import runtime as processes
 from tests.parallel.parity_cases import make_trainer, my_batches
 from tests.parallel.reference import tiny_config
 
-PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+MATMULS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 
 
-def count_products(cases: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """Of each case: FLOPs of a step's matrix products on all ranks, and those that MFU counts."""
+def count_matmuls(cases: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """For each case: FLOPs of a step's matmuls on all ranks, and those that MFU counts."""
     return [_count(**case) for case in cases]
 
 
@@ -33,10 +33,10 @@ def _count(model: dict, **sections: dict) -> dict[str, float]:
         with FlopCounterMode(display=False) as flops:
             result = trainer.step(batches, 1e-3)
         counted = flops.get_flop_counts()["Global"]
-        mine = sum(count for operation, count in counted.items() if operation in PRODUCTS)
-        everyone = sum(runtime.gather(lambda: mine))
+        mine = sum(count for operation, count in counted.items() if operation in MATMULS)
+        total = sum(runtime.gather(lambda: mine))
         hosts = ["here"] * runtime.topology.world
         monitor = Monitor(Context(config, runtime, hosts, Log(None), Writers()))
         values = monitor.step_values(StepReport(Progress(), 1e-3, 8, result, 0.5, {}))
         rate = values["speed/mfu_measured"] * monitor.peaks["measured"] * runtime.topology.world
-        return {"products": everyone, "logged": rate / values["speed/tokens_per_second"] * result.tokens}
+        return {"matmuls": total, "logged": rate / values["speed/tokens_per_second"] * result.tokens}

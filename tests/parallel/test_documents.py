@@ -1,4 +1,4 @@
-"""Documents kept apart, in every layout: gradients of documents run one by one in one process."""
+"""Separate documents, in parallel layouts, against documents that are run one at a time in one process."""
 
 from tests.parallel.table import LIMITS, has_schedule
 from tests.ranks import run_on_ranks
@@ -35,7 +35,7 @@ CASES: dict[str, dict] = {
 }
 
 
-def test_gradients_are_of_documents_alone() -> None:
+def test_gradients_equal_those_of_documents_run_alone() -> None:
     runnable = {name: case for name, case in CASES.items() if has_schedule(case)}
     results = run_on_ranks("tests.parallel.document_cases:run_separated", 2, cases=runnable)
     for name, error in results.items():

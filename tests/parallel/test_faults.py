@@ -1,4 +1,4 @@
-"""A step that is not finite on one rank is skipped on all, and the rank and the layer are named."""
+"""A step that is non-finite on one rank is skipped on all, and the rank and the layer are named."""
 
 import pytest
 
@@ -26,7 +26,7 @@ LAYOUTS = {
         "model": BASE | {"num_hidden_layers": 4},
     },
 }
-KEEP_NO_GRADIENTS = ("ZeRO-2 DP4", "ZeRO-3 DP4")  # each pass is reduced at once
+KEEP_NO_GRADIENTS = ("ZeRO-2 DP4", "ZeRO-3 DP4")  # gradients are reduced in each pass
 KINDS = ("gradient", "forward", "weight", "once")
 CASES = [
     (layout, kind, number)
@@ -63,7 +63,7 @@ def test_skipped_on_all_ranks_alike_and_named(
     elif kind == "gradient":
         assert fault.startswith("gradient not finite; gradient of "), fault
         assert f"layers.{layer}.self_attn.o_proj.weight" in fault and f" on rank {rank} (" in fault, fault
-    else:  # all gradients of the replica are spoilt
+    else:  # all gradients of the replica are non-finite
         assert fault.startswith("loss nan; gradient of lm_head.weight and "), fault
         replica = f"rank {rank} (" in fault
         assert replica or "pipeline" in LAYOUTS[layout]["parallel"], fault
