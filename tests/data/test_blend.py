@@ -38,7 +38,7 @@ def test_samples_come_from_both_in_turn_each_shuffled_by_itself(
     alone = [Samples(data.split("train"), SIZE, 7) for data in (prepared, other)]
     epoch = alone[1].samples_per_epoch
     count = 4 * epoch * 2 + 3  # two epochs of the small source, and some
-    sources, _ = samples.places(range(count))
+    sources, _ = samples.locate(range(count))
     for number, one in enumerate(alone):
         mine = np.flatnonzero(sources == number)
         assert abs(len(mine) - count * (0.75, 0.25)[number]) <= 1
@@ -97,6 +97,6 @@ def test_another_tokenizer_is_refused(
 ) -> None:
     prepare([str(corpus)], tmp_path / "strange", "train:600")
     with pytest.raises(
-        UserError, match=r"strange was prepared with another tokenizer than .*data: .*--tokenizer"
+        UserError, match=r"strange was prepared with a different tokenizer than .*data: .*--tokenizer"
     ):
         blended((prepared, 1), (PreparedData.open(tmp_path / "strange"), 1))

@@ -24,7 +24,7 @@ def test_collect_prepare_inspect(tmp_path, capsys):
     )
     shown = capsys.readouterr()
     assert PreparedData.open(data).fingerprint[:16] in shown.out
-    assert "tokenising" in shown.err
+    assert "tokenizing" in shown.err
     assert run("inspect", data, "--sequence-length", 64, "--samples", 2, "--verify") == 0
     out = capsys.readouterr().out
     assert "train sample 1" in out and "distinct ids" in out and "hash of the manifest" in out

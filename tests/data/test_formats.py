@@ -99,7 +99,7 @@ def test_text_is_text(tmp_path: Path) -> None:
 
 
 def not_text(folder: Path) -> list[Path]:
-    """Files that are neither text nor of a known format."""
+    """Files that are neither text nor in a known format."""
     noise = random.Random(0).randbytes(1000)
     table = io.BytesIO()
     pq.write_table(pa.table({"text": TEXTS}), table)

@@ -108,7 +108,7 @@ def first_id(folder: Path) -> int | None:
     tokenizer = None if file is None else Tokenizer.load(file)
     adds = tokens.add_bos
     if adds is None:
-        adds = tokenizer is not None and tokenizer.puts_bos_first
+        adds = tokenizer is not None and tokenizer.prepends_bos
     if not adds:
         return None
     declared = None if tokenizer is None else tokenizer.declared_bos_id

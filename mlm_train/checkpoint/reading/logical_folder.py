@@ -77,7 +77,7 @@ class ModelFolder:
             return None
         if self.bos_id is not None:
             return self.bos_id
-        return tokenizer_of(place).begin_of_documents() if add_bos else None
+        return tokenizer_of(place).require_bos_id() if add_bos else None
 
     @property
     def ends(self) -> tuple[int, ...]:
