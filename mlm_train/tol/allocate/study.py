@@ -24,7 +24,7 @@ class Study:
 
     def __init__(self, args: argparse.Namespace, table: TableReader, console: Console) -> None:
         self.table, self.index = table, table.index
-        numbers = {"length": args.sequence_length, "micro_batch": args.micro_batch}
+        numbers = {"length": args.sequence_length, "micro_batch": args.micro_batch_size}
         self.scorer = Scorer(args.model, args.data, **numbers, verify=args.verify)
         learnt = self.scorer.windows_of("train", args.samples)
         check_fits(Path(args.table), self.index, self.scorer.config)
@@ -51,7 +51,7 @@ class Study:
         """Of this table, model, text and these ways to store."""
         table = sha256_of(Path(args.table) / INDEX)
         ways = [None if one is None else one.model_dump(mode="json") for one in self.options]
-        text = [self.scorer.data.fingerprint, args.samples, args.sequence_length, args.micro_batch]
+        text = [self.scorer.data.fingerprint, args.samples, args.sequence_length, args.micro_batch_size]
         return Notes(Path(args.output), [table, self.scorer.fingerprint, text, ways])
 
     def size(self, chosen: Mapping[int, Choice]) -> int:
