@@ -92,7 +92,7 @@ def test_full_disks_under_stdout() -> None:
     ("stop", "code", "line"),
     [
         (KeyboardInterrupt, 130, "stopped by the user"),
-        (Terminated, 143, "stopped by SIGTERM; run the same command again to go on"),
+        (Terminated, 143, "stopped by SIGTERM; run the same command again to continue"),
     ],
 )
 def test_stopped_while_modules_are_imported(

@@ -18,8 +18,8 @@ from mlm_train.data.manifest import AGAIN, UNSEALED, DataManifest, FileRecord, f
 from mlm_train.data.token_stream import TokenStream
 from mlm_train.errors import UserError
 from mlm_train.utils.checks import Check
-from mlm_train.utils.files import listed, open_regular, sha256_of, write_json
-from mlm_train.utils.records import SEAL, json_value, read_regular, record_of, seal_of
+from mlm_train.utils.files import listed, open_regular, sha256_of
+from mlm_train.utils.records import SEAL, json_value, read_regular, record_of, seal_of, write_sealed
 
 MANIFEST = "manifest.json"
 
@@ -83,8 +83,7 @@ class PreparedData:
 
 def write_manifest(folder: Path, manifest: DataManifest) -> None:
     """Write manifest.json with its own checksum, atomically."""
-    tree = manifest.model_dump(mode="json")
-    write_json(folder / MANIFEST, tree | {SEAL: seal_of(tree)})
+    write_sealed(folder / MANIFEST, manifest.model_dump(mode="json"))
 
 
 def _read_manifest(folder: Path) -> DataManifest:

@@ -126,11 +126,11 @@ def test_what_cannot_be_imported_is_refused_in_one_line(tmp_path: Path) -> None:
     whole, tensors = shard.read_bytes(), load_file(shard)
     name = next(iter(tensors))
     save_file(tensors | {name: tensors[name].to(torch.int8)}, shard)
-    assert f"tensor {name} has type I8, which is not supported" in line_of(bad)
+    assert f"tensor {name} has dtype I8, which is not supported" in line_of(bad)
     shard.write_bytes(whole[: len(whole) // 2])
     assert f"{shard.name} is damaged" in line_of(bad)
     shard.unlink()
-    assert f"{shard.name} is named by model.safetensors.index.json and missing" in line_of(bad)
+    assert f"{shard.name} is listed in model.safetensors.index.json, but missing" in line_of(bad)
     for file in bad.glob("model*"):
         file.unlink()
     assert "has no model.safetensors; give" in line_of(bad)

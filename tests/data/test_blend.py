@@ -88,7 +88,7 @@ def test_weights_are_rounded_to_five_decimals(prepared: PreparedData, other: Pre
     assert blend.shares == [33_333, 66_667] and sum(blend.shares) == PARTS
     with pytest.raises(UserError, match=r"data\.blend: .* is given 2 times: give it once"):
         blended((prepared, 1), (other, 1), (prepared, 1))
-    with pytest.raises(UserError, match=r"data\.blend\.1\.weight=1e-06: is less than one of 100,000"):
+    with pytest.raises(UserError, match=r"data\.blend\.1\.weight=1e-06 is less than one of 100,000"):
         blended((prepared, 1), (other, 1e-6))
 
 
