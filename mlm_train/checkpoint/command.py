@@ -26,7 +26,7 @@ checkpoint.keep_interval, best), and the parallel layout that wrote it. Only fil
 example:
   mlm-train checkpoint list runs/micro"""
 
-_VERIFY_HELP = """Read every file and compare its checksum. A damaged one gives exit code 2 and a line naming it.
+_VERIFY_HELP = """Read every file and compare its checksum. A damaged file: exit code 2 and a line naming it.
 
 examples:
   mlm-train checkpoint verify runs/micro
