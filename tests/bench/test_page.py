@@ -28,14 +28,15 @@ def test_the_section_is_written_and_nothing_else(tmp_path: Path, capsys: pytest.
     assert text.startswith(f"# Performance\nwords\n\n{page.BEGIN}\n### Shape tiny\n")
     assert text.endswith(f"\n{page.END}\n\n## Loss\nothers\n") and "old" not in text
     assert "| `memory_ffn_cost_over_limit` | 1.000 | at most 1.2 | yes |" in text
-    assert "- memory.table: products at their peak" in text and "71% of it is what the model without" in text
+    assert "- memory.table: matrix multiplications at peak" in text
+    assert "71% of it is the time of the model without" in text
     assert "a note" in text and "bench/train.tiny.png" in text
     assert (tmp_path / "bench" / "train.tiny.png").read_bytes().startswith(b"\x89PNG")
     page.main([str(tmp_path)])
     assert (tmp_path / "performance.md").read_text() == text
     (tmp_path / "bench" / "train.tiny.json").write_text("{}")
     assert page.main([str(tmp_path)]) == 2
-    assert "is no report of `mlm-train bench train`" in capsys.readouterr().err
+    assert "is not a report of `mlm-train bench train`" in capsys.readouterr().err
 
 
 def test_the_real_page_has_the_marks() -> None:

@@ -11,7 +11,7 @@ import torch
 from mlm_train.bench import train
 from mlm_train.bench.train_figures import PARTS, TrainFigures, VariantFigures, disagreements, ratios_of
 from mlm_train.bench.train_presets import ALL, PRESETS, Variant, flops_per_token, make_config
-from mlm_train.bench.train_ways import build_way
+from mlm_train.bench.train_runners import build_runner
 from mlm_train.bench.train_worker import VariantWorker
 from mlm_train.model.counts import count_parameters, train_flops_per_token
 from mlm_train.model.transformer import Transformer
@@ -104,7 +104,7 @@ def test_processes_a_table_and_a_plot(data: Path, tmp_path: Path) -> None:
 def test_noffn_is_a_base_whose_ffn_adds_nothing(groups: None) -> None:
     variants = [Variant.named(name) for name in ("noffn", "base")]
     configs = [make_config(TINY, variant, "none", "fp32", TINY.tokens) for variant in variants]
-    noffn, base = (build_way(*pair).model for pair in zip(variants, configs, strict=True))
+    noffn, base = (build_runner(*pair).model for pair in zip(variants, configs, strict=True))
     assert isinstance(base, Transformer) and isinstance(noffn, Transformer)
     assert not any("mlp" in name for name, _ in noffn.named_parameters())
     ids = torch.arange(TINY.sequence)[None]
@@ -230,7 +230,7 @@ def test_bad_input(data: Path, tmp_path: Path) -> None:
     assert "--runs 0: give at least 1" in refused(*words, "tiny", "--runs", 0)
     assert "--passes 0: give at least 1" in refused(*words, "tiny", "--passes", 0)
     assert "'memory.best' is unknown" in refused(*words, "tiny", "--variants", "memory.best")
-    assert "not among the variants" in refused(*words, "tiny", "--variants", "base", "--validate", "noffn")
+    assert "not one of the variants" in refused(*words, "tiny", "--variants", "base", "--validate", "noffn")
     assert "multiples of a micro-batch" in refused(*words, "tiny", "--steps-of", 100)
     assert "--tokens 0: give multiples" in refused(*words, "tiny", "--tokens", 0)
     assert "prepare more text" in refused(*words, "tiny", "--steps-of", 64 * 10**7)
