@@ -62,7 +62,7 @@ def test_dry_run_allocates_nothing_and_needs_no_data(capsys: pytest.CaptureFixtu
     text = capsys.readouterr().out
     assert "1,208," in text and "704," in text  # total and active parameters, millions
     assert "compute_intermediate_size: 2048" in text and "memory per rank" in text
-    assert "4 a micro-batch x 64" in text
+    assert "4 per micro-batch x 64" in text
     assert "multiple of" in refused("pretrain", "configs/memory-1b.yaml", "--dry-run", "--world", 63)
 
 

@@ -79,7 +79,7 @@ class VariantWorker:
         return build_runner(self.variant, config)
 
     def _load_libraries(self) -> None:
-        """Run a step of a tiny model, so that memory of torch and its compiler is not counted as the model's."""
+        """Run a step of a tiny model, so that memory of torch and its compiler is not the model's."""
         tiny = PRESETS["tiny"]
         runner = self._build(tiny)
         ids = torch.randint(tiny.vocabulary, (tiny.micro_batch, tiny.sequence))
