@@ -14,8 +14,8 @@ process of its own. Bad outcomes are
   result      accepted with another result, although a checksum covers the file and was not recomputed
 
 The results of a changed plain config, tokenizer or text are not compared, since these are valid inputs.
-tools/fuzz_readers.py defines each reader's result. Every case follows from the seed and its number alone. Exit
-code 1 where there was a bad one; --folder keeps them.
+tools/fuzz_readers.py defines each reader's result. Every case follows from the seed and its number alone.
+Exit code 1 where there was a bad one; --folder keeps them.
 
 examples:
   .venv/bin/python tools/fuzz.py --cases 500

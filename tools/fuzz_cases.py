@@ -32,7 +32,7 @@ class Fuzz:
         self.whole: dict[str, str | None] = {}
 
     def prepare(self) -> None:
-        """Make artefacts and undamaged results in a child: this process must have no threads when it forks."""
+        """Make artefacts and undamaged results in a child: this process must fork without threads."""
         done = self.root / "results.json"
         child = multiprocessing.get_context("fork").Process(target=self._prepare, args=(done,))
         child.start()

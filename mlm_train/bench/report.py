@@ -46,9 +46,10 @@ def machine() -> dict[str, Any]:
 
 def describe(machine: dict[str, Any]) -> str:
     """The result of machine() in one line."""
+    threads = machine["threads_per_process"]
     return (
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
-        f"{machine['threads_per_process']} threads per process, load {machine['load_at_start']} at start; "
+        f"{threads} thread{'' if threads == 1 else 's'} per process, load {machine['load_at_start']} at start; "
         f"Python {machine['python']}, torch {machine['torch']}"
     )
 
