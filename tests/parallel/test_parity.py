@@ -39,12 +39,12 @@ def test_the_matrix_meets_every_value_of_every_axis() -> None:
         "kind": ("base", "memory", "flex"),
         "mode": MODES,
         "x0_transport": ("broadcast", "relay", "replicate"),
-        "schedule": ("gpipe", "1f1b", "interleaved_1f1b", *ZERO_BUBBLE),
+        "pipeline_schedule": ("gpipe", "1f1b", "interleaved_1f1b", *ZERO_BUBBLE),
         "tied": (True, False),
         "odd": (True, False),
         "divided": (True, False),
         "uneven": (True, False),
-        "zero": (0, 2),
+        "zero_stage": (0, 2),
     }.items():
         for value in values:
             assert (axis, value) in met, (axis, value)
