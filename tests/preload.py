@@ -1,4 +1,4 @@
-"""What every rank of a distributed test imports: done once, in the server that they are forked from."""
+"""Imports of every rank of a distributed test, done once in the server that ranks are forked from."""
 
 import torch
 

@@ -54,7 +54,7 @@ def run_on_ranks(target: str, world: int, timeout: float = 600, **arguments: Any
 
 
 def _rank(target: str, rank: int, world: int, port: int, folder: Path, arguments: dict[str, Any]) -> None:
-    """Of one machine, whose agent holds the store, as torchrun would set it up."""
+    """Environment of a rank on one machine, as set by torchrun, whose agent holds the store."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -74,9 +74,9 @@ def _rank(target: str, rank: int, world: int, port: int, folder: Path, arguments
         code = 0
     except BaseException:
         code = 1
-        if not list(folder.glob("failure-*")):  # the others fail because of the first one
+        if not list(folder.glob("failure-*")):  # the others fail as a consequence
             (folder / f"failure-{rank}").write_text(f"rank {rank} failed\n{traceback.format_exc()}")
-    # Not through Python's finalisation: a thread of gloo that drops its last tensor then kills the process.
+    # Skip Python's finalization: a gloo thread that frees its last tensor would abort the process.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""A short run under tools/chaos.py: every sort of injury, equal to the unbroken run to the bit."""
+"""A short run of tools/chaos.py: every kind of injury, bitwise equal to the undisturbed run."""
 
 import json
 import os

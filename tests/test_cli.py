@@ -1,4 +1,4 @@
-"""The command as a whole: help, versions, dry run, doctor, and errors a user may meet."""
+"""The command as a whole: help, version, dry run, doctor, and common errors."""
 
 import os
 import signal
@@ -73,7 +73,7 @@ def test_doctor_finds_every_package(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_full_disks_under_stdout() -> None:
-    """Nothing but one line, and no other exit code as Python ends."""
+    """One line only, and no other exit code when Python exits."""
     for word, unbuffered in (("--version", ""), ("doctor", ""), ("doctor", "1")):
         with open("/dev/full", "w") as full:
             words = [sys.executable, "-m", "mlm_train", word]
@@ -113,7 +113,7 @@ def test_stopped_while_modules_are_imported(
 
 
 def test_further_signals_let_it_clean_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those within seconds; a later one ends the process."""
+    """Further signals within seconds are ignored; a later one ends the process."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with stoppable():
         pass

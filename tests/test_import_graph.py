@@ -1,4 +1,4 @@
-"""The imports among the package's modules keep the order of layers (tools/import_graph.py)."""
+"""The imports among the package's modules respect the order of layers (tools/import_graph.py)."""
 
 from pathlib import Path
 

@@ -49,7 +49,8 @@ def describe(machine: dict[str, Any]) -> str:
     threads = machine["threads_per_process"]
     return (
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
-        f"{threads} thread{'' if threads == 1 else 's'} per process, load {machine['load_at_start']} at start; "
+        f"{threads} thread{'' if threads == 1 else 's'} per process, "
+        f"load {machine['load_at_start']} at start; "
         f"Python {machine['python']}, torch {machine['torch']}"
     )
 

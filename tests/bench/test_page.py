@@ -1,4 +1,4 @@
-"""The generated section of docs/performance.md: what is around it stays, aims and bounds are said."""
+"""The generated section of docs/performance.md: the text around it stays; targets and bounds are listed."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.bench.test_train import measured, record
 
 
 def kept(docs: Path) -> None:
-    """A page and a report of it."""
+    """Write a page and a report."""
     (docs / "bench").mkdir(parents=True)
     text = f"# Performance\nwords\n\n{page.BEGIN}\nold\n{page.END}\n\n## Loss\nothers\n"
     (docs / "performance.md").write_text(text)

@@ -131,7 +131,7 @@ def test_lazy_rows(tmp_path: Path) -> None:
 
 
 def change(folder: Path, **fields: Any) -> None:
-    """Another config.json, as if the folder had been written with it."""
+    """Replace config.json, as if the folder had been written with it."""
     (folder / MANIFEST).unlink(missing_ok=True)
     tree = json.loads((folder / "config.json").read_text())
     tree.update(fields)

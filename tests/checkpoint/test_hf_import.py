@@ -1,4 +1,4 @@
-"""`mlm-train import`: a Llama as transformers writes it is the same model here, trained on at any layout."""
+"""`mlm-train import`: a Llama written by transformers is the same model here, and trains in any layout."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def no_groups_left() -> Iterator[None]:
 def llama(
     folder: Path, shard: str = "1GB", dtype: torch.dtype = torch.float32, **fields: Any
 ) -> torch.Tensor:
-    """Save a Llama of transformers with random weights; its logits of IDS, from the folder, in fp32."""
+    """Save a transformers Llama with random weights. Returns its fp32 logits of IDS, read from the folder."""
     torch.manual_seed(3)
     model = LlamaForCausalLM(LlamaConfig(**SHAPES, **fields))
     for name, weight in model.named_parameters():
@@ -79,7 +79,7 @@ def test_our_own_exports(tmp_path: Path, kind: str) -> None:
 
 
 def test_what_follows_from_the_rest_may_be_there_twice(tmp_path: Path) -> None:
-    """Rotary frequencies and a tied head, as older programs write them."""
+    """Rotary frequencies and a tied head, as written by older programs."""
     folder = tmp_path / "llama"
     expected = llama(folder, tie_word_embeddings=True)
     file = folder / "model.safetensors"

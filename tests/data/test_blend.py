@@ -1,4 +1,4 @@
-"""Several prepared folders in fixed shares."""
+"""Blends of several prepared folders in fixed proportions."""
 
 import shutil
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_samples_come_from_both_in_turn_each_shuffled_by_itself(
     used = samples.consumed(count)
     assert [some.samples for some in used] == np.bincount(sources).tolist()
     assert used[1].tokens == used[1].samples * SIZE and used[1].epochs == pytest.approx(2, abs=2 / epoch)
-    # Any batches, over the seams of the blocks in which places are found too.
+    # Any batches, also across the boundaries of the blocks in which samples are located.
     ids, labels = samples.batch(BLOCK - 5, 10)
     assert np.array_equal(ids[7], samples.batch(BLOCK + 2, 1)[0][0])
     assert np.array_equal(

@@ -1,4 +1,4 @@
-"""Decoding with the cache equals the full forward; drawing and limits."""
+"""Decoding with the cache equals the full forward; sampling and limits."""
 
 from typing import Any
 
