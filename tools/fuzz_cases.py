@@ -143,7 +143,11 @@ class Fuzz:
             return outcome._replace(kind="accepted"), result
         except Refused as error:
             kind = (
-                "code" if error.code not in (2, 130) else "refused" if _is_told(error.said) else "traceback"
+                "code"
+                if error.code not in (2, 130)
+                else "refused"
+                if _is_user_message(error.said)
+                else "traceback"
             )
             return outcome._replace(kind=kind, said=error.said), None
         except (UserError, OSError) as error:  # from a part of a command; cli.main would report it
@@ -158,7 +162,7 @@ class Fuzz:
             return outcome._replace(kind="traceback", said="".join(traceback.format_exception(error))), None
 
 
-def _is_told(said: str) -> bool:
+def _is_user_message(said: str) -> bool:
     """Whether the output is one line for the user, or one per damaged range of a table's rows."""
     lines = said.strip().splitlines()
     whole = all(line.startswith("damaged: ") for line in lines) or len(lines) == 1

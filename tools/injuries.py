@@ -69,7 +69,7 @@ class Life:
             time.sleep(0.01)
         return happened()
 
-    def said(self, words: str, seconds: float = PATIENCE) -> bool:
+    def await_line(self, words: str, seconds: float = PATIENCE) -> bool:
         """Wait for another line with these words."""
         before = self.count(words)
         return self.until(lambda: self.count(words) > before, seconds)
@@ -318,7 +318,7 @@ def _until_saved_again(
             life.kill()
     finally:
         release()
-    if life.alive() and not life.said(COMMITTED) and life.alive():
+    if life.alive() and not life.await_line(COMMITTED) and life.alive():
         raise Violation(f"no checkpoint was committed after {event.kind}: {life.output}")
     return {-signal.SIGKILL} if event.strike else {2}
 

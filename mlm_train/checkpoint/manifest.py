@@ -100,7 +100,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read a folder's manifest. UserError for another format or version, Damaged where it was changed."""
     path, fix = folder / MANIFEST, f"delete {folder} to fall back to an older one"
     if not path.is_file():
-        raise Damaged(f"{folder} is no complete {FORMAT} folder: {MANIFEST} is missing", fix)
+        raise Damaged(f"{folder} is not a complete {FORMAT} folder: {MANIFEST} is missing", fix)
     try:
         tree = json_value(read_regular(path))
     except ValueError:

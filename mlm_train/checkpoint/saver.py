@@ -61,8 +61,8 @@ class Saver:
     def poll(self) -> None:
         """Report a checkpoint committed since the last call, without waiting."""
         write = self.write
-        if write is not None and write.folder is not None and not write.told:
-            write.told = True
+        if write is not None and write.folder is not None and not write.reported:
+            write.reported = True
             self.committed(Saved(write.folder, write.seconds, write.stall))
 
     def finish(self) -> None:
@@ -109,7 +109,7 @@ class _Write(threading.Thread):
         self.stall = self.seconds = 0.0
         self.folder: Path | None = None  # once it is committed
         self.error: Exception | None = None
-        self.told = False
+        self.reported = False
 
     def run(self) -> None:
         """Write the snapshot, in the thread or called directly."""

@@ -134,7 +134,7 @@ class _HuggingFace:
         self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text ends no document
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # Ids may have gaps: the number of tokens is no bound.
+        # Ids may have gaps: the number of tokens does not bound them.
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
