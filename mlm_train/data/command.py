@@ -106,7 +106,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--validation",
         metavar="PATH_OR_NAME",
-        help="separate validation input; --input is then all training",
+        help="separate validation input; all of --input is then for training",
     )
     parser.add_argument(
         "--validation-fraction", type=float, metavar="F", help="fraction of documents held out (default 0.02)"
