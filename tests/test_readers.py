@@ -17,7 +17,7 @@ from mlm_train.checkpoint.manifest import write_manifest
 from mlm_train.parallel import runtime
 from mlm_train.tol.allocate.sensitivity import Notes, Sums
 from mlm_train.utils.records import SEAL, json_value
-from mlm_train.utils.run_lock import SlurmAttempt, _note, _noted, _path
+from mlm_train.utils.run_lock import SlurmAttempt, _record, _recorded, _path
 from tests.commands import TINY, mlm_train, outcome, refused
 from tests.test_security import sharded_export, tol
 
@@ -222,13 +222,13 @@ def test_notes_that_are_damaged_are_as_none(tmp_path: Path, fifo: Fifo) -> None:
     ):
         _path(folder).write_bytes(text)
         notes.path.write_bytes(text)
-        assert _noted(folder) is None and notes.read() is None
+        assert _recorded(folder) is None and notes.read() is None
     for path in (_path(folder), notes.path):
         fifo(path)
-    assert _noted(folder) is None and notes.read() is None
+    assert _recorded(folder) is None and notes.read() is None
     _path(folder).unlink()
-    _note(folder, SlurmAttempt("7", 2))
-    assert _noted(folder) == SlurmAttempt("7", 2)
+    _record(folder, SlurmAttempt("7", 2))
+    assert _recorded(folder) == SlurmAttempt("7", 2)
     notes.path.unlink()
     sums = Sums(np.array([[0.5]]), np.array([[0.25]]), 3)
     notes.write(sums)

@@ -190,7 +190,7 @@ class FolderTensors:
         for name, shape in expected_shapes(config, with_memory).items():
             if (actual := self.shape(name)) != shape:
                 raise UserError(
-                    f"{self.path}: tensor {name} has shape {list(actual)}, but the config needs {list(shape)}"
+                    f"{self.path}: tensor {name} has shape {list(actual)}, not {list(shape)} as in the config"
                 )
         surplus = sorted(self._file_of.keys() - expected_shapes(config).keys())
         if surplus:
