@@ -17,7 +17,7 @@ from mlm_train.checkpoint.manifest import write_manifest
 from mlm_train.parallel import runtime
 from mlm_train.tol.allocate.sensitivity import Notes, Sums
 from mlm_train.utils.records import SEAL, json_value
-from mlm_train.utils.run_lock import SlurmAttempt, _record, _recorded, _path
+from mlm_train.utils.run_lock import SlurmAttempt, _path, _record, _recorded
 from tests.commands import TINY, mlm_train, outcome, refused
 from tests.test_security import sharded_export, tol
 
