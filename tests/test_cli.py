@@ -1,4 +1,4 @@
-"""The command as a whole: help, versions, dry run, doctor, and errors a user may meet."""
+"""The command as a whole: help, version, dry run, doctor, and common errors."""
 
 import os
 import signal
@@ -92,7 +92,7 @@ def test_dry_run_allocates_nothing_and_needs_no_data(capsys: pytest.CaptureFixtu
     text = capsys.readouterr().out
     assert "1,208," in text and "704," in text  # total and active parameters, millions
     assert "compute_intermediate_size: 2048" in text and "memory per rank" in text
-    assert "4 a micro-batch x 64" in text
+    assert "4 per micro-batch x 64" in text
     assert "multiple of" in refused("pretrain", "configs/memory-1b.yaml", "--dry-run", "--world", 63)
 
 
@@ -103,7 +103,7 @@ def test_doctor_finds_every_package(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_full_disks_under_stdout() -> None:
-    """Nothing but one line, and no other exit code as Python ends."""
+    """One line only, and no other exit code when Python exits."""
     for word, unbuffered in (("--version", ""), ("doctor", ""), ("doctor", "1")):
         with open("/dev/full", "w") as full:
             words = [sys.executable, "-m", "mlm_train", word]
@@ -122,7 +122,7 @@ def test_full_disks_under_stdout() -> None:
     ("stop", "code", "line"),
     [
         (KeyboardInterrupt, 130, "stopped by the user"),
-        (Terminated, 143, "stopped by SIGTERM; run the same command again to go on"),
+        (Terminated, 143, "stopped by SIGTERM; run the same command again to continue"),
     ],
 )
 def test_stopped_while_modules_are_imported(
@@ -143,7 +143,7 @@ def test_stopped_while_modules_are_imported(
 
 
 def test_further_signals_let_it_clean_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those within seconds; a later one ends the process."""
+    """Further signals within seconds are ignored; a later one ends the process."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with stoppable():
         pass

@@ -254,7 +254,7 @@ def test_what_a_message_says_is_enough_is(size: int) -> None:
         ((PAPER, "--rank", 2049), "--rank 2049"),
         (
             (PAPER, "--vram-gb", 1),
-            "weights apart from FFN-M take 1.86 GB; give at least 1.86",
+            "weights other than FFN-M take 1.86 GB; give at least 1.86",
         ),
         ((PAPER, "model.vocab_size="), "model.vocab_size has no value: input should be a valid integer"),
         ((PAPER, "--ram-gbs", 0), "--ram-gbs 0"),

@@ -21,7 +21,7 @@ from mlm_train.parallel.health.progress_marker import ProgressMarker
 from mlm_train.parallel.health.thread_stacks import keep_flight_records
 from mlm_train.parallel.mesh.groups import ProcessGroups, create_groups, destroy_groups
 from mlm_train.parallel.mesh.topology import Topology
-from mlm_train.utils.files import told
+from mlm_train.utils.files import with_fix
 from mlm_train.utils.malloc import keep_freed
 
 Result = TypeVar("Result")
@@ -126,7 +126,7 @@ def _attempt(work: Callable[[], Any]) -> tuple[_Outcome, Exception | None]:
     except UserError as error:
         return _Outcome(user_error=str(error)), None
     except OSError as error:
-        return _Outcome(user_error=f"{error.filename or 'a file'}: {told(error)}"), None
+        return _Outcome(user_error=f"{error.filename or 'a file'}: {with_fix(error)}"), None
     except Exception as error:
         line = f"stopped because rank {global_rank()} failed first: {one_line(error)}"
         return _Outcome(failure=line), error

@@ -1,4 +1,4 @@
-"""`bench auto`: the report, and what it refuses; never its timings."""
+"""`bench auto`: the report and rejected options; no timings are asserted."""
 
 import json
 from pathlib import Path
@@ -19,6 +19,6 @@ def test_the_report(tmp_path: Path) -> None:
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
-    assert "known are single, pair" in refused("bench", "auto", "--shapes", "round")
+    assert "choose from single, pair" in refused("bench", "auto", "--shapes", "round")
     assert "--runs 0" in refused("bench", "auto", "--runs", 0)
     assert "name a file" in refused("bench", "auto", "--json", tmp_path)
