@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent
 
 REQUIRES = [
     "torch>=2.11",
-    "deepspeed>=0.18.9",
+    "deepspeed>=0.19.8",
     "megatron-core>=0.16.0",
     "ray>=2.54.0",
     "datasets>=4.5.0",

@@ -25,7 +25,7 @@ from mlm_train.utils.files import with_fix
 from mlm_train.utils.malloc import keep_freed
 
 Result = TypeVar("Result")
-ZERO_BUBBLE_TORCH = (2, 13)  # before, torch lost gradients of ours in its zero-bubble schedules
+ZERO_BUBBLE_TORCH = (2, 13)  # older ones do not run zero-bubble schedules over our stages
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
