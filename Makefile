@@ -36,7 +36,7 @@ test: check  ## style, types and all tests
 	$(PYTEST) -n $(TEST_WORKERS)
 
 test-fast: check  ## style, types and the tests that start no process: minutes
-	$(PYTEST) -n $(TEST_WORKERS) --fast
+	$(PYTEST) -n logical --maxprocesses 8 --fast
 
 test-long: .venv/dev.stamp  ## what takes an hour: 30,000 damaged files, signals at 100 moments of each command
 	$(PYTEST) -rs -m long tests
