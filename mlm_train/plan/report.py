@@ -66,7 +66,7 @@ def _run(config: Config, topology: Topology) -> Table:
         "tokens per step": f"{tokens:,}",
         "tokens, total": f"{tokens * train.steps:,}"
         + (" at most (warm-up)" if train.batch_size_warmup else ""),
-        "FLOPs per token (FFN-M per position)": f"{flops:.3e}",
+        "FLOPs per token (per-token FFN-M)": f"{flops:.3e}",
     }
     for name, value in rows.items():
         table.add_row(name, value)
