@@ -221,7 +221,7 @@ def test_a_folder_is_a_model_too_and_speed_is_measured(
     plan = planned(capsys, tmp_path / "export", "--batch", 3, "--rank", 5)
     assert plan["tables"][0]["bytes"] == 1000 * 2 * 64 * 2 and len(plan["tables"]) == 6
     assert plan["build_tflops"]["measured"] and plan["build_tflops"]["value"] > 0
-    assert "no config" in refused("plan", "tol", tmp_path / "export", "model.vocab_size=3")
+    assert "is not a config" in refused("plan", "tol", tmp_path / "export", "model.vocab_size=3")
 
 
 def test_overrides_change_a_config(capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,8 +56,8 @@ def _run(config: Config, topology: Topology) -> Table:
     flops = train_flops_per_token(config.model, config.data.sequence_length)
     table = Table("quantity", "value")
     rows = {
-        "parameters, total (without embeddings)": f"{counts.total:,}",
-        "parameters, active (without FFN-M)": f"{counts.active:,}",
+        "parameters, total (no embeddings)": f"{counts.total:,}",
+        "parameters, active (no FFN-M)": f"{counts.active:,}",
         "parameters, embedding + head": f"{counts.embedding + counts.head:,}",
         "processes": f"{topology.world} (data {topology.data} x tensor {topology.tensor} "
         f"x pipeline {topology.pipeline})",
@@ -66,7 +66,7 @@ def _run(config: Config, topology: Topology) -> Table:
         "tokens per step": f"{tokens:,}",
         "tokens, total": f"{tokens * train.steps:,}"
         + (" at most (warm-up)" if train.batch_size_warmup else ""),
-        "FLOPs per token (FFN-M at every position)": f"{flops:.3e}",
+        "FLOPs per token (per-token FFN-M)": f"{flops:.3e}",
     }
     for name, value in rows.items():
         table.add_row(name, value)

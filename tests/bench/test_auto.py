@@ -10,7 +10,7 @@ from tests.commands import finished, refused
 def test_the_report(tmp_path: Path) -> None:
     file = tmp_path / "auto.json"
     output = finished("bench", "auto", "--runs", 2, "--shapes", "pair", "narrow", "--json", file)
-    assert "auto takes" in output and "pair" in output
+    assert "auto chooses" in output and "pair" in output
     found = json.loads(file.read_text())
     assert {row["name"] for row in found["rows"]} == {f"{s}.{m}" for s in ("pair", "narrow") for m in MODES}
     assert all(row["runs"] == 2 and row["median"] > 0 for row in found["rows"])
