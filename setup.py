@@ -23,6 +23,6 @@ setup(
     python_requires=">=3.11,<3.12",
     packages=find_packages(include=["mlm_train", "mlm_train.*"]),
     install_requires=pins("requirements.txt"),
-    extras_require={"dev": pins("requirements-dev.txt")},
+    extras_require={"dev": pins("requirements-dev.txt"), "wandb": pins("requirements-wandb.txt")},
     entry_points={"console_scripts": ["mlm-train = mlm_train.__main__:main"]},
 )

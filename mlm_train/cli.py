@@ -14,43 +14,46 @@ import resource
 import signal
 import sys
 import traceback
-from typing import NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from mlm_train import __version__
 from mlm_train.errors import PeerFailure, SharedUserError, Terminated, UserError, escaped
+from mlm_train.utils.extensions import added, load, package_of
 from mlm_train.utils.files import FULL, told
 from mlm_train.utils.library_noise import hush_libraries
 from mlm_train.utils.signals import heard, stoppable
 
+
+class Command(NamedTuple):
+    """Where a command is, and what `mlm-train --help` says of it."""
+
+    module: str
+    summary: str
+
+
+# Packages add commands by entry points of GROUP, which name such a module (docs/extending.md).
+GROUP = "mlm_train.commands"
 COMMANDS = {
-    "data": "mlm_train.data.command",
-    "pretrain": "mlm_train.train.command",
-    "launch": "mlm_train.train.launch_command",
-    "checkpoint": "mlm_train.checkpoint.command",
-    "export": "mlm_train.checkpoint.export",
-    "import": "mlm_train.checkpoint.import_command",
-    "tol": "mlm_train.tol.commands.main",
-    "plan": "mlm_train.plan.command",
-    "generate": "mlm_train.inference.command",
-    "evaluate": "mlm_train.evaluate.command",
-    "monitor": "mlm_train.monitor.command",
-    "bench": "mlm_train.bench.command",
-    "doctor": "mlm_train.doctor",
-}
-SUMMARY = {
-    "data": "collect text, tokenise it, look at it",
-    "pretrain": "train a model (on one process, or on every rank of a torchrun)",
-    "launch": "start pretrain on several processes, or submit it to Slurm",
-    "checkpoint": "list, verify and prune a run's checkpoints",
-    "export": "write a Hugging Face folder from a checkpoint",
-    "import": "train on with the weights of a Hugging Face Llama, or of an export",
-    "tol": "build and verify token-wise lookups (ToL)",
-    "plan": "size of a ToL, time to build it, and whether it pays",
-    "generate": "continue a prompt, with FFN-M computed or looked up",
-    "evaluate": "perplexity of a model, or its logits",
-    "monitor": "show a run in TensorBoard",
-    "bench": "measure this machine, with what is moved counted",
-    "doctor": "say what this machine can run",
+    "data": Command("mlm_train.data.command", "collect text, tokenise it, look at it"),
+    "pretrain": Command(
+        "mlm_train.train.command", "train a model (on one process, or on every rank of a torchrun)"
+    ),
+    "launch": Command(
+        "mlm_train.train.launch_command", "start pretrain on several processes, or submit it to Slurm"
+    ),
+    "checkpoint": Command("mlm_train.checkpoint.command", "list, verify and prune a run's checkpoints"),
+    "export": Command("mlm_train.checkpoint.export", "write a Hugging Face folder from a checkpoint"),
+    "import": Command(
+        "mlm_train.checkpoint.import_command",
+        "train on with the weights of a Hugging Face Llama, or of an export",
+    ),
+    "tol": Command("mlm_train.tol.commands.main", "build and verify token-wise lookups (ToL)"),
+    "plan": Command("mlm_train.plan.command", "size of a ToL, time to build it, and whether it pays"),
+    "generate": Command("mlm_train.inference.command", "continue a prompt, with FFN-M computed or looked up"),
+    "evaluate": Command("mlm_train.evaluate.command", "perplexity of a model, or its logits"),
+    "monitor": Command("mlm_train.monitor.command", "show a run in TensorBoard"),
+    "bench": Command("mlm_train.bench.command", "measure this machine, with what is moved counted"),
+    "doctor": Command("mlm_train.doctor", "say what this machine can run"),
 }
 
 STOPPED = {
@@ -80,14 +83,14 @@ def build_parser(chosen: str | None) -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"mlm-train {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, module_name in COMMANDS.items():
+    for name, command in _known(chosen).items():
         if name != chosen:
-            commands.add_parser(name, help=SUMMARY[name])
+            commands.add_parser(name, help=command.summary)
             continue
-        module = importlib.import_module(module_name)
+        module = _module_of(name, command)
         sub = commands.add_parser(
             name,
-            help=SUMMARY[name],
+            help=command.summary,
             description=module.HELP,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -95,6 +98,24 @@ def build_parser(chosen: str | None) -> Parser:
         module.add_arguments(sub)
         sub.set_defaults(handler=module.run)
     return parser
+
+
+def _known(chosen: str | None) -> dict[str, Command]:
+    """Our commands; where the chosen one is none of them those of other packages too."""
+    if chosen in COMMANDS:
+        return COMMANDS
+    points = added(GROUP, COMMANDS).items()
+    return COMMANDS | {name: Command(point.value, f"added by {package_of(point)}") for name, point in points}
+
+
+def _module_of(name: str, command: Command) -> Any:
+    if name in COMMANDS:
+        return importlib.import_module(command.module)
+    module = load(added(GROUP, COMMANDS)[name])
+    for part in ("HELP", "add_arguments", "run"):
+        if not hasattr(module, part):
+            raise UserError(f"{name}: {command.module} is no command: it has no {part} (docs/extending.md)")
+    return module
 
 
 def _parsed(parser: Parser, argv: list[str]) -> argparse.Namespace:

@@ -99,9 +99,9 @@ def wait_for(text: str, run: Path, *processes: "subprocess.Popen[str]") -> None:
         time.sleep(0.01)
 
 
-def finished(*words: object) -> str:
+def finished(*words: object, **environment: str) -> str:
     """Run a command as a process of its own; it must succeed; its output."""
-    process = start(*words)
+    process = start(*words, **environment)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-4000:]
     return output

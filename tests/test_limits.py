@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mlm_train.monitor.heartbeat import Heartbeat
+from mlm_train.monitor.heartbeat import HeartbeatFile
 from tests.commands import ROOT, TINY, finished, mlm_train, same_losses, start, wait_for
 
 
@@ -30,7 +30,7 @@ def test_few_open_files(data: Path, tmp_path: Path, count: int) -> None:
 def test_a_heartbeat_goes_on_where_the_clock_is_set_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heart, now = Heartbeat(tmp_path), time.time
+    heart, now = HeartbeatFile(tmp_path), time.time
     heart.beat("training", step=1)
     monkeypatch.setattr("time.time", lambda: now() - 3600)
     time.sleep(1.1)

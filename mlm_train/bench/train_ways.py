@@ -20,7 +20,8 @@ from mlm_train.model.loss import count_labels
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import autocast_of, build_executor, build_model
-from mlm_train.parallel.engine.deepspeed_zero import Engine, parameter_groups
+from mlm_train.parallel.engine.base import parameter_groups
+from mlm_train.parallel.engine.deepspeed_zero import DeepSpeedEngine
 from mlm_train.parallel.pipeline.single_stage import SingleStageExecutor
 from mlm_train.train.batches import MicroBatch
 from mlm_train.train.step import Trainer
@@ -95,7 +96,7 @@ class Ours:
             leave_ffn_out(self.model)
         initialise(self.model, config.model, config.train.seed)
         self.lr = config.optimizer.lr
-        self.engine = Engine(self.model, config, runtime)
+        self.engine = DeepSpeedEngine(self.model, config, runtime)
         executor = build_executor(self.model, config, runtime, self.engine.entry)
         assert isinstance(executor, SingleStageExecutor)
         self.executor = executor

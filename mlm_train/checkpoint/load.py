@@ -13,7 +13,7 @@ from mlm_train.config.renamed import with_new_names
 from mlm_train.data.order import ORDER
 from mlm_train.errors import UserError
 from mlm_train.model.logical import pieces
-from mlm_train.parallel.engine.deepspeed_zero import Engine
+from mlm_train.parallel.engine.base import Engine
 from mlm_train.parallel.engine.optimizer_state import STATE, finish_scatter, scatter_state
 from mlm_train.utils.checks import Check
 

@@ -16,7 +16,7 @@ from mlm_train.checkpoint.tensors import LogicalPart, write_tensors
 from mlm_train.config import Config
 from mlm_train.errors import UserError
 from mlm_train.model.counts import count_parameters
-from mlm_train.parallel.engine.deepspeed_zero import Engine
+from mlm_train.parallel.engine.base import Engine
 from mlm_train.parallel.engine.optimizer_state import STATE, gather_state, optimizer_steps
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.utils.files import writing

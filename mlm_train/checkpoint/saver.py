@@ -12,7 +12,7 @@ from mlm_train.checkpoint.save import Snapshot, take_snapshot, write_checkpoint
 from mlm_train.config import Config
 from mlm_train.errors import UserError
 from mlm_train.monitor.report import Saved
-from mlm_train.parallel.engine.deepspeed_zero import Engine
+from mlm_train.parallel.engine.base import Engine
 from mlm_train.parallel.runtime import Runtime
 
 FAILURES = 3  # saves in a row that may fail before the run ends: a disk may be full for a while

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mlm_train.config import Config
-from mlm_train.memory import TableSource, TrainingSource, make_source
+from mlm_train.memory import SourceOptions, TableSource, TrainingSource, make_source
 from mlm_train.model.loss import VocabRange, head_loss
 from mlm_train.model.transformer import Transformer
 from mlm_train.model.unfilled import unfilled
@@ -27,6 +27,7 @@ from mlm_train.parallel.tensor.layers import (
     sum_replicated,
     sum_replicated_each_pass,
 )
+from mlm_train.utils.extensions import find
 
 
 def tensor_group(config: Config, runtime: Runtime) -> TensorGroup:
@@ -138,9 +139,8 @@ def _source(
         return None
     share = DataParallelSharing(runtime.groups.data) if memory.shared else None
     blocks = model.memory_blocks()
-    return make_source(
-        memory.mode, blocks, group, precision, share, memory.table_layers, memory.kept_layers or 0
-    )
+    options = SourceOptions(group, precision, share, memory.table_layers, memory.kept_layers or 0)
+    return make_source(memory.mode, blocks, options)
 
 
 def _channel(
@@ -149,8 +149,8 @@ def _channel(
     """The transport of x0 to this rank."""
     most = most_layers(config, runtime.topology)
     no_memory = source is None and runtime.topology.pipeline > 1
-    transport = LocalEmbedding if no_memory else TRANSPORTS[config.transport]
-    return transport(
+    transport = LocalEmbedding if no_memory else find("parallel.x0_transport", config.transport, TRANSPORTS)
+    channel: X0Channel = transport(
         model,
         runtime.groups.pipeline,
         group,
@@ -159,6 +159,7 @@ def _channel(
         source if isinstance(source, TableSource) else None,
         config.memory is not None and config.memory.tabled(most) == most,
     )
+    return channel
 
 
 def _nothing() -> None:

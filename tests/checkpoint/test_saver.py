@@ -151,7 +151,7 @@ def test_space_is_looked_for_before_anything_is_written(
     before = checksums(run)
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: usage(path)._replace(free=100_000))
     processes.stop()
-    more = ("train.steps=3", "monitor.tensorboard=false")
+    more = ("train.steps=3", "monitor.writers=[]")
     config = config_of(data, run, *more)
     with (
         pytest.raises(UserError, match=r"the checkpoint of step 3 needs .* GiB, but .* free: free space"),

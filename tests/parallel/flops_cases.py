@@ -6,8 +6,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mlm_train.monitor.callback import Context
+from mlm_train.monitor.log import Log
 from mlm_train.monitor.monitor import Monitor
 from mlm_train.monitor.report import Progress, StepReport
+from mlm_train.monitor.writers import Writers
 from mlm_train.parallel import runtime as processes
 from tests.parallel.parity_cases import make_trainer, my_batches
 from tests.parallel.reference import tiny_config
@@ -23,7 +26,7 @@ def count_matmuls(cases: list[dict[str, Any]]) -> list[dict[str, float]]:
 def _count(model: dict, **sections: dict) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         train = sections.pop("train", {}) | {"output": folder}
-        config = tiny_config(model, train=train, monitor={"tensorboard": False}, **sections)
+        config = tiny_config(model, train=train, monitor={"writers": []}, **sections)
         runtime = processes.start(config)
         trainer = make_trainer(config, runtime)
         batches = my_batches(runtime, 0, config)
@@ -32,8 +35,8 @@ def _count(model: dict, **sections: dict) -> dict[str, float]:
         counted = flops.get_flop_counts()["Global"]
         mine = sum(count for operation, count in counted.items() if operation in MATMULS)
         total = sum(runtime.gather(lambda: mine))
-        monitor = Monitor(config, runtime, Progress(), ["here"] * runtime.topology.world)
+        hosts = ["here"] * runtime.topology.world
+        monitor = Monitor(Context(config, runtime, hosts, Log(None), Writers()))
         values = monitor.step_values(StepReport(Progress(), 1e-3, 8, result, 0.5, {}))
-        monitor.close()
         rate = values["speed/mfu_measured"] * monitor.peaks["measured"] * runtime.topology.world
         return {"matmuls": total, "logged": rate / values["speed/tokens_per_second"] * result.tokens}

@@ -17,7 +17,8 @@ from mlm_train.model.loss import count_labels, loss_sums
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_executor, build_model
-from mlm_train.parallel.engine.deepspeed_zero import Engine
+from mlm_train.parallel.engine import make_engine
+from mlm_train.parallel.engine.base import Engine
 from mlm_train.parallel.ffn_m.shares import DataParallelSharing
 from mlm_train.parallel.pipeline import executor as pipeline
 from mlm_train.parallel.pipeline import x0
@@ -104,7 +105,7 @@ def make_trainer(config: Config, runtime: processes.Runtime) -> Trainer:
         parameters = dict(network.named_parameters())
         for piece in pieces(network):
             piece.of(parameters[piece.parameter]).copy_(piece.cut(whole[piece.name]))
-    engine = Engine(network, config, runtime)
+    engine = make_engine(network, config, runtime)
     return Trainer(engine, build_executor(network, config, runtime, engine.entry), runtime)
 
 

@@ -10,7 +10,7 @@ from mlm_train.model.logical import initialise, pieces
 from mlm_train.model.loss import IGNORED
 from mlm_train.model.source import MemorySource
 from mlm_train.model.transformer import Transformer
-from mlm_train.parallel.engine.deepspeed_zero import parameter_groups
+from mlm_train.parallel.engine.base import parameter_groups
 from mlm_train.train.schedule import learning_rate
 
 VOCABULARY, LENGTH, GLOBAL_BATCH = 96, 24, 8

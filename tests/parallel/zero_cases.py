@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mlm_train.config import Config
 from mlm_train.parallel import runtime as processes
-from mlm_train.parallel.engine.deepspeed_zero import Engine
+from mlm_train.parallel.engine.base import Engine
 from mlm_train.plan.memory import rank_memory
 from tests.parallel.parity_cases import make_trainer, my_batches, run_cases
 from tests.parallel.reference import tiny_config

@@ -45,8 +45,8 @@ class X0Channel(Protocol):
 
 
 @dataclass
-class _Channel:
-    """What channels are made of: this rank's model, its groups, its device.
+class Channel:
+    """What a transport is made of: this rank's model, its groups, its device.
 
     `crossings`: boundaries in the pipeline between stages on different ranks, virtual stages counted;
     `tables`: what the step's rows are for, if FFN-M has tables; `all_layers_tabled`: whether every layer of
@@ -61,9 +61,11 @@ class _Channel:
     tables: TableSource | None = None
     all_layers_tabled: bool = False
 
+    def __post_init__(self) -> None:
+        """What a transport makes of these at the start."""
 
-@dataclass
-class Broadcast(_Channel):
+
+class Broadcast(Channel):
     """The step's rows: distinct ids of this data-parallel rank's step, once over the pipeline group.
 
     With tables what travels is the rows that these are made of; of a share of them (memory.shared) the
@@ -115,7 +117,7 @@ class Broadcast(_Channel):
         return 2 * 4 * distinct * self.model.config.hidden_size * others
 
 
-class Relay(_Channel):
+class Relay(Channel):
     """x0 is passed with the hidden state: the plain method, and the reference."""
 
     relays = True
@@ -140,7 +142,7 @@ class LocalEmbedding(Relay):
     relays = False
 
 
-class Replicate(_Channel):
+class Replicate(Channel):
     """Every stage embeds; the embedding's gradients are summed over the pipeline group."""
 
     relays = False
@@ -163,6 +165,7 @@ class Replicate(_Channel):
         return 2 * 4 * self.model.config.vocab_size * self.model.config.hidden_size * others
 
 
+# Names of config field parallel.x0_transport (config/choices.py lists them too).
 TRANSPORTS: dict[str, type[Broadcast] | type[Relay] | type[Replicate]] = {
     "broadcast": Broadcast,
     "relay": Relay,
