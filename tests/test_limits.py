@@ -1,4 +1,4 @@
-"""What a machine may hold back: open files, a clock that stands still."""
+"""Limits of a machine: open files, a clock that is set back."""
 
 import json
 import os
@@ -48,7 +48,7 @@ time.time = lambda: real() + (by if os.path.exists(when) else 0.0)
 @pytest.mark.long
 @pytest.mark.parametrize("by", [3600, -3600])
 def test_the_time_of_day_jumps_by_an_hour(by: int, data: Path, tmp_path: Path) -> None:
-    """While two ranks train, and while a table is built into a folder and at a URL, where a lease is held."""
+    """During training on two ranks, and during builds into a folder and to a URL, where a lease is held."""
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "sitecustomize.py").write_text(JUMPING)
     jump, run, exported = tmp_path / "jump", tmp_path / "run", tmp_path / "export"

@@ -13,17 +13,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlm_train.config import Config, TrainConfig
+from mlm_train.config import Config, ParallelConfig, TrainConfig
+from mlm_train.config.parallel import ZERO_BUBBLE
 from mlm_train.errors import PeerFailure, SharedUserError, UserError
 from mlm_train.parallel.health.failures import one_line
 from mlm_train.parallel.health.progress_marker import ProgressMarker
 from mlm_train.parallel.health.thread_stacks import keep_flight_records
 from mlm_train.parallel.mesh.groups import ProcessGroups, create_groups, destroy_groups
 from mlm_train.parallel.mesh.topology import Topology
-from mlm_train.utils.files import told
+from mlm_train.utils.files import with_fix
 from mlm_train.utils.malloc import keep_freed
 
 Result = TypeVar("Result")
+ZERO_BUBBLE_TORCH = (2, 13)  # older ones do not run zero-bubble schedules over our stages
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -124,7 +126,7 @@ def _attempt(work: Callable[[], Any]) -> tuple[_Outcome, Exception | None]:
     except UserError as error:
         return _Outcome(user_error=str(error)), None
     except OSError as error:
-        return _Outcome(user_error=f"{error.filename or 'a file'}: {told(error)}"), None
+        return _Outcome(user_error=f"{error.filename or 'a file'}: {with_fix(error)}"), None
     except Exception as error:
         line = f"stopped because rank {global_rank()} failed first: {one_line(error)}"
         return _Outcome(failure=line), error
@@ -156,6 +158,22 @@ def check_compiler(train: TrainConfig) -> None:
         )
 
 
+def has_zero_bubble() -> bool:
+    """Whether this torch's zero-bubble schedules run our stages."""
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= ZERO_BUBBLE_TORCH
+
+
+def check_torch(parallel: ParallelConfig) -> None:
+    """UserError where the schedule needs a newer torch than this one."""
+    if parallel.pipeline > 1 and parallel.order in ZERO_BUBBLE and not has_zero_bubble():
+        needed = ".".join(map(str, ZERO_BUBBLE_TORCH))
+        raise UserError(
+            f"parallel.pipeline_schedule={parallel.order}: needs torch {needed} or newer, and this is torch "
+            f"{torch.__version__}: set parallel.pipeline_schedule=1f1b, or install a newer torch"
+        )
+
+
 def pick_device(choice: str) -> torch.device:
     """This rank's device for config field train.device: `auto` is CUDA where torch finds it."""
     if choice == "cpu" or not torch.cuda.is_available():
@@ -169,6 +187,7 @@ def start(config: Config) -> Runtime:
     """Initialize torch.distributed (gloo on CPU, NCCL on CUDA) and the process groups of the layout."""
     topology = Topology.of(config.parallel, world_size(), global_rank())
     topology.check_batch(config)
+    check_torch(config.parallel)
     _set_determinism(config.train)
     device = pick_device(config.train.device)
     if device.type == "cpu":

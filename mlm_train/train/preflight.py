@@ -21,7 +21,7 @@ from mlm_train.parallel.engine import ENGINES
 from mlm_train.parallel.engine.base import Engine
 from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.parallel.pipeline.x0 import TRANSPORTS
-from mlm_train.parallel.runtime import check_compiler, check_device
+from mlm_train.parallel.runtime import check_compiler, check_device, check_torch
 from mlm_train.train.schedule import go_on
 from mlm_train.utils.checks import Check
 from mlm_train.utils.extensions import find
@@ -70,6 +70,7 @@ def preflight(config: Config, world: int, local_world: int | None) -> Blend:
     if local_world is not None:
         check_device(config.train.device, local_world)
         check_compiler(config.train)
+        check_torch(config.parallel)
     data = Blend.open(config.data)
     if data.vocab_size > config.model.vocab_size:
         raise UserError(

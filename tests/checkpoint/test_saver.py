@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on: the same files, nothing of later steps, failures survived."""
+"""Background saves: the same files, nothing of later steps, and failed saves are survived."""
 
 import threading
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ def config_of(data: Path, run: Path, *more: str) -> Config:
 
 
 def checksums(run: Path) -> dict[str, list[FileEntry]]:
-    """Checkpoint name -> its manifest's files; all contents are verified on the way."""
+    """Checkpoint name -> its manifest's files; all contents are verified."""
     return {folder.name: open_checkpoint(folder).files for folder in (run / "checkpoints").glob("step-*")}
 
 

@@ -23,6 +23,17 @@ def cases_of(layout: Layout) -> dict[str, Case]:
     return (product if layout in PRODUCT else {}) | pairwise().get(layout, {})
 
 
+def pairs_of_choices(layout: Layout) -> dict[str, Case]:
+    """Those that hold every pair of choices; a layout that has none there brings all of its own."""
+    return pairwise().get(layout) or cases_of(layout)
+
+
+def further(layout: Layout) -> dict[str, Case]:
+    """All others: the product of the axes that concern x0, where the layout is in the all-pairs design."""
+    pairs = pairs_of_choices(layout)
+    return {name: case for name, case in cases_of(layout).items() if name not in pairs}
+
+
 def _modes(model: Case) -> tuple[str | None, ...]:
     return (None,) if model["kind"] == "base" else ("per_token", "unique", "table")
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
+from tests.parallel.layouts import Case
 from tests.parallel.matrix import LAYOUTS, Layout, cases_of
 from tests.ranks import ROOT, run_on_ranks
+from tests.zero_bubble import runs_here
 
 Errors = dict[str, float]
 
@@ -40,9 +42,14 @@ def failures(results: dict[str, Errors]) -> dict[str, Errors]:
     }
 
 
-def run_layout(layout: Layout) -> dict[str, Errors]:
-    """Case name -> errors, for all cases of a layout, in one launch."""
-    cases = cases_of(layout)
+def has_schedule(case: Case) -> bool:
+    """Whether this torch has the case's schedule."""
+    return runs_here(case.get("parallel", {}).get("pipeline_schedule"))
+
+
+def run_layout(layout: Layout, cases: dict[str, Case]) -> dict[str, Errors]:
+    """Case -> errors of a layout, one launch for all cases that this torch can run."""
+    cases = {name: case for name, case in cases.items() if has_schedule(case)}
     results = run_on_ranks(
         "tests.parallel.parity_cases:run_cases", layout.world, timeout=900, cases=list(cases.values())
     )
@@ -56,7 +63,7 @@ def main() -> None:
     details: list[str] = []
     failed: dict[str, Errors] = {}
     for layout in LAYOUTS:
-        results = run_layout(layout)
+        results = run_layout(layout, cases_of(layout))
         failed |= {f"{layout}: {name}": error for name, error in failures(results).items()}
         worst = [max(error[key] for error in results.values()) for key in FIGURES]
         figures = " | ".join(f"{value:.1e}" for value in worst)

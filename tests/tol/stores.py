@@ -5,7 +5,8 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -27,7 +28,7 @@ class Objects:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._app = DomainDispatcherApplication(create_backend_app)
         self._kept: tuple[str, str] | None = None
-        self.denied: str | None = None  # a name that cannot be written
+        self._denied: str | None = None
         self.waiting, self._go = threading.Event(), threading.Event()
         listening.listen(64)
         self.server = make_server("127.0.0.1", 0, self, threaded=True, fd=listening.fileno())
@@ -37,10 +38,19 @@ class Objects:
         if kept and environ["REQUEST_METHOD"] == kept[0] and kept[1] in environ["PATH_INFO"]:
             self.waiting.set()
             assert self._go.wait(120)
-        if self.denied and environ["REQUEST_METHOD"] == "PUT" and self.denied in environ["PATH_INFO"]:
+        if self._denied and environ["REQUEST_METHOD"] == "PUT" and self._denied in environ["PATH_INFO"]:
             respond("403 Forbidden", [("Content-Type", "application/xml")])
             return [b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"]
         return self._app(environ, respond)
+
+    @contextmanager
+    def denying(self, name: str) -> Iterator[None]:
+        """Meanwhile nobody may write this name."""
+        self._denied = name
+        try:
+            yield
+        finally:
+            self._denied = None
 
     def keep(self, method: str, name: str) -> None:
         """Have requests for this name wait, from now on; `waiting` says that one does."""

@@ -36,6 +36,7 @@ from tests.tol.test_compress import MIXED
 from tests.tol.test_faults import same, workers
 
 PARTITIONS = 24
+SMALL: dict[str, Any] = {"partitions": 5, "chunk_rows": 50}
 LOW_RANK = TableSpec(dtype="int8", group_size=8, rank=16)
 OPTIONS = ("--dtype", "int8", "--group-size", "8", "--rank", "16", "--partitions", PARTITIONS)
 STORAGES = {
@@ -92,24 +93,33 @@ def build(source: Path, output: str | Path, spec: TableSpec = LOW_RANK, **option
     return Build(source, output, spec, **{"partitions": PARTITIONS} | options)
 
 
+@pytest.fixture(scope="module")
+def folders(exported: Path, ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What each of STORAGES must come to, in a folder; and the mixed one from the table in int4."""
+    root = tmp_path_factory.mktemp("folders")
+    for name, spec in STORAGES.items():
+        build(exported, root / name, spec, group_bytes=1, **SMALL).run()
+    Build(None, root / "again", STORAGES["mixed"], table=root / "int4", **SMALL).run()
+    return {name: root / name for name in (*STORAGES, "again")}
+
+
 @pytest.mark.parametrize("name", STORAGES)
-def test_the_bytes_of_a_folder(name: str, url: str, exported: Path, ray: None, tmp_path: Path) -> None:
+def test_the_bytes_of_a_folder(
+    name: str, url: str, exported: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
     """From weights and from a table; verified there, fetched, and verified from the weights."""
-    options = {"partitions": 5, "chunk_rows": 50}
-    build(exported, tmp_path / "folder", STORAGES[name], group_bytes=1, **options).run()
-    build(exported, url, STORAGES[name], **options).run()
+    build(exported, url, STORAGES[name], **SMALL).run()
     index = index_at(storage_at(url))
     files = [part.file for part in index.partitions] + ([BASIS] if index.basis else [])
     assert names(url) == sorted([INDEX, *files])
     assert not verify_tol(url).damages
     fetch_tol(url, tmp_path / "fetched")
-    assert same(tmp_path / "fetched", tmp_path / "folder")
+    assert same(tmp_path / "fetched", folders[name])
     assert not verify_tol(tmp_path / "fetched", exported).damages
     if name == "int4":
-        for output in (f"{url}-2", tmp_path / "again"):
-            Build(None, output, STORAGES["mixed"], table=tmp_path / "folder", **options).run()
+        Build(None, f"{url}-2", STORAGES["mixed"], table=folders["int4"], **SMALL).run()
         fetch_tol(f"{url}-2", tmp_path / "fetched2")
-        assert same(tmp_path / "fetched2", tmp_path / "again")
+        assert same(tmp_path / "fetched2", folders["again"])
 
 
 def test_a_killed_builder_goes_on(
@@ -165,9 +175,8 @@ def test_a_store_that_refuses(
 ) -> None:
     """A worker's write, and the builder's; one line, and the next build goes on."""
     for name in (STATE, BASIS, "rows-00007"):  # in the order in which they are written
-        objects.denied = name
-        said = refused("tol", "build", source, "--output", s3, *OPTIONS)
-        objects.denied = None
+        with objects.denying(name):
+            said = refused("tol", "build", source, "--output", s3, *OPTIONS)
         assert said.startswith(f"mlm-train: {s3}/{name}") and "Access Denied; check the address" in said
         assert OWNER not in names(s3)
     last = start("tol", "build", source, "--output", s3, *OPTIONS)
@@ -391,7 +400,7 @@ def test_a_folder_by_two_names(source: Path, tmp_path: Path) -> None:
     [
         (OSError(28, "No space left on device"), "s3://b/t: No space left on device; free space or choose"),
         (PermissionError("Access Denied"), "s3://b/t: Access Denied; check the address, the network and"),
-        (PermissionError(13, "Permission denied"), "s3://b/t: Permission denied; mind the rights there"),
+        (PermissionError(13, "Permission denied"), "s3://b/t: Permission denied; check the permissions"),
     ],
 )
 def test_advice_fits_the_error(error: OSError, message: str) -> None:

@@ -137,7 +137,7 @@ def test_tokenizer_that_is_not_the_datas(data: Path, tmp_path: Path) -> None:
 def test_vocabulary_and_window_that_do_not_fit_the_data(data: Path, tmp_path: Path) -> None:
     assert "model.vocab_size=512" in refused(*pretrain(data, tmp_path / "run", "model.vocab_size=511"))
     long = ("data.sequence_length=10000000", "model.max_position_embeddings=10000000")
-    assert "less than one sample" in refused(*pretrain(data, tmp_path / "run", *long))
+    assert "fewer than one sample" in refused(*pretrain(data, tmp_path / "run", *long))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 
 from mlm_train.errors import START_AGAIN
 from tests.commands import TINY, finished, listening, refused, same_losses, start, wait_for
+from tests.ranks import train_on_ranks
 
 STEPS = 150
 
@@ -39,7 +40,7 @@ def is_asked_to_end(process: psutil.Process) -> bool:
 @pytest.fixture(scope="module")
 def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "unbroken"
-    finished("pretrain", *words(data, run))
+    train_on_ranks(1, *words(data, run))
     return run
 
 
