@@ -1,5 +1,5 @@
 # mlm_train: `make quickstart` and `make test` each work alone in a fresh clone.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin
 # A small machine must not start more threads than it has cores, times processes.
 export TOKENIZERS_PARALLELISM := false

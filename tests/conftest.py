@@ -14,7 +14,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process that a test
 
 
 def pytest_configure() -> None:
-    """Hear Ctrl-C also where a shell has started the tests in the background: many send it."""
+    """Handle Ctrl-C also where a shell has started the tests in the background: many tests send it."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -37,7 +37,7 @@ def data(corpus: Path) -> Path:
 
 @pytest.fixture
 def fifo() -> Iterator[Callable[[Path], Path]]:
-    """Makes a FIFO in a file's place. Nobody writes into it: whoever opens it to read would wait for ever."""
+    """Replaces a file by a FIFO without a writer: opening it for reading would block forever."""
 
     def give_up(*_: object) -> None:
         raise AssertionError("a reader waits for a FIFO")

@@ -1,4 +1,4 @@
-"""What processes of tests import: done once, in the server that they are forked from."""
+"""Imports of the processes that tests start, done once in the server that they are forked from."""
 
 import torch
 

@@ -78,7 +78,7 @@ def _pretrain(words: list[str]) -> None:
 
 
 def _rank(target: str, rank: int, world: int, port: int, folder: Path, arguments: dict[str, Any]) -> None:
-    """Of one machine, whose agent holds the store, as torchrun would set it up."""
+    """Environment of a rank on one machine, as set by torchrun, whose agent holds the store."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -98,9 +98,9 @@ def _rank(target: str, rank: int, world: int, port: int, folder: Path, arguments
         code = 0
     except BaseException:
         code = 1
-        if not list(folder.glob("failure-*")):  # the others fail because of the first one
+        if not list(folder.glob("failure-*")):  # the others fail as a consequence
             (folder / f"failure-{rank}").write_text(f"rank {rank} failed\n{traceback.format_exc()}")
-    # Not through Python's finalisation: a thread of gloo that drops its last tensor then kills the process.
+    # Skip Python's finalization: a gloo thread that frees its last tensor would abort the process.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -57,7 +57,10 @@ def test_killed_ranks_start_again_and_a_warned_run_does_not(
     launch.send_signal(signal.SIGUSR1)
     output, _ = launch.communicate(timeout=120)
     assert launch.returncode == START_AGAIN, output
-    assert output.count("start again, from the newest checkpoint: restart 1 of at most 1") == 1, output
+    assert (
+        output.count("restarting the ranks of this node from the newest checkpoint: restart 1 of at most 1")
+        == 1
+    ), output
     finished("launch", "--nproc", 2, *words(data, run))
     same_losses(run, unbroken, tolerance=1e-4)
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.commands import TINY, finished, mlm_train, same_losses, scalars, start
 from tests.ranks import train_on_ranks
+from tests.zero_bubble import runs_here, skip_the_rest
 
 CONFIG = "configs/micro.yaml"
 LEG = 5
@@ -105,7 +106,8 @@ def test_resumes_in_any_layout(
     tied = f"model.tie_word_embeddings={str(head == 'tied').lower()}"
     other = unbroken_tied if head == "tied" else unbroken
     expected = scalars(other, "train/loss")
-    for leg, (name, (world, layout)) in enumerate(ROUNDS[head].items()):
+    legs = {name: leg for name, leg in ROUNDS[head].items() if all(map(runs_here, leg[1]))}
+    for leg, (name, (world, layout)) in enumerate(legs.items()):
         more = (*layout, f"train.stop_after={LEG}")
         train_on_ranks(world, *words(data, run, tied, *more))
         starts = re.findall(r"resumed from \S+ at step (\d+)", (run / "train.log").read_text())
@@ -114,6 +116,7 @@ def test_resumes_in_any_layout(
         assert len(losses) == (leg + 1) * LEG
         for step in range(leg * LEG + 1, len(losses) + 1):
             assert losses[step] == pytest.approx(expected[step], rel=1e-5), (name, step)
+    skip_the_rest(*ROUNDS[head].keys() - legs.keys())
     same_losses(run, other)
 
 

@@ -4,12 +4,15 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlm_train.errors import UserError
 from mlm_train.tol.allocate.mix_file import _check_fits, read_allocation
-from mlm_train.tol.format.codec import GROUP, GROUPS, LEVELS, TORCH_DTYPE
-from mlm_train.tol.format.layout import TableSpec
+from mlm_train.tol.format.schemes import GROUP, GROUPS, LEVELS, PLAIN_BYTES
 from mlm_train.utils.units import size
+
+if TYPE_CHECKING:
+    from mlm_train.tol.format.layout import TableSpec
 
 _WORDS = ("dtype", "group_size", "asymmetric", "drop", "rank", "budget")  # of args
 _RANGE = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
@@ -19,7 +22,7 @@ def add_storage_arguments(parser: argparse.ArgumentParser, default: str | None) 
     """--dtype and what goes with it."""
     parser.add_argument(  # its default comes later, in storage_of: what was given can be told from it
         "--dtype",
-        choices=(*TORCH_DTYPE, *LEVELS),
+        choices=(*PLAIN_BYTES, *LEVELS),
         help="type of the stored numbers ("
         + (f"default {default}; " if default else "")
         + "with --budget: the best for each layer)",
@@ -42,7 +45,7 @@ def add_storage_arguments(parser: argparse.ArgumentParser, default: str | None) 
         metavar="SIZE",
         help="most bytes of the table's files but its index, such as 3.2GB. Each layer is stored so that the "
         "sum of squared relative errors is least, over what --dtype and --group-size leave open: "
-        f"{', '.join((*TORCH_DTYPE, *LEVELS))}; groups of {', '.join(map(str, GROUPS))}; every rank; the "
+        f"{', '.join((*PLAIN_BYTES, *LEVELS))}; groups of {', '.join(map(str, GROUPS))}; every rank; the "
         "whole layer; a dropped one, which a warning names. Errors are predicted (docs/tol.md)",
     )
     parser.add_argument(
@@ -58,11 +61,13 @@ def given(args: argparse.Namespace, names: Sequence[str] = (*_WORDS, "allocation
 
 def table_spec_of(
     args: argparse.Namespace, layers: list[int], hidden: int, default: str | None = None
-) -> TableSpec:
+) -> "TableSpec":
     """What the words ask for, of a table with these layers; `default`: the type where none is given.
 
     Raises UserError naming a wrong one.
     """
+    from mlm_train.tol.format.layout import TableSpec
+
     if args.allocation is not None:
         if more := given(args, _WORDS):
             raise UserError(f"--allocation says how every layer is stored: leave {more} out")
@@ -70,7 +75,7 @@ def table_spec_of(
     dtype = default if args.dtype is None and args.budget is None else args.dtype
     if dtype is None and args.budget is None:
         raise UserError("give --dtype, --budget or --allocation: how the numbers are to be stored")
-    if dtype in TORCH_DTYPE and (args.group_size is not None or args.asymmetric):
+    if dtype in PLAIN_BYTES and (args.group_size is not None or args.asymmetric):
         raise UserError(f"--group-size and --asymmetric are of int8 and int4, not of {dtype}")
     # A group as wide as a row is the largest there can be; the default is more than a narrow model's row.
     for name, most in (("group_size", max(hidden, GROUP)), ("rank", hidden)):
@@ -113,7 +118,9 @@ def _dropped(text: str, layers: list[int]) -> set[int]:
     return found
 
 
-def _allocated(file: Path, layers: list[int], hidden: int) -> TableSpec:
+def _allocated(file: Path, layers: list[int], hidden: int) -> "TableSpec":
+    from mlm_train.tol.format.layout import TableSpec
+
     try:
         found = read_allocation(file)
         _check_fits(found, layers, hidden)
