@@ -49,7 +49,7 @@ def s3_socket() -> Iterator[socket.socket]:
         yield waiting
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # an idle Ray takes 4% of a core
 def ray(s3_socket: socket.socket) -> Iterator[None]:
     with ray_cluster(workers=2):
         yield
@@ -81,7 +81,7 @@ def exported(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return export(tmp_path_factory.mktemp("exports") / "model", model)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def tables(exported: Path, ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A ToL of each type; 7 partitions divide neither 601 rows nor their 13 chunks."""
     root = tmp_path_factory.mktemp("tables")

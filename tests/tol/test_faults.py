@@ -96,7 +96,7 @@ def same(folder: Path, other: Path) -> bool:
     return all(mine[name] == others[name] for name in mine)
 
 
-def wait_until(holds: Callable[[], object], process: "subprocess.Popen[str]", seconds: float = 60) -> None:
+def wait_until(holds: Callable[[], object], process: "subprocess.Popen[str]", seconds: float = 200) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "nothing happened"
