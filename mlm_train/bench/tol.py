@@ -246,7 +246,7 @@ class MemorySampler:
             took = 0.0
             for process in psutil.Process().children(recursive=True):
                 try:
-                    if not "".join(process.cmdline()[:1]).startswith("ray::Worker"):
+                    if not "".join(process.cmdline()[:1]).startswith("ray::BuildWorker"):
                         continue
                     started = time.perf_counter()
                     now = process.memory_full_info()

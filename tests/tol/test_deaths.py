@@ -148,7 +148,7 @@ def test_a_process_of_ray_is_killed(source: Path, unbroken: Path, tmp_path: Path
     try:
         assert progress(output) <= ONE_DONE + 2
         (victim,) = (child for child in children if child.name() == name)
-        busy = [child for child in children if child.name().startswith("ray::Worker")]
+        busy = [child for child in children if child.name().startswith("ray::BuildWorker")]
         victim.kill()
         builder.resume()
         begun = time.monotonic()
@@ -216,7 +216,7 @@ def test_an_orphan_wakes_after_the_next_build(
         assert orphan.status() == psutil.STATUS_STOPPED and not draft.exists()
         before, written, begun = snapshot(output), orphan.io_counters().write_chars, time.monotonic()
         orphan.resume()
-        while orphan.cmdline()[:1] == ["ray::Worker.fill"]:
+        while orphan.cmdline()[:1] == ["ray::BuildWorker.fill"]:
             assert time.monotonic() < begun + 120, "it does not go on"
             time.sleep(0.01)
         seconds, written = time.monotonic() - begun, orphan.io_counters().write_chars - written

@@ -117,7 +117,7 @@ def workers(process: psutil.Process, task: str) -> list[psutil.Process]:
     found = []
     for child in process.children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if child.cmdline()[:1] == [f"ray::Worker.{task}"]:
+            if child.cmdline()[:1] == [f"ray::BuildWorker.{task}"]:
                 found.append(child)
     return found
 
