@@ -183,7 +183,7 @@ def test_json_and_page_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     page = capsys.readouterr().out
     for words in (
         "12.61 GB", "7.82", "1.61 ms", "98.3 ns*", "252 us*",
-        "bfloat16 ToL in NVMe: it pays only at batch 1 to 81, not from batch 82 on",
+        "bfloat16 ToL in NVMe: it pays only at batch 1 to 81, not at batch 82 and up",
         "none of these, all are larger", "--ram-gbs 25", "--nvme-latency-us 100", "Formulae",
         "--build-tflops 0.25: as given", "saves at most 55% at batch 1.",
     ):  # fmt: skip
@@ -198,7 +198,7 @@ def test_page_where_nothing_pays_or_fits(capsys: pytest.CaptureFixture[str]) -> 
     assert "bfloat16 ToL in VRAM: it does not fit (12.61 GB)" in page
     assert "bfloat16 ToL in RAM: it does not fit (12.61 GB)" in page
     # 5 ms of latency against 16.1139917 us of products a row: 310.3 rows.
-    assert "int4 ToL in NVMe: it pays only at batch 311 on\n" in page
+    assert "int4 ToL in NVMe: it pays only at batch 311 and up\n" in page
     mlm_train("plan", "tol", PAPER, *GIVEN, "--nvme-gbs", 0.01, "--nvme-latency-us", 5000, "--tflops", 1000)
     assert "bfloat16 ToL in NVMe: at no batch size" in capsys.readouterr().out
 

@@ -41,7 +41,7 @@ def test_the_report_and_what_is_kept(tmp_path: Path) -> None:
         "bench", "tol", "--preset", "tiny", "--runs", 2, "--folder", folder, "--keep",
         "--json", file, "--plot", plot,
     )  # fmt: skip
-    assert "products at their best: gemm." in output and plot.stat().st_size > 1000
+    assert "fastest matmuls: gemm." in output and plot.stat().st_size > 1000
     found = json.loads(file.read_text())
     assert found.keys() == {"machine", "command", "rows", "ratios"}
     rows = {row["name"]: row for row in found["rows"]}

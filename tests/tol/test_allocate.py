@@ -19,7 +19,7 @@ from mlm_train.tol.format.codec import Scheme
 from mlm_train.tol.format.index import INDEX
 from mlm_train.tol.format.index_file import read_index
 from mlm_train.tol.format.layout import TableSpec
-from mlm_train.tol.lowrank.knapsack import Ways
+from mlm_train.tol.lowrank.knapsack import LayerOptions
 from mlm_train.tol.serve.reader import TableReader
 from mlm_train.tol.serve.source import TolSource
 from tests.commands import TINY, mlm_train, refused
@@ -39,7 +39,7 @@ def test_best_mixes_against_all_mixes(seed: int) -> None:
     numbers = np.random.default_rng(seed)
     costs = numbers.random((4, 5)) ** 3
     sizes = np.array([0, *numbers.integers(1, 1000, 4)])
-    front = best_mixes([Ways(sizes, each) for each in costs])
+    front = best_mixes([LayerOptions(sizes, each) for each in costs])
     found = [
         (sizes[list(picks)].sum(), costs[range(4), picks].sum())
         for picks in itertools.product(range(5), repeat=4)
@@ -234,9 +234,9 @@ def refusing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         (("--output", "mix.json", "--plot", "no/x.png"), "--plot no/x.png: name a file"),
         (("--output", "mix.json", "--plot", "mine.json"), "mine.json exists and is no PNG"),
         (("--output", "mix.json", "--plot", "./mix.json"), "is --output too"),
-        (("--output", "mix.json", "--budget", "30kB"), "holds no layer; the smallest mix takes"),
+        (("--output", "mix.json", "--budget", "30kB"), "is too small for any layer; give at least"),
         (("--output", "mix.json", "--tolerance", "5"), "--tolerance 5 is 500%: write 5%"),
-        (("--output", "mix.json", "--tolerance", "nan"), "give a share such as 0.5%"),
+        (("--output", "mix.json", "--tolerance", "nan"), "give a fraction such as 0.5%"),
     ],
 )
 def test_refused_before_a_model_is_looked_at(
@@ -290,8 +290,8 @@ def test_bad_input(trained: tuple[Path, Path], data: Path, tmp_path: Path) -> No
         2,
     )
     assert "give --budget or --tolerance" in refused(*words)
-    assert "--tolerance much: give a share" in refused(*words, "--tolerance", "much")
-    assert "--budget 10 bytes holds no layer; the smallest mix takes" in refused(*words, "--budget", 10)
+    assert "--tolerance much: give a fraction" in refused(*words, "--tolerance", "much")
+    assert "--budget 10 bytes is too small for any layer; give at least" in refused(*words, "--budget", 10)
     mlm_train("tol", "compress", table, "--output", tmp_path / "int8", "--dtype", "int8")
     again = ("tol", "allocate", tmp_path / "int8", *words[3:], "--budget", "1MB")
     assert "is compressed already" in refused(*again)

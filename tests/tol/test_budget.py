@@ -15,7 +15,7 @@ from mlm_train.tol.build.state import BuildPlan
 from mlm_train.tol.format.index import INDEX, TolIndex
 from mlm_train.tol.format.index_file import read_index
 from mlm_train.tol.format.layout import Layout, TableSpec
-from mlm_train.tol.lowrank.knapsack import Ways, best_mix
+from mlm_train.tol.lowrank.knapsack import LayerOptions, best_mix
 from mlm_train.tol.serve.reader import write_bases
 from mlm_train.tol.storage.local import LocalFolder
 from tests.commands import mlm_train, refused
@@ -26,7 +26,7 @@ from tests.tol.test_compress import stored_rows
 ROWS, HIDDEN = 4096, 96
 
 
-def random_layers(numbers: np.random.Generator) -> list[Ways]:
+def random_layers(numbers: np.random.Generator) -> list[LayerOptions]:
     """A few layers of a few ways; the first is to drop it."""
     layers = []
     for _ in range(numbers.integers(1, 5)):
@@ -34,7 +34,7 @@ def random_layers(numbers: np.random.Generator) -> list[Ways]:
         costs = np.round(numbers.random(ways) ** 3, numbers.choice([1, 9]))  # ties, or none
         costs[numbers.random(ways) < 0.1] = np.inf
         sizes = numbers.integers(1, 200, ways)
-        layers.append(Ways(np.array([0, *sizes]), np.array([1.0, *costs])))
+        layers.append(LayerOptions(np.array([0, *sizes]), np.array([1.0, *costs])))
     return layers
 
 
@@ -57,11 +57,11 @@ def test_the_best_mix_is_the_best_of_all() -> None:
             assert mix.bytes <= budget and mix.cost == pytest.approx(best[:, 1].min(), rel=1e-12)
             assert mix.cost <= before  # more bytes, no more error
             before = mix.cost
-    assert best_mix([Ways(np.array([3]), np.array([1.0]))], 2) is None
-    assert best_mix([Ways(np.array([3]), np.array([np.inf]))], 5) is None
+    assert best_mix([LayerOptions(np.array([3]), np.array([1.0]))], 2) is None
+    assert best_mix([LayerOptions(np.array([3]), np.array([np.inf]))], 5) is None
 
 
-def large_layers(layers: int, hidden: int, rows: int) -> list[Ways]:
+def large_layers(layers: int, hidden: int, rows: int) -> list[LayerOptions]:
     """As many ways as a budget leaves open: 19 types and groups, every rank; spectra of every decay."""
     numbers, found = np.random.default_rng(3), []
     schemes, ranks = TableSpec(dtype=None, budget=1).searched, np.arange(1, hidden + 1)
@@ -75,7 +75,7 @@ def large_layers(layers: int, hidden: int, rows: int) -> list[Ways]:
             row = -(-(np.ceil(ranks * item) + shared) // 16) * 16
             sizes.append((rows * row + 2 * hidden * ranks + 128).astype(np.int64))
             costs.append(left + 10.0 ** -(7 - number / 4) * (1 - left) * (1 + 0.1 * numbers.random(hidden)))
-        found.append(Ways(np.concatenate(sizes), np.concatenate(costs)))
+        found.append(LayerOptions(np.concatenate(sizes), np.concatenate(costs)))
     return found
 
 
@@ -96,7 +96,7 @@ def test_a_gap_is_stated_where_too_many_pairs_come_up() -> None:
     layers = []
     for _ in range(40):
         sizes = np.sort(numbers.integers(1, 10**12, 30))
-        layers.append(Ways(np.append(0, sizes), np.append(1.0, 1 - sizes / 2e12)))
+        layers.append(LayerOptions(np.append(0, sizes), np.append(1.0, 1 - sizes / 2e12)))
     mix = best_mix(layers, 10**13)
     assert mix is not None and mix.bytes <= 10**13
     assert 0 <= mix.gap <= 1e-3 * mix.cost
@@ -216,7 +216,7 @@ def test_a_dropped_layer_is_said_loudly(
     assert f" {dropped[0]}, {dropped[1]} dropped" in warned
     mlm_train("tol", "inspect", tmp_path / "one")
     assert f"dropped layers, read as 0: {dropped[0]}, {dropped[1]}" in capfd.readouterr().out
-    assert "holds no layer" in refused(
+    assert "is too small for any layer" in refused(
         "tol", "compress", table, "--output", tmp_path / "none", *words, "--budget", one - 1
     )
     assert not (tmp_path / "none").exists()

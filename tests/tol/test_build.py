@@ -153,7 +153,7 @@ def test_unreachable_cluster(
 
 def test_the_words_of_ray() -> None:
     """Without colours, and not cut off where it lists remedies on further lines."""
-    assert first_line("\x1b[36mray::Worker\x1b[39m died.\nTraceback") == "ray::Worker died"
+    assert first_line("\x1b[36mray::BuildWorker\x1b[39m died.\nTraceback") == "ray::BuildWorker died"
     assert first_line("It looks like an HTTP address. To fix this, either:\n1. ...") == (
         "It looks like an HTTP address"
     )
@@ -258,7 +258,7 @@ def test_bad_input(
         (("--device", "foo"), "--device foo: give cpu or cuda"),
         (("--device", "cuda:7"), "--device cuda:7: give cpu or cuda"),
         (("--device", ""), "--device '': give cpu or cuda"),
-        (("--budget", "1B"), "a budget of 1 byte holds no layer: "),
+        (("--budget", "1B"), "a budget of 1 byte is too small for any layer; give at least "),
         (("--output", ""), "the folder's name is empty; name a folder or a URL"),
         (("--output", "/dev/null"), "/dev/null cannot be written: File exists; it is no folder"),
         (("--output", "FILE/x"), "cannot be written: Not a directory; a part of that path is a file"),

@@ -103,7 +103,7 @@ def test_a_budget_is_kept_and_used_where_it_counts(ray: None, tmp_path: Path) ->
         assert 0.75 * budget <= size <= budget
         ranks = dict(zip(index.layers, index.rank or [], strict=True))
         assert all(ranks.get(1, 0) <= min(16, ranks.get(layer, 32)) for layer in (0, 2))
-    with pytest.raises(UserError, match=r"holds no layer: .* is the least in .*; give more"):
+    with pytest.raises(UserError, match=r"is too small for any layer; give at least .* for float16 in "):
         build(source, tmp_path / "none", TableSpec(dtype="float16", budget=3_000))
     assert not (tmp_path / "none").exists()
 
@@ -203,7 +203,7 @@ def test_repair_refuses(ray: None, exported: Path, tables: dict[str, Path], tmp_
     for model in (None, exported):
         report = verify_tol(table, model)
         assert [(one.file, one.start, one.stop) for one in report.damages] == [(BASIS, 0, 601)]
-        assert report.recomputed == 0 and "into a new folder" in report.cure
+        assert report.recomputed == 0 and "into a new folder" in report.fix
     (table / BASIS).unlink()
     with pytest.raises(SystemExit) as ended:
         main(["tol", "verify", str(table)])
@@ -219,7 +219,7 @@ def test_damaged_rows_are_not_compressed(
     whole = file.read_bytes()
     flipped = whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
     file.write_bytes(flipped)
-    message = r"rows-00002.*rows \[150, 250\).* is damaged: .*mend it with `mlm-train tol build MODEL"
+    message = r"rows-00002.*rows \[150, 250\).* is damaged: .*repair it with `mlm-train tol build MODEL"
     for spec in (STORAGES["int8"][0], STORAGES["rank"][0]):
         with pytest.raises(UserError, match=message):
             build(source, output, spec)
@@ -228,7 +228,7 @@ def test_damaged_rows_are_not_compressed(
     build(source, output, STORAGES["int8"][0])
     damaged = output / read_index(output).partitions[2].file
     damaged.unlink()
-    assert "tol compress TABLE" in verify_tol(output).cure
+    assert "tol compress TABLE" in verify_tol(output).fix
     file.write_bytes(flipped)  # its rows are not those that are to be made again
     mlm_train("tol", "compress", source, "--output", output, "--repair")
     assert damaged.is_file() and not verify_tol(output).damages
@@ -238,27 +238,27 @@ def test_bad_words(tables: dict[str, Path], exported: Path, tmp_path: Path) -> N
     table, output = tables["bfloat16"], ("--output", tmp_path / "out")
     whole = allocation(tmp_path / "whole.json", [0, 1])
     cases = {
-        ("--dtype", "bfloat16", "--group-size", 8): "--group-size and --asymmetric are of int8 and int4",
+        ("--dtype", "bfloat16", "--group-size", 8): "--group-size and --asymmetric are for int8 and int4",
         ("--dtype", "int8", "--group-size", 0): "--group-size 0: give 1 to 64",
         ("--dtype", "int8", "--group-size", 10**20): "00000: give 1 to 64",
         ("--dtype", "int8", "--rank", 33): "--rank 33: give 1 to 32 (hidden_size)",
         ("--dtype", "int8", "--rank", 3, "--budget", "1MB"): "give --rank or --budget",
         ("--dtype", "int8", "--budget", "much"): "argument --budget: 'much' is not a size such as 40MB",
-        ("--dtype", "int8", "--drop", "5"): "--drop 5: there is no layer 5; those there are: [0, 1, 2]",
+        ("--dtype", "int8", "--drop", "5"): "--drop 5: there is no layer 5; the layers are [0, 1, 2]",
         ("--dtype", "int8", "--drop", "0-2"): "--drop 0-2 leaves no layer",
         ("--dtype", "int8", "--drop", "x"): "--drop x: give layers such as",
         ("--dtype", "int8", "--drop", ""): "--drop '': give layers such as",
         ("--dtype", "int8", "--drop", "0-"): "--drop 0-: give layers such as",
         ("--dtype", "int8", "--drop", "0,"): "--drop 0,: give layers such as",
         ("--dtype", "int8", "--drop", "9" * 5000): "give layers such as",
-        ("--dtype", "int8", "--drop", "0-99999999999999"): "there is no layer 3; those there are: [0, 1, 2]",
-        ("--dtype", "int8", "--drop", "2-1"): "--drop 2-1: 2-1 ends before it begins; write 1-2",
+        ("--dtype", "int8", "--drop", "0-99999999999999"): "there is no layer 3; the layers are [0, 1, 2]",
+        ("--dtype", "int8", "--drop", "2-1"): "--drop 2-1: 2-1 ends before it starts; write 1-2",
         (
             "--allocation",
             whole,
             "--dtype",
             "int8",
-        ): "how every layer is stored: leave --dtype out",
+        ): "sets how every layer is stored: leave --dtype out",
         ("--allocation", whole, "--drop", "0", "--asymmetric"): "leave --asymmetric, --drop out",
         ("--allocation", ""): "--allocation .: cannot be read: Is a directory",
         ("--repair", "--dtype", "int8"): "as it was: leave --dtype out",
@@ -290,9 +290,9 @@ def allocation(file: Path, layers: list[int], count: int | None = None, **fields
 @pytest.mark.parametrize(
     ("layers", "fields", "message"),
     [
-        ([0, 9], {}, "of another model: it has layer 9; those there are: [0, 1, 2]"),
-        ([2, 0], {}, "its layers are not in order, each once: [2, 0]"),
-        ([0, 1, 1], {}, "its layers are not in order, each once: [0, 1, 1]"),
+        ([0, 9], {}, "of another model: it has layer 9; the layers are [0, 1, 2]"),
+        ([2, 0], {}, "its layers are not in ascending order, each once: [2, 0]"),
+        ([0, 1, 1], {}, "its layers are not in ascending order, each once: [0, 1, 1]"),
         ([0, 1], {"count": 1}, "it has 2 layers and 1 schemes: each layer needs one"),
         ([], {}, "it has 0 layers and 0 schemes"),
         ([0], {"rank": 33}, "layer 0 has rank 33 of 32"),
@@ -334,7 +334,7 @@ def test_files_that_are_no_allocations(
 
 def test_a_dropped_layer_cannot_come_back(ray: None, tables: dict[str, Path], tmp_path: Path) -> None:
     build(tables["bfloat16"], tmp_path / "two", TableSpec(dtype="int8", group_size=8, layers=[0, 2]))
-    assert "there is no layer 1; those there are: [0, 2]" in refused(
+    assert "there is no layer 1; the layers are [0, 2]" in refused(
         "tol", "compress", tmp_path / "two", "--output", tmp_path / "out", "--dtype", "int4", "--drop", "1"
     )
     shutil.rmtree(tmp_path / "out", ignore_errors=True)

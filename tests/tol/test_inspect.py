@@ -175,7 +175,7 @@ def test_one_token(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def with_text(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A table and its model, whose folder holds a tokenizer that knows 512 of 520 tokens."""
+    """A table and its model, whose folder has a tokenizer that knows 512 of 520 tokens."""
     root = tmp_path_factory.mktemp("text")
     model = random_model(vocab_size=520)
     write_folder(root / "model", model.config, named_pieces(model), [data / "tokenizer.model"])

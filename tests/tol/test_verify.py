@@ -74,8 +74,8 @@ def test_files_gone_short_or_not_finite(table: Path) -> None:
         "bytes, not",
         "header",
         "SHA-256",
-        "rows [400, 402): values are not finite",
-        "rows [403, 404): values are not finite",
+        "rows [400, 402): non-finite values",
+        "rows [403, 404): non-finite values",
     )
     for damage, words in zip(damages, expected, strict=True):
         assert words in damage
@@ -97,9 +97,9 @@ def rewrite(table: Path, **fields: Any) -> None:
         ({"partitions": []}, "are in no partition"),
         ({"surprise": 1}, "surprise"),
         ({"errors": [0.1]}, "1 errors are given for 3 layers"),
-        ({"hidden_size": 31}, "its digest is another"),
-        ({"layers": [0, 1, 2], "num_layers": 4}, "its digest is another"),
-        ({"digest": 5}, "its digest is another"),
+        ({"hidden_size": 31}, "its digest differs"),
+        ({"layers": [0, 1, 2], "num_layers": 4}, "its digest differs"),
+        ({"digest": 5}, "its digest differs"),
     ],
 )
 def test_bad_index(table: Path, fields: dict[str, Any], message: str) -> None:
@@ -160,10 +160,10 @@ def test_bad_arguments(table: Path, exported: Path, tmp_path: Path) -> None:
         verify_tol(table, sample=3)
     with pytest.raises(UserError, match=r"tol\.index\.json does not exist"):
         verify_tol(tmp_path / "nothing")
-    for note, command in (("tol.build.json", "the command that began it"), ("tol.fetch.json", "tol fetch")):
+    for note, command in (("tol.build.json", "the command that started it"), ("tol.fetch.json", "tol fetch")):
         (tmp_path / note).mkdir()
         (tmp_path / note / note).touch()
-        with pytest.raises(UserError, match=f"is unfinished: run .*{command}"):
+        with pytest.raises(UserError, match=f"is unfinished: resume it by running .*{command}"):
             verify_tol(tmp_path / note)
     with pytest.raises(UserError, match="another model"):
         verify_tol(table, export(tmp_path / "other", random_model(intermediate_size=30)))

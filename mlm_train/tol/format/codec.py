@@ -1,10 +1,10 @@
-"""One layer's numbers of a token's row, as bytes: plain floats, or group-wise int8 and int4.
+"""Encoding of one layer of a token's row: plain floats, or group-wise int8 and int4.
 
-A layer of a row holds `width` numbers: its hidden size, or its rank where the table is cut to low rank.
-Integers: value = (code - zero) * scale, a float16 scale for each `group_size` neighbours (the last group
-may be short), an int8 zero where not symmetric. int8 codes are signed; int4 stores two a byte, the low half
-first, code = nibble - 8. An encoded row lays its layers out one after another, each at a multiple of
-ALIGNMENT bytes: scales, zeros, codes.
+A layer of a row holds `width` values: the hidden size, or the layer's rank where it is cut to low rank.
+Integers: value = (code - zero) * scale, with a float16 scale per group of `group_size` neighbouring values
+(the last group may be shorter) and an int8 zero point if not symmetric. int8 codes are signed; int4 packs two
+codes per byte, the low half first, code = nibble - 8. An encoded row holds its layers one after another, each
+at a multiple of ALIGNMENT bytes: scales, zeros, codes.
 """
 
 from collections.abc import Sequence
@@ -26,19 +26,19 @@ TORCH_DTYPE: dict[str, torch.dtype] = {
 }
 LEVELS = {"int8": (-127, 127), "int4": (-8, 7)}  # smallest and largest code
 GROUP = 64
-GROUPS = (8, 16, 24, 32, 48, 64, 96, 128)  # that are tried where a group size is searched for
-_MOST = 2**31 - 1  # of a rank and a group: readers keep them in 32 bits
-ALIGNMENT = 16  # wide loads of a GPU want it
-# Factors on the range of a group that the search for its scale tries: the best clips a little at four bits.
+GROUPS = (8, 16, 24, 32, 48, 64, 96, 128)  # group sizes that a search tries
+_MAX = 2**31 - 1  # rank and group size: readers keep them in 32 bits
+ALIGNMENT = 16  # bytes, for wide GPU loads
+# Factors on a group's range that the search for its scale tries: at four bits clipping a little is best.
 _FACTORS = {"int8": (1.0,), "int4": (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)}
 
 
 class Scheme(Record):
-    """How one layer is stored. rank: numbers a row after the cut to low rank; None keeps all."""
+    """How one layer is stored. rank: values per row after the cut to low rank; None: not cut."""
 
     dtype: Dtype
-    rank: int | None = Field(default=None, ge=1, le=_MOST)
-    group_size: int | None = Field(default=None, ge=1, le=_MOST)
+    rank: int | None = Field(default=None, ge=1, le=_MAX)
+    group_size: int | None = Field(default=None, ge=1, le=_MAX)
     symmetric: bool = True
 
     @model_validator(mode="after")
@@ -49,15 +49,15 @@ class Scheme(Record):
 
     @property
     def quantised(self) -> bool:
-        """Whether the numbers are integers."""
+        """Whether the values are stored as integers."""
         return self.dtype in LEVELS
 
     def width(self, hidden: int) -> int:
-        """Numbers of a row in this layer."""
+        """Stored values per row."""
         return hidden if self.rank is None else self.rank
 
     def sizes(self, hidden: int) -> tuple[int, int, int]:
-        """Bytes of a row's scales, zeros and codes."""
+        """Bytes per row of the scales, zeros and codes."""
         width = self.width(hidden)
         if self.group_size is None:
             return 0, 0, width * TORCH_DTYPE[self.dtype].itemsize
@@ -65,7 +65,7 @@ class Scheme(Record):
         return 2 * groups, 0 if self.symmetric else groups, width if self.dtype == "int8" else -(-width // 2)
 
     def bytes(self, hidden: int) -> int:
-        """Bytes of this layer in a row, up to where the next one may begin."""
+        """Bytes per row of this layer, with padding."""
         return -(-sum(self.sizes(hidden)) // ALIGNMENT) * ALIGNMENT
 
 
@@ -77,7 +77,7 @@ class Encoding(Scheme):
     codes: int = Field(ge=0)
 
     def spans(self, hidden: int) -> list[tuple[int, int]]:
-        """[start, stop) in bytes of each field that is there."""
+        """The byte range [start, stop) of each present field."""
         starts = (self.scales, self.zeros, self.codes)
         fields = zip(starts, self.sizes(hidden), strict=True)
         return [(start, start + size) for start, size in fields if start is not None]
@@ -86,12 +86,12 @@ class Encoding(Scheme):
     def _check_offsets(self) -> Self:
         wanted = (self.quantised, self.quantised and not self.symmetric)
         if (self.scales is not None, self.zeros is not None) != wanted:
-            raise ValueError("scales are of int8 and int4, zeros of those that are not symmetric")
+            raise ValueError("scales belong to int8 and int4, zeros to those that are not symmetric")
         return self
 
 
 def layout(schemes: Sequence[Scheme], hidden: int) -> list[Encoding]:
-    """The layers of a row one after another."""
+    """Lay out the layers of a row one after another."""
     encodings, start = [], 0
     for scheme in schemes:
         scales, zeros, _ = scheme.sizes(hidden)
@@ -108,9 +108,9 @@ def layout(schemes: Sequence[Scheme], hidden: int) -> list[Encoding]:
 
 
 def encode(scheme: Scheme, values: Tensor, out: Tensor) -> None:
-    """values [n, width] -> one layer of n rows in `out`, uint8 [n, scheme.bytes or more].
+    """Encode values [n, width] as one layer of n rows into `out`, uint8 [n, scheme.bytes or more].
 
-    Raises NotFinite where a number, or a group's scale, is not finite in this type.
+    Raises NotFinite if a value or a group's scale is not finite in this type.
     """
     if not scheme.quantised:
         fields = [values.to(TORCH_DTYPE[scheme.dtype])]
@@ -130,7 +130,7 @@ def encode(scheme: Scheme, values: Tensor, out: Tensor) -> None:
 
 
 def rounded(scheme: Scheme, values: Tensor) -> Tensor:
-    """What `encode`, then `decode` make of values [n, width], in fp32; not finite where encode raises."""
+    """Values [n, width] after `encode` and `decode`, in fp32; not finite where `encode` would raise."""
     if scheme.group_size is None:
         return values.to(TORCH_DTYPE[scheme.dtype]).float()
     scales, zeros, codes = _quantise(scheme, values.float())
@@ -141,12 +141,13 @@ def rounded(scheme: Scheme, values: Tensor) -> Tensor:
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no number is NaN or infinite. Their sum, cheap to have, would be; it may also overflow."""
+    """Whether no value is NaN or infinite."""
+    # The sum is cheap, but may overflow.
     return bool(values.sum().isfinite()) or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
 class NotFinite(UserError):
-    """A row that a type cannot hold; whoever knows its token says it again."""
+    """A row that a type cannot hold; a caller that knows its token raises an error that names it."""
 
     def __init__(self, row: int, dtype: str) -> None:
         super().__init__(f"row {row} is not finite in {dtype}")
@@ -154,7 +155,7 @@ class NotFinite(UserError):
 
 
 def decode(encoding: Encoding, rows: Tensor, hidden: int) -> Tensor:
-    """Encoded rows, uint8 [n, row bytes] -> this layer's numbers, [n, width] in fp32 or their plain type."""
+    """Decode a layer of rows uint8 [n, row bytes] to its values [n, width], in fp32 or the plain type."""
 
     def field(start: int, size: int, dtype: torch.dtype) -> Tensor:
         part, item = rows[:, start : start + size], dtype.itemsize
@@ -177,9 +178,9 @@ def decode(encoding: Encoding, rows: Tensor, hidden: int) -> Tensor:
 
 
 def grouped(values: Tensor, size: int) -> Tensor:
-    """Numbers by groups: [n, width] -> [n, groups, size], zeros after the end.
+    """Split values into groups: [n, width] -> [n, groups, size], zero-padded.
 
-    A group that is wider than the row is the row: no memory for what is beyond it.
+    A size above the width becomes the width, so that padding takes no memory.
     """
     size = min(size, values.shape[1])
     missing = -values.shape[1] % size
@@ -187,21 +188,21 @@ def grouped(values: Tensor, size: int) -> Tensor:
 
 
 def _pack(codes: Tensor) -> Tensor:
-    """int4 codes, int8 [n, width] -> uint8 [n, ceil(width / 2)]."""
+    """Pack int4 codes, int8 [n, width], into uint8 [n, ceil(width / 2)]."""
     nibbles = (torch.nn.functional.pad(codes, (0, codes.shape[1] % 2)) + 8).to(torch.uint8)
     return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
 
 
 def _unpack(packed: Tensor, width: int) -> Tensor:
-    """The reverse of _pack."""
+    """Reverse _pack."""
     nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)[:, :width]
     return nibbles.to(torch.int8) - 8
 
 
 def _quantise(scheme: Scheme, values: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """[n, width] -> scales float16 [n, groups], zeros int8 [n, groups] or None, codes int8 [n, width].
+    """Quantise values [n, width] to scales float16 [n, groups], zeros int8 [n, groups] or None, and codes.
 
-    For each group the factor on its range is taken that leaves the smallest squared error.
+    codes: int8 [n, width]. Each group takes the factor on its range with the smallest squared error.
     """
     assert scheme.group_size is not None
     spread = grouped(values, scheme.group_size)
@@ -221,24 +222,24 @@ def _quantise(scheme: Scheme, values: Tensor) -> tuple[Tensor, Tensor | None, Te
 
 
 def _ranges(scheme: Scheme, spread: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales that clip no number of a group in `spread` [n, groups, size], and what zeros put in the middle.
+    """The scales that clip no value, and the middle of each range, of groups `spread` [n, groups, size].
 
     Each [n, groups, 1].
     """
     lowest, highest = LEVELS[scheme.dtype]
     low, high = spread.amin(-1, keepdim=True), spread.amax(-1, keepdim=True)
     if not scheme.symmetric:
-        low, high = low.clamp_(max=0.0), high.clamp_(min=0.0)  # zero has a code
+        low, high = low.clamp_(max=0.0), high.clamp_(min=0.0)  # zero must have a code
         return (high - low) / (highest - lowest), (low + high) / 2
     if lowest == -highest:
         scales = torch.maximum(high, -low) / highest
-    else:  # one code more on one side: a negative scale gives it to the positive numbers
+    else:  # there is one more negative code: a negative scale gives it to the positive values
         scales = torch.where(high > -low, high, low) / lowest
     return scales, torch.zeros_like(scales)
 
 
 def _rounded(scheme: Scheme, scales: Tensor, middle: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and zeros as they are stored, in fp32."""
+    """Scales and zeros rounded as they are stored, in fp32."""
     scales = scales.to(torch.float16).float()
     if scheme.symmetric:
         return scales, middle
@@ -247,7 +248,7 @@ def _rounded(scheme: Scheme, scales: Tensor, middle: Tensor) -> tuple[Tensor, Te
 
 
 def _inverse(scales: Tensor) -> Tensor:
-    """1 / scale; zero for a group whose scale is zero, so that its codes are."""
+    """1 / scale; 0 where the scale is 0, so that the codes are 0."""
     return torch.where(scales == 0.0, 0.0, 1.0 / scales)
 
 
