@@ -1,4 +1,4 @@
-"""The Ray build: right rows, equal bytes, and nothing lost when a process is killed."""
+"""The Ray build: correct rows, equal bytes, and nothing lost when a process is killed."""
 
 import contextlib
 import hashlib
@@ -70,7 +70,7 @@ def test_rows_are_ffn_m(tables: dict[str, Path], model: Transformer, dtype: str)
     assert (error <= info.eps / 2 * true.abs() + 2e-6 * true.abs().amax() + 1e-7).all()
 
 
-def test_a_ray_of_our_own_listens_on_loopback_alone(ray: None) -> None:
+def test_a_local_ray_listens_on_loopback_only(ray: None) -> None:
     assert listening(psutil.Process()) == {"127.0.0.1"}
 
 
@@ -108,7 +108,7 @@ def test_killed_builder_resumes_to_the_same_bytes(
 
 
 def test_unfinished_builds(tables: dict[str, Path], exported: Path, tmp_path: Path) -> None:
-    """A damaged committed partition is built again; another plan, or another model, is refused."""
+    """A damaged committed partition is rebuilt; another plan, or another model, is rejected."""
     output = tmp_path / "tol"
     index = build_tol(exported, output, "bfloat16", 3)
     before = digests(output)
@@ -151,8 +151,8 @@ def test_unreachable_cluster(
         _check_reachable(address)
 
 
-def test_the_words_of_ray() -> None:
-    """Without colours, and not cut off where it lists remedies on further lines."""
+def test_messages_of_ray() -> None:
+    """One line without colours, complete even if Ray lists remedies on further lines."""
     assert first_line("\x1b[36mray::BuildWorker\x1b[39m died.\nTraceback") == "ray::BuildWorker died"
     assert first_line("It looks like an HTTP address. To fix this, either:\n1. ...") == (
         "It looks like an HTTP address"
@@ -160,7 +160,7 @@ def test_the_words_of_ray() -> None:
 
 
 def test_no_node_has_what_a_worker_needs(exported: Path, ray: None, tmp_path: Path) -> None:
-    """Ray would wait without a word. No partition has been begun."""
+    """Ray would wait silently. No partition has been started."""
     for options, message in (
         ({"device": "cuda"}, r"needs 1 CPU and 1 GPU, .* \(at most 2 CPUs and 0 GPUs\); .* --device"),
         ({"threads": 3}, r"needs 3 CPUs, .* \(at most 2 CPUs\); give fewer --threads"),
@@ -170,8 +170,8 @@ def test_no_node_has_what_a_worker_needs(exported: Path, ray: None, tmp_path: Pa
         assert {path.name for path in (tmp_path / "tol").iterdir()} == {STATE}
 
 
-def test_what_killed_builds_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not what a process holds, what has no mark yet, and what is another user's."""
+def test_scratch_of_killed_builds_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not of a live process, without an owner file, or of another user."""
     code = (
         "import sys\nfrom pathlib import Path\nfrom mlm_train.tol.build.ray_cluster import _scratch\n"
         "with _scratch() as folder:\n    Path(folder).mkdir()\n    print(folder, flush=True)\n    input()"
@@ -228,7 +228,7 @@ def test_bad_input(
         with pytest.raises(UserError, match=message) as caught:
             build_tol(model_dir, tmp_path / f"out{number}", **options)
         assert "\n" not in str(caught.value)
-    # Nothing was committed, so another type may take the folder of the last case.
+    # Nothing was committed, so another type may use the folder of the last case.
     index = build_tol(tmp_path / "large", tmp_path / "out7", partitions=3)
     assert {file.name for file in (tmp_path / "out7").iterdir()} == {
         INDEX,
@@ -277,7 +277,7 @@ def test_options_that_cannot_work(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Refused before Ray starts, and nothing is left."""
+    """Rejected before Ray starts, and nothing is written."""
     monkeypatch.setattr("mlm_train.tol.build.builder.ray_cluster", None)
     (tmp_path / "FILE").touch()
     (tmp_path / "LINK").symlink_to(tmp_path / "nowhere")
@@ -289,7 +289,7 @@ def test_options_that_cannot_work(
 def test_the_same_command_again(
     tables: dict[str, Path], exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A finished build says so, and another one's folder is refused, whatever differs."""
+    """A finished build is reported, and the folder of a different build is rejected."""
     output = tmp_path / "tol"
     stored = ("--dtype", "int8", "--group-size", 8, "--partitions", 3)
     for options in (("--budget", "60kB"), ("--rank", 8, "--drop", 1)):
@@ -302,8 +302,8 @@ def test_the_same_command_again(
         for other in (("--group-size", 16), ("--drop", 0), ("--partitions", 4), ("--budget", "50kB")):
             if "--rank" in options and "--budget" in other:
                 continue
-            said = refused(*words, *other)
-            assert said == f"mlm-train: {output} holds another table; name a new folder, or remove it"
+            line = refused(*words, *other)
+            assert line == f"mlm-train: {output} holds another table; name a new folder, or remove it"
         assert digests(output) == before
         lost = output / read_index(output).partitions[1].file
         lost.unlink()
@@ -313,7 +313,7 @@ def test_the_same_command_again(
         shutil.rmtree(output)
 
 
-def test_an_unfinished_build_is_no_compression(
+def test_an_unfinished_build_is_not_resumed_as_a_compression(
     tables: dict[str, Path], exported: Path, tmp_path: Path
 ) -> None:
     index, plan = (

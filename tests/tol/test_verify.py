@@ -1,4 +1,4 @@
-"""Verification: whole tables pass, every damage is named."""
+"""Verification: intact tables pass, every damage is named."""
 
 import json
 import random
@@ -22,7 +22,7 @@ def table(tables: dict[str, Path], tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_whole(tables: dict[str, Path], exported: Path, dtype: str) -> None:
+def test_intact(tables: dict[str, Path], exported: Path, dtype: str) -> None:
     report = verify_tol(tables[dtype], exported)
     assert not report.damages and report.recomputed == 601
     assert report.max_rel_error < {"bfloat16": 2e-3 * 2, "float16": 5e-4, "float32": 2e-6}[dtype]
@@ -31,7 +31,7 @@ def test_whole(tables: dict[str, Path], exported: Path, dtype: str) -> None:
 
 
 def flip(folder: Path, row: int, layer: int, column: int, bit: int) -> str:
-    """Flip a bit in the high byte of a bfloat16 number; the partition's name."""
+    """Flip a bit in the high byte of a bfloat16 value; return the partition's file name."""
     for partition in read_index(folder).partitions:
         start, stop = partition.rows
         if start <= row < stop:
@@ -56,7 +56,7 @@ def test_flipped_byte_is_named(table: Path, exported: Path, capsys: pytest.Captu
     assert f"{name}: rows [300, 301): values are not FFN-M's" in capsys.readouterr().err
 
 
-def test_files_gone_short_or_not_finite(table: Path) -> None:
+def test_missing_short_or_non_finite_files(table: Path) -> None:
     files = [table / partition.file for partition in read_index(table).partitions]
     files[0].unlink()
     files[1].write_bytes(files[1].read_bytes()[:-1])
@@ -110,11 +110,11 @@ def test_bad_index(table: Path, fields: dict[str, Any], message: str) -> None:
 
 
 def test_any_flipped_bit_of_the_index_is_found(table: Path) -> None:
-    whole = (table / INDEX).read_bytes()
-    assert parse_index(whole, "index") == read_index(table)
-    for storage in range(len(whole)):
-        data = bytearray(whole)
-        data[storage] ^= 1 << random.randrange(8)
+    original = (table / INDEX).read_bytes()
+    assert parse_index(original, "index") == read_index(table)
+    for position in range(len(original)):
+        data = bytearray(original)
+        data[position] ^= 1 << random.randrange(8)
         with pytest.raises(UserError, match="index"):
             parse_index(bytes(data), "index")
 
@@ -130,8 +130,8 @@ def test_any_flipped_bit_of_the_index_is_found(table: Path) -> None:
         ({"bytes": 1e30}, "bytes"),
     ],
 )
-def test_numbers_of_an_index_that_cannot_be(fields: dict[str, Any], message: str) -> None:
-    """Where no digest tells: one that somebody wrote."""
+def test_impossible_numbers_in_an_index(fields: dict[str, Any], message: str) -> None:
+    """In an index without a digest, as written by hand."""
     encoding = {"dtype": "int8", "group_size": 16, "symmetric": True, "scales": 0, "codes": 4}
     partition = {"file": "rows", "rows": [0, 9], "bytes": 1, "sha256": ""}
     source = {"checkpoint": "", "created": "", "tool_version": ""}
