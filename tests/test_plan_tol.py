@@ -165,8 +165,8 @@ def test_capacity(paper: ModelConfig) -> None:
     assert tol.home_of_weights(paper, none) is None
 
 
-def planned(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
-    mlm_train("plan", "tol", *words, "--json")
+def planned(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    mlm_train("plan", "tol", *arguments, "--json")
     return json.loads(capsys.readouterr().out)
 
 
@@ -181,13 +181,13 @@ def test_json_and_page_agree(capsys: pytest.CaptureFixture[str]) -> None:
     assert offers["bfloat16", "RAM"]["seconds"] == pytest.approx([98304 / 25e9 * b for b in (1, 8, 64)])
     mlm_train("plan", "tol", PAPER, *GIVEN)
     page = capsys.readouterr().out
-    for words in (
+    for text in (
         "12.61 GB", "7.82", "1.61 ms", "98.3 ns*", "252 us*",
         "bfloat16 ToL in NVMe: it pays only at batch 1 to 81, not at batch 82 and up",
         "none of these, all are larger", "--ram-gbs 25", "--nvme-latency-us 100", "Formulae",
         "--build-tflops 0.25: as given", "saves at most 55% at batch 1.",
     ):  # fmt: skip
-        assert words in page, words
+        assert text in page, text
     assert all(f"--{option}" in page for option in plan["assumed"])
 
 
@@ -243,7 +243,7 @@ def test_the_size_that_a_message_asks_for_is_enough(size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         ((ROOT / "configs" / "base-1b.yaml",), "is a base model"),
         (("nowhere.yaml",), "nowhere.yaml does not exist"),
@@ -263,5 +263,5 @@ def test_the_size_that_a_message_asks_for_is_enough(size: int) -> None:
         ((PAPER, "--vram-gb", 2, "--ram-gb", 1, "--nvme-gb", 1), "give --nvme-gb 1.62 or more"),
     ],
 )
-def test_bad_input_is_one_line(words: tuple[object, ...], message: str) -> None:
-    assert message in refused("plan", "tol", *words)
+def test_bad_input_is_one_line(arguments: tuple[object, ...], message: str) -> None:
+    assert message in refused("plan", "tol", *arguments)

@@ -150,14 +150,14 @@ def test_choices_fit_small_and_large_layers() -> None:
 def trained(data: Path, ray: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The export of a briefly trained small model, and its table."""
     root = tmp_path_factory.mktemp("allocate")
-    words = (
+    arguments = (
         *TINY,
         f"data.path={data}",
         f"train.output={root / 'run'}",
         "train.steps=60",
         "optimizer.lr=3e-3",
     )
-    mlm_train("pretrain", "configs/micro.yaml", *words)
+    mlm_train("pretrain", "configs/micro.yaml", *arguments)
     runtime.stop()
     mlm_train("export", root / "run", "--output", root / "export")
     mlm_train("tol", "build", root / "export", "--output", root / "tol", "--dtype", "float32")
@@ -182,8 +182,8 @@ def test_a_mix_for_a_trained_model(
     assert all(measured["chosen"]["perplexity"] <= 1.0005 * one["perplexity"] for one in uniform)
 
     capsys.readouterr()
-    words = ("--allocation", tmp_path / "mix.json", "--evaluate", data, "--model", export)
-    mlm_train("tol", "compress", table, "--output", tmp_path / "small", *words)
+    arguments = ("--allocation", tmp_path / "mix.json", "--evaluate", data, "--model", export)
+    mlm_train("tol", "compress", table, "--output", tmp_path / "small", *arguments)
     chosen = measured["chosen"]
     expected = f"{chosen['perplexity']:.4f} with {tmp_path / 'small'}: {chosen['growth']:+.3%}"
     assert expected in capsys.readouterr().out
@@ -219,7 +219,7 @@ def refusing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (("--output", ""), "--output '': name a file in a folder that exists"),
         (("--output", "no/mix.json"), "no/mix.json: name a file in a folder that exists"),
@@ -239,7 +239,7 @@ def refusing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 )
 def test_rejected_before_a_model_is_opened(
     refusing: tuple[Path, Path],
-    words: tuple[str, ...],
+    arguments: tuple[str, ...],
     message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -249,9 +249,11 @@ def test_rejected_before_a_model_is_opened(
     before = index.read_bytes()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.json").write_text('{"layers": [0]}')
-    words = tuple(word.replace("TABLE", str(table)) for word in words)
-    goal = () if {"--budget", "--tolerance"} & set(words) else ("--budget", "1MB")
-    assert message in refused("tol", "allocate", table, "--model", "none", "--data", "none", *goal, *words)
+    arguments = tuple(argument.replace("TABLE", str(table)) for argument in arguments)
+    goal = () if {"--budget", "--tolerance"} & set(arguments) else ("--budget", "1MB")
+    assert message in refused(
+        "tol", "allocate", table, "--model", "none", "--data", "none", *goal, *arguments
+    )
     assert index.read_bytes() == before and {path.name for path in tmp_path.iterdir()} == {"mine.json"}
     assert (tmp_path / "mine.json").read_text() == '{"layers": [0]}'
 
@@ -260,18 +262,18 @@ def test_data_with_more_ids_than_the_model(data: Path, refusing: tuple[Path, Pat
     """Rejected, as in pretraining; fewer ids are allowed, since a vocabulary may be padded."""
     model, (table, _) = export(tmp_path / "model", random_model(vocab_size=300)), refusing
     evaluated = ("--dtype", "int8", "--evaluate", data, "--output", tmp_path / "out")
-    for words in (
+    for arguments in (
         ("evaluate", "--data", data),
         ("tol", "allocate", table, "--data", data, "--budget", "1MB", "--output", tmp_path / "mix.json"),
         ("tol", "compress", table, *evaluated),
     ):
-        assert f"{data} has 512 ids and {model} knows 300: prepare" in refused(*words, "--model", model)
+        assert f"{data} has 512 ids and {model} knows 300: prepare" in refused(*arguments, "--model", model)
     assert not (tmp_path / "out").exists() and not (tmp_path / "mix.json").exists()
 
 
 def test_bad_input(trained: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
     export, table = trained
-    words = (
+    arguments = (
         "tol",
         "allocate",
         table,
@@ -284,11 +286,13 @@ def test_bad_input(trained: tuple[Path, Path], data: Path, tmp_path: Path) -> No
         "--samples",
         2,
     )
-    assert "give --budget or --tolerance" in refused(*words)
-    assert "--tolerance much: give a fraction" in refused(*words, "--tolerance", "much")
-    assert "--budget 10 bytes is too small for any layer; give at least" in refused(*words, "--budget", 10)
+    assert "give --budget or --tolerance" in refused(*arguments)
+    assert "--tolerance much: give a fraction" in refused(*arguments, "--tolerance", "much")
+    assert "--budget 10 bytes is too small for any layer; give at least" in refused(
+        *arguments, "--budget", 10
+    )
     mlm_train("tol", "compress", table, "--output", tmp_path / "int8", "--dtype", "int8")
-    again = ("tol", "allocate", tmp_path / "int8", *words[3:], "--budget", "1MB")
+    again = ("tol", "allocate", tmp_path / "int8", *arguments[3:], "--budget", "1MB")
     assert "is compressed already" in refused(*again)
     assert "--evaluate needs --model" in refused(
         "tol", "compress", table, "--output", tmp_path / "x", "--dtype", "int8", "--evaluate", data

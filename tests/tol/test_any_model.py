@@ -12,10 +12,10 @@ from tests.commands import TINY, mlm_train, refused
 from tests.tol.test_faults import flip
 
 
-def train(data: Path, run: Path, *words: str) -> None:
+def train(data: Path, run: Path, *arguments: str) -> None:
     try:
         paths = (f"data.path={data}", f"train.output={run}")
-        mlm_train("pretrain", "configs/micro.yaml", *TINY, *paths, "train.steps=2", *words)
+        mlm_train("pretrain", "configs/micro.yaml", *TINY, *paths, "train.steps=2", *arguments)
     finally:
         runtime.stop()
 
@@ -45,8 +45,8 @@ def test_perplexity(
         mlm_train("evaluate", *model, *short)
         mlm_train("evaluate", *model, *short, "--tol", folders["tol"])
         mlm_train("tol", "build", folders[name], "--output", out / "tol", "--evaluate", data)
-        words = ("--output", out / "int8", "--dtype", "int8", "--evaluate", data)
-        mlm_train("tol", "compress", folders["tol"], *words, *model)
+        arguments = ("--output", out / "int8", "--dtype", "int8", "--evaluate", data)
+        mlm_train("tol", "compress", folders["tol"], *arguments, *model)
         outputs.append(capsys.readouterr().out.replace(str(out), "OUT"))
     assert outputs[0] == outputs[1] == outputs[2]
     computed, looked_up = (json.loads(line) for line in outputs[0].splitlines()[:2])
@@ -64,8 +64,8 @@ def test_allocate_inspect_and_generate(
         mlm_train("generate", *model, "--prompt", "def", "--max-new-tokens", 4, "--json")
         inspected, generated = map(json.loads, capsys.readouterr().out.splitlines())
         results.append((inspected, generated["ids"]))
-        words = ("--samples", 2, "--budget", "50kB", "--output", out)
-        mlm_train("tol", "allocate", folders["tol"], *model, "--data", data, *words)
+        arguments = ("--samples", 2, "--budget", "50kB", "--output", out)
+        mlm_train("tol", "allocate", folders["tol"], *model, "--data", data, *arguments)
         capsys.readouterr()
         mixes.append(json.loads(out.read_text()))
     assert results[0] == results[1] == results[2] and mixes[0] == mixes[1] == mixes[2]

@@ -168,9 +168,9 @@ def table(ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "tol"
 
 
-def compressed(table: Path, output: Path, *words: object) -> tuple[TolIndex, float]:
+def compressed(table: Path, output: Path, *arguments: object) -> tuple[TolIndex, float]:
     """A compressed table's index, and the sum of squared relative errors measured from its rows."""
-    mlm_train("tol", "compress", table, "--output", output, *words)
+    mlm_train("tol", "compress", table, "--output", output, *arguments)
     index, true, found = read_index(output), stored_rows(table), stored_rows(output)
     files = [path for path in output.iterdir() if path.name != INDEX]
     assert sum(path.stat().st_size for path in files) == index.bytes
@@ -208,9 +208,9 @@ def test_a_dropped_layer_gives_a_warning(
     table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """If only one layer fits, the most valuable one is kept; smaller budgets are rejected."""
-    words = ("--dtype", "float32", "--partitions", 1)
+    arguments = ("--dtype", "float32", "--partitions", 1)
     one = 4096 + 16 * ROWS + 128 + 2 * HIDDEN  # a layer of rank 1, padded to 16 bytes per row
-    index, _ = compressed(table, tmp_path / "one", *words, "--budget", one + 16 * ROWS)
+    index, _ = compressed(table, tmp_path / "one", *arguments, "--budget", one + 16 * ROWS)
     (warned,) = (line for line in capfd.readouterr().err.splitlines() if "warning" in line)
     (kept,) = index.layers
     dropped = sorted({0, 1, 2} - {kept})
@@ -218,14 +218,14 @@ def test_a_dropped_layer_gives_a_warning(
     mlm_train("tol", "inspect", tmp_path / "one")
     assert f"dropped layers, read as 0: {dropped[0]}, {dropped[1]}" in capfd.readouterr().out
     assert "is too small for any layer" in refused(
-        "tol", "compress", table, "--output", tmp_path / "none", *words, "--budget", one - 1
+        "tol", "compress", table, "--output", tmp_path / "none", *arguments, "--budget", one - 1
     )
     assert not (tmp_path / "none").exists()
 
 
 def test_any_number_of_workers_chooses_the_same(table: Path, tmp_path: Path) -> None:
     for workers in (1, 2):
-        words = ("--budget", 500_000, "--workers", workers)
-        mlm_train("tol", "compress", table, "--output", tmp_path / str(workers), *words)
+        arguments = ("--budget", 500_000, "--workers", workers)
+        mlm_train("tol", "compress", table, "--output", tmp_path / str(workers), *arguments)
     one, two = (read_index(tmp_path / str(workers)) for workers in (1, 2))
     assert one.files == two.files and one.encodings == two.encodings and one.errors == two.errors

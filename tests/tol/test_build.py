@@ -250,7 +250,7 @@ def test_bad_input(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (("--threads", 0), "--threads 0: give at least 1"),
         (("--threads", -1), "--threads -1: give at least 1"),
@@ -271,7 +271,7 @@ def test_bad_input(
     ],
 )
 def test_options_that_cannot_work(
-    words: tuple[object, ...],
+    arguments: tuple[object, ...],
     message: str,
     exported: Path,
     tmp_path: Path,
@@ -282,7 +282,7 @@ def test_options_that_cannot_work(
     (tmp_path / "FILE").touch()
     (tmp_path / "LINK").symlink_to(tmp_path / "nowhere")
     monkeypatch.chdir(tmp_path)
-    assert message in refused("tol", "build", exported, "--output", "tol", *words)
+    assert message in refused("tol", "build", exported, "--output", "tol", *arguments)
     assert {path.name for path in tmp_path.iterdir()} == {"FILE", "LINK"}
 
 
@@ -293,22 +293,22 @@ def test_the_same_command_again(
     output = tmp_path / "tol"
     stored = ("--dtype", "int8", "--group-size", 8, "--partitions", 3)
     for options in (("--budget", "60kB"), ("--rank", 8, "--drop", 1)):
-        words = ("tol", "build", exported, "--output", output, *stored, *options)
-        mlm_train(*words)
+        arguments = ("tol", "build", exported, "--output", output, *stored, *options)
+        mlm_train(*arguments)
         before = digests(output)
         capsys.readouterr()
-        mlm_train(*words)
+        mlm_train(*arguments)
         assert capsys.readouterr().out.startswith(f"{output} is finished already: 601 rows of ")
         for other in (("--group-size", 16), ("--drop", 0), ("--partitions", 4), ("--budget", "50kB")):
             if "--rank" in options and "--budget" in other:
                 continue
-            line = refused(*words, *other)
+            line = refused(*arguments, *other)
             assert line == f"mlm-train: {output} holds another table; name a new folder, or remove it"
         assert digests(output) == before
         lost = output / read_index(output).partitions[1].file
         lost.unlink()
-        assert f"{lost} is missing or damaged" in refused(*words)
-        mlm_train(*words[:5], "--repair")
+        assert f"{lost} is missing or damaged" in refused(*arguments)
+        mlm_train(*arguments[:5], "--repair")
         assert digests(output) == before
         shutil.rmtree(output)
 

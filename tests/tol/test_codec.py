@@ -33,7 +33,7 @@ def encode(scheme: Scheme, values: Tensor) -> Tensor:
     return out
 
 
-def numbers(rows: int, width: int, seed: int = 0) -> Tensor:
+def random_values(rows: int, width: int, seed: int = 0) -> Tensor:
     """Rows of very different size, some groups of one sign, some of zeros."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(rows, width, generator=generator) * torch.logspace(-3, 2, rows).unsqueeze(1)
@@ -69,7 +69,7 @@ def read_by_hand(row: bytes, encoding: Encoding, hidden: int) -> list[Fraction]:
 def test_layers_of_a_row_are_where_the_format_puts_them() -> None:
     encodings = layout(SCHEMES, HIDDEN)
     total = sum(scheme.bytes(HIDDEN) for scheme in SCHEMES)
-    parts = [numbers(9, scheme.width(HIDDEN), seed) for seed, scheme in enumerate(SCHEMES)]
+    parts = [random_values(9, scheme.width(HIDDEN), seed) for seed, scheme in enumerate(SCHEMES)]
     rows = torch.cat([encode(scheme, part) for scheme, part in zip(SCHEMES, parts, strict=True)], 1)
     assert rows.shape == (9, total) and rows.dtype == torch.uint8
     spans = sorted(span for encoding in encodings for span in encoding.spans(HIDDEN))
@@ -116,7 +116,7 @@ def _blocks(page: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: f"{scheme.dtype}-{scheme.symmetric}")
 def test_values_are_as_close_as_the_type_allows(scheme: Scheme) -> None:
-    values = numbers(40, scheme.width(HIDDEN))
+    values = random_values(40, scheme.width(HIDDEN))
     (encoding,) = layout([scheme], HIDDEN)
     found = decode(encoding, encode(scheme, values), HIDDEN).float()
     error = (found - values).abs()
@@ -178,7 +178,7 @@ def test_more_bits_and_smaller_groups_err_less() -> None:
 @pytest.mark.parametrize("dtype", ["float16", "int8", "int4"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e9])
 def test_values_that_a_type_cannot_hold_are_rejected(dtype: str, bad: float) -> None:
-    values = numbers(10, HIDDEN)
+    values = random_values(10, HIDDEN)
     values[6, 70] = bad
     scheme = Scheme(dtype=dtype, group_size=None if dtype == "float16" else 64)
     with pytest.raises(NotFinite) as caught:
@@ -190,7 +190,7 @@ def test_values_that_a_type_cannot_hold_are_rejected(dtype: str, bad: float) -> 
 @pytest.mark.parametrize("dtype", LEVELS)
 def test_a_group_wider_than_a_row_is_the_row(dtype: str, symmetric: bool) -> None:
     """Bytes and memory are the same: nothing beyond the row is allocated."""
-    values = numbers(40, HIDDEN)
+    values = random_values(40, HIDDEN)
     given = {"dtype": dtype, "symmetric": symmetric}
     exact, wide = (Scheme.model_validate(given | {"group_size": size}) for size in (HIDDEN, 2**31 - 1))
     assert exact.sizes(HIDDEN) == wide.sizes(HIDDEN)

@@ -174,8 +174,8 @@ def test_a_wrong_value_in_an_intact_file_is_found(ray: None, exported: Path, tmp
 def test_repair_rebuilds_damaged_partitions(
     name: str, ray: None, exported: Path, tables: dict[str, Path], tmp_path: Path
 ) -> None:
-    for source, words in ((exported, "build"), (tables["bfloat16"], "compress")):
-        folder = tmp_path / words
+    for source, action in ((exported, "build"), (tables["bfloat16"], "compress")):
+        folder = tmp_path / action
         build(source, folder, SPECS[name][0])
         before, index = digests(folder), (folder / INDEX).read_bytes()
         first, second, third = read_index(folder).partitions
@@ -184,7 +184,7 @@ def test_repair_rebuilds_damaged_partitions(
         data[-1] ^= 1
         (folder / second.file).write_bytes(data)
         untouched = (folder / third.file).stat().st_mtime_ns
-        command = ["tol", words, str(source), "--output", str(folder), "--repair"]
+        command = ["tol", action, str(source), "--output", str(folder), "--repair"]
         with pytest.raises(SystemExit) as ended:
             main(command)
         assert not ended.value.code
@@ -267,9 +267,9 @@ def test_bad_options(tables: dict[str, Path], exported: Path, tmp_path: Path) ->
         ("--dtype", "int8", "--each-node"): "--each-node needs --ray-address",
         ("--dtype", "int8", "--threads", 0): "--threads 0: give at least 1",
     }
-    for words, message in cases.items():
-        assert message in refused("tol", "compress", table, *output, *words), words
-        assert message in refused("tol", "build", exported, *output, *words), words
+    for arguments, message in cases.items():
+        assert message in refused("tol", "compress", table, *output, *arguments), arguments
+        assert message in refused("tol", "build", exported, *output, *arguments), arguments
     assert "does not exist" in refused("tol", "compress", exported, *output, "--dtype", "int8")
     assert "--dtype, --budget or --allocation" in refused("tol", "compress", table, *output)
     more = ("--dtype", "int8", "--model", exported)

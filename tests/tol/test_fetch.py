@@ -105,12 +105,12 @@ def test_bad_addresses(objects: Objects, exported: Path, tables: dict[str, Path]
         line = refused("tol", "build", exported, "--output", url)
         assert line.startswith(f"mlm-train: {url}") and message in line, line
     output = ("--output", "s3://bucket/new")
-    for words in (
+    for arguments in (
         ("tol", "inspect", "s3://bucket/tol"),
         ("tol", "compress", "s3://bucket/tol", "--dtype", "int8", *output),
         ("generate", "--model", exported, "--prompt-ids", "1", "--tol", "s3://bucket/tol"),
     ):
-        assert "is a URL; copy the table first: mlm-train tol fetch s3://bucket/" in refused(*words)
+        assert "is a URL; copy the table first: mlm-train tol fetch s3://bucket/" in refused(*arguments)
     assert "tol fetch" in refused("tol", "verify", "s3://bucket/tol", "--model", exported)
     assert "--sample compares rows" in refused("tol", "verify", "s3://bucket/tol", "--sample", 3)
     assert "does not exist" in refused("tol", "verify", "s3://bucket/tol")

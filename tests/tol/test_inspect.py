@@ -198,12 +198,12 @@ def test_tokens_as_text(with_text: tuple[Path, Path]) -> None:
 
 def test_command(with_text: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, model = with_text
-    words = ("tol", "inspect", folder, "--model", model, "--top", 4, "--neighbours", " self", 9)
-    mlm_train(*words, "--json", "--plot", tmp_path / "plot.png")
+    arguments = ("tol", "inspect", folder, "--model", model, "--top", 4, "--neighbours", " self", 9)
+    mlm_train(*arguments, "--json", "--plot", tmp_path / "plot.png")
     expected = inspect_tol(folder, model, 4, [" self", "9"])
     assert json.loads(capsys.readouterr().out) == asdict(expected)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    mlm_train(*words)
+    mlm_train(*arguments)
     shown = capsys.readouterr().out
     for part in (
         "520 rows of 2 of 3 layers x 32",
@@ -241,7 +241,7 @@ def test_bad_input(with_text: tuple[Path, Path], tmp_path: Path) -> None:
     short = write(tmp_path / "short", alike(30))
     (short / "rows-10.safetensors").write_bytes(b"short")
     (tmp_path / "mine.json").write_text("{}")
-    for words, message in (
+    for arguments, message in (
         ((tmp_path / "none",), "tol.index.json does not exist"),
         ((model,), "tol.index.json does not exist"),
         ((damaged,), "rows [512, 600) have NaN, infinite or huge values"),
@@ -260,4 +260,4 @@ def test_bad_input(with_text: tuple[Path, Path], tmp_path: Path) -> None:
         ((folder, "--plot", model / "p.png"), "which takes no other files"),
         ((folder, "--plot", tmp_path / "mine.json"), "mine.json exists and is no PNG"),
     ):
-        assert message in refused("tol", "inspect", *words)
+        assert message in refused("tol", "inspect", *arguments)

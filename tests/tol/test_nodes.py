@@ -126,11 +126,11 @@ def test_two_nodes(exported: Path, tmp_path: Path, nodes: tuple[str, Path, Path]
 
 
 def test_bad_input(exported: Path, tmp_path: Path) -> None:
-    words = ("tol", "build", exported, "--each-node", "--ray-address", "auto", "--output")
-    assert "is not set on this node" in refused(*words, "$MLM_NOT_SET/tol")
-    assert "is a URL" in refused(*words, "s3://bucket/tol")
+    arguments = ("tol", "build", exported, "--each-node", "--ray-address", "auto", "--output")
+    assert "is not set on this node" in refused(*arguments, "$MLM_NOT_SET/tol")
+    assert "is a URL" in refused(*arguments, "s3://bucket/tol")
     Build(exported, tmp_path / "tol", SPEC, partitions=6).run(1)
-    assert "holds another table" in refused(*words, tmp_path / "tol")
+    assert "holds another table" in refused(*arguments, tmp_path / "tol")
 
 
 def test_one_node(exported: Path, tmp_path: Path, ray: None) -> None:

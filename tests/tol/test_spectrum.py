@@ -103,10 +103,10 @@ def test_small_singular_values(draws: torch.Generator) -> None:
 def test_equal_bits(draws: torch.Generator) -> None:
     table = torch.randn(700, 600, generator=draws)
     parts = [gram_of(part, 90) for part in table.split(250)]
-    whole = sum(pickle.loads(pickle.dumps(parts)), start=Gram(600))
+    total = sum(pickle.loads(pickle.dumps(parts)), start=Gram(600))
     again = sum([gram_of(part, 90) for part in table.split(250)], start=Gram(600))
-    assert torch.equal(whole.products, again.products)
-    one, other = Spectrum.of(whole), Spectrum.of(again)
+    assert torch.equal(total.products, again.products)
+    one, other = Spectrum.of(total), Spectrum.of(again)
     assert torch.equal(one.values, other.values) and torch.equal(one.vectors, other.vectors)
     assert (one.values.diff() <= 0).all()
     columns = one.vectors.abs().argmax(1, keepdim=True)

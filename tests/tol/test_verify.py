@@ -77,8 +77,8 @@ def test_missing_short_or_non_finite_files(table: Path) -> None:
         "rows [400, 402): non-finite values",
         "rows [403, 404): non-finite values",
     )
-    for damage, words in zip(damages, expected, strict=True):
-        assert words in damage
+    for damage, text in zip(damages, expected, strict=True):
+        assert text in damage
 
 
 def rewrite(table: Path, **fields: Any) -> None:

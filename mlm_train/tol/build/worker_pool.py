@@ -38,7 +38,7 @@ class WorkerPool:
         import ray
 
         self.job, self._needs = job, {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
-        fix = "give such a node, or another --device" if gpus else "give fewer --threads"
+        fix = "add such a node, or give another --device" if gpus else "give fewer --threads"
         check_resources(self._needs, fix)
         # An abandoned actor must not restart: its partition is built again in another draft.
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
