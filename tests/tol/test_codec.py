@@ -205,5 +205,5 @@ def test_schemes_that_mean_nothing() -> None:
     for fields in ({"dtype": "int8"}, {"dtype": "bfloat16", "group_size": 64}, {"dtype": "int4", "rank": 0}):
         with pytest.raises(ValueError, match=r"group_size|greater than"):
             Scheme.model_validate(fields)
-    with pytest.raises(ValueError, match="zeros of those"):
+    with pytest.raises(ValueError, match="zeros to those"):
         Encoding(dtype="int8", group_size=64, symmetric=False, scales=0, codes=8)
