@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = (
     "model.vocab_size=512", "model.hidden_size=32", "model.num_hidden_layers=2",
     "model.num_attention_heads=4", "model.intermediate_size=64", "data.sequence_length=32",
-    "model.max_position_embeddings=64", "train.global_batch=8", "train.micro_batch=2",
-    "schedule.warmup_steps=2", "train.precision=fp32", "train.evaluate_samples=10",
+    "model.max_position_embeddings=64", "train.global_batch_size=8", "train.micro_batch_size=2",
+    "schedule.warmup_steps=2", "train.precision=fp32", "train.eval_samples=10",
 )  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def ended(*words: object) -> list[str]:
 
 
 def training(data: Path, output: Path) -> list[str]:
-    more = ("train.steps=3", "checkpoint.every=1", "monitor.peak_tflops=1", "memory.mode=unique")
+    more = ("train.steps=3", "checkpoint.interval=1", "monitor.peak_tflops=1", "memory.mode=unique")
     return [*TINY, *more, f"data.path={data}", f"train.output={output}"]
 
 

@@ -54,9 +54,17 @@ def test_the_time_of_day_jumps_by_an_hour(by: int, data: Path, tmp_path: Path) -
     jump, run, exported = tmp_path / "jump", tmp_path / "run", tmp_path / "export"
     paths = os.pathsep.join([str(tmp_path / "path"), str(ROOT)])
     environment = {"PYTHONPATH": paths, "CLOCK_JUMPS_WHEN": str(jump), "CLOCK_JUMPS_BY": str(by)}
-    words = ("launch", "--nproc", 2, "configs/micro.yaml", *TINY, f"data.path={data}", "train.watchdog=20")
+    words = (
+        "launch",
+        "--nproc",
+        2,
+        "configs/micro.yaml",
+        *TINY,
+        f"data.path={data}",
+        "train.watchdog_timeout=20",
+    )
     usual = tmp_path / "usual"
-    more = ("train.steps=60", "checkpoint.every=20", "train.evaluate_every=0")
+    more = ("train.steps=60", "checkpoint.interval=20", "train.eval_interval=0")
     finished(*words, *more, f"train.output={usual}")
     training = start(*words, *more, f"train.output={run}", **environment)
     wait_for("step 5/60", run, training)

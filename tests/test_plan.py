@@ -12,33 +12,33 @@ CONFIG = Path(__file__).resolve().parent.parent / "configs" / "memory-250m.yaml"
 
 
 def activations(*overrides: str, world: int = 16) -> int:
-    config = load_config(CONFIG, ["train.global_batch=256", "train.micro_batch=1", *overrides])
+    config = load_config(CONFIG, ["train.global_batch_size=256", "train.micro_batch_size=1", *overrides])
     return activation_bytes(config, Topology.of(config.parallel, world))
 
 
 def test_each_means_saves_what_it_is_for() -> None:
     tensor = "parallel.tensor=4"
     plain = activations(tensor)
-    assert activations(tensor, "train.recompute=selective") < plain
-    assert activations(tensor, "train.recompute=full") < 0.5 * plain
+    assert activations(tensor, "train.activation_checkpointing=selective") < plain
+    assert activations(tensor, "train.activation_checkpointing=full") < 0.5 * plain
     assert activations(tensor, "parallel.sequence=true") < plain
     assert activations("parallel.tensor=1") > plain
     pipeline = [tensor, "parallel.pipeline=2"]
-    assert activations(*pipeline, "parallel.schedule=gpipe") > 10 * activations(*pipeline)
+    assert activations(*pipeline, "parallel.pipeline_schedule=gpipe") > 10 * activations(*pipeline)
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["parallel.schedule=1f1b"], [4, 3, 2, 1]),
-        (["parallel.schedule=gpipe"], [64] * 4),
-        (["parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=2"], [5.5, 4.5, 3.5, 2.5]),
-        (["parallel.schedule=zbv"], [4] * 4),
+        (["parallel.pipeline_schedule=1f1b"], [4, 3, 2, 1]),
+        (["parallel.pipeline_schedule=gpipe"], [64] * 4),
+        (["parallel.pipeline_schedule=interleaved_1f1b", "parallel.virtual_stages=2"], [5.5, 4.5, 3.5, 2.5]),
+        (["parallel.pipeline_schedule=zbv"], [4] * 4),
     ],
 )
 def test_micro_batches_in_flight(words: list[str], expected: list[float]) -> None:
     config = load_config(
-        CONFIG, ["parallel.pipeline=4", "train.global_batch=256", "train.micro_batch=4", *words]
+        CONFIG, ["parallel.pipeline=4", "train.global_batch_size=256", "train.micro_batch_size=4", *words]
     )
     found = [in_flight(config, Topology.of(config.parallel, 4, rank)) for rank in range(4)]
     assert found == expected

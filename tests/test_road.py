@@ -68,7 +68,7 @@ def test_evaluate_gives_the_runs_own_validation_loss(
     # All windows here, ten of them in the run: near each other, and exact where the run takes all.
     again = run.parent / "again"
     shutil.copytree(run, again)
-    all_windows = f"train.evaluate_samples={computed['windows']}"
+    all_windows = f"train.eval_samples={computed['windows']}"
     mlm_train(
         "pretrain", run / "config.yaml", f"train.output={again}", all_windows, "train.steps=7",
         "optimizer.lr=1e-30", "schedule.min_lr=0", "schedule.rewarm_steps=0",

@@ -39,16 +39,16 @@ TMPFS_MEGABYTES = 24
 MODEL = (
     "model.vocab_size=512", "model.hidden_size=32", "model.num_hidden_layers=4", "model.intermediate_size=64",
     "model.max_position_embeddings=64", "data.sequence_length=32", "memory.mode=unique", "optimizer.lr=1e-3",
-    "schedule.warmup_steps=2", "schedule.min_lr=0", "train.precision=fp32", "train.global_batch=8",
-    "train.micro_batch=1", "train.evaluate_every=0", "train.evaluate_samples=16", "checkpoint.every=4",
-    "checkpoint.keep=4", "monitor.peak_tflops=1", "train.watchdog=15",
+    "schedule.warmup_steps=2", "schedule.min_lr=0", "train.precision=fp32", "train.global_batch_size=8",
+    "train.micro_batch_size=1", "train.eval_interval=0", "train.eval_samples=16", "checkpoint.interval=4",
+    "checkpoint.keep_latest_k=4", "monitor.peak_tflops=1", "train.watchdog_timeout=15",
 )  # fmt: skip
 LAYOUTS = {  # name: processes, overrides
-    "dp2": (2, ("parallel.zero=1",)),
+    "dp2": (2, ("parallel.zero_stage=1",)),
     "pp2": (2, ("parallel.pipeline=2",)),
     "tp2": (2, ("parallel.tensor=2",)),
-    "dp2-zero3": (2, ("parallel.zero=3",)),
-    "pp2-dp2": (4, ("parallel.pipeline=2", "parallel.zero=1")),
+    "dp2-zero3": (2, ("parallel.zero_stage=3",)),
+    "pp2-dp2": (4, ("parallel.pipeline=2", "parallel.zero_stage=1")),
     "one": (1, ()),
 }
 LAYOUTS_USED = "dp2,pp2,tp2,dp2-zero3"

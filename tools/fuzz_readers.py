@@ -43,8 +43,9 @@ TINY = (
     "model.vocab_size=384", "model.hidden_size=16", "model.num_hidden_layers=2",
     "model.num_attention_heads=2",
     "model.intermediate_size=24", "data.sequence_length=16", "model.max_position_embeddings=64",
-    "train.global_batch=4", "train.micro_batch=2", "schedule.warmup_steps=0", "train.precision=fp32",
-    "train.evaluate_samples=2", "train.steps=2", "checkpoint.every=1", "memory.mode=unique",
+    "train.global_batch_size=4", "train.micro_batch_size=2", "schedule.warmup_steps=0",
+    "train.precision=fp32", "train.eval_samples=2", "train.steps=2", "checkpoint.interval=1",
+    "memory.mode=unique",
 )  # fmt: skip
 EXPORT_MANIFEST = "export.manifest.json"
 WORDS = "def main(self):\n    return 'é' + \"\u2581\" + str(0.5)  # \U0001f600\n"

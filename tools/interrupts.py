@@ -55,7 +55,7 @@ MODEL = (
     "model.vocab_size=512", "model.hidden_size=128", "model.num_hidden_layers=4",
     "model.intermediate_size=1024", "model.max_position_embeddings=64", "data.sequence_length=32",
     "train.precision=fp32",
-    "train.global_batch=2", "train.micro_batch=2", "train.steps=1", "train.evaluate_every=0",
+    "train.global_batch_size=2", "train.micro_batch_size=2", "train.steps=1", "train.eval_interval=0",
     "schedule.warmup_steps=0", "monitor.peak_tflops=1",
 )  # fmt: skip
 console = Console(stderr=True, highlight=False, soft_wrap=True)

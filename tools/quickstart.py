@@ -25,7 +25,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 PROCESSES = 4
-LAYOUT = ("parallel.tensor=2", "parallel.pipeline=2", "train.micro_batch=4")
+LAYOUT = ("parallel.tensor=2", "parallel.pipeline=2", "train.micro_batch_size=4")
 PROMPT = "class TestCase(unittest.TestCase):\n    def test_"
 NEW_TOKENS = 48
 

@@ -37,8 +37,8 @@ def step_config(
             "output": "none",
             "steps": 1,
             "device": "cpu",
-            "micro_batch": micro_batch,
-            "global_batch": micro_batch * micro_batches,
+            "micro_batch_size": micro_batch,
+            "global_batch_size": micro_batch * micro_batches,
         }
         | train,
     }

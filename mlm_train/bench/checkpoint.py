@@ -105,7 +105,7 @@ class _Crew:
         self.folder, self.bytes, self.number = folder, 0, 0
         self.values: dict[str, list[float]] = {}
         self.step()
-        self._saved(background=False)  # libraries load, memory is there
+        self._saved(async_save=False)  # libraries load, memory is there
 
     def step(self) -> float:
         """One training step; its seconds."""
@@ -116,10 +116,10 @@ class _Crew:
     def turn(self) -> None:
         """Everything once."""
         self._keep("plain_write", _timed(self._write_plain))
-        waiting, folder = self._saved(background=False)
+        waiting, folder = self._saved(async_save=False)
         self._keep("save", waiting.seconds)
         alone = [self.step() for _ in range(4)]
-        going, _ = self._saved(background=True)
+        going, _ = self._saved(async_save=True)
         self._keep("background_save", going.seconds)
         self._keep("stall", going.stall)
         self._keep("step", sorted(alone)[1])
@@ -129,16 +129,16 @@ class _Crew:
         self._keep("verify", _timed(lambda: open_checkpoint(folder)))
         self._keep("load", _timed(lambda: load_training_state(folder, manifest, self.engine)))
 
-    def _saved(self, background: bool) -> tuple[Saved, Path]:
+    def _saved(self, async_save: bool) -> tuple[Saved, Path]:
         """Save, training on where it may; how it went."""
-        section = self.config.checkpoint.model_copy(update={"background": background})
+        section = self.config.checkpoint.model_copy(update={"async_save": async_save})
         config = self.config.model_copy(update={"checkpoint": section})
         told: list[Saved] = []
         saver = Saver(self.engine, self.runtime, config, {"fingerprint": ""}, told.append, print)
         self.number += 1
         saver.save({"step": self.number, "samples": 0, "tokens": 0})
         steps = []
-        while background and not told:
+        while async_save and not told:
             steps.append(self.step())
             saver.poll()
         saver.finish()

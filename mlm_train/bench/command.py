@@ -52,7 +52,7 @@ that share cores or memory make them noisy.
 examples:
   mlm-train bench x0
   mlm-train bench x0 --stages 2 4 --runs 15 --data runs/quickstart/data --json x0.json
-  mlm-train bench x0 --stages 2 --schedule interleaved_1f1b"""
+  mlm-train bench x0 --stages 2 --pipeline-schedule interleaved_1f1b"""
 
 _LOSS_HELP = """Compare the chunked head and loss, which never holds all logits, with the plain one.
 
@@ -229,7 +229,7 @@ def _add_x0(actions: "Actions") -> None:
     x0.add_argument(
         "--runs", type=int, metavar="N", default=9, help="timed steps of each transport (default 9)"
     )
-    x0.add_argument("--schedule", choices=("gpipe", "1f1b", "interleaved_1f1b"), default="1f1b")
+    x0.add_argument("--pipeline-schedule", choices=("gpipe", "1f1b", "interleaved_1f1b"), default="1f1b")
     x0.add_argument(
         "--data", metavar="DIR", help="folder of `data prepare`; default: ids drawn from a Zipf distribution"
     )
@@ -272,7 +272,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--runs {args.runs}: give at least 1")
     from mlm_train.bench.x0 import bench_x0
 
-    return bench_x0(args.stages, args.runs, args.schedule, args.data, args.json)
+    return bench_x0(args.stages, args.runs, args.pipeline_schedule, args.data, args.json)
 
 
 def _run_train(args: argparse.Namespace) -> int:

@@ -87,7 +87,7 @@ def _step(args: argparse.Namespace) -> tuple[Any, int, int]:
     train = {"precision": args.precision, "compile": args.compile}
     config = step_config(model, mode, args.sequence, args.sequences, args.micro_batches, train)
     _, executor, _ = build(config)
-    count = config.train.global_batch
+    count = config.train.global_batch_size
     torch.manual_seed(SEED)
     odds = torch.arange(1, args.vocabulary + 1, dtype=torch.float64) ** -ZIPF
     ids = torch.multinomial(odds, count * args.sequence, replacement=True).view(count, args.sequence)

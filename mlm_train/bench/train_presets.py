@@ -107,8 +107,8 @@ def make_config(preset: Preset, variant: Variant, data: str, precision: str, tok
     train: dict[str, Any] = {
         "output": "none",
         "steps": 1,
-        "micro_batch": preset.micro_batch,
-        "global_batch": tokens // preset.sequence,
+        "micro_batch_size": preset.micro_batch,
+        "global_batch_size": tokens // preset.sequence,
         "precision": precision,
         "seed": SEED,
         "device": "cpu",
@@ -117,7 +117,7 @@ def make_config(preset: Preset, variant: Variant, data: str, precision: str, tok
     tree: dict[str, Any] = {
         "model": model,
         "data": {"path": data, "sequence_length": preset.sequence},
-        "parallel": {"zero": 0},  # one process shares nothing: plain gradients, as transformers' are
+        "parallel": {"zero_stage": 0},  # one process shares nothing: plain gradients, as transformers' are
         "train": train,
     }
     if variant.mode is not None:

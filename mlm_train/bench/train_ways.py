@@ -152,7 +152,7 @@ class Llama:
             for name, weight in self.model.named_parameters():
                 weight.copy_(draw(config.model, config.train.seed, name, weight.shape))
         options = config.optimizer
-        self.clip = options.clip
+        self.clip = options.max_grad_norm
         groups: Any = parameter_groups(self.model, options)
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             groups, lr=options.lr, betas=options.betas, eps=options.eps

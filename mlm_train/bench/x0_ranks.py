@@ -33,7 +33,7 @@ Step = Callable[[int], list[MicroBatch]]
 
 def make_config(stages: int, schedule: str, vocabulary: int, transport: str | None) -> Config:
     """The model measured; transport None: the same without FFN-M, whose stages need no x0."""
-    parallel: dict[str, Any] = {"pipeline": stages, "schedule": schedule}
+    parallel: dict[str, Any] = {"pipeline": stages, "pipeline_schedule": schedule}
     if schedule == "interleaved_1f1b":
         parallel["virtual_stages"] = VIRTUAL
     model = {

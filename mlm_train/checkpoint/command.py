@@ -18,9 +18,9 @@ HELP = """The checkpoints of a run: which there are, whether they are whole, and
 examples:
   mlm-train checkpoint list runs/micro
   mlm-train checkpoint verify runs/micro
-  mlm-train checkpoint prune runs/micro --keep 1 --dry-run"""
+  mlm-train checkpoint prune runs/micro --keep-latest-k 1 --dry-run"""
 
-_LIST_HELP = """Steps, tokens, sizes, validation losses, why each is kept (newest, checkpoint.keep_every,
+_LIST_HELP = """Steps, tokens, sizes, validation losses, why each is kept (newest, checkpoint.keep_interval,
 best), and the layouts that wrote them; files are only looked for, not read.
 
 example:
@@ -34,14 +34,15 @@ examples:
 
 _PRUNE_HELP = """Delete all but the newest checkpoints, and what killed saves left behind.
 
-What the run keeps on purpose (config fields checkpoint.keep_every and checkpoint.keep_best) stays, unless
---keep-every and --keep-best say otherwise. The newest one is verified first: where it is damaged nothing is
-deleted. A run that is being trained keeps its folder to itself, see config field checkpoint.keep for that.
+What the run keeps on purpose (config fields checkpoint.keep_interval and checkpoint.keep_best_k) stays,
+unless --keep-interval and --keep-best-k say otherwise. The newest one is verified first: where it is damaged
+nothing is deleted. A run that is being trained keeps its folder to itself, see config field
+checkpoint.keep_latest_k for that.
 
 examples:
   mlm-train checkpoint prune runs/micro --dry-run
-  mlm-train checkpoint prune runs/micro --keep 3
-  mlm-train checkpoint prune runs/micro --keep-every 0 --keep-best 1"""
+  mlm-train checkpoint prune runs/micro --keep-latest-k 3
+  mlm-train checkpoint prune runs/micro --keep-interval 0 --keep-best-k 1"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,9 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     prune = add_action(actions, "prune", "delete all but the newest", _PRUNE_HELP)
     prune.add_argument("run", metavar="RUN", help="a run's folder")
-    prune.add_argument("--keep", type=int, metavar="N", default=1, help="newest ones to keep (default 1)")
-    for name, what in (("every", "those whose step is a multiple of N too"), ("best", "the N best too")):
-        text = f"{what}; 0: none (default: the run's checkpoint.keep_{name})"
+    prune.add_argument(
+        "--keep-latest-k", type=int, metavar="N", default=1, help="newest ones to keep (default 1)"
+    )
+    for name, what in (("interval", "those whose step is a multiple of N too"), ("best-k", "the N best too")):
+        text = f"{what}; 0: none (default: the run's checkpoint.keep_{name.replace('-', '_')})"
         prune.add_argument(f"--keep-{name}", type=int, metavar="N", help=text)
     prune.add_argument("--dry-run", action="store_true", help="say what would go, delete nothing")
 
@@ -141,7 +144,8 @@ def _row(folder: Path) -> dict[str, Any]:
     row |= {
         "tokens": manifest.progress.tokens,
         "bytes": sum(entry.bytes for entry in manifest.files),
-        "layout": f"{manifest.world} ranks, TP{parallel.tensor} PP{parallel.pipeline} ZeRO-{parallel.zero}",
+        "layout": f"{manifest.world} ranks, TP{parallel.tensor} PP{parallel.pipeline} "
+        f"ZeRO-{parallel.zero_stage}",
     }
     return row | {"fault": None}
 
@@ -177,18 +181,18 @@ def _prune(path: Path, args: argparse.Namespace) -> int:
     from mlm_train.utils.files import locked, writing
 
     for option, value, least in (
-        ("--keep", args.keep, 1),
-        ("--keep-every", args.keep_every, 0),
-        ("--keep-best", args.keep_best, 0),
+        ("--keep-latest-k", args.keep_latest_k, 1),
+        ("--keep-interval", args.keep_interval, 0),
+        ("--keep-best-k", args.keep_best_k, 0),
     ):
         if value is not None and value < least:
             raise UserError(f"{option} {value}: give at least {least}")
     root = _found(path)[0].parent
     with locked(root.parent, "being trained"), writing(root):
         own = Keep.of(config_of(open_checkpoint(_found(path)[-1])).checkpoint)
-        every = own.every if args.keep_every is None else args.keep_every
-        best = own.best if args.keep_best is None else args.keep_best
-        keep = Keep(args.keep, every, best)
+        every = own.every if args.keep_interval is None else args.keep_interval
+        best = own.best if args.keep_best_k is None else args.keep_best_k
+        keep = Keep(args.keep_latest_k, every, best)
         stays = keep.reasons(committed(root))
         for folder, reasons in stays.items():
             if NEWEST in reasons:

@@ -60,7 +60,7 @@ def resolve(path: Path) -> Path:
     if path.name == BEST and names_one(path):
         best = best_of(_in(path.parent))
         if best is None:
-            raise UserError(f"{path}: no checkpoint there has a validation loss (train.evaluate_every)")
+            raise UserError(f"{path}: no checkpoint there has a validation loss (train.eval_interval)")
         return best
     return _in(path.parent if names_one(path) else path)[-1]
 

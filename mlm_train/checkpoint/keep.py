@@ -27,7 +27,7 @@ class Keep:
     @classmethod
     def of(cls, config: CheckpointConfig) -> "Keep":
         """What a run's config says."""
-        return cls(config.keep, config.keep_every, config.keep_best)
+        return cls(config.keep_latest_k, config.keep_interval, config.keep_best_k)
 
     def reasons(self, folders: Sequence[Path]) -> dict[Path, list[str]]:
         """Why each of a run's checkpoints, given from the oldest on, stays; those without a reason go."""
@@ -85,13 +85,16 @@ def refuse_deletions(run: Path, folders: Sequence[Path], before: Keep, after: Ke
     if lost:
         changed = [
             f"checkpoint.keep_{name} {old} -> {new}"
-            for name, old, new in (("every", before.every, after.every), ("best", before.best, after.best))
+            for name, old, new in (
+                ("interval", before.every, after.every),
+                ("best_k", before.best, after.best),
+            )
             if old != new
         ]
         raise UserError(
             f"{', '.join(changed)}: {lost[0]}{f' and {len(lost) - 1} more' if lost[1:] else ''}, kept on "
             "purpose, would be deleted: set it back, or delete them first by `mlm-train checkpoint prune "
-            f"{run} --keep {after.newest} --keep-every {after.every} --keep-best {after.best}`"
+            f"{run} --keep-latest-k {after.newest} --keep-interval {after.every} --keep-best-k {after.best}`"
         )
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mlm_train.checkpoint.manifest import Manifest, read_manifest, verify_files
+from mlm_train.checkpoint.manifest import MANIFEST, Manifest, read_manifest, verify_files
 from mlm_train.checkpoint.tensors import LogicalPart, read_tensors
 from mlm_train.config import Config, ModelConfig
 from mlm_train.config.load import parse_config
+from mlm_train.config.renamed import with_new_names
 from mlm_train.data.order import ORDER
 from mlm_train.errors import UserError
 from mlm_train.model.logical import pieces
@@ -26,8 +27,8 @@ def open_checkpoint(folder: Path, verify: Check = "full") -> Manifest:
 
 
 def config_of(manifest: Manifest) -> Config:
-    """The config of the run that wrote a checkpoint."""
-    return parse_config(manifest.config)
+    """The config of the run that wrote a checkpoint, of whatever version."""
+    return parse_config(with_new_names(manifest.config, MANIFEST))
 
 
 def check_fits(folder: Path, manifest: Manifest, config: Config, fingerprint: str) -> None:

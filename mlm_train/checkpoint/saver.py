@@ -53,7 +53,7 @@ class Saver:
         self.runtime.marker.at("copy")
         snapshot = take_snapshot(self.engine, self.runtime, self.config, progress, self.data, validation)
         self.write = _Write(self.root, snapshot, self.thread_runtime, started)
-        if self.config.checkpoint.background:
+        if self.config.checkpoint.async_save:
             self.write.start()
         else:
             self.write.run()

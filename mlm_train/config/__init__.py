@@ -4,6 +4,7 @@ from mlm_train.config.load import changed_fields, dump_config, load_config
 from mlm_train.config.model import ModelConfig
 from mlm_train.config.schedule import ScheduleConfig
 from mlm_train.config.schema import (
+    BatchSizeWarmup,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -11,11 +12,11 @@ from mlm_train.config.schema import (
     MonitorConfig,
     OptimizerConfig,
     ParallelConfig,
-    Ramp,
     TrainConfig,
 )
 
 __all__ = [
+    "BatchSizeWarmup",
     "CheckpointConfig",
     "Config",
     "DataConfig",
@@ -24,7 +25,6 @@ __all__ = [
     "MonitorConfig",
     "OptimizerConfig",
     "ParallelConfig",
-    "Ramp",
     "ScheduleConfig",
     "TrainConfig",
     "changed_fields",

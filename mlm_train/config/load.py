@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from mlm_train.config.renamed import refuse_old_names, with_new_names
 from mlm_train.config.schema import Config
 from mlm_train.config.section import Section
 from mlm_train.config.yaml_text import DEEPEST, LONGEST, yaml_text, yaml_value
@@ -15,15 +16,22 @@ from mlm_train.errors import UserError
 from mlm_train.utils.records import read_regular
 
 _CREDENTIALS = re.compile(r"://[^/\s]*@")  # of a URL
+# Beside a config.yaml that this program wrote: of a run, a copy of one, and an import.
+_OURS = ("train.log", "checkpoints", "export.manifest.json")
 _SHOWN = 200  # characters of a value that a message repeats
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a YAML file and apply overrides such as `train.steps=20` (values are YAML).
 
-    Raises UserError for a missing file, bad YAML, an unknown key, or a value out of range.
+    A config.yaml that a run or an import wrote may have a field's former name. Raises UserError for a missing
+    file, bad YAML, an unknown key, a former name elsewhere, or a value out of range.
     """
-    tree = read_yaml(Path(path))
+    path = Path(path)
+    tree = read_yaml(path)
+    if path.name == "config.yaml" and any((path.parent / name).exists() for name in _OURS):
+        tree = with_new_names(tree, str(path))
+    refuse_old_names(tree, str(path))
     for override in overrides:
         _apply(tree, override)
     return parse_config(tree)
@@ -84,6 +92,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml_value(text)
     except ValueError as error:
         raise UserError(f"override {given}: the value is not YAML: {error}") from None
+    alone = value
+    for part in reversed(parts):
+        alone = {part: alone}
+    refuse_old_names(alone, f"override {given}")
     node = tree
     for part in parts[:-1]:
         child = node.get(part)
@@ -104,11 +116,11 @@ def _refuse_credentials(value: Any, name: str) -> None:
         _refuse_credentials(item, f"{name}.{key}" if name else str(key))
 
 
-def _section_of(annotation: Any) -> type[Section] | None:
+def section_of(annotation: Any) -> type[Section] | None:
     """The Section inside a field's annotation, `Section | None` and `list[Section]` included."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    return next(filter(None, map(_section_of, typing.get_args(annotation))), None)
+    return next(filter(None, map(section_of, typing.get_args(annotation))), None)
 
 
 def _refuse_unknown(tree: dict[str, Any], section: type[Section], prefix: str) -> None:
@@ -118,7 +130,7 @@ def _refuse_unknown(tree: dict[str, Any], section: type[Section], prefix: str) -
             raise UserError(
                 f"unknown config key {prefix}{str(key)[:_SHOWN]}; {_nearest(str(key), section, prefix)}"
             )
-        inner = _section_of(field.annotation)
+        inner = section_of(field.annotation)
         if inner is None:
             continue
         if isinstance(value, dict):
@@ -137,7 +149,7 @@ def _nearest(key: str, section: type[Section], prefix: str) -> str:
     if near:
         return f"did you mean {prefix}{near[0]}?"
     for name, field in Config.model_fields.items():
-        inner = _section_of(field.annotation)
+        inner = section_of(field.annotation)
         near = difflib.get_close_matches(key, inner.model_fields, n=1, cutoff=0.7) if inner else []
         if near:
             return f"did you mean {name}.{near[0]}?"

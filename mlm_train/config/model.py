@@ -28,7 +28,7 @@ class ModelConfig(Section):
         None, ge=1, le=MOST_HEADS, description="key and value heads (GQA); default: as many as query heads"
     )
     head_dim: int | None = Field(
-        None, ge=2, le=MOST_HEADS, description="elements a head; default: hidden_size / num_attention_heads"
+        None, ge=2, le=MOST_HEADS, description="elements per head; default: hidden_size / num_attention_heads"
     )
     intermediate_size: int = Field(
         ge=1, le=LARGEST, description="keys of the FFN (base) or of FFN-M, elements"
@@ -52,7 +52,7 @@ class ModelConfig(Section):
         None, description="flex: FFN-C reads the layer's input (default) or the attention's output"
     )
     memory_scale: float | list[float] | None = Field(
-        None, description="alpha on FFN-M's output, one number or one a layer; default 1"
+        None, description="alpha on FFN-M's output, one number or one per layer; default 1"
     )
     tie_word_embeddings: bool = Field(False, description="the head is the embedding")
     max_position_embeddings: int = Field(2048, ge=1, le=2**31, description="longest context, tokens")

@@ -23,15 +23,15 @@ class ParallelConfig(Section):
     )
     pipeline: int = Field(1, ge=1, description="ranks that share the layers, one after the other")
     virtual_stages: int | None = Field(
-        None, ge=2, description="stages a pipeline rank holds; zbv and dualpipe_v have 2"
+        None, ge=2, description="stages per pipeline rank; zbv and dualpipe_v have 2"
     )
-    schedule: Schedule | None = Field(
+    pipeline_schedule: Schedule | None = Field(
         None,
         description="order of micro-batches in the pipeline; default 1f1b. Experimental: "
         "interleaved_zero_bubble, dualpipe_v",
     )
     layers_per_stage: list[Annotated[int, Field(ge=1)]] | None = Field(
-        None, description="layers of each stage; default: balanced by cost, the head counted"
+        None, description="layers per stage; default: balanced by cost, the head counted"
     )
     x0_transport: Literal["broadcast", "relay", "replicate"] | None = Field(
         None,
@@ -39,10 +39,10 @@ class ParallelConfig(Section):
         "beside the hidden state (default of zero-bubble schedules but with memory.mode=table), or an "
         "embedding on every stage",
     )
-    zero: Literal[0, 1, 2, 3] = Field(
+    zero_stage: Literal[0, 1, 2, 3] = Field(
         1,
-        description="what the data-parallel ranks share instead of copying (ZeRO): 0 nothing, 1 the "
-        "optimizer, 2 gradients too, 3 weights too (without a pipeline)",
+        description="ZeRO, what the data-parallel ranks shard instead of copying: 0 nothing, 1 optimizer "
+        "states, 2 gradients too, 3 weights too (without a pipeline)",
     )
     context: int = Field(1, exclude=True, description="only 1: there is no context parallelism")
     timeout: float = Field(600.0, gt=0, le=86400, description="longest wait of a collective, seconds")
@@ -50,7 +50,7 @@ class ParallelConfig(Section):
     @property
     def order(self) -> Schedule:
         """The schedule, or its default."""
-        return self.schedule or "1f1b"
+        return self.pipeline_schedule or "1f1b"
 
     @property
     def stages_per_rank(self) -> int:
@@ -79,18 +79,18 @@ def check_parallel(parallel: ParallelConfig, model: ModelConfig, sequence_length
         )
     _check_tensor(parallel, model, sequence_length)
     if parallel.pipeline == 1:
-        for name in ("virtual_stages", "schedule", "layers_per_stage", "x0_transport"):
+        for name in ("virtual_stages", "pipeline_schedule", "layers_per_stage", "x0_transport"):
             if getattr(parallel, name) is not None:
                 value = getattr(parallel, name)
                 blame(f"parallel.{name}", value, "has an effect only with parallel.pipeline above 1")
         return
-    if parallel.zero == 3:
+    if parallel.zero_stage == 3:
         blame(
-            "parallel.zero",
-            parallel.zero,
+            "parallel.zero_stage",
+            parallel.zero_stage,
             f"does not go with parallel.pipeline={parallel.pipeline} (every micro-batch would gather all "
             "weights twice, gradients would stay whole, and a tied head would find no weight): set "
-            "parallel.zero=2, or parallel.pipeline=1",
+            "parallel.zero_stage=2, or parallel.pipeline=1",
         )
     _check_schedule(parallel, model)
     _check_stages(parallel, model)
@@ -125,14 +125,18 @@ def _check_schedule(parallel: ParallelConfig, model: ModelConfig) -> None:
         blame("parallel.x0_transport", transport, "has no effect with model.kind=base")
     if schedule in V_SHAPED:
         if parallel.virtual_stages not in (None, 2):
-            blame("parallel.virtual_stages", parallel.virtual_stages, f"parallel.schedule={schedule} has 2")
+            blame(
+                "parallel.virtual_stages",
+                parallel.virtual_stages,
+                f"parallel.pipeline_schedule={schedule} has 2",
+            )
     elif schedule in INTERLEAVED and parallel.virtual_stages is None:
-        blame("parallel.schedule", schedule, "needs parallel.virtual_stages, 2 or more")
+        blame("parallel.pipeline_schedule", schedule, "needs parallel.virtual_stages, 2 or more")
     elif schedule not in INTERLEAVED and parallel.virtual_stages is not None:
         blame(
             "parallel.virtual_stages",
             parallel.virtual_stages,
-            f"has an effect only with parallel.schedule={' or '.join(INTERLEAVED)}",
+            f"has an effect only with parallel.pipeline_schedule={' or '.join(INTERLEAVED)}",
         )
 
 
@@ -142,7 +146,7 @@ def _check_stages(parallel: ParallelConfig, model: ModelConfig) -> None:
         each = parallel.stages_per_rank
         fix = f"at most {layers // each} fits"
         if layers // each < 2:
-            fix = "take a schedule with fewer stages a rank, or more layers"
+            fix = "take a schedule with fewer stages per rank, or more layers"
         blame("parallel.pipeline", parallel.pipeline, f"makes {stages} stages of {layers} layers; {fix}")
     split = parallel.layers_per_stage
     if split is not None and (len(split) != stages or sum(split) != layers):

@@ -26,7 +26,7 @@ class DataConfig(Section):
     blend: Annotated[list[BlendSource], Field(min_length=1)] | None = Field(
         None, description="in its place: several such folders of one tokenizer, with weights by tokens"
     )
-    sequence_length: int = Field(2048, ge=1, le=2**31, description="tokens a sequence")
+    sequence_length: int = Field(2048, ge=1, le=2**31, description="tokens per sequence")
     separate_documents: bool = Field(
         False,
         description="tokens attend within their own document alone, whose positions begin with 0; a sequence "
@@ -101,15 +101,17 @@ class OptimizerConfig(Section):
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay; none on norms")
     decay_embeddings: bool = Field(True, description="whether embedding and head decay too")
-    clip: float = Field(1.0, ge=0, description="global gradient norm is clipped to this; 0: not")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="the global gradient norm is clipped to this; 0: no clipping"
+    )
 
 
-class Ramp(Section):
-    """Global batch that grows from `start` by `increment` over the first `samples` sequences."""
+class BatchSizeWarmup(Section):
+    """Global batch size that grows from `start` by `increment` over the first `samples` sequences."""
 
-    start: int = Field(ge=1, description="first global batch, sequences")
-    increment: int = Field(ge=1, description="growth at each stage, sequences")
-    samples: int = Field(ge=1, description="sequences after which the full batch is reached")
+    start: int = Field(ge=1, description="first global batch size, sequences")
+    increment: int = Field(ge=1, description="growth per stage, sequences")
+    samples: int = Field(ge=1, description="sequences after which train.global_batch_size is reached")
 
 
 class SpikeConfig(Section):
@@ -122,10 +124,10 @@ class SpikeConfig(Section):
     skip_steps: int = Field(
         20, ge=0, description="steps' worth of samples passed over after the spike's own, and all before them"
     )
-    limit: int = Field(3, ge=1, description="rollbacks of a run; the next spike ends it")
+    max_rollbacks: int = Field(3, ge=1, description="rollbacks per run; the next spike ends it")
 
 
-Recompute = Literal["none", "selective", "full"]
+ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
 class TrainConfig(Section):
@@ -133,16 +135,18 @@ class TrainConfig(Section):
 
     output: str = Field(description="folder of the run: config, checkpoints, TensorBoard, log")
     steps: int = Field(ge=1, description="optimizer steps")
-    global_batch: int = Field(ge=1, le=2**31, description="sequences a step, over all ranks")
-    micro_batch: int = Field(ge=1, le=2**31, description="sequences a forward pass on one rank")
-    ramp: Ramp | None = Field(None, description="optional growth of the global batch")
+    global_batch_size: int = Field(ge=1, le=2**31, description="sequences per step, over all ranks")
+    micro_batch_size: int = Field(ge=1, le=2**31, description="sequences per forward pass, per rank")
+    batch_size_warmup: BatchSizeWarmup | None = Field(
+        None, description="optional growth of the global batch size"
+    )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: autocast of the compute; weights and gradients stay fp32"
     )
-    recompute: Recompute | list[Recompute] = Field(
+    activation_checkpointing: ActivationCheckpointing | list[ActivationCheckpointing] = Field(
         "none",
-        description="activations computed again in the backward pass; selective: attention between its "
-        "products, full: whole layers, FFN-M apart. A list has one a pipeline stage",
+        description="activations recomputed in the backward pass; selective: attention between its "
+        "products, full: whole layers, FFN-M apart. A list has one per pipeline stage",
     )
     compile: bool = Field(
         False,
@@ -153,22 +157,22 @@ class TrainConfig(Section):
         False, description="kernels that give the same bits again on CUDA too; slower (docs/run.md)"
     )
     z_loss: float = Field(1e-6, ge=0, description="weight of the mean squared log-sum-exp")
-    loss_chunk: int | None = Field(
+    loss_chunk_size: int | None = Field(
         None,
         ge=1,
         description="tokens whose logits exist at a time; default: as many as take 256 MiB in fp32, half of "
         "it in bf16",
     )
-    evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
-    evaluate_samples: int = Field(64, ge=1, description="validation sequences, spread evenly")
+    eval_interval: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
+    eval_samples: int = Field(64, ge=1, description="validation sequences per evaluation, spread evenly")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where it is")
-    watchdog: float | None = Field(
+    watchdog_timeout: float | None = Field(
         None,
         ge=0,
         description="seconds without progress after which a run is reported as hung and ended; "
         "default: half of parallel.timeout; 0: never",
     )
-    skip_limit: int = Field(
+    max_skipped_steps: int = Field(
         3,
         ge=1,
         description="steps in a row that may be skipped, because loss or gradient is not finite, until the "
@@ -179,25 +183,26 @@ class TrainConfig(Section):
         None, ge=1, description="end cleanly after this many steps of this launch, with a checkpoint"
     )
 
-    def recompute_of(self, stage: int) -> Recompute:
-        """`recompute` of a pipeline stage."""
-        return self.recompute if isinstance(self.recompute, str) else self.recompute[stage]
+    def activation_checkpointing_of(self, stage: int) -> ActivationCheckpointing:
+        """`activation_checkpointing` of a pipeline stage."""
+        chosen = self.activation_checkpointing
+        return chosen if isinstance(chosen, str) else chosen[stage]
 
 
 class CheckpointConfig(Section):
     """What survives."""
 
-    every: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep: int = Field(2, ge=1, description="newest checkpoints kept")
-    keep_every: int = Field(
+    interval: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep_latest_k: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_interval: int = Field(
         0, ge=0, description="checkpoints of steps that are multiples of it are kept too; 0: none of them"
     )
-    keep_best: int = Field(
+    keep_best_k: int = Field(
         0,
         ge=0,
         description="so many checkpoints of the lowest validation loss are kept too; RUN/best names one",
     )
-    background: bool = Field(True, description="train on while a checkpoint is written from a copy")
+    async_save: bool = Field(True, description="train on while a checkpoint is written from a copy")
     resume: bool = Field(True, description="continue from the newest checkpoint of train.output")
     fall_back: bool = Field(
         True,
@@ -223,8 +228,8 @@ class MonitorConfig(Section):
     """What is seen."""
 
     tensorboard: bool = Field(True, description="write events below train.output/tensorboard")
-    log_every: int = Field(1, ge=1, description="steps between log lines and events")
-    stragglers_every: int = Field(
+    log_interval: int = Field(1, ge=1, description="steps between log lines and events")
+    straggler_interval: int = Field(
         50, ge=1, description="steps over which ranks are compared, to say which are slow"
     )
     straggler_ratio: float = Field(
@@ -266,11 +271,11 @@ class Config(Section):
             )
         check_parallel(self.parallel, self.model, self.data.sequence_length)
         self._check_transport()
-        self._check_recompute()
+        self._check_activation_checkpointing()
         self._check_compile()
-        if self.train.watchdog is not None and self.train.watchdog >= self.parallel.timeout:
+        if self.train.watchdog_timeout is not None and self.train.watchdog_timeout >= self.parallel.timeout:
             fix = f"must be below parallel.timeout={self.parallel.timeout}, which ends a collective by itself"
-            blame("train.watchdog", self.train.watchdog, fix)
+            blame("train.watchdog_timeout", self.train.watchdog_timeout, fix)
         return self
 
     @property
@@ -296,7 +301,7 @@ class Config(Section):
         A pipeline, and tables, bring gradients from outside the passes of micro-batches (x0, tied head,
         FFN-M): there all are reduced at a step's end.
         """
-        return self.parallel.zero >= 2 and self.parallel.pipeline == 1 and not self.tables
+        return self.parallel.zero_stage >= 2 and self.parallel.pipeline == 1 and not self.tables
 
     def _check_transport(self) -> None:
         transport, schedule = self.parallel.x0_transport, self.parallel.order
@@ -310,20 +315,21 @@ class Config(Section):
             blame(
                 "parallel.x0_transport",
                 transport,
-                f"does not go with parallel.schedule={schedule}, which computes weight gradients apart and "
-                "reaches only what hangs on a stage's input: use relay, or memory.mode=table",
+                f"does not go with parallel.pipeline_schedule={schedule}, which computes weight gradients "
+                "apart and reaches only what hangs on a stage's input: use relay, or memory.mode=table",
             )
 
-    def _check_recompute(self) -> None:
-        recompute, parallel = self.train.recompute, self.parallel
-        if isinstance(recompute, list) and len(recompute) != parallel.stages:
-            blame("train.recompute", recompute, f"needs one for all stages, or a list of {parallel.stages}")
-        if parallel.order in ZERO_BUBBLE and "full" in (recompute, *recompute):
+    def _check_activation_checkpointing(self) -> None:
+        chosen, parallel = self.train.activation_checkpointing, self.parallel
+        if isinstance(chosen, list) and len(chosen) != parallel.stages:
+            fix = f"needs one for all stages, or a list of {parallel.stages}"
+            blame("train.activation_checkpointing", chosen, fix)
+        if parallel.order in ZERO_BUBBLE and "full" in (chosen, *chosen):
             blame(
-                "train.recompute",
-                recompute,
-                f"with parallel.schedule={parallel.order} each weight of a layer would run its forward "
-                "again: use selective, or parallel.schedule=1f1b",
+                "train.activation_checkpointing",
+                chosen,
+                f"with parallel.pipeline_schedule={parallel.order} each weight of a layer would run its "
+                "forward again: use selective, or parallel.pipeline_schedule=1f1b",
             )
 
     def _check_compile(self) -> None:
@@ -332,14 +338,15 @@ class Config(Section):
             return
         if self.parallel.pipeline > 1 and self.parallel.order in ZERO_BUBBLE:
             fix = (
-                f"does not go with parallel.schedule={self.parallel.order}: a compiled layer's backward is "
-                "one piece, weight gradients cannot be computed apart: use 1f1b, gpipe or interleaved_1f1b"
+                f"does not go with parallel.pipeline_schedule={self.parallel.order}: a compiled layer's "
+                "backward is one piece, weight gradients cannot be computed apart: use 1f1b, gpipe or "
+                "interleaved_1f1b"
             )
             blame("train.compile", True, fix)
-        if self.parallel.zero == 3:
+        if self.parallel.zero_stage == 3:
             fix = (
-                "does not go with parallel.zero=3: weights are gathered at each product, which cuts a "
-                "compiled layer into pieces: set parallel.zero=2, or leave train.compile out"
+                "does not go with parallel.zero_stage=3: weights are gathered at each product, which cuts a "
+                "compiled layer into pieces: set parallel.zero_stage=2, or leave train.compile out"
             )
             blame("train.compile", True, fix)
 
@@ -358,41 +365,50 @@ class Config(Section):
                 if value := getattr(self.memory, field):
                     blame(f"memory.{field}", value, f"has no effect with memory.mode={self.memory.mode}")
             return
-        if self.parallel.zero == 3:
-            fix = "does not go with parallel.zero=3, whose weights are there in a layer's forward alone: use "
-            blame("memory.mode", "table", fix + "unique, or parallel.zero=1")
+        if self.parallel.zero_stage == 3:
+            fix = (
+                "does not go with parallel.zero_stage=3, whose weights are there in a layer's forward alone: "
+            )
+            blame("memory.mode", "table", fix + "use unique, or parallel.zero_stage=1")
         if self.memory.table_layers is not None and self.parallel.order in ZERO_BUBBLE:
-            fix = f"does not go with parallel.schedule={self.parallel.order}, where layers without a table "
-            blame("memory.table_layers", self.memory.table_layers, fix + "need relay: leave it out")
+            fix = (
+                f"does not go with parallel.pipeline_schedule={self.parallel.order}, where layers without a "
+                "table need relay: leave it out"
+            )
+            blame("memory.table_layers", self.memory.table_layers, fix)
 
     def _check_keep(self) -> None:
-        checkpoint, evaluate_every = self.checkpoint, self.train.evaluate_every
-        every, keep_every, keep_best = checkpoint.every, checkpoint.keep_every, checkpoint.keep_best
-        if keep_every and (every == 0 or keep_every % every):
-            fix = f"needs a multiple of checkpoint.every={every}: there is no checkpoint of other steps"
-            blame("checkpoint.keep_every", keep_every, fix)
-        if keep_best and (every == 0 or evaluate_every == 0 or every % evaluate_every):
+        checkpoint, eval_interval = self.checkpoint, self.train.eval_interval
+        interval, kept, best = checkpoint.interval, checkpoint.keep_interval, checkpoint.keep_best_k
+        if kept and (interval == 0 or kept % interval):
+            fix = f"needs a multiple of checkpoint.interval={interval}: there is no checkpoint of other steps"
+            blame("checkpoint.keep_interval", kept, fix)
+        if best and (interval == 0 or eval_interval == 0 or interval % eval_interval):
             fix = (
-                f"needs a validation of each checkpoint: train.evaluate_every={evaluate_every} must divide "
-                f"checkpoint.every={every}"
+                f"needs a validation of each checkpoint: train.eval_interval={eval_interval} must divide "
+                f"checkpoint.interval={interval}"
             )
-            blame("checkpoint.keep_best", keep_best, fix)
+            blame("checkpoint.keep_best_k", best, fix)
 
     def _check_batch(self) -> None:
-        train, ramp = self.train, self.train.ramp
-        if train.global_batch % train.micro_batch:
+        train, warmup = self.train, self.train.batch_size_warmup
+        if train.global_batch_size % train.micro_batch_size:
             blame(
-                "train.global_batch",
-                train.global_batch,
-                f"must be a multiple of train.micro_batch={train.micro_batch}",
+                "train.global_batch_size",
+                train.global_batch_size,
+                f"must be a multiple of train.micro_batch_size={train.micro_batch_size}",
             )
-        if ramp is None:
+        if warmup is None:
             return
-        if ramp.start >= train.global_batch:
-            blame("train.ramp.start", ramp.start, f"must be below train.global_batch={train.global_batch}")
-        if (train.global_batch - ramp.start) % ramp.increment:
+        if warmup.start >= train.global_batch_size:
             blame(
-                "train.ramp.increment",
-                ramp.increment,
-                f"must divide global_batch - start = {train.global_batch - ramp.start}",
+                "train.batch_size_warmup.start",
+                warmup.start,
+                f"must be below train.global_batch_size={train.global_batch_size}",
+            )
+        if (train.global_batch_size - warmup.start) % warmup.increment:
+            blame(
+                "train.batch_size_warmup.increment",
+                warmup.increment,
+                f"must divide global_batch_size - start = {train.global_batch_size - warmup.start}",
             )

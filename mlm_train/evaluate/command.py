@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="validation", choices=("train", "validation"))
     parser.add_argument("--sequence-length", type=int, help="tokens a window; default: the model's longest")
     parser.add_argument("--samples", type=int, help="windows, the first ones; default: all")
-    parser.add_argument("--micro-batch", type=int, default=8, help="windows a forward pass (default 8)")
+    parser.add_argument("--micro-batch-size", type=int, default=8, help="windows a forward pass (default 8)")
     parser.add_argument("--tol", help="ToL folder: FFN-M is looked up, its weights are never loaded")
     parser.add_argument(
         "--baselines", metavar="RUN", help="also unigram and bigram, counted on the tokens RUN trained on"
@@ -80,7 +80,7 @@ def _perplexities(args: argparse.Namespace) -> dict[str, Any]:
         args.split,
         args.sequence_length,
         args.samples,
-        args.micro_batch,
+        args.micro_batch_size,
         with_memory=args.tol is None,
         verify=args.verify,
         add_bos=args.add_bos,

@@ -39,7 +39,11 @@ class Windows:
         micro_batch: int,
         bos_id: int | None = None,
     ) -> None:
-        for name, value in (("sequence-length", length), ("samples", count), ("micro-batch", micro_batch)):
+        for name, value in (
+            ("sequence-length", length),
+            ("samples", count),
+            ("micro-batch-size", micro_batch),
+        ):
             if value is not None and value < 1:
                 raise UserError(f"--{name} {value}: give at least 1")
         self.samples, self.micro_batch = Samples(data.split(split), length, None), micro_batch

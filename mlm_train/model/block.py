@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mlm_train.config import ModelConfig
-from mlm_train.config.schema import Recompute
+from mlm_train.config.schema import ActivationCheckpointing
 from mlm_train.model.attention import Attention, KeyValueCache
 from mlm_train.model.compiled import compiled
 from mlm_train.model.feedforward import LinearFFN, SwiGLU
@@ -18,7 +18,7 @@ from mlm_train.model.source import MemoryReader
 class Block(nn.Module):
     """What the layers of all kinds share: attention, and what they recompute in the backward pass."""
 
-    recompute: Recompute = "none"
+    recompute: ActivationCheckpointing = "none"
     compiles = False  # the regions that _run runs
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -27,7 +27,7 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config)
 
-    def set_recompute(self, extent: Recompute) -> None:
+    def set_activation_checkpointing(self, extent: ActivationCheckpointing) -> None:
         """none: keep everything; selective: not what lies between attention's products; full: inputs only."""
         self.recompute = extent
         self.self_attn.recompute = extent == "selective"

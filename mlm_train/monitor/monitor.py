@@ -70,7 +70,7 @@ class Monitor:
         self.log.add(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n".encode())
 
     def step(self, report: StepReport) -> None:
-        """A finished step: bar at once, line and events every monitor.log_every steps."""
+        """A finished step: bar at once, line and events every monitor.log_interval steps."""
         self.recent.append(report.result.seconds + report.data_seconds)
         if self.log is None:
             return
@@ -83,7 +83,7 @@ class Monitor:
         self._compare_ranks(report)
         if self.bar is not None:
             self.bar.update(self.task, completed=step)
-        if step % self.config.monitor.log_every and step != last:
+        if step % self.config.monitor.log_interval and step != last:
             return
         values = self.step_values(report)
         self.say(
@@ -107,15 +107,15 @@ class Monitor:
         )
 
     def _compare_ranks(self, report: StepReport) -> None:
-        """Every monitor.stragglers_every steps: which ranks make the others wait."""
+        """Every monitor.straggler_interval steps: which ranks make the others wait."""
         monitor, step = self.config.monitor, report.progress.step
         self.stragglers.add(report.result.forward, report.result.waited)
-        if self.stragglers.steps < monitor.stragglers_every or not (paces := self.stragglers.take()):
+        if self.stragglers.steps < monitor.straggler_interval or not (paces := self.stragglers.take()):
             return
         self._scalars({"speed/slowest_rank": paces[0].rank, "speed/slowest_rank_ratio": paces[0].ratio}, step)
         for pace in paces[:4]:
             if pace.ratio >= monitor.straggler_ratio:
-                self.say(f"slow over the last {monitor.stragglers_every} steps: {pace}")
+                self.say(f"slow over the last {monitor.straggler_interval} steps: {pace}")
 
     def rolled_back(self, progress: Progress, back: Progress, checkpoint: str) -> None:
         """A loss spike, and where the run goes on instead."""

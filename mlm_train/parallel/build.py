@@ -90,7 +90,7 @@ def build_loss(config: Config, group: TensorGroup) -> Loss:
             scale=scale,
             z_loss=train.z_loss,
             words=words,
-            chunk=train.loss_chunk,
+            chunk=train.loss_chunk_size,
             compiles=train.compile,
         )
 
@@ -109,7 +109,9 @@ def build_executor(
     group = tensor_group(config, runtime)
     for span in my_spans(config, runtime.topology):
         for layer in span.layers:
-            model.block(layer).set_recompute(config.train.recompute_of(span.number))
+            model.block(layer).set_activation_checkpointing(
+                config.train.activation_checkpointing_of(span.number)
+            )
             model.block(layer).compiles = config.train.compile
     loss = build_loss(config, group)
     precision = autocast_of(config, runtime.device)

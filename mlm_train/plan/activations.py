@@ -2,7 +2,7 @@
 
 from mlm_train.config import Config
 from mlm_train.config.parallel import INTERLEAVED
-from mlm_train.config.schema import Recompute
+from mlm_train.config.schema import ActivationCheckpointing
 from mlm_train.model.loss import default_chunk
 from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.parallel.pipeline.stages import StageSpan, my_spans
@@ -47,10 +47,10 @@ def compute_bytes(config: Config) -> int:
 
 
 def _tokens(config: Config) -> int:
-    return config.train.micro_batch * config.data.sequence_length
+    return config.train.micro_batch_size * config.data.sequence_length
 
 
-def _layer_elements(config: Config, extent: Recompute) -> tuple[float, float]:
+def _layer_elements(config: Config, extent: ActivationCheckpointing) -> tuple[float, float]:
     """Elements a token and layer keeps: in the compute dtype, and in fp32.
 
     Attention keeps its qkv (3 hidden), the turned queries and keys (2) and its output (1); a SwiGLU its two
@@ -71,19 +71,19 @@ def _layer_elements(config: Config, extent: Recompute) -> tuple[float, float]:
     return inputs * model.hidden_size + (attention + ffn) / tensor, inputs * model.hidden_size / outside
 
 
-def _layer_bytes(config: Config, extent: Recompute) -> float:
+def _layer_bytes(config: Config, extent: ActivationCheckpointing) -> float:
     cast, plain = _layer_elements(config, extent)
     return _tokens(config) * (compute_bytes(config) * cast + FP32 * plain)
 
 
 def _stage_bytes(config: Config, span: StageSpan) -> float:
     """One micro-batch in one stage."""
-    return len(span.layers) * _layer_bytes(config, config.train.recompute_of(span.number))
+    return len(span.layers) * _layer_bytes(config, config.train.activation_checkpointing_of(span.number))
 
 
 def _once_more(config: Config, spans: list[StageSpan]) -> float:
     """Full recomputation brings back one layer at a time."""
-    full = any(config.train.recompute_of(span.number) == "full" for span in spans)
+    full = any(config.train.activation_checkpointing_of(span.number) == "full" for span in spans)
     return _layer_bytes(config, "none") if full else 0.0
 
 
@@ -92,7 +92,7 @@ def _head_bytes(config: Config, count: float) -> float:
     backward passes (model/loss.py makes them in the forward)."""
     model, tokens = config.model, _tokens(config)
     words = -(-model.vocab_size // config.parallel.tensor)
-    chunk = min(config.train.loss_chunk or default_chunk(words), tokens)
+    chunk = min(config.train.loss_chunk_size or default_chunk(words), tokens)
     element = compute_bytes(config)
     copied = model.hidden_size if element < FP32 else 0
     return words * element * (chunk + copied) + count * FP32 * (words + tokens) * model.hidden_size

@@ -72,7 +72,7 @@ NOMINAL_FLOPS, NOMINAL_BYTES, NOMINAL_LINK, NOMINAL_CALL = 1e14, 1e12, 2e10, 2e-
 
 def expected_by_law(config: Config, topology: Topology) -> Distinct:
     """Distinct ids as in ordinary text, for a plan without the data."""
-    step = config.train.global_batch * config.data.sequence_length
+    step = config.train.global_batch_size * config.data.sequence_length
     sizes = (_positions(config), step // topology.data, step)
     return Distinct(*(distinct_ids(size, config.model.vocab_size) for size in sizes))
 
@@ -151,7 +151,7 @@ def seconds(config: Config, topology: Topology, distinct: Distinct, speeds: Spee
 
 
 def _positions(config: Config) -> int:
-    return config.train.micro_batch * config.data.sequence_length
+    return config.train.micro_batch_size * config.data.sequence_length
 
 
 def _bubble(config: Config, topology: Topology) -> float:
@@ -169,7 +169,7 @@ def _layer(config: Config, topology: Topology, distinct: Distinct, speeds: Speed
     """A layer in all micro-batches: at every position, or once per distinct id of each."""
     rows = _positions(config) if everywhere else distinct.micro_batch
     once = speeds.passes(rows) + _summed(config, rows, speeds)
-    if config.train.recompute == "full":
+    if config.train.activation_checkpointing == "full":
         once += speeds.forward(rows)
     if not everywhere:
         once += _positions(config) * speeds.lookup
@@ -249,7 +249,9 @@ def _candidates(config: Config, topology: Topology, distinct: Distinct, budget: 
 
 def _recomputes_layers(config: Config) -> bool:
     """Whether some stage keeps no activations of a layer but its input."""
-    return any(config.train.recompute_of(stage) == "full" for stage in range(config.parallel.stages))
+    return any(
+        config.train.activation_checkpointing_of(stage) == "full" for stage in range(config.parallel.stages)
+    )
 
 
 def with_memory(config: Config, section: dict[str, object]) -> Config:

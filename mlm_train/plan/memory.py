@@ -47,7 +47,7 @@ def state_bytes(config: Config, elements: int, topology: Topology) -> tuple[int,
 
     The optimizer has two moments, and from stage 1 on its own copy of the weights of its part too.
     """
-    zero = config.parallel.zero
+    zero = config.parallel.zero_stage
     whole, part = elements * FP32, -(-elements // topology.data) * FP32
     # One bucket of gradients on their way, and of weights gathered ahead.
     bucket = min(elements, BUCKET) * FP32

@@ -25,7 +25,7 @@ def print_plan(config: Config, topology: Topology, console: Console) -> None:
     console.print(_shapes(config))
     console.print(_run(config, topology))
     memory = rank_memory(config, topology)
-    table = Table(f"memory per rank, ZeRO-{config.parallel.zero}", "GiB", title_justify="left")
+    table = Table(f"memory per rank, ZeRO-{config.parallel.zero_stage}", "GiB", title_justify="left")
     estimated = ("buckets", "tables", "activations")
     for name, size in zip(memory._fields, memory, strict=True):
         table.add_row(name + " (estimate)" * (name in estimated), f"{size / 2**30:.3f}")
@@ -52,7 +52,7 @@ def _shapes(config: Config) -> Table:
 
 def _run(config: Config, topology: Topology) -> Table:
     counts, train = count_parameters(config.model), config.train
-    tokens = train.global_batch * config.data.sequence_length
+    tokens = train.global_batch_size * config.data.sequence_length
     flops = train_flops_per_token(config.model, config.data.sequence_length)
     table = Table("quantity", "value")
     rows = {
@@ -61,10 +61,11 @@ def _run(config: Config, topology: Topology) -> Table:
         "parameters, embedding + head": f"{counts.embedding + counts.head:,}",
         "processes": f"{topology.world} (data {topology.data} x tensor {topology.tensor} "
         f"x pipeline {topology.pipeline})",
-        "batch": f"{train.global_batch} sequences = {train.micro_batch} a micro-batch x {topology.data} "
-        f"ranks x {topology.micro_batches(train)} accumulated",
+        "batch": f"{train.global_batch_size} sequences = {train.micro_batch_size} a micro-batch "
+        f"x {topology.data} ranks x {topology.micro_batches(train)} accumulated",
         "tokens a step": f"{tokens:,}",
-        "tokens in all": f"{tokens * train.steps:,}" + (" at most (ramp)" if train.ramp else ""),
+        "tokens in all": f"{tokens * train.steps:,}"
+        + (" at most (warm-up)" if train.batch_size_warmup else ""),
         "FLOPs a token (FFN-M at every position)": f"{flops:.3e}",
     }
     for name, value in rows.items():

@@ -18,7 +18,7 @@ class LossGuard:
     """Judges steps by what all ranks know alike, so all of them judge alike."""
 
     def __init__(self, config: Config) -> None:
-        self.limit, self.spike = config.train.skip_limit, config.train.spike
+        self.limit, self.spike = config.train.max_skipped_steps, config.train.spike
         self.in_row = 0
         self.usual: deque[float] = deque(maxlen=self.spike.window if self.spike else 0)
 
@@ -54,11 +54,11 @@ def roll_back(run: Run, progress: Progress) -> Progress | None:
     """
     spike = run.config.train.spike
     assert spike is not None
-    if progress.rollbacks >= spike.limit:
+    if progress.rollbacks >= spike.max_rollbacks:
         raise SharedUserError(
             f"loss spike at step {progress.step} after {progress.rollbacks} rollbacks "
-            f"(train.spike.limit={spike.limit}); committed checkpoints are kept: lower optimizer.lr, or look "
-            "at the data there (mlm-train data inspect)"
+            f"(train.spike.max_rollbacks={spike.max_rollbacks}); committed checkpoints are kept: "
+            "lower optimizer.lr, or look at the data there (mlm-train data inspect)"
         )
     run.runtime.marker.enter(f"rollback after step {progress.step}", patient=True)
     run.saver.settle()
@@ -73,7 +73,7 @@ def roll_back(run: Run, progress: Progress) -> Progress | None:
     load_training_state(found.folder, found.manifest, run.trainer.engine)
     back = replace(
         found.progress,
-        samples=progress.samples + spike.skip_steps * run.config.train.global_batch,
+        samples=progress.samples + spike.skip_steps * run.config.train.global_batch_size,
         skipped=progress.skipped,
         rollbacks=progress.rollbacks + 1,
         rewarm=progress.rewarm,

@@ -20,7 +20,7 @@ def train(run: Run) -> int:
     config, progress, marker = run.config, run.progress, run.runtime.marker
     first = progress.step
     last = min(config.train.steps, progress.step + (config.train.stop_after or config.train.steps))
-    micro_batch, runtime, guard = config.train.micro_batch, run.runtime, LossGuard(config)
+    micro_batch, runtime, guard = config.train.micro_batch_size, run.runtime, LossGuard(config)
     data = Prefetcher(
         lambda key: pinned(step_batches(run.samples, *key, micro_batch, runtime.topology), runtime.device)
     )
@@ -42,10 +42,10 @@ def train(run: Run) -> int:
             progress = earlier
             continue
         validation = None
-        if _due(progress.step, config.train.evaluate_every, config.train.steps):
+        if _due(progress.step, config.train.eval_interval, config.train.steps):
             validation = evaluate(run, progress)
         # After a skipped step the newest checkpoint stays: what spoils the steps may be in the weights.
-        every = config.checkpoint.every if result.fault is None else 0
+        every = config.checkpoint.interval if result.fault is None else 0
         if result.asked or _due(progress.step, every, last):
             save(run, progress, validation)
         run.saver.poll()
@@ -69,8 +69,8 @@ def evaluate(run: Run, progress: Progress) -> Validation | None:
     started = time.perf_counter()
     run.runtime.marker.enter(f"validation after step {progress.step}")
     train = run.config.train
-    count = min(train.evaluate_samples, run.validation.samples_per_epoch)
-    batches, sources = evaluation_batches(run.validation, count, train.micro_batch, run.runtime.topology)
+    count = min(train.eval_samples, run.validation.samples_per_epoch)
+    batches, sources = evaluation_batches(run.validation, count, train.micro_batch_size, run.runtime.topology)
     names = run.data.names
     loss, losses = run.trainer.evaluate_by_source(batches, sources, len(names))
     numbers = [taken.samples for taken in run.validation.consumed(count)]

@@ -42,7 +42,7 @@ def decide_mode(
 
 def expected_distinct(config: Config, topology: Topology, samples: Samples) -> Distinct:
     """Distinct ids of the first step's micro-batches, of a data-parallel rank's step, of the whole step."""
-    size, micro_batch = config.train.global_batch, config.train.micro_batch
+    size, micro_batch = config.train.global_batch_size, config.train.micro_batch_size
     alone = replace(topology, rank=0, world=topology.tensor * topology.pipeline)
     whole = step_batches(samples, 0, size, micro_batch, alone)
     return Distinct.of([batch.ids for batch in whole], topology.data)
@@ -61,8 +61,8 @@ def _described(config: Config, runtime: Runtime, samples: Samples) -> str:
 def _kept(config: Config, old: Config) -> Config | None:
     """The checkpoint's decision, where it was made for the same work."""
     same = config.model == old.model and config.parallel == old.parallel
-    same = same and config.train.micro_batch == old.train.micro_batch
-    same = same and config.train.global_batch == old.train.global_batch
+    same = same and config.train.micro_batch_size == old.train.micro_batch_size
+    same = same and config.train.global_batch_size == old.train.global_batch_size
     if not same or old.memory is None or old.memory.mode == "auto":
         return None
     try:

@@ -87,9 +87,9 @@ def _refusal(step: int, before: float, after: float, written: Config, config: Co
 
 
 def global_batch_at(train: TrainConfig, samples: int) -> int:
-    """Sequences of the next step after `samples` sequences (the ramp is Megatron-LM's)."""
-    ramp = train.ramp
-    if ramp is None or samples >= ramp.samples:
-        return train.global_batch
-    stages = (train.global_batch - ramp.start) // ramp.increment
-    return ramp.start + ramp.increment * int(samples * stages / ramp.samples)
+    """Sequences of the next step after `samples` sequences (the warm-up is Megatron-LM's)."""
+    warmup = train.batch_size_warmup
+    if warmup is None or samples >= warmup.samples:
+        return train.global_batch_size
+    stages = (train.global_batch_size - warmup.start) // warmup.increment
+    return warmup.start + warmup.increment * int(samples * stages / warmup.samples)

@@ -29,7 +29,7 @@ def test_traffic_counts_operations_of_known_size_and_refuses_others() -> None:
 @pytest.mark.parametrize(("schedule", "boundaries"), [("1f1b", 1), ("interleaved_1f1b", 3)])
 def test_counted_bytes_equal_the_formulas(schedule: str, boundaries: int, data: Path, tmp_path: Path) -> None:
     file = tmp_path / "x0.json"
-    words = ["bench", "x0", "--stages", 2, "--runs", 2, "--schedule", schedule, "--json", file]
+    words = ["bench", "x0", "--stages", 2, "--runs", 2, "--pipeline-schedule", schedule, "--json", file]
     text = boundaries == 1
     output = finished(*words, *(("--data", data) if text else ()))
     assert "NO" not in output and ("text of" if text else "Zipf") in output
@@ -76,7 +76,7 @@ def test_a_difference_ends_with_exit_code_1(fault: str, monkeypatch: pytest.Monk
 
 def test_bad_input(tmp_path: Path) -> None:
     assert "give 2 to 8" in refused("bench", "x0", "--stages", 1)
-    assert "give 2 to 4" in refused("bench", "x0", "--stages", 8, "--schedule", "interleaved_1f1b")
+    assert "give 2 to 4" in refused("bench", "x0", "--stages", 8, "--pipeline-schedule", "interleaved_1f1b")
     assert "give at least 1" in refused("bench", "x0", "--runs", 0)
     assert "holds no prepared data" in refused("bench", "x0", "--data", tmp_path)
     assert "a folder that exists" in refused("bench", "x0", "--json", tmp_path / "no" / "x0.json")

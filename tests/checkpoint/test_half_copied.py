@@ -28,7 +28,7 @@ def pretrain(data: Path, output: Path, *more: str) -> list[str]:
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run with two checkpoints."""
     run = tmp_path_factory.mktemp("half") / "run"
-    mlm_train(*pretrain(data, run, "checkpoint.every=1"))
+    mlm_train(*pretrain(data, run, "checkpoint.interval=1"))
     return run
 
 

@@ -79,8 +79,8 @@ def test_the_road_through_a_run(folder: Path, data: Path, tmp_path: Path) -> Non
     imported, run, export = (tmp_path / name for name in ("import", "run", "export"))
     mlm_train("import", folder, "--output", imported)
     words = (
-        "train.precision=fp32", "train.global_batch=2", "train.evaluate_samples=2", "schedule.warmup_steps=0",
-        "train.steps=1",
+        "train.precision=fp32", "train.global_batch_size=2", "train.eval_samples=2",
+        "schedule.warmup_steps=0", "train.steps=1",
     )  # fmt: skip
     mlm_train("pretrain", imported / "config.yaml", f"data.path={data}", f"train.output={run}", *words)
     runtime.stop()
@@ -117,7 +117,7 @@ def test_another_tokenizer_takes_nothing_along(
     run = tmp_path / "run"
     mlm_train(
         "pretrain", tmp_path / "import" / "config.yaml", f"data.path={data}", f"train.output={run}",
-        "train.steps=1", "train.precision=fp32", "train.global_batch=2", "train.evaluate_samples=2",
+        "train.steps=1", "train.precision=fp32", "train.global_batch_size=2", "train.eval_samples=2",
         "schedule.warmup_steps=0",
     )  # fmt: skip
     log = (run / "train.log").read_text()

@@ -155,7 +155,7 @@ def test_a_run_starts_from_it_at_another_layout_with_the_same_loss(data: Path, t
     def words(run: str) -> list[object]:
         return [
             config, f"data.path={data}", f"train.output={tmp_path / run}", "train.precision=fp32",
-            "train.steps=2", "train.global_batch=8", "train.evaluate_samples=4", "schedule.warmup_steps=0",
+            "train.steps=2", "train.global_batch_size=8", "train.eval_samples=4", "schedule.warmup_steps=0",
         ]  # fmt: skip
 
     assert "set model.vocab_size" in refused("pretrain", *words("no"), "model.vocab_size=100")

@@ -15,7 +15,7 @@ from tests.train.short_runs import snapshot
 
 CONFIG, STEPS = "configs/micro.yaml", 10
 WILD, CALM = ("optimizer.lr=3", f"schedule.warmup_steps={STEPS}"), "optimizer.lr=0.1"
-KEEP = ("checkpoint.keep=1", "checkpoint.keep_every=4", "checkpoint.keep_best=2")
+KEEP = ("checkpoint.keep_latest_k=1", "checkpoint.keep_interval=4", "checkpoint.keep_best_k=2")
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def no_groups_left() -> Iterator[None]:
 def pretrain(data: Path, run: Path, *more: str) -> list[str]:
     return [
         "pretrain", CONFIG, *TINY, f"data.path={data}", f"train.output={run}", f"train.steps={STEPS}",
-        "checkpoint.every=1", "train.evaluate_every=1", "memory.mode=unique", "monitor.peak_tflops=1",
+        "checkpoint.interval=1", "train.eval_interval=1", "memory.mode=unique", "monitor.peak_tflops=1",
         *WILD, *KEEP, *more,
     ]  # fmt: skip
 
@@ -117,7 +117,7 @@ def test_best_names_a_checkpoint(
 def test_best_of_none(run: Path, data: Path, tmp_path: Path) -> None:
     """No loss was measured, or what bears the name is something else."""
     bare = tmp_path / "bare"
-    none = ("checkpoint.keep_best=0", "checkpoint.keep_every=0", "train.evaluate_every=0")
+    none = ("checkpoint.keep_best_k=0", "checkpoint.keep_interval=0", "train.eval_interval=0")
     mlm_train(*pretrain(data, bare, *none, "train.stop_after=2"))
     assert not (bare / "checkpoints" / "best").exists()
     assert "validation loss" in refused("export", bare / "best", "--output", tmp_path / "export")
@@ -131,17 +131,17 @@ def test_best_of_none(run: Path, data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        "checkpoint.keep_every=3 checkpoint.every=2",
-        "checkpoint.keep_every=3 checkpoint.every=0",
-        "checkpoint.keep_best=1 train.evaluate_every=0",
-        "checkpoint.keep_best=1 train.evaluate_every=2",
-        "checkpoint.keep_best=1 checkpoint.every=0",
-        "checkpoint.keep_best=-1",
-        "checkpoint.keep_every=-1",
+        "checkpoint.keep_interval=3 checkpoint.interval=2",
+        "checkpoint.keep_interval=3 checkpoint.interval=0",
+        "checkpoint.keep_best_k=1 train.eval_interval=0",
+        "checkpoint.keep_best_k=1 train.eval_interval=2",
+        "checkpoint.keep_best_k=1 checkpoint.interval=0",
+        "checkpoint.keep_best_k=-1",
+        "checkpoint.keep_interval=-1",
     ],
 )
 def test_what_could_keep_nothing_is_refused(data: Path, tmp_path: Path, override: str) -> None:
-    off = ("checkpoint.keep_every=0", "checkpoint.keep_best=0")
+    off = ("checkpoint.keep_interval=0", "checkpoint.keep_best_k=0")
     line = refused(*pretrain(data, tmp_path / "run", *off, *override.split()))
     assert override.partition("=")[0] in line and not (tmp_path / "run").exists()
 
@@ -149,19 +149,19 @@ def test_what_could_keep_nothing_is_refused(data: Path, tmp_path: Path, override
 def test_prune_keeps_them_too_and_says_so(done: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = steps(run)
     capsys.readouterr()
-    mlm_train("checkpoint", "prune", run, "--keep", 1)
+    mlm_train("checkpoint", "prune", run, "--keep-latest-k", 1)
     said = capsys.readouterr().out
     assert steps(run) == before and "every 4" in said and "best" in said
     first, second = best(run)[:2]
-    mlm_train("checkpoint", "prune", run, "--keep-every", 0, "--dry-run")
+    mlm_train("checkpoint", "prune", run, "--keep-interval", 0, "--dry-run")
     said = capsys.readouterr().out
     gone = [step for step in (4, 8) if step not in (first, second)]
     assert steps(run) == before and said.count("would delete") == len(gone)
-    mlm_train("checkpoint", "prune", run, "--keep-every", 0, "--keep-best", 1)
+    mlm_train("checkpoint", "prune", run, "--keep-interval", 0, "--keep-best-k", 1)
     assert steps(run) == [first, STEPS]
-    mlm_train("checkpoint", "prune", run, "--keep-every", 0, "--keep-best", 0)
+    mlm_train("checkpoint", "prune", run, "--keep-interval", 0, "--keep-best-k", 0)
     assert steps(run) == [STEPS] and not (run / "checkpoints" / "best").exists()
-    for option in ("--keep-every", "--keep-best"):
+    for option in ("--keep-interval", "--keep-best-k"):
         assert option in refused("checkpoint", "prune", run, option, -1)
 
 
@@ -169,22 +169,24 @@ def test_a_start_that_would_delete_what_was_kept_is_refused(run: Path, data: Pat
     before, files = steps(run), snapshot(run)
     first = best(run)[0]
     more = (f"train.steps={STEPS + 2}", f"schedule.total_steps={STEPS}")
-    for forgotten in ("checkpoint.keep_every=0", "checkpoint.keep_best=0", "checkpoint.keep_best=1"):
+    for forgotten in ("checkpoint.keep_interval=0", "checkpoint.keep_best_k=0", "checkpoint.keep_best_k=1"):
         line = refused(*pretrain(data, run, *more, forgotten))
         assert forgotten.partition("=")[0] in line and "checkpoint prune" in line
     assert snapshot(run) == files
     command = line.partition("`mlm-train ")[2].partition("`")[0]
     mlm_train(*command.split())
     assert steps(run) == sorted({first, 4, 8, STEPS}) and len(steps(run)) < len(before)
-    mlm_train(*pretrain(data, run, *more, "checkpoint.keep_best=1"))
+    mlm_train(*pretrain(data, run, *more, "checkpoint.keep_best_k=1"))
     assert first in steps(run) and steps(run)[-1] == STEPS + 2
 
 
 def test_losses_of_other_samples_are_not_compared(run: Path, data: Path) -> None:
     """More validation samples: another measure, whose best is kept beside that of the first."""
     first, second = best(run)[:2]
-    more = (f"train.steps={STEPS + 3}", f"schedule.total_steps={STEPS}", "train.evaluate_samples=12")
-    mlm_train(*pretrain(data, run, *more, "checkpoint.keep_every=0", "checkpoint.keep_best=2", *KEEP[1:]))
+    more = (f"train.steps={STEPS + 3}", f"schedule.total_steps={STEPS}", "train.eval_samples=12")
+    mlm_train(
+        *pretrain(data, run, *more, "checkpoint.keep_interval=0", "checkpoint.keep_best_k=2", *KEEP[1:])
+    )
     kept = steps(run)
     assert {first, second} < set(kept)
     losses = {step: loss for step, loss in scalars(run, "validation/loss").items() if step > STEPS}
@@ -198,8 +200,8 @@ def test_a_loss_belongs_to_the_weights_it_was_measured_on(
 ) -> None:
     """Saved at every step, evaluated at every second one: the others have none, and are never the best."""
     run = tmp_path / "run"
-    off = ("checkpoint.keep_best=0", "checkpoint.keep_every=0", "checkpoint.keep=9")
-    mlm_train(*pretrain(data, run, *off, "train.evaluate_every=2", "train.stop_after=5"))
+    off = ("checkpoint.keep_best_k=0", "checkpoint.keep_interval=0", "checkpoint.keep_latest_k=9")
+    mlm_train(*pretrain(data, run, *off, "train.eval_interval=2", "train.stop_after=5"))
     losses = scalars(run, "validation/loss")
     assert list(losses) == [2, 4]
     found = {row["step"]: row["validation_loss"] for row in listed(run, capsys)}

@@ -29,8 +29,8 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one process": (1, ()),
     "TP2 PP2": (4, TP2_PP2),
     "TP2 PP2, tied": (4, (*TP2_PP2, TIED)),
-    "TP2 DP2, ZeRO-2, flex": (4, ("parallel.tensor=2", "parallel.zero=2", *FLEX)),
-    "DP2, ZeRO-3, tied": (2, ("parallel.zero=3", TIED)),
+    "TP2 DP2, ZeRO-2, flex": (4, ("parallel.tensor=2", "parallel.zero_stage=2", *FLEX)),
+    "DP2, ZeRO-3, tied": (2, ("parallel.zero_stage=3", TIED)),
 }
 
 
@@ -42,7 +42,7 @@ def no_groups_left() -> Iterator[None]:
 
 
 def words(data: Path, run: Path, *more: str) -> list[str]:
-    paths = (f"data.path={data}", f"train.output={run}", "train.steps=2", "checkpoint.every=1")
+    paths = (f"data.path={data}", f"train.output={run}", "train.steps=2", "checkpoint.interval=1")
     return ["configs/micro.yaml", *TINY, *ODD, *paths, "memory.mode=unique", *more]
 
 

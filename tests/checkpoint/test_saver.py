@@ -35,7 +35,14 @@ def no_groups_left() -> Iterator[None]:
 
 
 def words(data: Path, run: Path, *more: str) -> list[str]:
-    return [*TINY, f"data.path={data}", f"train.output={run}", "train.steps=4", "checkpoint.every=1", *more]
+    return [
+        *TINY,
+        f"data.path={data}",
+        f"train.output={run}",
+        "train.steps=4",
+        "checkpoint.interval=1",
+        *more,
+    ]
 
 
 def config_of(data: Path, run: Path, *more: str) -> Config:
@@ -51,13 +58,14 @@ def step(run: Run) -> None:
     """Train on one batch."""
     train = run.config.train
     run.trainer.step(
-        step_batches(run.samples, 0, train.global_batch, train.micro_batch, run.runtime.topology), 1e-3
+        step_batches(run.samples, 0, train.global_batch_size, train.micro_batch_size, run.runtime.topology),
+        1e-3,
     )
 
 
 def test_written_in_the_background_or_not_the_files_are_the_same(data: Path, tmp_path: Path) -> None:
     for name, background in (("one", "true"), ("other", "false")):
-        more = (f"checkpoint.background={background}", "checkpoint.keep=9")
+        more = (f"checkpoint.async_save={background}", "checkpoint.keep_latest_k=9")
         mlm_train("pretrain", CONFIG, *words(data, tmp_path / name, *more))
     assert sorted(checksums(tmp_path / "one")) == sorted(checksums(tmp_path / "other"))
     one, other = (
@@ -155,7 +163,7 @@ def test_space_is_looked_for_before_anything_is_written(
 
 def test_list_verify_and_prune(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    mlm_train("pretrain", CONFIG, *words(data, run, "checkpoint.keep=9"))
+    mlm_train("pretrain", CONFIG, *words(data, run, "checkpoint.keep_latest_k=9"))
     capsys.readouterr()
     mlm_train("checkpoint", "list", run)
     listed = capsys.readouterr().out
@@ -168,24 +176,24 @@ def test_list_verify_and_prune(data: Path, tmp_path: Path, capsys: pytest.Captur
     file.write_bytes(contents)
     assert "checksum differs" in refused("checkpoint", "verify", run)
     assert "checksum differs" in refused("checkpoint", "verify", run / "checkpoints" / "step-00000002")
-    mlm_train("checkpoint", "prune", run, "--keep", 2, "--dry-run")
+    mlm_train("checkpoint", "prune", run, "--keep-latest-k", 2, "--dry-run")
     assert (
         capsys.readouterr().out.count("would delete") == 2 and len(list(run.glob("checkpoints/step-*"))) == 4
     )
-    assert "--keep 0" in refused("checkpoint", "prune", run, "--keep", 0)
-    mlm_train("checkpoint", "prune", run, "--keep", 2)
+    assert "--keep-latest-k 0" in refused("checkpoint", "prune", run, "--keep-latest-k", 0)
+    mlm_train("checkpoint", "prune", run, "--keep-latest-k", 2)
     assert sorted(checksums(run)) == ["step-00000003", "step-00000004"]
     assert "holds no checkpoint" in refused("checkpoint", "list", tmp_path)
     newest = next((run / "checkpoints" / "step-00000004").glob("*.safetensors"))
     newest.write_bytes(newest.read_bytes()[:-1])
-    assert "bytes instead of" in refused("checkpoint", "prune", run, "--keep", 1)
+    assert "bytes instead of" in refused("checkpoint", "prune", run, "--keep-latest-k", 1)
     assert len(list(run.glob("checkpoints/step-*"))) == 2
 
 
 def test_a_state_that_is_not_finite_pushes_no_good_one_out(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of(data, tmp_path / "run", "checkpoint.keep=1")
+    config = config_of(data, tmp_path / "run", "checkpoint.keep_latest_k=1")
     with opened_run(config, preflight(config, 1, 1)) as run:
         run.saver.save({"step": 1, "samples": 8, "tokens": 256})
         run.saver.finish()

@@ -44,12 +44,12 @@ def test_overrides_are_yaml_values() -> None:
             "train.steps=7",
             "train.precision=fp32",
             "schedule.warmup_steps=0",
-            "train.ramp={start: 8, increment: 8, samples: 64}",
+            "train.batch_size_warmup={start: 8, increment: 8, samples: 64}",
             "optimizer.betas=[0.8, 0.9]",
         ],
     )
     assert config.optimizer.lr == 5e-4 and config.train.steps == 7
-    assert config.train.ramp is not None and config.train.ramp.start == 8
+    assert config.train.batch_size_warmup is not None and config.train.batch_size_warmup.start == 8
     assert config.optimizer.betas == (0.8, 0.9)
 
 
@@ -90,26 +90,32 @@ def test_base_has_no_ffn_m_to_execute() -> None:
             "data.path=null",
             "data.path is missing; set it in the YAML or as data.path=..., or give data.blend",
         ),
-        ("train.watchdog=600", "must be below parallel.timeout=600.0"),
-        ("train.micro_batch=5", "must be a multiple of train.micro_batch=5"),
-        ("train.ramp={start: 16, increment: 8, samples: 64}", "must be below train.global_batch"),
-        ("train.ramp={start: 8, increment: 7, samples: 64}", "must divide global_batch - start"),
+        ("train.watchdog_timeout=600", "must be below parallel.timeout=600.0"),
+        ("train.micro_batch_size=5", "must be a multiple of train.micro_batch_size=5"),
+        (
+            "train.batch_size_warmup={start: 16, increment: 8, samples: 64}",
+            "must be below train.global_batch_size",
+        ),
+        (
+            "train.batch_size_warmup={start: 8, increment: 7, samples: 64}",
+            "must divide global_batch_size - start",
+        ),
         ("schedule.kind=wsd", "schedule.decay_steps"),
         ("schedule.decay_steps=4", "only with schedule.kind=wsd"),
         ("schedule.warmup_steps=100000", "longer than train.steps"),
         ("schedule.min_lr=1", "above optimizer.lr"),
         ("parallel.tensor=3", "parallel.tensor=3: must divide 4 attention and 4"),
         ("parallel.pipeline=5", "makes 5 stages of 4 layers; at most 4 fits"),
-        ("parallel.schedule=gpipe", "only with parallel.pipeline above 1"),
+        ("parallel.pipeline_schedule=gpipe", "only with parallel.pipeline above 1"),
         ("parallel.x0_transport=relay", "only with parallel.pipeline above 1"),
-        ("parallel.zero=4", "parallel.zero=4: input should be 0, 1, 2 or 3"),
+        ("parallel.zero_stage=4", "parallel.zero_stage=4: input should be 0, 1, 2 or 3"),
         (
             "parallel.context=2",
             "parallel.context=2: context parallelism is not part of mlm_train; use parall",
         ),
         ("parallel.context=0", "parallel.context=0: context parallelism"),
         ("parallel.sequence=true", "has an effect only with parallel.tensor above 1"),
-        ("train.loss_chunk=0", "train.loss_chunk=0"),
+        ("train.loss_chunk_size=0", "train.loss_chunk_size=0"),
         ("model=3", "model is a section"),
         ("optimizer.lr=.inf", "finite number"),
         ("train.z_loss=.nan", "finite number"),
@@ -127,21 +133,42 @@ def test_mistakes_get_one_clear_line(override: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["parallel.schedule=interleaved_1f1b"], "parallel.schedule='interleaved_1f1b': needs parallel.virt"),
+        (
+            ["parallel.pipeline_schedule=interleaved_1f1b"],
+            "parallel.pipeline_schedule='interleaved_1f1b': needs parallel.virt",
+        ),
         (["parallel.virtual_stages=2"], "parallel.virtual_stages=2: has an effect only with"),
         (["parallel.layers_per_stage=[1, 2]"], "needs 2 numbers that add up to"),
         (["parallel.layers_per_stage=[4, 0]"], "parallel.layers_per_stage.1=0"),
-        (["parallel.zero=3"], "parallel.zero=3: does not go with parallel.pipeline=2"),
-        (["parallel.zero=3"], "set parallel.zero=2, or parallel.pipeline=1"),
-        (["parallel.schedule=zbv", "parallel.x0_transport=broadcast"], "use relay"),
-        (["parallel.schedule=dualpipe_v", "parallel.virtual_stages=3"], "parallel.schedule=dualpipe_v has 2"),
-        (["parallel.schedule=interleaved_zero_bubble"], "needs parallel.virtual_stages, 2 or more"),
-        (["parallel.schedule=zbv", "train.recompute=full"], "use selective, or parallel.schedule=1f1b"),
-        (["parallel.schedule=zbv", "parallel.pipeline=3"], "makes 6 stages of 4 layers; at most 2 fits"),
-        (["train.recompute=[full, none, none]"], "needs one for all stages, or a list of 2"),
-        (["train.recompute=some"], "train.recompute='some': input should be 'none', 'selective' or 'full'"),
-        (["parallel.schedule=zbv", "model.num_hidden_layers=3"], "take a schedule with fewer stages a rank"),
-        (["parallel.schedule=zbv", "train.compile=true"], "train.compile=True: does not go with parallel"),
+        (["parallel.zero_stage=3"], "parallel.zero_stage=3: does not go with parallel.pipeline=2"),
+        (["parallel.zero_stage=3"], "set parallel.zero_stage=2, or parallel.pipeline=1"),
+        (["parallel.pipeline_schedule=zbv", "parallel.x0_transport=broadcast"], "use relay"),
+        (
+            ["parallel.pipeline_schedule=dualpipe_v", "parallel.virtual_stages=3"],
+            "parallel.pipeline_schedule=dualpipe_v has 2",
+        ),
+        (["parallel.pipeline_schedule=interleaved_zero_bubble"], "needs parallel.virtual_stages, 2 or more"),
+        (
+            ["parallel.pipeline_schedule=zbv", "train.activation_checkpointing=full"],
+            "use selective, or parallel.pipeline_schedule=1f1b",
+        ),
+        (
+            ["parallel.pipeline_schedule=zbv", "parallel.pipeline=3"],
+            "makes 6 stages of 4 layers; at most 2 fits",
+        ),
+        (["train.activation_checkpointing=[full, none, none]"], "needs one for all stages, or a list of 2"),
+        (
+            ["train.activation_checkpointing=some"],
+            "train.activation_checkpointing='some': input should be 'none', 'selective' or 'full'",
+        ),
+        (
+            ["parallel.pipeline_schedule=zbv", "model.num_hidden_layers=3"],
+            "take a schedule with fewer stages per rank",
+        ),
+        (
+            ["parallel.pipeline_schedule=zbv", "train.compile=true"],
+            "train.compile=True: does not go with parallel",
+        ),
         (["parallel.x0_transport=pigeon"], "parallel.x0_transport='pigeon'"),
     ],
 )
@@ -153,13 +180,13 @@ def test_pipelines_that_cannot_be(overrides: list[str], words: str) -> None:
 
 def test_compiled_layers_need_whole_weights() -> None:
     with pytest.raises(UserError) as error:
-        load_config(CONFIGS / "micro.yaml", ["train.compile=true", "parallel.zero=3"])
-    assert "set parallel.zero=2, or leave train.compile out" in str(error.value)
+        load_config(CONFIGS / "micro.yaml", ["train.compile=true", "parallel.zero_stage=3"])
+    assert "set parallel.zero_stage=2, or leave train.compile out" in str(error.value)
 
 
 def test_context_of_one_says_nothing() -> None:
-    config = load_config(CONFIGS / "micro.yaml", ["parallel.context=1", "parallel.zero=3"])
-    assert "context" not in dump_config(config) and "zero: 3" in dump_config(config)
+    config = load_config(CONFIGS / "micro.yaml", ["parallel.context=1", "parallel.zero_stage=3"])
+    assert "context" not in dump_config(config) and "zero_stage: 3" in dump_config(config)
 
 
 def test_sequences_that_the_ranks_cannot_share() -> None:
@@ -170,7 +197,7 @@ def test_sequences_that_the_ranks_cannot_share() -> None:
 
 
 def test_zero_bubble_takes_relay_by_itself() -> None:
-    words = ["parallel.pipeline=2", "parallel.schedule=zbv", "train.micro_batch=1"]
+    words = ["parallel.pipeline=2", "parallel.pipeline_schedule=zbv", "train.micro_batch_size=1"]
     assert load_config(CONFIGS / "micro.yaml", words).transport == "relay"
     assert load_config(CONFIGS / "micro.yaml", words[:1]).transport == "broadcast"
 

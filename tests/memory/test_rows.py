@@ -36,18 +36,20 @@ def test_sorted_segments_are_the_plain_sum(rows: int) -> None:
 UNIQUE, TABLE = "memory.mode=unique", "memory.mode=table"
 LAYOUTS = {
     "DP2, recomputed": (
-        2, ("train.precision=bf16", "train.recompute=full", "train.deterministic=true", UNIQUE)
+        2, ("train.precision=bf16", "train.activation_checkpointing=full", "train.deterministic=true", UNIQUE)
     ),
     "DP2, shared tables": (
         2, ("train.precision=bf16", "train.deterministic=true", TABLE, "memory.shared=true")
     ),
     "TP2 SP x PP2, ZeRO-2": (
         4,
-        ("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "train.micro_batch=1",
-         "parallel.zero=2", TABLE),
+        ("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "train.micro_batch_size=1",
+         "parallel.zero_stage=2", TABLE),
     ),
-    "PP2 zbv": (2, ("parallel.pipeline=2", "parallel.schedule=zbv", "train.micro_batch=1", TABLE)),
-    "PP2": (2, ("parallel.pipeline=2", "train.micro_batch=1", "train.deterministic=true", UNIQUE)),
+    "PP2 zbv": (
+        2, ("parallel.pipeline=2", "parallel.pipeline_schedule=zbv", "train.micro_batch_size=1", TABLE)
+    ),
+    "PP2": (2, ("parallel.pipeline=2", "train.micro_batch_size=1", "train.deterministic=true", UNIQUE)),
 }  # fmt: skip
 
 
@@ -59,7 +61,7 @@ def test_two_runs_are_equal_to_the_bit(layout: str, data: Path, tmp_path: Path) 
         run = tmp_path / str(number)
         finished(
             "launch", "--nproc", world, "configs/micro.yaml", *TINY, f"data.path={data}",
-            f"train.output={run}", "train.steps=3", "train.evaluate_every=0", "checkpoint.every=0",
+            f"train.output={run}", "train.steps=3", "train.eval_interval=0", "checkpoint.interval=0",
             "model.num_hidden_layers=4", *words,
         )  # fmt: skip
         tensors = {}

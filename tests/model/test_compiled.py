@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from mlm_train.config.schema import Recompute
+from mlm_train.config.schema import ActivationCheckpointing
 from mlm_train.memory import make_source
 from mlm_train.memory.table import TableSource
 from mlm_train.model.logical import initialise
@@ -37,7 +37,9 @@ def step(model: Transformer, mode: str | None, ids: torch.Tensor, weights: torch
         ("flex linear post tied", "unique", "none", 2),
     ],
 )
-def test_same_numbers_from_few_graphs(name: str, mode: str | None, recompute: Recompute, graphs: int) -> None:
+def test_same_numbers_from_few_graphs(
+    name: str, mode: str | None, recompute: ActivationCheckpointing, graphs: int
+) -> None:
     """A graph serves all layers, whatever their alpha, and all numbers of distinct ids."""
     torch.compiler.reset()
     counters.clear()
@@ -51,7 +53,7 @@ def test_same_numbers_from_few_graphs(name: str, mode: str | None, recompute: Re
         found = {}
         for compiles in (False, True):
             for layer in range(config.model.num_hidden_layers):
-                model.block(layer).set_recompute(recompute)
+                model.block(layer).set_activation_checkpointing(recompute)
                 model.block(layer).compiles = compiles
             found[compiles] = step(model, mode, ids, weights)
         assert relative_error(found[True], found[False]) < 2e-5
@@ -59,7 +61,7 @@ def test_same_numbers_from_few_graphs(name: str, mode: str | None, recompute: Re
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
-def test_bf16_is_as_close_to_fp32_as_without(recompute: Recompute) -> None:
+def test_bf16_is_as_close_to_fp32_as_without(recompute: ActivationCheckpointing) -> None:
     """On a CPU attention's backward is another one then: kernels/cpu_attention.py."""
     torch.compiler.reset()
     counters.clear()
@@ -72,7 +74,7 @@ def test_bf16_is_as_close_to_fp32_as_without(recompute: Recompute) -> None:
     errors = {}
     for compiles in (False, True):
         for layer in range(config.model.num_hidden_layers):
-            model.block(layer).set_recompute(recompute)
+            model.block(layer).set_activation_checkpointing(recompute)
             model.block(layer).compiles = compiles
         with torch.autocast("cpu", dtype=torch.bfloat16):
             errors[compiles] = relative_error(step(model, "per_token", ids, weights), exact)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mlm_train.config.schema import Recompute
+from mlm_train.config.schema import ActivationCheckpointing
 from mlm_train.memory import make_source
 from mlm_train.model.geometry import separate_documents
 from mlm_train.model.logical import initialise
@@ -35,14 +35,14 @@ def test_positions_and_mask_are_of_each_document() -> None:
     ("name", "recompute"), [("base gqa tied", "none"), ("memory", "full"), ("flex", "selective")]
 )
 def test_packed_documents_have_the_losses_and_gradients_of_each_alone(
-    name: str, recompute: Recompute
+    name: str, recompute: ActivationCheckpointing
 ) -> None:
     config = tiny_config(dict(MODELS[name])).model
     model = Transformer(config).double()
     initialise(model, config, 3)
     sharpen(model)
     for layer in range(config.num_hidden_layers):
-        model.block(layer).set_recompute(recompute)
+        model.block(layer).set_activation_checkpointing(recompute)
     source = make_source("unique", model.memory_blocks()) if config.has_memory else None
     ids = rows()
     labels = ids.roll(-1, 1)  # of the last token of a document: the first of the next, as in training

@@ -243,7 +243,7 @@ def test_the_model_gives_its_head_to_the_loss(tied: bool) -> None:
             "tie_word_embeddings": tied,
         },
         "data": {"path": "none", "sequence_length": SHAPE[1]},
-        "train": {"output": "none", "steps": 1, "global_batch": 1, "micro_batch": 1},
+        "train": {"output": "none", "steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
     }
     config = parse_config(tree).model
     model = Transformer(config).double()

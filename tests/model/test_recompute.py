@@ -44,7 +44,7 @@ def test_same_gradients_with_fewer_activations(name: str, mode: str | None) -> N
     found = {}
     for extent in ("none", "selective", "full"):
         for layer in range(config.model.num_hidden_layers):
-            model.block(layer).set_recompute(extent)
+            model.block(layer).set_activation_checkpointing(extent)
         found[extent] = step(model, mode, ids)
     for extent in ("selective", "full"):
         for parameter, gradient in found["none"][0].items():

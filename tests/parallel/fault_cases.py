@@ -49,7 +49,7 @@ def run(cases: list[dict]) -> list[dict[str, Any]]:
 
 
 def _run(kind: str, guilty: int, model: dict, **sections: Any) -> dict[str, Any]:
-    config = tiny_config(model, train={"micro_batch": 1}, **sections)
+    config = tiny_config(model, train={"micro_batch_size": 1}, **sections)
     runtime = processes.start(config)
 
     def step(trainer: Trainer, number: int) -> Any:

@@ -43,7 +43,7 @@ def _flat_cases(layout: Layout) -> dict[str, Case]:
                     "parallel": parallel,
                 }
     found["embeddings not decayed"] = found[next(iter(found))] | {
-        "optimizer": {"lr": 1e-2, "clip": 0.5, "decay_embeddings": False}
+        "optimizer": {"lr": 1e-2, "max_grad_norm": 0.5, "decay_embeddings": False}
     }
     return found
 
@@ -67,7 +67,11 @@ def _pipeline_cases(layout: Layout) -> dict[str, Case]:
                 if mode == "table" and transport != "broadcast":
                     continue
                 layers, count = stages + 1, next(counts)
-                parallel: Case = {"tensor": layout.tensor, "pipeline": layout.pipeline, "schedule": schedule}
+                parallel: Case = {
+                    "tensor": layout.tensor,
+                    "pipeline": layout.pipeline,
+                    "pipeline_schedule": schedule,
+                }
                 if transport:
                     parallel["x0_transport"] = transport
                 if layout.virtual > 1:
@@ -80,6 +84,6 @@ def _pipeline_cases(layout: Layout) -> dict[str, Case]:
                     "mode": mode,
                     "micro_batch": 1,
                     "parallel": parallel,
-                    "train": {"global_batch": count * layout.data},
+                    "train": {"global_batch_size": count * layout.data},
                 }
     return found

@@ -70,8 +70,8 @@ def case_of(choice: Choice) -> Case:
     """The case of a choice, for tests/parallel/parity_cases.py."""
     c = dict(choice)
     layout: Layout = c["layout"]
-    parallel: Case = {"tensor": layout.tensor, "pipeline": layout.pipeline, "zero": c["zero"]}
-    for key, name in (("schedule", "schedule"), ("transport", "x0_transport")):
+    parallel: Case = {"tensor": layout.tensor, "pipeline": layout.pipeline, "zero_stage": c["zero"]}
+    for key, name in (("schedule", "pipeline_schedule"), ("transport", "x0_transport")):
         if c[key] is not None:
             parallel[name] = c[key]
     if c["schedule"] in INTERLEAVED:
@@ -84,11 +84,14 @@ def case_of(choice: Choice) -> Case:
     if c["stages"] is not None:
         sizes = [3, *[2] * (stages - 2), 1]
         parallel["layers_per_stage"] = sizes if c["stages"] == "longest first" else sizes[::-1]
-    train: Case = {"global_batch": c["micro_batches"] * layout.data, "recompute": c["recompute"]}
+    train: Case = {
+        "global_batch_size": c["micro_batches"] * layout.data,
+        "activation_checkpointing": c["recompute"],
+    }
     if c["deterministic"]:
         train["deterministic"] = True
     if c["chunk"]:
-        train["loss_chunk"] = c["chunk"]
+        train["loss_chunk_size"] = c["chunk"]
     return {
         "model": shaped(MODELS[c["model"]], layout, c["odd"], layers),
         "mode": c["mode"],
@@ -101,7 +104,7 @@ def case_of(choice: Choice) -> Case:
 def valid(choice: Choice) -> bool:
     """Whether the config takes it."""
     case, layout = case_of(choice), dict(choice)["layout"]
-    sections = {"parallel": case["parallel"], "train": case["train"] | {"micro_batch": 1}}
+    sections = {"parallel": case["parallel"], "train": case["train"] | {"micro_batch_size": 1}}
     if case["mode"] is not None:
         sections["memory"] = MODES[case["mode"]]
     try:

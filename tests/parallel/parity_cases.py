@@ -47,7 +47,7 @@ def run_case(model: dict, mode: str | None, micro_batch: int, **sections: dict) 
     """One case on all ranks; every rank computes the reference too."""
     if mode is not None:
         sections = sections | {"memory": MODES[mode]}
-    train = sections.pop("train", {}) | {"micro_batch": micro_batch}
+    train = sections.pop("train", {}) | {"micro_batch_size": micro_batch}
     config = tiny_config(model, train=train, **sections)
     runtime = processes.start(config)
     trainer = make_trainer(config, runtime)
@@ -77,7 +77,7 @@ def _reference(config: Config) -> dict:
     `alone` is how far one fp32 process's weights end from it: AdamW divides by gradients' own size, so a
     model may be ill-conditioned, whatever the layout.
     """
-    key = repr((config.model, config.optimizer, config.schedule, config.train.global_batch, config.data))
+    key = repr((config.model, config.optimizer, config.schedule, config.train.global_batch_size, config.data))
     if key not in REFERENCES:
         shared: list = [None]
         if dist.get_rank() == 0:
@@ -141,7 +141,7 @@ def assembled(held: list[Piece], values: dict[str, Tensor]) -> dict[str, Tensor]
 
 def my_batches(runtime: processes.Runtime, step: int, config: Config) -> list[MicroBatch]:
     """This rank's micro-batches of a global batch: contiguous rows, so masks differ by rank."""
-    size, micro_batch = config.train.global_batch, config.train.micro_batch
+    size, micro_batch = config.train.global_batch_size, config.train.micro_batch_size
     share = size // runtime.topology.data
     mine = slice(runtime.topology.data_rank * share, (runtime.topology.data_rank + 1) * share)
     pairs = zip(*(tensor[mine].split(micro_batch) for tensor in global_batch(step, size)), strict=True)
@@ -163,7 +163,7 @@ def run_bf16_cases(
     """Median distance of bf16 gradients from fp32's: each mode in this layout, and one process alone."""
     distances: dict[str, list[float]] = {name: [] for name in [*modes, "alone"]}
     for seed in range(seeds):
-        train = {"micro_batch": micro_batch, "precision": "bf16", "seed": seed, "loss_chunk": 13}
+        train = {"micro_batch_size": micro_batch, "precision": "bf16", "seed": seed, "loss_chunk_size": 13}
         sections = {"train": train, "parallel": parallel}
         config = tiny_config(model, memory=MODES[modes[0]], **sections)
         runtime = processes.start(config)
@@ -250,7 +250,7 @@ def run_mistaken(cases: dict[str, dict]) -> dict[str, dict[str, float]]:
 
 def count_lookups(model: dict, parallel: dict) -> list[int]:
     """Backward passes of x0's lookups on this rank after a step, after an evaluation, after another step."""
-    config = tiny_config(model, parallel=parallel, train={"micro_batch": 2})
+    config = tiny_config(model, parallel=parallel, train={"micro_batch_size": 2})
     runtime = processes.start(config)
     trainer = make_trainer(config, runtime)
     found = []

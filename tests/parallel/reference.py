@@ -31,13 +31,13 @@ def tiny_config(model: dict, **sections: dict) -> Config:
         | model,
         "data": {"path": "none", "sequence_length": LENGTH},
         # AdamW divides by the gradient's own size: with a smaller eps rounding would become whole steps.
-        "optimizer": {"lr": 1e-2, "clip": 0.5, "eps": 1e-5},
+        "optimizer": {"lr": 1e-2, "max_grad_norm": 0.5, "eps": 1e-5},
         "schedule": {"warmup_steps": 2},
         "train": {
             "output": "none",
             "steps": 10,
-            "global_batch": GLOBAL_BATCH,
-            "micro_batch": 2,
+            "global_batch_size": GLOBAL_BATCH,
+            "micro_batch_size": 2,
             "z_loss": 1e-2,
         },
     }
@@ -87,7 +87,7 @@ def train_reference(config: Config, steps: int, dtype: torch.dtype = torch.float
     )
     losses, norms, first = [], [], {}
     for step in range(steps):
-        ids, labels = global_batch(step, config.train.global_batch)
+        ids, labels = global_batch(step, config.train.global_batch_size)
         logits = each_alone(model, ids, source) if config.data.separate_documents else model(ids, source)
         valid = labels != IGNORED
         lse = logits.logsumexp(-1)[valid]
@@ -98,7 +98,11 @@ def train_reference(config: Config, steps: int, dtype: torch.dtype = torch.float
         if step == 0:
             first = logical_gradients(model)
         norms.append(
-            float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip or torch.inf))
+            float(
+                torch.nn.utils.clip_grad_norm_(
+                    model.parameters(), config.optimizer.max_grad_norm or torch.inf
+                )
+            )
         )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)

@@ -14,8 +14,8 @@ CASES: dict[str, dict] = {
         "model": {"kind": "flex", "flex_beta": 2, "num_hidden_layers": 3},
         "mode": "unique",
         "micro_batch": 2,
-        "parallel": {"pipeline": 2, "zero": 2},
-        "train": {"recompute": ["full", "selective"], "deterministic": True},
+        "parallel": {"pipeline": 2, "zero_stage": 2},
+        "train": {"activation_checkpointing": ["full", "selective"], "deterministic": True},
     },
 }
 

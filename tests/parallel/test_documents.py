@@ -7,22 +7,22 @@ MEMORY = {"kind": "memory", "num_hidden_layers": 2}
 FLEX = {"kind": "flex", "flex_beta": 2, "num_hidden_layers": 4}
 CASES: dict[str, dict] = {
     "data": {"model": MEMORY, "mode": "table", "micro_batch": 2},
-    "data, ZeRO-3": {"model": MEMORY, "mode": "unique", "micro_batch": 2, "parallel": {"zero": 3}},
+    "data, ZeRO-3": {"model": MEMORY, "mode": "unique", "micro_batch": 2, "parallel": {"zero_stage": 3}},
     "tensor": {"model": MEMORY, "mode": "unique", "micro_batch": 4, "parallel": {"tensor": 2}},
     "sequence, full recomputation": {
         "model": MEMORY,
         "mode": "table",
         "micro_batch": 4,
         "parallel": {"tensor": 2, "sequence": True},
-        "train": {"recompute": "full"},
+        "train": {"activation_checkpointing": "full"},
     },
     "pipeline": {"model": FLEX, "mode": "unique", "micro_batch": 2, "parallel": {"pipeline": 2}},
     "zero-bubble pipeline, selective recomputation": {
         "model": FLEX,
         "mode": "table",
         "micro_batch": 2,
-        "parallel": {"pipeline": 2, "schedule": "zbv"},
-        "train": {"recompute": "selective"},
+        "parallel": {"pipeline": 2, "pipeline_schedule": "zbv"},
+        "train": {"activation_checkpointing": "selective"},
     },
     "pipeline, compiled": {
         "model": {"kind": "base", "num_hidden_layers": 2},

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mlm_train.config.schema import Recompute
+from mlm_train.config.schema import ActivationCheckpointing
 from mlm_train.model.logical import initialise
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_executor, build_model
@@ -27,10 +27,12 @@ from tests.parallel.reference import sharpen, tiny_config
         ("flex linear post tied", "per_token", "full"),
     ],
 )
-def test_weights_are_cast_once_a_step(name: str, mode: str | None, recompute: Recompute) -> None:
+def test_weights_are_cast_once_a_step(
+    name: str, mode: str | None, recompute: ActivationCheckpointing
+) -> None:
     """Two steps, the weights changed between them: gradients to the bit those of casts a micro-batch."""
     memory = {"memory": {"mode": mode}} if mode else {}
-    train = {"precision": "bf16", "recompute": recompute, "z_loss": 0.0}
+    train = {"precision": "bf16", "activation_checkpointing": recompute, "z_loss": 0.0}
     config = tiny_config(dict(MODELS[name]), train=train, **memory)
     ids = torch.randint(0, 96, (8, 24))
     batches = list(zip(ids.split(2), ids.roll(-1, 1).split(2), strict=True))

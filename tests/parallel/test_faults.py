@@ -6,10 +6,10 @@ from tests.ranks import run_on_ranks
 
 BASE, MEMORY = {"kind": "base"}, {"kind": "memory", "num_hidden_layers": 4}
 LAYOUTS = {
-    "ZeRO-0 DP4": {"parallel": {"zero": 0}, "model": BASE},
-    "ZeRO-1 DP4": {"parallel": {"zero": 1}, "model": MEMORY},
-    "ZeRO-2 DP4": {"parallel": {"zero": 2}, "model": BASE},
-    "ZeRO-3 DP4": {"parallel": {"zero": 3}, "model": MEMORY},
+    "ZeRO-0 DP4": {"parallel": {"zero_stage": 0}, "model": BASE},
+    "ZeRO-1 DP4": {"parallel": {"zero_stage": 1}, "model": MEMORY},
+    "ZeRO-2 DP4": {"parallel": {"zero_stage": 2}, "model": BASE},
+    "ZeRO-3 DP4": {"parallel": {"zero_stage": 3}, "model": MEMORY},
     "TP2 DP2": {"parallel": {"tensor": 2, "sequence": True}, "model": MEMORY},
     "TP2 PP2, tables": {
         "parallel": {"tensor": 2, "pipeline": 2},
@@ -17,10 +17,13 @@ LAYOUTS = {
         "memory": {"mode": "table"},
     },
     "PP2 V2 DP2": {
-        "parallel": {"pipeline": 2, "virtual_stages": 2, "schedule": "interleaved_1f1b"},
+        "parallel": {"pipeline": 2, "virtual_stages": 2, "pipeline_schedule": "interleaved_1f1b"},
         "model": MEMORY,
     },
-    "zbv DP2": {"parallel": {"pipeline": 2, "schedule": "zbv"}, "model": BASE | {"num_hidden_layers": 4}},
+    "zbv DP2": {
+        "parallel": {"pipeline": 2, "pipeline_schedule": "zbv"},
+        "model": BASE | {"num_hidden_layers": 4},
+    },
 }
 KEEP_NO_GRADIENTS = ("ZeRO-2 DP4", "ZeRO-3 DP4")  # each pass is reduced at once
 KINDS = ("gradient", "forward", "weight", "once")

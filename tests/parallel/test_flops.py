@@ -16,7 +16,7 @@ ATTENTION = (
 )  # causal: half of each product, three passes
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
     1: [{}],
-    2: [{}, {"zero": 2}, {"tensor": 2}, {"pipeline": 2, "layers_per_stage": [3, 1]}],
+    2: [{}, {"zero_stage": 2}, {"tensor": 2}, {"pipeline": 2, "layers_per_stage": [3, 1]}],
     4: [{"pipeline": 2, "layers_per_stage": [3, 1]}, {"tensor": 2}],
 }
 KINDS: dict[str, dict[str, Any]] = {
@@ -53,7 +53,7 @@ def test_mfu_counts_the_products_of_a_step(world: int) -> None:
 def test_what_is_computed_again_does_not_count() -> None:
     model, table = KINDS["memory"] | {"num_hidden_layers": LAYERS}, {"mode": "table"}
     kept = {"model": model, "memory": table | {"kept_layers": LAYERS}}
-    cases = [kept, {"model": model, "memory": table}, kept | {"train": {"recompute": "full"}}]
+    cases = [kept, {"model": model, "memory": table}, kept | {"train": {"activation_checkpointing": "full"}}]
     first, *others = run_on_ranks("tests.parallel.flops_cases:count_products", 1, cases=cases)
     for other in others:
         assert other["logged"] == pytest.approx(first["logged"]) and other["products"] > first["products"]

@@ -25,7 +25,7 @@ def test_the_matrix_meets_every_value_of_every_axis() -> None:
         if layout.pipeline == 1:
             continue
         for case in cases_of(layout).values():
-            count = case["train"]["global_batch"] // layout.data
+            count = case["train"]["global_batch_size"] // layout.data
             met |= {(key, value) for key, value in case["parallel"].items() if key != "layers_per_stage"}
             met |= {
                 ("kind", case["model"]["kind"]),
@@ -39,12 +39,12 @@ def test_the_matrix_meets_every_value_of_every_axis() -> None:
         "kind": ("base", "memory", "flex"),
         "mode": MODES,
         "x0_transport": ("broadcast", "relay", "replicate"),
-        "schedule": ("gpipe", "1f1b", "interleaved_1f1b", *ZERO_BUBBLE),
+        "pipeline_schedule": ("gpipe", "1f1b", "interleaved_1f1b", *ZERO_BUBBLE),
         "tied": (True, False),
         "odd": (True, False),
         "divided": (True, False),
         "uneven": (True, False),
-        "zero": (0, 2),
+        "zero_stage": (0, 2),
     }.items():
         for value in values:
             assert (axis, value) in met, (axis, value)
@@ -78,11 +78,17 @@ def test_all_pairs_of_choices_are_compared_or_refused() -> None:
 
 
 def test_bf16_is_no_further_from_fp32_than_one_process() -> None:
-    for parallel in ({}, {"tensor": 2, "zero": 0}, SEQUENCE, {"pipeline": 2, "zero": 2}, {"zero": 3}):
+    for parallel in (
+        {},
+        {"tensor": 2, "zero_stage": 0},
+        SEQUENCE,
+        {"pipeline": 2, "zero_stage": 2},
+        {"zero_stage": 3},
+    ):
         modes = [
             mode
             for mode in MODES
-            if "layer" not in mode and (parallel.get("zero") != 3 or "table" not in mode)
+            if "layer" not in mode and (parallel.get("zero_stage") != 3 or "table" not in mode)
         ]
         distance = run_on_ranks(
             "tests.parallel.parity_cases:run_bf16_cases",
@@ -103,11 +109,11 @@ def test_bf16_is_no_further_from_fp32_than_one_process() -> None:
 MISTAKES: dict[str, dict] = {
     "labels counted on each rank alone": {},
     "norms not summed over positions": SEQUENCE,
-    "norms not summed in each pass": SEQUENCE | {"zero": 2},
+    "norms not summed in each pass": SEQUENCE | {"zero_stage": 2},
     "tied heads not summed": {"pipeline": 2},
     "rows of x0 not summed over positions": SEQUENCE | {"pipeline": 2},
     "gradients scaled by the schedule": {"pipeline": 2},
-    "lookups without anchors": {"pipeline": 2, "schedule": "zbv"},
+    "lookups without anchors": {"pipeline": 2, "pipeline_schedule": "zbv"},
     "gradients of shared rows not sent": {},
 }
 MISTAKEN_MODES = {

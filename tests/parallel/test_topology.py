@@ -44,39 +44,39 @@ def test_groups_are_megatrons(tmp_path: Path) -> None:
             assert [getattr(ours[rank], place) for rank in group] == list(range(len(group)))
 
 
-PIPELINE = ["parallel.pipeline=2", "train.micro_batch=1"]
-INTERLEAVED = ["parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=2"]
-RAMP = "train.ramp={start: 2, increment: 2, samples: 64}"
+PIPELINE = ["parallel.pipeline=2", "train.micro_batch_size=1"]
+INTERLEAVED = ["parallel.pipeline_schedule=interleaved_1f1b", "parallel.virtual_stages=2"]
+RAMP = "train.batch_size_warmup={start: 2, increment: 2, samples: 64}"
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
         (
-            [*PIPELINE, "train.global_batch=1"],
+            [*PIPELINE, "train.global_batch_size=1"],
             "1f1b cannot take with parallel.pipeline=2; the nearest batch it can is 2",
         ),
         (
             [
                 *PIPELINE,
-                "parallel.schedule=interleaved_1f1b",
+                "parallel.pipeline_schedule=interleaved_1f1b",
                 "parallel.virtual_stages=2",
-                "train.global_batch=5",
+                "train.global_batch_size=5",
             ],
-            "5 micro-batches, which parallel.schedule=interleaved_1f1b cannot take",
+            "5 micro-batches, which parallel.pipeline_schedule=interleaved_1f1b cannot take",
         ),
         (
-            [*PIPELINE, "parallel.schedule=dualpipe_v", "train.global_batch=3"],
-            "3 micro-batches, which parallel.schedule=dualpipe_v cannot take with parallel.pipeline=2; "
-            "the nearest batch it can is 4",
+            [*PIPELINE, "parallel.pipeline_schedule=dualpipe_v", "train.global_batch_size=3"],
+            "3 micro-batches, which parallel.pipeline_schedule=dualpipe_v cannot take with "
+            "parallel.pipeline=2; the nearest batch it can is 4",
         ),
         (
             [
                 "parallel.pipeline=4",
-                "train.micro_batch=1",
-                "train.ramp={start: 2, increment: 2, samples: 64}",
+                "train.micro_batch_size=1",
+                "train.batch_size_warmup={start: 2, increment: 2, samples: 64}",
             ],
-            "train.ramp=2: makes 2 micro-batches",
+            "train.batch_size_warmup=2: makes 2 micro-batches",
         ),
     ],
 )
@@ -100,7 +100,7 @@ def test_stages_are_balanced_with_the_head_counted() -> None:
 
 
 def test_a_v_goes_down_the_ranks_and_up_again() -> None:
-    config = load_config(MICRO, [*PIPELINE, "parallel.schedule=zbv", "model.num_hidden_layers=8"])
+    config = load_config(MICRO, [*PIPELINE, "parallel.pipeline_schedule=zbv", "model.num_hidden_layers=8"])
     spans = [my_spans(config, Topology.of(config.parallel, 2, rank)) for rank in range(2)]
     assert [[span.number for span in of_rank] for of_rank in spans] == [[0, 3], [1, 2]]
     assert spans[0][0].first and spans[0][1].last
@@ -112,11 +112,13 @@ def test_world_that_does_not_fit() -> None:
 
 
 def test_batch_that_the_ranks_cannot_share() -> None:
-    config = load_config(MICRO, ["train.global_batch=24", "train.micro_batch=4"])
+    config = load_config(MICRO, ["train.global_batch_size=24", "train.micro_batch_size=4"])
     Topology.of(config.parallel, 3).check_batch(config)
     with pytest.raises(UserError, match="the nearest is 20") as error:
         Topology.of(config.parallel, 5).check_batch(config)
-    assert "train.global_batch=24" in str(error.value)
-    ramp = load_config(MICRO, ["train.ramp={start: 8, increment: 8, samples: 9}", "train.micro_batch=8"])
-    with pytest.raises(UserError, match=r"train\.ramp\.start=8"):
+    assert "train.global_batch_size=24" in str(error.value)
+    ramp = load_config(
+        MICRO, ["train.batch_size_warmup={start: 8, increment: 8, samples: 9}", "train.micro_batch_size=8"]
+    )
+    with pytest.raises(UserError, match=r"train\.batch_size_warmup\.start=8"):
         Topology.of(ramp.parallel, 2).check_batch(ramp)

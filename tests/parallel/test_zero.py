@@ -27,9 +27,9 @@ def test_each_stage_keeps_what_the_plan_says() -> None:
 
 
 def test_every_stage_reports_the_norm_without_clipping() -> None:
-    optimizer = {"lr": 1e-2, "clip": 0.0}
+    optimizer = {"lr": 1e-2, "max_grad_norm": 0.0}
     case = {"model": {"kind": "memory"}, "mode": "unique", "micro_batch": 2, "optimizer": optimizer}
-    cases = [case | {"parallel": {"zero": stage}} for stage in STAGES]
+    cases = [case | {"parallel": {"zero_stage": stage}} for stage in STAGES]
     for stage, error in zip(
         STAGES, run_on_ranks("tests.parallel.parity_cases:run_cases", 2, cases=cases), strict=True
     ):
@@ -47,8 +47,8 @@ def test_the_suite_sees_a_copy_of_the_embedding_counted_twice() -> None:
         "model": {"kind": "memory", "tie_word_embeddings": True},
         "mode": "unique",
         "micro_batch": 1,
-        "train": {"global_batch": 4},
+        "train": {"global_batch_size": 4},
     }
-    cases = [case | {"parallel": {"pipeline": 2, "zero": stage}} for stage in (0, 2)]
+    cases = [case | {"parallel": {"pipeline": 2, "zero_stage": stage}} for stage in (0, 2)]
     for error in run_on_ranks("tests.parallel.zero_cases:run_counting_copies_twice", 2, cases=cases):
         assert error["norm"] > 1e-2, error

@@ -20,7 +20,7 @@ def count_bytes(stages: list[int]) -> list[dict[str, dict[str, int]]]:
 
 
 def _count(stage: int) -> dict[str, dict[str, int]]:
-    config = tiny_config({"kind": "memory", "tie_word_embeddings": True}, parallel={"zero": stage})
+    config = tiny_config({"kind": "memory", "tie_word_embeddings": True}, parallel={"zero_stage": stage})
     runtime = processes.start(config)
     trainer = make_trainer(config, runtime)
     trainer.step(my_batches(runtime, 0, config), 1e-3)
@@ -61,7 +61,7 @@ def _bytes(tensors: Any) -> int:
 
 def refuse_an_update(stages: list[int]) -> list[float]:
     """The norm that each stage reports for a step whose gradients are not finite, after a good step."""
-    return [_refused(tiny_config({"kind": "base"}, parallel={"zero": stage})) for stage in stages]
+    return [_refused(tiny_config({"kind": "base"}, parallel={"zero_stage": stage})) for stage in stages]
 
 
 def _refused(config: Config) -> float:

@@ -127,7 +127,7 @@ def words(data: Path, run: Path, *more: str) -> list[str]:
     """Config and overrides of a tiny run."""
     return [
         "configs/micro.yaml", *TINY, f"data.path={data}", f"train.output={run}", f"train.steps={STEPS}",
-        "checkpoint.every=5", "memory.mode=unique", "monitor.peak_tflops=1", "train.device=cpu", *more,
+        "checkpoint.interval=5", "memory.mode=unique", "monitor.peak_tflops=1", "train.device=cpu", *more,
     ]  # fmt: skip
 
 

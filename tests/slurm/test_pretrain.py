@@ -45,7 +45,7 @@ def test_a_warned_job_checkpoints_requeues_and_goes_on(
     cluster: Cluster, unbroken: Path, data: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    job = cluster.submit(tmp_path / "log", "--nodes=2", PRETRAIN, *words(data, run, "checkpoint.every=0"))
+    job = cluster.submit(tmp_path / "log", "--nodes=2", PRETRAIN, *words(data, run, "checkpoint.interval=0"))
     job.wait_for("step 5/")
     cluster.do("scancel", "--batch", "--signal=USR1", job.number)
     assert job.end() == "COMPLETED", job.text()
@@ -57,7 +57,7 @@ def test_a_warned_job_checkpoints_requeues_and_goes_on(
 
 def test_a_preempted_job_goes_on_later(cluster: Cluster, unbroken: Path, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    low = ("--partition=low", "--nodes=2", PRETRAIN, *words(data, run, "checkpoint.every=0"))
+    low = ("--partition=low", "--nodes=2", PRETRAIN, *words(data, run, "checkpoint.interval=0"))
     job = cluster.submit(tmp_path / "log", *low)
     job.wait_for("step 5/")
     urgent = ("--partition=high", "--nodes=4", "--exclusive", "--wrap=sleep 1")
@@ -154,8 +154,8 @@ def test_launch_submits(
     launch = ("launch", "--slurm", *config, "--nproc", 1)
     assert "--partition hihg: `sinfo -s` lists" in refused(*launch, "--partition", "hihg")
     assert "--account them: `sacctmgr show associations" in refused(*launch, "--account", "them")
-    assert "--nodes 8" in refused(*launch, "--nodes", 8, "train.global_batch=16")
-    assert "--gpus-per-node 9" in refused(*launch[:-2], "--gpus-per-node", 9, "train.global_batch=18")
+    assert "--nodes 8" in refused(*launch, "--nodes", 8, "train.global_batch_size=16")
+    assert "--gpus-per-node 9" in refused(*launch[:-2], "--gpus-per-node", 9, "train.global_batch_size=18")
     capsys.readouterr()
     mlm_train(*launch, "--account", "us")
     said = capsys.readouterr().out

@@ -50,7 +50,7 @@ def test_evaluation_tensorboard_and_a_sweep(
 
 
 def test_a_chain_whose_folder_no_other_job_gets(cluster: Cluster, data: Path, tmp_path: Path) -> None:
-    endless = words(data, tmp_path / "run, one", "checkpoint.every=0", "train.steps=1000000")
+    endless = words(data, tmp_path / "run, one", "checkpoint.interval=0", "train.steps=1000000")
     job = ("--nodes=1", PRETRAIN, *endless)
     said = cluster.do(ROOT / "slurm/submit_chain.sh", 2, f"--output={tmp_path}/%j.log", *job)
     first, second = (SlurmJob(cluster, n, tmp_path / f"{n}.log") for n in re.findall(r"of 2: (\d+)", said))
@@ -72,7 +72,7 @@ def test_a_preemption_that_gives_sigterm_alone(
     cluster: Cluster, unbroken: Path, data: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    low = ("--partition=low", "--signal=B:TERM@180", PRETRAIN, *words(data, run, "checkpoint.every=0"))
+    low = ("--partition=low", "--signal=B:TERM@180", PRETRAIN, *words(data, run, "checkpoint.interval=0"))
     job = cluster.submit(tmp_path / "log", "--nodes=1", *low)
     job.wait_for("step 5/")
     urgent = ("--partition=high", "--nodes=4", "--exclusive", "--wrap=sleep 1")

@@ -101,6 +101,6 @@ def test_bad_input(folders: dict[str, Path], data: Path, corpus: Path, tmp_path:
         assert f"{folders['run'] / 'tokenizer.model'} is not the tokenizer of {other}" in line
     allocate = ("tol", "allocate", table, "--model", folders["run"], "--data", data, *out, "--budget", "1MB")
     assert "--samples 0: give at least 1" in refused(*allocate, "--samples", 0)
-    assert "--micro-batch 0: give at least 1" in refused(*allocate, "--micro-batch", 0)
+    assert "--micro-batch-size 0: give at least 1" in refused(*allocate, "--micro-batch-size", 0)
     assert "--sequence-length 65 is longer" in refused(*allocate, "--sequence-length", 65)
     assert not (tmp_path / "out").exists()

@@ -21,6 +21,6 @@ def no_groups_left() -> Iterator[None]:
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run with two checkpoints."""
     run = tmp_path_factory.mktemp("trained") / "run"
-    mlm_train(*pretrain(data, run, "checkpoint.every=1"))
+    mlm_train(*pretrain(data, run, "checkpoint.interval=1"))
     runtime.stop()
     return run

@@ -17,7 +17,7 @@ TAKEN = 2**29  # bytes
 
 def run(guilty: int) -> list[tuple[float, float, list[float], list[float]]]:
     """Of each rank: the peak in GiB and its rank as TensorBoard gets them, all peaks, and what ranks say."""
-    config = tiny_config(dict(MODELS["base"]), train={"micro_batch": 1}, monitor={"peak_tflops": 1.0})
+    config = tiny_config(dict(MODELS["base"]), train={"micro_batch_size": 1}, monitor={"peak_tflops": 1.0})
     runtime = processes.start(config)
     trainer = make_trainer(config, runtime)
     if runtime.topology.rank == guilty:

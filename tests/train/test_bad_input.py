@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("no_groups_left")
 
 def test_world_that_does_not_fit(data: Path, tmp_path: Path) -> None:
     line = refused("launch", "--nproc", 3, *pretrain(data, tmp_path / "run")[1:])
-    assert "train.global_batch=8" in line and "the nearest is 6" in line
+    assert "train.global_batch_size=8" in line and "the nearest is 6" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -220,7 +220,7 @@ def test_folders_that_people_and_kills_leave_do_no_harm(trained: Path, data: Pat
 def test_divergence_ends_the_run_and_keeps_the_checkpoints(trained: Path, data: Path, tmp_path: Path) -> None:
     run = copy_of(trained, tmp_path)
     before = snapshot(run / "checkpoints")
-    wild = ("optimizer.lr=1e30", "schedule.rewarm_steps=0", "train.steps=9", "checkpoint.every=1")
+    wild = ("optimizer.lr=1e30", "schedule.rewarm_steps=0", "train.steps=9", "checkpoint.interval=1")
     command = [sys.executable, "-m", "mlm_train", *pretrain(data, run, *wild)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "diverged" in done.stderr.splitlines()[-1]
@@ -251,7 +251,7 @@ def test_a_disk_that_takes_no_more_keeps_what_is_committed(trained: Path, data: 
 
 def test_two_runs_on_one_folder(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    first = start(*pretrain(data, run, "train.steps=2000", "checkpoint.every=0"))
+    first = start(*pretrain(data, run, "train.steps=2000", "checkpoint.interval=0"))
     try:
         while not (run / "config.yaml").is_file():
             assert first.poll() is None, first.communicate()[0]

@@ -19,7 +19,8 @@ STEPS = 150
 def words(data: Path, run: Path, *more: str) -> list[str]:
     return [
         "configs/micro.yaml", *TINY, f"data.path={data}", f"train.output={run}", f"train.steps={STEPS}",
-        "checkpoint.every=5", "memory.mode=unique", "monitor.peak_tflops=1", "train.micro_batch=1", *more,
+        "checkpoint.interval=5", "memory.mode=unique", "monitor.peak_tflops=1",
+        "train.micro_batch_size=1", *more,
     ]  # fmt: skip
 
 

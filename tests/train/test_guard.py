@@ -46,7 +46,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, which: Callable[[int], bool]) -> None
 def test_skipped_steps_are_counted_and_leave_the_last_good_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = ("train.steps=8", "checkpoint.every=2", "checkpoint.keep=9")
+    steps = ("train.steps=8", "checkpoint.interval=2", "checkpoint.keep_latest_k=9")
     with monkeypatch.context() as patch:
         spoil(patch, {3, 4, 8}.__contains__)
         mlm_train(*words(data, tmp_path / "run", *steps))
@@ -65,7 +65,7 @@ def test_skipped_steps_are_counted_and_leave_the_last_good_checkpoint(
 def test_too_many_in_a_row_end_the_run_which_then_goes_on_from_the_last_good_step(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = ("train.steps=8", "checkpoint.every=1", "checkpoint.keep=1")
+    steps = ("train.steps=8", "checkpoint.interval=1", "checkpoint.keep_latest_k=1")
     mlm_train(*words(data, tmp_path / "unbroken", *steps))
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -99,8 +99,8 @@ def bad_labels(monkeypatch: pytest.MonkeyPatch, *cursors: int) -> None:
 
 
 SPIKE = (
-    "train.steps=24", "checkpoint.every=10", "checkpoint.keep=9", "optimizer.lr=3e-3",
-    "train.spike={window: 5, sigmas: 4, skip_steps: 2, limit: 1}",
+    "train.steps=24", "checkpoint.interval=10", "checkpoint.keep_latest_k=9", "optimizer.lr=3e-3",
+    "train.spike={window: 5, sigmas: 4, skip_steps: 2, max_rollbacks: 1}",
 )  # fmt: skip
 
 

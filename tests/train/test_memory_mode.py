@@ -32,7 +32,12 @@ def chosen(
     *words: str, world: int = 1, text: Distinct = TEXT, speeds: Speeds = SPEEDS, budget: float = GIB
 ) -> MemoryChoice:
     """What auto decides for micro at 8 micro-batches of 2 x 256 tokens a rank."""
-    more = ("train.micro_batch=2", f"train.global_batch={16 * world}", "train.precision=bf16", *words)
+    more = (
+        "train.micro_batch_size=2",
+        f"train.global_batch_size={16 * world}",
+        "train.precision=bf16",
+        *words,
+    )
     config = load_config(CONFIG, ["memory.mode=auto", *more])
     return choose(config, Topology.of(config.parallel, world), text, speeds, budget)
 
@@ -47,7 +52,7 @@ def mode(choice: MemoryChoice) -> tuple[str, int | None, bool]:
 def test_many_micro_batches_take_tables_and_a_single_one_does_not() -> None:
     assert mode(chosen()) == ("table", None, False)
     one = Distinct(500, 500, 500)  # a table would run FFN-M forward twice
-    assert mode(chosen("train.global_batch=2", text=one)) == ("unique", None, False)
+    assert mode(chosen("train.global_batch_size=2", text=one)) == ("unique", None, False)
 
 
 def test_an_ffn_that_costs_less_than_a_lookup_runs_at_every_position() -> None:
@@ -70,7 +75,7 @@ def test_what_does_not_fit_the_budget_is_computed_by_micro_batch_and_said() -> N
     assert "whole tables would take" in some.reason and "MiB" in some.reason
     none = chosen(budget=0.9 * whole / layers)
     assert mode(none) == ("unique", None, False) and "whole tables would take" in none.reason
-    pipeline = ("parallel.pipeline=2", "parallel.schedule=zbv", "train.micro_batch=1")
+    pipeline = ("parallel.pipeline=2", "parallel.pipeline_schedule=zbv", "train.micro_batch_size=1")
     half = chosen(*pipeline, world=2, budget=0.3 * whole)  # no layers without a table under zero-bubble
     assert mode(half)[0] != "table"
 
@@ -85,14 +90,14 @@ def test_what_the_tables_leave_of_the_budget_keeps_activations() -> None:
     assert table_bytes(config, alone, TEXT) == pytest.approx(layers * (tables + kept))
     some = chosen(budget=1.1 * (layers * tables + 1.5 * kept)).config.memory
     assert some is not None and (some.mode, some.kept_layers) == ("table", 1)
-    again = chosen("train.recompute=full").config.memory
+    again = chosen("train.activation_checkpointing=full").config.memory
     assert again is not None and (again.mode, again.kept_layers) == ("table", None)
     shared = chosen(world=4).config  # a rank computes a quarter of all ranks' rows
     assert table_bytes(shared, Topology(4, 0, 1, 1), TEXT) == pytest.approx(layers * (tables + kept / 3))
 
 
 def test_zero_3_has_no_tables() -> None:
-    assert mode(chosen("parallel.zero=3", world=2)) == ("unique", None, False)
+    assert mode(chosen("parallel.zero_stage=3", world=2)) == ("unique", None, False)
 
 
 @pytest.mark.parametrize(("tokens", "vocabulary", "ratio"), [(2048, 2**15, 0.25), (2**18, 2**17, 0.08)])
@@ -103,7 +108,14 @@ def test_expected_ids_of_text(tokens: int, vocabulary: int, ratio: float) -> Non
 
 def test_a_run_decides_says_so_and_keeps_it(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = [CONFIG, *TINY, f"data.path={data}", f"train.output={run}", "train.steps=4", "checkpoint.every=2"]
+    words = [
+        CONFIG,
+        *TINY,
+        f"data.path={data}",
+        f"train.output={run}",
+        "train.steps=4",
+        "checkpoint.interval=2",
+    ]
     first = finished("launch", "--nproc", 2, *words, "train.stop_after=2")
     assert "memory.mode=auto -> " in first and "distinct ids a micro-batch" in first
     decided = _saved(run)
@@ -128,11 +140,16 @@ def _saved(run: Path) -> Config:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("memory.mode=table", "parallel.zero=3"), "does not go with parallel.zero=3"),
+        (("memory.mode=table", "parallel.zero_stage=3"), "does not go with parallel.zero_stage=3"),
         (("memory.mode=table", "parallel.pipeline=2", "parallel.x0_transport=relay"), "use broadcast"),
         (
-            ("memory.mode=table", "memory.table_layers=1", "parallel.pipeline=2", "parallel.schedule=zbv"),
-            "does not go with parallel.schedule=zbv",
+            (
+                "memory.mode=table",
+                "memory.table_layers=1",
+                "parallel.pipeline=2",
+                "parallel.pipeline_schedule=zbv",
+            ),
+            "does not go with parallel.pipeline_schedule=zbv",
         ),
         (("memory.mode=unique", "memory.budget_gib=1"), "has an effect with memory.mode=auto"),
         (("memory.budget_gib=0",), "greater than 0"),

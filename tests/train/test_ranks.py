@@ -61,6 +61,8 @@ def test_bad_input_is_said_by_every_rank(
     """The first to end has its agent end the others, which may not have come to say it."""
     for name, value in (WHOLE | {"RANK": str(rank), "LOCAL_RANK": str(rank)}).items():
         monkeypatch.setenv(name, value)
-    assert "train.global_batch=9" in refused(*pretrain(data, tmp_path / "run", "train.global_batch=9"))
+    assert "train.global_batch_size=9" in refused(
+        *pretrain(data, tmp_path / "run", "train.global_batch_size=9")
+    )
     assert str(tmp_path / "nowhere") in refused(*pretrain(tmp_path / "nowhere", tmp_path / "run"))
     assert f"rank {rank}" in refused(*pretrain(data, tmp_path / "run", "train.no=1")) or rank == 0

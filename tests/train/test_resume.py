@@ -18,8 +18,8 @@ STEPS = 8 * LEG
 def words(data: Path, output: Path, *more: str) -> list[str]:
     return [
         CONFIG, *TINY, f"data.path={data}", f"train.output={output}", f"train.steps={STEPS}",
-        "train.evaluate_every=4", "checkpoint.every=2", "model.num_hidden_layers=4",
-        "train.ramp={start: 4, increment: 4, samples: 12}", "memory.mode=unique", *more,
+        "train.eval_interval=4", "checkpoint.interval=2", "model.num_hidden_layers=4",
+        "train.batch_size_warmup={start: 4, increment: 4, samples: 12}", "memory.mode=unique", *more,
     ]  # fmt: skip
 
 
@@ -37,10 +37,10 @@ ALONE = (1, (TABLE,))
 DP2 = (2, ())
 SHARED = (2, (TABLE, "memory.shared=true"))
 TP2 = (2, ("parallel.tensor=2",))
-PP2 = (2, ("parallel.pipeline=2", "train.micro_batch=1"))
-PP2_REPLICATED = (2, (*PP2[1], "parallel.x0_transport=replicate", "parallel.schedule=gpipe"))
+PP2 = (2, ("parallel.pipeline=2", "train.micro_batch_size=1"))
+PP2_REPLICATED = (2, (*PP2[1], "parallel.x0_transport=replicate", "parallel.pipeline_schedule=gpipe"))
 TP2_PP2 = (4, ("parallel.tensor=2", *PP2[1]))
-PP2_INTERLEAVED = (2, (*PP2[1], "parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=2"))
+PP2_INTERLEAVED = (2, (*PP2[1], "parallel.pipeline_schedule=interleaved_1f1b", "parallel.virtual_stages=2"))
 
 
 TP2_DP2 = (4, ("parallel.tensor=2",))
@@ -49,14 +49,17 @@ PP2_DP2 = (4, PP2[1])
 
 def zero(stage: int, layout: tuple[int, tuple[str, ...]]) -> tuple[int, tuple[str, ...]]:
     """A layout with another ZeRO stage."""
-    return layout[0], (*layout[1], f"parallel.zero={stage}")
+    return layout[0], (*layout[1], f"parallel.zero_stage={stage}")
 
 
 ONE_0 = zero(0, ALONE)
 EVERY_AXIS = (8, TP2_PP2[1])
 ZERO_3 = zero(3, DP2)
-PP2_V = (2, (*PP2[1], TABLE, "parallel.schedule=zbv", "train.recompute=selective"))
-TP2_SEQUENCE = (2, ("parallel.tensor=2", TABLE, "parallel.sequence=true", "train.recompute=full"))
+PP2_V = (2, (*PP2[1], TABLE, "parallel.pipeline_schedule=zbv", "train.activation_checkpointing=selective"))
+TP2_SEQUENCE = (
+    2,
+    ("parallel.tensor=2", TABLE, "parallel.sequence=true", "train.activation_checkpointing=full"),
+)
 # A run goes through these, LEG steps in each, and comes back to where it began: every value of every axis
 # (TP, PP, virtual stages, DP, ZeRO, sequence parallel, x0's transport, head) is entered and left.
 ROUNDS = {

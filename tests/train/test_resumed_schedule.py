@@ -19,8 +19,8 @@ def pretrain(data: Path, run: Path, *more: str) -> list[str]:
     """Six steps of a cosine, every one of them saved."""
     return [
         "pretrain", CONFIG, *TINY, f"data.path={data}", f"train.output={run}", f"train.steps={STEPS}",
-        f"optimizer.lr={PEAK}", f"schedule.min_lr={LEAST}", "checkpoint.every=1", "memory.mode=unique",
-        "monitor.peak_tflops=1", "train.evaluate_samples=2", *more,
+        f"optimizer.lr={PEAK}", f"schedule.min_lr={LEAST}", "checkpoint.interval=1", "memory.mode=unique",
+        "monitor.peak_tflops=1", "train.eval_samples=2", *more,
     ]  # fmt: skip
 
 

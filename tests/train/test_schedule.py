@@ -1,4 +1,4 @@
-"""Learning rate and batch ramp at their corners."""
+"""Learning rate and batch-size warm-up at their corners."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ MICRO = Path(__file__).resolve().parents[2] / "configs" / "micro.yaml"
 
 def config(*overrides: str) -> Config:
     base = ["optimizer.lr=1.0", "schedule.min_lr=0.1", "schedule.warmup_steps=10", "train.steps=110"]
-    base.append("train.global_batch=32")
+    base.append("train.global_batch_size=32")
     return load_config(MICRO, [*base, *overrides])
 
 
@@ -39,7 +39,7 @@ def test_no_warmup_starts_at_the_peak() -> None:
 
 
 def test_ramp_visits_each_size_for_equally_many_samples() -> None:
-    c = config("train.ramp={start: 8, increment: 8, samples: 96}").train
+    c = config("train.batch_size_warmup={start: 8, increment: 8, samples: 96}").train
     sizes, samples = [], 0
     while samples < 200:
         sizes.append(global_batch_at(c, samples))

@@ -21,12 +21,12 @@ STEPS = 60
 def words(data: Path, run: Path, *more: str) -> list[str]:
     return [
         "configs/micro.yaml", *TINY, f"data.path={data}", f"train.output={run}", f"train.steps={STEPS}",
-        "checkpoint.every=0", "memory.mode=unique", "monitor.peak_tflops=1", "model.num_hidden_layers=4",
+        "checkpoint.interval=0", "memory.mode=unique", "monitor.peak_tflops=1", "model.num_hidden_layers=4",
         *more,
     ]  # fmt: skip
 
 
-PP2 = ("parallel.pipeline=2", "train.micro_batch=1")
+PP2 = ("parallel.pipeline=2", "train.micro_batch_size=1")
 
 
 def stopped_at(run: Path, name: str) -> int:

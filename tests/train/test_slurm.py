@@ -13,7 +13,7 @@ JOB = ("launch", "--slurm", "configs/micro.yaml", *TINY)
 
 
 def test_the_command_is_shown(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    place = (f"data.path={data}", f"train.output={tmp_path / 'run'}", "train.global_batch=64")
+    place = (f"data.path={data}", f"train.output={tmp_path / 'run'}", "train.global_batch_size=64")
     options = (
         "--nodes",
         4,
@@ -49,7 +49,7 @@ def test_bad_input(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ((*JOB, *place, *gpus, "--nodes", 0), "--nodes 0: give at least 1"),
         ((*JOB, *place, "--gpus-per-node", 0), "--gpus-per-node 0: give at least 1"),
         ((*JOB, *place, *gpus, "--rendezvous", "a:1"), "--rendezvous: a Slurm job chooses its own"),
-        ((*JOB, *place, *gpus, "--nodes", 3), "train.global_batch=8: must be a multiple of"),
+        ((*JOB, *place, *gpus, "--nodes", 3), "train.global_batch_size=8: must be a multiple of"),
         (("launch", "--slurm", "configs/mikro.yaml", *gpus), "did you mean configs/micro.yaml?"),
         (("launch", JOB[2], *TINY, *place), "--nproc is missing"),
         (("launch", JOB[2], *TINY, *place, "--nproc", 1, "--nodes", 2), "--nodes and --rendezvous"),

@@ -113,14 +113,14 @@ def test_the_trainer_takes_the_same_samples_in_every_life(blend: list[dict], tmp
     steps, size = 16, 8
     words = [
         "configs/micro.yaml", *TINY, "data.path=null", f"data.blend={json.dumps(blend)}",
-        f"train.output={tmp_path / 'run'}", f"train.steps={steps}", f"train.global_batch={size}",
-        "checkpoint.every=2", "monitor.peak_tflops=1",
+        f"train.output={tmp_path / 'run'}", f"train.steps={steps}", f"train.global_batch_size={size}",
+        "checkpoint.interval=2", "monitor.peak_tflops=1",
     ]  # fmt: skip
     whole = expected(blend, 32, 1234, steps * size)
     done: set[str] = set()
     for life, (world, micro_batch, kill_at) in enumerate(((2, 2, 4), (1, 4, 4), (2, 1, None))):
         notes = tmp_path / f"life-{life}"
-        run = launch(world, notes, [*words, f"train.micro_batch={micro_batch}"])
+        run = launch(world, notes, [*words, f"train.micro_batch_size={micro_batch}"])
         if kill_at is not None:
             kill_a_rank(run, notes, kill_at)
         else:

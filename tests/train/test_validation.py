@@ -34,7 +34,7 @@ def pretrain(blend: dict[str, Path], run: Path, *more: str) -> list[str]:
     )
     return [
         "configs/micro.yaml", *TINY, "data.path=null", f"data.blend=[{sources}]", f"train.output={run}",
-        "train.steps=2", "train.evaluate_samples=12", "memory.mode=unique", "monitor.peak_tflops=1", *more,
+        "train.steps=2", "train.eval_samples=12", "memory.mode=unique", "monitor.peak_tflops=1", *more,
     ]  # fmt: skip
 
 

@@ -26,8 +26,8 @@ PP2 = ("parallel.pipeline=2", "model.num_hidden_layers=4")
 def words(data: Path, run: Path, *more: str) -> list[str]:
     return [
         "pretrain", "configs/micro.yaml", *TINY, f"data.path={data}", f"train.output={run}", "train.steps=6",
-        "train.micro_batch=1", "checkpoint.every=1", f"train.watchdog={LIMIT}", "monitor.peak_tflops=1",
-        *more,
+        "train.micro_batch_size=1", "checkpoint.interval=1", f"train.watchdog_timeout={LIMIT}",
+        "monitor.peak_tflops=1", *more,
     ]  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def test_a_stuck_rank_under_torchrun_and_then_a_merely_slow_one(data: Path, tmp_
     )
     assert re.search(waiting, output), output
     started = time.monotonic()
-    every = "monitor.stragglers_every=2"
+    every = "monitor.straggler_interval=2"
     slow = python([*TORCHRUN, *MISBEHAVE, "slow-data", "1", *words(data, run, every)])
     output, _ = slow.communicate(timeout=120)
     assert slow.returncode == 0 and "at step 2" in output and "no progress for" not in output, output

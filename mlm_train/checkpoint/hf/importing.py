@@ -135,8 +135,8 @@ def _run_config(source: Path, output: Path, model: ModelConfig) -> str:
         "train": {
             "output": f"runs/{name}",
             "steps": 1000,
-            "global_batch": 128,
-            "micro_batch": 1,
+            "global_batch_size": 128,
+            "micro_batch_size": 1,
             "precision": "bf16",
         },
         "checkpoint": {"warm_start": str(output.absolute())},

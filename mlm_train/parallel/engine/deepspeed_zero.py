@@ -83,7 +83,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, config: Config, runtime: Runtime) -> None:
         deepspeed = _load_deepspeed(runtime.device)
-        self.model, self.stage, self.clip = model, config.parallel.zero, config.optimizer.clip
+        self.model, self.stage, self.clip = model, config.parallel.zero_stage, config.optimizer.max_grad_norm
         self.pieces = list(pieces(model))
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.reduces_each_pass = config.reduces_each_pass

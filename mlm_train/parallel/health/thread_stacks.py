@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch._C import _distributed_c10d
 
-PACKAGE = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).resolve().parents[2]
 AWAITED = "awaited"  # how the names of threads begin that the main thread waits for
 RECORDS = "1000"  # operations that a rank's flight recorder remembers
 

@@ -57,9 +57,9 @@ def watched(config: Config, topology: Topology, marker: ProgressMarker) -> Itera
 def limits(config: Config) -> tuple[float, float]:
     """Seconds without progress that are allowed: usually, and in tasks that may take long.
 
-    Both end before a collective's own timeout, which knows less. Infinite where train.watchdog is 0.
+    Both end before a collective's own timeout, which knows less. Infinite where train.watchdog_timeout is 0.
     """
-    timeout, chosen = config.parallel.timeout, config.train.watchdog
+    timeout, chosen = config.parallel.timeout, config.train.watchdog_timeout
     if chosen == 0:
         return float("inf"), float("inf")
     usual = timeout / 2 if chosen is None else chosen

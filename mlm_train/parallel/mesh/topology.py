@@ -62,23 +62,26 @@ class Topology:
         return [replace(self, rank=place * self.tensor * self.data) for place in range(self.pipeline)]
 
     def micro_batches(self, train: TrainConfig) -> int:
-        """Micro-batches of a step on each data-parallel rank, after the ramp."""
-        return train.global_batch // (train.micro_batch * self.data)
+        """Micro-batches of a step on each data-parallel rank, after the batch-size warm-up."""
+        return train.global_batch_size // (train.micro_batch_size * self.data)
 
     def check_batch(self, config: Config) -> None:
         """Refuse a global batch that the data-parallel ranks cannot share evenly."""
         train = config.train
-        unit = train.micro_batch * self.data
-        sizes = {"train.global_batch": train.global_batch}
-        if train.ramp is not None:
-            sizes |= {"train.ramp.start": train.ramp.start, "train.ramp.increment": train.ramp.increment}
+        unit = train.micro_batch_size * self.data
+        sizes = {"train.global_batch_size": train.global_batch_size}
+        if (warmup := train.batch_size_warmup) is not None:
+            sizes |= {
+                "train.batch_size_warmup.start": warmup.start,
+                "train.batch_size_warmup.increment": warmup.increment,
+            }
         for name, value in sizes.items():
             if value % unit:
                 nearest = max(unit, round(value / unit) * unit)
                 blame(
                     name,
                     value,
-                    f"must be a multiple of train.micro_batch={train.micro_batch} x "
+                    f"must be a multiple of train.micro_batch_size={train.micro_batch_size} x "
                     f"{self.data} data-parallel processes = {unit}; the nearest is {nearest}",
                 )
         if self.pipeline > 1:
@@ -87,21 +90,20 @@ class Topology:
     def _check_schedule(self, config: Config) -> None:
         """Refuse numbers of micro-batches that the schedule of torch.distributed.pipelining cannot take."""
         train, schedule = config.train, config.parallel.order
-        ramp = train.ramp
-        sizes = [train.global_batch]
-        if ramp is not None:
-            sizes += range(ramp.start, train.global_batch, ramp.increment)
-        unit = train.micro_batch * self.data
+        sizes = [train.global_batch_size]
+        if (warmup := train.batch_size_warmup) is not None:
+            sizes += range(warmup.start, train.global_batch_size, warmup.increment)
+        unit = train.micro_batch_size * self.data
         for size in sizes:
             if takes(schedule, size // unit, self.pipeline):
                 continue
             near = sorted(range(1, 2 * size // unit + 2 * self.pipeline), key=lambda n: abs(n - size // unit))
             nearest = next(n for n in near if takes(schedule, n, self.pipeline)) * unit
             blame(
-                "train.global_batch" if size == train.global_batch else "train.ramp",
+                "train.global_batch_size" if size == train.global_batch_size else "train.batch_size_warmup",
                 size,
-                f"makes {size // unit} micro-batches, which parallel.schedule={schedule} cannot take with "
-                f"parallel.pipeline={self.pipeline}; the nearest batch it can is {nearest}",
+                f"makes {size // unit} micro-batches, which parallel.pipeline_schedule={schedule} cannot "
+                f"take with parallel.pipeline={self.pipeline}; the nearest batch it can is {nearest}",
             )
 
 

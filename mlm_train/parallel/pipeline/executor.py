@@ -108,7 +108,7 @@ class PipelineExecutor:
         self.schedules: dict[int, Any] = {}
 
     def _schedule(self, micro_batches: int) -> Any:
-        """The schedule for a number of micro-batches; a batch ramp goes through several.
+        """The schedule for a number of micro-batches; a batch-size warm-up goes through several.
 
         Each holds receive buffers for all its micro-batches: none is kept but the usual one's.
         """
@@ -127,7 +127,7 @@ class PipelineExecutor:
 
     def _pipeline_stage(self, stage: Stage) -> MarkedStage:
         config = self.config
-        batch, length = config.train.micro_batch, config.data.sequence_length
+        batch, length = config.train.micro_batch_size, config.data.sequence_length
         ids = torch.zeros(batch, length, dtype=torch.int64, device=self.runtime.device)
         here = (batch, length // self.tensor.positions, config.model.hidden_size)
         hidden = torch.empty(here, device=self.runtime.device)

@@ -65,7 +65,7 @@ class SingleStageExecutor:
         self.entry, self.source, self.channel = entry, source, channel
         self.loss, self.after_backward = loss, after_backward
         self.precision, self.device, self.marker = precision, runtime.device, runtime.marker
-        self.gathers = config.parallel.zero == 3
+        self.gathers = config.parallel.zero_stage == 3
         self.usual = runtime.topology.micro_batches(config.train)
 
     def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:

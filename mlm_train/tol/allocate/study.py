@@ -24,7 +24,7 @@ class Study:
 
     def __init__(self, args: argparse.Namespace, table: TableReader, console: Console) -> None:
         self.table, self.index = table, table.index
-        shape = {"length": args.sequence_length, "micro_batch": args.micro_batch}
+        shape = {"length": args.sequence_length, "micro_batch": args.micro_batch_size}
         self.scorer = Scorer(args.model, args.data, **shape, verify=args.verify)
         windows = self.scorer.windows_of("train", args.samples)
         check_fits(Path(args.table), self.index, self.scorer.config)
@@ -51,7 +51,7 @@ class Study:
         """The notes about this table, model, text and these options."""
         table = sha256_of(Path(args.table) / INDEX)
         options = [None if option is None else option.model_dump(mode="json") for option in self.options]
-        text = [self.scorer.data.fingerprint, args.samples, args.sequence_length, args.micro_batch]
+        text = [self.scorer.data.fingerprint, args.samples, args.sequence_length, args.micro_batch_size]
         return Notes(Path(args.output), [table, self.scorer.fingerprint, text, options])
 
     def size(self, chosen: Mapping[int, Choice]) -> int:

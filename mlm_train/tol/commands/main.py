@@ -152,7 +152,9 @@ def _add_allocate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE", help="a PNG of sizes and perplexities")
     parser.add_argument("--samples", type=int, default=64, help="windows to measure on (default %(default)s)")
     parser.add_argument("--sequence-length", type=int, metavar="N", help="default: the model's maximum")
-    parser.add_argument("--micro-batch", type=int, default=8, help="windows per pass (default %(default)s)")
+    parser.add_argument(
+        "--micro-batch-size", type=int, default=8, help="windows per pass (default %(default)s)"
+    )
     add_verify(parser, "the table, of --data and --model,", "sizes, of --model full")
 
 
