@@ -1,11 +1,16 @@
 # mlm_train: `make quickstart` and `make test` each work alone in a fresh clone.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin
 # A small machine must not start more threads than it has cores, times processes.
 export TOKENIZERS_PARALLELISM := false
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: quickstart test test-long test-slurm check parity performance clean help
+# Much of a test's time is waiting: for processes that start, for a lease that ends.
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+TEST_WORKERS ?= $(shell echo $$(($(CORES) < 8 ? $(CORES) + 1 : 8)))
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: quickstart test test-fast test-long test-slurm check parity performance clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -28,14 +33,17 @@ check: .venv/dev.stamp  ## style and types
 	$(BIN)/shellcheck --external-sources slurm/*.sh slurm/*.sbatch tests/slurm/*.sh
 
 test: check  ## style, types and all tests
-	$(BIN)/python -m pytest
+	$(PYTEST) -n $(TEST_WORKERS)
+
+test-fast: check  ## style, types and the tests that start no process: minutes
+	$(PYTEST) -n logical --maxprocesses 8 --fast
 
 test-long: .venv/dev.stamp  ## what takes an hour: 30,000 damaged files, signals at 100 moments of each command
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -m long tests
+	$(PYTEST) -rs -m long tests
 	$(BIN)/python tools/interrupts.py --moments 100
 
 test-slurm: .venv/dev.stamp  ## jobs on a real Slurm of four nodes on this machine (as root)
-	$(BIN)/python -m pytest -rs tests/slurm
+	$(PYTEST) -rs tests/slurm
 
 parity: .venv/dev.stamp  ## compare every parallel layout with one process, write docs/parity.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.parallel.table

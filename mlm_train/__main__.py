@@ -1,4 +1,4 @@
-"""`python -m mlm_train ...` is the `mlm-train` command; torchrun launches ranks this way."""
+"""`python -m mlm_train ...` is the `mlm-train` command; torchrun starts ranks this way."""
 
 import contextlib
 import os
@@ -8,10 +8,10 @@ from mlm_train.utils import signals as stopping
 
 
 def _end_rank(code: int) -> None:
-    """End without Python's finalisation.
+    """Exit without Python's finalization.
 
-    There a thread of gloo that drops its last tensor would abort the process, and an output that a full disk
-    does not take would change its exit code.
+    During finalization a gloo thread that frees its last tensor would abort the process, and output that does
+    not fit on a full disk would change its exit code.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
@@ -20,7 +20,7 @@ def _end_rank(code: int) -> None:
 
 
 def main() -> None:
-    """Hear signals before anything large is imported, then run the command."""
+    """Handle signals before anything large is imported, then run the command."""
     stopping.listen()
     from mlm_train import cli
 

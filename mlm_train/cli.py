@@ -1,7 +1,7 @@
-"""The `mlm-train` command: finds a command's module, runs it, turns errors into one clear line.
+"""The `mlm-train` command: find a command's module, run it, turn errors into one clear line.
 
 A command is a module with `HELP`, `add_arguments(parser)` and `run(args)`. Only the chosen one is
-imported, so `mlm-train --help` answers at once.
+imported, so that `mlm-train --help` is fast.
 """
 
 import argparse
@@ -14,63 +14,66 @@ import resource
 import signal
 import sys
 import traceback
-from typing import NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from mlm_train import __version__
 from mlm_train.errors import PeerFailure, SharedUserError, Terminated, UserError, escaped
-from mlm_train.utils.files import FULL, told
+from mlm_train.utils.extensions import added, load, package_of
+from mlm_train.utils.files import FULL, with_fix
 from mlm_train.utils.library_noise import hush_libraries
 from mlm_train.utils.signals import heard, stoppable
 
+
+class Command(NamedTuple):
+    """Where a command is, and what `mlm-train --help` says of it."""
+
+    module: str
+    summary: str
+
+
+# Packages add commands by entry points of GROUP, which name such a module (docs/extending.md).
+GROUP = "mlm_train.commands"
 COMMANDS = {
-    "data": "mlm_train.data.command",
-    "pretrain": "mlm_train.train.command",
-    "launch": "mlm_train.train.launch_command",
-    "checkpoint": "mlm_train.checkpoint.command",
-    "export": "mlm_train.checkpoint.export",
-    "import": "mlm_train.checkpoint.import_command",
-    "tol": "mlm_train.tol.commands.main",
-    "plan": "mlm_train.plan.command",
-    "generate": "mlm_train.inference.command",
-    "evaluate": "mlm_train.evaluate.command",
-    "monitor": "mlm_train.monitor.command",
-    "bench": "mlm_train.bench.command",
-    "doctor": "mlm_train.doctor",
-}
-SUMMARY = {
-    "data": "collect text, tokenise it, look at it",
-    "pretrain": "train a model (on one process, or on every rank of a torchrun)",
-    "launch": "start pretrain on several processes, or submit it to Slurm",
-    "checkpoint": "list, verify and prune a run's checkpoints",
-    "export": "write a Hugging Face folder from a checkpoint",
-    "import": "train on with the weights of a Hugging Face Llama, or of an export",
-    "tol": "build and verify token-wise lookups (ToL)",
-    "plan": "size of a ToL, time to build it, and whether it pays",
-    "generate": "continue a prompt, with FFN-M computed or looked up",
-    "evaluate": "perplexity of a model, or its logits",
-    "monitor": "show a run in TensorBoard",
-    "bench": "measure this machine, with what is moved counted",
-    "doctor": "say what this machine can run",
+    "data": Command("mlm_train.data.command", "collect, tokenize and inspect text"),
+    "pretrain": Command(
+        "mlm_train.train.command", "train a model (in one process, or on every rank under torchrun)"
+    ),
+    "launch": Command(
+        "mlm_train.train.launch_command", "start pretrain in several processes, or submit it to Slurm"
+    ),
+    "checkpoint": Command("mlm_train.checkpoint.command", "list, verify and prune a run's checkpoints"),
+    "export": Command("mlm_train.checkpoint.export", "write a Hugging Face folder from a checkpoint"),
+    "import": Command(
+        "mlm_train.checkpoint.import_command",
+        "start training from the weights of a Hugging Face Llama or of an export",
+    ),
+    "tol": Command("mlm_train.tol.commands.main", "build and verify token-wise lookups (ToL)"),
+    "plan": Command("mlm_train.plan.command", "estimate a ToL's size, build time and benefit"),
+    "generate": Command("mlm_train.inference.command", "continue a prompt, with FFN-M computed or looked up"),
+    "evaluate": Command("mlm_train.evaluate.command", "compute a model's perplexity or logits"),
+    "monitor": Command("mlm_train.monitor.command", "show a run in TensorBoard"),
+    "bench": Command("mlm_train.bench.command", "measure speed and traffic on this machine"),
+    "doctor": Command("mlm_train.doctor", "show what this machine can run"),
 }
 
 STOPPED = {
     signal.SIGINT: "stopped by the user",
-    signal.SIGTERM: "stopped by SIGTERM; run the same command again to go on",
+    signal.SIGTERM: "stopped by SIGTERM; run the same command again to continue",
 }
-_DISK = (*FULL, errno.EIO)  # a write's errors that are the user's to mend
+_DISK = (*FULL, errno.EIO)  # write errors that the user can fix
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with options in one line, as every other mistake is said."""
+    """Reports wrong options in one line, like every other error."""
 
     def error(self, message: str) -> NoReturn:
-        """Exit with code 2."""
+        """Print the message and exit with code 2."""
         _say(f"{message}; see `{self.prog} --help`")
         raise SystemExit(2)
 
 
 def build_parser(chosen: str | None) -> Parser:
-    """The parser; only the chosen command's arguments are added."""
+    """The parser, with the arguments of the chosen command only."""
     parser = Parser(
         prog="mlm-train",
         description="Distributed pretraining of MemoryLLM: feed-forward memory that can be looked up.",
@@ -80,14 +83,14 @@ def build_parser(chosen: str | None) -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"mlm-train {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, module_name in COMMANDS.items():
+    for name, command in _known(chosen).items():
         if name != chosen:
-            commands.add_parser(name, help=SUMMARY[name])
+            commands.add_parser(name, help=command.summary)
             continue
-        module = importlib.import_module(module_name)
+        module = _module_of(name, command)
         sub = commands.add_parser(
             name,
-            help=SUMMARY[name],
+            help=command.summary,
             description=module.HELP,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -97,8 +100,26 @@ def build_parser(chosen: str | None) -> Parser:
     return parser
 
 
+def _known(chosen: str | None) -> dict[str, Command]:
+    """Our commands; where the chosen one is none of them those of other packages too."""
+    if chosen in COMMANDS:
+        return COMMANDS
+    points = added(GROUP, COMMANDS).items()
+    return COMMANDS | {name: Command(point.value, f"added by {package_of(point)}") for name, point in points}
+
+
+def _module_of(name: str, command: Command) -> Any:
+    if name in COMMANDS:
+        return importlib.import_module(command.module)
+    module = load(added(GROUP, COMMANDS)[name])
+    for part in ("HELP", "add_arguments", "run"):
+        if not hasattr(module, part):
+            raise UserError(f"{name}: {command.module} is no command: it has no {part} (docs/extending.md)")
+    return module
+
+
 def _parsed(parser: Parser, argv: list[str]) -> argparse.Namespace:
-    """The arguments; overrides of a config may stand after options too, where argparse leaves them."""
+    """Parse arguments; config overrides may also follow options, where argparse leaves them over."""
     args, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
         parser.prog += f" {args.command}"
@@ -109,7 +130,7 @@ def _parsed(parser: Parser, argv: list[str]) -> argparse.Namespace:
 
 
 def _say(line: str) -> None:
-    """On the terminal; where that is a file on a full disk, the exit code still tells."""
+    """Print a line on standard error; where that is a file on a full disk, only the exit code reports."""
     try:
         print(f"mlm-train: {escaped(line)}", file=sys.stderr, flush=True)
     except OSError:
@@ -117,27 +138,27 @@ def _say(line: str) -> None:
 
 
 def _give_up(descriptor: int) -> None:
-    """Let go what stdout or stderr did not take: tried again as Python ends, it would change the code."""
+    """Drop a stream's unwritten output: writing it again on exit would change the exit code."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def _check_text(argv: list[str]) -> None:
-    """Bytes that are not UTF-8 come as halves of surrogates, which no tokenizer, YAML or JSON can hold."""
+    """Raise UserError for non-UTF-8 arguments, which Python decodes to half surrogate pairs."""
     for word in argv:
         try:
             word.encode()
         except UnicodeEncodeError:
             raise UserError(
-                f"{word!r} on the command line is not UTF-8: write it, or rename the file"
+                f"{word!r} on the command line is not UTF-8: correct it, or rename the file"
             ) from None
 
 
 def _run(argv: list[str]) -> int:
-    """The chosen command's exit code."""
+    """Run the chosen command. Returns its exit code."""
     hush_libraries()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is shown escaped
+        if isinstance(stream, io.TextIOWrapper):  # escape what the encoding lacks
             stream.reconfigure(errors="backslashreplace")
     _check_text(argv)
     chosen = next((word for word in argv if not word.startswith("-")), None)
@@ -146,14 +167,14 @@ def _run(argv: list[str]) -> int:
         return args.handler(args) or 0
     finally:
         if sys.stdout is not None:
-            sys.stdout.flush()  # here an error can still be told
+            sys.stdout.flush()  # here, so that an error can still be reported
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command; exit with its code, or 2 for bad input, 1 for a fault of ours, 130 for Ctrl-C.
+    """Run a command; exit with its code, or 2 for bad input, 1 for a bug, 130 for Ctrl-C.
 
-    A full or broken disk is bad input too, also under stdout, whose errors name no file. All other errors of
-    the system that name none are faults of ours.
+    A full or broken disk counts as bad input, also below stdout, whose errors name no file. All other
+    OSErrors without a file name are bugs.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -165,40 +186,40 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _code(error: BaseException, debug: bool) -> int:
-    """Say what has ended the command; its exit code. A fault of ours is raised again."""
+    """Report what has ended the command. Returns its exit code; a bug is raised again."""
     stop = heard()
     if stop is None and isinstance(error, KeyboardInterrupt):
         stop = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
-    if stop is not None:  # what fails after a signal fails because of it
-        if _speaks():
+    if stop is not None:  # a failure after a signal is its consequence
+        if _reports():
             _say(STOPPED[stop])
         return 128 + stop
     if isinstance(error, UserError | PeerFailure):
-        return _said(error, debug)
-    if os.strerror(errno.EMFILE) in str(error):  # libraries in C++ raise it as errors of their own
+        return _reported(error, debug)
+    if os.strerror(errno.EMFILE) in str(error):  # C++ libraries raise it as exceptions of their own
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        _say(f"{limit} open files at once are too few: raise the limit (ulimit -n 1024)")
+        _say(f"the limit of {limit} open files is too low: raise it (ulimit -n 1024)")
         return 2
     if isinstance(error, BrokenPipeError):
-        _give_up(1)  # the reader of a pipe went away: nothing to say
+        _give_up(1)  # the reader of a pipe is gone: nothing to report
         return 1
     if not isinstance(error, OSError) or debug or (error.filename is None and error.errno not in _DISK):
         raise error
     if error.filename is None:
         _give_up(1)
-        _say(f"the output cannot be written: {told(error)}")
+        _say(f"the output cannot be written: {with_fix(error)}")
     else:
-        _say(f"{error.filename}: {told(error, 'check the path and its rights')}")
+        _say(f"{error.filename}: {with_fix(error, 'check the path and its permissions')}")
     return 2
 
 
-def _said(error: UserError | PeerFailure, debug: bool) -> int:
-    """One line, of one rank a machine where all raise it alike; the exit code."""
+def _reported(error: UserError | PeerFailure, debug: bool) -> int:
+    """Print an error in one line, on one rank per machine where all raise the same. Returns the exit code."""
     if debug:
         traceback.print_exc()
-    speaks = _speaks() and isinstance(error, UserError)
-    if speaks or not isinstance(error, SharedUserError):
-        _say(f"{'' if speaks else f'[rank {_rank()}] '}{error}")
+    reports = _reports() and isinstance(error, UserError)
+    if reports or not isinstance(error, SharedUserError):
+        _say(f"{'' if reports else f'[rank {_rank()}] '}{error}")
     return 2 if isinstance(error, UserError) else 1
 
 
@@ -206,6 +227,6 @@ def _rank() -> str:
     return os.environ.get("RANK", "0")
 
 
-def _speaks() -> bool:
-    """Whether this is the rank of its machine that says what all have to say."""
+def _reports() -> bool:
+    """Whether this is the rank of its machine that reports what all ranks would."""
     return os.environ.get("LOCAL_RANK", _rank()) == "0"

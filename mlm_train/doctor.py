@@ -1,4 +1,4 @@
-"""`mlm-train doctor`: what this machine can run, and what is missing."""
+"""`mlm-train doctor`: show what this machine can run and what is missing."""
 
 import argparse
 import importlib.metadata
@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 
-HELP = """Say what this machine has: processors, memory, devices, packages, Slurm.
+HELP = """Show this machine's processors, memory, devices, packages and Slurm.
 
 example:
   mlm-train doctor"""
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the findings; 1 if a package is missing."""
+    """Print the findings. Returns 1 where a package is missing."""
     import psutil
     import torch
 
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         "python": platform.python_version(),
         "processors": str(os.cpu_count()),
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
-        "disk free here": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB",
+        "free disk here": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB",
         "bf16 matrix units": "yes" if torch.cpu._is_amx_tile_supported() else "no",
         "devices": _devices(),
         "slurm": shutil.which("sbatch") or "not on this machine",

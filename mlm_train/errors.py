@@ -1,9 +1,9 @@
-"""The exceptions a user is meant to read."""
+"""Exceptions whose message is shown to the user."""
 
 import re
 
-HUNG = 75  # exit code of ranks that the watchdog ends (EX_TEMPFAIL of sysexits.h: starting again may help)
-START_AGAIN = 85  # exit code of ranks that saved a checkpoint and ended, because SIGUSR1 asked for it
+HUNG = 75  # exit code of ranks that the watchdog ends (EX_TEMPFAIL of sysexits.h: a restart may help)
+START_AGAIN = 85  # exit code of ranks that saved a checkpoint and ended on SIGUSR1
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -12,11 +12,11 @@ class UserError(Exception):
 
 
 class SharedUserError(UserError):
-    """A UserError that every rank of a run raises alike once they have met; one rank a machine prints it."""
+    """A UserError that every rank of a run raises; one rank per machine prints it."""
 
 
 class PeerFailure(Exception):
-    """This rank stops because of another, whose failure is shown: one line; exit code 1."""
+    """This rank stops because another rank failed, which reports it: one line; exit code 1."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -24,14 +24,14 @@ class Terminated(KeyboardInterrupt):
 
 
 def escaped(text: str) -> str:
-    """Text that stays one line and moves no cursor: what cannot be printed as Python spells it, such as \\n.
+    """Text with unprintable characters escaped as Python spells them, such as \\n, so that it stays one line.
 
-    A message repeats names and values that others chose.
+    Messages repeat names and values from untrusted input.
     """
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def first_line(error: object) -> str:
-    """What an error of Ray says, without its colours and what it says on further lines."""
+    """The first line of a Ray error's message, without colours."""
     line = _COLOURS.sub("", str(error)).strip().partition("\n")[0]
     return line.removesuffix("To fix this, either:").rstrip(" .:;")

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What the job scripts share; sourced by them inside a job. docs/slurm.md explains it, and
-# cluster.env.example holds what a cluster's users set.
+# Code shared by the job scripts, which source it inside a job. See docs/slurm.md, and cluster.env.example for
+# the settings of a cluster.
 set -uo pipefail
 
 say() { printf 'mlm-train: %s\n' "$*" >&2; }
@@ -17,23 +17,23 @@ settings=${MLM_CLUSTER_ENV:-$MLM_ROOT/slurm/cluster.env}
 # shellcheck disable=SC1090
 if [[ -f $settings ]]; then . "$settings"; fi
 
-# Where the processes meet. The port lies below those that the system gives away and above those that Ray
-# takes, and is another one after each restart: what lived on at a lost node may still hold the last.
+# The rendezvous address. The port is below the system's ephemeral ports and above those of Ray, and changes
+# with each restart: processes that survive on a lost node may still hold the last one.
 restarts=${SLURM_RESTART_COUNT:-0}
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20480 + (SLURM_JOB_ID + 4099 * restarts) % 12288))
 export MASTER_ADDR MASTER_PORT
 
-processes=${MLM_NPROC:-${SLURM_GPUS_ON_NODE:-1}} # a node
+processes=${MLM_NPROC:-${SLURM_GPUS_ON_NODE:-1}} # per node
 max_restarts=${MLM_MAX_RESTARTS:-5}
-# A restart after a checkpoint that a signal asked for is no failure: a long run has one at each time limit.
-# The count begins anew there.
+# A restart after a checkpoint requested by a signal is not a failure: a long run has one at each time limit.
+# It resets the count.
 begins=$PWD/.mlm-train-job-$SLURM_JOB_ID
 failures=$((restarts - $(cat "$begins" 2>/dev/null || echo 0)))
 export MLM_PYTHON=${MLM_PYTHON:-$MLM_ROOT/.venv/bin/python}
 export PYTHONPATH=$MLM_ROOT${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
-# Plain srun does not know these options: they are given only where there is an image (pyxis).
+# Only with an image: a plain srun does not know pyxis' options.
 container=()
 if [[ -n ${MLM_IMAGE:-} ]]; then
     mounts=${MLM_MOUNTS:-$PWD,$MLM_ROOT}
@@ -44,21 +44,21 @@ if [[ -n ${MLM_IMAGE:-} ]]; then
         --container-workdir="$PWD")
 fi
 
-# per_node COMMAND...: one task on every node, with all CPUs of it. Replaces the shell: call it in `step`.
-# --ntasks too, since --ntasks-per-node alone gives way to the allocation's own. A task that fails leaves
-# the others a minute to end and say why; killed at once, their exit codes would hide the first one's.
+# per_node COMMAND...: one task on every node, with all of its CPUs. Replaces the shell: call it in `step`.
+# --ntasks too, since the allocation's own overrides --ntasks-per-node. After a failed task the others have a
+# minute to end and report; killed at once, their exit codes would hide the first one's.
 per_node() {
     exec srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --wait=60 --cpu-bind=none \
         "${container[@]}" "$@"
 }
 
-# on_first_node COMMAND...: one task, on the node that this shell runs on, beside other steps.
+# on_first_node COMMAND...: one task on this shell's node, beside other steps.
 on_first_node() {
     exec srun --overlap --nodes=1 --ntasks=1 --nodelist="$MASTER_ADDR" --cpu-bind=none \
         "${container[@]}" "$@"
 }
 
-# per_rank COMMAND...: a task for every rank, which finds its place in the variables that torchrun sets.
+# per_rank COMMAND...: one task per rank, with the environment variables that torchrun would set.
 per_rank() {
     # shellcheck disable=SC2016
     exec srun --ntasks=$((SLURM_NNODES * processes)) --ntasks-per-node="$processes" --wait=60 \
@@ -69,7 +69,7 @@ per_rank() {
             exec "$@"' rank "$processes" "$@"
 }
 
-# step COMMAND...: run it, and pass SIGUSR1 and SIGTERM on to it. Its exit code is left in `code`.
+# step COMMAND...: run it, and forward SIGUSR1 and SIGTERM to it. Sets `code` to its exit code.
 # A trap interrupts `wait`, which is then called again.
 step() {
     local pid result interrupted
@@ -89,14 +89,14 @@ step() {
     trap - USR1 TERM
 }
 
-asked= # the last signal this job got
+asked= # the last signal received
 pass_on() {
     asked=$1
     say "job $SLURM_JOB_ID got SIG$1, passed on"
     scancel --signal="$1" "$SLURM_JOB_ID" 2>/dev/null # to the tasks: srun would kill them at SIGTERM
 }
 
-# A job that Slurm itself started again, after a lost node or a preemption, has the same limit.
+# Restarts by Slurm itself, after a lost node or a preemption, count too.
 check_restarts() {
     if ((failures > max_restarts)); then
         say "job $SLURM_JOB_ID was restarted $failures times, MLM_MAX_RESTARTS=$max_restarts: it ends here"
@@ -104,11 +104,11 @@ check_restarts() {
     fi
 }
 
-# finish CODE: end the job with it, or give the job back to the queue. That kills this shell.
+# finish CODE: end the job with this code, or requeue the job, which kills this shell.
 #   0 done, 2 bad input, 130 Ctrl-C    end
-#   143 after SIGTERM                  end, but for a preemption: there Slurm wants the job again
-#   85 after SIGUSR1                   again
-#   75 hung, others                    again, up to MLM_MAX_RESTARTS times since the last 85 or 143
+#   143 after SIGTERM                  end, except after a preemption, where Slurm restarts the job
+#   85 after SIGUSR1                   requeue
+#   75 hung, others                    requeue, up to MLM_MAX_RESTARTS times since the last 85 or 143
 finish() {
     local code=$1
     case $code in
@@ -116,7 +116,7 @@ finish() {
         85 | 143) echo $((restarts + 1)) >"$begins" ;; # with a checkpoint
     esac
     if job_says JobState=CANCELLED; then leave "$code"; fi
-    if ! job_says JobState=RUNNING; then exit "$code"; fi # Slurm ends it already, and knows what then
+    if ! job_says JobState=RUNNING; then exit "$code"; fi # Slurm is already ending it
     if [[ $code == 143 || $asked == TERM ]] && ! job_says PreemptTime=[0-9]; then leave "$code"; fi
     if ((code == 85 || code == 143)); then
         say "job $SLURM_JOB_ID saved a checkpoint, back into the queue"
@@ -132,17 +132,17 @@ finish() {
     leave "$code"
 }
 
-# leave CODE: the job's last end.
+# leave CODE: end the job for good.
 leave() {
     rm -f "$begins"
     exit "$1"
 }
 
 job_says() {
-    local told
-    for _ in {1..24}; do # two minutes for a controller that is being restarted
-        if told=$(scontrol show job "$SLURM_JOB_ID"); then break; fi
+    local description
+    for _ in {1..24}; do # up to two minutes, for a restarting controller
+        if description=$(scontrol show job "$SLURM_JOB_ID"); then break; fi
         sleep 5
     done
-    [[ $told =~ [[:space:]]$1 ]]
+    [[ $description =~ [[:space:]]$1 ]]
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Jobs that follow one another, where a cluster forbids to requeue: each goes on where the last stopped.
+# Submit a chain of jobs, where a cluster forbids requeueing: each resumes where the last one stopped.
 #   slurm/submit_chain.sh 5 --nodes=4 --gpus-per-node=8 --time=04:00:00 slurm/pretrain.sbatch CONFIG ...
-# What stands after the count goes to sbatch as it is. One that finds the run finished ends at once.
+# The arguments after the count are passed to sbatch. A job that finds the run finished ends at once.
 set -euo pipefail
 
 usage() {
@@ -15,7 +15,7 @@ command -v sbatch >/dev/null || {
 }
 jobs=$1
 shift
-export MLM_MAX_RESTARTS=0 # the next job goes on, not this one again
+export MLM_MAX_RESTARTS=0 # the next job resumes, this one is not restarted
 after=()
 for ((number = 1; number <= jobs; number++)); do
     id=$(sbatch --parsable --no-requeue "${after[@]}" "$@")

@@ -1,4 +1,4 @@
-"""Commands as a user types them, in this process or in another."""
+"""Run commands as a user types them, in this process or in another."""
 
 import contextlib
 import io
@@ -33,7 +33,7 @@ def mlm_train(*words: object) -> None:
 
 
 def refused(*words: object) -> str:
-    """Run a command in this process; it must end with exit code 2 and one line, which is returned."""
+    """Run a command in this process, which must end with exit code 2 and one line. Returns the line."""
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
         try:
@@ -48,7 +48,7 @@ def refused(*words: object) -> str:
 
 
 def outcome(*words: object) -> tuple[int, str]:
-    """Run a command in this process, whatever comes of it: its exit code, and what it said on stderr."""
+    """Run a command in this process. Returns its exit code and its stderr."""
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
         try:
@@ -59,7 +59,7 @@ def outcome(*words: object) -> tuple[int, str]:
 
 
 def on_a_terminal(*words: object) -> str:
-    """What a command, which must succeed, writes to a standard output that is a terminal."""
+    """Output of a command, which must succeed, with a terminal as standard output."""
     ours, its = os.openpty()
     tty.setraw(its)  # no carriage returns of the terminal's own
     with ThreadPoolExecutor(1) as reader, open(ours, "rb", buffering=0) as screen:
@@ -70,7 +70,7 @@ def on_a_terminal(*words: object) -> str:
 
 
 def _all_of(screen: io.FileIO) -> bytes:
-    """Until its other end is closed, which Linux tells by an error."""
+    """Read until the other end is closed, which Linux reports as an error."""
     data = b""
     with contextlib.suppress(OSError):
         while block := screen.read(2**16):
@@ -91,7 +91,7 @@ def start(*words: object, **environment: str) -> "subprocess.Popen[str]":
 
 
 def wait_for(text: str, run: Path, *processes: "subprocess.Popen[str]") -> None:
-    """Until the run's log holds `text`; the processes must live as long."""
+    """Wait until the run's log contains `text`; the processes must stay alive."""
     log = run / "train.log"
     while not (log.is_file() and text in log.read_text()):
         for process in processes:
@@ -99,16 +99,16 @@ def wait_for(text: str, run: Path, *processes: "subprocess.Popen[str]") -> None:
         time.sleep(0.01)
 
 
-def finished(*words: object) -> str:
-    """Run a command as a process of its own; it must succeed; its output."""
-    process = start(*words)
+def finished(*words: object, **environment: str) -> str:
+    """Run a command as a process of its own, which must succeed. Returns its output."""
+    process = start(*words, **environment)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-4000:]
     return output
 
 
 def listening(process: psutil.Process) -> set[str]:
-    """The addresses at which a process and its children wait for connections."""
+    """Listening addresses of a process and its children."""
     connections = []
     for each in (process, *process.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended
@@ -127,7 +127,7 @@ def scalars(run: Path, tag: str) -> dict[int, float]:
 
 
 def same_losses(run: Path, other: Path, tolerance: float = 2e-5) -> None:
-    """Every step once, with the other run's values, on training and validation."""
+    """Assert that two runs have the same values at every step, in training and validation."""
     for tag in ("train/loss", "train/grad_norm", "validation/loss"):
         values, expected = scalars(run, tag), scalars(other, tag)
         assert values.keys() == expected.keys(), (tag, values)

@@ -9,9 +9,12 @@ import pytest
 
 from tests.commands import mlm_train
 
+pytest_plugins = ["tests.order"]
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process that a test starts compiles all modules
+
 
 def pytest_configure() -> None:
-    """Hear Ctrl-C also where a shell has started the tests in the background: many send it."""
+    """Handle Ctrl-C also where a shell has started the tests in the background: many tests send it."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -34,7 +37,7 @@ def data(corpus: Path) -> Path:
 
 @pytest.fixture
 def fifo() -> Iterator[Callable[[Path], Path]]:
-    """Makes a FIFO in a file's place. Nobody writes into it: whoever opens it to read would wait for ever."""
+    """Replaces a file by a FIFO without a writer: opening it for reading would block forever."""
 
     def give_up(*_: object) -> None:
         raise AssertionError("a reader waits for a FIFO")

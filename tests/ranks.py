@@ -13,13 +13,23 @@ import tempfile
 import time
 import traceback
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed import TCPStore
 
+from tests.commands import mlm_train
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def forkserver() -> ForkServerContext:
+    """How processes begin that need a part of it: a test process has one server, for all its tests."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["tests.preload"])
+    return processes
 
 
 def run_on_ranks(target: str, world: int, timeout: float = 600, **arguments: Any) -> Any:
@@ -27,8 +37,7 @@ def run_on_ranks(target: str, world: int, timeout: float = 600, **arguments: Any
 
     Any rank's failure fails the test with that rank's own traceback, and ends the others.
     """
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["tests.preload"])
+    processes = forkserver()
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -53,8 +62,23 @@ def run_on_ranks(target: str, world: int, timeout: float = 600, **arguments: Any
         return json.loads((folder / "result").read_text())
 
 
+def train_on_ranks(world: int, *words: object) -> None:
+    """`mlm-train pretrain` on ranks that begin as torchrun begins them, where no launch is under test.
+
+    What a launch spends on the imports of every rank and agent is more than these runs compute.
+    """
+    run_on_ranks("tests.ranks:_pretrain", world, words=[str(word) for word in words])
+
+
+def _pretrain(words: list[str]) -> None:
+    from mlm_train.parallel import runtime
+
+    mlm_train("pretrain", *words)
+    runtime.stop()
+
+
 def _rank(target: str, rank: int, world: int, port: int, folder: Path, arguments: dict[str, Any]) -> None:
-    """Of one machine, whose agent holds the store, as torchrun would set it up."""
+    """Environment of a rank on one machine, as set by torchrun, whose agent holds the store."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -74,9 +98,9 @@ def _rank(target: str, rank: int, world: int, port: int, folder: Path, arguments
         code = 0
     except BaseException:
         code = 1
-        if not list(folder.glob("failure-*")):  # the others fail because of the first one
+        if not list(folder.glob("failure-*")):  # the others fail as a consequence
             (folder / f"failure-{rank}").write_text(f"rank {rank} failed\n{traceback.format_exc()}")
-    # Not through Python's finalisation: a thread of gloo that drops its last tensor then kills the process.
+    # Skip Python's finalization: a gloo thread that frees its last tensor would abort the process.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

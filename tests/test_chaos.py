@@ -1,4 +1,4 @@
-"""A short run under tools/chaos.py: every sort of injury, equal to the unbroken run to the bit."""
+"""A short run of tools/chaos.py: every kind of injury, bitwise equal to the undisturbed run."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def test_injured_six_times_and_nothing_is_lost(data: Path, tmp_path: Path) -> No
     if "a tmpfs cannot be mounted" in done.stderr:
         pytest.skip("no tmpfs can be mounted here")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "equal to the bit: yes" in done.stdout
+    assert "bitwise equal: yes" in done.stdout
     figures = json.loads(found.read_text())["figures"]
     assert figures["events"] == len(KINDS) and figures["by kind (medians)"].keys() == set(KINDS)
     assert figures["damaged checkpoints set aside"] == 1 and figures["steps repeated"] > 0

@@ -1,4 +1,4 @@
-"""The command as a whole: help, versions, dry run, doctor, and errors a user may meet."""
+"""The command as a whole: help, version, dry run, doctor, and common errors."""
 
 import os
 import signal
@@ -9,10 +9,29 @@ import time
 import pytest
 
 from mlm_train import __version__
-from mlm_train.cli import COMMANDS, SUMMARY, main
+from mlm_train.cli import COMMANDS, main
 from mlm_train.errors import Terminated
 from mlm_train.utils.signals import stoppable
 from tests.commands import ROOT, mlm_train, refused
+from tests.parsers import parsers
+
+# Each takes seconds to import, or draws in one that does: help and a wrong option are answered without them.
+HEAVY = ("torch", "transformers", "ray", "megatron", "deepspeed", "datasets", "fsspec")
+_LOADED = f"""
+import sys, time
+started = time.perf_counter()
+import mlm_train
+package = time.perf_counter() - started
+loaded = [name for name in {HEAVY} if name in sys.modules]
+from mlm_train.__main__ import main
+try:
+    main()
+except SystemExit as end:
+    print("exit code", end.code)
+loaded += [name for name in {HEAVY} if name in sys.modules]
+print(f"{{package:.3f}} s, then {{time.perf_counter() - started:.3f}} s", file=sys.stderr)
+print("loaded", loaded)
+"""
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -20,7 +39,7 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
     mlm_train(command, "--help")
     text = capsys.readouterr().out
     assert "example" in text and f"mlm-train {command}" in text
-    assert command in SUMMARY
+    assert COMMANDS[command].summary
 
 
 def test_top_level_help_is_quick_and_lists_all_commands() -> None:
@@ -36,6 +55,17 @@ def test_top_level_help_is_quick_and_lists_all_commands() -> None:
         capture_output=True, text=True, cwd=ROOT, check=True,
     )  # fmt: skip
     assert "| torch\n" not in done.stderr, "help must not import torch"
+
+
+@pytest.mark.parametrize("path", ((), *parsers()), ids=lambda path: " ".join(path) or "mlm-train")
+def test_help_imports_nothing_heavy(path: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _LOADED, *path, "--help"],
+        capture_output=True, text=True, cwd=ROOT, check=True,
+    )  # fmt: skip
+    print("import mlm_train:", done.stderr)
+    assert f"usage: mlm-train{''.join(f' {word}' for word in path)} " in done.stdout
+    assert done.stdout.endswith("exit code 0\nloaded []\n")
 
 
 def test_version_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,7 +92,7 @@ def test_dry_run_allocates_nothing_and_needs_no_data(capsys: pytest.CaptureFixtu
     text = capsys.readouterr().out
     assert "1,208," in text and "704," in text  # total and active parameters, millions
     assert "compute_intermediate_size: 2048" in text and "memory per rank" in text
-    assert "4 a micro-batch x 64" in text
+    assert "4 per micro-batch x 64" in text
     assert "multiple of" in refused("pretrain", "configs/memory-1b.yaml", "--dry-run", "--world", 63)
 
 
@@ -73,7 +103,7 @@ def test_doctor_finds_every_package(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_full_disks_under_stdout() -> None:
-    """Nothing but one line, and no other exit code as Python ends."""
+    """One line only, and no other exit code when Python exits."""
     for word, unbuffered in (("--version", ""), ("doctor", ""), ("doctor", "1")):
         with open("/dev/full", "w") as full:
             words = [sys.executable, "-m", "mlm_train", word]
@@ -92,7 +122,7 @@ def test_full_disks_under_stdout() -> None:
     ("stop", "code", "line"),
     [
         (KeyboardInterrupt, 130, "stopped by the user"),
-        (Terminated, 143, "stopped by SIGTERM; run the same command again to go on"),
+        (Terminated, 143, "stopped by SIGTERM; run the same command again to continue"),
     ],
 )
 def test_stopped_while_modules_are_imported(
@@ -113,7 +143,7 @@ def test_stopped_while_modules_are_imported(
 
 
 def test_further_signals_let_it_clean_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those within seconds; a later one ends the process."""
+    """Further signals within seconds are ignored; a later one ends the process."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with stoppable():
         pass

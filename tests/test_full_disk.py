@@ -1,4 +1,4 @@
-"""Every writer on a full disk: a line that says to free space and names what the user named."""
+"""Every writer on a full disk: one line that asks to free space and names the user's path."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ SMALL = (0.0,)  # where it is less than a few pages, or takes long
 
 
 class Disk:
-    """A small tmpfs, of which so much is free as is asked for."""
+    """A small tmpfs with an adjustable amount of free space."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.ballast = folder, folder / "ballast"
@@ -32,7 +32,7 @@ class Disk:
         return usage.f_bavail * usage.f_frsize
 
     def leave(self, count: int) -> None:
-        """Fill all but so many bytes."""
+        """Fill the disk up to `leave` free bytes."""
         self.ballast.unlink(missing_ok=True)
         with self.ballast.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, self.free() - count)
@@ -84,7 +84,7 @@ def tokens(run: Path) -> Path:
 
 
 def ended(*words: object) -> list[str]:
-    """What a command says, first how far it has come, that must end with exit code 2 and a line."""
+    """Output of a command, with its progress first, that must end with exit code 2 and a line."""
     errors = io.StringIO()
     with pytest.raises(SystemExit) as end, contextlib.redirect_stderr(errors):
         main([str(word) for word in words])
@@ -155,7 +155,7 @@ def test_a_full_disk(name: str, disk: Disk, request: pytest.FixtureRequest) -> N
 
 
 def test_training_on_a_full_disk(data: Path, disk: Disk) -> None:
-    """From its first file on, before a checkpoint, in its tensors, about its manifest."""
+    """The disk is full at its first file, before a checkpoint, within its tensors, at its manifest."""
     words = ["pretrain", "configs/micro.yaml", *training(data, disk.folder / "run")]
     before = disk.free()
     mlm_train(*words)

@@ -1,4 +1,4 @@
-"""Damaged files of every kind, by chance: one line and exit code 2 in time, or the undamaged one's result."""
+"""Randomly damaged files of every kind: one line and exit code 2 in time, or the undamaged file's result."""
 
 import json
 import subprocess
@@ -49,7 +49,7 @@ for outcome in fuzz_pool.outcomes(fuzz, 40, 2):
 
 
 def test_the_fuzzer_tells_good_from_bad(tmp_path: Path) -> None:
-    """Readers that do each of the things that it looks for."""
+    """Readers with each of the bad outcomes."""
     command = [sys.executable, "-c", KINDS_OF_READERS, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     found = [line.split(": ") for line in done.stdout.splitlines()]
@@ -59,7 +59,7 @@ def test_the_fuzzer_tells_good_from_bad(tmp_path: Path) -> None:
 
 
 def fuzz(folder: Path, cases: int, seed: int) -> dict[str, Any]:
-    """What tools/fuzz.py found."""
+    """The report of tools/fuzz.py."""
     found = folder / "found.json"
     words = [
         "--cases",

@@ -1,4 +1,4 @@
-"""What the C library does with freed memory, in a process of its own: the setting is the process's."""
+"""How the C library treats freed memory, in a process of its own, since the setting is per process."""
 
 import json
 import platform

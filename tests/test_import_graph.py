@@ -1,14 +1,14 @@
-"""The imports among the package's modules keep the order of layers (tools/import_graph.py)."""
+"""The imports among the package's modules respect the order of layers (tools/import_graph.py)."""
 
 from pathlib import Path
 
-from tools.import_graph import COMMANDS, LAYERS, circles, imports, layer_of, upward
+from tools.import_graph import COMMANDS, LAYERS, cycles, imports, layer_of, upward
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_no_module_imports_one_that_imports_it() -> None:
-    assert not circles(imports(ROOT))
+    assert not cycles(imports(ROOT))
 
 
 def test_every_module_has_a_layer_and_imports_none_of_a_higher_one() -> None:
@@ -31,4 +31,4 @@ def test_lazy_and_typing_imports_are_seen(tmp_path: Path) -> None:
     (package / "two.py").write_text(
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mlm_train.one import f\n"
     )
-    assert circles(imports(tmp_path)) == [["one", "two"]]
+    assert cycles(imports(tmp_path)) == [["one", "two"]]

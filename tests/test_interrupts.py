@@ -1,4 +1,4 @@
-"""A short run under tools/interrupts.py: signals at random moments, none of them with a bad end."""
+"""A short run of tools/interrupts.py: signals at random moments, without a bad case."""
 
 import json
 import random

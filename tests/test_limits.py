@@ -1,4 +1,4 @@
-"""What a machine may hold back: open files, a clock that stands still."""
+"""Limits of a machine: open files, a clock that is set back."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mlm_train.monitor.heartbeat import Heartbeat
+from mlm_train.monitor.heartbeat import HeartbeatFile
 from tests.commands import ROOT, TINY, finished, mlm_train, same_losses, start, wait_for
 
 
@@ -30,7 +30,7 @@ def test_few_open_files(data: Path, tmp_path: Path, count: int) -> None:
 def test_a_heartbeat_goes_on_where_the_clock_is_set_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heart, now = Heartbeat(tmp_path), time.time
+    heart, now = HeartbeatFile(tmp_path), time.time
     heart.beat("training", step=1)
     monkeypatch.setattr("time.time", lambda: now() - 3600)
     time.sleep(1.1)
@@ -48,7 +48,7 @@ time.time = lambda: real() + (by if os.path.exists(when) else 0.0)
 @pytest.mark.long
 @pytest.mark.parametrize("by", [3600, -3600])
 def test_the_time_of_day_jumps_by_an_hour(by: int, data: Path, tmp_path: Path) -> None:
-    """While two ranks train, and while a table is built into a folder and at a URL, where a lease is held."""
+    """During training on two ranks, and during builds into a folder and to a URL, where a lease is held."""
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "sitecustomize.py").write_text(JUMPING)
     jump, run, exported = tmp_path / "jump", tmp_path / "run", tmp_path / "export"

@@ -1,4 +1,4 @@
-"""Folders written under another name first: what a killed writer left goes, what a live one writes stays."""
+"""Folders written under a temporary name: leftovers of killed writers go, drafts of live ones stay."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from mlm_train.utils.files import new_folder
 from tests.checkpoint.test_hf_folder import random_model, write
 from tests.commands import refused
 
-# A writer as `import` is one: a folder within the draft of another. It says when both have something in them.
+# A writer like `import`: a draft folder within another draft. It reports when both have content.
 WRITER = """
 import sys, time
 from pathlib import Path
@@ -32,7 +32,7 @@ with new_folder(Path(sys.argv[1])) as draft, new_folder(draft) as inner:
 
 @contextlib.contextmanager
 def writer(output: Path) -> Iterator["subprocess.Popen[str]"]:
-    """Another process that writes `output`, in the middle of it."""
+    """Another process in the middle of writing `output`."""
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(output)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None and process.stdout.readline() == "writing\n"
@@ -43,7 +43,7 @@ def writer(output: Path) -> Iterator["subprocess.Popen[str]"]:
 
 
 def killed(output: Path) -> None:
-    """Leave what a killed writer of `output` leaves."""
+    """Create the leftovers of a killed writer of `output`."""
     with writer(output) as process:
         os.kill(process.pid, signal.SIGKILL)
     assert len(leftovers(output.parent)) >= 2 and not output.exists()

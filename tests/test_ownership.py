@@ -1,4 +1,4 @@
-"""Of a Slurm job that was started again, the newest attempt owns the folder."""
+"""The newest attempt of a restarted Slurm job owns the folder."""
 
 import os
 import subprocess

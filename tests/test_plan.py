@@ -1,4 +1,4 @@
-"""What the dry run says of activations: the directions in which they move."""
+"""The dry run's activation estimates change in the right direction."""
 
 from pathlib import Path
 

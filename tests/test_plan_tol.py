@@ -219,7 +219,7 @@ def test_a_folder_as_the_model_and_measured_speed(tmp_path: Path, capsys: pytest
     plan = planned(capsys, tmp_path / "export", "--batch", 3, "--rank", 5)
     assert plan["tables"][0]["bytes"] == 1000 * 2 * 64 * 2 and len(plan["tables"]) == 6
     assert plan["build_tflops"]["measured"] and plan["build_tflops"]["value"] > 0
-    assert "no config" in refused("plan", "tol", tmp_path / "export", "model.vocab_size=3")
+    assert "is not a config" in refused("plan", "tol", tmp_path / "export", "model.vocab_size=3")
 
 
 def test_overrides_change_a_config(capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,7 +252,7 @@ def test_the_size_that_a_message_asks_for_is_enough(size: int) -> None:
         ((PAPER, "--rank", 2049), "--rank 2049"),
         (
             (PAPER, "--vram-gb", 1),
-            "weights apart from FFN-M take 1.86 GB; give at least 1.86",
+            "weights other than FFN-M take 1.86 GB; give at least 1.86",
         ),
         ((PAPER, "model.vocab_size="), "model.vocab_size has no value: input should be a valid integer"),
         ((PAPER, "--ram-gbs", 0), "--ram-gbs 0"),

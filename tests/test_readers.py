@@ -1,4 +1,4 @@
-"""Every reader of a file that this program did not just write: one line and exit code 2, no wait."""
+"""Every reader of an untrusted file: one line and exit code 2, without blocking."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from mlm_train.checkpoint.manifest import write_manifest
 from mlm_train.parallel import runtime
 from mlm_train.tol.allocate.sensitivity import Notes, Sums
 from mlm_train.utils.records import SEAL, json_value
-from mlm_train.utils.run_lock import SlurmAttempt, _note, _noted, _path
+from mlm_train.utils.run_lock import SlurmAttempt, _path, _record, _recorded
 from tests.commands import TINY, mlm_train, outcome, refused
 from tests.test_security import sharded_export, tol
 
@@ -51,7 +51,7 @@ def export(run: Path) -> Path:
 
 
 def edits(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Each place in a JSON value, and what does not belong there."""
+    """Each position in a JSON value, with wrong values for it."""
     if path:
         for other in (None, -1, 2**63, 10**30, 1.5, True, "text", [], {}, [[[]]], {"a": {}}):
             if type(other) is not type(tree) or other in (2**63, 10**30, -1):
@@ -190,7 +190,7 @@ def test_a_fifo_in_any_files_place_is_refused_at_once(
 
 
 def test_a_runs_own_small_files_may_be_anything(run: Path, data: Path, tmp_path: Path, fifo: Fifo) -> None:
-    """They are written again, or refused by name where they cannot be."""
+    """These files are written again, or rejected by name where they cannot be."""
     for name in ("heartbeat.json", "checkpoints/latest", "config.yaml", "train.log", "tokenizer.model"):
         for how in ("fifo", "folder", "damaged"):
             copy = tmp_path / f"{Path(name).name}-{how}"
@@ -222,13 +222,13 @@ def test_notes_that_are_damaged_are_as_none(tmp_path: Path, fifo: Fifo) -> None:
     ):
         _path(folder).write_bytes(text)
         notes.path.write_bytes(text)
-        assert _noted(folder) is None and notes.read() is None
+        assert _recorded(folder) is None and notes.read() is None
     for path in (_path(folder), notes.path):
         fifo(path)
-    assert _noted(folder) is None and notes.read() is None
+    assert _recorded(folder) is None and notes.read() is None
     _path(folder).unlink()
-    _note(folder, SlurmAttempt("7", 2))
-    assert _noted(folder) == SlurmAttempt("7", 2)
+    _record(folder, SlurmAttempt("7", 2))
+    assert _recorded(folder) == SlurmAttempt("7", 2)
     notes.path.unlink()
     sums = Sums(np.array([[0.5]]), np.array([[0.25]]), 3)
     notes.write(sums)
@@ -236,7 +236,7 @@ def test_notes_that_are_damaged_are_as_none(tmp_path: Path, fifo: Fifo) -> None:
 
 
 def test_a_terabyte_of_nothing_is_not_read(data: Path, export: Path, tmp_path: Path) -> None:
-    """A sparse file in the place of one that is read whole, or mapped."""
+    """A sparse file instead of one that is read whole or memory-mapped."""
     notes = Notes(tmp_path / "result.json", ["about"])
     notes.path.touch()
     os.truncate(notes.path, 2**40)

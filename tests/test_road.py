@@ -1,4 +1,4 @@
-"""From a trained run to generated text, by commands: export, evaluate, ToL, generate, TensorBoard."""
+"""The commands from a trained run to generated text: export, evaluate, ToL, generate, TensorBoard."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def export(run: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tol(export: Path) -> Path:
-    """Its ToL, by two Ray workers, three partitions of a vocabulary that three does not divide."""
+    """Its ToL, built by two Ray workers, in three partitions that do not divide the vocabulary evenly."""
     folder = export.parent / "tol"
     finished("tol", "build", export, "--output", folder, "--dtype", "float32", "--partitions", 3)
     return folder

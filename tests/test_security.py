@@ -1,4 +1,4 @@
-"""What docs/security.md promises: no pickle, no way out of a folder, loopback, no credentials, pins."""
+"""The guarantees of docs/security.md: no pickle, no path out of a folder, loopback, no credentials, pins."""
 
 import ast
 import json
@@ -38,7 +38,7 @@ from tests.tol.conftest import random_model
 
 SECRET = "tok-5ecretc4nary"
 PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-# Calls that run or unpickle what they are given, by the end of their dotted name.
+# Calls that execute or unpickle their argument, by the end of their dotted name.
 UNSAFE = re.compile(
     r"(^|\.)(eval|exec|os\.system|os\.popen|yaml\.(load|unsafe_load|full_load)(_all)?|torch\.jit\.load"
     r"|torch\.hub\.\w+|load_pickle|read_pickle|runpy\.\w+)$"
@@ -54,7 +54,7 @@ def calls(tree: ast.AST) -> Iterator[tuple[str, dict[str | None, str], int]]:
 
 
 def objections(source: str) -> list[str]:
-    """What a module does that could run a file's contents."""
+    """Calls of a module that could execute a file's contents."""
     tree = ast.parse(source)
     found = []
     for node in ast.walk(tree):
@@ -125,7 +125,7 @@ def sharded_export(folder: Path) -> Path:
 
 
 def test_no_reader_unpickles(run: Path, data: Path, tmp_path: Path) -> None:
-    """Python itself tells of every object that a pickle asks for."""
+    """Python's audit events report every object that a pickle requests."""
     (checkpoint,) = (run / "checkpoints").glob("step-*")
     model = random_model()
     export, table = sharded_export(tmp_path / "export"), tol(tmp_path / "tol")
@@ -172,7 +172,7 @@ def test_a_pickle_under_the_name_of_weights_is_not_run(run: Path, tmp_path: Path
 
 
 def renamed(index: Path, old: str, new: str) -> None:
-    """Have an index name another file."""
+    """Make an index name another file."""
     text = index.read_text()
     assert json.dumps(old) in text
     tree = json.loads(text.replace(json.dumps(old), json.dumps(new)))

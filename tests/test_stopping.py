@@ -1,4 +1,4 @@
-"""Signals wait where they would do harm, and are never lost. Of whole commands: test_interrupts.py."""
+"""Signals are delayed where they would do harm, and never lost. For whole commands see test_interrupts.py."""
 
 import importlib
 import signal
@@ -26,7 +26,7 @@ whole = sum(range(1000))
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Those of pytest come back."""
+    """Restore pytest's handlers."""
     before = {number: signal.getsignal(number) for number in (*NUMBERS, signal.SIGALRM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
@@ -35,7 +35,7 @@ def handlers() -> Iterator[None]:
 
 
 def wait(seconds: float = 5.0) -> None:
-    """As code that knows nothing of signals."""
+    """Like code that is not aware of signals."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         time.sleep(0.01)
@@ -84,7 +84,7 @@ def test_what_cleans_up_is_let_finish() -> None:
 
 
 def test_raised_again_where_it_was_swallowed(capsys: pytest.CaptureFixture[str]) -> None:
-    """By a library that goes on after any error, and by a finaliser."""
+    """By a library that continues after any error, and by a finalizer."""
 
     class Finalised:
         def __del__(self) -> None:
@@ -106,7 +106,7 @@ def test_raised_again_where_it_was_swallowed(capsys: pytest.CaptureFixture[str])
 
 
 def test_ignored_where_the_shell_has_it_ignored() -> None:
-    """As in the background: the Ctrl-C is for what runs before it."""
+    """As in the background, where Ctrl-C is meant for the foreground process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with stoppable():
         signal.raise_signal(signal.SIGINT)
@@ -114,7 +114,7 @@ def test_ignored_where_the_shell_has_it_ignored() -> None:
 
 
 def test_a_checkpoint_is_not_damaged_by_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library that reads it takes the signal for a failure to read."""
+    """The reading library treats the signal as a read error."""
     tmp_path.joinpath("step").mkdir()
     write_tensors(tmp_path / "step", {"weight": torch.ones(4)})
     read = HuggingFaceStorageReader.read_data

@@ -1,4 +1,4 @@
-"""What reaches a terminal commands nothing, whatever a token or a file holds; and ASCII alone is enough."""
+"""No control characters of tokens or files reach a terminal, and an ASCII-only terminal works."""
 
 import contextlib
 import io
@@ -28,7 +28,7 @@ BAD = frozenset(COMMANDS) - {"\n", "\t"}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export whose tokens are control characters and others, in turns."""
+    """An export whose tokens alternate between control characters and others."""
     folder = tmp_path_factory.mktemp("model")
     words = [f"{COMMANDS[i % len(COMMANDS)]}{HARMLESS[i % len(HARMLESS)]}{i}" for i in range(512)]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
@@ -45,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def commands(model: Path, data: Path) -> Iterator[tuple[object, ...]]:
-    """Commands that show texts of tokens."""
+    """Commands that print tokens."""
     words = ("generate", "--model", model / "export", "--prompt", (model / "word").read_text())
     words = (*words, "--max-new-tokens", 55, "--temperature", 3)
     yield words
@@ -58,7 +58,7 @@ def commands(model: Path, data: Path) -> Iterator[tuple[object, ...]]:
 
 @pytest.fixture(scope="module")
 def odd_data(model: Path) -> Path:
-    """Prepared data whose texts hold control characters."""
+    """Prepared data whose texts contain control characters."""
     text = "".join(
         f"{command}{harmless} word {number}"
         for number, command in enumerate(COMMANDS)
@@ -95,7 +95,7 @@ def test_nothing_commands_a_terminal(model: Path, odd_data: Path, capsys: pytest
 
 
 def test_an_ascii_terminal_is_enough(model: Path, odd_data: Path, tmp_path: Path) -> None:
-    """PYTHONIOENCODING=ascii: what it lacks is shown escaped, JSON is the same JSON."""
+    """PYTHONIOENCODING=ascii: other characters are escaped, and JSON has the same value."""
     run = model / "é" / "run"
     others: list[tuple[object, ...]] = [
         ("import", model / "export", "--output", tmp_path / "é"),
@@ -158,7 +158,7 @@ def test_words_that_are_no_text(model: Path, tmp_path: Path) -> None:
 
 
 def test_names_of_files_are_names(odd_data: Path, model: Path, tmp_path: Path) -> None:
-    """Whatever they hold: no control character, no markup, and one line each."""
+    """Whatever the names contain: no control character, no markup, and one line each."""
     name = "a[red]\x1b[31m\u202e\nb"
     odd = Path(shutil.copytree(odd_data, tmp_path / name))
     (odd / f"{name}.csv").write_text("a,b\n")

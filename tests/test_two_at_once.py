@@ -1,4 +1,4 @@
-"""Every pair of commands that write a folder, at once on one: one of them has it whole, the other says so."""
+"""Every pair of commands that write a folder, concurrently on one: one completes it, the other reports."""
 
 import itertools
 import shutil
@@ -26,7 +26,7 @@ READERS: dict[str, Callable[[Path], tuple[object, ...]]] = {
 
 @pytest.fixture(scope="module")
 def commands(corpus: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[object]]:
-    """Name -> words, all but the path of the output."""
+    """Name -> arguments, without the output path."""
     folder = tmp_path_factory.mktemp("sources")
     run, exported, table = folder / "run", folder / "export", folder / "tol"
     training = ["pretrain", "configs/micro.yaml", *TINY, "train.steps=3", f"data.path={data}"]

@@ -1,14 +1,14 @@
-"""Train a small model while its processes, disk and checkpoints are injured at random moments.
+"""Train a small model while faults are injected into its processes, disk and checkpoints at random moments.
 
 usage: .venv/bin/python tools/chaos.py [--events 50] [--seed 1] [--json FILE]
 
-The run is started again after each death with the same command, in another parallel layout. At the end its
-losses and weights are compared with those of an unbroken run. Exit code 1, and one line, where anything
-differs, or where a committed checkpoint was lost. Needs root: the run's folder is a small tmpfs.
+The run is restarted after each death with the same command, in another parallel layout. At the end its
+losses and weights are compared with those of an undisturbed run. Any difference, and any loss of a committed
+checkpoint, gives one line and exit code 1. Needs root: the run's folder is a small tmpfs.
 
 examples:
   .venv/bin/python tools/chaos.py
-  .venv/bin/python tools/chaos.py --events 9 --layouts dp2          one layout: equal to the bit
+  .venv/bin/python tools/chaos.py --events 9 --layouts dp2          one layout: bitwise equal
   .venv/bin/python tools/chaos.py --kinds disk-full,read-only --events 8 --seed 7
 """
 
@@ -34,7 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 sys.path.insert(0, str(ROOT))
-GAP = 16  # steps from one injury to the next, about: a save that fails, and the next that does not, take 8
+GAP = 16  # approximate steps between injuries: a failed save and the next successful one take 8
 TMPFS_MEGABYTES = 24
 MODEL = (
     "model.vocab_size=512", "model.hidden_size=32", "model.num_hidden_layers=4", "model.intermediate_size=64",
@@ -52,12 +52,12 @@ LAYOUTS = {  # name: processes, overrides
     "one": (1, ()),
 }
 LAYOUTS_USED = "dp2,pp2,tp2,dp2-zero3"
-TOLERANCE = 1e-4  # where layouts change: rounding, and what hundreds of steps make of it
+TOLERANCE = 1e-4  # where layouts change: rounding differences, accumulated over hundreds of steps
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class Chaos:
-    """A run, what is planned for it, and what came of it."""
+    """A run, its planned injuries, and the results."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.folder, self.chance = folder, random.Random(args.seed)
@@ -66,12 +66,12 @@ class Chaos:
         self.steps = (args.events + 5) * GAP
         self.data = args.data or self._prepared()
         self.lives: list[Life] = []
-        self.at = 0  # the step at which the run is
+        self.at = 0  # the run's current step
         self.repeated = self.not_saved = self.for_thread = 0
         self.recovering: list[Event] = []  # deaths after which no step was trained yet
 
     def _prepared(self) -> Path:
-        """The Python library's own sources, with a tokenizer of 512 tokens."""
+        """Prepare Python's standard library as data, with a tokenizer of 512 tokens."""
         text, data = self.folder / "text", self.folder / "data"
         commands = (
             ("data", "collect", "--output", text, "--max-bytes", "1MB", "--validation-fraction", "0.1"),
@@ -85,7 +85,7 @@ class Chaos:
         return data
 
     def start(self, output: Path, layout: str) -> Life:
-        """A launch of the run in that folder."""
+        """Launch the run in folder `output`."""
         processes, overrides = LAYOUTS[layout]
         words = (*MODEL, f"data.path={self.data}", f"train.steps={self.steps}", f"train.output={output}")
         command = mlm_train("launch", "--nproc", processes, "configs/micro.yaml", *words, *overrides)
@@ -95,16 +95,16 @@ class Chaos:
         return life
 
     def unbroken(self) -> Path:
-        """The same run, left in peace."""
+        """Run the same training undisturbed. Returns its folder."""
         output = self.folder / "unbroken"
         life = self.start(output, self.layouts[0])
         life.ended(PATIENCE + 5 * self.steps)
         if life.process.returncode:
-            raise Violation(f"the unbroken run failed: {life.output}")
+            raise Violation(f"the undisturbed run failed: {life.output}")
         return output
 
     def run(self, disk: Disk, bar: Progress) -> None:
-        """Life after life, until the last step is trained."""
+        """Launch again and again, until the last step is trained."""
         task = bar.add_task("injuries", total=len(self.events))
         waiting = list(self.events)
         while True:
@@ -122,12 +122,12 @@ class Chaos:
             raise Violation(f"the run was over before {len(waiting)} of {len(self.events)} injuries")
 
     def _newest(self, disk: Disk) -> int:
-        """The step of the newest checkpoint that is committed and that nobody damaged."""
+        """The step of the newest committed and undamaged checkpoint."""
         folders = whole(disk.checkpoints)
         return int(folders[-1].name.removeprefix("step-")) if folders else 0
 
     def _live(self, life: Life, disk: Disk, waiting: list[Event], done: Any) -> set[int]:
-        """Injure it where something is due, until it ends; the exit codes that this allows."""
+        """Inject the due injuries until the launch ends. Returns the exit codes that they allow."""
         while life.alive():
             self._recovered(life)
             time.sleep(0.01)
@@ -161,17 +161,17 @@ class Chaos:
             self.recovering.clear()
 
     def _tell(self, event: Event) -> None:
-        what = "it went on" if event.death is None else f"exit code {event.death}"
+        what = "it continued" if event.death is None else f"exit code {event.death}"
         console.print(
             f"life {event.life}, step {event.at_step}: {event.kind} {event.note} | {what}", style="dim"
         )
 
     def _judge(self, life: Life, disk: Disk, expected: int, allowed: set[int]) -> None:
-        """Nothing committed is lost, nothing damaged is used, and it ended as it should."""
+        """Check that nothing committed is lost, nothing damaged is used, and the exit code is as expected."""
         if life.start is not None:
             if life.start != expected:
                 raise Violation(
-                    f"life {life.number} went on at step {life.start}; the newest whole checkpoint was of "
+                    f"life {life.number} resumed at step {life.start}; the newest whole checkpoint was of "
                     f"step {expected}: {life.output}"
                 )
             self.repeated += self.at - life.start
@@ -184,11 +184,11 @@ class Chaos:
                 f"life {life.number} ended with exit code {life.process.returncode} instead of "
                 f"{sorted(allowed)}: {last} | {life.output}"
             )
-        for folder in disk.checkpoints.glob("damaged-*"):  # somebody has looked at it
+        for folder in disk.checkpoints.glob("damaged-*"):  # the run has reported it
             shutil.rmtree(folder)
 
     def compare(self, run: Path, other: Path) -> dict[str, Any]:
-        """Every step once with the same loss; the same final weights and optimizer. Violation if not."""
+        """Compare the losses of all steps, the final weights and the optimizer. Raises Violation."""
         one_layout = len(self.layouts) == 1
         tolerance = 0.0 if one_layout else TOLERANCE
         worst: dict[str, float] = {}
@@ -196,31 +196,31 @@ class Chaos:
             found, expected = scalars(run, tag), scalars(other, tag)
             if found.keys() != expected.keys():
                 differing = sorted(found.keys() ^ expected.keys())
-                raise Violation(f"{tag}: steps {differing[:9]} are in one of the two runs alone")
+                raise Violation(f"{tag}: steps {differing[:9]} are in only one of the two runs")
             worst[tag] = max(abs(found[step] - value) / abs(value) for step, value in expected.items())
         last = f"checkpoints/step-{self.steps:08}"
         worst["final weights"] = difference(run / last, other / last, self.folder)
         for name, value in worst.items():
             if value > tolerance:
-                raise Violation(f"{name} differs from the unbroken run by {value:.2g}, relative")
+                raise Violation(f"{name} differs from the undisturbed run by {value:.2g}, relative")
         if one_layout and checksums(run / last) != checksums(other / last):
-            raise Violation("the last checkpoint has other bits than that of the unbroken run")
+            raise Violation("the last checkpoint is not bitwise equal to that of the undisturbed run")
         return {"bits equal": one_layout, "largest relative difference": worst}
 
     def figures(self) -> dict[str, Any]:
-        """What the injuries cost."""
+        """The cost of the injuries."""
         by_kind: dict[str, dict[str, Any]] = {}
         for kind in dict.fromkeys(event.kind for event in self.events):
-            mine = [event for event in self.events if event.kind == kind]
+            events = [event for event in self.events if event.kind == kind]
             seconds = {
-                name: sorted(event.seconds for event in mine if died(event) and event.seconds is not None)
+                name: sorted(event.seconds for event in events if died(event) and event.seconds is not None)
                 for name, died in (
                     ("seconds until training again", lambda event: event.death is not None),
                     ("seconds until saved again", lambda event: event.death is None),
                 )
             }
-            deaths = sum(event.death is not None for event in mine)
-            by_kind[kind] = {"events": len(mine), "deaths": deaths} | {
+            deaths = sum(event.death is not None for event in events)
+            by_kind[kind] = {"events": len(events), "deaths": deaths} | {
                 name: round(values[len(values) // 2], 1) if values else None
                 for name, values in seconds.items()
             }
@@ -236,7 +236,7 @@ class Chaos:
 
 
 def plan(count: int, kinds: Sequence[str], chance: random.Random) -> list[Event]:
-    """Events of all kinds alike, in random order."""
+    """Events of all kinds, equally often and in random order."""
     order = [kinds[number % len(kinds)] for number in range(count)]
     chance.shuffle(order)
     starts = [kind in DEADLY[:2] and chance.random() < 0.3 for kind in order]
@@ -254,12 +254,12 @@ def plan(count: int, kinds: Sequence[str], chance: random.Random) -> list[Event]
 
 
 def mlm_train(*words: object) -> list[str]:
-    """A command line."""
+    """A command line of mlm-train."""
     return [sys.executable, "-m", "mlm_train", *map(str, words)]
 
 
 def scalars(run: Path, tag: str) -> dict[int, float]:
-    """Step -> value of a TensorBoard tag; Violation where a step is there twice."""
+    """Step -> value of a TensorBoard tag. Violation where a step occurs twice."""
     import logging
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -270,17 +270,17 @@ def scalars(run: Path, tag: str) -> dict[int, float]:
     found = events.Scalars(tag)
     twice = [step for step, times in Counter(event.step for event in found).items() if times > 1]
     if twice:
-        raise Violation(f"{tag}: steps {twice[:9]} are there twice")
+        raise Violation(f"{tag}: steps {twice[:9]} occur twice")
     return {event.step: event.value for event in found}
 
 
 def checksums(checkpoint: Path) -> list[str]:
-    """Of a checkpoint's files."""
+    """Checksums of a checkpoint's files."""
     return [entry["sha256"] for entry in json.loads((checkpoint / "manifest.json").read_text())["files"]]
 
 
 def difference(checkpoint: Path, other: Path, folder: Path) -> float:
-    """||a - b|| / ||b|| of all weights together, verified on the way."""
+    """||a - b|| / ||b|| over all weights of two checkpoints, which are verified."""
     import torch
     from safetensors.torch import load_file
 
@@ -298,8 +298,8 @@ def difference(checkpoint: Path, other: Path, folder: Path) -> float:
 
 
 def show(figures: dict[str, Any], comparison: dict[str, Any]) -> None:
-    """The closing tables."""
-    table = Table("injury", box=box.SIMPLE, title="chaos: what happened", title_justify="left")
+    """Print the result."""
+    table = Table("injury", box=box.SIMPLE, title="chaos: results", title_justify="left")
     rows = figures["by kind (medians)"]
     for name in next(iter(rows.values())):
         table.add_column(name, justify="right")
@@ -311,42 +311,44 @@ def show(figures: dict[str, Any], comparison: dict[str, Any]) -> None:
         if not isinstance(value, dict):
             out.print(f"{name}: {value}", highlight=False)
     for name, value in comparison["largest relative difference"].items():
-        out.print(f"{name} against the unbroken run: {value:.2g}", highlight=False)
-    out.print(f"equal to the bit: {'yes' if comparison['bits equal'] else 'not asked, layouts changed'}")
+        out.print(f"{name} compared with the undisturbed run: {value:.2g}", highlight=False)
+    out.print(f"bitwise equal: {'yes' if comparison['bits equal'] else 'not required, layouts changed'}")
 
 
 def arguments() -> argparse.Namespace:
-    """What the user asks for; kinds and layouts as tuples."""
+    """The parsed options; kinds and layouts as tuples."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--events", type=int, default=50, help="injuries (default 50)")
-    parser.add_argument("--seed", type=int, default=1, help="of what happens when (default 1)")
+    parser.add_argument("--events", type=int, default=50, help="number of injuries (default 50)")
+    parser.add_argument("--seed", type=int, default=1, help="random seed (default 1)")
     parser.add_argument("--kinds", default=",".join(INJURIES), help=f"default: {','.join(INJURIES)}")
     parser.add_argument("--layouts", default=LAYOUTS_USED, help=f"of {','.join(LAYOUTS)}; the default is "
-                        f"{LAYOUTS_USED}; one alone: equal to the bit")  # fmt: skip
+                        f"{LAYOUTS_USED}; with only one the result must be bitwise equal")  # fmt: skip
     parser.add_argument("--data", type=Path, help="folder of `data prepare`, at most 512 ids")
-    parser.add_argument("--folder", type=Path, help="where to work; a new one, kept (default: temporary)")
+    parser.add_argument(
+        "--folder", type=Path, help="new working folder, which is kept (default: a temporary one)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and every event")
     args = parser.parse_args()
     for name, known in (("kinds", INJURIES), ("layouts", LAYOUTS)):
         chosen = tuple(getattr(args, name).split(","))
         if unknown := [word for word in chosen if word not in known]:
-            parser.error(f"--{name} {unknown[0]}: choose of {', '.join(known)}")
+            parser.error(f"--{name} {unknown[0]}: choose from {', '.join(known)}")
         setattr(args, name, chosen)
     if args.events < 1:
         parser.error(f"--events {args.events}: give at least 1")
     if args.folder is not None and args.folder.exists():
         parser.error(f"--folder {args.folder} exists: name a new one")
     if os.geteuid() != 0:
-        parser.error("needs root, to mount a small tmpfs that it fills and makes read-only")
+        parser.error("needs root to mount a small tmpfs that it fills and makes read-only")
     return args
 
 
 def main() -> int:
-    """0; 1 where the run broke a promise."""
+    """Returns 0, or 1 where the run violated a guarantee."""
     args = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # give the disk back first
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unmount first
     folder = Path(tempfile.mkdtemp(prefix="chaos-")) if args.folder is None else args.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()

@@ -1,26 +1,26 @@
-"""Damage files of every kind, have the real readers read them, and look for what must not happen.
+"""Damage files of every kind, let the real readers read them, and check for forbidden outcomes.
 
 usage: .venv/bin/python tools/fuzz.py [--cases 30000] [--seed 1] [--readers NAMES] [--folder DIR]
 
-A case takes a small whole artefact (config, overrides, prepared data, checkpoint, export, Llama, table,
-unfinished build, tokenizers, text, notes), damages one file of it by chance (bits, lengths, JSON and YAML
-parts of another type or size, gone or new; a FIFO, a folder, a link, a sparse terabyte in its place; where
-the file has a checksum of itself, that made again in half of the cases), and has the real reader read it, in
-a process that can be ended. Bad is
+A case takes a small artefact (config, overrides, prepared data, checkpoint, export, Llama, table, unfinished
+build, tokenizers, text, notes) and damages one of its files at random: bits, lengths, JSON and YAML parts of
+another type or size, missing or new; a FIFO, a folder, a link or a sparse terabyte instead of the file. Where
+the file has its own checksum, that is recomputed in half of the cases. The real reader then reads it in a
+process of its own. Bad outcomes are
 
-  traceback   an exception that is no line for the user, or more lines than one
+  traceback   an exception instead of a line for the user, or more than one line
   code        an exit code other than 0, 2 or 130
   time        more than 10 s, twice, or a process that died
-  result      accepted with another result, where a checksum covers the file and was not made again
+  result      accepted with another result, although a checksum covers the file and was not recomputed
 
-A plain config, a tokenizer or a text that was changed is another one: there the result is not compared; what
-a reader's result is, tools/fuzz_readers.py says. Every case follows from the seed and its number alone. Exit
-code 1 where there was a bad one; --folder keeps those.
+The results of a changed plain config, tokenizer or text are not compared, since these are valid inputs.
+tools/fuzz_readers.py defines each reader's result. Every case follows from the seed and its number alone.
+Exit code 1 where there was a bad one; --folder keeps them.
 
 examples:
   .venv/bin/python tools/fuzz.py --cases 500
   .venv/bin/python tools/fuzz.py --readers config,overrides --cases 5000 --seed 7
-  .venv/bin/python tools/fuzz.py --case 1234 --seed 7               one case again, with all that it says
+  .venv/bin/python tools/fuzz.py --case 1234 --seed 7               one case again, with its full output
 """
 
 import argparse
@@ -47,7 +47,7 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def show(found: Counter[tuple[str, str]], names: list[str]) -> None:
-    """The closing table."""
+    """Print the result."""
     table = Table("reader", box=box.SIMPLE, title="fuzz: damaged files read", title_justify="left")
     columns = ("cases", "accepted", "refused", *KINDS)
     for column in columns:
@@ -60,28 +60,28 @@ def show(found: Counter[tuple[str, str]], names: list[str]) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """What the user asks for."""
+    """The parsed options."""
     from fuzz_readers import READERS
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", type=int, default=30_000, help="how many (default 30000: minutes)")
-    parser.add_argument("--seed", type=int, default=1, help="of what is damaged how (default 1)")
-    parser.add_argument("--case", type=int, metavar="N", help="run this one alone, and show what it says")
     parser.add_argument(
-        "--readers", default=",".join(READERS), help=f"default: all, which are {', '.join(READERS)}"
+        "--cases", type=int, default=30_000, help="number of cases (default 30000, which takes minutes)"
     )
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: one a core")
-    parser.add_argument("--folder", type=Path, help="keep bad cases there, each in a folder by its number")
+    parser.add_argument("--seed", type=int, default=1, help="random seed (default 1)")
+    parser.add_argument("--case", type=int, metavar="N", help="run only this case, and show its output")
+    parser.add_argument("--readers", default=",".join(READERS), help=f"default: all of {', '.join(READERS)}")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: one per core")
+    parser.add_argument("--folder", type=Path, help="keep bad cases in subfolders of this folder, by number")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts and every bad case")
     args = parser.parse_args()
-    # Names hold commas too: those that are known are taken off the front, one after another.
+    # Names contain commas too: known names are removed from the front one by one.
     args.names, rest = [], args.readers
     while rest:
         known = [name for name in READERS if rest == name or rest.startswith(f"{name},")]
         if not known:
-            parser.error(f"--readers {rest}: choose of {', '.join(READERS)}")
+            parser.error(f"--readers {rest}: choose from {', '.join(READERS)}")
         args.names.append(max(known, key=len))
         rest = rest[len(args.names[-1]) + 1 :]
     if args.cases < 1 or args.processes < 1:
@@ -90,7 +90,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """0; 1 where a reader did what it must not."""
+    """Returns 0, or 1 where an outcome was bad."""
     args = arguments()
     os.chdir(ROOT)
     import torch
@@ -109,7 +109,7 @@ def main() -> int:
             print(f"{outcome.reader}: {outcome.what}: {outcome.kind}\n{outcome.said}")
             return int(outcome.kind in KINDS)
         columns = (TextColumn("fuzz"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        # Without a thread that draws: a process that is forked meanwhile would inherit its locks.
+        # Without a refresh thread, whose locks a forked process would inherit.
         with Progress(*columns, console=console, auto_refresh=False) as bar:
             task = bar.add_task("cases", total=args.cases)
             for outcome in outcomes(fuzz, args.cases, args.processes):

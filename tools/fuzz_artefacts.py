@@ -1,4 +1,4 @@
-"""What tools/fuzz.py damages: small whole files of every kind, written by the commands themselves."""
+"""The artefacts that tools/fuzz.py damages: small files of every kind, written by the commands themselves."""
 
 import bz2
 import gzip
@@ -27,18 +27,18 @@ from mlm_train.tol.allocate.sensitivity import Notes, Sums
 from mlm_train.tol.build.builder import Build
 from mlm_train.tol.build.ray_cluster import ray_cluster
 from mlm_train.tol.build.state import BuildPlan, BuildState
-from mlm_train.tol.format.codec import Scheme
 from mlm_train.tol.format.index import INDEX, STATE
 from mlm_train.tol.format.index_file import _digest, read_index
 from mlm_train.tol.format.layout import TableSpec
+from mlm_train.tol.format.schemes import Scheme
 from mlm_train.tol.storage.lease import OWNER, Owner
 from mlm_train.tol.storage.local import LocalFolder
 from mlm_train.utils.records import SEAL, seal_of
-from mlm_train.utils.run_lock import SlurmAttempt, _note
+from mlm_train.utils.run_lock import SlurmAttempt, _record
 
 
 def reseal(file: Path) -> Callable[[Any], bytes] | None:
-    """How a file's own checksum is made again; None where it has none."""
+    """A function that recomputes a file's own checksum; None where it has none."""
 
     def sealed(tree: Any) -> bytes:
         tree.pop(SEAL, None)
@@ -65,7 +65,7 @@ def reseal(file: Path) -> Callable[[Any], bytes] | None:
 
 
 def make_artefacts(root: Path) -> None:
-    """Write one of each kind, whole, as the commands themselves do."""
+    """Write one artefact of each kind with the commands themselves."""
     text = root / "collected"
     command("data", "collect", "--output", text, "--max-bytes", "40KB", "--validation-fraction", "0.2")
     command("data", "prepare", "--input", text, "--output", root / "data", "--tokenizer", "train:384")
@@ -90,7 +90,7 @@ def _write_llama(folder: Path, tokenizer: Path) -> None:
     shape = {"vocab_size": 384, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = ModelConfig.model_validate({"kind": "base", "intermediate_size": 24, **shape})
     write_folder(folder, config, named_pieces(Transformer(config)), [tokenizer], shard_bytes=20_000)
-    (folder / EXPORT_MANIFEST).unlink(missing_ok=True)  # others write none
+    (folder / EXPORT_MANIFEST).unlink(missing_ok=True)  # as in a folder not written by mlm-train
 
 
 def _write_build(table: Path, folder: Path) -> None:
@@ -111,7 +111,7 @@ def _write_small(small: Path) -> None:
     (small / "allocation.json").write_text(json.dumps(allocation))
     save_file({"tokens": torch.arange(12).view(2, 6)}, small / "tokens.safetensors")
     (small / "report.json").write_text(json.dumps({"machine": {}, "rows": [1, {"a": 2.5}], "ratios": {}}))
-    _note(small / "run", SlurmAttempt("7", 2))
+    _record(small / "run", SlurmAttempt("7", 2))
     Notes(small / "mix.json", ["about"]).write(Sums(np.ones((2, 3)), np.zeros((2, 3)), 4))
     (small / OWNER).write_text(json.dumps(Owner.here().model_dump()))
 

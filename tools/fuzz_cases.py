@@ -1,4 +1,4 @@
-"""The cases of tools/fuzz.py: what is damaged, how, by seed and number, and whether a reader took it well."""
+"""The cases of tools/fuzz.py: which file is damaged and how, by seed and number, and the outcome."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ from mlm_train.errors import UserError
 
 
 class Fuzz:
-    """The artefacts, the readers, and the undamaged results. Made before any process is forked."""
+    """The artefacts, the readers, and the results of undamaged files; made before any process is forked."""
 
     def __init__(self, root: Path, seed: int, names: list[str]) -> None:
         self.root, self.seed = root, seed
@@ -32,13 +32,13 @@ class Fuzz:
         self.whole: dict[str, str | None] = {}
 
     def prepare(self) -> None:
-        """Artefacts and undamaged results, by a process that ends: this one must have no threads to fork."""
+        """Make artefacts and undamaged results in a child: this process must fork without threads."""
         done = self.root / "results.json"
         child = multiprocessing.get_context("fork").Process(target=self._prepare, args=(done,))
         child.start()
         child.join()
         if child.exitcode:
-            print(f"fuzz: exit code {child.exitcode} over the undamaged files", file=sys.stderr)
+            print(f"fuzz: exit code {child.exitcode} for the undamaged files", file=sys.stderr)
             raise SystemExit(2)
         self.whole = json.loads(done.read_text())
 
@@ -51,12 +51,12 @@ class Fuzz:
             with self.copied(name) as folder:
                 outcome, results[name] = self._read(Outcome(-1, name, "whole", ""), folder)
                 if outcome.kind != "accepted" and name not in ("allocation, by command", "report"):
-                    raise SystemExit(f"fuzz: {reader.folder} is refused undamaged: {outcome.said}")
+                    raise SystemExit(f"fuzz: undamaged {reader.folder} is rejected: {outcome.said}")
         done.write_text(json.dumps(results))
 
     @contextlib.contextmanager
     def copied(self, name: str) -> Iterator[Path]:
-        """A copy of a reader's artefact, and what readers want beside it. Files are hard links."""
+        """A copy of a reader's artefact, of hard links, beside the folders that readers need."""
         where = Path(tempfile.mkdtemp(dir=self.root, prefix="case-"))
         try:
             folder = self.readers[name].folder
@@ -69,7 +69,7 @@ class Fuzz:
 
     @contextlib.contextmanager
     def damaged(self, number: int) -> Iterator[tuple[str, Path, str, bool]]:
-        """Reader, damaged artefact, what was done to it, and whether another result would be bad."""
+        """Reader, damaged artefact, description of the damage, and whether another result would be bad."""
         chance = random.Random(f"{self.seed}/{number}")
         name = chance.choice(self.order)
         with self.copied(name) as folder:
@@ -77,7 +77,7 @@ class Fuzz:
             yield name, folder, what, sealed
 
     def run(self, number: int) -> Outcome:
-        """A case, in this process."""
+        """Run a case in this process."""
         with self.damaged(number) as (name, folder, what, sealed):
             outcome, result = self._read(Outcome(number, name, what, ""), folder)
         if outcome.kind == "accepted" and sealed and result != self.whole[name]:
@@ -85,12 +85,12 @@ class Fuzz:
         return outcome
 
     def lost(self, number: int, said: str) -> Outcome:
-        """That of a case that gave none."""
+        """The outcome of a case whose process gave none."""
         with self.damaged(number) as (name, _, what, _):
             return Outcome(number, name, what, "time", said)
 
     def keep(self, outcome: Outcome, target: Path) -> None:
-        """Leave a bad case for people: the damaged artefact, as far as it can be copied, and its outcome."""
+        """Keep a bad case: the damaged artefact, as far as it can be copied, and its outcome."""
         with self.damaged(outcome.number) as (_, folder, _, _):
             regular = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
             for path in regular:
@@ -102,11 +102,11 @@ class Fuzz:
         (target / "outcome.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
     def damage(self, name: str, folder: Path, chance: random.Random) -> tuple[str, bool]:
-        """Damage one file: in words, and whether another result would be bad."""
+        """Damage one file. Returns a description, and whether another result would be bad."""
         reader = self.readers[name]
-        found = sorted({path for glob in reader.files for path in folder.glob(glob)})
-        small = [path for path in found if path.suffix in (".json", ".yaml")]
-        path = chance.choice(small if small and chance.random() < 0.4 else found)
+        files = sorted({path for glob in reader.files for path in folder.glob(glob)})
+        small = [path for path in files if path.suffix in (".json", ".yaml")]
+        path = chance.choice(small if small and chance.random() < 0.4 else files)
         file = path.relative_to(folder)
         sealed = reader.sealed(folder, file)
         if name == "overrides":
@@ -116,7 +116,7 @@ class Fuzz:
         if chance.random() < 0.1:
             return f"{file}: {mutations.replace_file(path, chance)}", sealed
         data = path.read_bytes()
-        path.unlink()  # a link to the artefact's own
+        path.unlink()  # a hard link to the artefact's file
         how, resealed = "bytes", False
         if path.suffix in (".json", ".measured", ".attempt") and chance.random() < 0.8:
             how = "json"
@@ -143,23 +143,27 @@ class Fuzz:
             return outcome._replace(kind="accepted"), result
         except Refused as error:
             kind = (
-                "code" if error.code not in (2, 130) else "refused" if _is_told(error.said) else "traceback"
+                "code"
+                if error.code not in (2, 130)
+                else "refused"
+                if _is_user_message(error.said)
+                else "traceback"
             )
             return outcome._replace(kind=kind, said=error.said), None
-        except (UserError, OSError) as error:  # of a part of a command, which says it by cli.main
+        except (UserError, OSError) as error:  # from a part of a command; cli.main would report it
             named = isinstance(error, UserError) or error.filename is not None
             said = "".join(traceback.format_exception(error))
             return outcome._replace(kind="refused" if named else "traceback", said=said), None
         except ValueError as error:
-            expected = outcome.reader == "allocation" and type(error) is ValueError  # as its docstring says
+            expected = outcome.reader == "allocation" and type(error) is ValueError  # as documented
             said = "".join(traceback.format_exception(error))
             return outcome._replace(kind="refused" if expected else "traceback", said=said), None
         except BaseException as error:
             return outcome._replace(kind="traceback", said="".join(traceback.format_exception(error))), None
 
 
-def _is_told(said: str) -> bool:
-    """Whether it is one line for the user, or one for each damaged range of a table's rows."""
+def _is_user_message(said: str) -> bool:
+    """Whether the output is one line for the user, or one per damaged range of a table's rows."""
     lines = said.strip().splitlines()
     whole = all(line.startswith("damaged: ") for line in lines) or len(lines) == 1
     return whole and all(
@@ -168,7 +172,7 @@ def _is_told(said: str) -> bool:
 
 
 def overrides(chance: random.Random) -> bytes:
-    """One to three of them, NUL between: fields that are there or not, values of any kind."""
+    """One to three overrides separated by NUL, with existing and unknown fields and values of any kind."""
     sections = [name for name in Config.model_fields if name != "context"]
     lines = []
     for _ in range(chance.choice((1, 1, 2, 3))):

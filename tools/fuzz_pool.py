@@ -1,4 +1,4 @@
-"""Processes that run the cases of tools/fuzz.py, many each, and are ended where one takes too long."""
+"""Worker processes that run the cases of tools/fuzz.py, and are killed where a case takes too long."""
 
 import contextlib
 import multiprocessing
@@ -10,14 +10,14 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-LIMIT = 10.0  # seconds of a case
-ROOM = 6 * 2**30  # bytes of memory that a process may take more
-CASES_A_PROCESS = 250
+LIMIT = 10.0  # seconds per case
+ROOM = 6 * 2**30  # bytes of memory that a process may allocate
+CASES_PER_PROCESS = 250
 KINDS = ("traceback", "code", "time", "result")  # of bad outcomes
 
 
 class Outcome(NamedTuple):
-    """What came of a case. kind: accepted, refused, or one of KINDS."""
+    """The outcome of a case. kind: accepted, refused, or one of KINDS."""
 
     number: int
     reader: str
@@ -27,36 +27,36 @@ class Outcome(NamedTuple):
 
 
 class Cases(Protocol):
-    """What is run."""
+    """The cases to run."""
 
     def run(self, number: int) -> Outcome:
-        """A case, in this process."""
+        """Run a case in this process."""
 
     def lost(self, number: int, said: str) -> Outcome:
-        """That of a case that gave none."""
+        """The outcome of a case whose process gave none."""
 
 
 class Worker:
     """A forked process that runs cases one after another."""
 
     def __init__(self, fuzz: Cases) -> None:
-        self.end, theirs = multiprocessing.Pipe()
+        self.end, child_end = multiprocessing.Pipe()
         context = multiprocessing.get_context("fork")
-        self.process = context.Process(target=_serve, args=(fuzz, theirs, self.end), daemon=True)
+        self.process = context.Process(target=_serve, args=(fuzz, child_end, self.end), daemon=True)
         self.process.start()
-        theirs.close()
+        child_end.close()
         self.number: int | None = None
         self.done, self.since = 0, 0.0
 
     def give(self, number: int) -> None:
-        """Have it run a case."""
+        """Start a case in the process."""
         self.number, self.since = number, time.monotonic()
         self.done += 1
-        with contextlib.suppress(OSError):  # it has died: `outcomes` hears that
+        with contextlib.suppress(OSError):  # it has died: `outcomes` notices
             self.end.send(number)
 
     def kill(self) -> None:
-        """End it, whatever it does."""
+        """Kill the process."""
         self.process.kill()
         self.process.join()
         self.end.close()
@@ -65,7 +65,7 @@ class Worker:
 def _serve(fuzz: Cases, end: Connection, other: Connection) -> None:
     other.close()
     null = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):  # libraries write there
+    for descriptor in (1, 2):  # libraries write to them
         os.dup2(null, descriptor)
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, taken + ROOM))
@@ -75,13 +75,13 @@ def _serve(fuzz: Cases, end: Connection, other: Connection) -> None:
 
 
 def outcomes(fuzz: Cases, cases: int, processes: int) -> Iterator[Outcome]:
-    """Of all cases, as they end."""
+    """Run all cases. Yields their outcomes as they end."""
     waiting = iter(range(cases))
     workers: list[Worker] = []
     late_once: set[int] = set()
 
     def feed(worker: Worker | None) -> None:
-        if worker is not None and worker.done >= CASES_A_PROCESS:
+        if worker is not None and worker.done >= CASES_PER_PROCESS:
             workers.remove(worker)
             worker.kill()
             worker = None

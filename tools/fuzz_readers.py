@@ -1,4 +1,4 @@
-"""What tools/fuzz.py damages, and the real readers of it: each gives a digest of what it took for true."""
+"""The files that tools/fuzz.py damages, and their real readers: each returns a digest of its result."""
 
 import contextlib
 import hashlib
@@ -28,8 +28,8 @@ from mlm_train.model.transformer import Transformer
 from mlm_train.tol.allocate.mix_file import read_allocation
 from mlm_train.tol.allocate.sensitivity import Notes
 from mlm_train.tol.build.state import BuildState, start_or_resume
-from mlm_train.tol.format.codec import Scheme
 from mlm_train.tol.format.index import INDEX, STATE
+from mlm_train.tol.format.schemes import Scheme
 from mlm_train.tol.serve.reader import TableReader
 from mlm_train.tol.serve.source import TolSource
 from mlm_train.tol.storage.base import refuse_used
@@ -37,7 +37,7 @@ from mlm_train.tol.storage.lease import OWNER, Owner, _read
 from mlm_train.tol.storage.local import LocalFolder
 from mlm_train.train.preflight import find_checkpoint
 from mlm_train.utils.records import SEAL
-from mlm_train.utils.run_lock import SlurmAttempt, _noted
+from mlm_train.utils.run_lock import SlurmAttempt, _recorded
 
 TINY = (
     "model.vocab_size=384", "model.hidden_size=16", "model.num_hidden_layers=2",
@@ -53,7 +53,7 @@ CHECKPOINT = "checkpoints/step-00000002"
 
 
 class Refused(Exception):
-    """A command ended with another exit code than 0."""
+    """A command ended with a nonzero exit code."""
 
     def __init__(self, code: int, said: str) -> None:
         super().__init__(f"exit code {code}: {said}")
@@ -62,11 +62,11 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Reader:
-    """A reader, and what it reads.
+    """A reader and its artefact.
 
-    folder: of the artefacts. files: globs in it, of what is damaged. read: a folder -> a digest of the
-    result, or None where another content is another result. sealed: whether a damaged file's other result is
-    bad. share: of the cases.
+    folder: the artefact. files: globs of files to damage. read: a folder -> a digest of the result, or None
+    where results are not compared. sealed: whether another result for a damaged file is bad. share: relative
+    number of cases.
     """
 
     folder: str
@@ -77,7 +77,7 @@ class Reader:
 
 
 def command(*words: object) -> str:
-    """Run one of mlm-train's commands in this process; what it wrote. Raises Refused."""
+    """Run a mlm-train command in this process. Returns its output; raises Refused."""
     out, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         try:
@@ -89,7 +89,7 @@ def command(*words: object) -> str:
 
 
 def digest(*parts: Any) -> str:
-    """Of tensors, arrays and plain values."""
+    """SHA-256 of tensors, arrays and plain values."""
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, torch.Tensor):
@@ -105,7 +105,7 @@ def _of_model(model: Transformer) -> str:
 def _config(folder: Path) -> None:
     config = load_config(folder / "config.yaml")
     (folder / "dumped.yaml").write_text(dump_config(config), encoding="utf-8")
-    assert load_config(folder / "dumped.yaml") == config, "the dumped config reads as another one"
+    assert load_config(folder / "dumped.yaml") == config, "the dumped config differs when read again"
     command("pretrain", folder / "config.yaml", "--dry-run")
 
 
@@ -123,7 +123,7 @@ def _data(folder: Path) -> str:
 
 
 def _trained_with(folder: Path) -> str:
-    """The checks at a run's start alone: sizes, not contents."""
+    """Only the checks at a run's start: sizes, not contents."""
     data = PreparedData.open(folder)
     streams = [data.split(name) for name in ("train", "validation")]
     ends = (part for one in streams for part in (len(one), one.tokens[-1]))
@@ -178,7 +178,7 @@ def _rows(folder: Path) -> str:
 
 
 def _looked_up(folder: Path) -> None:
-    """As `generate --tol` opens it: by sizes and headers."""
+    """Open a table as `generate --tol` does: by sizes and headers."""
     config = load_config("configs/micro.yaml", TINY).model
     source = TolSource.open_folder(folder, config)
     source.open(torch.tensor([[0, 5, 383]]), torch.zeros(1, 3, 16))(1)
@@ -187,7 +187,7 @@ def _looked_up(folder: Path) -> None:
 def _build(folder: Path) -> str:
     state = BuildState.load(LocalFolder(folder))
     if state is None:
-        refuse_used(LocalFolder(folder), STATE)  # as `begin` does: partitions of nobody
+        refuse_used(LocalFolder(folder), STATE)  # as `begin` does for partitions without a state
         return "none"
     taken = digest(state.model_dump())
     start_or_resume(LocalFolder(folder), state.plan)
@@ -212,15 +212,15 @@ def _text(folder: Path) -> None:
 
 
 def _small(folder: Path) -> str:
-    """Notes that are as none where they are damaged."""
+    """Read notes, which are ignored where they are damaged."""
     notes = Notes(folder / "mix.json", ["about"])
     sums = notes.read()
     if sums is not None:
         sums.divergences.sum()
     owner = _read(LocalFolder(folder))  # type: ignore[arg-type]
-    found = _noted(folder / "run")
-    if found is not None:
-        found.follows(SlurmAttempt("1", 1))
+    attempt = _recorded(folder / "run")
+    if attempt is not None:
+        attempt.follows(SlurmAttempt("1", 1))
     if owner is not None:
         Owner.here().follows(owner)
     return ""
@@ -234,7 +234,7 @@ def _allocation(folder: Path) -> None:
 def _allocated(folder: Path) -> None:
     table = folder.parent / "table-to-compress"
     words = ("tol", "compress", table, "--allocation", folder / "allocation.json", "--output", table)
-    command(*words)  # which exists: refused after the allocation has been read
+    command(*words)  # it exists: refused after the allocation was read
 
 
 def _tokens(folder: Path) -> None:
@@ -250,7 +250,7 @@ def _always(folder: Path, file: Path) -> bool:
 
 
 def _sealed_data(folder: Path, file: Path) -> bool:
-    """A manifest of an older version has no seal: its numbers are under no checksum."""
+    """Whether a checksum covers the file: a manifest of an older version has none."""
     return file.name != "manifest.json" or SEAL in json.loads((folder / file).read_bytes())
 
 

@@ -1,7 +1,7 @@
-"""The imports among mlm_train's modules, and the order of layers that they keep.
+"""The import graph of mlm_train's modules, and the order of layers that it must keep.
 
-    python tools/import_graph.py            # each layer, and how many imports go to each lower one
-    python tools/import_graph.py --modules  # each module, and what it imports
+    python tools/import_graph.py            # each layer, with the number of imports from each lower one
+    python tools/import_graph.py --modules  # each module and its imports
 
 Lazy imports inside functions and those under TYPE_CHECKING count like any other.
 """
@@ -13,43 +13,42 @@ from pathlib import Path
 
 PACKAGE = "mlm_train"
 
-# From the bottom to the top. A module belongs to the layer with the longest prefix of its name, and imports
-# modules of its own layer and of those above it in this list, never of one below it. ARCHITECTURE.md says the
-# same in its table.
+# From bottom to top. A module belongs to the layer with the longest matching prefix, and imports modules of
+# its own layer and of those before it in this list, never of a later one. ARCHITECTURE.md has the same table.
 LAYERS = (
-    ("errors", "what a user is told when something is wrong, and exit codes"),
-    ("utils", "files, records, units, locks, signals, terminals: nothing of models"),
-    ("config", "the YAML of a run, typed and checked"),
+    ("errors", "errors shown to the user, and exit codes"),
+    ("utils", "files, records, units, locks, signals, terminals; independent of models"),
+    ("config", "the YAML config of a run, typed and checked"),
     ("kernels", "kernels for one kind of device"),
-    ("model", "plain torch: the Transformer, which knows nothing of parallelism"),
+    ("model", "plain torch: the Transformer, independent of parallelism"),
     ("memory", "FFN-M on one rank: per token, once per distinct token, as a table"),
     ("data", "text, tokenizers, prepared data, the order of samples"),
     ("parallel.mesh", "the layout of ranks and their process groups"),
-    ("parallel.health", "hangs and failures: who is stuck, where, since when"),
+    ("parallel.health", "hangs and failures: which rank is stuck, where, since when"),
     ("parallel.launch", "starting the processes of a run, on one machine or many"),
-    ("parallel.runtime", "what a rank knows of the others, and the loop's few collectives"),
+    ("parallel.runtime", "a rank's view of the others, and the loop's few collectives"),
     ("parallel.tensor", "tensor parallelism"),
     ("parallel.ffn_m", "FFN-M over data-parallel ranks"),
     ("parallel.pipeline", "pipeline parallelism, and how x0 reaches every stage"),
     ("parallel.engine", "data parallelism and the optimizer"),
-    ("parallel.build", "a model's part on a rank, and what runs micro-batches through it"),
+    ("parallel.build", "building a rank's model shard and its executor"),
     ("monitor", "log lines, metrics, heartbeat, stragglers"),
     ("checkpoint", "checkpoints, exports, imports, reading a model from any of them"),
-    ("tol.storage", "where tables lie: folders, object stores, folders of each node's own"),
+    ("tol.storage", "storage of tables: folders, object stores, node-local folders"),
     ("tol.format", "a table's files: index, partitions, codec"),
     ("tol.serve", "reading rows"),
-    ("tol.lowrank", "spectra, ranks, and the knapsack that chooses among them"),
+    ("tol.lowrank", "spectra, ranks, and the knapsack that chooses ranks"),
     ("tol.build", "building tables with Ray"),
     ("evaluate", "loss and perplexity of a model on prepared data"),
-    ("tol.allocate", "how each layer is stored, by what it costs in perplexity"),
+    ("tol.allocate", "choosing each layer's scheme by its cost in perplexity"),
     ("tol.tools", "verifying, copying and inspecting tables"),
     ("inference", "decoding"),
-    ("plan", "what a run or a table will take, before it is made"),
+    ("plan", "estimates of a run's or a table's needs"),
     ("train", "a run: setup, loop, step, schedule, signals"),
     ("bench", "benchmarks"),
     ("cli", "the commands"),
 )
-# Modules whose folder is not their layer: the commands, which may import anything.
+# The commands, which may import anything; their folder is not their layer.
 COMMANDS = (
     "__main__",
     "doctor",
@@ -69,7 +68,7 @@ COMMANDS = (
 
 
 def modules(root: Path) -> dict[str, Path]:
-    """The package's modules by their dotted names without the package; "" is the package itself."""
+    """The package's modules by dotted name without the package; "" is the package itself."""
     found = {}
     for path in sorted((root / PACKAGE).rglob("*.py")):
         parts = path.relative_to(root / PACKAGE).with_suffix("").parts
@@ -78,12 +77,14 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def imports(root: Path) -> dict[str, set[str]]:
-    """For each module the modules of the package that it imports, anywhere in its text."""
+    """For each module, the modules of the package that it imports anywhere in its text."""
     known = modules(root)
-    return {name: {one for one in _named(path, known) if one != name} for name, path in known.items()}
+    return {
+        name: {other for other in _imported(path, known) if other != name} for name, path in known.items()
+    }
 
 
-def _named(path: Path, known: dict[str, Path]) -> set[str]:
+def _imported(path: Path, known: dict[str, Path]) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -102,8 +103,8 @@ def _own(name: str) -> str | None:
     return name.removeprefix(PACKAGE).lstrip(".") if name.split(".")[0] == PACKAGE else None
 
 
-def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """The groups of modules that import each other (strongly connected components of more than one)."""
+def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Import cycles: strongly connected components of more than one module."""
     reached = {name: _reached(graph, name) for name in graph}
     groups = {
         frozenset([name, *(other for other in reached[name] if name in reached[other])]) for name in graph
@@ -121,7 +122,7 @@ def _reached(graph: dict[str, set[str]], start: str) -> set[str]:
 
 
 def layer_of(module: str) -> int | None:
-    """Where a module's layer stands in LAYERS; None where it belongs to none."""
+    """Index of a module's layer in LAYERS; None where it belongs to none."""
     if module in ("", "parallel", "tol"):  # packages that only hold others
         return 0
     if _below(module, COMMANDS):
@@ -135,7 +136,7 @@ def _below(module: str, prefixes: tuple[str, ...] | list[str]) -> list[str]:
 
 
 def upward(graph: dict[str, set[str]]) -> list[tuple[str, str]]:
-    """The imports of a module of a higher layer."""
+    """Imports of a higher layer's modules."""
     pairs = ((name, other) for name, others in graph.items() for other in others)
     return sorted((a, b) for a, b in pairs if (layer_of(a) or 0) < (layer_of(b) or 0))
 
@@ -143,7 +144,7 @@ def upward(graph: dict[str, set[str]]) -> list[tuple[str, str]]:
 def main() -> None:
     """Print the graph."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--modules", action="store_true", help="each module, not each layer")
+    parser.add_argument("--modules", action="store_true", help="print modules instead of layers")
     args = parser.parse_args()
     graph = imports(Path(__file__).resolve().parents[1])
     if args.modules:
@@ -151,14 +152,14 @@ def main() -> None:
             print(f"{name or PACKAGE}: {', '.join(sorted(others))}")
     else:
         for number, (layer, purpose) in enumerate(LAYERS):
-            mine = [name for name in graph if layer_of(name) == number]
-            counts = Counter(layer_of(other) for name in mine for other in graph[name])
-            below = [f"{LAYERS[one][0]} {counts[one]}" for one in sorted(counts, key=str) if one != number]
-            print(f"{layer} ({len(mine)} modules: {purpose}) -> {', '.join(below)}")
-    for circle in circles(graph):
-        print("circle:", " ".join(circle))
-    for one, other in upward(graph):
-        print(f"upward: {one} -> {other}")
+            members = [name for name in graph if layer_of(name) == number]
+            counts = Counter(layer_of(other) for name in members for other in graph[name])
+            below = [f"{LAYERS[n][0]} {counts[n]}" for n in sorted(counts, key=str) if n != number]
+            print(f"{layer} ({len(members)} modules: {purpose}) -> {', '.join(below)}")
+    for cycle in cycles(graph):
+        print("cycle:", " ".join(cycle))
+    for name, other in upward(graph):
+        print(f"upward: {name} -> {other}")
 
 
 if __name__ == "__main__":

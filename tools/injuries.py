@@ -1,4 +1,4 @@
-"""What may happen to a run: its processes, its disk and its checkpoints, and how each is injured."""
+"""Faults that tools/chaos.py injects into a run's processes, disk and checkpoints."""
 
 import contextlib
 import os
@@ -15,25 +15,25 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 300.0  # seconds after which something that must happen has not
+PATIENCE = 300.0  # seconds to wait for something that must happen
 STEP = re.compile(r"^step (\d+)/\d+ \| loss ")
 START = re.compile(r"^(?:started a new run|resumed from \S*step-\d+ at step (\d+))")
 NOT_SAVED, COMMITTED, ASIDE = "NOT saved: ", " committed in ", ": kept as damaged-step-"
 
 
 class Violation(Exception):
-    """The run broke a promise."""
+    """The run violated a guarantee."""
 
 
 class Life:
-    """One launch of the run, and what it has said so far."""
+    """One launch of the run, and its output so far."""
 
     def __init__(self, number: int, command: Sequence[str], output: Path) -> None:
         self.number, self.output, self.began = number, output, time.monotonic()
         self.lines: list[str] = []
-        self.step = 0  # the latest that was trained in this life
-        self.seen: list[float] = []  # when its steps were read of
-        self.start: int | None = None  # where it went on
+        self.step = 0  # the latest step trained in this life
+        self.seen: list[float] = []  # times at which its steps were read
+        self.start: int | None = None  # the step at which it resumed
         self.rest = ""
         with output.open("wb") as file:
             self.process = subprocess.Popen(
@@ -42,7 +42,7 @@ class Life:
         self.reader = output.open(encoding="utf-8", errors="replace")
 
     def alive(self) -> bool:
-        """Read what it has said since; whether it goes on."""
+        """Read the new output. Returns whether the launch is still running."""
         ended = self.process.poll() is not None
         *lines, self.rest = (self.rest + self.reader.read()).split("\n")
         for line in lines:
@@ -55,27 +55,27 @@ class Life:
         return not ended
 
     def pace(self) -> float:
-        """Seconds a step, of those seen so far."""
+        """Seconds per step so far."""
         return (self.seen[-1] - self.seen[0]) / (len(self.seen) - 1) if len(self.seen) > 1 else 0.1
 
     def count(self, words: str) -> int:
-        """Lines that hold these words."""
+        """Number of lines with these words."""
         return sum(words in line for line in self.lines)
 
     def until(self, happened: Callable[[], bool], seconds: float = PATIENCE) -> bool:
-        """Wait while it lives; whether it has happened."""
+        """Wait while the launch lives. Returns whether `happened`."""
         end = time.monotonic() + seconds
         while self.alive() and time.monotonic() < end and not happened():
             time.sleep(0.01)
         return happened()
 
-    def said(self, words: str, seconds: float = PATIENCE) -> bool:
-        """Wait for another line that holds these words."""
+    def await_line(self, words: str, seconds: float = PATIENCE) -> bool:
+        """Wait for another line with these words."""
         before = self.count(words)
         return self.until(lambda: self.count(words) > before, seconds)
 
     def ended(self, seconds: float = PATIENCE) -> None:
-        """Wait for its end, and for that of every rank."""
+        """Wait for the end of the launch and of every rank."""
         ranks = self.ranks()
         self.until(lambda: False, seconds)
         if self.process.poll() is None:
@@ -85,14 +85,14 @@ class Life:
         self.alive()
 
     def ranks(self) -> list[psutil.Process]:
-        """The processes that train."""
+        """The training processes."""
         with contextlib.suppress(psutil.Error):
             children = psutil.Process(self.process.pid).children()
             return [child for child in children if "pretrain" in child.cmdline()]
         return []
 
     def kill(self) -> None:
-        """SIGKILL of everything, as where a machine is lost."""
+        """Kill everything with SIGKILL, as when a machine is lost."""
         ranks = self.ranks()
         for process in (self.process, *ranks):
             with contextlib.suppress(psutil.Error):
@@ -103,7 +103,7 @@ class Life:
 
 
 def gone(processes: Sequence[psutil.Process], seconds: float) -> bool:
-    """Wait until they have ended; those whose parent did too may stay as zombies where nobody reaps them."""
+    """Wait until the processes have ended; zombies, which nobody may reap, count as ended."""
     end = time.monotonic() + seconds
     while any(_runs(process) for process in processes):
         if time.monotonic() > end:
@@ -125,7 +125,7 @@ def _run(*words: str) -> None:
 
 
 class Disk:
-    """A small tmpfs with the run's folder on it. Needs root."""
+    """A small tmpfs that holds the run's folder. Needs root."""
 
     def __init__(self, folder: Path, megabytes: int) -> None:
         self.folder, self.ballast = folder, folder / "ballast"
@@ -135,30 +135,30 @@ class Disk:
         _run("mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder))
 
     def fill(self, leave: int) -> None:
-        """Leave so many bytes free."""
+        """Fill the disk up to `leave` free bytes."""
         usage = os.statvfs(self.folder)
         surplus = usage.f_bavail * usage.f_frsize - leave
         if surplus > 0:
             descriptor = os.open(self.ballast, os.O_WRONLY | os.O_CREAT)
-            with contextlib.suppress(OSError):  # the run was faster
+            with contextlib.suppress(OSError):  # the run has used the space meanwhile
                 os.posix_fallocate(descriptor, os.fstat(descriptor).st_size, surplus)
             os.close(descriptor)
 
     def empty(self) -> None:
-        """What was filled is free again."""
+        """Free the filled space."""
         self.ballast.unlink(missing_ok=True)
 
     def protect(self) -> None:
-        """Let nobody write below the checkpoints' folder, whoever has files open there."""
+        """Make the checkpoints' folder read-only, also for open files."""
         _run("mount", "--bind", str(self.checkpoints), str(self.checkpoints))
         _run("mount", "-o", "remount,bind,ro", str(self.checkpoints))
 
     def unprotect(self) -> None:
-        """Let them write again."""
+        """Make the checkpoints' folder writable again."""
         _run("umount", "-l", str(self.checkpoints))
 
     def unmount(self) -> None:
-        """Give everything back."""
+        """Unmount everything."""
         while True:
             try:
                 _run("umount", "-l", str(self.checkpoints))
@@ -169,31 +169,31 @@ class Disk:
 
 @dataclass
 class Event:
-    """One injury: planned (`step`, `early`, `delay`, `strike`), and what came of it."""
+    """One injury: its plan (`step`, `early`, `delay`, `strike`) and its result."""
 
     kind: str
-    step: int  # once the run is past it
-    delay: float  # so many steps' time later, so that it comes anywhere in a step, however fast they are
-    early: bool = False  # at start-up of a life instead, `delay` seconds in
-    strike: bool = False  # kill everything while it lasts
+    step: int  # due once the run has passed it
+    delay: float  # in steps' durations after that, so that it falls anywhere within a step
+    early: bool = False  # due `delay` seconds after the start of a life instead
+    strike: bool = False  # kill everything while the injury lasts
     chance: random.Random = field(default_factory=random.Random)
     life: int = 0
     at_step: int = 0
     note: str = ""
-    death: int | None = None  # exit code, where the life ended by it
-    seconds: float | None = None  # until steps were trained, or a checkpoint was committed, again
+    death: int | None = None  # exit code, where the injury ended the life
+    seconds: float | None = None  # until steps were trained or a checkpoint was committed again
     when: float = 0.0
 
     def report(self) -> dict[str, object]:
-        """For the JSON file."""
+        """The event for the JSON file."""
         names = ("kind", "life", "at_step", "early", "note", "death", "seconds")
         return {name: getattr(self, name) for name in names}
 
 
 def _one_of(ranks: Sequence[psutil.Process], event: Event, life: Life) -> psutil.Process:
-    """One of them, named in the event's note where it can still be asked."""
+    """A random rank, recorded in the event's note."""
     if not ranks:
-        raise Violation(f"the run was over, or not begun, before {event.kind}: {life.output}")
+        raise Violation(f"the run was over, or not started, before {event.kind}: {life.output}")
     victim = event.chance.choice(ranks)
     with contextlib.suppress(psutil.Error):
         event.note = f"rank {victim.environ().get('RANK')}"
@@ -201,7 +201,7 @@ def _one_of(ranks: Sequence[psutil.Process], event: Event, life: Life) -> psutil
 
 
 def kill_rank(event: Event, life: Life, disk: Disk) -> set[int]:
-    """SIGKILL of one rank: launch names it."""
+    """Kill one rank; launch reports it."""
     ranks = life.ranks()
     if not ranks:
         return kill_all(event, life, disk)
@@ -211,23 +211,23 @@ def kill_rank(event: Event, life: Life, disk: Disk) -> set[int]:
 
 
 def kill_all(event: Event, life: Life, disk: Disk) -> set[int]:
-    """SIGKILL of all processes."""
+    """Kill all processes."""
     life.kill()
     return {-signal.SIGKILL}
 
 
 def kill_launch_alone(event: Event, life: Life, disk: Disk) -> set[int]:
-    """SIGKILL of the launch alone: the ranks save a checkpoint, end, and give the folder free."""
+    """Kill only the launch: the ranks save a checkpoint, end, and release the folder."""
     ranks = life.ranks()
     life.process.kill()
     if not gone(ranks, PATIENCE):
-        raise Violation(f"ranks of life {life.number} live on without their launch: {life.output}")
+        raise Violation(f"ranks of life {life.number} survive their launch: {life.output}")
     life.ended()
     return {-signal.SIGKILL}
 
 
 def stop_rank(event: Event, life: Life, disk: Disk) -> set[int]:
-    """SIGSTOP of one rank: the watchdog ends the others, torchrun's agent kills it 30 s later."""
+    """Stop one rank with SIGSTOP: the watchdog ends the others, torchrun's agent kills it 30 s later."""
     victim = _one_of(life.ranks(), event, life)
     victim.suspend()
     life.until(lambda: life.count("all ranks end with exit code 75") > 0)
@@ -241,7 +241,9 @@ def stop_rank(event: Event, life: Life, disk: Disk) -> set[int]:
 
 def _truncate(path: Path, chance: random.Random) -> str:
     size = path.stat().st_size
-    left = chance.choice((0, size - 2, chance.randrange(size - 1)))  # without its last newline JSON is whole
+    left = chance.choice(
+        (0, size - 2, chance.randrange(size - 1))
+    )  # JSON without its last newline would be whole
     os.truncate(path, left)
     return f"{path.name} cut to {left} of {size} bytes"
 
@@ -250,10 +252,10 @@ def _flip(path: Path, chance: random.Random) -> str:
     bits = chance.choice((1, 1, 8))
     with path.open("r+b") as file:
         for _ in range(bits):
-            place = chance.randrange(path.stat().st_size)
-            file.seek(place)
+            offset = chance.randrange(path.stat().st_size)
+            file.seek(offset)
             byte = file.read(1)[0] ^ 1 << chance.randrange(8)
-            file.seek(place)
+            file.seek(offset)
             file.write(bytes([byte]))
     return f"{bits} bits of {path.name} flipped"
 
@@ -264,10 +266,10 @@ def _remove(path: Path, chance: random.Random) -> str:
 
 
 def damage(how: Callable[[Path, random.Random], str]) -> "Injury":
-    """Of a file of the newest checkpoint; with `strike` the next life meets it, else it may be replaced."""
+    """Damage a file of the newest checkpoint; with `strike` the next life finds it, else it may be gone."""
 
     def injury(event: Event, life: Life, disk: Disk) -> set[int]:
-        life.until(lambda: len(whole(disk.checkpoints)) > 2)  # what is left must be enough to go on
+        life.until(lambda: len(whole(disk.checkpoints)) > 2)  # enough must be left to resume
         if event.strike:
             life.kill()
         newest = whole(disk.checkpoints)[-1]
@@ -280,29 +282,29 @@ def damage(how: Callable[[Path, random.Random], str]) -> "Injury":
     return injury
 
 
-_marked: set[int] = set()  # inodes of folders that were damaged; a tmpfs gives none twice
+_marked: set[int] = set()  # inodes of damaged folders; a tmpfs never reuses one
 
 
 def mark(folder: Path) -> None:
-    """Remember that a checkpoint is damaged."""
+    """Mark a checkpoint as damaged."""
     with contextlib.suppress(FileNotFoundError):
         _marked.add(folder.stat().st_ino)
 
 
 def whole(checkpoints: Path) -> list[Path]:
-    """Committed checkpoints that nobody damaged, oldest first."""
-    found = []
+    """Committed and undamaged checkpoints, oldest first."""
+    undamaged = []
     for path in sorted(checkpoints.glob("step-*")):
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_ino not in _marked:
-                found.append(path)
-    return found
+                undamaged.append(path)
+    return undamaged
 
 
 def _until_saved_again(
     event: Event, life: Life, press: Callable[[], None], release: Callable[[], None]
 ) -> set[int]:
-    """`press` until a save has failed and was said; then, with `strike`, all are killed; then it is over."""
+    """Call `press` until a failed save is reported; with `strike` then kill all; then call `release`."""
     before = life.count(NOT_SAVED)
 
     def failed() -> bool:
@@ -316,13 +318,13 @@ def _until_saved_again(
             life.kill()
     finally:
         release()
-    if life.alive() and not life.said(COMMITTED) and life.alive():
+    if life.alive() and not life.await_line(COMMITTED) and life.alive():
         raise Violation(f"no checkpoint was committed after {event.kind}: {life.output}")
     return {-signal.SIGKILL} if event.strike else {2}
 
 
 def disk_full(event: Event, life: Life, disk: Disk) -> set[int]:
-    """Nearly nothing is free, until a save has failed."""
+    """Fill the disk until a save has failed."""
     size = sum(path.stat().st_size for path in whole(disk.checkpoints)[-1].iterdir())
     left = event.chance.choice((0, event.chance.randrange(size)))
     event.note = f"{left} of {size} bytes free"
@@ -330,7 +332,7 @@ def disk_full(event: Event, life: Life, disk: Disk) -> set[int]:
 
 
 def write_fails(event: Event, life: Life, disk: Disk) -> set[int]:
-    """No file of one rank may grow beyond a size: its writes fail in the middle, until a save has failed."""
+    """Limit the file size of one rank, so that its writes fail midway, until a save has failed."""
     limit = event.chance.randrange(20_000)
     victim = _one_of(life.ranks(), event, life)
     event.note += f" after {limit} bytes"
@@ -345,7 +347,7 @@ def write_fails(event: Event, life: Life, disk: Disk) -> set[int]:
 
 
 def read_only(event: Event, life: Life, disk: Disk) -> set[int]:
-    """The checkpoints' folder takes no new name, until a save has failed."""
+    """Make the checkpoints' folder read-only until a save has failed."""
     disk.protect()
     return _until_saved_again(event, life, lambda: None, disk.unprotect)
 

@@ -2,9 +2,9 @@
 
 usage: python3.11 tools/install.py requirements.txt
 
-torch comes as a CUDA build or a CPU build under one version. Where there is no NVIDIA GPU and the
-default index would give the CUDA build (gigabytes of no use), the CPU wheel index is used instead.
-TORCH_INDEX=URL chooses an index by hand; TORCH_INDEX=default keeps the default one.
+A torch version has a CUDA build and a CPU build. Without an NVIDIA GPU, where the default index would give
+the CUDA build (gigabytes of unused libraries), the CPU wheel index is used instead.
+TORCH_INDEX=URL sets an index; TORCH_INDEX=default keeps the default one.
 """
 
 import json
@@ -22,9 +22,9 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 def pip(*arguments: str, capture: bool = False, index: str = "") -> str:
-    """Run the environment's pip; its output if captured.
+    """Run the environment's pip. Returns its output if captured.
 
-    `index`: a URL that may hold a password, so it stands in no command, which others see and errors print.
+    `index`: a URL that may hold a password, so it is not passed in the command, which is visible to others.
     """
     command = [str(VENV / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", *arguments]
     environment = os.environ | ({"PIP_INDEX_URL": index} if index else {})
@@ -34,7 +34,7 @@ def pip(*arguments: str, capture: bool = False, index: str = "") -> str:
 
 
 def has_gpu() -> bool:
-    """Whether an NVIDIA driver answers."""
+    """Whether there is an NVIDIA GPU with a driver."""
     tool = shutil.which("nvidia-smi")
     return tool is not None and subprocess.run([tool, "-L"], capture_output=True).returncode == 0
 
@@ -42,7 +42,7 @@ def has_gpu() -> bool:
 def default_is_cuda(pin: str) -> bool:
     """Whether the default index gives a build of torch that requires CUDA libraries.
 
-    pip reads the wheel's metadata only; nothing is downloaded for this.
+    pip reads only the wheel's metadata for this.
     """
     question = ("--dry-run", "--ignore-installed", "--no-deps", "--quiet", "--report", "-", pin)
     report = json.loads(pip("install", *question, capture=True))
@@ -52,8 +52,8 @@ def default_is_cuda(pin: str) -> bool:
 
 def main(requirements: str) -> None:
     """Install everything."""
-    if sys.version_info[:2] != (3, 11):
-        raise SystemExit(f"install.py: Python 3.11 is needed, this is {sys.version.split()[0]}")
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        raise SystemExit(f"install.py: Python 3.11, 3.12 or 3.13 is needed, this is {sys.version.split()[0]}")
     if not (VENV / "bin" / "pip").exists():
         print(f"creating {VENV}", flush=True)
         venv.create(VENV, with_pip=True)

@@ -1,17 +1,17 @@
-"""Ctrl-C and SIGTERM at random moments of the commands that write something.
+"""Send Ctrl-C and SIGTERM at random moments to the commands that write something.
 
 usage: .venv/bin/python tools/interrupts.py [--moments 100] [--seed 1] [--json FILE]
 
-Each command runs undisturbed first, which tells how long it takes and what it comes to. Then it is started
-again and again and gets a signal at a moment drawn from all of that time: SIGINT to all of its processes, as
-a terminal sends it, or to the first one; SIGTERM likewise. Bad is
+Each command runs undisturbed first, for its duration and result. Then it is started again and again and gets
+a signal at a random moment of that duration: SIGINT or SIGTERM, to all of its processes, as from a terminal,
+or to the first one. Bad are
 
 - an exit code other than 130 (143), or 0 where all was done; other than one line; a traceback;
-- a process that lives on a second later, or a command that does not end;
-- something left behind that the same command, run again, does not clear away; a result with other bytes.
+- a process that lives a second longer, or a command that does not end;
+- leftovers that the same command, run again, does not remove; a result with other bytes.
 
-Exit code 1, and a line for each, where anything was bad. A signal that comes before the program's first line
-is Python's own to answer: those are counted apart and another moment is drawn.
+Each bad case gives a line, and the exit code is then 1. A signal before the program's first line is handled
+by Python itself: such cases are counted separately and another moment is drawn.
 
 examples:
   .venv/bin/python tools/interrupts.py
@@ -45,11 +45,11 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "MLM_INTERRUPTS"  # in the environment of every process of a case
-PATIENCE = 120.0  # seconds after which a command that was to end has not
-LATER = 1.0  # seconds after its end in which its processes must be gone
-RESULT = "result"  # what every command writes
-SCRATCH = "tmp/mlm-ray-*/ray/session_*_{pid}"  # of Ray, below /, where process `pid` has started it
-BARS = "━╸╺"  # of lines that show progress
+PATIENCE = 120.0  # seconds to wait for a command's end
+LATER = 1.0  # seconds after a command's end within which its processes must be gone
+RESULT = "result"  # name of every command's output
+SCRATCH = "tmp/mlm-ray-*/ray/session_*_{pid}"  # Ray's files below /, where process `pid` started it
+BARS = "━╸╺"  # characters of progress bars
 SIGNALS = tuple((number, all_of_them) for number in ("SIGINT", "SIGTERM") for all_of_them in (True, False))
 MODEL = (
     "model.vocab_size=512", "model.hidden_size=128", "model.num_hidden_layers=4",
@@ -63,15 +63,15 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 @dataclass
 class Case:
-    """A signal, and what came of it."""
+    """A signal and its outcome."""
 
     command: str
     number: str
-    everyone: bool  # to all processes of the command
+    everyone: bool  # sent to all processes of the command
     at: float  # seconds after its start
     code: int | None = None
     seconds: float = 0.0  # from the signal to the end
-    heard: bool = True  # it came after the program's first line
+    heard: bool = True  # came after the program's first line
     left: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
 
@@ -90,7 +90,7 @@ class Running:
             MARK: self.mark,
             "TMPDIR": str(log.parent / "tmp"),
         }
-        # A shell starts what runs in the background deaf to Ctrl-C.
+        # A shell starts background processes with SIGINT ignored.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with log.open("wb") as file:
             self.process = subprocess.Popen(
@@ -98,22 +98,22 @@ class Running:
             )
 
     def listens(self) -> bool:
-        """Whether our first line was reached: Python itself leaves SIGTERM alone."""
+        """Whether the program's first line was reached: Python itself has no SIGTERM handler."""
         for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
             if line.startswith("SigCgt:"):
                 return bool(int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
         return False
 
     def processes(self) -> list[psutil.Process]:
-        """All of its processes, wherever they have gone."""
-        found = []
+        """All processes of the command, also detached ones."""
+        processes = []
         for process in psutil.process_iter():
             try:
                 if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
+                    processes.append(process)
             except psutil.Error:
                 continue
-        return found
+        return processes
 
     def send(self, number: int, everyone: bool) -> None:
         (os.killpg if everyone else os.kill)(self.process.pid, number)
@@ -126,7 +126,7 @@ class Running:
         return True
 
     def scratch(self) -> list[str]:
-        """Ray's files that it has left."""
+        """Files of Ray left behind."""
         return [str(path) for path in Path("/").glob(SCRATCH.format(pid=self.process.pid))]
 
     def text(self) -> str:
@@ -134,7 +134,7 @@ class Running:
 
 
 class Interrupts:
-    """A command, what it comes to, and all of its cases."""
+    """A command, its undisturbed result, and all of its cases."""
 
     def __init__(self, name: str, words: list[str], folder: Path) -> None:
         self.name, self.folder = name, folder / name
@@ -143,13 +143,13 @@ class Interrupts:
         self.count = 0
         for path in (self.output.parent, self.folder / "tmp"):
             path.mkdir(parents=True)
-        self.usual = set[str]()  # what libraries leave in the folder for temporary files
+        self.usual = set[str]()  # leftovers of libraries in the temporary folder
         self.seconds = self._undisturbed()
         self.expected = contents(self.output)
         self._clear()
 
     def cases(self, chance: random.Random) -> Iterator[Case]:
-        """The next moment between the program's first line and its end, after those before that line."""
+        """Cases until one comes between the program's first line and its end."""
         while True:
             number, everyone = chance.choice(SIGNALS)
             case = Case(self.name, number, everyone, chance.uniform(0, self.seconds))
@@ -164,34 +164,34 @@ class Interrupts:
 
     def _undisturbed(self) -> float:
         self._clear()
-        begun = time.monotonic()
+        started = time.monotonic()
         running = self._start()
         if not running.ended(PATIENCE) or running.process.returncode:
             raise SystemExit(f"interrupts: {self.name} does not work: {running.text()[-2000:]}")
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - started
         self.usual |= {path.name for path in (self.folder / "tmp").iterdir()}
         return seconds
 
     def _temporary(self) -> list[str]:
-        """What only a command that was stopped has left there."""
+        """Temporary files left by a stopped command only."""
         return [path.name for path in (self.folder / "tmp").iterdir() if path.name not in self.usual]
 
     def _try(self, case: Case, chance: random.Random) -> bool:
-        """Whether the signal came before the end."""
+        """Run a case. Returns whether the signal came before the end."""
         running = self._start()
         if running.ended(case.at):
             self._clear()
             return False
-        case.heard, begun = running.listens(), time.monotonic()
+        case.heard, started = running.listens(), time.monotonic()
         running.send(signal.Signals[case.number], case.everyone)
         if not running.ended(PATIENCE):
             case.bad.append(f"it did not end in {PATIENCE:.0f} s ({running.log})")
-        case.seconds, case.code = time.monotonic() - begun, running.process.returncode
-        case.heard |= case.code == 0  # it came when all was done, as Python ended
+        case.seconds, case.code = time.monotonic() - started, running.process.returncode
+        case.heard |= case.code == 0  # it came during Python's exit, when all was done
         time.sleep(LATER)
         if alive := running.processes():
             names = Counter(" ".join(process.cmdline())[:60] for process in alive)
-            case.bad.append(f"lives on: {dict(names)}")
+            case.bad.append(f"still running: {dict(names)}")
             for process in alive:
                 process.kill()
         if not case.heard:
@@ -199,13 +199,13 @@ class Interrupts:
             return True
         self._judge(case, running)
         case.left += [*running.scratch(), *self._temporary()]
-        self._look_at_rest(case, running, chance)
+        self._check_leftovers(case, running, chance)
         if case.bad:
             case.bad.append(f"see {running.log}")
         return True
 
     def _judge(self, case: Case, running: Running) -> None:
-        """Exit code and words."""
+        """Check exit code and output."""
         number, text = signal.Signals[case.number], running.text()
         if case.code not in (0, 128 + number):
             case.bad.append(f"exit code {case.code}")
@@ -215,17 +215,17 @@ class Interrupts:
             case.bad.append(f"{len(ours)} lines, the last one: {lines[-1] if lines else None!r}")
         others = [line for line in lines if line not in ours and not set(line) & set(BARS)]
         if others and case.code:
-            case.bad.append(f"it also says {others[:3]}")
+            case.bad.append(f"it also prints {others[:3]}")
 
-    def _look_at_rest(self, case: Case, before: Running, chance: random.Random) -> None:
-        """What lies there: nothing, the whole result, or what the same command clears and goes on from."""
+    def _check_leftovers(self, case: Case, before: Running, chance: random.Random) -> None:
+        """Check the output: nothing, the whole result, or leftovers that a rerun clears or resumes."""
         others = [path.name for path in self.output.parent.iterdir() if path.name != RESULT]
         if self.output.is_dir():
             others += [path.name for path in self.output.iterdir() if is_draft(path.name)]
         case.left += others
         whole = contents(self.output) == self.expected
         if case.code == 0 and not whole:
-            case.bad.append("exit code 0 and no whole result")
+            case.bad.append("exit code 0 without a whole result")
         if whole:
             self._clear()
         elif case.left or (self.output.exists() and chance.random() < 0.2):
@@ -233,11 +233,11 @@ class Interrupts:
             if not running.ended(PATIENCE) or running.process.returncode:
                 case.bad.append(f"the same command fails afterwards: {running.text()[-300:]}")
             elif contents(self.output) != self.expected:
-                case.bad.append("the same command comes to another result afterwards")
-            rest = [path.name for path in self.output.parent.iterdir() if path.name != RESULT]
-            rest += [*before.scratch(), *running.scratch(), *self._temporary()]
-            if rest:
-                case.bad.append(f"left for ever: {rest}")
+                case.bad.append("the same command gives another result afterwards")
+            leftovers = [path.name for path in self.output.parent.iterdir() if path.name != RESULT]
+            leftovers += [*before.scratch(), *running.scratch(), *self._temporary()]
+            if leftovers:
+                case.bad.append(f"never removed: {leftovers}")
             self._clear()
 
     def _clear(self) -> None:
@@ -247,12 +247,12 @@ class Interrupts:
 
 
 def is_draft(name: str) -> bool:
-    """Whether a file has not got its name yet."""
+    """Whether a file still has its temporary name."""
     return name.endswith((".part", ".writing")) or name.startswith("shard-")
 
 
 def contents(folder: Path) -> dict[str, Any] | None:
-    """Bytes of every file; a table's index without its time, and the digest that covers it."""
+    """Bytes of every file; a table's index without its time and the digest that covers it."""
     if not folder.is_dir():
         return None
     files: dict[str, Any] = {}
@@ -266,7 +266,7 @@ def contents(folder: Path) -> dict[str, Any] | None:
 
 
 def prepared(folder: Path) -> dict[str, list[str]]:
-    """Real text, a model of it and a table; the commands that read them."""
+    """Make text, a model and a table. Returns the commands that read them."""
     text, data, run, model, table = (folder / name for name in ("text", "data", "run", "model", "table"))
     for words in (
         ("data", "collect", "--output", text, "--max-bytes", "2MB"),
@@ -290,12 +290,12 @@ def prepared(folder: Path) -> dict[str, list[str]]:
 
 
 def command(*words: object) -> list[str]:
-    """A command line."""
+    """A command line of mlm-train."""
     return [sys.executable, "-m", "mlm_train", *map(str, words)]
 
 
 def figures(cases: list[Case]) -> dict[str, Any]:
-    """Of one command's cases."""
+    """Figures of one command's cases."""
     heard = [case for case in cases if case.heard]
     seconds = [case.seconds for case in heard if case.code]
     early = Counter(case.code for case in cases if not case.heard)
@@ -313,31 +313,33 @@ def figures(cases: list[Case]) -> dict[str, Any]:
 
 
 def arguments(known: tuple[str, ...]) -> argparse.Namespace:
-    """What the user asks for."""
+    """The parsed options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--moments", type=int, default=100, help="of each command (default 100)")
-    parser.add_argument("--seed", type=int, default=1, help="of the moments (default 1)")
+    parser.add_argument(
+        "--moments", type=int, default=100, help="number of moments per command (default 100)"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="random seed (default 1)")
     parser.add_argument("--commands", default=",".join(known), help=f"default: {','.join(known)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and every case")
     args = parser.parse_args()
     args.commands = args.commands.split(",")
     if unknown := [name for name in args.commands if name not in known]:
-        parser.error(f"--commands {unknown[0]}: choose of {', '.join(known)}")
+        parser.error(f"--commands {unknown[0]}: choose from {', '.join(known)}")
     if args.moments < 1:
         parser.error(f"--moments {args.moments}: give at least 1")
     return args
 
 
 def main() -> int:
-    """0; 1 where anything was bad."""
+    """Returns 0, or 1 where a case was bad."""
     args = arguments(("export", "import", "prepare", "build", "compress"))
     folder, chance = Path(tempfile.mkdtemp(prefix="interrupts-")), random.Random(args.seed)
-    begun, found = time.monotonic(), dict[str, list[Case]]()
+    started, found = time.monotonic(), dict[str, list[Case]]()
     known = prepared(folder)
     commands = [Interrupts(name, known[name], folder) for name in args.commands]
-    with contextlib.suppress(KeyboardInterrupt):  # what is done is told
+    with contextlib.suppress(KeyboardInterrupt):  # report the cases so far
         for _ in track(range(args.moments), "moments", console=console, transient=True):
             for one in commands:
                 for case in one.cases(chance):
@@ -355,7 +357,7 @@ def main() -> int:
     if args.json:
         tree = {
             "seed": args.seed,
-            "minutes": round((time.monotonic() - begun) / 60, 1),
+            "minutes": round((time.monotonic() - started) / 60, 1),
             "figures": by_command,
         }
         tree["cases"] = [vars(case) for cases in found.values() for case in cases]

@@ -1,4 +1,4 @@
-"""Ways to damage a file, drawn by chance: its bytes, the JSON or YAML in it, or what stands in its place."""
+"""Random damage to a file: its bytes, its JSON or YAML, or a replacement by something else."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-Reseal = Callable[[Any], bytes]  # a changed tree -> the file, its own checksum made again
+Reseal = Callable[[Any], bytes]  # a changed tree -> the file, with its own checksum recomputed
 HUGE = 2**40  # bytes of a sparse file
 WORDS: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, 3, 4, 8, 16, 64, 1e-3, 2**31, 2**32, 2**63 - 1, 2**63, -(2**63), 2**64,
@@ -34,10 +34,10 @@ YAML_TEXTS = (
 
 
 def damage_bytes(data: bytes, chance: random.Random) -> bytes:
-    """Some of its bytes are others, more or fewer."""
+    """Change, insert or remove some bytes."""
     out = bytearray(data)
     for _ in range(chance.choice((1, 1, 1, 2, 8))):
-        # Headers are where readers stumble: half of all places are at the start.
+        # Headers are the most sensitive: half of all positions are at the start.
         end = max(1, min(len(out), chance.choice((64, 1024, len(out), len(out)))))
         at = chance.randrange(end)
         how = chance.randrange(8)
@@ -57,18 +57,18 @@ def damage_bytes(data: bytes, chance: random.Random) -> bytes:
 
 
 def damage_tree(tree: Any, chance: random.Random) -> Any:
-    """A JSON value with some of its parts of another type or size, gone, new, or swapped. Changes `tree`."""
+    """Change, remove, add or swap some parts of a JSON value, in place where possible."""
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
         if not isinstance(tree, dict | list) or not tree:
             return chance.choice(WORDS)
-        inside, key = _place(tree, chance)
+        inside, key = _position(tree, chance)
         how = chance.randrange(10)
         if how == 0:
             del inside[key]
         elif how == 1:
             _add(inside, chance.choice(("extra", "sha256", "", "format", "__proto__")), chance.choice(WORDS))
         elif how == 2:
-            other, there = _place(tree, chance)
+            other, there = _position(tree, chance)
             inside[key], other[there] = other[there], inside[key]
         elif how == 3 and isinstance(inside[key], int | float):
             inside[key] = inside[key] * chance.choice((-1, 0, 2, 10, 2**40)) + chance.choice((-1, 0, 1))
@@ -85,8 +85,8 @@ def damage_tree(tree: Any, chance: random.Random) -> Any:
     return tree
 
 
-def _place(tree: Any, chance: random.Random) -> tuple[Any, Any]:
-    """(container, key) of a value, by a walk from the top: a long list is met no more than a short one."""
+def _position(tree: Any, chance: random.Random) -> tuple[Any, Any]:
+    """(container, key) of a random value, by a walk from the root, so that long lists are not preferred."""
     while True:
         key = chance.choice(list(tree) if isinstance(tree, dict) else range(len(tree)))
         inner = tree[key]
@@ -111,19 +111,19 @@ def _add(inside: Any, key: str, value: Any) -> None:
 
 
 def damage_text(text: str, chance: random.Random) -> str:
-    """A word with another character, or more."""
+    """Insert or replace characters in a string."""
     at = chance.randrange(len(text) + 1)
     what = chance.choice(("", "0", "x", "\n", "\0", "/", "..", "\u2028", "é", "\x1b[31m", "\ud800"))
     return text[:at] + what + text[at + chance.choice((0, 1)) :]
 
 
 def json_bytes(tree: Any) -> bytes:
-    """JSON as a hostile writer has it: NaN and half surrogates too."""
+    """JSON as a hostile writer would produce it, with NaN and half surrogates."""
     return json.dumps(tree).encode("ascii")
 
 
 def damage_json(data: bytes, chance: random.Random, reseal: Reseal | None) -> tuple[bytes, bool]:
-    """The file with its JSON damaged, and whether its seal was made again."""
+    """Damage a file's JSON. Returns the file, and whether its checksum was recomputed."""
     how = chance.randrange(12)
     if how == 0:
         depth = chance.choice((70, 990, 100_000))
@@ -139,12 +139,12 @@ def damage_json(data: bytes, chance: random.Random, reseal: Reseal | None) -> tu
         try:
             return reseal(tree), True
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
-            pass  # too far from what it was to have a seal
+            pass  # too damaged for a checksum
     return json_bytes(tree), False
 
 
 def damage_safetensors(data: bytes, chance: random.Random) -> bytes:
-    """The header's JSON, or its length."""
+    """Damage the header's JSON or its length."""
     length = int.from_bytes(data[:8], "little")
     if chance.random() < 0.2:
         length = chance.choice((0, 1, 7, length - 1, length + 1, len(data), 2**31, 2**63, 2**64 - 1))
@@ -154,7 +154,7 @@ def damage_safetensors(data: bytes, chance: random.Random) -> bytes:
 
 
 def damage_sentencepiece(data: bytes, chance: random.Random) -> bytes:
-    """A model whose parts are well formed and say something else: pieces, scores, kinds, normalisation."""
+    """Change a model's pieces, scores, types or normalization, keeping it well-formed."""
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto.FromString(data)
@@ -195,7 +195,7 @@ def damage_sentencepiece(data: bytes, chance: random.Random) -> bytes:
 
 
 def damage_yaml(text: str, chance: random.Random) -> str:
-    """Lines of it with other values, twice, gone or elsewhere; or its values as JSON, which is YAML too."""
+    """Change, duplicate, remove or move lines; or damage the values and write them as JSON."""
     if chance.random() < 0.4:
         return json.dumps(damage_tree(yaml.safe_load(text), chance))
     lines = text.splitlines()
@@ -217,10 +217,10 @@ def damage_yaml(text: str, chance: random.Random) -> str:
 
 
 def replace_file(path: Path, chance: random.Random) -> str:
-    """Put something else in a file's place; what."""
+    """Replace a file by something else. Returns a description."""
     data = path.read_bytes()
     path.unlink()
-    ways = ["fifo", "folder", "empty", "gone", "loop", "dangling", "device", "zero", "outside", "garbage"]
+    kinds = ["fifo", "folder", "empty", "gone", "loop", "dangling", "device", "zero", "outside", "garbage"]
     if path.suffix not in (
         ".gz",
         ".xz",
@@ -229,8 +229,8 @@ def replace_file(path: Path, chance: random.Random) -> str:
         ".txt",
         ".jsonl",
     ):  # a text may be as long as it likes
-        ways.append("sparse")
-    how = chance.choice(ways)
+        kinds.append("sparse")
+    how = chance.choice(kinds)
     if how == "fifo":
         os.mkfifo(path)
     elif how == "folder":

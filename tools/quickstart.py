@@ -1,9 +1,9 @@
-"""The whole road on four CPU processes, TP2 x PP2: text, tokenizer, training with a kill, export, ToL.
+"""The whole workflow on four CPU processes, TP2 x PP2: text, tokenizer, training with a kill, export, ToL.
 
 usage: .venv/bin/python tools/quickstart.py [--folder runs/quickstart]
 
-Every stage is one `mlm-train` command, printed before it runs; a stage that is done already is not
-done again. Ends in a table of what was measured.
+Every stage is one `mlm-train` command, printed before it runs; finished stages are skipped. Ends with a table
+of measurements.
 """
 
 import argparse
@@ -32,11 +32,11 @@ NEW_TOKENS = 48
 console = Console(highlight=False, soft_wrap=True)
 
 
-class Road:
-    """The stages, each with the folder it leaves behind."""
+class Quickstart:
+    """The stages, each with its output folder."""
 
     def __init__(self, folder: Path) -> None:
-        folder = folder.resolve()  # the commands run in ROOT, whatever the caller's folder is
+        folder = folder.resolve()  # the commands run in ROOT
         self.folder = folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
         self.text, self.data = folder / "text", folder / "data"
         self.run, self.export, self.tol = folder / "run", folder / "export", folder / "tol"
@@ -52,25 +52,25 @@ class Road:
         return [sys.executable, "-m", "mlm_train", *line]
 
     def do(self, *words: object) -> None:
-        """Run a command; end where it fails."""
+        """Run a command. Exits where it fails."""
         code = subprocess.call(self.command(*words), cwd=ROOT)
         if code:
             raise SystemExit(f"quickstart: the command above failed with exit code {code}")
 
     def ask(self, *words: object) -> dict[str, Any]:
-        """Run a command with --json and read what it prints."""
+        """Run a command with --json and return its output."""
         done = subprocess.run(self.command(*words, "--json"), cwd=ROOT, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise SystemExit(f"quickstart: the command above failed with exit code {done.returncode}")
         return json.loads(done.stdout)
 
     def keep(self, **values: Any) -> None:
-        """Remember results over restarts."""
+        """Save results for a restart."""
         self.results |= values
         self.results_file.write_text(json.dumps(self.results, indent=1), encoding="utf-8")
 
     def prepare(self) -> None:
-        """Text of this Python installation, a tokenizer trained on it, token ids."""
+        """Collect text of this Python installation, train a tokenizer on it, tokenize."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.text.exists():
             self.do("data", "collect", "--output", self.text, "--max-bytes", "24MB")
@@ -81,7 +81,7 @@ class Road:
             self.do("data", "inspect", self.data, "--samples", 1)
 
     def train(self) -> None:
-        """Train; kill a rank with SIGKILL once a checkpoint is on disk; start again and finish."""
+        """Train; kill a rank with SIGKILL once a checkpoint is on disk; restart and finish."""
         words = (
             "launch", "--nproc", PROCESSES, "configs/micro.yaml",
             f"data.path={self.data}", f"train.output={self.run}", *LAYOUT,
@@ -92,7 +92,7 @@ class Road:
         if "killed" not in self.results:
             launch = subprocess.Popen(self.command(*words), cwd=ROOT)
             killed = self._kill_a_rank_after_a_checkpoint(launch)
-            console.print(f"[bold]killed one rank (kill -9) {killed}; starting again[/bold]")
+            console.print(f"[bold]killed one rank (kill -9) {killed}; restarting[/bold]")
             self.keep(killed=killed)
         self.do(*words)
         self.keep(trained=True, train_seconds=time.perf_counter() - started)
@@ -102,11 +102,11 @@ class Road:
         before = pointer.read_text() if pointer.is_file() else ""  # of an interrupted quickstart
         while not pointer.is_file() or pointer.read_text() == before:
             if launch.poll() == 0:
-                return "(it was finished already)"
+                return "(it had already finished)"
             if launch.poll() is not None:
                 raise SystemExit("quickstart: training failed before it could be killed")
             time.sleep(0.2)
-        time.sleep(2)  # some steps further, so that work is really lost
+        time.sleep(2)  # some steps later, so that work is really lost
         step = pointer.read_text().strip()
         children = psutil.Process(launch.pid).children(recursive=True)
         ranks = [child for child in children if "pretrain" in child.cmdline()]
@@ -117,18 +117,18 @@ class Road:
         return f"after {step}"
 
     def evaluate(self) -> None:
-        """Export and compare with counting baselines on all validation windows."""
+        """Export, and compare with count-based baselines on all validation windows."""
         if not self.export.exists():
             self.do("export", self.run, "--output", self.export)
         if "evaluation" not in self.results:
-            found = self.ask(
+            evaluation = self.ask(
                 "evaluate", "--model", self.export, "--data", self.data, "--sequence-length", 256,
                 "--baselines", self.run,
             )  # fmt: skip
-            self.keep(evaluation=found)
+            self.keep(evaluation=evaluation)
 
     def look_up(self) -> None:
-        """Build the ToL on Ray, verify every row against the weights, generate both ways."""
+        """Build the ToL on Ray, verify every row against the weights, generate with and without it."""
         if not (self.tol / "tol.index.json").exists():
             started = time.perf_counter()
             self.do("tol", "build", self.export, "--output", self.tol, "--dtype", "bfloat16",
@@ -139,7 +139,7 @@ class Road:
         self.keep(computed=self.ask(*generate), looked_up=self.ask(*generate, "--tol", self.tol))
 
     def show(self) -> None:
-        """The closing table."""
+        """Print the table of measurements."""
         found, computed = self.results["evaluation"], self.results["computed"]
         looked_up, verified = self.results["looked_up"], self.results["verified"]
         tags = ("train/loss", "speed/tokens_per_second", "data/distinct_ratio_step")
@@ -159,11 +159,11 @@ class Road:
             "ToL partitions, built on Ray": f"{len(partitions)} in {self.results['tol_seconds']:.0f} s",
             "largest error of a ToL number": f"{verified['max_abs_error']:.1e}",
             "both generations agree": "yes" if computed["ids"] == looked_up["ids"] else "no",
-            "ms a token, FFN-M computed": f"{computed['decode_ms_per_token']:.2f}",
-            "ms a token, FFN-M looked up": f"{looked_up['decode_ms_per_token']:.2f}",
+            "ms per token, FFN-M computed": f"{computed['decode_ms_per_token']:.2f}",
+            "ms per token, FFN-M looked up": f"{looked_up['decode_ms_per_token']:.2f}",
             "watch it in TensorBoard": f".venv/bin/mlm-train monitor {self.run}",
         }
-        table = Table(title="quickstart: what was measured", title_justify="left", show_header=False)
+        table = Table(title="quickstart: measurements", title_justify="left", show_header=False)
         for name, value in rows.items():
             table.add_row(name, value)
         console.print(f"\n{PROMPT}{looked_up['text']}\n", markup=False, style="dim")
@@ -172,10 +172,10 @@ class Road:
             raise SystemExit("quickstart: the model did not beat the bigram baseline")
 
     def series(self, *tags: str) -> list[list[float]]:
-        """TensorBoard tags of the run, read with TensorBoard's own reader."""
+        """Values of the run's TensorBoard tags, read with TensorBoard's own reader."""
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        # It remarks that the killed run's steps after its checkpoint are gone, as they should be.
+        # It warns that the killed run's steps after its checkpoint are gone, which is expected.
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
         events = EventAccumulator(str(self.run / "tensorboard"))
         events.Reload()
@@ -183,15 +183,22 @@ class Road:
 
 
 def main() -> None:
-    """Walk the road."""
+    """Run all stages."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/quickstart"))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    road = Road(parser.parse_args().folder)
+    quickstart = Quickstart(parser.parse_args().folder)
     started = time.perf_counter()
-    for stage in (road.prepare, road.train, road.evaluate, road.look_up, road.show):
+    stages = (
+        quickstart.prepare,
+        quickstart.train,
+        quickstart.evaluate,
+        quickstart.look_up,
+        quickstart.show,
+    )
+    for stage in stages:
         stage()
     console.print(f"took {(time.perf_counter() - started) / 60:.1f} minutes")
 

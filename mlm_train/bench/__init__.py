@@ -1,1 +1,1 @@
-"""Benchmarks: alternated runs, medians, and the machine beside every figure."""
+"""Benchmarks: alternating runs, medians, and a description of the machine with every figure."""

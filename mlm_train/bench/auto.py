@@ -1,4 +1,4 @@
-"""`bench auto`: memory.mode=auto against every mode measured, on shapes whose best mode differs."""
+"""`bench auto`: compare memory.mode=auto with every measured mode, on shapes with different best modes."""
 
 import statistics
 import time
@@ -29,16 +29,16 @@ class Shape:
     """A model and the micro-batches of a step."""
 
     hidden: int
-    keys: int  # FFN-M's
+    keys: int  # of FFN-M
     layers: int
     vocabulary: int
     length: int
     micro_batch: int
     micro_batches: int
-    flat: bool = False  # ids drawn evenly instead of as in text
+    flat: bool = False  # ids drawn from a uniform distribution instead of as in text
 
 
-# One micro-batch a step, two, many; a narrow FFN-M; hardly an id twice; a wide FFN-M.
+# One micro-batch per step, two, many; a narrow FFN-M; hardly any repeated ids; a wide FFN-M.
 SHAPES = {
     "single": Shape(256, 683, 4, 8192, 256, 8, 1),
     "pair": Shape(256, 683, 4, 8192, 256, 4, 2),
@@ -50,7 +50,7 @@ SHAPES = {
 
 
 def config_of(shape: Shape, mode: str) -> Config:
-    """The config of a shape in a mode."""
+    """The config of a shape with a memory mode."""
     model = {
         "vocab_size": shape.vocabulary,
         "hidden_size": shape.hidden,
@@ -63,12 +63,13 @@ def config_of(shape: Shape, mode: str) -> Config:
 
 
 def bench_auto(runs: int, names: Sequence[str] | None, json_file: str | None) -> int:
-    """Measure, print, write; 0."""
+    """Measure, print and write the report. Returns 0."""
     shapes = _checked(runs, names, json_file)
-    found, console = report.machine(), Console(stderr=True)
+    machine, console = report.machine(), Console(stderr=True)
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
-    table = Table("shape", *MODES, "auto takes", "over best", title="forward and backward of a step, seconds")
+    title = "forward and backward of a step, seconds"
+    table = Table("shape", *MODES, "auto chooses", "over best", title=title)
     for name, shape in track(shapes.items(), "measuring", console=console, transient=True):
         seconds, chosen = _measure(shape, runs)
         rows += [report.row(f"{name}.{mode}", values, "s") for mode, values in seconds.items()]
@@ -78,34 +79,34 @@ def bench_auto(runs: int, names: Sequence[str] | None, json_file: str | None) ->
         table.add_row(name, *cells, chosen, f"{ratios[f'{name}.auto_over_best']:.3f}")
     output = Console()
     output.print(table)
-    output.print(report.describe(found))
+    output.print(report.describe(machine))
     if json_file is not None:
-        report.write_report(Path(json_file), found, rows, ratios)
+        report.write_report(Path(json_file), machine, rows, ratios)
     return 0
 
 
 def _checked(runs: int, names: Sequence[str] | None, json_file: str | None) -> dict[str, Shape]:
-    """The shapes that are asked for."""
+    """The chosen shapes. UserError for wrong options."""
     if runs < 1:
         raise UserError(f"--runs {runs}: give at least 1")
     if json_file is not None:
         report.check_writable(Path(json_file))
     for name in names or ():
         if name not in SHAPES:
-            raise UserError(f"--shapes {name}: known are {', '.join(SHAPES)}")
+            raise UserError(f"--shapes {name}: choose from {', '.join(SHAPES)}")
     return {name: SHAPES[name] for name in names or SHAPES}
 
 
 def _measure(shape: Shape, runs: int) -> tuple[dict[str, list[float]], str]:
-    """Seconds of each mode's steps, in turn, and the mode that auto takes."""
+    """Seconds of each mode's steps, alternating, and the mode that auto chooses."""
     batches = [(ids, ids.roll(-1, 1)) for ids in _ids(shape).split(shape.micro_batch)]
     executors = {mode: build(config_of(shape, mode))[1] for mode in MODES}
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
     for run in range(runs + 1):
         for mode, executor in executors.items():
-            taken = _step(executor, batches)
-            if run:  # the first one warms up
-                seconds[mode].append(taken)
+            step_seconds = _step(executor, batches)
+            if run:  # the first is warm-up
+                seconds[mode].append(step_seconds)
     config = config_of(shape, "auto")
     runtime, distinct = processes.start(config), Distinct.of([ids for ids, _ in batches])
     choice = choose(config, runtime.topology, distinct, measure_speeds(config, runtime), GIB)
@@ -120,7 +121,7 @@ def _step(executor: Executor, batches: list[Batch]) -> float:
 
 
 def _ids(shape: Shape) -> torch.Tensor:
-    """[sequences, length]: the k-th id in proportion to 1/k, as in text, or all alike."""
+    """Ids [sequences, length]: the k-th with a probability proportional to 1/k, as in text, or uniform."""
     weights = torch.ones(shape.vocabulary)
     if not shape.flat:
         weights /= torch.arange(1, shape.vocabulary + 1)

@@ -1,4 +1,4 @@
-"""What several benchmarks build alike: the config of a small step, and what runs it."""
+"""The config of a small step and its executor, shared by several benchmarks."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from mlm_train.parallel.build import build_executor, build_model
 from mlm_train.parallel.pipeline.single_stage import Executor
 
 SEED = 1234
-MODES: dict[str, dict[str, Any]] = {  # executions of FFN-M, as config section `memory` says them
+MODES: dict[str, dict[str, Any]] = {  # executions of FFN-M, as config sections `memory`
     "per_token": {"mode": "per_token"},
     "unique": {"mode": "unique"},
     "table": {"mode": "table"},
@@ -28,7 +28,7 @@ def step_config(
     train: dict[str, Any],
     parallel: dict[str, Any] | None = None,
 ) -> Config:
-    """A step on CPU without data; `mode` of MODES, or auto; None for a base model."""
+    """Config of a step on CPU without data. mode: one of MODES, or auto; None: a base model."""
     tree: dict[str, Any] = {
         "model": model | {"kind": "base" if mode is None else "memory"},
         "data": {"path": "none", "sequence_length": length},
@@ -46,7 +46,7 @@ def step_config(
 
 
 def build(config: Config) -> tuple[Transformer, Executor, processes.Runtime]:
-    """On all ranks, without an optimizer; the same weights whatever the layout."""
+    """Build model and executor on all ranks, without an optimizer; every layout has the same weights."""
     runtime = processes.start(config)
     model = build_model(config, runtime)
     initialise(model, config.model, SEED)

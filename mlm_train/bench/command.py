@@ -10,7 +10,7 @@ from mlm_train.utils.arguments import add_action
 if TYPE_CHECKING:
     from mlm_train.utils.arguments import Actions
 
-HELP = """Measure this machine: alternated runs, medians.
+HELP = """Measure this machine: alternating runs, medians.
 
 examples:
   mlm-train bench train --data runs/bench/data --preset a --json train.a.json
@@ -19,12 +19,12 @@ examples:
   mlm-train bench data --data runs/bench/data --json data.json
   mlm-train bench tol --folder /scratch --json tol.json"""
 
-_TRAIN_HELP = """Speed, memory and FLOPs of a training step: base, memory, flex, and transformers' Llama.
+_TRAIN_HELP = """Measure speed, memory and FLOPs of a training step: base, memory, flex, transformers' Llama.
 
-A process a variant; one at a time runs one micro-batch, in turn. Presets: a (12 layers, hidden 768, 16,384
-tokens a step), b (8 layers, hidden 1,024, 65,536 tokens a step), tiny (for tests). All variants see the same
-text and, kind by kind, the same weights; exit code 1 if losses or gradients of one kind differ. All processes
-are alive at once: preset a needs about 20 GiB, or fewer --variants.
+Each variant has its own process; one at a time runs one micro-batch, alternating. Presets: a (12 layers,
+hidden 768, 16,384 tokens per step), b (8 layers, hidden 1,024, 65,536 tokens per step), tiny (for tests). All
+variants use the same text, and those of one kind the same weights; exit code 1 if losses or gradients of one
+kind differ. All processes exist at the same time: preset a needs about 20 GiB, or fewer --variants.
 
 examples:
   mlm-train data collect --source /usr/share/doc/linux-doc-6.1/html --output runs/bench/text
@@ -32,22 +32,23 @@ examples:
   mlm-train bench train --data runs/bench/data --preset a --json train.a.json --plot train.a.png
   mlm-train bench train --data runs/bench/data --preset b --variants base memory.table noffn --runs 4"""
 
-_AUTO_HELP = """Compare what memory.mode=auto decides with every mode measured, on six small shapes.
+_AUTO_HELP = """Compare the choice of memory.mode=auto with every measured mode, on six small shapes.
 
-Forward and backward of a whole step on one CPU process, the modes in turn; ids drawn from a Zipf
-distribution, once evenly. `over best` is the median of the mode that auto takes over the smallest median.
+Forward and backward of a whole step on one CPU process, the modes alternating; ids drawn from a Zipf
+distribution, for one shape from a uniform one. `over best` is the median of the mode that auto chooses over
+the smallest median.
 
 examples:
   mlm-train bench auto
   mlm-train bench auto --runs 9 --json auto.json"""
 
-_X0_HELP = """Count and time the three ways in which x0 reaches the stages of a pipeline.
+_X0_HELP = """Count and time the three transports of x0 to the stages of a pipeline.
 
 For each number of stages that many gloo processes train a small memory model: real steps, forward and
-backward, no optimizer. What x0 moves is counted where tensors are handed to torch.distributed, as
-what a step moves less what the same step of a model without FFN-M moves, and compared with the formula.
-Exit code 1 if they differ, or if the transports' losses do. Timings are of this machine: processes
-that share cores or memory make them noisy.
+backward, no optimizer. The traffic of x0 is counted where tensors are handed to torch.distributed, as a
+step's traffic minus that of the same step of a model without FFN-M, and compared with the formula.
+Exit code 1 if they differ, or if the transports' losses do. Processes that share cores or memory make
+timings noisy.
 
 examples:
   mlm-train bench x0
@@ -56,44 +57,44 @@ examples:
 
 _LOSS_HELP = """Compare the chunked head and loss, which never holds all logits, with the plain one.
 
-Forward and backward over random inputs, the two ways in turn, every run a process of its own. Peak memory is
-the rise of the process's peak resident set above what it held before the run, less the weight's gradient.
-Exit code 1 if the losses or gradients of the two ways differ.
+Forward and backward over random inputs, the two methods alternating, each run in a process of its own. Peak
+memory is the rise of the process's peak resident set during the run, less the weight's gradient.
+Exit code 1 if the losses or gradients of the two methods differ.
 
 examples:
   mlm-train bench loss
   mlm-train bench loss --vocabulary 32000 --tokens 2048 --precision fp32 --runs 5 --json loss.json"""
 
-_CHECKPOINT_HELP = """Save a checkpoint, waiting and in the background, and load it, beside plain files.
+_CHECKPOINT_HELP = """Compare blocking and background saves and loads of a checkpoint with plain files.
 
-One process on CPU trains a base model of that size on the way; everything in turn.
+One process on CPU trains a base model of that size meanwhile; the measurements alternate.
 
 examples:
   mlm-train bench checkpoint
   mlm-train bench checkpoint --gib 4 --folder /shared --json checkpoint.json"""
 
-_DATA_HELP = """Compare our loader's samples a second with megatron-core's GPTDataset, over the same files.
+_DATA_HELP = """Compare samples per second of our loader and of megatron-core's GPTDataset, on the same files.
 
-One process, the two in turn, batches of ids and labels; `start` is the time to the first sample.
+One process, the two alternating, batches of ids and labels; `start` is the time to the first sample.
 
 examples:
   mlm-train bench data --data runs/quickstart/data --sequence-length 256
   mlm-train bench data --data runs/bench/data --runs 9 --json data.json"""
 
-_TOL_HELP = """Build a ToL from random weights, beside bare matrix products and plain writing.
+_TOL_HELP = """Compare a ToL build from random weights with bare matrix multiplications and plain writing.
 
-Products and FFN-M run in turn, in as many fresh processes as the build has workers, before and after the
-build; partitions and plain files are written in turn. Presets: 1b (the paper's: 24 layers, hidden 2,048,
-FFN 5,464, vocabulary 128,256; 18 GB in --folder, removed at the end), tiny (for tests).
+Before and after the build, matrix multiplications and FFN-M alternate in as many fresh processes as the
+build has workers; partitions and plain files are written alternately. Presets: 1b (the paper's: 24 layers,
+hidden 2,048, FFN 5,464, vocabulary 128,256; 18 GB in --folder, removed at the end), tiny (for tests).
 
 examples:
   mlm-train bench tol --preset 1b --folder /scratch --json tol.json --plot tol.png
   mlm-train bench tol --preset 1b --layers 2 --vocabulary 8192"""
 
-_PROFILE_HELP = """Show where the time of a training step goes, by what its operations are for.
+_PROFILE_HELP = """Show where the time of a training step goes, by groups of operations.
 
-Forward and backward of a step's micro-batches on one CPU process, FFN-M's tables included, the optimizer left
-out; ids drawn from a Zipf distribution. The default shape has 110 million parameters.
+Forward and backward of a step's micro-batches on one CPU process, with FFN-M's tables, without the optimizer;
+ids drawn from a Zipf distribution. The default shape has 110 million parameters.
 
 examples:
   mlm-train bench profile base
@@ -107,29 +108,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_train(actions)
     _add_x0(actions)
     _add_profile(actions)
-    auto = add_action(actions, "auto", "memory.mode=auto against every mode", _AUTO_HELP)
-    auto.add_argument("--runs", type=int, metavar="N", default=7, help="timed steps of each (default 7)")
+    auto = add_action(actions, "auto", "compare memory.mode=auto with every mode", _AUTO_HELP)
+    auto.add_argument("--runs", type=int, metavar="N", default=7, help="timed steps per mode (default 7)")
     auto.add_argument("--shapes", nargs="+", metavar="NAME", help="default: all six")
-    auto.add_argument("--json", metavar="FILE", help="write the figures there")
-    checkpoint = add_action(actions, "checkpoint", "saving and loading, beside plain files", _CHECKPOINT_HELP)
-    checkpoint.add_argument("--gib", type=float, metavar="G", default=1.0, help="its size (default 1)")
-    checkpoint.add_argument("--folder", metavar="DIR", default=".", help="on the disk to measure (default .)")
-    checkpoint.add_argument("--runs", type=int, metavar="N", default=5, help="times each (default 5)")
-    checkpoint.add_argument("--json", metavar="FILE", help="write the figures there")
+    auto.add_argument("--json", metavar="FILE", help="write the figures to a JSON file")
+    checkpoint = add_action(actions, "checkpoint", "compare checkpoints with plain files", _CHECKPOINT_HELP)
+    checkpoint.add_argument(
+        "--gib", type=float, metavar="G", default=1.0, help="size of the checkpoint (default 1)"
+    )
+    checkpoint.add_argument(
+        "--folder", metavar="DIR", default=".", help="folder on the disk to measure (default .)"
+    )
+    checkpoint.add_argument(
+        "--runs", type=int, metavar="N", default=5, help="number of measurements (default 5)"
+    )
+    checkpoint.add_argument("--json", metavar="FILE", help="write the figures to a JSON file")
     _add_data(actions)
     _add_tol(actions)
-    loss = add_action(actions, "loss", "the head and its loss, chunked against plain", _LOSS_HELP)
-    sizes = (("vocabulary", 128256, "words"), ("hidden", 1024, "hidden size"), ("tokens", 4096, "tokens"))
+    loss = add_action(actions, "loss", "compare the chunked head and loss with the plain one", _LOSS_HELP)
+    sizes = (
+        ("vocabulary", 128256, "vocabulary size"),
+        ("hidden", 1024, "hidden size"),
+        ("tokens", 4096, "tokens"),
+    )
     _add_sizes(loss, sizes)
     loss.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="default bf16")
-    loss.add_argument("--chunk", type=int, metavar="N", help="tokens a chunk; default: as in training")
-    loss.add_argument("--runs", type=int, metavar="N", default=5, help="runs of each way (default 5)")
-    loss.add_argument("--json", metavar="FILE", help="write the figures there")
-    loss.add_argument("--worker", help=argparse.SUPPRESS)  # what a run's process is started with
+    loss.add_argument("--chunk", type=int, metavar="N", help="tokens per chunk; default: as in training")
+    loss.add_argument("--runs", type=int, metavar="N", default=5, help="runs per method (default 5)")
+    loss.add_argument("--json", metavar="FILE", help="write the figures to a JSON file")
+    loss.add_argument("--worker", help=argparse.SUPPRESS)  # for the process of a run
 
 
 def _add_sizes(parser: argparse.ArgumentParser, sizes: Iterable[tuple[str, int, str]]) -> None:
-    """Whole numbers: name, default, meaning."""
+    """Add options for whole numbers: name, default, meaning."""
     for name, default, meaning in sizes:
         parser.add_argument(
             f"--{name}", type=int, metavar="N", default=default, help=f"{meaning} (default {default})"
@@ -137,33 +148,37 @@ def _add_sizes(parser: argparse.ArgumentParser, sizes: Iterable[tuple[str, int, 
 
 
 def _add_data(actions: "Actions") -> None:
-    data = add_action(actions, "data", "our loader against megatron-core's", _DATA_HELP)
+    data = add_action(actions, "data", "compare our loader with megatron-core's", _DATA_HELP)
     data.add_argument("--data", metavar="DIR", required=True, help="folder of `data prepare`")
     sizes = (
-        ("sequence-length", 2048, "tokens a sample"),
-        ("batch", 8, "samples a batch"),
-        ("samples", 4096, "samples a run"),
-        ("runs", 9, "runs of each"),
+        ("sequence-length", 2048, "tokens per sample"),
+        ("batch", 8, "samples per batch"),
+        ("samples", 4096, "samples per run"),
+        ("runs", 9, "runs per loader"),
     )
     _add_sizes(data, sizes)
-    data.add_argument("--json", metavar="FILE", help="write the figures there")
+    data.add_argument("--json", metavar="FILE", help="write the figures to a JSON file")
 
 
 def _add_tol(actions: "Actions") -> None:
-    tol = add_action(actions, "tol", "a build of a ToL, beside its matrix products", _TOL_HELP)
-    tol.add_argument("--preset", choices=("1b", "tiny"), default="1b", help="the shape (default 1b)")
+    tol = add_action(actions, "tol", "compare a ToL build with bare matrix multiplications", _TOL_HELP)
+    tol.add_argument("--preset", choices=("1b", "tiny"), default="1b", help="model shape (default 1b)")
     for name in ("layers", "hidden", "ffn", "vocabulary"):
         tol.add_argument(f"--{name}", type=int, metavar="N", help="default: the preset's")
-    sizes = (("workers", 2, "of the build"), ("threads", 1, "of each"), ("runs", 3, "turns before and after"))
+    sizes = (
+        ("workers", 2, "workers of the build"),
+        ("threads", 1, "threads per worker"),
+        ("runs", 3, "measurements before and after the build"),
+    )
     _add_sizes(tol, sizes)
-    tol.add_argument("--folder", metavar="DIR", default=".", help="on the disk to measure (default .)")
-    tol.add_argument("--keep", action="store_true", help="keep the model and its table there")
-    tol.add_argument("--json", metavar="FILE", help="write the figures there")
-    tol.add_argument("--plot", metavar="FILE", help="draw them there, a PNG")
+    tol.add_argument("--folder", metavar="DIR", default=".", help="folder on the disk to measure (default .)")
+    tol.add_argument("--keep", action="store_true", help="keep the model and its table in --folder")
+    tol.add_argument("--json", metavar="FILE", help="write the figures to a JSON file")
+    tol.add_argument("--plot", metavar="FILE", help="plot the figures to a PNG")
 
 
 def _add_profile(actions: "Actions") -> None:
-    profile = add_action(actions, "profile", "where a training step's time goes", _PROFILE_HELP)
+    profile = add_action(actions, "profile", "show where a training step's time goes", _PROFILE_HELP)
     profile.add_argument(
         "mode",
         choices=("base", "per_token", "unique", "table", "kept"),
@@ -174,71 +189,71 @@ def _add_profile(actions: "Actions") -> None:
         ("hidden", 768, "hidden size"),
         ("heads", 12, "attention heads"),
         ("ffn", 2048, "width of the FFN, or of FFN-M"),
-        ("vocabulary", 32768, "words"),
-        ("sequence", 1024, "tokens a sequence"),
-        ("sequences", 2, "sequences a micro-batch"),
-        ("micro-batches", 8, "micro-batches a step"),
+        ("vocabulary", 32768, "vocabulary size"),
+        ("sequence", 1024, "tokens per sequence"),
+        ("sequences", 2, "sequences per micro-batch"),
+        ("micro-batches", 8, "micro-batches per step"),
     )
     _add_sizes(profile, sizes)
     profile.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="default bf16")
     profile.add_argument("--compile", action="store_true", help="as train.compile does")
-    profile.add_argument("--json", metavar="FILE", help="write the figures there")
+    profile.add_argument("--json", metavar="FILE", help="write the figures to a JSON file")
 
 
 def _add_train(actions: "Actions") -> None:
-    train = add_action(actions, "train", "a training step of every kind and mode", _TRAIN_HELP)
+    train = add_action(actions, "train", "measure a training step of every kind and mode", _TRAIN_HELP)
     train.add_argument("--preset", metavar="NAME", default="a", help="a, b or tiny (default a)")
-    train.add_argument("--data", metavar="DIR", help="folder of `data prepare`, vocabulary as in the preset")
+    train.add_argument(
+        "--data", metavar="DIR", help="folder of `data prepare`, with the preset's vocabulary size"
+    )
     train.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="default bf16")
     train.add_argument(
-        "--runs", type=int, metavar="N", default=8, help="timed micro-batches of each (default 8)"
+        "--runs", type=int, metavar="N", default=8, help="timed micro-batches per variant (default 8)"
     )
     train.add_argument(
         "--passes",
         type=int,
         metavar="N",
         default=3,
-        help="times that begin, finish and whole steps are; micro-batches are spread over them (default 3)",
+        help="passes: timed begins, finishes and whole steps; micro-batches are spread over them (default 3)",
     )
-    train.add_argument("--variants", nargs="+", metavar="NAME", help="default: those of the preset")
-    train.add_argument("--tokens", type=int, metavar="T", help="tokens a step (default: the preset's)")
+    train.add_argument("--variants", nargs="+", metavar="NAME", help="default: the preset's")
+    train.add_argument("--tokens", type=int, metavar="T", help="tokens per step (default: the preset's)")
     train.add_argument(
         "--steps-of",
         type=int,
         nargs="+",
         metavar="T",
-        help="tokens a step for memory over base (default 4k, 16k, 64k)",
+        help="tokens per step for the ratio of memory to base (default 4k, 16k, 64k)",
     )
     train.add_argument(
         "--validate",
         nargs="*",
         metavar="NAME",
-        help="variants whose whole step is run too (default: two on a)",
+        help="variants whose whole step is timed too (default: two for preset a)",
     )
-    train.add_argument("--compile", action="store_true", help="ours with train.compile too")
-    train.add_argument("--json", metavar="FILE", help="write the figures there")
-    train.add_argument("--plot", metavar="FILE", help="draw them there, a PNG")
+    train.add_argument("--compile", action="store_true", help="also measure ours with train.compile")
+    train.add_argument("--json", metavar="FILE", help="write the figures to a JSON file")
+    train.add_argument("--plot", metavar="FILE", help="plot the figures to a PNG")
     train.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # a variant's process
 
 
 def _add_x0(actions: "Actions") -> None:
-    x0 = add_action(actions, "x0", "the transports of x0 between pipeline stages", _X0_HELP)
+    x0 = add_action(actions, "x0", "compare the transports of x0 between pipeline stages", _X0_HELP)
     x0.add_argument(
         "--stages", type=int, nargs="+", metavar="S", default=[2, 4], help="pipeline ranks (default: 2 4)"
     )
-    x0.add_argument(
-        "--runs", type=int, metavar="N", default=9, help="timed steps of each transport (default 9)"
-    )
+    x0.add_argument("--runs", type=int, metavar="N", default=9, help="timed steps per transport (default 9)")
     x0.add_argument("--pipeline-schedule", choices=("gpipe", "1f1b", "interleaved_1f1b"), default="1f1b")
     x0.add_argument(
         "--data", metavar="DIR", help="folder of `data prepare`; default: ids drawn from a Zipf distribution"
     )
-    x0.add_argument("--json", metavar="FILE", help="write the figures there")
-    x0.add_argument("--worker", help=argparse.SUPPRESS)  # what the ranks themselves are started with
+    x0.add_argument("--json", metavar="FILE", help="write the figures to a JSON file")
+    x0.add_argument("--worker", help=argparse.SUPPRESS)  # for the ranks
 
 
 def run(args: argparse.Namespace) -> int:
-    """0; 1 if a count differs from its formula, or two ways from each other."""
+    """Run a benchmark. Returns 0, or 1 if a count differs from its formula or two methods' results differ."""
     if args.action == "train":
         return _run_train(args)
     if args.action == "checkpoint":
@@ -276,7 +291,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_train(args: argparse.Namespace) -> int:
-    """0; 1 if variants of one kind differ."""
+    """Returns 0, or 1 if variants of one kind differ."""
     if args.worker:
         from mlm_train.bench.train_worker import work
 
@@ -303,7 +318,7 @@ def _run_train(args: argparse.Namespace) -> int:
 
 
 def _run_loss(args: argparse.Namespace) -> int:
-    """0; 1 if the two ways differ."""
+    """Returns 0, or 1 if the two methods differ."""
     from mlm_train.bench import loss
 
     if args.worker:

@@ -1,7 +1,7 @@
-"""`bench data`: samples a second of our loader and of megatron-core's GPTDataset, over the same files.
+"""`bench data`: samples per second of our loader and of megatron-core's GPTDataset, on the same files.
 
-Both in one process, in turn, each run going on where its last one ended. Batches of ids and labels, int64,
-are what both make; megatron-core's is spared its attention mask, and of its other outputs none is stacked.
+Both run in one process, alternating, each run continuing where its last one ended. Both make batches of ids
+and labels, int64; megatron-core's attention mask is disabled, and its other outputs are not stacked.
 """
 
 import tempfile
@@ -26,12 +26,12 @@ from mlm_train.errors import UserError
 
 SEED = 1234
 NUMBERS = ("batch", "samples", "runs")  # of Size, options of the same name
-Loader = Callable[[int, int], tuple[Tensor, Tensor]]  # first sample, how many -> ids and labels
+Loader = Callable[[int, int], tuple[Tensor, Tensor]]  # first sample, count -> ids and labels
 
 
 @dataclass(frozen=True)
 class Size:
-    """Tokens a sample, samples a batch, samples a run, runs."""
+    """Tokens per sample, samples per batch, samples per run, runs."""
 
     length: int
     batch: int
@@ -40,43 +40,43 @@ class Size:
 
     @property
     def total(self) -> int:
-        """Samples that each loader gives, the unmeasured first run's included."""
+        """Samples per loader, including the unmeasured first run."""
         return (self.runs + 1) * self.samples
 
 
 def bench_data(folder: str, size: Size, json_file: str | None) -> int:
-    """Measure, print, write; 1 if a loader's labels are not its ids one token on, else 0."""
+    """Measure, print and write the report. Returns 1 if a loader's labels are not its next ids, else 0."""
     data = _checked(folder, size, json_file)
-    found, console = report.machine(), Console(stderr=True)
+    machine, console = report.machine(), Console(stderr=True)
     seconds: dict[str, list[float]] = {"ours": [], "megatron": []}
     starts, loaders = {}, {}
     _import_megatron()
     with tempfile.TemporaryDirectory() as cache:
         for name, start in (("ours", _ours), ("megatron", _megatron)):
-            begun = time.perf_counter()
+            started = time.perf_counter()
             loaders[name] = start(data, size, cache)
             loaders[name](0, 1)
-            starts[name] = time.perf_counter() - begun
-        right = all(_follow(*load(0, size.batch)) for load in loaders.values())
+            starts[name] = time.perf_counter() - started
+        labels_follow = all(_follow(*load(0, size.batch)) for load in loaders.values())
         for run in track(range(size.runs + 1), "reading", console=console, transient=True):
             for name, load in loaders.items():
-                begun = time.perf_counter()
+                started = time.perf_counter()
                 for first in range(run * size.samples, (run + 1) * size.samples, size.batch):
                     load(first, size.batch)
-                if run:  # the first brings the files into memory
-                    seconds[name].append(time.perf_counter() - begun)
+                if run:  # the first one reads the files into memory
+                    seconds[name].append(time.perf_counter() - started)
     rows = [
-        report.row(f"{name}.samples", [size.samples / some for some in found_], "samples/s")
-        for name, found_ in seconds.items()
+        report.row(f"{name}.samples", [size.samples / value for value in values], "samples/s")
+        for name, values in seconds.items()
     ]
-    rows += [report.row(f"{name}.start", [some], "s") for name, some in starts.items()]
+    rows += [report.row(f"{name}.start", [value], "s") for name, value in starts.items()]
     ratios = {"loader_over_megatron": rows[0]["median"] / rows[1]["median"]}
-    _show(data, size, rows, ratios, found)
+    _show(data, size, rows, ratios, machine)
     if json_file is not None:
-        report.write_report(Path(json_file), found, rows, ratios)
-    if not right:
-        console.print("[bold red]labels are not the ids one token on")
-    return int(not right)
+        report.write_report(Path(json_file), machine, rows, ratios)
+    if not labels_follow:
+        console.print("[bold red]labels are not the next ids")
+    return int(not labels_follow)
 
 
 def _checked(folder: str, size: Size, json_file: str | None) -> PreparedData:
@@ -98,14 +98,14 @@ def _ours(data: PreparedData, size: Size, cache: str) -> Loader:
 
 
 def _import_megatron() -> None:
-    """Once, before anything is timed."""
+    """Import megatron-core before anything is timed, without its warnings about unused GPU libraries."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of GPU libraries that it does not need here
         import megatron.core.datasets.gpt_dataset  # noqa: F401
 
 
 class _Tokenizer:
-    """What GPTDataset asks of one."""
+    """The tokenizer interface that GPTDataset needs."""
 
     def __init__(self, data: PreparedData) -> None:
         self.vocab_size, self.eod = data.vocab_size, data.eod_id
@@ -113,7 +113,7 @@ class _Tokenizer:
 
 
 def _megatron(data: PreparedData, size: Size, cache: str) -> Loader:
-    """GPTDataset as Megatron-LM sets it up for pretraining; its indices go to `cache`."""
+    """GPTDataset as configured by Megatron-LM for pretraining; its indices are written to `cache`."""
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
@@ -152,9 +152,9 @@ def _show(
     size: Size,
     rows: list[dict[str, Any]],
     ratios: dict[str, float],
-    found: dict[str, Any],
+    machine: dict[str, Any],
 ) -> None:
-    table = Table(title=f"{data.path}: samples of {size.length:,} tokens, {size.batch} a batch")
+    table = Table(title=f"{data.path}: samples of {size.length:,} tokens, {size.batch} per batch")
     for heading in ("figure", "unit", "median", "min", "max"):
         table.add_column(heading, justify="left" if heading in ("figure", "unit") else "right")
     for row in rows:
@@ -164,5 +164,7 @@ def _show(
     wide.print(table, soft_wrap=False)
     for name, ratio in ratios.items():
         wide.print(f"{name}: {ratio:.3f}")
-    wide.print(f"{size.runs} runs of {size.samples:,} samples each, in turn, after one that is not counted")
-    wide.print(report.describe(found))
+    wide.print(
+        f"{size.runs} runs of {size.samples:,} samples each, alternating, after one that is not counted"
+    )
+    wide.print(report.describe(machine))

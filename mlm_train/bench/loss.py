@@ -1,8 +1,8 @@
-"""`bench loss`: the head and its loss, plain against chunked: peak memory and time of forward and backward.
+"""`bench loss`: peak memory and time of forward and backward through head and loss, plain and chunked.
 
-Every run is a process of its own, the two ways in turn. Peak memory is what the process's peak resident
-set rises above its resident set before the run, when the head's weight is there and no gradient is; the
-weight's gradient, which both ways leave behind, is taken off.
+Every run is a process of its own, the two methods alternating. Peak memory is the rise of the process's peak
+resident set above its resident set before the run, when the head's weight exists and no gradient does; the
+weight's gradient, which both methods leave behind, is subtracted.
 """
 
 import resource
@@ -23,23 +23,23 @@ from mlm_train.bench import report
 from mlm_train.errors import UserError
 from mlm_train.model.loss import VocabRange, head_loss, loss_sums
 
-WAYS = ("plain", "chunked")
+METHODS = ("plain", "chunked")
 Z_LOSS, SEED = 1e-6, 1234
-AGREE = {"fp32": 1e-4, "bf16": 2e-2}  # relative, of loss and norms of gradients
-PLAIN_BYTES = 20  # what the plain way was measured to need a logit
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # relative, of loss and gradient norms
+PLAIN_BYTES = 20  # measured bytes per logit of the plain method
 
 
 def bench_loss(order: dict[str, Any], runs: int, json_file: str | None) -> int:
-    """Measure, print, write; 1 if the two ways' losses or gradients differ, else 0.
+    """Measure, print and write the report. Returns 1 if the methods' losses or gradients differ, else 0.
 
     `order` has vocabulary, hidden, tokens, precision and chunk (None: the default).
     """
     _check(order, json_file)
-    found, console = report.machine(), Console(stderr=True)
-    figures: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    machine, console = report.machine(), Console(stderr=True)
+    figures: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
     for _ in track(range(runs), "measuring", console=console, transient=True):
-        for way in WAYS:
-            figures[way].append(_in_a_process(order | {"way": way}))
+        for method in METHODS:
+            figures[method].append(_in_a_process(order | {"method": method}))
     rows = _rows(figures)
     medians = {row["name"]: row["median"] for row in rows}
     ratios = {
@@ -48,10 +48,10 @@ def bench_loss(order: dict[str, Any], runs: int, json_file: str | None) -> int:
         "chunked_over_plain_speed_by_processor_time": medians["plain.processor"]
         / medians["chunked.processor"],
     }
-    alike = _alike(figures, AGREE[order["precision"]])
-    _show(order, rows, ratios, found, alike)
+    alike = _alike(figures, TOLERANCE[order["precision"]])
+    _show(order, rows, ratios, machine, alike)
     if json_file is not None:
-        report.write_report(Path(json_file), found, rows, ratios)
+        report.write_report(Path(json_file), machine, rows, ratios)
     return int(not alike)
 
 
@@ -65,29 +65,29 @@ def _check(order: dict[str, Any], json_file: str | None) -> None:
     free = psutil.virtual_memory().available
     if needed > free:
         raise UserError(
-            f"--tokens {order['tokens']}: the plain way needs about {needed / 2**30:.1f} GiB, "
+            f"--tokens {order['tokens']}: the plain method needs about {needed / 2**30:.1f} GiB, but "
             f"{free / 2**30:.1f} are free; give fewer"
         )
 
 
 def _in_a_process(order: dict[str, Any]) -> dict[str, float]:
-    """One run's figures, from `work` in a fresh process."""
+    """The figures of one run, measured by `work` in a fresh process."""
     command = [sys.executable, "-m", "mlm_train", "bench", "loss", "--worker"]
     figures = report.by_worker(order, lambda file: subprocess.run([*command, file]).returncode)
     if isinstance(figures, int):
-        raise UserError(f"the {order['way']} way's process ended with code {figures}")
+        raise UserError(f"the process of the {order['method']} method ended with code {figures}")
     return figures
 
 
 def work(order_file: str) -> int:
-    """The process of one run: writes its figures beside `order_file`."""
+    """Run in the process of one run; writes its figures beside `order_file`."""
     order = report.read_order(order_file)
     torch.manual_seed(SEED)
     weight = torch.empty(order["vocabulary"], order["hidden"]).normal_(std=0.02).requires_grad_()
     hidden = torch.randn(order["tokens"], order["hidden"]).requires_grad_()
     labels = torch.randint(0, order["vocabulary"], (order["tokens"],))
     few = min(8, order["tokens"])
-    _run(order, hidden[:few], weight, labels[:few])  # libraries load and choose kernels
+    _run(order, hidden[:few], weight, labels[:few])  # warm-up: libraries load and choose kernels
     hidden.grad = weight.grad = None
     before = psutil.Process().memory_info().rss
     started, busy = time.perf_counter(), time.process_time()
@@ -109,10 +109,10 @@ def work(order_file: str) -> int:
 
 
 def _run(order: dict[str, Any], hidden: Tensor, weight: Tensor, labels: Tensor) -> float:
-    """Forward and backward; the mean CE."""
+    """Run forward and backward. Returns the mean cross-entropy."""
     count = len(labels)
     precision = torch.autocast("cpu", dtype=torch.bfloat16, enabled=order["precision"] == "bf16")
-    if order["way"] == "plain":
+    if order["method"] == "plain":
         with precision:
             logits = torch.nn.functional.linear(hidden, weight)
         sums = loss_sums(logits, labels)
@@ -126,7 +126,7 @@ def _run(order: dict[str, Any], hidden: Tensor, weight: Tensor, labels: Tensor) 
             labels,
             scale=1 / count,
             z_loss=Z_LOSS,
-            words=VocabRange(0, len(weight)),
+            vocabulary=VocabRange(0, len(weight)),
             chunk=order["chunk"],
         )
     objective.backward()
@@ -134,9 +134,9 @@ def _run(order: dict[str, Any], hidden: Tensor, weight: Tensor, labels: Tensor) 
 
 
 def _alike(figures: dict[str, list[dict[str, float]]], limit: float) -> bool:
-    """Whether loss and gradients of all runs agree: norms, since a process keeps its gradients."""
+    """Whether loss and gradient norms of all runs agree."""
     for name in ("loss", "hidden_norm", "weight_norm"):
-        values = [run[name] for way in WAYS for run in figures[way]]
+        values = [run[name] for method in METHODS for run in figures[method]]
         if not all(abs(value - values[0]) <= limit * abs(values[0]) for value in values):  # NaN differs
             return False
     return True
@@ -144,10 +144,10 @@ def _alike(figures: dict[str, list[dict[str, float]]], limit: float) -> bool:
 
 def _rows(figures: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
     rows = []
-    for way, found in figures.items():
-        rows.append(report.row(f"{way}.peak_memory", [run["peak"] for run in found], "bytes"))
-        rows.append(report.row(f"{way}.step", [run["seconds"] for run in found], "s"))
-        rows.append(report.row(f"{way}.processor", [run["processor"] for run in found], "s"))
+    for method, runs in figures.items():
+        rows.append(report.row(f"{method}.peak_memory", [run["peak"] for run in runs], "bytes"))
+        rows.append(report.row(f"{method}.step", [run["seconds"] for run in runs], "s"))
+        rows.append(report.row(f"{method}.processor", [run["processor"] for run in runs], "s"))
     return rows
 
 
@@ -155,10 +155,10 @@ def _show(
     order: dict[str, Any],
     rows: list[dict[str, Any]],
     ratios: dict[str, float],
-    found: dict[str, Any],
+    machine: dict[str, Any],
     alike: bool,
 ) -> None:
-    """The table, ratios and machine."""
+    """Print the table, ratios and machine."""
     table = Table(title="head and loss, forward and backward")
     for heading in ("figure", "unit", "median", "min", "max"):
         table.add_column(heading, justify="left" if heading in ("figure", "unit") else "right")
@@ -175,8 +175,8 @@ def _show(
     chunk = f"chunks of {order['chunk']} tokens" if order["chunk"] else "the default chunk"
     wide.print(
         f"vocabulary {order['vocabulary']:,}, hidden {order['hidden']:,}, {order['tokens']:,} tokens, "
-        f"{order['precision']}, {chunk}; runs in turn, each a process of its own"
+        f"{order['precision']}, {chunk}; alternating runs, each in a process of its own"
     )
-    wide.print(report.describe(found))
+    wide.print(report.describe(machine))
     if not alike:
-        wide.print("[bold red]the two ways' losses or gradients differ")
+        wide.print("[bold red]the two methods' losses or gradients differ")

@@ -1,6 +1,7 @@
 """The generated section of docs/performance.md: `make performance`, or `python -m mlm_train.bench.page`.
 
-What stands between the marks comes from docs/bench/train.*.json alone; the words around it are people's.
+The text between the marks is generated from docs/bench/train.*.json alone; the text around it is written by
+hand.
 """
 
 import sys
@@ -16,7 +17,7 @@ from mlm_train.utils.records import read_json
 BEGIN, END = (
     f"<!-- {word} of what `make performance` writes from docs/bench -->" for word in ("begin", "end")
 )
-AIMS = {  # ratio -> where it should be: at least, or at most
+AIMS = {  # ratio -> its target, as a lower ("least") or upper bound ("most")
     "base_over_hf_eager": (1.15, "least"),
     "base_over_hf_compiled": (1.0, "least"),
     "memory_over_hf_eager": (1.5, "least"),
@@ -32,22 +33,22 @@ ON_B_ALONE = ("flex3_over_base",)
 
 
 def write_page(docs: Path) -> list[Path]:
-    """Write the section and the plots; the report files that it was made of."""
+    """Write the section and the plots. Returns the report files that they were made from."""
     files = sorted((docs / "bench").glob("train.*.json"))
     page = docs / "performance.md"
     text = page.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise UserError(f"{page} lacks the marks that the generated section stands between: {BEGIN} {END}")
-    sections = [_section(file) for file in files] or ["No run is kept yet."]
+        raise UserError(f"{page} lacks the marks around the generated section: {BEGIN} {END}")
+    sections = [_section(file) for file in files] or ["There are no reports yet."]
     with writing(page):
         write_text(page, "".join((before, BEGIN, "\n", "\n\n".join(sections), "\n", END, after)))
     return files
 
 
 def _section(file: Path) -> str:
-    """One shape, in Markdown; its plot is drawn beside the report."""
+    """One shape in Markdown; its plot is written beside the report."""
     tree = _report(file)
     image = file.with_suffix(".png")
     plot(tree, image)
@@ -56,7 +57,7 @@ def _section(file: Path) -> str:
         f"### Shape {figures.preset}",
         f"    {tree['command']}",
         "```\n" + "\n".join(lines_of(tree)) + "\n```",
-        f"![Speed of each variant, and of memory over base by tokens a step](bench/{image.name})",
+        f"![Speed of each variant, and of memory over base by tokens per step](bench/{image.name})",
         _aims(figures),
         _bounds(figures),
         f"All figures: [bench/{file.name}](bench/{file.name}).",
@@ -67,46 +68,46 @@ def _section(file: Path) -> str:
 def _report(file: Path) -> dict[str, Any]:
     tree = read_json(file, "run the benchmark again")
     if not {"machine", "command", "rows", "ratios"} <= tree.keys() or not tree["rows"]:
-        raise UserError(f"{file} is no report of `mlm-train bench train`: run it again with --json {file}")
+        raise UserError(f"{file} is not a report of `mlm-train bench train`: run it again with --json {file}")
     return tree
 
 
 def _aims(figures: Figures) -> str:
-    """Each ratio beside what it should be, where there is such a figure for this shape."""
+    """A table of ratios and their targets, for the ratios that this shape has."""
     elsewhere = {"a": ON_B_ALONE, "b": ON_A_ALONE}.get(figures.preset, ())
     lines = []
     for name, (aim, side) in AIMS.items():
-        found = figures.ratios.get(f"{figures.preset}.{name}")
-        if found is None or name in elsewhere:
+        ratio = figures.ratios.get(f"{figures.preset}.{name}")
+        if ratio is None or name in elsewhere:
             continue
-        reached = found >= aim if side == "least" else found <= aim
-        lines.append(f"| `{name}` | {found:.3f} | at {side} {aim} | {'yes' if reached else '**no**'} |")
+        reached = ratio >= aim if side == "least" else ratio <= aim
+        lines.append(f"| `{name}` | {ratio:.3f} | at {side} {aim} | {'yes' if reached else '**no**'} |")
     head = ["| ratio | measured | aim | reached |", "|---|---|---|---|"]
     return "\n".join(head + lines) if lines else ""
 
 
 def _bounds(figures: Figures) -> str:
-    """What bounds each variant's speed, from its own figures."""
+    """A list of what bounds each variant's speed, from its own figures."""
     lines = []
     for name in figures.variants:
         ends, same, at_peak = figures.shares(name)
-        words = [f"products at their peak speed would take {at_peak:.0%} of its time"]
+        bounds = [f"matrix multiplications at peak speed would take {at_peak:.0%} of its time"]
         if same is not None:
-            words.append(f"{same:.0%} of it is what the model without FFN takes")
+            bounds.append(f"{same:.0%} of it is the time of the model without FFN")
         if ends > 0.01:
-            words.append(f"{ends:.0%} are begin and finish, once a step")
-        lines.append(f"- {name}: {'; '.join(words)}.")
+            bounds.append(f"{ends:.0%} are begin and finish, once per step")
+        lines.append(f"- {name}: {'; '.join(bounds)}.")
     return "What bounds each figure:\n" + "\n".join(lines)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """DOCS (default: docs)."""
+    """Write the section. arguments: the folder of the docs (default: docs). Returns the exit code."""
     try:
         files = write_page(Path(arguments[0] if arguments else "docs"))
     except (UserError, OSError) as error:
         print(f"mlm-train: {escaped(str(error))}", file=sys.stderr)
         return 2
-    print(f"docs/performance.md: from {', '.join(file.name for file in files) or 'no report yet'}")
+    print(f"docs/performance.md: from {', '.join(file.name for file in files) or 'no reports yet'}")
     return 0
 
 

@@ -1,7 +1,7 @@
-"""`bench profile`: where the time of a training step's forward and backward passes goes, on one process.
+"""`bench profile`: where the time of a training step's forward and backward passes goes, in one process.
 
-The step is the trainer's own (parallel/pipeline/single_stage.py), tables included, the optimizer left out;
-the operations that torch.profiler saw are summed by what they are for.
+The step is the trainer's own (parallel/pipeline/single_stage.py), with tables, without the optimizer; the
+operations recorded by torch.profiler are summed by group.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from mlm_train.bench import report
 from mlm_train.bench.built import SEED, build, step_config
 from mlm_train.errors import UserError
 
-ZIPF = 1.16  # the k-th id comes k**-ZIPF as often: 0.19 distinct ids a token at 16k tokens, as in text
-# What an operation is for: the first that its name contains. Names are torch's.
+ZIPF = 1.16  # frequency of the k-th id: k**-ZIPF, which gives 0.19 distinct ids per token at 16k, as in text
+# Group -> parts of torch's operation names; an operation belongs to the first group that matches.
 GROUPS = {
     "attention": ("scaled_dot_product",),
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear"),
@@ -33,9 +33,9 @@ GROUPS = {
 
 
 def bench_profile(args: argparse.Namespace) -> int:
-    """Profile one step after two that warm up, print by group, write; returns 0."""
+    """Profile one step after two warm-up steps, print the groups, write the report. Returns 0."""
     _check(args)
-    found = report.machine()
+    machine = report.machine()
     run, tokens, distinct = _step(args)
     for _ in range(2):
         run()
@@ -44,7 +44,7 @@ def bench_profile(args: argparse.Namespace) -> int:
     seconds: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
     for event in profiled.key_averages():
-        group = next(group for group, words in GROUPS.items() if any(word in event.key for word in words))
+        group = next(group for group, parts in GROUPS.items() if any(part in event.key for part in parts))
         seconds[group] += event.self_cpu_time_total / 1e6
         calls[group] += event.count
     rows = [
@@ -57,9 +57,9 @@ def bench_profile(args: argparse.Namespace) -> int:
         "distinct_ratio": distinct / tokens,
         "seconds_without_profiler": time.perf_counter() - started,
     }
-    _show(args, rows, figures, found)
+    _show(args, rows, figures, machine)
     if args.json is not None:
-        report.write_report(Path(args.json), found, rows, figures)
+        report.write_report(Path(args.json), machine, rows, figures)
     return 0
 
 
@@ -68,13 +68,15 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least 1")
     if args.hidden % args.heads or args.hidden // args.heads % 2:
-        raise UserError(f"--heads {args.heads}: must divide --hidden {args.hidden} into even parts")
+        raise UserError(
+            f"--heads {args.heads}: must divide --hidden {args.hidden} into heads of an even size"
+        )
     if args.json is not None:
         report.check_writable(Path(args.json))
 
 
 def _step(args: argparse.Namespace) -> tuple[Any, int, int]:
-    """A function that runs a step's micro-batches, the step's tokens and its distinct ids."""
+    """A function that runs a step's micro-batches, the step's number of tokens and of distinct ids."""
     model = {
         "vocab_size": args.vocabulary,
         "hidden_size": args.hidden,
@@ -91,22 +93,22 @@ def _step(args: argparse.Namespace) -> tuple[Any, int, int]:
     torch.manual_seed(SEED)
     odds = torch.arange(1, args.vocabulary + 1, dtype=torch.float64) ** -ZIPF
     ids = torch.multinomial(odds, count * args.sequence, replacement=True).view(count, args.sequence)
-    batches = [(some, some) for some in ids.split(args.sequences)]
+    batches = [(batch, batch) for batch in ids.split(args.sequences)]
     return lambda: executor.backward(batches, 1 / ids.numel()), ids.numel(), ids.unique().numel()
 
 
 def _show(
-    args: argparse.Namespace, rows: list[dict[str, Any]], figures: dict[str, float], found: dict[str, Any]
+    args: argparse.Namespace, rows: list[dict[str, Any]], figures: dict[str, float], machine: dict[str, Any]
 ) -> None:
-    """The table of groups, the whole, and the machine."""
-    table = Table(title=f"{args.mode}{', compiled' if args.compile else ''}: seconds of a micro-batch")
+    """Print the table of groups, the total, and the machine."""
+    table = Table(title=f"{args.mode}{', compiled' if args.compile else ''}: seconds per micro-batch")
     for heading in ("what", "s", "share", "calls"):
         table.add_column(heading, justify="left" if heading == "what" else "right")
-    whole, count = sum(row["median"] for row in rows), args.micro_batches
+    total, count = sum(row["median"] for row in rows), args.micro_batches
     for row in sorted(rows, key=lambda row: -row["median"]):
-        share, calls = f"{row['median'] / whole:.1%}", f"{row['calls'] / count:,.0f}"
+        share, calls = f"{row['median'] / total:.1%}", f"{row['calls'] / count:,.0f}"
         table.add_row(row["name"], f"{row['median'] / count:.3f}", share, calls)
-    table.add_row("in all", f"{whole / count:.3f}", "", "")
+    table.add_row("total", f"{total / count:.3f}", "", "")
     wide = Console(width=110, soft_wrap=True)
     wide.print(table, soft_wrap=False)
     speed = figures["tokens"] / figures["seconds_without_profiler"]
@@ -115,4 +117,4 @@ def _show(
         f"{args.sequences} x {args.sequence} tokens, {args.precision}, "
         f"distinct ids / tokens {figures['distinct_ratio']:.3f}"
     )
-    wide.print(report.describe(found))
+    wide.print(report.describe(machine))

@@ -1,4 +1,4 @@
-"""What every benchmark writes: rows of repeated measurements, ratios, and the machine."""
+"""Reports of benchmarks: rows of repeated measurements, ratios, and the machine."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from mlm_train.utils.records import json_value, read_regular
 
 
 def row(name: str, values: Sequence[float], unit: str) -> dict[str, Any]:
-    """A measurement repeated: median, smallest and largest."""
+    """A row of repeated measurements: median, minimum and maximum."""
     return {
         "name": name,
         "median": statistics.median(values),
@@ -28,7 +28,7 @@ def row(name: str, values: Sequence[float], unit: str) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on. load: processes that wanted a core in the last minute."""
+    """The machine of a measurement. load_at_start: the load average of the last minute."""
     import psutil
     import torch
 
@@ -44,17 +44,19 @@ def machine() -> dict[str, Any]:
     }
 
 
-def describe(found: dict[str, Any]) -> str:
-    """machine() in one line."""
+def describe(machine: dict[str, Any]) -> str:
+    """The result of machine() in one line."""
+    threads = machine["threads_per_process"]
     return (
-        f"{found['processor']}, {found['cores']} cores, {found['memory_gib']} GiB, "
-        f"{found['threads_per_process']} thread a process, load {found['load_at_start']} at start; "
-        f"Python {found['python']}, torch {found['torch']}"
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
+        f"{threads} thread{'' if threads == 1 else 's'} per process, "
+        f"load {machine['load_at_start']} at start; "
+        f"Python {machine['python']}, torch {machine['torch']}"
     )
 
 
 def _processor() -> str:
-    """The kernel's name of the processor, where it has one."""
+    """The processor's name, from the kernel where it has one."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text(encoding="utf-8").splitlines():
@@ -64,10 +66,10 @@ def _processor() -> str:
 
 
 def by_worker(order: dict[str, Any], start: Callable[[str], int]) -> dict[str, Any] | int:
-    """What a process makes of `order`, or the exit code with which it failed.
+    """Run a worker process on `order`. Returns its result, or its exit code where it failed.
 
-    `start` runs it, given the file with the order, and returns its exit code. Order and result pass through
-    a temporary folder, as the process's own output belongs to it and its libraries.
+    `start` runs the process, given the order's file, and returns its exit code. Order and result are passed
+    in a temporary folder, since libraries write to the process's standard output.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "order.json"
@@ -80,13 +82,13 @@ def by_worker(order: dict[str, Any], start: Callable[[str], int]) -> dict[str, A
 
 
 def read_order(order_file: str) -> dict[str, Any]:
-    """In a worker: what it is to do."""
+    """Read the order, in a worker."""
     order: dict[str, Any] = json.loads(Path(order_file).read_text(encoding="utf-8"))
     return order
 
 
 def write_result(order_file: str, result: dict[str, Any]) -> None:
-    """In a worker: what came of it."""
+    """Write the result, in a worker."""
     _result_of(Path(order_file)).write_text(json.dumps(result), encoding="utf-8")
 
 
@@ -95,7 +97,7 @@ def _result_of(order_file: Path) -> Path:
 
 
 def check_writable(path: Path, option: str = "--json") -> None:
-    """UserError now rather than after minutes of measuring."""
+    """Raise UserError for an unusable output file before minutes of measuring."""
     if option == "--plot":
         check_output(option, path, is_png, "PNG")
     else:
@@ -112,13 +114,13 @@ def _is_report(path: Path) -> bool:
 
 def write_report(
     path: Path,
-    found: dict[str, Any],
+    machine: dict[str, Any],
     rows: list[dict[str, Any]],
     ratios: dict[str, float],
     notes: Sequence[str] = (),
 ) -> None:
-    """The JSON of a benchmark; `notes`, where there are some, say in words what no figure does."""
+    """Write the JSON report of a benchmark. notes: remarks in plain text."""
     command = " ".join(["mlm-train", *sys.argv[1:]])
-    tree: dict[str, Any] = {"machine": found, "command": command, "rows": rows, "ratios": ratios}
+    tree: dict[str, Any] = {"machine": machine, "command": command, "rows": rows, "ratios": ratios}
     with writing(path):
         write_json(path, tree | ({"notes": list(notes)} if notes else {}))

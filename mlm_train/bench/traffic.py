@@ -1,10 +1,9 @@
-"""Counts what a rank hands to torch.distributed, at the dispatcher, below every Python wrapper.
+"""Count the bytes a rank hands to torch.distributed, at the dispatcher, below every Python wrapper.
 
-Convention, payload bytes of all ranks of a group of n together: a send is its tensor's bytes (its
-receive is the same bytes and counts nothing); a broadcast or a reduce is tensor x (n - 1); an
-all-reduce, a reduce and a broadcast, is 2 x tensor x (n - 1); an all-to-all is what each rank has for
-the others. That is what crosses at the least, whatever tree or ring the backend chooses; headers are
-left out.
+Convention, payload bytes summed over the n ranks of a group: a send counts its tensor's bytes (the receive
+counts nothing); a broadcast or a reduce counts tensor x (n - 1); an all-reduce, which is a reduce and a
+broadcast, counts 2 x tensor x (n - 1); an all-to-all counts what each rank sends to the others. This is the
+minimum that crosses, whatever tree or ring the backend chooses; headers are not counted.
 """
 
 from collections import Counter
@@ -15,16 +14,16 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Tensors' worth of traffic of a collective, for each rank beside the first.
+# Multiples of the tensor's bytes per rank other than the first.
 COLLECTIVES = {"broadcast_": 1, "reduce_": 1, "allreduce_": 2}
 FREE = {"recv_", "barrier"}
 
 
 class Traffic(TorchDispatchMode):
-    """Within `with Traffic() as traffic:` counts this rank's share; `bytes` summed over ranks is all.
+    """Counts this rank's traffic within `with Traffic() as traffic:`; the total is `bytes` summed over ranks.
 
-    A send counts on its sender, as does an all-to-all's part; a collective on the first rank of its group.
-    An operation that the convention does not name raises NotImplementedError: nothing crosses uncounted.
+    A send and an all-to-all count on the sender; a collective on the first rank of its group. An operation
+    without a convention raises NotImplementedError, so that nothing crosses uncounted.
     """
 
     def __init__(self) -> None:
@@ -45,14 +44,16 @@ class Traffic(TorchDispatchMode):
         return call(*args, **(kwargs or {}))
 
     def _count(self, operation: str, args: Sequence[Any]) -> None:
-        """args of the c10d operations: tensors, process group, ..."""
+        """Count an operation. args: of the c10d operation: tensors, process group, ..."""
         if operation in FREE:
             return
         if operation == "alltoall_base_":
             self.by_operation[operation] += _for_others(*args[1:5])
             return
         if operation != "send" and operation not in COLLECTIVES:
-            raise NotImplementedError(f"{operation} crosses between ranks; traffic.py does not count it")
+            raise NotImplementedError(
+                f"{operation} sends data between ranks, but traffic.py does not count it"
+            )
         payload = sum(_bytes_of(tensor) for tensor in args[0])
         if operation == "send":
             self.by_operation[operation] += payload
@@ -63,10 +64,10 @@ class Traffic(TorchDispatchMode):
 
 
 def _for_others(tensor: torch.Tensor, group: Any, _: Sequence[int], rows: Sequence[int]) -> int:
-    """Bytes of an all-to-all's input [rows, ...] that other ranks get; no `rows`: the same for each."""
+    """Bytes of an all-to-all's input [rows, ...] for other ranks; empty `rows`: equal parts."""
     group = dist.ProcessGroup.unbox(group)
-    mine = rows[group.rank()] if rows else len(tensor) // group.size()
-    return _bytes_of(tensor) - _bytes_of(tensor[:mine])
+    own = rows[group.rank()] if rows else len(tensor) // group.size()
+    return _bytes_of(tensor) - _bytes_of(tensor[:own])
 
 
 def _bytes_of(tensor: torch.Tensor) -> int:

@@ -1,7 +1,7 @@
-"""`bench train`: speed, memory and FLOPs of a step of every way to train, beside transformers' Llama.
+"""`bench train`: speed, memory and FLOPs of a step of every variant of training, and of transformers' Llama.
 
-A process a variant, all alive; one at a time is told to run one micro-batch, in turn, so that whatever
-else the machine does meets all of them alike.
+Each variant has its own process, all alive at the same time. One at a time runs one micro-batch, alternating,
+so that other load on the machine affects all of them alike.
 """
 
 import json
@@ -37,13 +37,13 @@ from mlm_train.model.counts import count_parameters
 from mlm_train.monitor.resources import measured_peak_flops
 
 UPDATES = 3  # optimizer steps timed
-PROCESS_BYTES = 600 * 2**20  # torch and its libraries
-LOGITS = 6  # copies of a micro-batch's logits in fp32: what one variant may need while all others wait
+PROCESS_BYTES = 600 * 2**20  # of torch and its libraries
+LOGITS = 6  # fp32 copies of a micro-batch's logits that the running variant may need
 
 
 @dataclass(frozen=True)
 class Options:
-    """The command line."""
+    """The command's options."""
 
     preset: str
     data: str
@@ -53,32 +53,32 @@ class Options:
     steps_of: Sequence[int] | None = None
     validate: Sequence[str] | None = None
     compile: bool = False
-    tokens: int | None = None  # a step; None: the preset's
-    passes: int = 3  # times that begin, finish and whole steps are; micro-batches are spread over them
+    tokens: int | None = None  # per step; None: the preset's
+    passes: int = 3  # timed begins, finishes and whole steps; micro-batches are spread over them
     json: str | None = None
     plot: str | None = None
 
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """Options, resolved and found possible."""
+    """Resolved and checked options."""
 
     preset: Preset
     data: PreparedData
     variants: list[Variant]
-    sizes: list[int]  # tokens a step, beside the preset's own
+    sizes: list[int]  # tokens per step, other than the preset's own
     validated: list[str]
 
 
 def bench_train(options: Options) -> int:
-    """Measure, print, write; 1 if variants of one function disagree, else 0."""
+    """Measure, print and write the report. Returns 1 if variants of one function disagree, else 0."""
     plan = _checked(options)
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-    found = report.machine()
+    machine = report.machine()
     notes: list[str] = []
     with ExitStack() as stack:
-        crew = Variants.start(plan, options, stack, notes)
-        records = crew.measure(options.runs, min(options.passes, options.runs))
+        variants = Variants.start(plan, options, stack, notes)
+        records = variants.measure(options.runs, min(options.passes, options.runs))
     distinct = _distinct(plan)
     micro = distinct.pop(plan.preset.micro_tokens)
     peak = measured_peak_flops(torch.device("cpu"), options.precision)
@@ -86,19 +86,19 @@ def bench_train(options: Options) -> int:
     notes += train_show.notes(measured, options.runs, plan.data.fingerprint)
     faults = disagreements(measured)
     rows, ratios = rows_of(measured), ratios_of(measured)
-    tree = {"machine": found, "rows": rows, "ratios": ratios, "notes": notes}
+    tree = {"machine": machine, "rows": rows, "ratios": ratios, "notes": notes}
     train_show.show(tree, faults)
     if options.json is not None:
-        report.write_report(Path(options.json), found, rows, ratios, notes + faults)
+        report.write_report(Path(options.json), machine, rows, ratios, notes + faults)
     if options.plot is not None:
         train_show.plot(tree, Path(options.plot))
     return int(bool(faults))
 
 
 def _checked(options: Options) -> BenchPlan:
-    """UserError for everything that can be refused before a process starts."""
+    """Resolve the options. UserError for everything that can be checked before a process starts."""
     if options.preset not in PRESETS:
-        raise UserError(f"--preset {options.preset}: there are {', '.join(PRESETS)}")
+        raise UserError(f"--preset {options.preset}: choose from {', '.join(PRESETS)}")
     preset = PRESETS[options.preset]
     if options.tokens is not None:
         preset = replace(preset, tokens=options.tokens)
@@ -115,11 +115,11 @@ def _checked(options: Options) -> BenchPlan:
     variants = [Variant.named(name) for name in names]
     validated = list(options.validate if options.validate is not None else preset.validated)
     if unknown := [name for name in options.validate or () if name not in names]:
-        raise UserError(f"--validate {unknown[0]}: it is not among the variants, {', '.join(names)}")
+        raise UserError(f"--validate {unknown[0]}: not one of the variants {', '.join(names)}")
     sizes = [size for size in options.steps_of or preset.steps_of if size != preset.tokens]
     for option, size in (("--tokens", preset.tokens), *(("--steps-of", size) for size in sizes)):
         if size < 1 or size % preset.micro_tokens:
-            fix = f"give multiples of a micro-batch, {preset.micro_tokens} tokens"
+            fix = f"give multiples of a micro-batch's {preset.micro_tokens} tokens"
             raise UserError(f"{option} {size}: {fix}")
     data = _checked_data(options.data, preset, max([preset.tokens, *sizes]))
     _check_memory(preset, variants, options)
@@ -130,17 +130,17 @@ def _checked_data(folder: str, preset: Preset, tokens: int) -> PreparedData:
     data = PreparedData.open(folder)
     if data.vocab_size != preset.vocabulary:
         raise UserError(
-            f"--data {folder} has a vocabulary of {data.vocab_size}, --preset {preset.name} needs "
+            f"--data {folder} has a vocabulary of {data.vocab_size}, but --preset {preset.name} needs "
             f"{preset.vocabulary}: prepare it with --tokenizer train:{preset.vocabulary}"
         )
     samples = Samples(data.split("train"), preset.sequence, SEED)
     if samples.samples_per_epoch * preset.sequence < tokens:
-        raise UserError(f"--data {folder} holds less than a step of {tokens} tokens: prepare more text")
+        raise UserError(f"--data {folder} has less than a step of {tokens} tokens: prepare more text")
     return data
 
 
 def _check_memory(preset: Preset, variants: Sequence[Variant], options: Options) -> None:
-    """All processes are alive at once, with weights and gradients; one of them works."""
+    """Raise UserError where memory does not suffice: all processes hold weights and gradients, one runs."""
     config = make_config(preset, Variant.named("base"), options.data, options.precision, preset.tokens)
     weights = 4 * count_parameters(config.model).stored
     needed = len(variants) * (2 * weights + PROCESS_BYTES) + 2 * weights
@@ -148,7 +148,7 @@ def _check_memory(preset: Preset, variants: Sequence[Variant], options: Options)
     free = psutil.virtual_memory().available
     if needed > free:
         raise UserError(
-            f"--preset {preset.name}: {len(variants)} variants need about {needed / 2**30:.1f} GiB, "
+            f"--preset {preset.name}: {len(variants)} variants need about {needed / 2**30:.1f} GiB, but "
             f"{free / 2**30:.1f} are free; choose some with --variants"
         )
 
@@ -162,13 +162,13 @@ def _distinct(plan: BenchPlan) -> dict[int, float]:
         ids, _ = samples.batch(first // preset.sequence, tokens // preset.sequence)
         return ids.unique().numel() / tokens
 
-    found = {tokens: ratio(0, tokens) for tokens in (preset.tokens, *plan.sizes)}
+    by_tokens = {tokens: ratio(0, tokens) for tokens in (preset.tokens, *plan.sizes)}
     micro = [ratio(first, preset.micro_tokens) for first in range(0, preset.tokens, preset.micro_tokens)]
-    return found | {preset.micro_tokens: sum(micro) / len(micro)}
+    return by_tokens | {preset.micro_tokens: sum(micro) / len(micro)}
 
 
 class VariantProcess:
-    """A variant's process."""
+    """The process of a variant."""
 
     def __init__(self, variant: Variant, order: dict[str, Any]) -> None:
         self.variant = variant
@@ -177,7 +177,7 @@ class VariantProcess:
         self.send(order | {"do": "build", "variant": variant.name})
 
     def send(self, order: dict[str, Any]) -> None:
-        """An order, without waiting for its answer."""
+        """Send an order without waiting for its answer."""
         assert self.process.stdin is not None
         try:
             print(json.dumps(order), file=self.process.stdin, flush=True)
@@ -185,7 +185,7 @@ class VariantProcess:
             self._failed()
 
     def answer(self) -> dict[str, Any]:
-        """The answer to the last order. UserError where it was refused or the process is gone."""
+        """The answer to the last order. UserError where it was refused or the process has ended."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -196,7 +196,7 @@ class VariantProcess:
         return answer
 
     def ask(self, do: str, **order: Any) -> dict[str, Any]:
-        """An order and its answer."""
+        """Send an order and return its answer."""
         self.send(order | {"do": do})
         return self.answer()
 
@@ -205,27 +205,27 @@ class VariantProcess:
         raise UserError(f"{self.variant.name}: its process ended with code {code}")
 
     def end(self) -> None:
-        """Let the process end."""
+        """Close the pipe and wait for the process to end."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
 
     def kill(self) -> None:
-        """End the process, whatever it does."""
+        """Kill the process."""
         self.process.kill()
         self.process.wait()
 
 
 class Variants:
-    """All variants, and what was measured of them so far."""
+    """The processes of all variants, and the measurements so far."""
 
-    def __init__(self, plan: BenchPlan, members: list[VariantProcess], bar: Progress) -> None:
-        self.plan, self.members, self.bar = plan, members, bar
+    def __init__(self, plan: BenchPlan, processes: list[VariantProcess], bar: Progress) -> None:
+        self.plan, self.processes, self.bar = plan, processes, bar
         self.records: dict[str, VariantFigures] = {}
 
     @classmethod
     def start(cls, plan: BenchPlan, options: Options, stack: ExitStack, notes: list[str]) -> "Variants":
-        """All built and warm. transformers' and compiled ones that cannot be are left out, with a note."""
+        """Build and warm up all. transformers' and compiled variants that fail are left out with a note."""
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         bar = stack.enter_context(Progress(*columns, console=console))
@@ -235,105 +235,107 @@ class Variants:
             "data": options.data,
             "precision": options.precision,
         }
-        members = []
+        processes = []
         for variant in plan.variants:
-            members.append(VariantProcess(variant, order))
-            stack.callback(members[-1].kill)
-        crew = cls(plan, members, bar)
-        task = bar.add_task("building and warming up", total=len(members))
-        for member in members.copy():
+            processes.append(VariantProcess(variant, order))
+            stack.callback(processes[-1].kill)
+        variants = cls(plan, processes, bar)
+        task = bar.add_task("building and warming up", total=len(processes))
+        for process in processes.copy():
             try:
-                crew.records[member.variant.name] = VariantFigures(member.answer())
-                crew.warm_up(member)
+                variants.records[process.variant.name] = VariantFigures(process.answer())
+                variants.warm_up(process)
             except UserError as error:
-                if member.variant.family != "hf" and not member.variant.compiled:
+                if process.variant.family != "hf" and not process.variant.compiled:
                     raise
                 notes.append(f"not measured: {error}")
                 console.print(f"not measured: {error}", markup=False)
-                crew.records.pop(member.variant.name, None)
-                members.remove(member)
-                member.kill()
+                variants.records.pop(process.variant.name, None)
+                processes.remove(process)
+                process.kill()
             bar.advance(task)
-        return crew
+        return variants
 
-    def warm_up(self, member: VariantProcess) -> None:
-        """A short step: kernels are chosen, gradients allocated; what compiles does so, twice if it must."""
-        member.ask("begin", tokens=self.plan.preset.tokens)
-        self.records[member.variant.name].loss = member.ask("run", number=0)["loss"]
-        if member.variant.compiled:
-            member.ask("run", number=1)
-        member.ask("finish")
-        member.ask("zero")
+    def warm_up(self, process: VariantProcess) -> None:
+        """Run a short step: kernels are chosen, gradients allocated, compiled variants compiled."""
+        process.ask("begin", tokens=self.plan.preset.tokens)
+        self.records[process.variant.name].loss = process.ask("run", number=0)["loss"]
+        if process.variant.compiled:
+            process.ask("run", number=1)
+        process.ask("finish")
+        process.ask("zero")
 
     def measure(self, runs: int, passes: int) -> dict[str, VariantFigures]:
-        """Everything, in the order in which the processes can be let go."""
+        """Run all measurements, in an order that lets processes end early."""
         preset = self.plan.preset
-        alike = len(self.members) * (runs + 2 * passes)
+        alike = len(self.processes) * (runs + 2 * passes)
         ends = 2 * passes * len(self.plan.sizes) * len(self._sized())
-        wholes, last = passes * len(self.plan.validated), 2 * len(self.members)
+        wholes, last = passes * len(self.plan.validated), 2 * len(self.processes)
         self.task = self.bar.add_task("measuring", total=alike + ends + wholes + last)
         for number, turns in enumerate(turns_of_passes(runs, passes)):
-            self._pass(preset.tokens, self.members, turns, first=number == 0)
+            self._pass(preset.tokens, self.processes, turns, first=number == 0)
             self._in_turn(self._validated(), number, self._whole)
         for size in self.plan.sizes:
             for _ in range(passes):
                 self._pass(size, self._sized(), range(0))
-        for member in self.members:
-            self._state(member)
+        for process in self.processes:
+            self._state(process)
         return self.records
 
     def _validated(self) -> list[VariantProcess]:
-        """Whose steps are run in one go too, after each pass, so that both meet the machine alike."""
-        return [member for member in self.members if member.variant.name in self.plan.validated]
+        """The variants whose whole steps are timed too, after each pass, under the same load."""
+        return [process for process in self.processes if process.variant.name in self.plan.validated]
 
     def _sized(self) -> list[VariantProcess]:
-        """Whose begin and finish are measured at other sizes too."""
-        return [member for member in self.members if member.variant.family in ("base", "memory")]
+        """The variants whose begin and finish are timed at other step sizes too."""
+        return [process for process in self.processes if process.variant.family in ("base", "memory")]
 
-    def _pass(self, tokens: int, members: list[VariantProcess], numbers: range, first: bool = False) -> None:
-        """Begin, some micro-batches of a step, finish, everything in turn."""
+    def _pass(
+        self, tokens: int, processes: list[VariantProcess], numbers: range, first: bool = False
+    ) -> None:
+        """Run begin, some micro-batches of a step, and finish, alternating over the variants."""
 
-        def begin(member: VariantProcess, record: VariantFigures) -> None:
-            record.begin.setdefault(tokens, []).append(member.ask("begin", tokens=tokens)["seconds"])
+        def begin(process: VariantProcess, record: VariantFigures) -> None:
+            record.begin.setdefault(tokens, []).append(process.ask("begin", tokens=tokens)["seconds"])
 
-        def finish(member: VariantProcess, record: VariantFigures) -> None:
-            record.finish.setdefault(tokens, []).append(member.ask("finish")["seconds"])
+        def finish(process: VariantProcess, record: VariantFigures) -> None:
+            record.finish.setdefault(tokens, []).append(process.ask("finish")["seconds"])
             if first:
-                record.norm = member.ask("norm")["norm"]
+                record.norm = process.ask("norm")["norm"]
 
-        self._in_turn(members, numbers.start, begin)
+        self._in_turn(processes, numbers.start, begin)
         for number in numbers:
-            self._in_turn(members, number, partial(_run, number))
-        self._in_turn(members, numbers.stop, finish)
+            self._in_turn(processes, number, partial(_run, number))
+        self._in_turn(processes, numbers.stop, finish)
 
     def _in_turn(
         self,
-        members: list[VariantProcess],
+        processes: list[VariantProcess],
         start: int,
         work: Callable[[VariantProcess, VariantFigures], None],
     ) -> None:
-        """`work` of each, one at a time; each round begins with another."""
-        shift = start % max(1, len(members))
-        for member in members[shift:] + members[:shift]:
-            self.bar.update(self.task, description=f"measuring {member.variant.name}")
-            work(member, self.records[member.variant.name])
+        """Run `work` on each variant, one at a time; each round starts with another one."""
+        shift = start % max(1, len(processes))
+        for process in processes[shift:] + processes[:shift]:
+            self.bar.update(self.task, description=f"measuring {process.variant.name}")
+            work(process, self.records[process.variant.name])
             self.bar.advance(self.task)
 
-    def _whole(self, member: VariantProcess, record: VariantFigures) -> None:
-        record.whole.append(member.ask("whole", tokens=self.plan.preset.tokens)["seconds"])
+    def _whole(self, process: VariantProcess, record: VariantFigures) -> None:
+        record.whole.append(process.ask("whole", tokens=self.plan.preset.tokens)["seconds"])
 
-    def _state(self, member: VariantProcess) -> None:
-        """What needs the optimizer's state, with which not all processes fit: then the process goes."""
-        record = self.records[member.variant.name]
-        self.bar.update(self.task, description=f"optimizer and memory of {member.variant.name}")
-        record.update = member.ask("update", runs=UPDATES)["seconds"]
+    def _state(self, process: VariantProcess) -> None:
+        """Measure what needs the optimizer's state, then end the process: not all fit in memory with it."""
+        record = self.records[process.variant.name]
+        self.bar.update(self.task, description=f"optimizer and memory of {process.variant.name}")
+        record.update = process.ask("update", runs=UPDATES)["seconds"]
         self.bar.advance(self.task)
-        record.memory = member.ask("memory", tokens=self.plan.preset.tokens)
-        member.end()
+        record.memory = process.ask("memory", tokens=self.plan.preset.tokens)
+        process.end()
         self.bar.advance(self.task)
 
 
-def _run(number: int, member: VariantProcess, record: VariantFigures) -> None:
-    answer = member.ask("run", number=number)
+def _run(number: int, process: VariantProcess, record: VariantFigures) -> None:
+    answer = process.ask("run", number=number)
     record.run.append(answer["seconds"])
     record.processor.append(answer["processor"])

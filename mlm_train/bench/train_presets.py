@@ -1,4 +1,4 @@
-"""What `bench train` measures: shapes, and the variants of each, as configs of the trainer."""
+"""The shapes and variants that `bench train` measures, as configs of the trainer."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,14 +10,14 @@ from mlm_train.errors import UserError
 from mlm_train.model.counts import train_flops_per_token
 
 HF = ("hf.eager", "hf.compiled")
-COMPILED = ".compiled"  # at the end of a variant of ours: with config field train.compile
+COMPILED = ".compiled"  # suffix of our variants with config field train.compile
 SHARED = ("base", "flex3.table", "memory.table", "noffn", *HF)
 ALL = ("base", "noffn", "flex1.table", "flex2.table", "flex3.table", *(f"memory.{m}" for m in MODES), *HF)
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A shape; sizes in elements, lengths and batches in tokens, micro_batch in sequences."""
+    """A shape: sizes in elements, lengths and steps in tokens, micro_batch in sequences."""
 
     name: str
     layers: int
@@ -27,14 +27,14 @@ class Preset:
     vocabulary: int
     sequence: int
     micro_batch: int
-    tokens: int  # of a step
-    steps_of: tuple[int, ...]  # for the ratio against tokens a step
+    tokens: int  # per step
+    steps_of: tuple[int, ...]  # tokens per step for the ratio by step size
     variants: tuple[str, ...]
-    validated: tuple[str, ...]  # against a whole step in one go
+    validated: tuple[str, ...]  # variants whose whole step is timed too
 
     @property
     def micro_tokens(self) -> int:
-        """Tokens of a micro-batch."""
+        """Tokens per micro-batch."""
         return self.micro_batch * self.sequence
 
 
@@ -44,7 +44,7 @@ PRESETS = {
     for preset in (
         Preset("a", 12, 768, 12, 2048, 32768, 1024, 2, 16384, _SIZES, ALL, ("base", "memory.table")),
         Preset("b", 8, 1024, 16, 2736, 32768, 1024, 2, 65536, _SIZES, SHARED, ("memory.table",)),
-        # For tests: seconds, and no figure of it means anything.
+        # For tests: takes seconds, and its figures mean nothing.
         Preset("tiny", 2, 48, 4, 128, 512, 32, 2, 256, (128, 256, 512), ALL, ("base", "memory.table")),
     )
 }
@@ -52,7 +52,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train: a kind of model, an execution of FFN-M, compiled or not."""
+    """A variant of training: a model kind, an execution of FFN-M, compiled or not."""
 
     name: str
     family: Literal["hf", "base", "noffn", "memory", "flex"]
@@ -62,13 +62,13 @@ class Variant:
 
     @classmethod
     def named(cls, name: str) -> "Variant":
-        """UserError for a name that is none."""
+        """The variant of a name. UserError for an unknown name."""
         plain, compiled = name.removesuffix(COMPILED), name.endswith(COMPILED)
         if plain not in (*ALL, *(f"flex{beta}.{mode}" for beta in (1, 2, 3) for mode in MODES), "hf"):
-            raise UserError(f"variant {name!r} is unknown; there are {', '.join(ALL)}")
+            raise UserError(f"variant {name!r} is unknown; choose from {', '.join(ALL)}")
         if plain.startswith("hf"):
             if name not in HF:
-                raise UserError(f"variant {name!r} is unknown; transformers' are {', '.join(HF)}")
+                raise UserError(f"variant {name!r} is unknown; transformers' variants are {', '.join(HF)}")
             return cls(name, "hf", None, None, compiled)
         kind, _, mode = plain.partition(".")
         if kind.startswith("flex"):
@@ -80,16 +80,16 @@ class Variant:
 
     @property
     def peers(self) -> str:
-        """Variants of one value here have the same function and weights: their losses agree."""
+        """Group of variants with the same function and weights, whose losses must agree."""
         return "base" if self.family == "hf" else f"{self.family}{self.beta or ''}"
 
 
 def make_config(preset: Preset, variant: Variant, data: str, precision: str, tokens: int) -> Config:
-    """A training run of `tokens` a step as its user would write it; transformers' peer is its base.
+    """The config of a training run with `tokens` per step; base for transformers' variants.
 
-    All have the same total of parameters, noffn apart: memory's FFN-M is as large as base's FFN, flex's is
-    smaller by FFN-C's beta*hidden/3 keys, as in the paper (flex keeps hidden more a layer, for FFN-C's norm).
-    noffn is base here; the worker takes its FFN away.
+    All except noffn have the same number of parameters: memory's FFN-M is as large as base's FFN, flex's is
+    smaller by FFN-C's beta*hidden/3 keys, as in the paper (flex has hidden more per layer, for FFN-C's norm).
+    noffn is base here; the worker removes its FFN.
     """
     kind = variant.family if variant.family in ("memory", "flex") else "base"
     model: dict[str, Any] = {
@@ -117,7 +117,7 @@ def make_config(preset: Preset, variant: Variant, data: str, precision: str, tok
     tree: dict[str, Any] = {
         "model": model,
         "data": {"path": data, "sequence_length": preset.sequence},
-        "parallel": {"zero_stage": 0},  # one process shares nothing: plain gradients, as transformers' are
+        "parallel": {"zero_stage": 0},  # nothing to shard in one process: plain gradients, as in transformers
         "train": train,
     }
     if variant.mode is not None:
@@ -128,16 +128,16 @@ def make_config(preset: Preset, variant: Variant, data: str, precision: str, tok
 def flops_per_token(
     variant: Variant, config: Config, distinct: dict[str, float], recomputed: bool = True
 ) -> float:
-    """Forward and backward, by the formula of model/counts.py.
+    """FLOPs per token of forward and backward, by the formula of model/counts.py.
 
     `distinct`: distinct ids / tokens of the step ("step") and of its micro-batches ("micro"). A table's
-    backward pass runs FFN-M's forward again, if it was not kept: 4/3 of it, unless `recomputed` is False.
+    backward pass recomputes FFN-M's forward unless it was kept: 4/3 of FFN-M, unless `recomputed` is False.
     """
     if variant.mode in ("table", "kept"):
         ratio = distinct["step"] * (4 / 3 if recomputed and variant.mode == "table" else 1.0)
     else:
         ratio = distinct["micro"] if variant.mode == "unique" else 1.0
-    if variant.family == "noffn":  # memory without FFN-M has the same products
+    if variant.family == "noffn":  # memory without FFN-M has the same matrix multiplications
         memory = config.model.model_copy(update={"kind": "memory"})
         return train_flops_per_token(memory, config.data.sequence_length, 0.0)
     return train_flops_per_token(config.model, config.data.sequence_length, ratio)

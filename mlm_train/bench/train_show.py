@@ -1,4 +1,4 @@
-"""What `bench train` shows: tables, words and the plot. All but the words from the JSON alone."""
+"""The output of `bench train`: tables, notes and the plot; all but the notes from the JSON alone."""
 
 import math
 import statistics
@@ -16,13 +16,13 @@ from mlm_train.bench.train_figures import PARTS, Row, TrainFigures
 from mlm_train.utils.files import write_figure
 
 WIDTH = 132  # of the tables
-WORDS = 110  # of a line of words
+TEXT_WIDTH = 110  # of the notes
 GIB = 2**30
-QUIET = 1.15  # slowest over fastest micro-batch of a variant: more, and something else ran
+QUIET = 1.15  # maximum of slowest over fastest micro-batch of a variant on a quiet machine
 
 
 class Figures:
-    """The rows of a report by their names."""
+    """The rows of a report by name."""
 
     def __init__(self, tree: dict[str, Any]) -> None:
         self.rows: dict[str, Row] = {row["name"]: row for row in tree["rows"]}
@@ -32,21 +32,21 @@ class Figures:
         self.variants = [name.removeprefix(f"{self.preset}.").removesuffix(".speed") for name in ends]
 
     def get(self, variant: str, figure: str, key: str = "median") -> float | None:
-        """A row's median, or another of its numbers; None where there is no such row."""
-        found = self.rows.get(f"{self.preset}.{variant}.{figure}")
-        return None if found is None else float(found[key])
+        """A row's median, or its value under `key`; None where there is no such row."""
+        row = self.rows.get(f"{self.preset}.{variant}.{figure}")
+        return None if row is None else float(row[key])
 
     def of(self, variant: str, figure: str, key: str = "median") -> float:
-        """A number that every variant has."""
+        """Like `get`, for a figure that every variant has."""
         return float(self.rows[f"{self.preset}.{variant}.{figure}"][key])
 
     def over(self, variant: str, other: str) -> float | None:
-        """Speed over another variant's."""
-        theirs = self.get(other, "speed")
-        return None if theirs is None else self.of(variant, "speed") / theirs
+        """Speed relative to another variant's; None where that was not measured."""
+        other_speed = self.get(other, "speed")
+        return None if other_speed is None else self.of(variant, "speed") / other_speed
 
     def shares(self, variant: str) -> tuple[float, float | None, float]:
-        """Of a step's time: begin and finish; the model without FFN's; the FLOPs at the products' peak."""
+        """Fractions of a step's time: begin and finish; the model without FFN; the FLOPs at peak speed."""
         step, noffn = self.of(variant, "step"), self.get("noffn", "step")
         ends = self.of(variant, "begin") + self.of(variant, "finish")
         peak = self.rows[f"{self.preset}.product_peak"]["median"]
@@ -55,7 +55,7 @@ class Figures:
 
 
 def _table(title: str, *headings: str) -> Table:
-    """The first column holds words, the others numbers."""
+    """A table whose first column is text and whose other columns are numbers."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left", no_wrap=True)
@@ -63,10 +63,10 @@ def _table(title: str, *headings: str) -> Table:
 
 
 def speed_table(figures: Figures) -> Table:
-    """Speed, memory and FLOPs of every variant."""
+    """Table of speed, memory and FLOPs of every variant."""
     memory = ("GiB:\nweights", "\ngrads", "\nAdamW", "\ntables", "\nactiv.", "\nruntime")
     speed = ("tokens/s\nmedian", "\nmin", "\nmax", "/ hf\neager", "/ base")
-    arithmetic = ("TFLOP\na step", "TFLOP\n/s", "/ limit")
+    arithmetic = ("TFLOP\n/ step", "TFLOP\n/s", "/ limit")
     title = f"training, shape {figures.preset}"
     table = _table(title, "variant", *speed, *memory, *arithmetic)
     for name in figures.variants:
@@ -84,10 +84,10 @@ def speed_table(figures: Figures) -> Table:
 
 
 def bound_table(figures: Figures) -> Table:
-    """Where the time of a step goes."""
+    """Table of where the time of a step goes."""
     parts = ("step, s", "begin, s", "micro-\nbatch, s", "finish, s", "AdamW, s")
-    shares = ("begin and\nfinish", "as noffn", "FFN and\nthe rest", "products\nat the peak")
-    table = _table("what a step's time is", "variant", *parts, *shares)
+    shares = ("begin and\nfinish", "as noffn", "FFN and\nthe rest", "matmuls\nat peak")
+    table = _table("time of a step", "variant", *parts, *shares)
     for name in figures.variants:
         ends, same, at_peak = figures.shares(name)
         table.add_row(
@@ -103,50 +103,49 @@ def bound_table(figures: Figures) -> Table:
 
 
 LEGEND = """\
-tokens/s: of begin + micro-batches x the median micro-batch + finish. AdamW's step, a column of its own, is
-not in it, for transformers neither.
-/ limit: speed over base's, divided by base's FLOPs over this one's, nothing recomputed.
-activ.: peak resident set of a step up to its optimizer, less all that has a name. runtime: resident set
+tokens/s: of begin + micro-batches x the median micro-batch + finish, without AdamW's step, which has its own
+column; the same for transformers.
+/ limit: speed relative to base, divided by base's FLOPs over this variant's, without recomputation.
+activ.: peak resident set of a step before its optimizer, less all that is listed. runtime: resident set
 before the model, after a step of a tiny one. tables: FFN-M's, their gradients and the step's rows.
-as noffn: the time of the same model without any FFN. products at the peak: what the formula's FLOPs would
-take at the speed that square matrix products of 1,024 have here."""
+as noffn: the time of the same model without any FFN. matmuls at peak: the time of the formula's FLOPs at the
+speed of square matrix multiplications of size 1,024 on this machine."""
 
 
-def notes(found: TrainFigures, runs: int, fingerprint: str) -> list[str]:
-    """What the figures do not say."""
-    preset, records = found.preset, found.records
-    ratios = [f"{ratio:.3f} of {tokens:,}" for tokens, ratio in sorted(found.distinct.items())]
+def notes(measured: TrainFigures, runs: int, fingerprint: str) -> list[str]:
+    """Remarks on the figures, in plain text."""
+    preset, records = measured.preset, measured.records
+    ratios = [f"{ratio:.3f} of {tokens:,}" for tokens, ratio in sorted(measured.distinct.items())]
     lines = [
         f"{preset.layers} layers, hidden {preset.hidden}, {preset.heads} heads, FFN {preset.ffn}, vocabulary "
-        f"{preset.vocabulary:,}, untied; sequence {preset.sequence:,}, {preset.micro_batch} a micro-batch, "
-        f"{preset.tokens:,} tokens a step; {found.precision}, weights and gradients fp32; {runs} timed "
-        f"micro-batches of each, in turn",
-        f"text of fingerprint {fingerprint[:16]}; distinct ids / tokens: {found.distinct_micro:.3f} of a "
-        f"micro-batch's {preset.micro_tokens:,}, {', '.join(ratios)} of a step's",
+        f"{preset.vocabulary:,}, untied; sequence {preset.sequence:,}, {preset.micro_batch} per micro-batch, "
+        f"{preset.tokens:,} tokens per step; {measured.precision}, weights and gradients fp32; {runs} timed "
+        f"micro-batches per variant, alternating",
+        f"data fingerprint {fingerprint[:16]}; distinct ids / tokens: {measured.distinct_micro:.3f} in a "
+        f"micro-batch of {preset.micro_tokens:,}, {', '.join(ratios)} in a step",
         "parameters: "
         + ", ".join(f"{name} {record.built['parameters']:,}" for name, record in records.items()),
     ]
-    if found.best is not None:
-        lines.append(f"`memory` in the ratios is {found.best}, its fastest execution here")
+    if measured.best is not None:
+        lines.append(f"`memory` in the ratios is {measured.best}, its fastest variant here")
     noisy = [name for name, record in records.items() if max(record.run) > QUIET * min(record.run)]
     if noisy:
         lines.append(f"NOT quiet: micro-batches of one variant differ by more than 15 %: {', '.join(noisy)}")
     for name, record in records.items():
         if record.whole:
-            off = found.deviations(name)
-            mean = statistics.mean(off)
-            error = statistics.stdev(off) / len(off) ** 0.5 if len(off) > 1 else math.nan
+            deviations = measured.deviations(name)
+            mean, count = statistics.mean(deviations), len(deviations)
+            error = statistics.stdev(deviations) / count**0.5 if count > 1 else math.nan
             verdict = "within" if abs(mean) <= 0.03 else "NOT within"
             lines.append(
-                f"{name}: the parts' sum is {mean:+.1%} (standard error {error:.1%}) from a whole step in "
-                f"one go, the mean over {len(off)} (the median takes {found.whole_step(name):.1f} s): "
-                f"{verdict} 3 %"
+                f"{name}: the sum of the parts deviates by {mean:+.1%} (standard error {error:.1%}) from a "
+                f"whole step, mean over {count} (median {measured.whole_step(name):.1f} s): {verdict} 3 %"
             )
     return lines
 
 
 def show(tree: dict[str, Any], faults: list[str]) -> None:
-    """Everything, on standard output."""
+    """Print everything on standard output."""
     wide = Console(width=WIDTH, soft_wrap=True, highlight=False)
     for line in lines_of(tree):
         wide.print(line, markup=False)
@@ -155,7 +154,7 @@ def show(tree: dict[str, Any], faults: list[str]) -> None:
 
 
 def lines_of(tree: dict[str, Any]) -> Iterator[str]:
-    """The tables, ratios, notes and machine as plain text."""
+    """Tables, ratios, notes and machine as plain text."""
     figures = Figures(tree)
     plain = Console(width=WIDTH, no_color=True, highlight=False)
     for table in (speed_table(figures), bound_table(figures)):
@@ -164,12 +163,12 @@ def lines_of(tree: dict[str, Any]) -> Iterator[str]:
         yield "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())
     yield LEGEND
     yield from (f"{name}: {ratio:.3f}" for name, ratio in figures.ratios.items())
-    for words in (*tree.get("notes", ()), report.describe(tree["machine"])):
-        yield textwrap.fill(words, WORDS, subsequent_indent="  ", break_long_words=False)
+    for text in (*tree.get("notes", ()), report.describe(tree["machine"])):
+        yield textwrap.fill(text, TEXT_WIDTH, subsequent_indent="  ", break_long_words=False)
 
 
 def plot(tree: dict[str, Any], file: Path) -> None:
-    """A PNG: speed of every variant, and memory over base against tokens a step."""
+    """Write a PNG: speed of every variant, and of memory over base by tokens per step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -192,7 +191,7 @@ def plot(tree: dict[str, Any], file: Path) -> None:
     right.plot(list(limit), list(limit.values()), linestyle="--", color="grey", label="FLOPs by formula")
     right.set_xscale("log", base=2)
     right.set_xticks(list(curve), [f"{tokens:,}" for tokens in curve])
-    right.set_xlabel("tokens a step")
+    right.set_xlabel("tokens per step")
     right.set_title("speed of memory over base")
     right.grid(alpha=0.3)
     right.legend()
@@ -210,13 +209,13 @@ def _limits(figures: Figures) -> dict[int, float]:
 
 
 def _by_tokens(figures: Figures, start: str) -> dict[int, float]:
-    """Tokens a step -> ratio, of the ratios whose names begin so."""
-    found = {
+    """Tokens per step -> ratio, of the ratios whose names start with `start`."""
+    by_tokens = {
         int(name.removeprefix(start)): ratio
         for name, ratio in figures.ratios.items()
         if name.startswith(start)
     }
-    return dict(sorted(found.items()))
+    return dict(sorted(by_tokens.items()))
 
 
 def _colour(name: str) -> str:

@@ -1,7 +1,7 @@
-"""The process of one variant of `bench train`: builds it, then does one thing a line of its input asks for.
+"""The process of one variant of `bench train`: builds it, then executes orders from its standard input.
 
-One process a variant, so that peaks of memory are its own; the coordinator (train.py) tells one at a time to
-work. Orders and answers are JSON, one a line.
+Each variant has its own process, so that memory peaks are its own; the coordinator (train.py) runs one at a
+time. Orders and answers are JSON, one per line.
 """
 
 import gc
@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from mlm_train.bench.train_presets import PRESETS, SEED, Preset, Variant, make_config
-from mlm_train.bench.train_ways import Way, build_way
+from mlm_train.bench.train_runners import StepRunner, build_runner
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
 from mlm_train.errors import UserError
@@ -27,8 +27,8 @@ from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.train.batches import MicroBatch, step_batches
 from mlm_train.utils.malloc import give_back
 
-MEASURED = 3  # micro-batches of the step whose peak is taken: the second one already finds gradients there
-SCARCE = 0.25  # of the machine's memory: less than that is free
+MEASURED = 3  # micro-batches of the step whose peak is measured: from the second on gradients exist
+SCARCE = 0.25  # free fraction of the machine's memory below which it is given back
 ONE_PROCESS = Topology(world=1, rank=0, tensor=1, pipeline=1)
 
 
@@ -49,7 +49,7 @@ def work() -> int:
 
 
 def _own_output() -> TextIO:
-    """The pipe to the coordinator; what libraries print goes to stderr from here on."""
+    """The pipe to the coordinator; from now on, libraries' output goes to stderr."""
     sys.stdout.flush()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -57,7 +57,7 @@ def _own_output() -> TextIO:
 
 
 class VariantWorker:
-    """A built variant and the steps it is asked to run."""
+    """A built variant and its measurements."""
 
     def __init__(self, order: dict[str, Any]) -> None:
         self.preset = replace(PRESETS[order["preset"]], tokens=order["tokens"])
@@ -66,44 +66,44 @@ class VariantWorker:
         self.samples = Samples(PreparedData.open(self.data).split("train"), self.preset.sequence, SEED)
         self._load_libraries()
         runtime = _resident()
-        self.way = self._build(self.preset)
-        self.weights = list(self.way.model.parameters())
+        self.runner = self._build(self.preset)
+        self.weights = list(self.runner.model.parameters())
         self.built: dict[str, Any] = {
             "runtime": runtime,
             "weights": sum(weight.nbytes for weight in self.weights),
             "parameters": sum(weight.numel() for weight in self.weights),
         }
 
-    def _build(self, preset: Preset) -> Way:
+    def _build(self, preset: Preset) -> StepRunner:
         config = make_config(preset, self.variant, self.data, self.precision, preset.tokens)
-        return build_way(self.variant, config)
+        return build_runner(self.variant, config)
 
     def _load_libraries(self) -> None:
-        """A step of a tiny model: what torch, its kernels and compiler hold belongs to no model."""
+        """Run a step of a tiny model, so that memory of torch and its compiler is not the model's."""
         tiny = PRESETS["tiny"]
-        way = self._build(tiny)
+        runner = self._build(tiny)
         ids = torch.randint(tiny.vocabulary, (tiny.micro_batch, tiny.sequence))
         batch = MicroBatch(ids, ids)
-        way.begin([batch])
+        runner.begin([batch])
         try:
-            way.run(0)
+            runner.run(0)
         except Exception as error:
             if not self.variant.compiled:
                 raise
             raise _does_not_compile(error) from error
-        way.finish()
-        way.update()
-        del way
+        runner.finish()
+        runner.update()
+        del runner
         if self.variant.compiled:
             torch._dynamo.reset()
 
     def do(self, order: dict[str, Any]) -> dict[str, Any]:
-        """One order: {"do": name, and what it needs}."""
+        """Execute an order, {"do": name} with its arguments. Returns the answer."""
         actions: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "build": lambda order: self.built,
             "begin": self._begin,
             "run": self._run,
-            "finish": lambda order: self._timed(self.way.finish),
+            "finish": lambda order: self._timed(self.runner.finish),
             "whole": self._whole,
             "zero": self._zero,
             "norm": self._norm,
@@ -118,16 +118,16 @@ class VariantWorker:
             raise _does_not_compile(error) from error
         memory = psutil.virtual_memory()
         if memory.available < SCARCE * memory.total:
-            give_back()  # all variants' processes share it; the next order has to ask for it again
+            give_back()  # memory is shared by all variants' processes
         return answer
 
     def _batches(self, tokens: int) -> list[MicroBatch]:
-        """The first step of so many tokens: the same ids for all variants."""
+        """The micro-batches of the first step of `tokens` tokens; the same ids for all variants."""
         count = tokens // self.preset.sequence
         return step_batches(self.samples, 0, count, self.preset.micro_batch, ONE_PROCESS)
 
     def _timed(self, work: Callable[[], Any]) -> dict[str, Any]:
-        """Seconds by the clock and of the processor, all threads."""
+        """Run `work`; wall seconds and CPU seconds of all threads, and its result as loss."""
         started, busy = time.perf_counter(), time.process_time()
         result = work()
         answer = {"seconds": time.perf_counter() - started, "processor": time.process_time() - busy}
@@ -135,18 +135,18 @@ class VariantWorker:
 
     def _begin(self, order: dict[str, Any]) -> dict[str, Any]:
         self.batches = self._batches(order["tokens"])
-        return self._timed(lambda: self.way.begin(self.batches))
+        return self._timed(lambda: self.runner.begin(self.batches))
 
     def _run(self, order: dict[str, Any]) -> dict[str, Any]:
         number = order["number"] % len(self.batches)
-        return self._timed(lambda: self.way.run(number))
+        return self._timed(lambda: self.runner.run(number))
 
     def _whole(self, order: dict[str, Any]) -> dict[str, Any]:
         batches = self._batches(order["tokens"])
-        return self._timed(lambda: self.way.whole(batches))
+        return self._timed(lambda: self.runner.whole(batches))
 
     def _zero(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Gradients stay allocated, as they are from the second micro-batch of a step on."""
+        """Zero the gradients; they stay allocated, as from the second micro-batch of a step on."""
         for weight in self.weights:
             if weight.grad is not None:
                 weight.grad.zero_()
@@ -157,34 +157,34 @@ class VariantWorker:
         return {"norm": sum(squares) ** 0.5}
 
     def _update(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Optimizer steps, each with the gradients that are there; the first one allocates its state."""
+        """Time optimizer steps, each with the current gradients; the first one allocates its state."""
         kept = [None if weight.grad is None else weight.grad.clone() for weight in self.weights]
         seconds = []
         for _ in range(order["runs"] + 1):
             for weight, gradient in zip(self.weights, kept, strict=True):
                 weight.grad = None if gradient is None else gradient.clone()
-            seconds.append(self._timed(self.way.update)["seconds"])
+            seconds.append(self._timed(self.runner.update)["seconds"])
         return {"seconds": seconds[1:]}
 
     def _memory(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Peaks of a step: up to the optimizer, and with it. After an `update`, whose state is there.
+        """Peak memory of a step, before and with the optimizer, whose state exists since `update`.
 
-        The peak resident set is set back to the resident set before; begin has the ids of the whole step.
+        The peak resident set is reset first; begin has the ids of the whole step.
         """
         batches = self._batches(order["tokens"])
-        state = [value for states in self.way.optimizer.state.values() for value in states.values()]
+        state = [value for states in self.runner.optimizer.state.values() for value in states.values()]
         optimizer = sum(value.nbytes for value in state if isinstance(value, torch.Tensor))
         gc.collect()
         give_back()
         _reset_peak()
-        self.way.begin(batches)
-        tables = sum(tensor.untyped_storage().nbytes() for tensor in self.way.step_tensors())
+        self.runner.begin(batches)
+        tables = sum(tensor.untyped_storage().nbytes() for tensor in self.runner.step_tensors())
         for number in range(min(MEASURED, len(batches))):
-            self.way.run(number)
-        self.way.finish()
+            self.runner.run(number)
+        self.runner.finish()
         peak = _peak()
         gradients = sum(weight.grad.nbytes for weight in self.weights if weight.grad is not None)
-        self.way.update()
+        self.runner.update()
         return {
             "peak": peak,
             "peak_with_update": _peak(),
@@ -207,14 +207,14 @@ def _resident() -> int:
 
 
 def _reset_peak() -> None:
-    """Linux can; elsewhere the peak is the process's, since its start: an upper bound."""
+    """Reset the peak resident set, on Linux only; elsewhere it is the process's peak, an upper bound."""
     reset = Path("/proc/self/clear_refs")
     if reset.exists():
         reset.write_text("5", encoding="ascii")
 
 
 def _peak() -> int:
-    """Largest resident set since _reset_peak, bytes."""
+    """Peak resident set since _reset_peak, in bytes."""
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text(encoding="ascii").splitlines():

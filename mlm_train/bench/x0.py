@@ -1,4 +1,4 @@
-"""`bench x0`: starts the ranks for each number of stages, compares counts with formulas, shows and writes."""
+"""`bench x0`: start ranks for each number of stages, compare traffic with the formulas, print and write."""
 
 import os
 import statistics
@@ -20,43 +20,43 @@ Results = dict[int, dict[str, Any]]  # stages -> what x0_ranks wrote
 
 
 def bench_x0(stages: Sequence[int], runs: int, schedule: str, data: str | None, json_file: str | None) -> int:
-    """Measure, print, write; 1 if a count differs from its formula or losses differ, else 0."""
+    """Measure, print and write the report. Returns 1 if a count differs from its formula or losses differ."""
     virtual = x0_ranks.VIRTUAL if schedule == "interleaved_1f1b" else 1
-    most = x0_ranks.LAYERS // virtual
+    maximum = x0_ranks.LAYERS // virtual
     for count in stages:
-        if not 2 <= count <= most:
-            raise UserError(f"--stages {count}: give 2 to {most}, the model has {x0_ranks.LAYERS} layers")
+        if not 2 <= count <= maximum:
+            raise UserError(f"--stages {count}: give 2 to {maximum}, the model has {x0_ranks.LAYERS} layers")
     if data is not None:
         PreparedData.open(data)
     if json_file is not None:
         report.check_writable(Path(json_file))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for every number of stages
-    found, results, console = report.machine(), {}, Console(stderr=True)
+    machine, results, console = report.machine(), {}, Console(stderr=True)
     for count in stages:
-        console.print(f"{count} stages: {count} processes, {runs} timed steps of each transport")
+        console.print(f"{count} stages: {count} processes, {runs} timed steps per transport")
         outcome = _launch({"stages": count, "runs": runs, "schedule": schedule, "data": data})
         if isinstance(outcome, int):
             return outcome
         results[count] = outcome
-    _show(results, schedule, data, found)
+    _show(results, schedule, data, machine)
     if json_file is not None:
-        report.write_report(Path(json_file), found, _rows(results), _ratios(results))
-    return int(not all(map(_honest, results.values())))
+        report.write_report(Path(json_file), machine, _rows(results), _ratios(results))
+    return int(not all(map(_consistent, results.values())))
 
 
 def _launch(order: dict[str, Any]) -> dict[str, Any] | int:
-    """The result of one number of stages, or the exit code of ranks that failed."""
+    """Launch ranks. Returns their result, or the exit code where they failed."""
     command = ["bench", "x0", "--worker"]
     return report.by_worker(order, lambda file: launch_ranks([*command, file], order["stages"]))
 
 
 def _equal(figures: dict[str, Any]) -> bool:
-    """Whether every counted step moved what the formula says."""
+    """Whether the traffic of every counted step equals the formula."""
     return bool(figures["counted"] == figures["formula"])
 
 
-def _honest(result: dict[str, Any]) -> bool:
-    """Whether all counts agree with their formulas, and the transports with each other's losses."""
+def _consistent(result: dict[str, Any]) -> bool:
+    """Whether all counts equal their formulas and the transports' losses agree."""
     transports = result["transports"].values()
     steps = zip(*(figures["losses"] for figures in transports), strict=True)
     alike = all(max(losses) - min(losses) <= LOSSES_AGREE * max(losses) for losses in steps)
@@ -68,7 +68,7 @@ def _milliseconds(figures: dict[str, Any]) -> list[float]:
 
 
 def _rows(results: Results) -> list[dict[str, Any]]:
-    """Bytes a step, counted and by formula, and milliseconds a step, of every stage count and transport."""
+    """Report rows per stage count and transport: bytes per step, counted and by formula, and milliseconds."""
     rows = []
     for count, result in results.items():
         rows.append(report.row(f"s{count}.without_x0.bytes_counted", result["without_x0"], "bytes/step"))
@@ -81,21 +81,21 @@ def _rows(results: Results) -> list[dict[str, Any]]:
 
 
 def _ratios(results: Results) -> dict[str, float]:
-    """Broadcast against the two others: bytes of all counted steps, medians of the timed ones."""
+    """Ratios of broadcast to the other transports: bytes of all counted steps, median times."""
     ratios = {}
     for count, result in results.items():
-        mine = result["transports"]["broadcast"]
+        broadcast = result["transports"]["broadcast"]
         for name in ("relay", "replicate"):
             other = result["transports"][name]
             start = f"s{count}.broadcast_over_{name}"
-            ratios[f"{start}_bytes"] = sum(mine["counted"]) / sum(other["counted"])
-            medians = [statistics.median(figures["seconds"]) for figures in (mine, other)]
+            ratios[f"{start}_bytes"] = sum(broadcast["counted"]) / sum(other["counted"])
+            medians = [statistics.median(figures["seconds"]) for figures in (broadcast, other)]
             ratios[f"{start}_time"] = medians[0] / medians[1]
     return ratios
 
 
-def _show(results: Results, schedule: str, data: str | None, found: dict[str, Any]) -> None:
-    """The table; bytes are those of the first counted step."""
+def _show(results: Results, schedule: str, data: str | None, machine: dict[str, Any]) -> None:
+    """Print the table; bytes are those of the first counted step."""
     table = Table(title=f"x0 between pipeline stages, {schedule}; bytes of the first counted step")
     for heading in ("stages", "transport", "bytes counted", "formula", "equal", "ms median", "min", "max"):
         table.add_column(heading, justify="left" if heading == "transport" else "right")
@@ -116,11 +116,11 @@ def _show(results: Results, schedule: str, data: str | None, found: dict[str, An
     first = next(iter(results.values()))
     source = f"text of {data}" if data else "ids drawn from a Zipf distribution (k-th id: 1/k), not from text"
     wide.print(
-        f"{x0_ranks.LAYERS} layers, hidden {x0_ranks.HIDDEN}, {first['tokens']} tokens a step in "
+        f"{x0_ranks.LAYERS} layers, hidden {x0_ranks.HIDDEN}, {first['tokens']} tokens per step in "
         f"{x0_ranks.MICRO_BATCHES} micro-batches, {first['distinct'][0]} distinct: {source}"
     )
     for count, result in results.items():
-        wide.print(f"{count} stages move {result['without_x0'][0]:,} bytes a step without x0")
-    wide.print(f"{report.describe(found)}. Steps are timed in turn; shared cores make times noisy.")
-    if not all(map(_honest, results.values())):
+        wide.print(f"{count} stages move {result['without_x0'][0]:,} bytes per step without x0")
+    wide.print(f"{report.describe(machine)}. Timed steps alternate; shared cores make times noisy.")
+    if not all(map(_consistent, results.values())):
         wide.print("[bold red]a count differs from its formula, or the transports' losses differ")

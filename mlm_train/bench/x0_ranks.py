@@ -1,4 +1,4 @@
-"""What the ranks of `bench x0` run: the same steps through each transport, counted, then timed."""
+"""The ranks of `bench x0`: run the same steps with each transport, first counted, then timed."""
 
 import time
 from collections.abc import Callable
@@ -22,17 +22,17 @@ from mlm_train.parallel.pipeline.executor import PipelineExecutor
 from mlm_train.parallel.pipeline.x0 import TRANSPORTS
 from mlm_train.train.batches import MicroBatch, step_batches
 
-# 2560 tokens a step: not the vocabulary, so that no two formulas give one number.
+# 2560 tokens per step: different from the vocabulary, so that no two formulas give the same number.
 LAYERS, HIDDEN, VOCABULARY, LENGTH = 8, 128, 2048, 160
 MICRO_BATCH, MICRO_BATCHES = 2, 8
-VIRTUAL = 2  # stages a rank, with interleaved_1f1b
-COUNTED = 2  # steps counted before any is timed: the first one could move more than those after it
+VIRTUAL = 2  # stages per rank with interleaved_1f1b
+COUNTED = 2  # steps counted before any is timed: the first one could move more than later ones
 
 Step = Callable[[int], list[MicroBatch]]
 
 
 def make_config(stages: int, schedule: str, vocabulary: int, transport: str | None) -> Config:
-    """The model measured; transport None: the same without FFN-M, whose stages need no x0."""
+    """Config of the measured model; transport None: without FFN-M, whose stages need no x0."""
     parallel: dict[str, Any] = {"pipeline": stages, "pipeline_schedule": schedule}
     if schedule == "interleaved_1f1b":
         parallel["virtual_stages"] = VIRTUAL
@@ -51,7 +51,7 @@ def make_config(stages: int, schedule: str, vocabulary: int, transport: str | No
 
 @dataclass
 class TimedTransport:
-    """A way to train, and its latest mean cross-entropy."""
+    """A model with one transport, and its latest mean cross-entropy."""
 
     model: Transformer
     executor: PipelineExecutor
@@ -60,13 +60,13 @@ class TimedTransport:
 
     @classmethod
     def build(cls, config: Config) -> "TimedTransport":
-        """On all ranks; every candidate has the same weights."""
+        """Build on all ranks; every candidate has the same weights."""
         model, executor, runtime = build(config)
         assert isinstance(executor, PipelineExecutor)
         return cls(model, executor, runtime)
 
     def step(self, batches: list[MicroBatch]) -> float:
-        """Forward and backward of a step; seconds, of the slowest rank."""
+        """Run forward and backward of a step. Returns the seconds of the slowest rank."""
         self.model.zero_grad()
         labels = sum(count_labels(batch.labels) for batch in batches)
         self.runtime.barrier()
@@ -77,7 +77,7 @@ class TimedTransport:
         return max(self.runtime.gather(lambda: seconds))
 
     def moved(self, batches: list[MicroBatch]) -> int:
-        """Payload bytes that a step moves between all ranks."""
+        """Payload bytes that a step moves between ranks, summed over all."""
         self.model.zero_grad()
         labels = sum(count_labels(batch.labels) for batch in batches)
         with Traffic() as traffic:
@@ -87,7 +87,7 @@ class TimedTransport:
 
 
 def work(order_file: str) -> int:
-    """A rank: measures what `order_file` asks for; the first one writes the result beside it."""
+    """Run on a rank: measure as ordered; rank 0 writes the result beside `order_file`."""
     order = report.read_order(order_file)
     data = PreparedData.open(order["data"]) if order["data"] else None
     vocabulary = data.vocab_size if data is not None else VOCABULARY
@@ -105,8 +105,8 @@ def work(order_file: str) -> int:
 
 
 def _measure(candidates: dict[str | None, TimedTransport], batches_of: Step, runs: int) -> dict[str, Any]:
-    """First the counted steps, then the timed ones, the transports in turn."""
-    found: dict[str, Any] = {
+    """Run the counted steps, then the timed ones, alternating over the transports."""
+    measured: dict[str, Any] = {
         name: {"counted": [], "formula": [], "losses": [], "seconds": []} for name in TRANSPORTS
     }
     hidden, distinct, tokens = [], [], 0
@@ -116,7 +116,7 @@ def _measure(candidates: dict[str | None, TimedTransport], batches_of: Step, run
         distinct.append(ids.unique().numel())
         tokens = ids.numel()
         hidden.append(candidates[None].moved(batches))
-        for name, figures in found.items():
+        for name, figures in measured.items():
             figures["counted"].append(candidates[name].moved(batches) - hidden[-1])
             channel = candidates[name].executor.channel
             figures["formula"].append(channel.bytes_per_step(distinct[-1], tokens))
@@ -125,13 +125,13 @@ def _measure(candidates: dict[str | None, TimedTransport], batches_of: Step, run
     console = Console(stderr=True)
     for run in track(range(runs), "timing", console=console, transient=True, disable=quiet):
         batches = batches_of(COUNTED + run)
-        for name, figures in found.items():
+        for name, figures in measured.items():
             figures["seconds"].append(candidates[name].step(batches))
-    return {"transports": found, "without_x0": hidden, "distinct": distinct, "tokens": tokens}
+    return {"transports": measured, "without_x0": hidden, "distinct": distinct, "tokens": tokens}
 
 
 def _steps(data: PreparedData | None, runtime: processes.Runtime) -> Step:
-    """Step number -> its micro-batches: prepared text, or ids whose k-th is drawn in proportion to 1/k."""
+    """Step number -> its micro-batches: prepared text, or ids drawn with probability proportional to 1/k."""
     size = MICRO_BATCH * MICRO_BATCHES
     if data is not None:
         samples = Samples(data.split("train"), LENGTH, SEED)

@@ -1,1 +1,1 @@
-"""What is written of a model and read back: checkpoints and Hugging Face folders."""
+"""Writing models to disk and reading them back: checkpoints and Hugging Face folders."""

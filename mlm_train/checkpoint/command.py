@@ -11,33 +11,32 @@ from mlm_train.errors import UserError, escaped
 from mlm_train.utils.arguments import add_action
 
 if TYPE_CHECKING:
-    from mlm_train.checkpoint.keep import Keep
+    from mlm_train.checkpoint.keep import Keep, Manifests
 
-HELP = """The checkpoints of a run: which there are, whether they are whole, and fewer of them.
+HELP = """List, verify and prune the checkpoints of a run.
 
 examples:
   mlm-train checkpoint list runs/micro
   mlm-train checkpoint verify runs/micro
   mlm-train checkpoint prune runs/micro --keep-latest-k 1 --dry-run"""
 
-_LIST_HELP = """Steps, tokens, sizes, validation losses, why each is kept (newest, checkpoint.keep_interval,
-best), and the layouts that wrote them; files are only looked for, not read.
+_LIST_HELP = """Show steps, tokens, sizes, validation losses, why each is kept (newest,
+checkpoint.keep_interval, best), and the parallel layout that wrote it. Only file sizes are checked.
 
 example:
   mlm-train checkpoint list runs/micro"""
 
-_VERIFY_HELP = """Read every file and compare its checksum. Exit code 2 and one line naming the damaged file.
+_VERIFY_HELP = """Read every file and compare its checksum. A damaged file: exit code 2 and a line naming it.
 
 examples:
   mlm-train checkpoint verify runs/micro
   mlm-train checkpoint verify runs/micro/checkpoints/step-00000100"""
 
-_PRUNE_HELP = """Delete all but the newest checkpoints, and what killed saves left behind.
+_PRUNE_HELP = """Delete all but the newest checkpoints, and the leftovers of killed saves.
 
-What the run keeps on purpose (config fields checkpoint.keep_interval and checkpoint.keep_best_k) stays,
-unless --keep-interval and --keep-best-k say otherwise. The newest one is verified first: where it is damaged
-nothing is deleted. A run that is being trained keeps its folder to itself, see config field
-checkpoint.keep_latest_k for that.
+Checkpoints that the run's config keeps (checkpoint.keep_interval and checkpoint.keep_best_k) stay, unless
+--keep-interval and --keep-best-k override it. The newest checkpoint is verified first; if it is damaged,
+nothing is deleted. The folder of a run in training is locked: set checkpoint.keep_latest_k there instead.
 
 examples:
   mlm-train checkpoint prune runs/micro --dry-run
@@ -48,26 +47,30 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `list`, `verify` and `prune`."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    listed = add_action(actions, "list", "which checkpoints a run has", _LIST_HELP)
+    listed = add_action(actions, "list", "list a run's checkpoints", _LIST_HELP)
     listed.add_argument("run", metavar="RUN", help="a run's folder")
     listed.add_argument("--json", action="store_true", help="write a JSON list instead of a table")
-    verify = add_action(actions, "verify", "read and compare every file", _VERIFY_HELP)
+    verify = add_action(actions, "verify", "read every file and compare its checksum", _VERIFY_HELP)
     verify.add_argument(
-        "path", metavar="PATH", help="a run's folder (all of its checkpoints), one of them, or RUN/best"
+        "path", metavar="PATH", help="a run's folder (all of its checkpoints), one checkpoint, or RUN/best"
     )
     prune = add_action(actions, "prune", "delete all but the newest", _PRUNE_HELP)
     prune.add_argument("run", metavar="RUN", help="a run's folder")
     prune.add_argument(
-        "--keep-latest-k", type=int, metavar="N", default=1, help="newest ones to keep (default 1)"
+        "--keep-latest-k",
+        type=int,
+        metavar="N",
+        default=1,
+        help="number of newest checkpoints to keep (default 1)",
     )
-    for name, what in (("interval", "those whose step is a multiple of N too"), ("best-k", "the N best too")):
-        text = f"{what}; 0: none (default: the run's checkpoint.keep_{name.replace('-', '_')})"
+    for name, what in (("interval", "those whose step is a multiple of N"), ("best-k", "the N best")):
+        text = f"also keep {what}; 0: none (default: the run's checkpoint.keep_{name.replace('-', '_')})"
         prune.add_argument(f"--keep-{name}", type=int, metavar="N", help=text)
-    prune.add_argument("--dry-run", action="store_true", help="say what would go, delete nothing")
+    prune.add_argument("--dry-run", action="store_true", help="show what would be deleted, delete nothing")
 
 
 def run(args: argparse.Namespace) -> int:
-    """0; 2 where a checkpoint is damaged."""
+    """Run the chosen action. Returns 0, or 2 where `verify` finds a damaged checkpoint."""
     if args.action == "list":
         return _list(Path(args.run), args.json)
     if args.action == "verify":
@@ -75,15 +78,15 @@ def run(args: argparse.Namespace) -> int:
     return _prune(Path(args.run), args)
 
 
-def _found(path: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first, those without a manifest too; UserError where there is none."""
+def _step_folders(path: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first, also without a manifest. UserError where there is none."""
     from mlm_train.checkpoint.folders import resolve, step_folders
 
     return step_folders(resolve(path).parent)
 
 
 def _list(path: Path, as_json: bool) -> int:
-    rows = _rows(_found(path))
+    rows = _rows(_step_folders(path))
     if as_json:
         print(json.dumps(rows, indent=1))
         return 0
@@ -93,7 +96,7 @@ def _list(path: Path, as_json: bool) -> int:
     from rich.text import Text
 
     columns = ("step", "tokens", "GiB", "written", "by", "validation", "kept as", "whole")
-    table = Table(*columns, box=box.SIMPLE, title=Text(escaped(str(_found(path)[0].parent))))
+    table = Table(*columns, box=box.SIMPLE, title=Text(escaped(str(_step_folders(path)[0].parent))))
     for row in rows:
         cells = (f"{row['step']:,}", f"{row['tokens']:,}", f"{row['bytes'] / 2**30:.3g}")
         loss = "" if row["validation_loss"] is None else f"{row['validation_loss']:.4f}"
@@ -104,40 +107,45 @@ def _list(path: Path, as_json: bool) -> int:
 
 
 def _rows(folders: list[Path]) -> list[dict[str, Any]]:
-    """What the table says of a run's checkpoints; the newest one's config says which are kept on purpose."""
-    from mlm_train.checkpoint.keep import validation_of
+    """A table row per checkpoint; the newest one's config decides which are kept on purpose."""
+    from mlm_train.checkpoint.keep import Manifests
 
-    reasons = _run_keeps(folders[-1]).reasons(folders)
+    manifests = Manifests()
+    reasons = _run_keeps(folders[-1], manifests).reasons(folders, manifests)
     rows = []
     for folder in folders:
-        validation = validation_of(folder)
-        loss = None if validation is None else validation.loss
-        rows.append(_row(folder) | {"validation_loss": loss, "kept": reasons[folder]})
+        evaluation = manifests.evaluation(folder)
+        loss = None if evaluation is None else evaluation.validation.loss
+        rows.append(_row(folder, manifests) | {"validation_loss": loss, "kept": reasons[folder]})
     return rows
 
 
-def _run_keeps(newest: Path) -> "Keep":
-    """What the config says that wrote a run's newest checkpoint; nothing on purpose where it is damaged."""
+def _run_keeps(newest: Path, manifests: "Manifests") -> "Keep":
+    """What the config in a run's newest checkpoint keeps; where that is damaged, only the newest."""
     from mlm_train.checkpoint.keep import Keep
-    from mlm_train.checkpoint.load import config_of, open_checkpoint
+    from mlm_train.checkpoint.load import config_of
+    from mlm_train.checkpoint.manifest import verify_files
 
     try:
-        return Keep.of(config_of(open_checkpoint(newest, "sizes")).checkpoint)
+        manifest = manifests.of(newest)
+        verify_files(newest, manifest.files, hashes=False)
+        return Keep.of(config_of(manifest).checkpoint)
     except UserError:
         return Keep(1)
 
 
-def _row(folder: Path) -> dict[str, Any]:
-    """What the table says of one; `fault`: a file that is missing or of another size."""
-    from mlm_train.checkpoint.load import config_of, open_checkpoint
-    from mlm_train.checkpoint.manifest import MANIFEST
+def _row(folder: Path, manifests: "Manifests") -> dict[str, Any]:
+    """A table row; `fault`: the message about a missing file or one of another size, else None."""
+    from mlm_train.checkpoint.load import config_of
+    from mlm_train.checkpoint.manifest import MANIFEST, verify_files
 
     step = int(folder.name.removeprefix("step-"))
     row: dict[str, Any] = {"folder": str(folder), "step": step, "tokens": 0, "bytes": 0, "layout": "?"}
-    last = folder / MANIFEST if (folder / MANIFEST).is_file() else folder
-    row["written"] = datetime.fromtimestamp(last.stat().st_mtime).isoformat(" ", "seconds")
+    written_last = folder / MANIFEST if (folder / MANIFEST).is_file() else folder
+    row["written"] = datetime.fromtimestamp(written_last.stat().st_mtime).isoformat(" ", "seconds")
     try:
-        manifest = open_checkpoint(folder, "sizes")
+        manifest = manifests.of(folder)
+        verify_files(folder, manifest.files, hashes=False)
     except UserError as error:
         return row | {"fault": str(error)}
     parallel = config_of(manifest).parallel
@@ -151,7 +159,7 @@ def _row(folder: Path) -> dict[str, Any]:
 
 
 def _verify(path: Path) -> int:
-    """All of a run's, or one; 2 where one is damaged."""
+    """Verify one checkpoint or all of a run. Returns 2 where one is damaged."""
     from rich.console import Console
     from rich.progress import track
 
@@ -159,7 +167,7 @@ def _verify(path: Path) -> int:
     from mlm_train.checkpoint.load import open_checkpoint
 
     folder = resolve(path)
-    folders = [folder] if folder == path or names_one(path) else _found(path)
+    folders = [folder] if folder == path or names_one(path) else _step_folders(path)
     code = 0
     for folder in track(folders, "reading", console=Console(stderr=True), transient=True):
         try:
@@ -174,9 +182,9 @@ def _verify(path: Path) -> int:
 
 
 def _prune(path: Path, args: argparse.Namespace) -> int:
-    """Under the run's lock; the newest is verified before anything goes."""
+    """Prune under the run's lock, after verifying the newest checkpoint."""
     from mlm_train.checkpoint.folders import committed, delete, remove_partials, write_names
-    from mlm_train.checkpoint.keep import NEWEST, Keep
+    from mlm_train.checkpoint.keep import NEWEST, Keep, Manifests
     from mlm_train.checkpoint.load import config_of, open_checkpoint
     from mlm_train.utils.files import locked, writing
 
@@ -187,14 +195,15 @@ def _prune(path: Path, args: argparse.Namespace) -> int:
     ):
         if value is not None and value < least:
             raise UserError(f"{option} {value}: give at least {least}")
-    root = _found(path)[0].parent
+    root = _step_folders(path)[0].parent
     with locked(root.parent, "being trained"), writing(root):
-        own = Keep.of(config_of(open_checkpoint(_found(path)[-1])).checkpoint)
+        own = Keep.of(config_of(open_checkpoint(_step_folders(path)[-1])).checkpoint)
         every = own.every if args.keep_interval is None else args.keep_interval
         best = own.best if args.keep_best_k is None else args.keep_best_k
         keep = Keep(args.keep_latest_k, every, best)
-        stays = keep.reasons(committed(root))
-        for folder, reasons in stays.items():
+        manifests = Manifests()
+        kept = keep.reasons(committed(root), manifests)
+        for folder, reasons in kept.items():
             if NEWEST in reasons:
                 continue
             if reasons:
@@ -205,6 +214,6 @@ def _prune(path: Path, args: argparse.Namespace) -> int:
             print(f"{'would delete' if args.dry_run else 'deleted'} {folder}")
         if not args.dry_run:
             remove_partials(root)
-            write_names(root, keep)
-    print(f"{sum(map(bool, stays.values()))} of {len(stays)} checkpoints stay in {root}")
+            write_names(root, keep, manifests)
+    print(f"{sum(map(bool, kept.values()))} of {len(kept)} checkpoints kept in {root}")
     return 0

@@ -1,4 +1,4 @@
-"""`mlm-train export`: a Hugging Face folder from a checkpoint, and whether one is still what was written."""
+"""`mlm-train export`: write a Hugging Face folder from a checkpoint, or verify one."""
 
 import argparse
 from pathlib import Path
@@ -7,9 +7,9 @@ from mlm_train.errors import UserError
 from mlm_train.utils.checks import Check, add_verify
 
 HELP = """Write a Hugging Face folder (config.json, safetensors, tokenizer) from a checkpoint.
-A base model loads in transformers.LlamaForCausalLM as it is. The folder has a manifest with the SHA-256 of
-each of its files; `export verify` reads all of them again. Exit code 2 and one line naming the file that is
-not what was written, also where there is no manifest.
+A base model loads in transformers.LlamaForCausalLM directly. The folder has a manifest with the SHA-256 of
+each of its files; `export verify` compares them all. A changed file or a missing manifest gives exit code 2
+and one line naming it.
 
 examples:
   mlm-train export runs/micro --output runs/micro-export
@@ -17,7 +17,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Add the command's arguments."""
     parser.usage = (
         "mlm-train export RUN --output FOLDER [--dtype T] [--verify V]\n       mlm-train export verify FOLDER"
     )
@@ -30,22 +30,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", metavar="FOLDER", help="new folder to write")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default float32)"
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights (default float32)"
     )
     add_verify(parser, "the checkpoint")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export and say what was written, or verify and say whether it is whole."""
+    """Export a checkpoint, or verify an export."""
     first, *more = args.source
     if first == "verify" and len(more) == 1:
         if given := [name for name in ("output", "dtype", "verify") if getattr(args, name) is not None]:
             raise UserError(
-                f"--{given[0]} is not of `export verify`, which reads a whole folder: leave it out"
+                f"--{given[0]} has no effect on `export verify`, which reads a whole folder: leave it out"
             )
         return _verify(Path(more[0]))
     if more:
-        raise UserError(f"export takes one run, not also {more[0]!r}: leave it out")
+        raise UserError(f"export takes one run: leave out {more[0]!r}")
     if args.output is None:
         raise UserError("--output is missing: name the new folder to write")
     dtype = args.dtype or "float32"
@@ -55,10 +55,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def export_checkpoint(source: Path, output: Path, dtype: str, verify: Check = "full") -> Path:
-    """Write the export of a checkpoint (or of a run's newest); returns the checkpoint's folder.
+    """Export a checkpoint, or a run's newest one. Returns the checkpoint's folder.
 
-    What lies beside the weights in the run's folder goes along: the tokenizer, and of a run that started from
-    an import what that had. Raises UserError for a damaged checkpoint or an existing output folder.
+    The run's tokenizer is copied, and for a run that started from an import the files carried over from it.
+    Raises UserError for a damaged checkpoint or an existing output folder.
     """
     import torch
 
@@ -74,14 +74,14 @@ def export_checkpoint(source: Path, output: Path, dtype: str, verify: Check = "f
     config = config_of(manifest).model
     model = Transformer(config)
     load_weights(folder, model)
-    home = folder.absolute().parent.parent
+    run_folder = folder.absolute().parent.parent
     write_folder(
         output,
         config,
         named_pieces(model),
-        carried(home),
+        carried(run_folder),
         getattr(torch, dtype),
-        tokens=special_tokens(home).ended_by(manifest.data.eod_id).begun_by(manifest.data.bos_id),
+        tokens=special_tokens(run_folder).ended_by(manifest.data.eod_id).begun_by(manifest.data.bos_id),
     )
     return folder
 
@@ -91,11 +91,11 @@ def _verify(folder: Path) -> int:
     from mlm_train.checkpoint.hf.manifest import MANIFEST
 
     read_config(folder)
-    found = verify_folder(folder, "full")
-    if not found:
+    digests = verify_folder(folder, "full")
+    if not digests:
         raise UserError(
-            f"{folder} has no {MANIFEST} to be compared with: not written by this program's export"
+            f"{folder} has no {MANIFEST} to compare with: it was not written by `mlm-train export`"
         )
-    size = sum((folder / name).stat().st_size for name in found)
-    print(f"{folder}: whole, {len(found)} files, {size / 2**30:.2f} GiB")
+    size = sum((folder / name).stat().st_size for name in digests)
+    print(f"{folder}: whole, {len(digests)} files, {size / 2**30:.2f} GiB")
     return 0

@@ -1,9 +1,9 @@
-"""Checkpoints of a run on disk: step-00000100/ folders, `latest` and `best`; which of them stay says keep.py.
+"""Checkpoints of a run on disk: step-00000100/ folders, `latest` and `best`. keep.py decides which are kept.
 
 A folder is committed by one rename after its manifest is written, and renamed away before it is
 deleted, so every step-* folder with a manifest is whole.
-The newest of them is what a run resumes from; the files `latest` and `best` repeat names for people and
-scripts, and nothing here reads them: RUN/best is the folder that has the lowest validation loss.
+A run resumes from the newest one. The files `latest` and `best` name folders for people and scripts only;
+a path RUN/best is resolved by comparing validation losses.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
-from mlm_train.checkpoint.keep import Keep, best_of, step_of
+from mlm_train.checkpoint.keep import Keep, Manifests, best_of, step_of
 from mlm_train.checkpoint.manifest import MANIFEST
 from mlm_train.errors import UserError
 from mlm_train.utils.files import sync, write_text
@@ -28,9 +28,8 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def step_folders(root: Path) -> list[Path]:
-    """Folders of steps, oldest first, those without a manifest too."""
-    found = [path for path in root.glob("step-*") if NAME.fullmatch(path.name)]
-    return sorted(found, key=step_of)
+    """Checkpoint folders, oldest first, also those without a manifest."""
+    return sorted((path for path in root.glob("step-*") if NAME.fullmatch(path.name)), key=step_of)
 
 
 def committed(root: Path) -> list[Path]:
@@ -39,63 +38,64 @@ def committed(root: Path) -> list[Path]:
 
 
 def newest(root: Path) -> Path | None:
-    """The checkpoint to resume from."""
-    found = committed(root)
-    return found[-1] if found else None
+    """The newest committed checkpoint, from which a run resumes; None where there is none."""
+    folders = committed(root)
+    return folders[-1] if folders else None
 
 
 def names_one(path: Path) -> bool:
-    """Whether a user's path is RUN/best, RUN/latest, or the same in the run's checkpoints folder."""
+    """Whether a user's path is `best` or `latest` below a run or its checkpoints folder."""
     return path.name in (LATEST, BEST) and not path.is_dir()
 
 
 def resolve(path: Path) -> Path:
-    """A checkpoint folder from a user's path: itself, or the newest of a checkpoints folder or of a run's.
+    """Resolve a user's path to a checkpoint folder: itself, or the newest of a run or a checkpoints folder.
 
-    `best` and `latest` below these name one too. Nothing is taken for the newest because that is copied by
-    half: reading its manifest will say so.
+    `best` and `latest` below a run or a checkpoints folder are resolved too. A half-copied newest checkpoint
+    is not skipped: reading its manifest reports it. Raises UserError where there is no checkpoint.
     """
     if (path / MANIFEST).is_file() or (path.is_dir() and NAME.fullmatch(path.name)):
         return path
     if path.name == BEST and names_one(path):
-        best = best_of(_in(path.parent))
+        best = best_of(_folders_of(path.parent), Manifests())
         if best is None:
             raise UserError(f"{path}: no checkpoint there has a validation loss (train.eval_interval)")
         return best
-    return _in(path.parent if names_one(path) else path)[-1]
+    return _folders_of(path.parent if names_one(path) else path)[-1]
 
 
-def _in(path: Path) -> list[Path]:
-    """The checkpoints of a run's or a checkpoints folder; UserError where there is none."""
+def _folders_of(path: Path) -> list[Path]:
+    """The checkpoint folders in a run's or a checkpoints folder. UserError where there is none."""
     for root in (path, path / "checkpoints"):
-        if found := step_folders(root):
-            return found
+        if folders := step_folders(root):
+            return folders
     raise UserError(f"{path} holds no checkpoint: give a run's folder or one of its step-* folders")
 
 
 def commit(partial: Path, final: Path, keep: Keep) -> None:
-    """Turn a written folder into the newest checkpoint, point `latest` at it, drop what is not to be kept.
+    """Rename a written folder to its final name, delete checkpoints no longer kept, update `latest`, `best`.
 
-    What follows the commit may fail, as on a full disk: the next one does it again.
+    What follows the rename may fail, as on a full disk; the next commit repeats it.
     """
     root = final.parent
-    if final.exists():  # without a manifest, or the run would have resumed from it
+    if final.exists():  # it has no manifest, else the run would have resumed from it
         delete(final)
     partial.rename(final)
     sync(root)
     with contextlib.suppress(OSError):
-        for folder, reasons in keep.reasons(committed(root)).items():
+        manifests = Manifests()
+        for folder, reasons in keep.reasons(committed(root), manifests).items():
             if not reasons:
                 delete(folder)
         remove_partials(root)
-        write_names(root, keep)
+        write_names(root, keep, manifests)
 
 
-def write_names(root: Path, keep: Keep) -> None:
-    """The files `latest`, and `best` where the best are kept."""
-    found = committed(root)
-    write_text(root / LATEST, found[-1].name + "\n")
-    best = best_of(found) if keep.best else None
+def write_names(root: Path, keep: Keep, manifests: Manifests) -> None:
+    """Write the files `latest`, and `best` where the best are kept."""
+    folders = committed(root)
+    write_text(root / LATEST, folders[-1].name + "\n")
+    best = best_of(folders, manifests) if keep.best else None
     if best is not None:
         write_text(root / BEST, best.name + "\n")
     else:
@@ -103,15 +103,15 @@ def write_names(root: Path, keep: Keep) -> None:
 
 
 def delete(folder: Path) -> None:
-    """Take a folder's name away before its files go: a kill in between leaves nothing half deleted."""
-    aside = folder.with_name(f"{PARTIAL}old-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    """Delete a folder; it is renamed first, so that a kill never leaves one half deleted under its name."""
+    doomed = folder.with_name(f"{PARTIAL}old-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def set_aside(folder: Path) -> Path:
-    """Take a damaged folder's name away, delete nothing; its new path."""
+    """Rename a damaged folder, without deleting anything. Returns its new path."""
     times, aside = 1, folder.with_name(f"{DAMAGED}{folder.name}")
     while aside.exists():
         times += 1
@@ -122,6 +122,6 @@ def set_aside(folder: Path) -> Path:
 
 
 def remove_partials(root: Path) -> None:
-    """Delete what killed saves and deletions left. Only for the process that holds the run's lock."""
+    """Delete the leftovers of killed saves and deletions. Only for the process that holds the run's lock."""
     for leftover in root.glob(f"{PARTIAL}*"):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Read a checkpoint: verify it, check that it fits, put it into model and optimizer."""
+"""Read a checkpoint: verify it, check that it fits the config, load it into model and optimizer."""
 
 from pathlib import Path
 
@@ -13,13 +13,13 @@ from mlm_train.config.renamed import with_new_names
 from mlm_train.data.order import ORDER
 from mlm_train.errors import UserError
 from mlm_train.model.logical import pieces
-from mlm_train.parallel.engine.deepspeed_zero import Engine
+from mlm_train.parallel.engine.base import Engine
 from mlm_train.parallel.engine.optimizer_state import STATE, finish_scatter, scatter_state
 from mlm_train.utils.checks import Check
 
 
 def open_checkpoint(folder: Path, verify: Check = "full") -> Manifest:
-    """The verified manifest of a checkpoint folder. Raises UserError naming what is damaged."""
+    """Verify a checkpoint folder. Returns its manifest; raises UserError naming what is damaged."""
     manifest = read_manifest(folder)
     if verify != "none":
         verify_files(folder, manifest.files, hashes=verify == "full")
@@ -32,7 +32,7 @@ def config_of(manifest: Manifest) -> Config:
 
 
 def check_fits(folder: Path, manifest: Manifest, config: Config, fingerprint: str) -> None:
-    """Refuse to continue a run with another model, other data, or another order of samples."""
+    """Raise UserError where a run would continue with another model, other data, or another sample order."""
     written = config_of(manifest)
     check_same_model(folder, written.model, config.model)
     for section, field in (("data", "sequence_length"), ("train", "seed")):
@@ -40,41 +40,41 @@ def check_fits(folder: Path, manifest: Manifest, config: Config, fingerprint: st
         if old != new:
             raise UserError(
                 f"{section}.{field}={new} but checkpoint {folder} was written with {old}: "
-                f"its place in the data would be wrong; set {section}.{field}={old} or another train.output"
+                f"its position in the data would be wrong; set {section}.{field}={old} or a new train.output"
             )
     if manifest.data.order != ORDER:
         raise UserError(
             f"checkpoint {folder} was written by a version of mlm-train with another order of samples: its "
-            "place in the data would be wrong; go on with that version, or with another train.output and "
-            f"checkpoint.warm_start={folder}"
+            "position in the data would be wrong; continue with that version, or with another train.output "
+            f"and checkpoint.warm_start={folder}"
         )
     accepted = config.checkpoint.accept_data
     if manifest.data.fingerprint != fingerprint and not _names(accepted, fingerprint):
         raise UserError(
             f"checkpoint {folder} was written with other data, or another blend (fingerprints differ): use "
-            "that data, another train.output, checkpoint.warm_start, or go on with this data by "
+            "that data, another train.output, checkpoint.warm_start, or continue with this data by "
             f"checkpoint.accept_data=sha256:{fingerprint[:12]}"
         )
 
 
 def _names(accepted: str | None, fingerprint: str) -> bool:
-    """Whether config field checkpoint.accept_data means this data."""
+    """Whether config field checkpoint.accept_data names this data."""
     return accepted is not None and fingerprint.startswith(accepted.removeprefix("sha256:"))
 
 
 def check_same_model(folder: Path, written: ModelConfig, model: ModelConfig) -> None:
-    """UserError naming the first field in which the model of a checkpoint or an export differs."""
+    """Raise UserError naming the first field in which the model of a checkpoint or an export differs."""
     old, new = written.model_dump(), model.model_dump()
-    for name in sorted(old.keys() - {"init_std", "flex_beta"}):  # the size that beta makes is compared
+    for name in sorted(old.keys() - {"init_std", "flex_beta"}):  # the size that flex_beta gives is compared
         if old[name] != new[name]:
             raise UserError(
-                f"{folder} is of another model: model.{name} is {old[name]} there and {new[name]} here; "
+                f"{folder} holds another model: model.{name} is {old[name]} there and {new[name]} here; "
                 "use its model section, or name another folder"
             )
 
 
 def check_steps(folder: Path, manifest: Manifest, config: Config) -> None:
-    """Refuse a target that the run has passed."""
+    """Raise UserError for a train.steps that the run has passed."""
     done = manifest.progress.step
     if config.train.steps < done:
         raise UserError(
@@ -84,9 +84,9 @@ def check_steps(folder: Path, manifest: Manifest, config: Config) -> None:
 
 
 def load_training_state(folder: Path, manifest: Manifest, engine: Engine) -> None:
-    """Fill weights, moments and RNG; every rank calls it. The manifest is verified already.
+    """Load weights, moments and RNG state from a verified checkpoint; every rank calls it.
 
-    A rank reads its whole share of the model before it takes ZeRO's part of it: one of STATE at a time.
+    A rank reads its whole model shard before it keeps ZeRO's part of it, one of STATE at a time.
     """
     rng = torch.get_rng_state()
     read_tensors(folder, {"rng": rng})
@@ -97,7 +97,7 @@ def load_training_state(folder: Path, manifest: Manifest, engine: Engine) -> Non
 
 
 def _read_whole(folder: Path, key: str, engine: Engine) -> dict[str, Tensor]:
-    """One of STATE: parameter name -> whole fp32 tensor in host memory, its padding zero."""
+    """Read one of STATE: parameter name -> whole fp32 tensor in host memory, with zero padding."""
     whole = {name: torch.zeros(shape, dtype=torch.float32) for name, shape in engine.shapes.items()}
     wanted: dict[str, Tensor] = {}
     for piece in engine.pieces:
@@ -108,7 +108,7 @@ def _read_whole(folder: Path, key: str, engine: Engine) -> dict[str, Tensor]:
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Fill a model's weights, or this rank's share of them, from a checkpoint; needs no processes."""
+    """Load a model's weights, or this rank's shard of them, from a checkpoint, without process groups."""
     parameters = dict(model.named_parameters())
     wanted: dict[str, Tensor] = {}
     for piece in pieces(model):

@@ -1,6 +1,6 @@
-"""The manifest: what a committed folder holds, file by file. Written last, checked first.
+"""The manifest of a checkpoint: its progress, data, config and files. Written last, checked first.
 
-It carries a checksum of itself, so a changed digit in it is damage too, and not another place in the data.
+It has its own checksum, so that a changed digit is found as damage instead of moving the data cursor.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from mlm_train.errors import UserError
-from mlm_train.utils.files import listed, sha256_of, write_json
-from mlm_train.utils.records import SEAL, Record, json_value, read_regular, record_of, seal_of
+from mlm_train.utils.files import listed, sha256_of
+from mlm_train.utils.records import SEAL, Record, json_value, read_regular, record_of, seal_of, write_sealed
 
 MANIFEST = "manifest.json"
 FORMAT = "mlm-checkpoint"
-VERSION = 2  # 1 had no checksum of the manifest
+VERSION = 2  # version 1 had no checksum of the manifest
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 
 
@@ -28,7 +28,7 @@ class FileEntry(Record):
 
 
 class Rewarmed(Record):
-    """A change of the learning rate's schedule, as monitor.report.Rewarm says it."""
+    """A change of the learning rate schedule; see monitor.report.Rewarm."""
 
     step: Count
     lr: Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -36,7 +36,7 @@ class Rewarmed(Record):
 
 
 class Reached(Record):
-    """How far the run was, as monitor.report.Progress says it, and the optimizer. Older versions say less."""
+    """Progress of the run (see monitor.report.Progress) and of the optimizer; older versions have less."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Count | float | None]
@@ -50,7 +50,7 @@ class Reached(Record):
 
 
 class TrainedOn(Record):
-    """The data. order: how samples are chosen (data.order.ORDER); older versions did not say.
+    """The training data. order: version of the sample order (data.order.ORDER), absent in older versions.
 
     bos_id: what each document begins with, if anything.
     """
@@ -63,14 +63,14 @@ class TrainedOn(Record):
 
 
 class Validation(Record):
-    """The loss of a checkpoint's weights, on so many samples of the validation split."""
+    """Validation loss of a checkpoint's weights, on the first `samples` samples of the split."""
 
     loss: Annotated[float, Field(allow_inf_nan=False)]
     samples: Count
 
 
 class Manifest(Record):
-    """What manifest.json says."""
+    """The contents of manifest.json, without its own checksum."""
 
     format: Literal["mlm-checkpoint"]
     version: Literal[2]
@@ -84,7 +84,7 @@ class Manifest(Record):
 
 
 class Damaged(UserError):
-    """A folder is not what was committed; `fault` says what is wrong, without the fix."""
+    """A folder differs from what was committed; `fault` is the message without the fix."""
 
     def __init__(self, fault: str, fix: str) -> None:
         super().__init__(f"{fault}; {fix}")
@@ -92,15 +92,15 @@ class Damaged(UserError):
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write it with its checksum, all at once."""
-    write_json(folder / MANIFEST, manifest | {SEAL: seal_of(manifest)})
+    """Write manifest.json with its own checksum, atomically."""
+    write_sealed(folder / MANIFEST, manifest)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder; UserError where it is of another kind or version, Damaged where changed."""
+    """Read a folder's manifest. UserError for another format or version, Damaged where it was changed."""
     path, fix = folder / MANIFEST, f"delete {folder} to fall back to an older one"
     if not path.is_file():
-        raise Damaged(f"{folder} is no complete {FORMAT} folder: {MANIFEST} is missing", fix)
+        raise Damaged(f"{folder} is not a complete {FORMAT} folder: {MANIFEST} is missing", fix)
     try:
         tree = json_value(read_regular(path))
     except ValueError:
@@ -117,7 +117,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{path} does not describe a {FORMAT}")
     if described[1] != VERSION:
         raise UserError(
-            f"{path} has version {str(described[1])[:80]}; this program reads {VERSION}: go on with the other"
+            f"{path} has version {str(described[1])[:80]}, but this program reads {VERSION}: use the other"
         )
     return record_of(Manifest, tree, path, fix)
 
@@ -125,24 +125,29 @@ def read_manifest(folder: Path) -> Manifest:
 def verify_files(folder: Path, entries: Sequence[FileEntry], hashes: bool = True) -> None:
     """Check presence, size and (with `hashes`) content of files; Damaged names the first bad one.
 
-    Tensors in a file that no entry names would be read with the others: it is refused too.
+    A file that no entry names is rejected too: its tensors would be read with the others.
     """
     fix = f"delete {folder} to fall back to an older one"
     for entry in entries:
         path = listed(folder, entry.file, MANIFEST)
-        if not path.is_file():
-            raise Damaged(f"{path} is missing", fix)
-        size = path.stat().st_size
-        if size != entry.bytes:
-            raise Damaged(f"{path} is damaged: {size} bytes instead of {entry.bytes}", fix)
+        if fault := size_fault(path, entry):
+            raise Damaged(fault, fix)
         try:
             same = not hashes or sha256_of(path) == entry.sha256
-        except OSError as error:  # it may be whole: nothing to fall back from
+        except OSError as error:  # the file may be whole: not Damaged
             raise UserError(f"{path} cannot be read: {error.strerror}") from None
         if not same:
             raise Damaged(f"{path} is damaged: its checksum differs", fix)
     unknown = {path.name for path in folder.glob("*.safetensors")} - {entry.file for entry in entries}
     if unknown:
         raise UserError(
-            f"{folder / min(unknown)} is not in {MANIFEST} and no part of the checkpoint: delete it"
+            f"{folder / min(unknown)} is not in {MANIFEST} and not part of the checkpoint: delete it"
         )
+
+
+def size_fault(path: Path, entry: FileEntry) -> str | None:
+    """What is wrong with a file by its presence and size alone, naming it; None: nothing."""
+    if not path.is_file():
+        return f"{path} is missing"
+    size = path.stat().st_size
+    return None if size == entry.bytes else f"{path} is damaged: {size} bytes instead of {entry.bytes}"

@@ -1,4 +1,4 @@
-"""Write a checkpoint: logical tensors through torch.distributed.checkpoint, manifest last."""
+"""Write a checkpoint: logical tensors with torch.distributed.checkpoint, the manifest last."""
 
 import shutil
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from mlm_train.checkpoint.tensors import LogicalPart, write_tensors
 from mlm_train.config import Config
 from mlm_train.errors import UserError
 from mlm_train.model.counts import count_parameters
-from mlm_train.parallel.engine.deepspeed_zero import Engine
+from mlm_train.parallel.engine.base import Engine
 from mlm_train.parallel.engine.optimizer_state import STATE, gather_state, optimizer_steps
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.utils.files import writing
@@ -27,7 +27,7 @@ FP32, GIB = 4, 2**30
 
 
 def logical_state(engine: Engine) -> dict[str, Tensor]:
-    """`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` of the logical tensors this rank writes, fp32."""
+    """The logical tensors this rank writes, fp32: `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`."""
     whole = gather_state(engine)
     return {
         f"{key}/{piece.name}": LogicalPart.of(piece, piece.of(tensors[piece.parameter]).contiguous())
@@ -39,13 +39,13 @@ def logical_state(engine: Engine) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run at the end of a step, in host memory: training may go on while it is written."""
+    """A run's state at the end of a step, copied to host memory, so that training can continue meanwhile."""
 
     step: int
     state: dict[str, Tensor]
-    manifest: dict[str, Any]  # what it will say, `files` apart
-    keep: Keep  # which checkpoints of the run stay
-    bytes: int  # about, of all ranks
+    manifest: dict[str, Any]  # without `files`
+    keep: Keep  # which checkpoints of the run are kept
+    bytes: int  # approximate, of all ranks
 
 
 def take_snapshot(
@@ -56,10 +56,10 @@ def take_snapshot(
     data: dict[str, Any],
     validation: Validation | None = None,
 ) -> Snapshot:
-    """Copy what a checkpoint of `progress["step"]` holds; every rank calls it.
+    """Copy the state for a checkpoint of `progress["step"]`; every rank calls it.
 
-    `data` names what was trained on: `fingerprint`, `order` of its samples, and `eod_id` for exports.
-    `validation`: of these very weights.
+    `data` describes the training data: `fingerprint`, `order` of its samples, and `eod_id` for exports.
+    `validation`: of these same weights.
     """
     state = logical_state(engine)
     state["rng"] = torch.get_rng_state()
@@ -80,21 +80,21 @@ def take_snapshot(
 def write_checkpoint(root: Path, snapshot: Snapshot, runtime: Runtime) -> Path:
     """Write and commit a checkpoint; every rank calls it. Returns its folder.
 
-    A kill at any moment leaves the older checkpoints as they were: the new folder has another name
-    until its manifest is on disk. Raises UserError on every rank where one could not write.
+    A kill at any moment leaves the older checkpoints intact: the new folder has a temporary name
+    until its manifest is on disk. Raises UserError on every rank where any rank could not write.
     """
     final = step_folder(root, snapshot.step)
     partial = root / f"{PARTIAL}{final.name}{SlurmAttempt.suffix()}"
-    marker = runtime.marker  # each part may take long of its own
+    marker = runtime.marker  # each phase may take long
     marker.at("space")
     runtime.broadcast(lambda: _prepare(partial, snapshot))
     try:
-        marker.at("look for what is not finite")
+        marker.at("check for non-finite values")
         runtime.gather(lambda: _refuse_nonfinite(snapshot))
         marker.at("write")
-        mine = write_tensors(partial, snapshot.state, runtime.groups.control)
+        own_files = write_tensors(partial, snapshot.state, runtime.groups.control)
         marker.at("commit")
-        files = [entry for entries in runtime.gather(lambda: mine) for entry in entries]
+        files = [entry for entries in runtime.gather(lambda: own_files) for entry in entries]
         manifest = snapshot.manifest | {"files": sorted(files, key=lambda entry: entry["file"])}
         runtime.broadcast(lambda: _finish(partial, manifest, final, snapshot.keep))
     except UserError:
@@ -104,17 +104,17 @@ def write_checkpoint(root: Path, snapshot: Snapshot, runtime: Runtime) -> Path:
 
 
 def _refuse_nonfinite(snapshot: Snapshot) -> None:
-    """UserError naming the first tensor that no run could go on from: it must not push a good one out."""
-    numbers = {name: part.as_subclass(Tensor) for name, part in snapshot.state.items() if name != "rng"}
-    if names := nonfinite(numbers):
+    """Raise UserError for non-finite values: no run can resume from them, and a good checkpoint would go."""
+    tensors = {name: part.as_subclass(Tensor) for name, part in snapshot.state.items() if name != "rng"}
+    if names := nonfinite(tensors):
         raise UserError(
-            f"the state after step {snapshot.step} holds infinity or NaN in {names[0]}: start again from the "
+            f"the state after step {snapshot.step} holds infinity or NaN in {names[0]}: restart from the "
             "newest checkpoint"
         )
 
 
 def _finish(partial: Path, manifest: dict[str, Any], final: Path, keep: Keep) -> None:
-    """The manifest, then the name; nothing any more where a newer attempt of the job has taken over."""
+    """Write the manifest and commit, unless a newer attempt of the job has taken over."""
     with writing(final.parent):
         write_manifest(partial, manifest)
         refuse_superseded(final.parent.parent)
@@ -122,7 +122,7 @@ def _finish(partial: Path, manifest: dict[str, Any], final: Path, keep: Keep) ->
 
 
 def _prepare(partial: Path, snapshot: Snapshot) -> None:
-    """An empty folder of that name (the reader takes every file in it), on a disk with room."""
+    """Make an empty folder (the reader reads every file in it) after checking for free space."""
     shutil.rmtree(partial, ignore_errors=True)
     with writing(partial.parent):
         partial.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Saves a run's checkpoints while it trains on: the state is copied at once, a thread writes the copy."""
+"""Asynchronous saves: the state is copied at once, and a background thread writes it during training."""
 
 import threading
 import time
@@ -12,17 +12,17 @@ from mlm_train.checkpoint.save import Snapshot, take_snapshot, write_checkpoint
 from mlm_train.config import Config
 from mlm_train.errors import UserError
 from mlm_train.monitor.report import Saved
-from mlm_train.parallel.engine.deepspeed_zero import Engine
+from mlm_train.parallel.engine.base import Engine
 from mlm_train.parallel.runtime import Runtime
 
-FAILURES = 3  # saves in a row that may fail before the run ends: a disk may be full for a while
-LEAVE = 60.0  # seconds that a run which fails waits for a checkpoint that is being written
+FAILURES = 3  # failed saves in a row that end the run: a disk may be full for a while
+LEAVE = 60.0  # seconds that a failing run waits for a checkpoint being written
 
 
 class Saver:
-    """At most one checkpoint is being written; all ranks call the same methods at the same steps.
+    """Saves at most one checkpoint at a time; all ranks call the same methods at the same steps.
 
-    `say` takes a line for the user, of a save that failed; `committed` a checkpoint that is on disk.
+    `committed` is called with each checkpoint that is on disk, `say` with a log line about a failed save.
     """
 
     def __init__(
@@ -37,16 +37,15 @@ class Saver:
         self.engine, self.runtime, self.config, self.data = engine, runtime, config, data
         self.committed, self.say = committed, say
         self.root = Path(config.train.output) / "checkpoints"
-        # The thread's collectives meet no others.
+        # Process groups of its own: the thread's collectives must not mix with the main thread's.
         self.thread_runtime = runtime.for_thread(config.parallel.timeout)
         self.failures = 0
         self.write: _Write | None = None
 
     def save(self, progress: dict[str, Any], validation: Validation | None = None) -> None:
-        """Copy the state, begin to write it; first waits for the checkpoint before.
+        """Wait for the previous checkpoint, copy the state, and start writing it.
 
-        validation: of the weights as they are. Raises UserError, on every rank alike, where FAILURES in a row
-        could not be written.
+        validation: of the current weights. Raises UserError on every rank after FAILURES failures in a row.
         """
         started = time.monotonic()
         self.settle()
@@ -60,27 +59,27 @@ class Saver:
         self.write.stall = time.monotonic() - started
 
     def poll(self) -> None:
-        """Say what has been committed since the last call; waits for nothing."""
+        """Report a checkpoint committed since the last call, without waiting."""
         write = self.write
-        if write is not None and write.folder is not None and not write.told:
-            write.told = True
+        if write is not None and write.folder is not None and not write.reported:
+            write.reported = True
             self.committed(Saved(write.folder, write.seconds, write.stall))
 
     def finish(self) -> None:
-        """Wait until what was saved is on disk. Raises UserError where it is not."""
+        """Wait until the last save is on disk. Raises UserError where it failed."""
         error = self.settle()
         if error is not None:
             raise error
 
     def leave(self) -> None:
-        """The run ends by a failure of something else: give a checkpoint that is being written its time."""
+        """Give a checkpoint being written up to LEAVE seconds, when the run ends by another failure."""
         if self.write is not None and self.write.is_alive():
-            self.runtime.marker.linger()  # no hang, and still where the failure was
+            self.runtime.marker.linger()  # not a hang; the marker stays where the failure was
             self.write.join(LEAVE)
         self.poll()
 
     def settle(self) -> UserError | None:
-        """Wait for the checkpoint that is being written, tell how it went; its UserError."""
+        """Wait for the checkpoint being written and report it. Returns its UserError, if any."""
         write = self.write
         if write is None:
             return None
@@ -96,8 +95,8 @@ class Saver:
         if not isinstance(error, UserError) or self.failures == FAILURES:
             raise error
         last = newest(self.root)
-        kept = "none is there yet" if last is None else f"the last good one is {last.name}"
-        self.say(f"NOT saved: {error} | {kept}; training goes on")
+        kept = "there is no checkpoint yet" if last is None else f"the last good one is {last.name}"
+        self.say(f"NOT saved: {error} | {kept}; training continues")
         return error
 
 
@@ -110,13 +109,13 @@ class _Write(threading.Thread):
         self.stall = self.seconds = 0.0
         self.folder: Path | None = None  # once it is committed
         self.error: Exception | None = None
-        self.told = False
+        self.reported = False
 
     def run(self) -> None:
-        """In the thread, or at once."""
+        """Write the snapshot, in the thread or called directly."""
         try:
             folder = write_checkpoint(self.root, self.snapshot, self.runtime)
             self.seconds = time.monotonic() - self.started
-            self.folder = folder  # last: the other thread looks at it
-        except Exception as error:  # raised where the run waits for it
+            self.folder = folder  # set last: the main thread polls it
+        except Exception as error:  # raised by `settle`
             self.error = error

@@ -1,6 +1,6 @@
-"""The files of a checkpoint: safetensors, one a rank, for torch.distributed.checkpoint's own reader.
+"""The files of a checkpoint: one safetensors file per rank, in the format of torch.distributed.checkpoint.
 
-Its own writer joins a rank's tensors in memory first, twice, and a checksum would read the file again.
+Its own writer copies a rank's tensors in memory twice, and a checksum would have to read the file again.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 BLOCK = 2**24  # bytes written and hashed at once
-PLACES = "DCP_SHARDING_INFO"  # where the format's own reader looks for where each part begins
-DTYPES = {torch.float32: "F32", torch.uint8: "U8"}  # what a checkpoint holds, in the format's words
+OFFSETS = "DCP_SHARDING_INFO"  # metadata key of each part's offsets in its logical tensor
+DTYPES = {torch.float32: "F32", torch.uint8: "U8"}  # of a checkpoint's tensors, as safetensors spells them
 
 
 class ShardWriter(HuggingFaceStorageWriter):
-    """Writes a rank's file tensor after tensor, with its checksum from memory on the way."""
+    """Writes a rank's file tensor by tensor, computing its checksum from memory on the way."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder), save_distributed=True)
@@ -31,17 +31,17 @@ class ShardWriter(HuggingFaceStorageWriter):
         self.entries: list[dict[str, Any]] = []  # of this rank's file, for the manifest
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """What the plan gives this rank to write."""
+        """Write the tensors that the plan assigns to this rank."""
         tensors: dict[str, Tensor] = {}
-        starts: dict[str, list[int]] = {}
+        offsets: dict[str, list[int]] = {}
         for item in plan.items:
             tensor = planner.resolve_data(item)
             assert isinstance(tensor, Tensor) and item.tensor_data is not None
             tensors[item.index.fqn] = tensor.detach()
-            starts[item.index.fqn] = list(item.tensor_data.chunk.offsets)
+            offsets[item.index.fqn] = list(item.tensor_data.chunk.offsets)
         if tensors:
             path = self.folder / f"shard-{plan.storage_data['shard_index']:05d}.safetensors"
-            self.entries = [_write_shard(path, tensors, starts)]
+            self.entries = [_write_shard(path, tensors, offsets)]
         done: Future[list[WriteResult]] = Future()
         done.set_result(
             [WriteResult(item.index, tensors[item.index.fqn].nbytes, None) for item in plan.items]
@@ -49,12 +49,12 @@ class ShardWriter(HuggingFaceStorageWriter):
         return done
 
 
-def _write_shard(path: Path, tensors: dict[str, Tensor], starts: dict[str, list[int]]) -> dict[str, Any]:
-    """The file's entry in the manifest; it is on disk then. starts: where each begins in its whole tensor."""
-    # Larger elements first, as the format's own writer does: each begins at a multiple of its size.
+def _write_shard(path: Path, tensors: dict[str, Tensor], offsets: dict[str, list[int]]) -> dict[str, Any]:
+    """Write a file to disk. Returns its manifest entry. offsets: of each part in its logical tensor."""
+    # Larger elements first, as safetensors' own writer does, so that each tensor is aligned.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    places = {name: {"saved_offsets": starts[name]} for name in names}
-    header: dict[str, Any] = {"__metadata__": {PLACES: json.dumps(places), "format": "pt"}}
+    saved_offsets = {name: {"saved_offsets": offsets[name]} for name in names}
+    header: dict[str, Any] = {"__metadata__": {OFFSETS: json.dumps(saved_offsets), "format": "pt"}}
     end = 0
     for name in names:
         begin, end = end, end + tensors[name].nbytes
@@ -68,19 +68,19 @@ def _write_shard(path: Path, tensors: dict[str, Tensor], starts: dict[str, list[
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """A tensor's memory."""
+    """A tensor's bytes, without a copy where it is contiguous."""
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> str:
-    """Write them one after the other, flush to disk; SHA-256 of it all."""
+    """Write the parts one after the other and flush them to disk. Returns the SHA-256 of the file."""
     checksum = hashlib.sha256()
     with path.open("wb", buffering=0) as file:
         for part in parts:
             for start in range(0, len(part), BLOCK):
                 block = memoryview(part)[start : start + BLOCK]
                 checksum.update(block)
-                while block:  # a disk that fills up takes less than all of it, and then raises
+                while block:  # on a disk that fills up, a partial write comes before the error
                     block = block[file.write(block) :]
         os.fsync(file.fileno())
     return checksum.hexdigest()

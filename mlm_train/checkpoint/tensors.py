@@ -1,6 +1,6 @@
-"""Logical tensors in and out of a folder of safetensors, through torch.distributed.checkpoint.
+"""Write and read logical tensors in a folder of safetensors, with torch.distributed.checkpoint.
 
-Its Hugging Face storage holds no pickle and no index: the manifest beside the files is ours.
+Its Hugging Face storage uses no pickle and no index; our manifest lies beside the files.
 """
 
 from pathlib import Path
@@ -16,18 +16,18 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from mlm_train.checkpoint.shards import ShardWriter
 from mlm_train.errors import SharedUserError, UserError
 from mlm_train.model.logical import Piece
-from mlm_train.utils.files import told
+from mlm_train.utils.files import with_fix
 
 
 class LogicalPart(Tensor):
-    """A part of a logical tensor that knows its place: what torch.distributed.checkpoint asks of a shard."""
+    """A part of a logical tensor with its offset: the shard interface of torch.distributed.checkpoint."""
 
     whole: torch.Size
     offset: torch.Size
 
     @staticmethod
     def of(piece: Piece, local: Tensor) -> Tensor:
-        """`local`, the piece of a logical tensor; plain where it is the whole of it."""
+        """`local`, which holds the piece, as a LogicalPart; unchanged where it is the whole tensor."""
         if local.shape == piece.shape:
             return local
         part = local.as_subclass(LogicalPart)
@@ -35,7 +35,7 @@ class LogicalPart(Tensor):
         return part
 
     def size(self, *dim: int) -> Any:  # type: ignore[override]
-        """Of the whole, as the reader wants it."""
+        """Size of the logical tensor, as the reader expects."""
         return self.whole[dim[0]] if dim else self.whole
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
@@ -53,10 +53,10 @@ class LogicalPart(Tensor):
 
 
 def write_tensors(folder: Path, state: dict[str, Tensor], group: Any = None) -> list[dict[str, Any]]:
-    """Write tensors and LogicalParts; what several ranks hold alike is written once.
+    """Write tensors and LogicalParts; replicated ones are written once.
 
-    Every rank of `group` (default: all) calls it. Returns what the manifest says of this rank's files.
-    Raises UserError on every rank where one could not write.
+    Every rank of `group` (default: all) calls it. Returns the manifest entries of this rank's files.
+    Raises UserError on every rank where any rank could not write.
     """
     try:
         writer = ShardWriter(folder)
@@ -64,13 +64,13 @@ def write_tensors(folder: Path, state: dict[str, Tensor], group: Any = None) -> 
         return writer.entries
     except dcp.api.CheckpointException as error:  # derives from BaseException
         _raise_stop(error)
-        raise SharedUserError(f"{folder.parent} cannot be written: {_told(error)}") from None
+        raise SharedUserError(f"{folder.parent} cannot be written: {_disk_error(error)}") from None
 
 
 def read_tensors(folder: Path, wanted: dict[str, Tensor], alone: bool = False) -> None:
-    """Read into the tensors and LogicalParts given, which held NaN before: what is not read shows.
+    """Read into the given tensors and LogicalParts, filled with NaN before so that gaps are found.
 
-    `alone`: on this process, without process groups. Raises UserError.
+    `alone`: in this process only, without process groups. Raises UserError.
     """
     try:
         dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
@@ -83,16 +83,16 @@ def read_tensors(folder: Path, wanted: dict[str, Tensor], alone: bool = False) -
 
 
 def _raise_stop(error: Any) -> None:
-    """A signal that came meanwhile, which the library takes for a failure: nothing is damaged then."""
+    """Raise a signal's KeyboardInterrupt again, which the library reports as a failure."""
     for failure, _ in error.failures.values():
         if isinstance(failure, KeyboardInterrupt):
             raise failure from None
 
 
-def _told(error: Any) -> str:
-    """What the disk of the first rank said, and what to do; any other error of it in one line."""
+def _disk_error(error: Any) -> str:
+    """The first rank's OSError and its fix; any other error in one line."""
     cause = next(iter(error.failures.values()))[0] if error.failures else error
-    return told(cause) if isinstance(cause, OSError) else _cause(error)
+    return with_fix(cause) if isinstance(cause, OSError) else _cause(error)
 
 
 def _cause(error: Any) -> str:

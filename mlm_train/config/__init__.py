@@ -2,6 +2,7 @@
 
 from mlm_train.config.load import changed_fields, dump_config, load_config
 from mlm_train.config.model import ModelConfig
+from mlm_train.config.monitor import MonitorConfig
 from mlm_train.config.schedule import ScheduleConfig
 from mlm_train.config.schema import (
     BatchSizeWarmup,
@@ -9,7 +10,6 @@ from mlm_train.config.schema import (
     Config,
     DataConfig,
     MemoryConfig,
-    MonitorConfig,
     OptimizerConfig,
     ParallelConfig,
     TrainConfig,

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from mlm_train.config.choices import Engine, X0Transport
 from mlm_train.config.model import ModelConfig
 from mlm_train.config.section import Section, blame
 
@@ -33,11 +34,16 @@ class ParallelConfig(Section):
     layers_per_stage: list[Annotated[int, Field(ge=1)]] | None = Field(
         None, description="layers per stage; default: balanced by cost, the head counted"
     )
-    x0_transport: Literal["broadcast", "relay", "replicate"] | None = Field(
+    x0_transport: X0Transport | None = Field(
         None,
         description="how x0 reaches the pipeline's stages: the step's distinct rows once (default), "
         "beside the hidden state (default of zero-bubble schedules but with memory.mode=table), or an "
-        "embedding on every stage",
+        "embedding on every stage. Or a class of yours: package.module:Name (docs/extending.md)",
+    )
+    engine: Engine = Field(
+        "deepspeed",
+        description="what reduces gradients and steps the optimizer: deepspeed (AdamW, ZeRO), or a class of "
+        "yours: package.module:Name (docs/extending.md)",
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1,

@@ -25,11 +25,14 @@ RENAMED: dict[str, str] = {
     "checkpoint.keep_every": "checkpoint.keep_interval",
     "checkpoint.keep_best": "checkpoint.keep_best_k",
     "checkpoint.background": "checkpoint.async_save",
+    "monitor.tensorboard": "monitor.writers",
     "monitor.log_every": "monitor.log_interval",
     "monitor.stragglers_every": "monitor.straggler_interval",
 }
 # Old name -> what its value is called today, for a field of RENAMED whose values changed too.
-VALUES: dict[str, Callable[[Any], Any]] = {}
+VALUES: dict[str, Callable[[Any], Any]] = {
+    "monitor.tensorboard": lambda on: ["tensorboard"] if on else [],
+}
 
 
 def with_new_names(tree: dict[str, Any], source: str) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from mlm_train.config.choices import MemoryMode
 from mlm_train.config.model import ModelConfig
+from mlm_train.config.monitor import MonitorConfig
 from mlm_train.config.parallel import ZERO_BUBBLE, ParallelConfig, check_parallel
 from mlm_train.config.schedule import ScheduleConfig, check_schedule
 from mlm_train.config.section import Section, blame
@@ -53,11 +55,11 @@ class DataConfig(Section):
 class MemoryConfig(Section):
     """How FFN-M is executed in training."""
 
-    mode: Literal["auto", "per_token", "unique", "table"] = Field(
+    mode: MemoryMode = Field(
         "auto",
         description="per_token: at every position, as the paper does. unique: once per distinct token of a "
         "micro-batch; table: of a step (exactly the same gradients). auto: what costs least here, measured "
-        "at the start of a run",
+        "at the start of a run. Or a class of yours: package.module:Name (docs/extending.md)",
     )
     budget_gib: float | None = Field(
         None,
@@ -221,25 +223,6 @@ class CheckpointConfig(Section):
         None,
         pattern="^sha256:[0-9a-f]{12,64}$",
         description="fingerprint of other data, as the refusal prints it, on which a checkpoint may go on",
-    )
-
-
-class MonitorConfig(Section):
-    """What is seen."""
-
-    tensorboard: bool = Field(True, description="write events below train.output/tensorboard")
-    log_interval: int = Field(1, ge=1, description="steps between log lines and events")
-    straggler_interval: int = Field(
-        50, ge=1, description="steps over which ranks are compared, to say which are slow"
-    )
-    straggler_ratio: float = Field(
-        1.5, gt=1, description="a rank is slow that takes so many times its stage's median"
-    )
-    peak_tflops: float | None = Field(
-        None,
-        gt=0,
-        description="arithmetic peak of one rank, 1e12 FLOP/s, that MFU is measured against beside a product "
-        "measured at the start (default: the datasheet's, of accelerators that are known)",
     )
 
 

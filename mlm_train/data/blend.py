@@ -1,4 +1,4 @@
-"""What a run reads: one prepared folder, or several of one tokenizer in fixed shares."""
+"""The data a run reads: one prepared folder, or several with one tokenizer, mixed in fixed proportions."""
 
 import hashlib
 import json
@@ -14,52 +14,52 @@ from mlm_train.data.samples import Samples
 from mlm_train.errors import UserError
 from mlm_train.utils.checks import Check
 
-PARTS = 100_000  # of a blend, into which weights are rounded: five decimals
+PARTS = 100_000  # weights are rounded to whole parts of a blend: five decimals
 
 
 @dataclass(frozen=True)
 class Blend:
-    """Prepared folders, and how many of PARTS samples (so of as many tokens) come from each."""
+    """Prepared folders, and how many of every PARTS samples (and hence tokens) come from each."""
 
     sources: Sequence[PreparedData]
     shares: Sequence[int]
 
     @classmethod
     def open(cls, config: DataConfig) -> "Blend":
-        """Open what config section data names, but for data.verify=full, which is one rank's (`verify`).
+        """Open the folders of config section data; data.verify=full is left to one rank's `verify`.
 
-        Raises UserError for a folder that is not as its manifest says, for one whose tokenizer is not that
-        of the others, and for a weight too small to count.
+        Raises UserError for a folder that does not match its manifest, for different tokenizers, and for a
+        weight too small to count.
         """
-        at_once: Check = "none" if config.verify == "none" else "sizes"
+        verify_now: Check = "none" if config.verify == "none" else "sizes"
         if config.blend is None:
             assert config.path is not None
-            return cls([PreparedData.open(config.path, at_once)], [1])
+            return cls([PreparedData.open(config.path, verify_now)], [1])
         blend = cls(
-            [PreparedData.open(source.path, at_once) for source in config.blend],
+            [PreparedData.open(source.path, verify_now) for source in config.blend],
             _shares([source.weight for source in config.blend]),
         )
         blend._check_sources()
         return blend
 
     def verify(self) -> None:
-        """Read every file of every source and compare it; UserError names what is wrong."""
+        """Read and verify every file of every source. UserError names what is wrong."""
         for source in self.sources:
             source.verify()
 
     @property
     def names(self) -> list[str]:
-        """Of the sources, for people: the folder's last name, where that is enough to tell."""
+        """Display names of the sources: the folder's own name where it is unique, else its path."""
         short = [source.path.resolve().name for source in self.sources]
-        often = Counter(short)
+        count = Counter(short)
         return [
-            name if often[name] == 1 else str(source.path)
+            name if count[name] == 1 else str(source.path)
             for name, source in zip(short, self.sources, strict=True)
         ]
 
     @property
     def fingerprint(self) -> str:
-        """Of all that decides a sample but seed and length: the sources' contents, order and shares."""
+        """SHA-256 over all that decides a sample except seed and length: contents, order and shares."""
         if len(self.sources) == 1:
             return self.sources[0].fingerprint
         parts = [[source.fingerprint, share] for source, share in zip(self.sources, self.shares, strict=True)]
@@ -67,26 +67,26 @@ class Blend:
 
     @property
     def vocab_size(self) -> int:
-        """Ids of the tokenizer that all share."""
+        """Number of ids of the sources' common tokenizer."""
         return self.sources[0].vocab_size
 
     @property
     def eod_id(self) -> int:
-        """The id that ends a document, in all of them."""
+        """The id that ends every document."""
         return self.sources[0].eod_id
 
     @property
     def bos_id(self) -> int | None:
-        """The id that begins a document, in all of them; None: there is none."""
+        """The id that begins every document; None: there is none."""
         return self.sources[0].bos_id
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer's file in the first folder; the others have the same."""
+        """Path of the tokenizer file in the first folder; the others have the same one."""
         return self.sources[0].path / self.sources[0].manifest.tokenizer.file
 
     def samples(self, split: str, sequence_length: int, seed: int | None) -> Samples:
-        """The samples of `train` or `validation`, blended alike; seed None: in order."""
+        """The samples of `train` or `validation`, both blended by the same shares; seed None: in order."""
         streams = [source.split(split) for source in self.sources]
         return Samples(streams, sequence_length, seed, self.shares)
 
@@ -97,12 +97,14 @@ class Blend:
         first = self.sources[0]
         folder, times = Counter(source.path.resolve() for source in self.sources).most_common(1)[0]
         if times > 1:
-            raise UserError(f"data.blend: {folder} is given {times} times: give it once, the weights added")
+            raise UserError(
+                f"data.blend: {folder} is given {times} times: give it once, with the weights added"
+            )
         for other in self.sources[1:]:
-            same = other.manifest.tokenizer.sha256 == first.manifest.tokenizer.sha256
-            if not same or (other.vocab_size, other.eod_id) != (first.vocab_size, first.eod_id):
+            same_file = other.manifest.tokenizer.sha256 == first.manifest.tokenizer.sha256
+            if not same_file or (other.vocab_size, other.eod_id) != (first.vocab_size, first.eod_id):
                 raise UserError(
-                    f"data.blend: {other.path} was prepared with another tokenizer than {first.path}: "
+                    f"data.blend: {other.path} was prepared with a different tokenizer than {first.path}: "
                     f"prepare it again with --tokenizer {self.tokenizer}"
                 )
             if other.bos_id != first.bos_id:
@@ -114,7 +116,7 @@ class Blend:
 
 
 def _shares(weights: Sequence[float]) -> list[int]:
-    """PARTS in proportion to the weights; what rounding leaves goes to the largest remainders."""
+    """PARTS divided in proportion to the weights, by the largest remainder method."""
     exact = [Fraction(str(weight)) for weight in weights]
     parts = [weight * PARTS / sum(exact) for weight in exact]
     shares = [int(part) for part in parts]
@@ -124,7 +126,7 @@ def _shares(weights: Sequence[float]) -> list[int]:
     for i, share in enumerate(shares):
         if share == 0:
             raise UserError(
-                f"data.blend.{i}.weight={weights[i]}: is less than one of {PARTS:,} samples; raise it, or "
+                f"data.blend.{i}.weight={weights[i]} is less than one of {PARTS:,} samples; raise it, or "
                 "leave that source out"
             )
     return shares

@@ -1,4 +1,4 @@
-"""Whether prepared data are what their manifest says: at opening what is cheap, everything by --verify."""
+"""Checks of prepared data against their manifest: the cheap ones on opening, all of them with --verify."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,16 +10,16 @@ from mlm_train.data.token_stream import DTYPE_CODES, INDEX_HEADER, TokenStream
 from mlm_train.data.tokenizer import Tokenizer
 from mlm_train.errors import UserError
 
-AT_ONCE = 1 << 24  # tokens
+CHUNK_TOKENS = 1 << 24  # read at once
 
 
 def check_sizes(manifest_path: Path, name: str, record: SplitRecord, dtype: str) -> None:
-    """UserError where a split's counts do not fit its files' sizes, or the header of its .idx."""
+    """Raise UserError where a split's counts do not fit its files' sizes or the header of its .idx."""
     where, index = f"{manifest_path}: splits.{name}", manifest_path.parent / record.idx.file
     size = np.dtype(dtype).itemsize
     if record.tokens * size != record.bin.bytes:
         raise UserError(
-            f"{where}.tokens={record.tokens} of dtype={dtype} are not the {record.bin.bytes} bytes of "
+            f"{where}.tokens={record.tokens} of dtype={dtype} do not fit the {record.bin.bytes} bytes of "
             f"{record.bin.file}; {AGAIN}"
         )
     documents = record.documents
@@ -29,30 +29,28 @@ def check_sizes(manifest_path: Path, name: str, record: SplitRecord, dtype: str)
         )
     header = np.fromfile(index, dtype=INDEX_HEADER, count=1)[0]
     if (header["magic"], header["version"]) != (b"MMIDIDX", 1):
-        raise UserError(f"{index} is no index of Megatron's version 1; {AGAIN}")
+        raise UserError(f"{index} is not a Megatron .idx file of version 1; {AGAIN}")
     if header["dtype"] != DTYPE_CODES[dtype]:
-        raise UserError(f"{manifest_path}: dtype={dtype} is not what {index} says; {AGAIN}")
+        raise UserError(f"{manifest_path}: dtype={dtype} differs from that of {index}; {AGAIN}")
     if (header["sequences"], header["documents"]) != (documents, documents + 1):
-        raise UserError(
-            f"{where}.documents={documents} are not the {header['sequences']} of {index}; {AGAIN}"
-        )
+        raise UserError(f"{where}.documents={documents}, but {index} has {header['sequences']}; {AGAIN}")
 
 
 def check_tokenizer(folder: Path, manifest_path: Path, manifest: DataManifest) -> None:
-    """UserError where the manifest says other things of the tokenizer than its file."""
+    """Raise UserError where the manifest's description of the tokenizer does not match its file."""
     tokenizer = Tokenizer.load(folder / manifest.tokenizer.file, manifest.eod_id)
-    for name, said, found in (
+    for name, recorded, actual in (
         ("vocab_size", manifest.vocab_size, tokenizer.vocab_size),
         ("tokenizer.kind", manifest.tokenizer.kind, tokenizer.kind),
     ):
-        if said != found:
-            raise UserError(f"{manifest_path}: {name}={said}, but {tokenizer.path} has {found}; {AGAIN}")
+        if recorded != actual:
+            raise UserError(f"{manifest_path}: {name}={recorded}, but {tokenizer.path} has {actual}; {AGAIN}")
 
 
 def check_documents(stream: TokenStream, vocab_size: int, eod_id: int, bos_id: int | None) -> None:
-    """Read a split: UserError where its index or its ids are not documents, each ended by eod_id once.
+    """Read a split and check that each of its documents ends with eod_id, which occurs nowhere else.
 
-    bos_id: what each begins with, if anything.
+    bos_id: what each document begins with, if anything. Raises UserError.
     """
     record, itemsize = stream.record, np.dtype(stream.dtype).itemsize
     lengths, offsets = np.diff(stream.document_offsets), stream.document_offsets
@@ -65,17 +63,17 @@ def check_documents(stream: TokenStream, vocab_size: int, eod_id: int, bos_id: i
     for ids in _chunks(stream.tokens):
         if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
             bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-            raise UserError(f"{stream.bin_path} holds id {bad}, and vocab_size is {vocab_size}; {AGAIN}")
+            raise UserError(f"{stream.bin_path} holds id {bad}, but vocab_size is {vocab_size}; {AGAIN}")
         ends += int(np.count_nonzero(ids == eod_id))
     if ends != record.documents or not np.all(stream.tokens[offsets[1:] - 1] == eod_id):
         raise UserError(
-            f"{stream.bin_path} does not end its {record.documents} documents with id {eod_id} each, and "
-            f"nowhere else; {AGAIN}"
+            f"{stream.bin_path}: id {eod_id} does not end each of its {record.documents} documents, or also "
+            f"occurs elsewhere; {AGAIN}"
         )
     if bos_id is not None and not np.all(stream.tokens[offsets[:-1]] == bos_id):
         raise UserError(f"{stream.bin_path} has documents that do not begin with id {bos_id}; {AGAIN}")
 
 
 def _chunks(tokens: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(tokens), AT_ONCE):
-        yield tokens[start : start + AT_ONCE]
+    for start in range(0, len(tokens), CHUNK_TOKENS):
+        yield tokens[start : start + CHUNK_TOKENS]

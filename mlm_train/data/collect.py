@@ -1,7 +1,7 @@
 """A corpus without a download: the text files of Python's standard library, or of given folders.
 
-The default is the standard library of the *base* installation (its site-packages left out), so the
-corpus is the same whatever a virtual environment holds.
+The default is the standard library of the *base* installation without its site-packages, so the corpus
+does not depend on what a virtual environment holds.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ from mlm_train.errors import UserError
 from mlm_train.utils.files import new_folder
 
 SUFFIXES = (".py", ".md", ".rst", ".txt")
-NOT_CORPUS = ("site-packages", "dist-packages", "__pycache__")
+SKIPPED_FOLDERS = ("site-packages", "dist-packages", "__pycache__")
 
 
 @dataclass(frozen=True, order=True)
 class CollectedFile:
-    """A usable file. Ordered by the hash of its contents, so any prefix is spread over the corpus."""
+    """A usable file; sorted by the hash of its contents, so that any prefix is spread over the corpus."""
 
     digest: bytes
     path: str  # relative to its source folder, with forward slashes
@@ -42,10 +42,10 @@ def standard_library() -> Path:
 def collect(
     output: Path, sources: Sequence[Path] = (), max_bytes: int = 40_000_000, validation_fraction: float = 0.02
 ) -> dict[str, Any]:
-    """Write train.jsonl, validation.jsonl ({"text", "path"} a line) and collection.json.
+    """Write train.jsonl, validation.jsonl ({"text", "path"} per line) and collection.json.
 
     Documents are files, without duplicates, at most max_bytes of text in total. Which of them are
-    kept, their order and their split follow from their contents alone. Returns collection.json.
+    kept, their order and their split follow from their contents alone. Returns collection.json's contents.
     Raises UserError for a missing source, an empty corpus or an existing output.
     """
     if not 0 < validation_fraction < 1:
@@ -78,7 +78,7 @@ def collect(
 
 
 def _candidates(folders: Sequence[Path], counts: Counter[str]) -> Iterator[CollectedFile]:
-    """Every readable, non-empty UTF-8 file; counts what is passed over."""
+    """Every readable, non-empty UTF-8 file; counts the skipped ones."""
     for folder in folders:
         for file in _text_files(folder):
             try:
@@ -99,14 +99,14 @@ def _candidates(folders: Sequence[Path], counts: Counter[str]) -> Iterator[Colle
 
 def _text_files(folder: Path) -> Iterator[Path]:
     for parent, children, names in os.walk(folder):
-        children[:] = [name for name in children if name not in NOT_CORPUS and not name.startswith(".")]
+        children[:] = [name for name in children if name not in SKIPPED_FOLDERS and not name.startswith(".")]
         for name in names:
             if name.lower().endswith(SUFFIXES):
                 yield Path(parent, name)
 
 
 def _choose(candidates: Iterator[CollectedFile], max_bytes: int, counts: Counter[str]) -> list[CollectedFile]:
-    """Without duplicates (the first path stays), in the order of hashes, while they fit."""
+    """The candidates without duplicates (the first path stays), in hash order, as far as they fit."""
     chosen: list[CollectedFile] = []
     total = 0
     previous = b""
@@ -126,7 +126,7 @@ def _choose(candidates: Iterator[CollectedFile], max_bytes: int, counts: Counter
 def _write_splits(
     folder: Path, chosen: Sequence[CollectedFile], validation_fraction: float
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two files; returns documents and bytes per split and per extension."""
+    """Write the two files; returns documents and bytes per split and per extension."""
     splits = {name: {"documents": 0, "bytes": 0} for name in ("train", "validation")}
     extensions = {suffix: {"documents": 0, "bytes": 0} for suffix in SUFFIXES}
     with (
@@ -145,7 +145,7 @@ def _write_splits(
     for name, count in splits.items():
         if not count["documents"]:
             raise UserError(
-                f"no document of {len(chosen)} falls into the {name} split; "
+                f"none of the {len(chosen)} documents falls into the {name} split; "
                 f"change --validation-fraction {validation_fraction} or add text"
             )
     return splits, extensions

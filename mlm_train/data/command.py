@@ -14,7 +14,7 @@ from mlm_train.utils.units import size
 if TYPE_CHECKING:
     from mlm_train.data.prepare import Progress
 
-HELP = """Collect text, turn it into token ids that training reads, look at the result.
+HELP = """Collect text, tokenize it for training, inspect the result.
 
 examples:
   mlm-train data collect --output runs/corpus
@@ -29,10 +29,10 @@ example:
   mlm-train data collect --output runs/corpus --max-bytes 10MB
 """
 
-PREPARE_HELP = """Tokenise text files, JSON lines, .json, .parquet, the first three also compressed (.gz .zst
+PREPARE_HELP = """Tokenize text files, JSON lines, .json, .parquet, the first three also compressed (.gz .zst
 .bz2 .xz), folders of these, or a Hugging Face dataset into a folder that `pretrain` reads (Megatron's
-.bin/.idx, the tokenizer, a manifest). What a file is follows from its content; what is left out of a folder
-is listed.
+.bin/.idx, the tokenizer, a manifest). A file's format is detected from its content; the files of a folder
+that are left out are listed.
 
 examples:
   mlm-train data prepare --input runs/corpus --output runs/data --tokenizer train:4096
@@ -40,7 +40,7 @@ examples:
   mlm-train data prepare --input wikitext:wikitext-2-raw-v1 --output runs/data --tokenizer tokenizer.json
 """
 
-INSPECT_HELP = """Show what prepared data hold: counts, distinct ids per batch, decoded samples.
+INSPECT_HELP = """Show what prepared data contain: counts, distinct ids per batch, decoded samples.
 
 example:
   mlm-train data inspect runs/data --sequence-length 1024 --verify
@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the three subcommands."""
     commands = parser.add_subparsers(dest="data_command", metavar="collect|prepare|inspect", required=True)
     _add_collect(add_action(commands, "collect", "gather a text corpus from this machine", COLLECT_HELP))
-    _add_prepare(add_action(commands, "prepare", "tokenise text into a data folder", PREPARE_HELP))
-    _add_inspect(add_action(commands, "inspect", "show what a data folder holds", INSPECT_HELP))
+    _add_prepare(add_action(commands, "prepare", "tokenize text into a data folder", PREPARE_HELP))
+    _add_inspect(add_action(commands, "inspect", "show what a data folder contains", INSPECT_HELP))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,14 +72,14 @@ def _add_collect(parser: argparse.ArgumentParser) -> None:
         help="folders of .py .md .rst .txt files (default: Python's standard library)",
     )
     parser.add_argument(
-        "--max-bytes", type=size, default="40MB", metavar="SIZE", help="text kept at most (default 40MB)"
+        "--max-bytes", type=size, default="40MB", metavar="SIZE", help="maximum text kept (default 40MB)"
     )
     parser.add_argument(
         "--validation-fraction",
         type=float,
         default=0.02,
         metavar="F",
-        help="share of documents held out (default 0.02)",
+        help="fraction of documents held out (default 0.02)",
     )
 
 
@@ -90,7 +90,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="PATH_OR_NAME",
         help="files, folders, or Hugging Face datasets as NAME or NAME:CONFIGURATION; a folder with "
-        "train.jsonl and validation.jsonl (.json, .parquet, compressed) brings its split",
+        "train.jsonl and validation.jsonl (or .json, .parquet, compressed) keeps its own split",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder to write")
     parser.add_argument(
@@ -100,39 +100,43 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         help="a SentencePiece .model, a tokenizer.json, a folder with one, or train:VOCAB to train "
         "a SentencePiece BPE on the train split",
     )
-    parser.add_argument("--text-key", default="text", metavar="KEY", help="field of the text (default text)")
     parser.add_argument(
-        "--validation", metavar="PATH_OR_NAME", help="separate validation input; --input is all training then"
+        "--text-key", default="text", metavar="KEY", help="field that holds the text (default text)"
     )
     parser.add_argument(
-        "--validation-fraction", type=float, metavar="F", help="share of documents held out (default 0.02)"
+        "--validation",
+        metavar="PATH_OR_NAME",
+        help="separate validation input; all of --input is then for training",
+    )
+    parser.add_argument(
+        "--validation-fraction", type=float, metavar="F", help="fraction of documents held out (default 0.02)"
     )
     parser.add_argument(
         "--workers",
         type=_positive,
         metavar="N",
-        help="tokenising processes (default: as many as cores); the output does not depend on it",
+        help="tokenizing processes (default: one per core); the output does not depend on it",
     )
     parser.add_argument(
         "--eod",
         metavar="TOKEN",
-        help="token that ends a document, one that no text can produce (default: the tokenizer's own, such "
+        help="token that ends a document, which no text may produce (default: the tokenizer's own, such "
         "as </s>)",
     )
     parser.add_argument(
         "--add-bos",
         action="store_true",
-        help="begin each document with the tokenizer's token for that, such as <s>; models trained on it get "
-        "it before a prompt too",
+        help="begin each document with the tokenizer's begin-of-text token, such as <s>; models trained on "
+        "these data get it before a prompt too",
     )
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder written by prepare")
     parser.add_argument(
-        "--sequence-length", type=_positive, default=512, metavar="S", help="tokens a sample (default 512)"
+        "--sequence-length", type=_positive, default=512, metavar="S", help="tokens per sample (default 512)"
     )
-    parser.add_argument("--samples", type=int, default=2, metavar="N", help="samples decoded (default 2)")
+    parser.add_argument("--samples", type=int, default=2, metavar="N", help="samples to decode (default 2)")
     add_verify(parser, "the data (full: documents and ids too)", "sizes; --verify alone: full", bare="full")
 
 
@@ -172,7 +176,7 @@ def _run_prepare(args: argparse.Namespace) -> None:
             eod=args.eod,
             add_bos=args.add_bos,
             progress=progress,
-            tell_left_out=left_out.update,
+            on_left_out=left_out.update,
         )
     for name, split in manifest.splits.items():
         print(
@@ -198,13 +202,15 @@ def _run_inspect(args: argparse.Namespace) -> None:
     with Console(stderr=True).status("checking files"):
         data = PreparedData.open(args.folder, args.verify or "sizes")
     if args.verify == "full":
-        console.print("every file has the hash of the manifest, every document its end", style="green")
+        console.print(
+            "every file matches the manifest's hash, every document ends with eod_id", style="green"
+        )
     inspect(data, args.sequence_length, args.samples, console)
 
 
 @contextmanager
 def _progress_bar() -> "Iterator[Progress]":
-    """One bar a stage on standard error, in bytes of input, with the remaining time."""
+    """One progress bar per stage on standard error, in bytes of input, with the remaining time."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -232,7 +238,7 @@ def _progress_bar() -> "Iterator[Progress]":
             bar.advance(tasks[stage], done)
 
         yield advance
-        for task in bar.tasks:  # shares of bytes may add up to a hair less than the whole
+        for task in bar.tasks:  # rounding: the documents' bytes may add up to slightly less than the total
             bar.update(task.id, completed=task.total)
 
 

@@ -1,7 +1,7 @@
-"""Documents out of text files, JSON, JSON lines, Parquet, folders of these, and Hugging Face datasets.
+"""Read documents from text files, JSON, JSON lines, Parquet, folders of these, and Hugging Face datasets.
 
-Local files are read directly rather than through `datasets`: it would first copy them into its
-cache, and its errors name neither the file nor the line. Files are read one document (text file),
+Local files are read directly rather than through `datasets`, which would first copy them into its
+cache and names neither the file nor the line in its errors. Files are read one document (text file),
 line or record batch at a time.
 """
 
@@ -31,12 +31,12 @@ from mlm_train.errors import UserError
 from mlm_train.utils.records import json_value
 
 SPLITS = ("train", "validation")
-DATA = (Format.LINES, Format.JSON, Format.PARQUET)  # what holds many documents
-LISTED = 10  # names that one line has room for
+DATA = (Format.LINES, Format.JSON, Format.PARQUET)  # formats that hold many documents
+LISTED = 10  # names listed on one line
 
 
 class Document(NamedTuple):
-    """A text, and the bytes of its source that it accounts for (for progress only)."""
+    """A text, and how many bytes of its source it accounts for (for progress only)."""
 
     text: str
     size: float
@@ -54,14 +54,14 @@ class TextSource:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What to read. `left_out`: files of folders that hold no text, and why; it grows as sources are read."""
+    """What to read. `left_out`: files skipped in folders, and why; it grows while sources are read."""
 
     sources: list[TextSource]
     left_out: dict[str, str]
 
 
 class NoText(UserError):
-    """A whole file of a known format without text in it; `reason` says so without the file's name."""
+    """A whole file of a known format holds no text; `reason` is the message without the file's name."""
 
     def __init__(self, path: Path, reason: str, fix: str) -> None:
         super().__init__(f"input {path} {reason}; {fix}")
@@ -69,19 +69,19 @@ class NoText(UserError):
 
 
 def find_sources(inputs: Sequence[str], text_key: str, validation: str | None = None) -> Inputs:
-    """What to read, in an order that depends on names alone.
+    """Find what to read, in an order that depends on names alone.
 
-    A folder with one train and one validation file brings its own splits. With `validation` all inputs are
-    for training. Raises UserError for anything that cannot be found, or is no text though it is named.
+    A folder with one train and one validation file keeps its own splits. With `validation` all inputs are
+    for training. Raises UserError for an input that cannot be found, and for a named file without text.
     """
     finder = _Finder(text_key, {})
     sources = [source for name in inputs for source in finder.sources_of(name, None)]
     if validation is None:
         return Inputs(sources, finder.left_out)
-    own = next((source.name for source in sources if source.split), None)
-    if own:
+    presplit = next((source.name for source in sources if source.split), None)
+    if presplit:
         raise UserError(
-            f"--validation {validation}: {own} is part of a folder with its own split; leave it out"
+            f"--validation {validation}: {presplit} is part of a folder with its own split; leave it out"
         )
     for_training = [TextSource(s.name, "train", s.size, s.read) for s in sources]
     return Inputs(for_training + finder.sources_of(validation, "validation"), finder.left_out)
@@ -89,7 +89,7 @@ def find_sources(inputs: Sequence[str], text_key: str, validation: str | None = 
 
 @dataclass(frozen=True)
 class _Finder:
-    """Finds sources by name; what it passes over in folders is written down."""
+    """Finds sources by name, and records in `left_out` what it skips in folders."""
 
     text_key: str
     left_out: dict[str, str]
@@ -97,13 +97,13 @@ class _Finder:
     def sources_of(self, name: str, split: str | None) -> list[TextSource]:
         path = Path(name)
         if path.is_file():
-            found = _format_of(path)
-            if found is None:
+            file_format = _format_of(path)
+            if file_format is None:
                 raise UserError(
-                    f"input {path} is {_what(path)}; give text, {', '.join(OF_SUFFIX)}, these compressed "
-                    f"({' '.join(COMPRESSED)}), or leave it out"
+                    f"input {path} is {_why_unreadable(path)}; give text, {', '.join(OF_SUFFIX)}, these "
+                    f"compressed ({' '.join(COMPRESSED)}), or leave it out"
                 )
-            return [self._file(path, found, split, named=True)]
+            return [self._file(path, file_format, split, named=True)]
         if path.is_dir():
             return self._folder(path, split)
         is_file_name = declared(path) is not None or path.suffix.lower() in (*TABLES, *COMPRESSED)
@@ -119,11 +119,11 @@ class _Finder:
             for path in files:
                 if path not in own.values():
                     self.left_out[str(path)] = "beside the folder's own train and validation files"
-            return [self._file(path, self._found(path), split, named=True) for split, path in used.items()]
+            return [self._file(path, self._format(path), split, named=True) for split, path in used.items()]
         sources = [
-            self._file(path, found, split, named=False)
+            self._file(path, file_format, split, named=False)
             for path in files
-            if (found := self._found(path)) is not None
+            if (file_format := self._format(path)) is not None
         ]
         if not sources:
             raise UserError(
@@ -132,14 +132,14 @@ class _Finder:
             )
         return sources
 
-    def _found(self, path: Path) -> Format | None:
-        found = _format_of(path)
-        if found is None:
-            self.left_out[str(path)] = _what(path)
-        return found
+    def _format(self, path: Path) -> Format | None:
+        file_format = _format_of(path)
+        if file_format is None:
+            self.left_out[str(path)] = _why_unreadable(path)
+        return file_format
 
     def _files(self, folder: Path) -> Iterator[Path]:
-        """The regular files below a folder; links to folders are not followed, what is hidden is not read."""
+        """The regular files below a folder, without hidden ones; links to folders are not followed."""
         for parent, children, names in os.walk(folder):
             for name in [*children, *names]:
                 path = Path(parent, name)
@@ -148,26 +148,26 @@ class _Finder:
                 elif name in children and path.is_symlink():
                     self.left_out[str(path)] = "a link to a folder"
                 elif name in names and not path.is_file():
-                    self.left_out[str(path)] = "no regular file"
+                    self.left_out[str(path)] = "not a regular file"
                 elif name in names:
                     yield path
             children[:] = [name for name in children if not name.startswith(".")]
 
-    def _file(self, path: Path, found: Format | None, split: str | None, named: bool) -> TextSource:
-        """`named`: by the user, who wants to hear where it holds no text."""
+    def _file(self, path: Path, file_format: Format | None, split: str | None, named: bool) -> TextSource:
+        """The source of one file. `named`: given by the user, so that NoText is an error."""
 
         def read() -> Iterator[Document]:
             try:
-                if found is Format.LINES:
+                if file_format is Format.LINES:
                     yield from _read_json_lines(path, self.text_key)
-                elif found is Format.PARQUET:
+                elif file_format is Format.PARQUET:
                     yield from _read_parquet(path, self.text_key)
-                elif found is Format.JSON:
+                elif file_format is Format.JSON:
                     yield from _read_json(path, self.text_key)
                 else:
                     yield _read_text(path)
             except NoText as error:
-                if named or (found is Format.TEXT and declared(path) is Format.TEXT):
+                if named or (file_format is Format.TEXT and declared(path) is Format.TEXT):
                     raise
                 self.left_out[str(path)] = error.reason
             except BROKEN as error:
@@ -177,24 +177,26 @@ class _Finder:
 
 
 def listing(left_out: dict[str, str]) -> str:
-    """How many files were left out, and the first of them, in one line."""
-    some = ", ".join(f"{path} ({reason})" for path, reason in itertools.islice(left_out.items(), LISTED))
+    """The number of files left out and the first of them, in one line."""
+    first = ", ".join(f"{path} ({reason})" for path, reason in itertools.islice(left_out.items(), LISTED))
     more = f" and {len(left_out) - LISTED} more" if len(left_out) > LISTED else ""
-    return f"{len(left_out)} left out{': ' if some else ''}{some}{more}"
+    return f"{len(left_out)} left out{': ' if first else ''}{first}{more}"
 
 
 def _own_split(folder: Path, files: Sequence[Path]) -> dict[str, Path] | None:
-    """The two files of a folder that is divided already; UserError where it cannot be told which."""
+    """The train and validation files of a folder that has both; UserError where one is ambiguous."""
     own: dict[str, Path] = {}
     for split in SPLITS:
         data = (path for path in files if path.parent == folder and declared(path) in DATA)
-        mine = [path for path in data if path.name.lower().split(".")[0] == split]
-        if not mine:
+        matching = [path for path in data if path.name.lower().split(".")[0] == split]
+        if not matching:
             return None
-        if len(mine) > 1:
-            names = " and ".join(str(path) for path in mine)
-            raise UserError(f"input {names}: one file is to be the {split} split; name the files themselves")
-        own[split] = mine[0]
+        if len(matching) > 1:
+            names = " and ".join(str(path) for path in matching)
+            raise UserError(
+                f"input {names}: more than one file for the {split} split; name the files themselves"
+            )
+        own[split] = matching[0]
     return own
 
 
@@ -205,11 +207,11 @@ def _format_of(path: Path) -> Format | None:
         raise UserError(f"input {path} cannot be read: {error}") from None
 
 
-def _what(path: Path) -> str:
-    """Why a file has no format."""
+def _why_unreadable(path: Path) -> str:
+    """What a file without a known format is."""
     if path.stat().st_size == 0:
         return "empty"
-    return "a table of columns" if suffix_of(path) in TABLES else "neither text nor of a known format"
+    return "a table of columns" if suffix_of(path) in TABLES else "neither text nor in a known format"
 
 
 def _read_text(path: Path) -> Document:
@@ -220,7 +222,7 @@ def _read_text(path: Path) -> Document:
     except UnicodeDecodeError as error:
         raise NoText(path, f"is not UTF-8 (byte {error.start})", fix) from None
     if data.count(0) * 4 > len(data):
-        raise NoText(path, f"is not UTF-8 (its {data.count(0)} NUL bytes speak of UTF-16)", fix)
+        raise NoText(path, f"is not UTF-8 (its {data.count(0)} NUL bytes suggest UTF-16)", fix)
     return Document(text, size)
 
 
@@ -228,7 +230,7 @@ def _read_json_lines(path: Path, text_key: str) -> Iterator[Document]:
     with opened(path) as (lines, consumed, compressed):
         before = 0
         for number, line in enumerate(lines_of(lines), start=1):
-            position = consumed() if compressed else before + len(line)  # the first asks the system
+            position = consumed() if compressed else before + len(line)  # consumed() is a system call
             yield from _documents_of_line(line, f"{path}:{number}", text_key, position - before)
             before = position
 
@@ -247,7 +249,7 @@ def _documents_of_line(line: bytes, where: str, text_key: str, size: float) -> I
 
 
 def _read_json(path: Path, text_key: str) -> Iterator[Document]:
-    """An object with a text, or an array of such objects or of texts, as Hugging Face's `datasets` has it."""
+    """One object with a text, or an array of such objects or of texts, as Hugging Face's `datasets` reads."""
     try:
         value = json_value(read_all(path).removeprefix(codecs.BOM_UTF8), half_pairs=True)
     except ValueError as error:
@@ -256,8 +258,8 @@ def _read_json(path: Path, text_key: str) -> Iterator[Document]:
     for number, item in enumerate(items, start=1):
         record = {text_key: item} if isinstance(item, str) else item
         if number == 1 and not (isinstance(record, dict) and isinstance(record.get(text_key), str)):
-            found = f" (keys: {_names(record)})" if isinstance(record, dict) else ""
-            raise NoText(path, f"has no text under {text_key!r}{found}", "set --text-key, or leave it out")
+            keys = f" (keys: {_names(record)})" if isinstance(record, dict) else ""
+            raise NoText(path, f"has no text under {text_key!r}{keys}", "set --text-key, or leave it out")
         where = f"{path} item {number}" if value is items else str(path)
         if not isinstance(record, dict):
             raise UserError(f"{where} is neither an object nor text; repair or remove it")
@@ -272,15 +274,15 @@ def _text_of(record: dict[str, Any], text_key: str, where: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise UserError(
-            f"{where} holds half a surrogate pair, which is no text; repair or remove it"
+            f"{where} holds half a surrogate pair, which is not valid text; repair or remove it"
         ) from None
     return text
 
 
 def _names(record: dict[str, Any]) -> str:
     """The first keys of an object, in one line."""
-    some = [key if key.isprintable() else ascii(key) for key in itertools.islice(record, LISTED)]
-    return ", ".join(some) + (", ..." if len(record) > LISTED else "") or "none"
+    first = [key if key.isprintable() else ascii(key) for key in itertools.islice(record, LISTED)]
+    return ", ".join(first) + (", ..." if len(record) > LISTED else "") or "none"
 
 
 def _read_parquet(path: Path, text_key: str) -> Iterator[Document]:
@@ -301,7 +303,7 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[Document]:
                 for text in batch.column(0).to_pylist():
                     row += 1
                     yield Document(_text_of({text_key: text}, text_key, f"{path} row {row}"), size / rows)
-    except (pa.ArrowException, UnicodeDecodeError) as error:  # the second: of a damaged name or text
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter from a damaged name or text
         raise UserError(f"input {path} is not Parquet: {str(error).splitlines()[0]}") from None
 
 
@@ -316,17 +318,17 @@ def _hub_source(name: str, text_key: str, split: str | None) -> TextSource:
     except Exception as error:  # the hub's client raises a different type for every cause
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"input {name} is neither a file or folder here nor a dataset that can be loaded "
+            f"input {name} is neither a local file or folder nor a dataset that can be loaded "
             f"({type(error).__name__}: {reason}); check the name and the network, or give a path"
         ) from None
     if text_key not in dataset.column_names:
         columns = ", ".join(dataset.column_names)
         raise UserError(f"dataset {name} has no column {text_key!r} (columns: {columns}); set --text-key")
     size = dataset.info.dataset_size
-    share = (size or 0) / max(len(dataset), 1)
+    bytes_per_row = (size or 0) / max(len(dataset), 1)
 
     def read() -> Iterator[Document]:
         for row, record in enumerate(dataset.select_columns([text_key]), start=1):
-            yield Document(_text_of(record, text_key, f"{name} row {row}"), share)
+            yield Document(_text_of(record, text_key, f"{name} row {row}"), bytes_per_row)
 
     return TextSource(name, split, size, read)

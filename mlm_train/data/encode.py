@@ -1,4 +1,4 @@
-"""Encode batches of texts in several processes, results in the order of the input."""
+"""Encode batches of texts in several processes, with the results in the order of the input."""
 
 import multiprocessing
 import os
@@ -19,7 +19,7 @@ from mlm_train.utils.signals import deaf_children, held
 
 
 class EncodedBatch(Protocol):
-    """Whatever holds texts; it comes back beside their ids."""
+    """Anything that holds texts; returned together with their ids."""
 
     @property
     def texts(self) -> list[str]: ...
@@ -31,16 +31,17 @@ AnyBatch = TypeVar("AnyBatch", bound=EncodedBatch)
 def encode_in_order(
     batches: Iterator[AnyBatch], tokenizer: Tokenizer, workers: int
 ) -> Iterator[tuple[AnyBatch, list[np.ndarray]]]:
-    """Each batch with one int32 array of ids a text.
+    """Each batch with one int32 array of ids per text.
 
-    The result does not depend on `workers`. At most 4 batches a worker are held in memory.
+    The result does not depend on `workers`. At most 4 batches per worker are held in memory.
+    Raises UserError where a worker process was killed.
     """
     if workers == 1:
         for batch in batches:
             yield batch, _encode(tokenizer, batch.texts)
         return
-    resource_tracker.ensure_running()  # as it starts it hears what the next line leaves out
-    with held():  # a semaphore whose making is cut off is told of as leaked
+    resource_tracker.ensure_running()  # before deaf_children: its start unblocks SIGINT
+    with held():  # a semaphore whose creation is interrupted would be reported as leaked
         pool = ProcessPoolExecutor(
             workers,
             mp_context=multiprocessing.get_context("spawn"),
@@ -50,7 +51,7 @@ def encode_in_order(
     waiting: deque[tuple[AnyBatch, Future[list[np.ndarray]]]] = deque()
     try:
         for batch in batches:
-            with deaf_children():  # the first one starts the processes
+            with deaf_children():  # the first submit starts the processes
                 waiting.append((batch, pool.submit(_encode_here, batch.texts)))
             if len(waiting) == 4 * workers:
                 yield _finished(waiting)
@@ -58,7 +59,7 @@ def encode_in_order(
             yield _finished(waiting)
     except BrokenProcessPool:
         raise UserError(
-            "a tokenising process was killed, most likely for lack of memory; "
+            "a tokenizing process was killed, most likely for lack of memory; "
             f"use fewer --workers than {workers}"
         ) from None
     finally:
@@ -74,7 +75,7 @@ def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
     return [np.array(ids, dtype=np.int32) for ids in tokenizer.encode_batch(texts)]
 
 
-_tokenizer: Tokenizer  # of a worker process
+_tokenizer: Tokenizer  # set in worker processes only
 
 
 def _start_worker(path: Path, eod_id: int) -> None:
@@ -85,7 +86,7 @@ def _start_worker(path: Path, eod_id: int) -> None:
 
 
 def _exit_with_parent() -> None:
-    """A killed main process sends no goodbye, and its workers would wait for ever."""
+    """Exit when the main process is gone: workers of a killed one would wait forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,7 +1,7 @@
-"""What a file is, told by its content first and by its name where that leaves it open.
+"""A file's format, detected from its content first and from its name where the content is ambiguous.
 
-Names lie: JSON lines are called .json, .ndjson, .JSONL, .txt or part-00000, and what is compressed is not
-always called so. Taken for plain text, a file of JSON lines would train a model on brackets and keys.
+Names are unreliable: JSON lines are called .json, .ndjson, .JSONL, .txt or part-00000, and compressed files
+do not always have the suffix. JSON lines read as plain text would train a model on brackets and keys.
 """
 
 import bz2
@@ -19,14 +19,14 @@ from typing import BinaryIO, NamedTuple
 
 from mlm_train.utils.records import json_value
 
-HEAD_BYTES = 1 << 16  # of a file whose name says nothing: what is no text shows it here, or when it is read
+HEAD_BYTES = 1 << 16  # read to detect a format; what is not text further on fails when it is read
 
 
 class Format(Enum):
-    """How documents lie in a file."""
+    """How a file stores documents."""
 
     TEXT = "text"  # one document
-    LINES = "JSON lines"  # an object a line
+    LINES = "JSON lines"  # one object per line
     JSON = "JSON"  # one value: an object, or an array of objects or of texts
     PARQUET = "Parquet"
 
@@ -38,14 +38,14 @@ OF_SUFFIX = {
     ".parquet": Format.PARQUET,
     **dict.fromkeys((".txt", ".text", ".md", ".rst", ".py"), Format.TEXT),
 }
-TABLES = (".csv", ".tsv")  # text, but no documents: which column is the text would be a guess
+TABLES = (".csv", ".tsv")  # text, but not documents: which column holds the text would be a guess
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-# What reading a damaged compressed file raises; the last, a document that is larger than the memory.
+# Raised by reading a damaged compressed file; MemoryError: a document does not fit into memory.
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, MemoryError)
 
 
 class Opened(NamedTuple):
-    """A file's bytes, decompressed. `consumed`: how many of its own bytes were read so far (progress)."""
+    """A file's bytes, decompressed. `consumed`: bytes of the file read so far (for progress)."""
 
     stream: BinaryIO
     consumed: Callable[[], int]
@@ -54,7 +54,7 @@ class Opened(NamedTuple):
 
 @contextmanager
 def opened(path: Path) -> Iterator[Opened]:
-    """Open a file; what it is compressed with says its content. Raises BROKEN, also while it is read."""
+    """Open a file, decompressing it as its content requires. Raises BROKEN, also while it is read."""
     with path.open("rb") as raw:
         decompress = _decompressor(raw.peek(10)[:10])
         if decompress is None:
@@ -65,25 +65,25 @@ def opened(path: Path) -> Iterator[Opened]:
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix that says what a file holds, in lower case: .jsonl of A.JSONL.gz."""
+    """The suffix of a file's format, in lower case: .jsonl for A.JSONL.gz."""
     inner = Path(path.stem) if path.suffix.lower() in COMPRESSED else path
     return inner.suffix.lower()
 
 
 def declared(path: Path) -> Format | None:
-    """What a file's name says that it is."""
+    """The format that a file's name declares."""
     return OF_SUFFIX.get(suffix_of(path))
 
 
 def format_of(path: Path) -> Format | None:
-    """What a file is; None where it is neither text nor of a known format. Raises BROKEN."""
+    """The format of a file; None where it is neither text nor in a known format. Raises BROKEN."""
     name = declared(path)
     with opened(path) as (stream, _, compressed):
         head = stream.read(HEAD_BYTES)
         if name is Format.PARQUET or (not compressed and _is_parquet(head, stream)):
             return Format.PARQUET
         if not is_text(head) or suffix_of(path) in TABLES or not head:
-            return name  # where it names a format, that one's reader says what is wrong
+            return name  # the reader of a declared format reports what is wrong
     start = head.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
     if name is Format.LINES:
         return Format.JSON if start == b"[" else Format.LINES
@@ -95,7 +95,7 @@ def format_of(path: Path) -> Format | None:
 
 
 def is_text(head: bytes) -> bool:
-    """Whether bytes, cut anywhere at their end, are UTF-8 without a NUL."""
+    """Whether bytes, which may end inside a character, are UTF-8 without a NUL."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
@@ -104,13 +104,13 @@ def is_text(head: bytes) -> bool:
 
 
 def read_all(path: Path) -> bytes:
-    """All of a file, decompressed."""
+    """A file's whole content, decompressed."""
     with opened(path) as (stream, _, _):
         return stream.read()
 
 
 def lines_of(stream: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file of JSON, without the mark that some editors put before the first."""
+    """The lines of a JSON lines file, without a byte order mark."""
     for number, line in enumerate(stream):
         yield line if number else line.removeprefix(codecs.BOM_UTF8)
 
@@ -123,7 +123,7 @@ def _decompressor(magic: bytes) -> Callable[[BinaryIO], BinaryIO] | None:
     if magic.startswith(b"\xfd7zXZ\0"):
         return lzma.open  # type: ignore[return-value]
     if magic.startswith(b"\x28\xb5\x2f\xfd") or (magic[1:4] == b"\x2a\x4d\x18" and magic[0] >> 4 == 5):
-        return _zstandard  # the second: a frame to skip, with which parallel compressors begin
+        return _zstandard  # the second magic: a skippable frame, with which parallel compressors begin
     return None
 
 
@@ -141,9 +141,9 @@ def _is_parquet(head: bytes, stream: BinaryIO) -> bool:
 
 
 def _begins_with_json_lines(path: Path, sure: bool) -> bool:
-    """Whether the first line is a JSON object by itself, and there is another that begins as one.
+    """Whether the first line is a JSON object by itself, and the next one begins like one.
 
-    `sure`: the name says JSON, so that whatever follows the first is a further line.
+    `sure`: the name declares JSON, so any second line makes it JSON lines.
     """
     with opened(path) as (stream, _, _):
         lines = (line.strip() for line in lines_of(stream))
@@ -157,7 +157,7 @@ def _is_json(path: Path) -> bool:
 
 
 def _parses(data: bytes) -> bool:
-    """Whether bytes are JSON, be it JSON that is refused for what it says."""
+    """Whether bytes are JSON, including JSON that json_value rejects for its content."""
     try:
         json_value(data.decode("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):

@@ -1,4 +1,4 @@
-"""What prepared data hold: counts, decoded samples, distinct ids per batch."""
+"""Show what prepared data contain: counts, decoded samples, distinct ids per batch."""
 
 import numpy as np
 from rich import box
@@ -51,17 +51,17 @@ def inspect(data: PreparedData, sequence_length: int, samples: int, console: Con
 
 
 def distinct_ids(samples: Samples) -> dict[int, float]:
-    """Mean distinct ids / tokens of batches of BATCH_TOKENS tokens in training order.
+    """Mean distinct ids / tokens in batches of each of BATCH_TOKENS tokens, in training order.
 
-    This is the share of positions at which FFN-M or a lookup does work when repeats are shared.
+    This is the fraction of positions that FFN-M or a lookup must compute when repeats are shared.
     """
     ratios: dict[int, float] = {}
     for tokens in BATCH_TOKENS:
         count = tokens // samples.sequence_length
         if 0 < count <= samples.samples_per_epoch:
             batches = min(BATCHES_AVERAGED, samples.samples_per_epoch // count)
-            found = [np.unique(samples.batch(i * count, count)[0]).size for i in range(batches)]
-            ratios[tokens] = sum(found) / (batches * count * samples.sequence_length)
+            distinct = [np.unique(samples.batch(i * count, count)[0]).size for i in range(batches)]
+            ratios[tokens] = sum(distinct) / (batches * count * samples.sequence_length)
     return ratios
 
 
@@ -84,7 +84,7 @@ def _counts(data: PreparedData, sequence_length: int) -> Table:
 
 
 def _distinct_table(distinct: dict[int, float]) -> Table:
-    table = Table("tokens a batch", "distinct ids", "distinct / tokens", box=box.SIMPLE_HEAD)
+    table = Table("tokens per batch", "distinct ids", "distinct / tokens", box=box.SIMPLE_HEAD)
     for column in table.columns:
         column.justify = "right"
     for tokens, ratio in distinct.items():

@@ -1,4 +1,4 @@
-"""What manifest.json of prepared data says."""
+"""manifest.json of prepared data."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from mlm_train.utils.records import Record
 
-UNSEALED = 1  # the version of manifests without a checksum of themselves
+UNSEALED = 1  # version of manifests without their own checksum
 
 
 class FileRecord(Record):
@@ -20,7 +20,7 @@ class FileRecord(Record):
 
 
 class TokenizerRecord(Record):
-    """The tokenizer's copy in the folder."""
+    """The copy of the tokenizer in the folder."""
 
     file: str
     sha256: str
@@ -28,7 +28,7 @@ class TokenizerRecord(Record):
 
 
 class SplitRecord(Record):
-    """One split. tokens counts end-of-document ids too; text_bytes is UTF-8."""
+    """One split. tokens includes end-of-document ids; text_bytes counts UTF-8 bytes."""
 
     documents: PositiveInt
     tokens: PositiveInt
@@ -39,7 +39,7 @@ class SplitRecord(Record):
 
 
 class DataManifest(Record):
-    """What manifest.json says, beside the checksum of that. fingerprint: see fingerprint_of."""
+    """The contents of manifest.json, without its own checksum. fingerprint: see fingerprint_of."""
 
     format: Literal["mlm-data"] = "mlm-data"
     version: Literal[1, 2] = 2

@@ -1,4 +1,4 @@
-"""Text to the folder that training reads: tokenizer, `.bin` / `.idx` per split, manifest last."""
+"""Turn text into the folder that training reads: tokenizer, `.bin` / `.idx` per split, manifest last."""
 
 import os
 import shutil
@@ -15,7 +15,8 @@ from mlm_train.data.encode import encode_in_order
 from mlm_train.data.fraction import text_fraction
 from mlm_train.data.manifest import DataManifest, FileRecord, SplitRecord, TokenizerRecord, fingerprint_of
 from mlm_train.data.prepared import write_manifest
-from mlm_train.data.tokenizer import FILE_OF_KIND, Tokenizer, tokenizer_file, tokenizer_of
+from mlm_train.data.tokenizer import Tokenizer, tokenizer_file, tokenizer_of
+from mlm_train.data.tokenizer_backends import FILE_OF_KIND
 from mlm_train.data.tokenizer_trial import try_tokenizer
 from mlm_train.data.train_tokenizer import train_sentencepiece
 from mlm_train.errors import UserError
@@ -24,11 +25,11 @@ from mlm_train.utils.files import new_folder, sha256_of
 DEFAULT_VALIDATION_FRACTION = 0.02
 BATCH_CHARACTERS = 1 << 18
 Progress = Callable[[str, float, int | None], None]
-"""Called with what is being done, bytes of input done since the last call, and bytes in total."""
+"""Called with the stage, bytes of input processed since the last call, and bytes in total."""
 
 
 def available_workers() -> int:
-    """CPU cores this process may use."""
+    """Number of CPU cores this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -44,29 +45,26 @@ def prepare(
     eod: str | None = None,
     add_bos: bool = False,
     progress: Progress = lambda stage, done, total: None,
-    tell_left_out: Callable[[dict[str, str]], None] = lambda left_out: None,
+    on_left_out: Callable[[dict[str, str]], None] = lambda left_out: None,
 ) -> DataManifest:
-    """Tokenise `inputs` into the folder `output` (layout: prepared.py) and return its manifest.
+    """Tokenize `inputs` into the folder `output` (layout: prepared.py) and return its manifest.
 
     inputs: files, folders or Hugging Face dataset names. tokenizer: a .model, a tokenizer.json, a
     folder that holds one, or train:VOCAB. Documents without a split of their own go to validation
-    by a hash of their text. add_bos: each document begins with the tokenizer's bos_id, too. The output is the
-    same for any number of workers. tell_left_out is called at the end with the files of folders that hold no
-    text, and why.
-    Raises UserError for bad input; then nothing stays behind.
+    by a hash of their text. add_bos: each document begins with the tokenizer's bos_id. The output is the same
+    for any number of workers. on_left_out is called at the end with the files of folders that were left out,
+    and why. Raises UserError for bad input, and then leaves nothing behind.
     """
     fraction = _check_fraction(validation, validation_fraction)
     with new_folder(output) as partial:
-        found = find_sources(inputs, text_key, validation)
-        if validation_fraction is not None and all(source.split for source in found.sources):
-            raise UserError(
-                "--validation-fraction has no effect: the input brings its own split; leave it out"
-            )
-        corpus = Corpus(found, fraction, progress)
-        loaded, begin = _place_tokenizer(tokenizer, partial, corpus, eod, add_bos)
-        manifest = _write_tokens(partial, corpus, loaded, workers, begin)
+        to_read = find_sources(inputs, text_key, validation)
+        if validation_fraction is not None and all(source.split for source in to_read.sources):
+            raise UserError("--validation-fraction has no effect: the input has its own split; leave it out")
+        corpus = Corpus(to_read, fraction, progress)
+        loaded, bos_id = _add_tokenizer(tokenizer, partial, corpus, eod, add_bos)
+        manifest = _write_tokens(partial, corpus, loaded, workers, bos_id)
         write_manifest(partial, manifest)
-    tell_left_out(found.left_out)
+    on_left_out(to_read.left_out)
     return manifest
 
 
@@ -74,7 +72,7 @@ def _check_fraction(validation: str | None, fraction: float | None) -> float:
     if fraction is None:
         return DEFAULT_VALIDATION_FRACTION
     if validation is not None:
-        raise UserError("--validation and --validation-fraction exclude each other; leave one out")
+        raise UserError("--validation and --validation-fraction cannot be combined; leave one out")
     if not 0 < fraction < 1:
         raise UserError(f"--validation-fraction {fraction}: must lie between 0 and 1")
     return fraction
@@ -82,7 +80,7 @@ def _check_fraction(validation: str | None, fraction: float | None) -> float:
 
 @dataclass
 class _Batch:
-    """Documents, or pieces of long ones, that are encoded together; `ends`: a document ends here."""
+    """Documents, or chunks of long ones, that are encoded together; `ends`: whether a document ends here."""
 
     splits: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
@@ -92,7 +90,7 @@ class _Batch:
 
 @dataclass(frozen=True)
 class Corpus:
-    """All documents with their splits; may be read several times."""
+    """All documents with their splits; can be read several times."""
 
     inputs: Inputs
     fraction: float
@@ -100,12 +98,12 @@ class Corpus:
 
     @property
     def size(self) -> int | None:
-        """Bytes of the inputs; None if one does not tell."""
+        """Bytes of the inputs; None where one of them is unknown."""
         sizes = [source.size for source in self.inputs.sources]
         return None if None in sizes else sum(size for size in sizes if size)
 
     def documents(self) -> Iterator[tuple[str, Document]]:
-        """Split and document, in the order of the sources; blank documents are left out."""
+        """Splits and documents in the order of the sources, without blank documents."""
         for source in self.inputs.sources:
             for document in source.read():
                 if not document.text or document.text.isspace():
@@ -119,17 +117,17 @@ class Corpus:
             if split == "train":
                 yield document.text
 
-    def batches(self, pieces_of: Callable[[str], list[str]]) -> Iterator[_Batch]:
-        """Documents in batches of about BATCH_CHARACTERS, cut by the documents alone."""
+    def batches(self, chunks_of: Callable[[str], list[str]]) -> Iterator[_Batch]:
+        """Documents in batches of about BATCH_CHARACTERS; the cuts depend on the documents alone."""
         batch, characters = _Batch(), 0
         for split, document in self.documents():
-            pieces = pieces_of(document.text)
-            for number, piece in enumerate(pieces, start=1):
+            chunks = chunks_of(document.text)
+            for number, chunk in enumerate(chunks, start=1):
                 batch.splits.append(split)
-                batch.texts.append(piece)
-                batch.ends.append(number == len(pieces))
-                batch.size += document.size / len(pieces)
-                characters += len(piece)
+                batch.texts.append(chunk)
+                batch.ends.append(number == len(chunks))
+                batch.size += document.size / len(chunks)
+                characters += len(chunk)
                 if characters >= BATCH_CHARACTERS:
                     yield batch
                     batch, characters = _Batch(), 0
@@ -141,34 +139,34 @@ class Corpus:
         return "validation" if held_out else "train"
 
 
-def _place_tokenizer(
+def _add_tokenizer(
     choice: str, folder: Path, corpus: Corpus, eod: str | None, add_bos: bool
 ) -> tuple[Tokenizer, int | None]:
-    """Train the tokenizer or copy it into the folder; load it from there. With it what begins documents."""
+    """Train the tokenizer or copy it into the folder. Returns it, loaded from there, and the bos_id."""
     if choice.startswith("train:"):
         size = choice.removeprefix("train:")
         if not size.isdecimal():
-            raise UserError(f"--tokenizer {choice}: write a vocabulary size, such as train:8192")
+            raise UserError(f"--tokenizer {choice}: give a vocabulary size, such as train:8192")
         if add_bos:
-            raise UserError(f"--add-bos: --tokenizer {choice} has no token that begins a text; leave it out")
+            raise UserError(f"--add-bos: --tokenizer {choice} has no begin-of-text token; leave it out")
         path = folder / FILE_OF_KIND["sentencepiece"]
         path.write_bytes(train_sentencepiece(corpus.training_texts(), int(size), corpus.size))
         trained = Tokenizer.load(path, eod)
-        trained.check_end()
+        trained.check_eod()
         return trained, None
     file = tokenizer_file(Path(choice)) if os.path.isdir(choice) else Path(choice)
     if file is not None and file.is_file():
         try_tokenizer(file)
     given = tokenizer_of(choice, eod) if os.path.isdir(choice) else Tokenizer.load(choice, eod)
-    given.check_end()
-    begin = given.begin_of_documents() if add_bos else None  # files beside it say which
+    given.check_eod()
+    bos_id = given.require_bos_id() if add_bos else None  # of the original: files beside it may declare it
     path = folder / FILE_OF_KIND[given.kind]
     shutil.copyfile(given.path, path)
-    return Tokenizer.load(path, given.eod_id), begin
+    return Tokenizer.load(path, given.eod_id), bos_id
 
 
 class _SplitWriter:
-    """One split's .bin and .idx through megatron-core's builder, and its counts."""
+    """Writes one split's .bin and .idx with megatron-core's builder, and counts."""
 
     def __init__(
         self,
@@ -181,27 +179,27 @@ class _SplitWriter:
     ) -> None:
         self._bin, self._idx = folder / f"{name}.bin", folder / f"{name}.idx"
         self._builder = storage.IndexedDatasetBuilder(str(self._bin), dtype=dtype)
-        self._begin = [] if bos_id is None else [np.array([bos_id])]
-        self._end = np.array([eod_id])
-        self._pieces: list[np.ndarray] = []  # of the document that has not ended yet
+        self._bos = [] if bos_id is None else [np.array([bos_id])]
+        self._eod = np.array([eod_id])
+        self._chunks: list[np.ndarray] = []  # of the document that has not ended yet
         self.documents = self.tokens = self.characters = self.text_bytes = 0
 
     def add(self, text: str, ids: np.ndarray, ends: bool) -> None:
-        """Append a piece of a document; with `ends`, the end-of-document id and a boundary too.
+        """Append a chunk of a document; with `ends`, the end-of-document id and a boundary too.
 
-        Raises UserError where the text holds that id already: it would be two documents.
+        Raises UserError where the text itself produces that id, which would split the document.
         """
-        if self._end in ids:
+        if self._eod in ids:
             raise UserError(
-                f"the text of a document ({text[:40]!r}...) becomes the end-of-document id {self._end[0]}; "
+                f"the text of a document ({text[:40]!r}...) produces the end-of-document id {self._eod[0]}; "
                 "name another token with --eod, or use another tokenizer"
             )
-        self._pieces.append(ids)
+        self._chunks.append(ids)
         self.characters += len(text)
         self.text_bytes += len(text.encode("utf-8"))
         if ends:
-            document = np.concatenate([*self._begin, *self._pieces, self._end])
-            self._pieces = []
+            document = np.concatenate([*self._bos, *self._chunks, self._eod])
+            self._chunks = []
             self._builder.add_document(document, [len(document)])
             self.documents += 1
             self.tokens += len(document)
@@ -229,16 +227,16 @@ def _write_tokens(
     storage = _megatron_storage()
     dtype = storage.DType.optimal_dtype(tokenizer.vocab_size)
     writers = {name: _SplitWriter(folder, name, storage, dtype, eod_id, bos_id) for name in SPLITS}
-    for batch, encoded in encode_in_order(corpus.batches(tokenizer.pieces), tokenizer, workers):
+    for batch, encoded in encode_in_order(corpus.batches(tokenizer.chunks), tokenizer, workers):
         for split, text, ids, ends in zip(batch.splits, batch.texts, encoded, batch.ends, strict=True):
             writers[split].add(text, ids, ends)
-        corpus.progress("tokenising", batch.size, corpus.size)
+        corpus.progress("tokenizing", batch.size, corpus.size)
     documents = sum(writer.documents for writer in writers.values())
     for name, writer in writers.items():
         if not writer.documents:
             files = f" ({listing(corpus.inputs.left_out)})" if corpus.inputs.left_out else ""
             raise UserError(
-                f"none of the {documents} documents is in the {name} split{files}; "
+                f"none of the {documents} documents falls into the {name} split{files}; "
                 "give more text, another --validation-fraction, or --validation PATH"
             )
     splits = {name: writer.finish() for name, writer in writers.items()}
@@ -255,7 +253,7 @@ def _write_tokens(
 
 
 def _megatron_storage() -> ModuleType:
-    """megatron-core's indexed dataset; importing it warns of GPU libraries it does not need here."""
+    """megatron-core's indexed dataset, imported without its warnings about GPU libraries not needed here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.datasets import indexed_dataset

@@ -1,9 +1,9 @@
 """Prepared data: a folder of token ids on disk, opened without reading them.
 
-    FOLDER/train.bin, train.idx             token ids, and where the documents are
+    FOLDER/train.bin, train.idx             token ids, and the boundaries of documents
     FOLDER/validation.bin, validation.idx   the same for evaluation
     FOLDER/tokenizer.model | tokenizer.json
-    FOLDER/manifest.json                    sizes, hashes, counts, and a hash of these; written last
+    FOLDER/manifest.json                    sizes, hashes, counts, and a checksum of these; written last
 
 `.bin` and `.idx` are Megatron's indexed dataset (megatron-core reads them too). Every document is
 one sequence of the `.idx` and ends with `eod_id`.
@@ -18,8 +18,8 @@ from mlm_train.data.manifest import AGAIN, UNSEALED, DataManifest, FileRecord, f
 from mlm_train.data.token_stream import TokenStream
 from mlm_train.errors import UserError
 from mlm_train.utils.checks import Check
-from mlm_train.utils.files import listed, open_regular, sha256_of, write_json
-from mlm_train.utils.records import SEAL, json_value, read_regular, record_of, seal_of
+from mlm_train.utils.files import listed, open_regular, sha256_of
+from mlm_train.utils.records import SEAL, json_value, read_regular, record_of, seal_of, write_sealed
 
 MANIFEST = "manifest.json"
 
@@ -37,10 +37,10 @@ class PreparedData:
 
     @classmethod
     def open(cls, path: str | Path, verify: Check = "sizes") -> "PreparedData":
-        """Open a folder, checking the manifest, every file's size, counts by these, and the tokenizer's hash.
+        """Open a folder and check the manifest, every file's size, the counts, and the tokenizer's hash.
 
-        verify: "full" reads every file too (see `verify`), "none" checks the manifest alone. Raises UserError
-        naming the file that is missing, truncated, changed or not in the folder.
+        verify: "full" also reads every file (see `verify`), "none" checks the manifest alone. Raises
+        UserError naming the file that is missing, truncated, changed or outside the folder.
         """
         path = Path(path)
         data = cls(path, _read_manifest(path))
@@ -70,7 +70,7 @@ class PreparedData:
         )
 
     def verify(self) -> None:
-        """Read every file again: SHA-256, documents, ids, tokenizer. UserError names what is wrong."""
+        """Read every file: check SHA-256, documents, ids, tokenizer. UserError names what is wrong."""
         for record in self._files():
             _check_hash(self.path / record.file, record.sha256)
         check_tokenizer(self.path, self.path / MANIFEST, self.manifest)
@@ -82,9 +82,8 @@ class PreparedData:
 
 
 def write_manifest(folder: Path, manifest: DataManifest) -> None:
-    """Write it with a checksum of itself, all at once."""
-    tree = manifest.model_dump(mode="json")
-    write_json(folder / MANIFEST, tree | {SEAL: seal_of(tree)})
+    """Write manifest.json with its own checksum, atomically."""
+    write_sealed(folder / MANIFEST, manifest.model_dump(mode="json"))
 
 
 def _read_manifest(folder: Path) -> DataManifest:
@@ -99,7 +98,7 @@ def _read_manifest(folder: Path) -> DataManifest:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); {AGAIN}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path} describes no prepared data; {AGAIN}")
+        raise UserError(f"{path} does not describe prepared data; {AGAIN}")
     seal = tree.pop(SEAL, None)
     if seal != seal_of(tree) and (seal is not None or tree.get("version") != UNSEALED):
         raise UserError(f"{path} was changed: its checksum differs; {AGAIN}")
@@ -111,7 +110,7 @@ def _read_manifest(folder: Path) -> DataManifest:
 
 def _check_size(path: Path, expected: int) -> None:
     try:
-        with open_regular(path) as file:  # it must be readable too
+        with open_regular(path) as file:  # rather than stat: it must be readable too
             actual = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
         raise UserError(f"{path} is missing ({expected} bytes expected); {AGAIN}") from None
@@ -120,10 +119,10 @@ def _check_size(path: Path, expected: int) -> None:
 
 
 def _check_hash(path: Path, expected: str, contents: bytes | None = None) -> None:
-    """`contents`: of the file, where they have been read already."""
+    """Raise UserError where a file's SHA-256 differs. contents: of the file, where already read."""
     actual = sha256_of(path) if contents is None else hashlib.sha256(contents).hexdigest()
     if actual != expected:
         raise UserError(
             f"{path} was changed: its SHA-256 is {actual[:12]}..., "
-            f"the manifest says {expected[:12]}...; {AGAIN}"
+            f"the manifest has {expected[:12]}...; {AGAIN}"
         )

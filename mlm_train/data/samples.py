@@ -1,4 +1,4 @@
-"""Training samples by a global index, the same for every layout of ranks and batches."""
+"""Training samples by a global index, the same for every parallel layout and batch size."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,11 +10,11 @@ from mlm_train.data.order import Interleaving, shuffled
 from mlm_train.data.token_stream import TokenStream
 from mlm_train.errors import UserError
 
-BLOCK = 4096  # samples whose places are found at once
+BLOCK = 4096  # samples located at once
 
 
 class Consumed(NamedTuple):
-    """What training has taken from a source. tokens: positions trained on."""
+    """What training has consumed from one source. tokens: positions trained on."""
 
     samples: int
     tokens: int
@@ -24,34 +24,34 @@ class Consumed(NamedTuple):
 class SampleSource:
     """The samples of one stream: an endless sequence of epochs over its windows.
 
-    Window k is tokens[k*S : k*S + S + 1]: ids and next-token labels, windows one stride of S apart,
-    so every token is a label once an epoch. Epoch e visits the windows in a permutation drawn from
+    Window k is tokens[k*S : k*S + S + 1], ids and next-token labels, with sequence length and stride S,
+    so every token is a label once per epoch. Epoch e visits the windows in a permutation that follows from
     (seed, e) alone; seed None: in order.
     """
 
     def __init__(self, stream: TokenStream, sequence_length: int, seed: int | None) -> None:
-        """Raises UserError if the split holds less than one sample."""
+        """Raises UserError where the split holds less than one sample."""
         if len(stream) < sequence_length + 1:
             raise UserError(
-                f"{stream.bin_path} has {len(stream)} tokens, less than one sample of "
+                f"{stream.bin_path} has {len(stream)} tokens, fewer than one sample of "
                 f"sequence_length={sequence_length} (plus one); lower it or prepare more text"
             )
         self.stream, self.seed = stream, seed
         self.samples_per_epoch = (len(stream) - 1) // sequence_length
 
     def windows(self, numbers: np.ndarray) -> np.ndarray:
-        """Window numbers of this source's samples, both int64 [n]."""
-        epochs, places = np.divmod(numbers, self.samples_per_epoch)
+        """Window numbers of this source's samples `numbers`, both int64 [n]."""
+        epochs, positions = np.divmod(numbers, self.samples_per_epoch)
         if self.seed is None:
-            return places
-        return shuffled(places, self.samples_per_epoch, self.seed, epochs)
+            return positions
+        return shuffled(positions, self.samples_per_epoch, self.seed, epochs)
 
 
 class Samples:
-    """Sample i of a run: of one source, or of several in turn, each within one sample of its share.
+    """The samples of a run, from one source or from several, each within one sample of its share.
 
-    Which source and which of its windows follows from i, the seed and the shares alone. A data cursor is
-    thus one number, the next sample index.
+    The source and the window of sample i follow from i, the seed and the shares alone, so the data cursor
+    of a checkpoint is one number, the next sample index.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Samples:
         seed: int | None,
         shares: Sequence[int] = (1,),
     ) -> None:
-        """`shares`: whole numbers, one a stream. Raises UserError if one holds less than one sample."""
+        """`shares`: whole numbers, one per stream. Raises UserError for a stream shorter than one sample."""
         streams = [streams] if isinstance(streams, TokenStream) else streams
         self.sources = [SampleSource(stream, sequence_length, seed) for stream in streams]
         self.sequence_length = sequence_length
@@ -70,7 +70,7 @@ class Samples:
 
     @property
     def samples_per_epoch(self) -> int:
-        """Windows of all sources together."""
+        """Number of windows of all sources."""
         return sum(source.samples_per_epoch for source in self.sources)
 
     def batch(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,12 +82,12 @@ class Samples:
 
         Copies: they outlive the memory map and may be written to.
         """
-        return self._read(*self.places(indices))
+        return self._read(*self.locate(indices))
 
     def spread(self, chosen: Sequence[int] | np.ndarray, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids and labels of some of `count` samples that lie evenly over each source, by their numbers.
+        """ids and labels of samples `chosen` out of `count` that are spread evenly over each source.
 
-        Each source has its share of them.
+        Each source has its share of the `count` samples.
         """
         sources, numbers = self.interleaving.at(np.asarray(chosen, dtype=np.int64))
         sizes = np.array([source.samples_per_epoch for source in self.sources])
@@ -95,33 +95,33 @@ class Samples:
         return self._read(sources, numbers * sizes[sources] // counts[sources])
 
     def sources_of(self, count: int) -> np.ndarray:
-        """The source of each of the first `count` samples, int64; of `spread`'s too."""
+        """The source of each of the first `count` samples, int64 [count]; also of those of `spread`."""
         return self.interleaving.at(np.arange(count))[0]
 
     def windows(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The same samples as int64 [len(indices), sequence_length + 1], for counting."""
+        """Samples as windows, int64 [len(indices), sequence_length + 1]."""
         ids, labels = self.batch_of(indices)
         return np.concatenate([ids.numpy(), labels.numpy()[:, -1:]], axis=1)
 
     def consumed(self, samples: int) -> list[Consumed]:
-        """What the first `samples` have taken from each source."""
+        """What the first `samples` samples consume from each source."""
         return [
             Consumed(count, count * self.sequence_length, count / source.samples_per_epoch)
             for count, source in zip(self.interleaving.counts(samples), self.sources, strict=True)
         ]
 
-    def places(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sources and window numbers, int64 [len(indices)], of global sample indices."""
         blocks, offsets = np.divmod(np.asarray(indices, dtype=np.int64), BLOCK)
         sources, windows = np.empty_like(offsets), np.empty_like(offsets)
         for block in np.unique(blocks):
             here = blocks == block
-            found = self._block(int(block))
-            sources[here], windows[here] = found[0][offsets[here]], found[1][offsets[here]]
+            block_sources, block_windows = self._block(int(block))
+            sources[here], windows[here] = block_sources[offsets[here]], block_windows[offsets[here]]
         return sources, windows
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sources and windows of BLOCK samples in a row; those of the last two blocks are kept."""
+        """Sources and windows, int64 [BLOCK], of consecutive samples; the last two blocks are cached."""
         if block not in self._blocks:
             sources, windows = self.interleaving.at(np.arange(block * BLOCK, (block + 1) * BLOCK))
             for number, source in enumerate(self.sources):

@@ -1,4 +1,4 @@
-"""The tokens of one split, mapped into memory."""
+"""The tokens of one split, memory-mapped."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,12 +19,12 @@ class TokenStream:
     dtype: str
 
     def __len__(self) -> int:
-        """Tokens."""
+        """Number of tokens."""
         return self.record.tokens
 
     @cached_property
     def tokens(self) -> np.ndarray:
-        """Read-only memory map [tokens] of `dtype`. Copy what outlives the stream."""
+        """Read-only memory map [tokens] of `dtype`; copy what must outlive the stream."""
         return np.memmap(self.bin_path, dtype=self.dtype, mode="r")
 
     @cached_property
@@ -39,7 +39,7 @@ class TokenStream:
 INDEX_HEADER = np.dtype(
     [("magic", "S9"), ("version", "<u8"), ("dtype", "u1"), ("sequences", "<u8"), ("documents", "<u8")]
 )
-"""Start of an .idx; then int32 lengths, int64 byte offsets, int64 document boundaries."""
+"""Header of an .idx file; int32 lengths, int64 byte offsets and int64 document boundaries follow."""
 
 
-DTYPE_CODES = {"int32": 4, "uint16": 8}  # megatron-core's
+DTYPE_CODES = {"int32": 4, "uint16": 8}  # as in megatron-core

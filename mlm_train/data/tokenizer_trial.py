@@ -1,7 +1,7 @@
-"""A tokenizer that somebody hands in is tried in a process of its own first.
+"""Try a user's tokenizer in a process of its own first.
 
-Libraries in C++ and Rust read it. What a damaged or hostile file makes of them (an endless loop, all memory,
-an abort) is then one line, and not the end of this process.
+Libraries in C++ and Rust read it. A damaged or hostile file that makes them loop, exhaust memory or abort
+then gives one error line instead of ending this process.
 """
 
 import os
@@ -15,7 +15,7 @@ from mlm_train.data.tokenizer import Tokenizer
 from mlm_train.errors import UserError
 
 SECONDS = 60.0  # the largest tokenizers take two
-MEMORY = 16 * 2**30  # bytes of addresses
+MEMORY = 16 * 2**30  # bytes of address space
 _TEXTS = (
     "def main(self):\n    return 'é' + \"\u2581\" + str(0.5)  # \U0001f600 \ufb01 \uff21 \u3000\n\n\n\t x",
     "a" * 20_000 + "!",
@@ -23,11 +23,11 @@ _TEXTS = (
     "ab, 1" * 2_000 + "!",
     "".join(map(chr, range(1, 0x250))),
 )
-_AT_ONCE = 4096  # ids
+_BATCH_IDS = 4096
 
 
 def try_tokenizer(path: Path) -> None:
-    """Load it, encode texts, decode every id. UserError, in words of the library, where one of them fails."""
+    """Load a tokenizer, encode texts, decode every id. UserError with the library's reason on failure."""
     command = [sys.executable, "-m", "mlm_train.data.tokenizer_trial", str(path)]
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
     try:
@@ -36,23 +36,23 @@ def try_tokenizer(path: Path) -> None:
         )
     except subprocess.TimeoutExpired:
         raise UserError(
-            f"tokenizer {path} is damaged: it keeps its library busy for more than {SECONDS:.0f} s"
+            f"tokenizer {path} is damaged: its library did not finish within {SECONDS:.0f} s"
         ) from None
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
-        raise UserError(f"tokenizer {path} is damaged: its library ended by {name}")
+        raise UserError(f"tokenizer {path} is damaged: its library was ended by {name}")
     if done.returncode:
-        said = done.stdout.decode("utf-8", "replace").strip().splitlines()
+        lines = done.stdout.decode("utf-8", "replace").strip().splitlines()
         raise UserError(
-            said[-1] if said else f"tokenizer {path} cannot be tried: exit code {done.returncode}"
+            lines[-1] if lines else f"tokenizer {path} cannot be tried: exit code {done.returncode}"
         )
 
 
 def _try(path: str) -> None:
     tokenizer = Tokenizer.load(path)
     tokenizer.encode_batch(_TEXTS)
-    for first in range(0, tokenizer.vocab_size, _AT_ONCE):
-        tokenizer.decode(range(first, min(first + _AT_ONCE, tokenizer.vocab_size)))
+    for first in range(0, tokenizer.vocab_size, _BATCH_IDS):
+        tokenizer.decode(range(first, min(first + _BATCH_IDS, tokenizer.vocab_size)))
 
 
 if __name__ == "__main__":

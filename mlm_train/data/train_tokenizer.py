@@ -1,4 +1,4 @@
-"""Train a SentencePiece BPE tokenizer under which every text survives encoding and decoding."""
+"""Train a SentencePiece BPE tokenizer that encodes and decodes every text without loss."""
 
 import io
 from collections.abc import Iterable, Iterator
@@ -7,21 +7,21 @@ from mlm_train.data.fraction import text_fraction
 from mlm_train.errors import UserError
 
 MAX_TRAINING_BYTES = 100_000_000
-"""Text the trainer holds in memory; more changes a BPE vocabulary little."""
+"""Maximum text the trainer holds in memory; more text changes a BPE vocabulary little."""
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, total_bytes: int | None) -> bytes:
     """A serialised BPE model with `vocab_size` pieces; the same texts give the same bytes.
 
-    No normalisation, no added or removed spaces, byte pieces for rare characters; id 0 is <unk>,
+    No normalization, no added or removed spaces, byte pieces for rare characters; id 0 is <unk>,
     id 1 is </s> (end of document). total_bytes: rough size of all texts; above MAX_TRAINING_BYTES
-    a sample chosen by content hash is used. Raises UserError if the vocabulary does not fit.
+    a sample chosen by content hash is used. Raises UserError where the texts do not fit vocab_size.
     """
     from sentencepiece import SentencePieceTrainer
 
     model = io.BytesIO()
     try:
-        # num_threads stays at its default: it is written into the model and would change its hash.
+        # num_threads stays at its default: its value is stored in the model and would change the hash.
         SentencePieceTrainer.train(
             sentence_iterator=_lines(_sample(texts, total_bytes)),
             model_writer=model,
@@ -45,14 +45,14 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, total_bytes: int 
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"--tokenizer train:{vocab_size}: no vocabulary of that size comes out of this text "
+            f"--tokenizer train:{vocab_size}: this text does not give a vocabulary of that size "
             f"({reason}); use more text or another size"
         ) from None
     return model.getvalue()
 
 
 def _sample(texts: Iterable[str], total_bytes: int | None) -> Iterator[str]:
-    """About MAX_TRAINING_BYTES of text, spread over the corpus, independent of its order."""
+    """About MAX_TRAINING_BYTES of text, spread over the corpus independently of its order."""
     keep = MAX_TRAINING_BYTES / max(total_bytes or 0, MAX_TRAINING_BYTES)
     left = MAX_TRAINING_BYTES
     for text in texts:
@@ -66,7 +66,7 @@ def _sample(texts: Iterable[str], total_bytes: int | None) -> Iterator[str]:
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """The trainer drops long sentences and knows no line ends: feed it line by line."""
+    """The lines of all texts: the trainer drops long sentences and does not split lines."""
     for text in texts:
         for line in text.split("\n"):
             if line:

@@ -1,1 +1,1 @@
-"""How good a model is: perplexity, logits, count-based baselines."""
+"""Evaluation of a model: perplexity, logits, count-based baselines."""

@@ -26,24 +26,28 @@ CHUNK_WINDOWS = 4096  # windows counted at once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Add the command's arguments."""
     parser.add_argument("--model", required=True, help=MODEL_KINDS)
     parser.add_argument("--data", help="folder written by `data prepare`")
     parser.add_argument("--split", default="validation", choices=("train", "validation"))
-    parser.add_argument("--sequence-length", type=int, help="tokens a window; default: the model's longest")
-    parser.add_argument("--samples", type=int, help="windows, the first ones; default: all")
-    parser.add_argument("--micro-batch-size", type=int, default=8, help="windows a forward pass (default 8)")
+    parser.add_argument("--sequence-length", type=int, help="tokens per window; default: the model's maximum")
+    parser.add_argument("--samples", type=int, help="number of windows, from the first; default: all")
+    parser.add_argument(
+        "--micro-batch-size", type=int, default=8, help="windows per forward pass (default 8)"
+    )
     parser.add_argument("--tol", help="ToL folder: FFN-M is looked up, its weights are never loaded")
     parser.add_argument(
-        "--baselines", metavar="RUN", help="also unigram and bigram, counted on the tokens RUN trained on"
+        "--baselines",
+        metavar="RUN",
+        help="also unigram and bigram perplexity, counted on the tokens RUN trained on",
     )
     parser.add_argument(
         "--add-bos",
         action=argparse.BooleanOptionalAction,
-        help="put the token that begins a text before each window of data prepared without (default: where "
-        "the model was trained so)",
+        help="put the begin-of-text token before each window of data prepared without it (default: if the "
+        "model was trained with it)",
     )
-    add_verify(parser, "the model, of --data and --tol,", "full, of --data and --tol sizes")
+    add_verify(parser, "the model, --data and --tol", "full; sizes for --data and --tol")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--tokens", help="safetensors file with `tokens` int64 [batch, sequence]")
     parser.add_argument("--dump-logits", metavar="FILE", help="write their logits there")
@@ -86,10 +90,10 @@ def _perplexities(args: argparse.Namespace) -> dict[str, Any]:
         add_bos=args.add_bos,
     )
     if args.tol is None:
-        found = scorer.score(scorer.computed)
+        scored = scorer.score(scorer.computed)
     else:
-        found = scorer.score(TolSource.open_folder(args.tol, scorer.config, verify=args.verify or "sizes"))
-    result = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
+        scored = scorer.score(TolSource.open_folder(args.tol, scorer.config, verify=args.verify or "sizes"))
+    result = {"loss": scored.loss, "perplexity": scored.perplexity, "tokens": scored.tokens}
     result["windows"] = scorer.windows.count
     if args.baselines:
         result |= _baselines(args, scorer)
@@ -97,7 +101,7 @@ def _perplexities(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _baselines(args: argparse.Namespace, scorer: "Scorer") -> dict[str, float]:
-    """Unigram and bigram perplexity, counted on exactly the tokens that a run has trained on."""
+    """Unigram and bigram perplexity, counted on exactly the tokens that a run was trained on."""
     from mlm_train.checkpoint.folders import resolve
     from mlm_train.checkpoint.load import config_of, open_checkpoint
     from mlm_train.data.samples import Samples
@@ -113,5 +117,5 @@ def _baselines(args: argparse.Namespace, scorer: "Scorer") -> dict[str, float]:
     seen = manifest.progress.samples
     for start in range(0, seen, CHUNK_WINDOWS):
         counts.add(trained.windows(range(start, min(seen, start + CHUNK_WINDOWS))))
-    found = counts.perplexities(windows.tokens(range(windows.count)).numpy())
-    return {"unigram": found.unigram, "bigram": found.bigram}
+    baselines = counts.perplexities(windows.tokens(range(windows.count)).numpy())
+    return {"unigram": baselines.unigram, "bigram": baselines.bigram}

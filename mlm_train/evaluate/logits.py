@@ -24,12 +24,12 @@ def dump_logits(
 ) -> None:
     """Write `tokens` int64 [batch, sequence] and `logits` fp32 [batch, sequence, vocabulary].
 
-    `tokens_file`: safetensors with the tensor `tokens`. Raises UserError for a missing or unfit tensor,
-    ids out of the vocabulary, sequences longer than the model takes, and an output that exists.
+    `tokens_file`: safetensors with the tensor `tokens`. Raises UserError for a missing or unsuitable tensor,
+    ids out of the vocabulary, sequences longer than the model's maximum, and an existing output.
     """
     out = Path(out_file)
     if out.exists():
-        raise UserError(f"{out} exists; give a new file, or remove it")
+        raise UserError(f"{out} exists; name a new file, or remove it")
     check_output("--dump-logits", out, lambda _: False, "new file")
     tokens = _read_tokens(Path(tokens_file))
     model = load_model(find_model(model_dir, verify))
@@ -47,9 +47,11 @@ def dump_logits(
     source = make_source("unique", model.memory_blocks()) if config.has_memory else None
     logits = torch.empty(*tokens.shape, config.vocab_size)
     with torch.no_grad():
-        for sequence in range(tokens.shape[0]):  # one by one: activations of a whole batch may not fit
+        for sequence in range(
+            tokens.shape[0]
+        ):  # one by one: a whole batch's activations may not fit in memory
             logits[sequence] = model(tokens[sequence : sequence + 1], source)[0]
-    with writing(out), _named_when_whole(out) as draft:
+    with writing(out), _renamed_when_whole(out) as draft:
         try:
             save_file({TENSOR: tokens, "logits": logits}, draft)
         except SafetensorError as error:
@@ -57,8 +59,8 @@ def dump_logits(
 
 
 @contextmanager
-def _named_when_whole(out: Path) -> Iterator[Path]:
-    """A draft to be written, which takes the name then; nothing of it is left where that fails."""
+def _renamed_when_whole(out: Path) -> Iterator[Path]:
+    """A temporary file to write, renamed to `out` at the end; an error removes it."""
     draft = draft_of(out)
     try:
         yield draft
@@ -79,7 +81,7 @@ def _read_tokens(file: Path) -> Tensor:
             tokens: Tensor = opened.get_tensor(TENSOR)
     except (SafetensorError, OSError, MemoryError) as error:
         reason = str(error).replace("\n", " ")
-        raise UserError(f"{file} is not a whole safetensors file ({reason})") from None
+        raise UserError(f"{file} is not a valid safetensors file ({reason})") from None
     if tokens.dtype != torch.int64 or tokens.ndim != 2 or not tokens.numel():
         raise UserError(
             f"{file}: {TENSOR!r} is {tokens.dtype} {list(tokens.shape)}; give int64 [batch, sequence]"

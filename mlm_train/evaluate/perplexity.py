@@ -14,7 +14,7 @@ from mlm_train.model.transformer import Transformer
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Mean cross-entropy (nats a token) over `tokens` labels, and its exponential."""
+    """Mean cross-entropy (nats per token) over `tokens` labels, and its exponential."""
 
     loss: float
     tokens: int
@@ -29,7 +29,7 @@ class Perplexity:
 def measure_perplexity(
     model: Transformer, source: MemorySource | None, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> Perplexity:
-    """Over batches of (ids, labels), int64 [batch, sequence]; label -100 is ignored."""
+    """Perplexity over batches of (ids, labels), int64 [batch, sequence]; label -100 is ignored."""
     model.eval()
     total, tokens = 0.0, 0
     for ids, labels in batches:

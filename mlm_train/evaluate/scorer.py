@@ -1,4 +1,4 @@
-"""A model and prepared text, opened once, to be scored with several memory sources."""
+"""A model and prepared data, opened once and scored with one or several memory sources."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,9 +25,9 @@ from mlm_train.utils.files import sha256_of
 
 
 class Windows:
-    """The first `count` windows of a split (all where None), `length` tokens each. UserError for none.
+    """The first `count` windows of a split (None: all), `length` tokens each. UserError for numbers below 1.
 
-    bos_id: put before each window, whose own tokens are the labels then; None: the labels are one token on.
+    bos_id: put before each window, whose own tokens are then the labels; None: labels are the next tokens.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class Windows:
                 raise UserError(f"--{name} {value}: give at least 1")
         self.samples, self.micro_batch = Samples(data.split(split), length, None), micro_batch
         self._bos_id = bos_id
-        whole = self.samples.samples_per_epoch
-        self.count = whole if count is None else min(count, whole)
+        available = self.samples.samples_per_epoch
+        self.count = available if count is None else min(count, available)
 
     def batches(self, show: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """(ids, labels), int64 [micro_batch, length]; with `show`, a progress bar on a terminal."""
@@ -68,13 +68,13 @@ class Windows:
 
 
 class Scorer:
-    """A model (an export, a run's newest checkpoint, a checkpoint) and windows of text.
+    """A model (an export, a run's newest checkpoint, or a checkpoint) and windows of text.
 
-    length: tokens a window, the model's longest by default. count: windows, all by default. with_memory:
-    FFN-M too can be computed. verify: what of model and data is compared with their manifests (default: full
-    of the model, sizes of the data). add_bos: begin each window as the model's texts began; None: where the
-    data were prepared without. Raises UserError for numbers that cannot be, for data of another tokenizer, or
-    with more ids than the model knows.
+    length: tokens per window, by default the model's maximum. count: number of windows, by default all.
+    with_memory: load FFN-M, so that it can be computed. verify: how much of model and data is compared with
+    their manifests (default: full for the model, sizes for the data). add_bos: see
+    ModelFolder.id_before_text; not for data prepared with --add-bos. Raises UserError for invalid numbers,
+    and for data with another tokenizer or with more ids than the model has.
     """
 
     def __init__(
@@ -96,59 +96,61 @@ class Scorer:
         _check_tokenizer(self._opened.home, self.data)
         if self.data.vocab_size > self.config.vocab_size:
             raise UserError(
-                f"{data} has {self.data.vocab_size} ids and {model} knows {self.config.vocab_size}: "
+                f"{data} has {self.data.vocab_size} ids, but {model} has {self.config.vocab_size}: "
                 "prepare the data with the model's tokenizer"
             )
         longest = self.config.max_position_embeddings
         if length is not None and length > longest:
             raise UserError(
-                f"--sequence-length {length} is longer than the model's max_position_embeddings={longest}"
+                f"--sequence-length {length} exceeds the model's max_position_embeddings={longest}"
             )
         self._length, self._micro_batch = longest if length is None else length, micro_batch
-        self._bos_id = _first(self._opened, self.data, add_bos)
+        self._bos_id = _id_before_windows(self._opened, self.data, add_bos)
         if self._bos_id is not None and self._bos_id >= self.config.vocab_size:
-            raise UserError(f"{model}: its texts begin with id {self._bos_id}, which it does not know")
+            raise UserError(
+                f"{model}: its texts begin with id {self._bos_id}, which is not in its vocabulary"
+            )
         self.windows = self.windows_of(split, count)
 
     def windows_of(self, split: str, count: int | None = None) -> Windows:
-        """Others than those that `score` takes."""
+        """Windows of another split or count than those of `score`."""
         return Windows(self.data, split, self._length, count, self._micro_batch, self._bos_id)
 
     @property
     def fingerprint(self) -> str:
-        """Of the model: see OpenedModel.fingerprint."""
+        """The model's fingerprint; see OpenedModel.fingerprint."""
         return self._opened.fingerprint
 
     @cached_property
     def model(self) -> Transformer:
-        """Loaded when it is first asked for: what comes before may need the memory."""
+        """The model, loaded on first use: what runs before may need the memory."""
         with self._opened:
             return self._opened.load(self._with_memory)
 
     @property
     def computed(self) -> MemorySource | None:
-        """FFN-M computed by the model's own weights; None of a base model."""
+        """FFN-M computed with the model's own weights; None for a base model."""
         return make_source("unique", self.model.memory_blocks()) if self.config.has_memory else None
 
     @torch.inference_mode()
     def score(self, source: MemorySource | None) -> Perplexity:
-        """Perplexity with FFN-M from that source."""
+        """Perplexity with FFN-M from `source`."""
         return measure_perplexity(self.model, source, self.windows.batches(show=True))
 
 
-def _first(model: ModelFolder, data: PreparedData, add_bos: bool | None) -> int | None:
-    """What to put before each window, if anything."""
+def _id_before_windows(model: ModelFolder, data: PreparedData, add_bos: bool | None) -> int | None:
+    """The id to put before each window; None: none."""
     if data.bos_id is not None:
         if add_bos:
-            raise UserError(f"--add-bos: {data.path} was prepared with it already; leave it out")
+            raise UserError(f"--add-bos: {data.path} was already prepared with it; leave it out")
         return None
-    return model.begin(add_bos, data.path)
+    return model.id_before_text(add_bos, data.path)
 
 
 def _check_tokenizer(home: Path, data: PreparedData) -> None:
-    """Refuse data whose ids come from another tokenizer than the model's own."""
-    file, theirs = tokenizer_file(home), data.manifest.tokenizer
-    if file is not None and (file.name != theirs.file or sha256_of(file) != theirs.sha256):
+    """Raise UserError for data from another tokenizer than the model's own."""
+    file, used = tokenizer_file(home), data.manifest.tokenizer
+    if file is not None and (file.name != used.file or sha256_of(file) != used.sha256):
         raise UserError(
             f"{file} is not the tokenizer of {data.path} (hashes differ): "
             "prepare the data with the model's tokenizer"

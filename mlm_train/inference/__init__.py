@@ -1,1 +1,1 @@
-"""Decoding: one engine over a model and any memory source."""
+"""Text generation with a model and any memory source."""

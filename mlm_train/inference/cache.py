@@ -1,4 +1,4 @@
-"""Keys and values of past tokens, in one allocation."""
+"""KV cache in one allocation."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from mlm_train.config import ModelConfig
 
 
 class KVCache:
-    """Room for `capacity` tokens of `batch` sequences in every layer (model/attention.py's protocol)."""
+    """Keys and values of up to `capacity` tokens in every layer (the protocol of model/attention.py)."""
 
     def __init__(
         self,
@@ -24,13 +24,13 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Tokens held. All layers of a forward see the same number: the last one's append moves it."""
+        """Number of cached tokens; it grows with the last layer's append, so all layers see the same."""
         return self._length
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add [batch, kv_heads, new, head_dim]; views of all tokens so far, old ones first.
+        """Append [batch, kv_heads, new, head_dim]. Returns views of all cached tokens, oldest first.
 
-        Raises ValueError when the capacity is exceeded.
+        Raises ValueError where the capacity is exceeded.
         """
         start, stop = self._length, self._length + key.shape[2]
         if stop > self._keys.shape[3]:

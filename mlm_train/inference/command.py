@@ -25,36 +25,40 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the model, the prompt and how tokens are drawn."""
+    """Add the arguments for model, prompt and sampling."""
     parser.add_argument("--model", metavar="MODEL", required=True, help=MODEL_KINDS)
     parser.add_argument("--tol", metavar="TOLDIR", help="folder written by `mlm-train tol build`")
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="text; the tokenizer lies in the export or the run")
+    prompt.add_argument("--prompt", metavar="TEXT", help="text, for the tokenizer of the export or the run")
     prompt.add_argument(
         "--prompt-ids",
         metavar="IDS",
-        help="token ids such as 1,2,3: ids are written and no tokenizer is needed",
+        help="token ids such as 1,2,3; the output is ids too, and no tokenizer is needed",
     )
     parser.add_argument(
         "--add-bos",
         action=argparse.BooleanOptionalAction,
-        help="put the token that begins a text before --prompt (default: where the model was trained so)",
+        help="put the begin-of-text token before --prompt (default: if the model was trained with it)",
     )
     parser.add_argument(
         "--max-new-tokens",
         type=int,
         metavar="N",
         default=64,
-        help="default %(default)s; fewer where a token ends the text, or the model's context is full",
+        help="maximum new tokens (default %(default)s); an end token or a full context ends earlier",
     )
     parser.add_argument(
-        "--temperature", type=float, metavar="T", default=0.0, help="0 takes the likeliest token (default)"
+        "--temperature", type=float, metavar="T", default=0.0, help="0 (default): the most likely token"
     )
     parser.add_argument(
-        "--top-p", type=float, metavar="P", default=1.0, help="draw among the likeliest tokens of this total"
+        "--top-p",
+        type=float,
+        metavar="P",
+        default=1.0,
+        help="sample from the most likely tokens with this total probability",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of the draws (default %(default)s)")
-    add_verify(parser, "the model, and of --tol,", "full, of --tol sizes")
+    parser.add_argument("--seed", type=seed, default=0, help="of the sampling (default %(default)s)")
+    add_verify(parser, "the model and --tol", "full; sizes for --tol")
     parser.add_argument("--json", action="store_true", help="write one JSON object instead of streaming")
 
 
@@ -66,13 +70,13 @@ def run(args: argparse.Namespace) -> int:
     folder, tokenizer = find_model(args.model, args.verify or "full"), None
     if args.prompt_ids is None:
         tokenizer = folder.tokenizer()
-        first = folder.begin(args.add_bos, folder.home)
-        prompt = [*([] if first is None else [first]), *tokenizer.encode(args.prompt)]
+        bos_id = folder.id_before_text(args.add_bos, folder.home)
+        prompt = [*([] if bos_id is None else [bos_id]), *tokenizer.encode(args.prompt)]
     elif args.add_bos is not None:
         raise UserError("--add-bos has no effect on --prompt-ids: write the id there")
     decoder = _decoder(folder, args.tol, args.verify or "sizes")
-    stops = {*folder.ends, *_end(tokenizer)}
-    tokens = decoder.generate(prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed, stops)
+    stop_ids = {*folder.ends, *_eod_ids(tokenizer)}
+    tokens = decoder.generate(prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed, stop_ids)
     ids = list(tokens) if args.json else _stream(tokens, prompt, tokenizer)
     timing = decoder.timing
     if args.json:
@@ -94,7 +98,7 @@ def _ids(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")] if text.strip() else []
     except ValueError:
-        raise UserError(f"--prompt-ids {text!r}: write whole numbers such as 1,2,3") from None
+        raise UserError(f"--prompt-ids {text!r}: give whole numbers such as 1,2,3") from None
 
 
 def _decoder(folder: "ModelFolder", tol_dir: str | None, verify: Check) -> "Decoder":
@@ -104,15 +108,15 @@ def _decoder(folder: "ModelFolder", tol_dir: str | None, verify: Check) -> "Deco
     from mlm_train.tol.serve.source import TolSource
 
     if tol_dir is not None:
-        # First: it fails faster than the weights load.
-        store = TolSource.open_folder(tol_dir, folder.config, verify=verify)
-        return Decoder(load_model(folder, with_memory=False), store)
+        # First, so that a bad table fails before the weights are loaded.
+        source = TolSource.open_folder(tol_dir, folder.config, verify=verify)
+        return Decoder(load_model(folder, with_memory=False), source)
     model = load_model(folder)
     return Decoder(model, make_source("unique", model.memory_blocks()) if model.config.has_memory else None)
 
 
-def _end(tokenizer: "Tokenizer | None") -> list[int]:
-    """The end-of-document token, which some tokenizers lack."""
+def _eod_ids(tokenizer: "Tokenizer | None") -> list[int]:
+    """The end-of-document id, in a list; empty where the tokenizer has none."""
     try:
         return [] if tokenizer is None else [tokenizer.eod_id]
     except UserError:
@@ -120,12 +124,12 @@ def _end(tokenizer: "Tokenizer | None") -> list[int]:
 
 
 def _continuation(tokenizer: "Tokenizer", prompt: list[int], ids: list[int]) -> str:
-    """The new text. Decoded together with the prompt, or the space between them would be lost."""
+    """The new text. Decoded together with the prompt, else the space between them would be lost."""
     return tokenizer.decode(prompt + ids)[len(tokenizer.decode(prompt)) :]
 
 
 def _stream(tokens: Iterable[int], prompt: list[int], tokenizer: "Tokenizer | None") -> list[int]:
-    """Write each token as it comes; the tokens."""
+    """Print each token as it is generated. Returns the tokens."""
     ids: list[int] = []
     written = 0
     for token in tokens:
@@ -134,7 +138,7 @@ def _stream(tokens: Iterable[int], prompt: list[int], tokenizer: "Tokenizer | No
             print(f",{token}" if len(ids) > 1 else token, end="", flush=True)
             continue
         text = _continuation(tokenizer, prompt, ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of which bytes are still to come
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # an incomplete character
             print(shown(text[written:]), end="", flush=True)
             written = len(text)
     if tokenizer is not None:

@@ -17,7 +17,7 @@ PREFILL_CHUNK = 512
 
 @dataclass
 class Timing:
-    """Wall time of one generation, milliseconds. The first new token belongs to the prefill."""
+    """Wall time of one generation in milliseconds. The first new token counts as prefill."""
 
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
@@ -25,12 +25,12 @@ class Timing:
 
     @property
     def decode_ms_per_token(self) -> float | None:
-        """Mean of the tokens after the first; None where there were none."""
+        """Mean over the tokens after the first; None where there were none."""
         return self.decode_ms / self.decode_steps if self.decode_steps else None
 
 
 class Decoder:
-    """A model and where it gets FFN-M from: a ToL store, or a source that computes it (None for base)."""
+    """A model and the source of FFN-M: a ToL, or a source that computes it (None for a base model)."""
 
     def __init__(self, model: Transformer, source: MemorySource | None) -> None:
         self.model, self.source = model, source
@@ -45,12 +45,12 @@ class Decoder:
         seed: int = 0,
         stop_ids: Collection[int] = (),
     ) -> Iterator[int]:
-        """New tokens after `ids`, one by one, up to one of `stop_ids` (left out) or `max_new_tokens`.
+        """Generate tokens after `ids` one by one, until one of `stop_ids` (not returned) or `max_new_tokens`.
 
-        Where the context is full sooner, they end there. temperature 0 takes the likeliest token; otherwise
-        tokens are drawn with `seed` from the smallest set whose probability reaches top_p. `timing` is that
-        of the newest call. Raises UserError at once for an empty prompt and for one that fills the context
-        alone, unknown ids, and numbers out of range.
+        A full context ends them earlier. temperature 0 takes the most likely token; otherwise tokens are
+        sampled with `seed` from the smallest set whose probability reaches top_p. `timing` is that of the
+        latest call. Raises UserError immediately for an empty prompt, a prompt that fills the context, ids
+        out of the vocabulary, and numbers out of range.
         """
         config = self.model.config
         if not ids:
@@ -73,30 +73,32 @@ class Decoder:
         if not 0 < top_p <= 1:
             raise UserError(f"--top-p {top_p}: give more than 0 and at most 1")
         self.timing = Timing()
-        draw = _Draw(temperature, top_p, seed)
-        return self._steps(list(ids), min(max_new_tokens, room), draw, frozenset(stop_ids))
+        sampler = _Sampler(temperature, top_p, seed)
+        return self._steps(list(ids), min(max_new_tokens, room), sampler, frozenset(stop_ids))
 
     def room(self, ids: Sequence[int]) -> int:
-        """New tokens for which the context has positions after `ids`."""
+        """Number of positions that the context has after `ids`."""
         return self.model.config.max_position_embeddings - len(ids)
 
-    def _steps(self, ids: list[int], count: int, draw: "_Draw", stop_ids: frozenset[int]) -> Iterator[int]:
+    def _steps(
+        self, ids: list[int], count: int, sampler: "_Sampler", stop_ids: frozenset[int]
+    ) -> Iterator[int]:
         weight = next(self.model.parameters())
         cache = KVCache(self.model.config, len(ids) + count, 1, weight.dtype, weight.device)
         start = time.perf_counter()
         for chunk in torch.tensor([ids], device=weight.device).split(PREFILL_CHUNK, dim=1):
             hidden = self._forward(chunk, cache)
-        token = draw(self.model.head(hidden[0, -1]))
+        token = sampler(self.model.head(hidden[0, -1]))
         self.timing.prefill_ms = 1e3 * (time.perf_counter() - start)
-        for made in range(1, count + 1):
+        for generated in range(1, count + 1):
             if token in stop_ids:
                 return
             yield token
-            if made == count:
+            if generated == count:
                 return
             start = time.perf_counter()
             hidden = self._forward(torch.tensor([[token]], device=weight.device), cache)
-            token = draw(self.model.head(hidden[0, -1]))
+            token = sampler(self.model.head(hidden[0, -1]))
             self.timing.decode_ms += 1e3 * (time.perf_counter() - start)
             self.timing.decode_steps += 1
 
@@ -105,8 +107,8 @@ class Decoder:
         return self.model.hidden(ids, self.source, cache)
 
 
-class _Draw:
-    """Picks a token from logits [vocabulary]."""
+class _Sampler:
+    """Samples a token from logits [vocabulary]."""
 
     def __init__(self, temperature: float, top_p: float, seed: int) -> None:
         self.temperature, self.top_p = temperature, top_p
@@ -116,7 +118,7 @@ class _Draw:
         logits = logits.detach().float().cpu()
         if self.temperature == 0:
             return int(logits.argmax())
-        # Less the largest first: a tiny temperature then makes the others vanish, not overflow.
+        # Subtract the maximum first, so that a tiny temperature does not overflow.
         probability = ((logits - logits.max()) / self.temperature).softmax(-1)
         if self.top_p < 1:
             ordered, tokens = probability.sort(descending=True, stable=True)

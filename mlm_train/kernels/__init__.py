@@ -1,1 +1,1 @@
-"""Kernels of one kind of device."""
+"""Kernels for specific devices."""

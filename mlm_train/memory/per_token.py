@@ -1,4 +1,4 @@
-"""FFN-M at every position: the paper's way, and the reference."""
+"""FFN-M at every position, as in the paper: the reference."""
 
 from collections.abc import Mapping
 
@@ -15,9 +15,9 @@ class PerTokenSource:
         self.blocks = blocks
 
     def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
-        """x0 [batch, sequence, hidden]; ids are not needed."""
+        """x0 [batch, sequence, hidden]; ids are not used."""
         return lambda layer: self.blocks[layer].ffn_m_of_micro_batch(x0)
 
     def evaluations(self, tokens: int, distinct: int) -> int:
-        """FFN-M evaluations of a step, rows times layers: of `tokens` positions."""
+        """FFN-M evaluations of a step, rows times layers; `tokens`: positions."""
         return len(self.blocks) * tokens

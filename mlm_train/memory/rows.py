@@ -1,4 +1,4 @@
-"""Lookups of rows, and sums into rows of a table, which is their backward."""
+"""Row lookups, and their backward: sums into rows of a table."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from torch import Tensor
 def add_rows(table: Tensor, index: Tensor, values: Tensor) -> None:
     """table[index[i]] += values[i], in place. table [rows, hidden], index int64 [n], values [n, hidden].
 
-    With train.deterministic the values of a row are summed one after the other, in the order of their
-    positions: sorted segments instead of atomic adds, whose order a GPU leaves open.
+    With train.deterministic the values of a row are summed in the order of their positions: sorted segments
+    instead of atomic adds, whose order is undefined on a GPU.
     """
     values = values.to(table.dtype)
     if not torch.are_deterministic_algorithms_enabled():
@@ -23,11 +23,11 @@ def add_rows(table: Tensor, index: Tensor, values: Tensor) -> None:
 
 
 class Lookup(torch.autograd.Function):
-    """rows[index], in the dtype of `gradient`; the backward adds into `gradient`, and gives the anchor zeros.
+    """rows[index], in the dtype of `gradient`; the backward adds into `gradient` and gives the anchor zeros.
 
-    The anchor, shape [1], is what wants a gradient, so that a backward runs. Zero-bubble schedules run it
-    only where a parameter of the stage hangs on it: the anchors of FFN-M's tables are such, one a layer,
-    in no optimizer and no checkpoint.
+    The anchor, shape [1], requires a gradient, so that autograd runs the backward. Zero-bubble schedules run
+    it only if it leads to a parameter of the stage: the anchors of FFN-M's tables are parameters, one per
+    layer, in no optimizer and no checkpoint.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""FFN-M once per distinct token of a micro-batch, then gathered to the positions."""
+"""FFN-M once per distinct token of a micro-batch, gathered to the positions."""
 
 from collections.abc import Mapping
 
@@ -21,26 +21,26 @@ class UniqueSource:
         self.blocks, self.positions = blocks, positions
 
     def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
-        """ids int64 [batch, sequence], all; x0 [batch, positions here, hidden].
+        """ids int64 [batch, sequence], of all positions; x0 [batch, local positions, hidden].
 
-        Where positions are cut over ranks, so are the distinct rows: each computes its share.
+        Where positions are split over ranks, so are the distinct rows.
         """
         distinct, inverse = ids.unique(return_inverse=True)
-        places = torch.arange(ids.numel(), device=ids.device)
+        offsets = torch.arange(ids.numel(), device=ids.device)
         first = torch.full_like(distinct, ids.numel())
-        first.scatter_reduce_(0, inverse.flatten(), places, "amin")
-        # Ranks get shares of one size: rows that nobody looks up fill the last.
-        first = F.pad(first, (0, -first.numel() % self.positions.positions))
-        rows = self.positions.mine(self.positions.whole(x0).flatten(0, -2)[first], 0)
-        index = self.positions.mine(inverse, 1)
+        first.scatter_reduce_(0, inverse.flatten(), offsets, "amin")
+        # Shards have one size: rows that no lookup reads pad the last.
+        first = F.pad(first, (0, -first.numel() % self.positions.shards))
+        rows = self.positions.local(self.positions.gather(x0).flatten(0, -2)[first], 0)
+        index = self.positions.local(inverse, 1)
 
         def read(layer: int) -> Tensor:
-            # In x0's dtype before the gather: its backward then sums in fp32 under bf16 autocast too.
-            memory = self.positions.whole(self.blocks[layer].ffn_m_of_micro_batch(rows).to(x0.dtype))
+            # Cast to x0's dtype before the gather: its backward then sums in fp32 under bf16 autocast too.
+            memory = self.positions.gather(self.blocks[layer].ffn_m_of_micro_batch(rows).to(x0.dtype))
             return memory.index_select(0, index.flatten()).view(x0.shape)
 
         return read
 
     def evaluations(self, tokens: int, distinct: int) -> int:
-        """FFN-M evaluations of a step, rows times layers; `distinct`: the sum of its micro-batches' ids."""
+        """FFN-M evaluations of a step, rows times layers; distinct: ids, summed over micro-batches."""
         return len(self.blocks) * distinct

@@ -1,1 +1,1 @@
-"""The model in plain torch. Nothing here knows of processes, data or files."""
+"""The model in plain torch, independent of processes, data and files."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlm_train.config import ModelConfig
-from mlm_train.kernels.cpu_attention import by_blocks, causal_attention
+from mlm_train.kernels.cpu_attention import causal_attention, causal_attention_applies
 from mlm_train.model.geometry import Geometry
 from mlm_train.model.linear import FusedLinear
 from mlm_train.model.recompute import recomputed
@@ -15,20 +15,20 @@ from mlm_train.model.rope import rotate
 
 
 class KeyValueCache(Protocol):
-    """Keys and values of the tokens before; inference/ has one."""
+    """Keys and values of earlier tokens; inference/ implements it."""
 
     @property
     def length(self) -> int:
-        """Tokens already held."""
+        """Tokens in the cache."""
         ...
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add [batch, kv_heads, new, head_dim]; return all, old ones first."""
+        """Append [batch, kv_heads, new, head_dim]; return [batch, kv_heads, all, head_dim], in order."""
         ...
 
 
 class Attention(nn.Module):
-    """Attn of the paper: Llama's, no bias."""
+    """The paper's Attn: Llama's attention, without bias."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Attention(nn.Module):
             config.hidden_size, {"q_proj": width, "k_proj": kv_width, "v_proj": kv_width}
         )
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
-        self.recompute = False  # what lies between the two products, in the backward pass
+        self.recompute = False  # what lies between qkv_proj and o_proj, in the backward pass
 
     def forward(
         self,
@@ -49,7 +49,7 @@ class Attention(nn.Module):
         layer: int = 0,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """x [batch, sequence, hidden] -> the same shape; a cache adds the tokens before."""
+        """x [batch, sequence, hidden] -> the same shape; a cache adds earlier tokens."""
         qkv = self.qkv_proj(x)
         if self.recompute and cache is None:
             return self.o_proj(recomputed(self._attend, qkv, geometry))
@@ -62,13 +62,13 @@ class Attention(nn.Module):
         layer: int = 0,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """qkv [batch, sequence, all heads * head_dim] -> the query heads' sums, side by side."""
+        """qkv [batch, sequence, (heads + 2 * kv_heads) * head_dim] -> [batch, sequence, heads * head_dim]."""
         batch, length, _ = qkv.shape
         qkv = qkv.view(batch, length, -1, self.head_dim).transpose(1, 2)
-        turned, value = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
-        query, key = rotate(turned, geometry.cos, geometry.sin).split([self.heads, self.kv_heads], dim=1)
+        query_key, value = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        query, key = rotate(query_key, geometry.cos, geometry.sin).split([self.heads, self.kv_heads], dim=1)
         mask, causal = geometry.mask, False
-        if length > 1:  # a branch: compiled for any length, the comparison is no bool
+        if length > 1:  # a branch, since `length > 1` is symbolic in a graph compiled for any length
             causal = mask is None
         if cache is not None:
             past = cache.length
@@ -76,7 +76,7 @@ class Attention(nn.Module):
             if past and length > 1:
                 ones = torch.ones(length, past + length, dtype=torch.bool, device=qkv.device)
                 mask, causal = ones.tril(past), False
-        if cache is None and causal and by_blocks(query, key):
+        if cache is None and causal and causal_attention_applies(query, key):
             out = causal_attention(query, key, value)
         else:
             grouped = self.heads != self.kv_heads

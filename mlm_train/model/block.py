@@ -1,4 +1,4 @@
-"""One layer of each kind."""
+"""The layers of the three model kinds."""
 
 from collections.abc import Callable
 
@@ -16,10 +16,10 @@ from mlm_train.model.source import MemoryReader
 
 
 class Block(nn.Module):
-    """What the layers of all kinds share: attention, and what they recompute in the backward pass."""
+    """Common part of all layers: attention, activation checkpointing, torch.compile."""
 
     recompute: ActivationCheckpointing = "none"
-    compiles = False  # the regions that _run runs
+    compiles = False  # whether regions (_run) are compiled
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -28,14 +28,14 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
 
     def set_activation_checkpointing(self, extent: ActivationCheckpointing) -> None:
-        """none: keep everything; selective: not what lies between attention's products; full: inputs only."""
+        """none: keep all activations; selective: not those inside attention; full: inputs only."""
         self.recompute = extent
         self.self_attn.recompute = extent == "selective"
 
     def _run(self, region: Callable[..., Tensor], *args: object) -> Tensor:
-        """region(self, *args): a method of the class, which full recomputation runs again.
+        """region(self, *args), checkpointed under full recomputation.
 
-        A method of the class, not of this block: then all layers share what it is compiled to.
+        `region` is a function of the class, not a bound method, so that all layers share its compiled graph.
         """
         region = self._compiled(region)
         return recomputed(region, self, *args) if self.recompute == "full" else region(self, *args)
@@ -70,7 +70,7 @@ class BaseBlock(Block):
 class MemoryBlock(Block):
     """x' = x + Attn(N(x)) [+ FFN_C(N_c(x))] + alpha * m, with m from a memory source.
 
-    `with_memory=False` leaves FFN-M's weights out: the source is then a ToL.
+    `with_memory=False` builds it without FFN-M's weights, to read m from a ToL.
     """
 
     def __init__(self, config: ModelConfig, layer: int, with_memory: bool = True) -> None:
@@ -89,17 +89,17 @@ class MemoryBlock(Block):
             self.memory_mlp = SwiGLU(hidden, config.intermediate_size)
 
     def ffn_m(self, x0: Tensor) -> Tensor:
-        """FFN_M(N_m(x0)): the one function that trains, builds the ToL and serves. [..., hidden]."""
-        self._expect_any_rows(x0)
+        """FFN_M(N_m(x0)) of x0 [..., hidden], the same shape; training and the ToL build both call it."""
+        self._mark_rows_dynamic(x0)
         return self._compiled(MemoryBlock._ffn_m)(self, x0)
 
     def ffn_m_of_micro_batch(self, x0: Tensor) -> Tensor:
-        """ffn_m, run again in the backward pass under full recomputation."""
-        self._expect_any_rows(x0)
+        """ffn_m, checkpointed under full recomputation."""
+        self._mark_rows_dynamic(x0)
         return self._run(MemoryBlock._ffn_m, x0)
 
-    def _expect_any_rows(self, x0: Tensor) -> None:
-        """One compiled graph for as many rows as there are distinct ids."""
+    def _mark_rows_dynamic(self, x0: Tensor) -> None:
+        """Have torch.compile make one graph for any number of rows."""
         if self.compiles:
             torch._dynamo.maybe_mark_dynamic(x0, 0)
 
@@ -113,15 +113,15 @@ class MemoryBlock(Block):
         read: MemoryReader,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """x [batch, sequence, hidden] -> the same shape. The lookup lies outside what is recomputed."""
+        """x [batch, sequence, hidden] -> the same shape. The lookup is outside the checkpointed region."""
         y = self._run(MemoryBlock._context, x, geometry, cache)
         if self.alpha == 0.0 and not self.training:
-            return y  # a dropped layer reads nothing; in training it still gets its zero gradient
+            return y  # a dropped layer reads nothing; in training it still needs zero gradients
         memory = read(self.layer)
         return y + (memory if self.alpha == 1.0 else self.alpha * memory)
 
     def _context(self, x: Tensor, geometry: Geometry, cache: KeyValueCache | None) -> Tensor:
-        """x + Attn(N(x)) [+ FFN_C(N_c(x))]: what depends on the tokens before."""
+        """x + Attn(N(x)) [+ FFN_C(N_c(x))]: the part that depends on earlier tokens."""
         y = x + self.self_attn(self.input_layernorm(x), geometry, self.layer, cache)
         if self.compute_mlp is None:
             return y

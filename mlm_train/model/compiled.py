@@ -1,4 +1,4 @@
-"""torch.compile of the regions that a layer runs, one graph for the layers of a kind."""
+"""torch.compile of a layer's regions, with one graph for all layers."""
 
 import functools
 from collections.abc import Callable
@@ -9,5 +9,5 @@ from torch import Tensor
 
 @functools.cache
 def compiled(region: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A region, compiled at its first call; lookups, the head and its loss lie outside of regions."""
+    """The compiled region; it is compiled at its first call. Lookups, head and loss are not in regions."""
     return torch.compile(region)

@@ -6,7 +6,7 @@ from mlm_train.config import ModelConfig
 
 
 class Parameters(NamedTuple):
-    """Counts of elements. total and active leave embedding and head out, as the paper does."""
+    """Numbers of elements. total and active exclude embedding and head, as in the paper."""
 
     total: int
     active: int
@@ -16,15 +16,15 @@ class Parameters(NamedTuple):
 
     @property
     def stored(self) -> int:
-        """Elements that a training process holds in all."""
+        """All elements of the model in training."""
         return self.total + self.embedding + self.head
 
 
 def count_parameters(config: ModelConfig) -> Parameters:
-    """Parameters of a model; `active` is what remains when FFN-M is served from a ToL."""
+    """Count a model's parameters; `active` excludes FFN-M, which is served from a ToL."""
     hidden, layers = config.hidden_size, config.num_hidden_layers
     matrices = _layer_matrices(config)
-    # Each of them has a norm before it, and one stands before the head.
+    # There is a norm before each of them, and one before the head.
     total = layers * sum(elements + hidden for elements in matrices if elements) + hidden
     ffn_m = layers * (matrices.ffn + hidden) if config.has_memory else 0
     embedding = config.vocab_size * hidden
@@ -46,23 +46,23 @@ def _layer_matrices(config: ModelConfig) -> _Matrices:
     kv_width = config.kv_heads * config.attention_head_dim
     compute = 0
     if config.kind == "flex":
-        products = 3 if config.compute_form == "swiglu" else 2
+        matrices = 3 if config.compute_form == "swiglu" else 2
         assert config.compute_intermediate_size is not None
-        compute = products * hidden * config.compute_intermediate_size
+        compute = matrices * hidden * config.compute_intermediate_size
     return _Matrices(hidden * (2 * width + 2 * kv_width), 3 * hidden * config.intermediate_size, compute)
 
 
 def train_flops_per_token(config: ModelConfig, sequence_length: int, ffn_m_ratio: float = 1.0) -> float:
-    """Forward and backward FLOPs per token: what MFU divides by the peak.
+    """Forward and backward FLOPs per token, the numerator of MFU.
 
     6 * (elements of the active weight matrices, head included) + 6 * elements of FFN-M's * ffn_m_ratio
-    + 6 * layers * width * sequence, the last for causal attention (two products of sequence/2 on average,
-    three passes). Norms, softmax, and lookups are left out. `ffn_m_ratio`: FFN-M evaluations per token and
+    + 6 * layers * width * sequence, the last for causal attention (two matmuls over sequence/2 on average,
+    three passes). Norms, softmax and lookups are not counted. `ffn_m_ratio`: FFN-M evaluations per token and
     layer, 1 with memory.mode=per_token.
     """
     layers, matrices = config.num_hidden_layers, _layer_matrices(config)
     head = config.vocab_size * config.hidden_size
     width = config.num_attention_heads * config.attention_head_dim
     ffn = layers * matrices.ffn * (ffn_m_ratio if config.has_memory else 1.0)
-    products = layers * (matrices.attention + matrices.compute) + ffn + head
-    return 6.0 * products + 6 * layers * width * sequence_length
+    elements = layers * (matrices.attention + matrices.compute) + ffn + head
+    return 6.0 * elements + 6 * layers * width * sequence_length

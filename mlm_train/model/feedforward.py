@@ -1,4 +1,4 @@
-"""Feed-forward networks. FFN, FFN-M and the default FFN-C are the same SwiGLU."""
+"""Feed-forward networks. FFN, FFN-M and the default FFN-C are SwiGLU."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class SwiGLU(nn.Module):
 
 
 class LinearFFN(nn.Module):
-    """FFN-C as the paper words it, "a linear dense module": down(up(x)), no bias."""
+    """FFN-C as the paper's "linear dense module": down(up(x)), no bias."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Where the tokens of a micro-batch stand, and which of them see each other."""
+"""Positions of the tokens of a micro-batch, and which of them attend to each other."""
 
 from typing import NamedTuple
 
@@ -10,10 +10,10 @@ from mlm_train.model.rope import rotary_angles
 
 
 class Geometry(NamedTuple):
-    """What attention needs beside its input.
+    """Rotary angles and mask of attention.
 
-    cos, sin: fp32 [sequence, head_dim], or [batch, 1, sequence, head_dim]. mask: what is added to scores,
-    [batch, 1, queries, keys], 0 where a query sees a key, else -inf; None: each sees all that came before.
+    cos, sin: fp32 [sequence, head_dim], or [batch, 1, sequence, head_dim]. mask: added to the scores,
+    [batch, 1, queries, keys], 0 where a query attends to a key, else -inf; None: plain causal attention.
     """
 
     cos: Tensor
@@ -21,25 +21,25 @@ class Geometry(NamedTuple):
     mask: Tensor | None = None
 
 
-def one_text(config: ModelConfig, start: int, length: int, device: torch.device) -> Geometry:
-    """Each row is one text, of which `start` tokens came before."""
+def single_document(config: ModelConfig, start: int, length: int, device: torch.device) -> Geometry:
+    """Geometry of rows that are one document each, at positions from `start` on."""
     positions = torch.arange(start, start + length, device=device)
     return Geometry(*rotary_angles(config.attention_head_dim, config.rope_theta, positions))
 
 
 def separate_documents(config: ModelConfig, ids: Tensor, eod_id: int, dtype: torch.dtype) -> Geometry:
-    """Rows of several documents, ids int64 [batch, sequence]: each is attended to as if it were alone.
+    """Geometry of rows of several documents, ids int64 [batch, sequence]; none attends to another.
 
-    eod_id is the last token of a document; positions begin again with 0 after it. What a row begins with
-    counts as a document, be it the rest of one. The mask is of the scores' dtype: as bools, each layer would
-    make such a copy of its own, and keep it for its backward.
+    eod_id is the last token of a document; positions start again at 0 after it. The start of a row counts
+    as the start of a document, even in the middle of one. The mask has the scores' `dtype`: from bools each
+    layer would make its own such copy and keep it for its backward.
     """
     ends = ids == eod_id
     document = ends.cumsum(1) - ends.long()
-    places = torch.arange(ids.shape[1], device=ids.device)
-    begins = torch.cat((torch.ones_like(ends[:, :1]), ends[:, :-1]), 1)
-    positions = places - (places * begins).cummax(1).values
-    seen = (document[:, :, None] == document[:, None, :]) & (places[:, None] >= places)
-    mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -torch.inf)
+    offsets = torch.arange(ids.shape[1], device=ids.device)
+    starts = torch.cat((torch.ones_like(ends[:, :1]), ends[:, :-1]), 1)
+    positions = offsets - (offsets * starts).cummax(1).values
+    attends = (document[:, :, None] == document[:, None, :]) & (offsets[:, None] >= offsets)
+    mask = torch.zeros_like(attends, dtype=dtype).masked_fill(~attends, -torch.inf)
     cos, sin = rotary_angles(config.attention_head_dim, config.rope_theta, positions)
     return Geometry(cos.unsqueeze(1), sin.unsqueeze(1), mask.unsqueeze(1))

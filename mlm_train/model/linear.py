@@ -1,4 +1,4 @@
-"""Linear products without bias; several that share an input are one product."""
+"""Linear layers without bias; those that share an input are fused into one matmul."""
 
 import torch
 from torch import Tensor, nn
@@ -7,9 +7,9 @@ from mlm_train.model.logical import Part
 
 
 class FusedLinear(nn.Linear):
-    """Products of one input stacked along the output: one matmul instead of several.
+    """Linear layers of one input, stacked along the output: one matmul instead of several.
 
-    `parts` maps each product's logical name (`q_proj`) to its rows of the weight; outside the running
+    `parts` maps each layer's logical name (`q_proj`) to its number of rows in the weight; outside the running
     model (initialisation, checkpoints, exports) only the logical names exist (model/logical.py).
     """
 
@@ -18,16 +18,16 @@ class FusedLinear(nn.Linear):
         self.parts = parts
 
     def logical_parts(self) -> list[Part]:
-        """One part a product."""
-        found, start = [], 0
+        """One part per fused layer."""
+        parts, start = [], 0
         for name, rows in self.parts.items():
-            found.append(Part(name, 0, start, rows, 0, rows))
+            parts.append(Part(name, 0, start, rows, 0, rows))
             start += rows
-        return found
+        return parts
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Of products with x: autocast's where it is on, and not for float64, as autocast itself does."""
+    """The dtype of matmuls with x: autocast's where it is enabled, except for float64, as autocast itself."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)

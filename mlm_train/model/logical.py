@@ -1,8 +1,8 @@
-"""Logical tensors: the names and shapes that the world outside the running model knows.
+"""Logical tensors: weights by name and shape, independent of how the running model stores them.
 
-Parameters may be fused (q, k and v in one weight) and may hold a part of a tensor only (parallel/ cuts
-them, with padding). Initialisation, checkpoints, exports and parity tests speak of the whole, unfused
-tensors by their export names (`model.layers.0.self_attn.q_proj.weight`).
+Parameters may be fused (q, k and v in one weight) and may hold a shard of a tensor only (parallel/ shards
+them, with padding). Initialisation, checkpoints, exports and parity tests use the whole, unfused tensors by
+their export names (`model.layers.0.self_attn.q_proj.weight`).
 """
 
 import hashlib
@@ -17,46 +17,46 @@ from mlm_train.config import ModelConfig
 
 
 class Part(NamedTuple):
-    """A run of indices of a module's weight along one dimension, and where it lies in a logical tensor."""
+    """A range of a module's weight along one dimension, and its position in a logical tensor."""
 
-    name: str | None  # of the logical tensor's module, beside this one; None: this module's own name
+    name: str | None  # of the logical tensor's module, a sibling of this one; None: this module's own name
     dim: int
     start: int  # first index in the weight
-    length: int  # indices that hold something; padding may follow
+    length: int  # indices without the padding that may follow
     offset: int  # first index in the logical tensor
     total: int  # size of the logical tensor along dim
 
 
 @runtime_checkable
 class HasParts(Protocol):
-    """A module whose weight is not simply one whole logical tensor."""
+    """A module whose weight is not exactly one whole logical tensor."""
 
     def logical_parts(self) -> list[Part]:
-        """The parts of `weight`, in the order they lie in it."""
+        """The parts of `weight`, in order."""
         ...
 
 
 class Piece(NamedTuple):
-    """What a parameter holds of one logical tensor."""
+    """The slice of one logical tensor that a parameter holds."""
 
     name: str
     parameter: str
-    local: tuple[slice, ...]  # where it lies in the parameter
-    offset: tuple[int, ...]  # where it lies in the logical tensor
+    local: tuple[slice, ...]  # its indices in the parameter
+    offset: tuple[int, ...]  # of its first element in the logical tensor
     shape: torch.Size  # of the whole logical tensor
 
     def of(self, whole: Tensor) -> Tensor:
-        """The piece as a view of the parameter, or of a tensor of its shape (a gradient, a moment)."""
+        """The piece as a view of the parameter, or of a tensor of its shape (gradient, moment)."""
         return whole[self.local]
 
     def cut(self, logical: Tensor) -> Tensor:
         """The same piece as a view of the whole logical tensor."""
-        lengths = (here.stop - here.start for here in self.local)
+        lengths = (span.stop - span.start for span in self.local)
         return logical[tuple(slice(o, o + n) for o, n in zip(self.offset, lengths, strict=True))]
 
 
 def pieces(model: nn.Module) -> Iterator[Piece]:
-    """Every piece of a logical tensor that a Transformer holds, in the order of its parameters."""
+    """Yield every piece of a logical tensor that a Transformer holds, in the order of its parameters."""
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         owner_name, _, leaf = name.rpartition(".")
@@ -77,12 +77,12 @@ def pieces(model: nn.Module) -> Iterator[Piece]:
 
 
 def _export_name(name: str) -> str:
-    """Llama's names: everything but the head stands below `model.`."""
+    """Llama's names: everything but the head is under `model.`."""
     return name if name.startswith("lm_head") else f"model.{name}"
 
 
 def named_pieces(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Export name -> view of what a Transformer holds of that weight."""
+    """Yield the export name of every weight, with a view of the piece that a Transformer holds."""
     parameters = dict(model.named_parameters())
     for piece in pieces(model):
         yield piece.name, piece.of(parameters[piece.parameter].detach())
@@ -91,7 +91,7 @@ def named_pieces(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def draw(config: ModelConfig, seed: int, name: str, shape: torch.Size) -> Tensor:
     """The initial value of a logical tensor; it depends on seed and name only, never on the layout.
 
-    Norms are 1; products that write to the residual stream have std / sqrt(2 * layers).
+    Norms are 1; weights that write to the residual stream have std / sqrt(2 * layers).
     """
     if name.endswith("norm.weight"):
         return torch.ones(shape)
@@ -105,7 +105,7 @@ def draw(config: ModelConfig, seed: int, name: str, shape: torch.Size) -> Tensor
 
 @torch.no_grad()
 def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill a Transformer's weights in place, tensor by tensor; padding is left as it is."""
+    """Initialise a Transformer's weights in place, tensor by tensor; padding is not written."""
     parameters = dict(model.named_parameters())
     for piece in pieces(model):
         whole = draw(config, seed, piece.name, piece.shape)

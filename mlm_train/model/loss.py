@@ -1,7 +1,7 @@
 """Cross-entropy with z-loss, as sums, so that one global count of labels normalises every layout.
 
-`loss_sums` is the plain way, from logits. `head_loss` takes the head's product in as well and holds the
-logits of some tokens at a time; one function serves one process and a vocabulary cut over ranks.
+`loss_sums` is the plain version, from logits. `head_loss` includes the head's matmul and holds the logits of
+a chunk of tokens at a time; one function serves one process and a vocabulary-parallel head.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from mlm_train.model.linear import compute_dtype
 
 IGNORED = -100
 FP32 = 4
-CHUNK_BYTES = 2**28  # of a chunk's logits, were they in fp32
-BLOCK_BYTES = 2**23  # of the part of them whose softmax is computed at a time
-# Words whose weight gradient is one product: in bf16 a temporary, small enough to stay in cache.
+CHUNK_BYTES = 2**28  # of a chunk's logits, if they were in fp32
+BLOCK_BYTES = 2**23  # of the rows of a chunk whose softmax is computed at a time
+# Vocabulary rows whose weight gradient is one matmul: its bf16 result is small enough to stay in cache.
 GRADIENT_ROWS = 2**11
-_OfRows = Callable[..., Tensor]
+_RowFunction = Callable[..., Tensor]
 
 
 class LossSums(NamedTuple):
@@ -45,32 +45,32 @@ def loss_sums(logits: Tensor, labels: Tensor) -> LossSums:
 
 
 def count_labels(labels: Tensor) -> int:
-    """Valid labels: the global sum of these is N of the loss."""
+    """Number of valid labels; its global sum normalises the loss."""
     return int((labels != IGNORED).sum())
 
 
 @dataclass(frozen=True)
 class VocabRange:
-    """Which words of the vocabulary the rows of a head weight are: here all of them.
+    """The token ids that the rows of a head weight stand for: here the whole vocabulary.
 
-    Row i is word `offset` + i; rows from `length` on are padding. The reductions join what the holders
-    of other words found; parallel/tensor/layers.py has those of a tensor-parallel group.
+    Row i is id `offset` + i; rows from `length` on are padding. The reductions combine values over the
+    vocabulary shards; parallel/tensor/layers.py has those of a tensor-parallel group.
     """
 
     offset: int
     length: int
 
     def maximum(self, x: Tensor) -> Tensor:
-        """Elementwise largest over all holders; may overwrite x."""
+        """Elementwise maximum over all shards; may overwrite x."""
         return x
 
     def total(self, x: Tensor) -> Tensor:
-        """Elementwise sum over all holders; may overwrite x."""
+        """Elementwise sum over all shards; may overwrite x."""
         return x
 
 
 def default_chunk(rows: int) -> int:
-    """Tokens whose logits of `rows` words would fill CHUNK_BYTES in fp32; at least one."""
+    """Tokens whose logits over `rows` ids fill CHUNK_BYTES in fp32; at least one."""
     return max(1, CHUNK_BYTES // (FP32 * rows))
 
 
@@ -81,24 +81,23 @@ def head_loss(
     *,
     scale: float,
     z_loss: float,
-    words: VocabRange,
+    vocabulary: VocabRange,
     chunk: int | None = None,
     compiles: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The objective scale * (sum CE + z_loss * sum lse^2), and the sum of CE without gradient; scalars.
 
-    hidden [..., hidden], normed; weight [rows, hidden], the words of this rank; labels int64 [...], -100
-    is ignored. `chunk` tokens' logits exist at a time (default: default_chunk), the same on all ranks.
+    hidden [..., hidden], normed; weight [rows, hidden], of `vocabulary`; labels int64 [...], -100 is ignored.
+    Logits of `chunk` tokens exist at a time (default: default_chunk); all ranks must use the same chunk.
 
-    The gradients are computed here, in the forward pass, where the logits are. Hence the objective must
-    be the root of the backward pass: its incoming gradient is taken to be 1, `scale` is the place for
-    any factor. They are kept until the backward pass, which may run twice (retain_graph).
+    The gradients are computed here, in the forward pass, from the logits. Hence the objective must be the
+    root of the backward pass: its incoming gradient is taken to be 1; use `scale` for any factor. The
+    gradients are kept until the backward pass, which may run twice (retain_graph).
 
-    Where words are spread over ranks, each gets the part of the hidden state's gradient that its words
-    cause; the caller sums those.
+    With a vocabulary-parallel head each rank gets a partial gradient of hidden; the caller sums those.
 
-    Under autocast the products and the logits are in its dtype, all else in fp32; float64 stays float64.
-    `compiles`: the softmax as compiled loops.
+    Under autocast the matmuls and the logits are in its dtype, all else in fp32; float64 stays float64.
+    `compiles`: whether the softmax is compiled.
     """
     wanted = torch.is_grad_enabled()
     return _HeadLoss.apply(
@@ -108,7 +107,7 @@ def head_loss(
         _Settings(
             scale,
             z_loss,
-            words,
+            vocabulary,
             chunk or default_chunk(weight.shape[0]),
             wanted and hidden.requires_grad,
             wanted and weight.requires_grad,
@@ -119,11 +118,11 @@ def head_loss(
 
 @dataclass(frozen=True)
 class _Settings:
-    """What a call of head_loss asks for beside its tensors."""
+    """Arguments of head_loss other than its tensors."""
 
     scale: float
     z_loss: float
-    words: VocabRange
+    vocabulary: VocabRange
     chunk: int
     hidden_gradient: bool
     weight_gradient: bool
@@ -131,7 +130,7 @@ class _Settings:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Forward computes loss and gradients by chunks of tokens; backward hands the gradients out."""
+    """Forward computes loss and gradients by chunks of tokens; backward returns the gradients."""
 
     @staticmethod
     def forward(
@@ -140,13 +139,13 @@ class _HeadLoss(torch.autograd.Function):
         compute = compute_dtype(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             work = _ChunkedHead(hidden, weight, compute, settings)
-            rows = zip(
+            chunks = zip(
                 hidden.reshape(-1, hidden.shape[-1]).split(settings.chunk),
                 labels.reshape(-1).split(settings.chunk),
                 strict=True,
             )
-            for number, (some, targets) in enumerate(rows):
-                work.add(number * settings.chunk, some, targets)
+            for number, (chunk, targets) in enumerate(chunks):
+                work.add(number * settings.chunk, chunk, targets)
         if work.hidden_gradient is not None or work.weight_gradient is not None:
             ctx.save_for_backward(*work.gradients(hidden, weight))
         cross_entropy = work.cross_entropy.to(work.exact)
@@ -162,7 +161,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 class _ChunkedHead:
-    """The sums so far, the gradients so far, and a buffer for a chunk's logits, used again by each."""
+    """Accumulated sums and gradients, and a buffer for the logits of a chunk, reused by each."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, compute: torch.dtype, settings: _Settings) -> None:
         self.settings, self.compute = settings, compute
@@ -182,34 +181,34 @@ class _ChunkedHead:
         )
 
     def add(self, start: int, hidden: Tensor, labels: Tensor) -> None:
-        """A chunk: hidden [tokens, hidden], labels [tokens]; `start` is its first token."""
+        """Accumulate a chunk: hidden [tokens, hidden], labels [tokens]; `start`: its first token."""
         hidden = hidden.to(self.compute)
-        words, scale, z_loss = self.settings.words, self.settings.scale, self.settings.z_loss
+        vocabulary, scale, z_loss = self.settings.vocabulary, self.settings.scale, self.settings.z_loss
         logits = torch.mm(hidden, self.weight.t(), out=self.logits[: len(hidden)])
-        logits[:, words.length :] = -torch.inf
-        by_rows = _whole if self.settings.compiles else _in_blocks
-        top = words.maximum(torch.cat(by_rows(_largest, logits)).to(self.exact))
-        rows = labels - words.offset
-        here = (rows >= 0) & (rows < words.length)
-        place = torch.arange(len(labels), device=labels.device), rows.where(here, 0)
-        target = (logits[place] - top).where(here, 0)
-        parts = torch.stack((torch.cat(by_rows(_sum, logits, top)), target))
-        normaliser, target = words.total(parts)
+        logits[:, vocabulary.length :] = -torch.inf
+        apply = _compiled_rows if self.settings.compiles else _eager_rows
+        top = vocabulary.maximum(torch.cat(apply(_maximum, logits)).to(self.exact))
+        rows = labels - vocabulary.offset
+        in_shard = (rows >= 0) & (rows < vocabulary.length)
+        index = torch.arange(len(labels), device=labels.device), rows.where(in_shard, 0)
+        target = (logits[index] - top).where(in_shard, 0)
+        partial = torch.stack((torch.cat(apply(_exponential_sum, logits, top)), target))
+        normaliser, target = vocabulary.total(partial)
         log, valid = normaliser.log(), (labels != IGNORED).to(self.exact)
         lse = log + top
         self.cross_entropy += ((log - target) * valid).sum(dtype=torch.float64)
         self.z += (lse.square() * valid).sum(dtype=torch.float64)
         if self.hidden_gradient is None and self.weight_gradient is None:
             return
-        # d/dlogit of CE + z_loss * lse^2: softmax * (1 + 2 z_loss lse), less one at the target.
+        # d/dlogit of CE + z_loss * lse^2: softmax * (1 + 2 z_loss lse), minus one at the target.
         factor = scale * valid * (1 + 2 * z_loss * lse) / normaliser
-        at_target = (logits[place] - top).exp() * factor - scale * valid * here
-        by_rows(_to_gradient, logits, top, factor)
-        logits[place] = at_target.to(self.compute)
+        at_target = (logits[index] - top).exp() * factor - scale * valid * in_shard
+        apply(_to_gradient, logits, top, factor)
+        logits[index] = at_target.to(self.compute)
         self._add_gradients(start, logits, hidden)
 
     def _add_gradients(self, start: int, gradient: Tensor, hidden: Tensor) -> None:
-        """gradient [tokens, rows] of the logits, in the dtype of the products."""
+        """Accumulate from the logits' gradient [tokens, rows], in the dtype of the matmuls."""
         if self.hidden_gradient is not None:
             self.hidden_gradient[start : start + len(hidden)] = gradient @ self.weight
         if self.weight_gradient is None:
@@ -218,35 +217,35 @@ class _ChunkedHead:
         blocks = zip(
             self.weight_gradient.split(GRADIENT_ROWS), gradient.split(GRADIENT_ROWS, dim=1), strict=True
         )
-        for total, block in blocks:  # no product of bf16 adds to fp32; by blocks the temporary is small
+        for total, block in blocks:  # no bf16 matmul accumulates into fp32; in blocks its result is small
             add(total, block.t() @ hidden)
 
     def gradients(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Of hidden and weight, in their dtypes."""
-        mine, theirs = self.hidden_gradient, self.weight_gradient
+        """The gradients of hidden and weight, in their dtypes; None where one is not wanted."""
+        of_hidden, of_weight = self.hidden_gradient, self.weight_gradient
         return (
-            None if mine is None else mine.view(hidden.shape),
-            None if theirs is None else theirs.to(weight.dtype),
+            None if of_hidden is None else of_hidden.view(hidden.shape),
+            None if of_weight is None else of_weight.to(weight.dtype),
         )
 
 
-def _whole(function: _OfRows, *columns: Tensor) -> list[Tensor]:
-    """A function of a chunk's rows, compiled: one pass over the logits, whose fp32 nobody holds."""
+def _compiled_rows(function: _RowFunction, *columns: Tensor) -> list[Tensor]:
+    """A function of a chunk's rows, compiled: one pass over the logits, without an fp32 copy."""
     return [compiled(function)(*columns)]
 
 
-def _in_blocks(function: _OfRows, logits: Tensor, *columns: Tensor) -> list[Tensor]:
-    """The same in eager mode; on a CPU so few rows at a time that what lies between stays in its cache."""
+def _eager_rows(function: _RowFunction, logits: Tensor, *columns: Tensor) -> list[Tensor]:
+    """The same in eager mode; on a CPU by blocks whose intermediate results stay in the cache."""
     rows = max(1, BLOCK_BYTES // (FP32 * logits.shape[1])) if logits.device.type == "cpu" else len(logits)
     parts = zip(logits.split(rows), *(column.split(rows) for column in columns), strict=True)
     return [function(*part) for part in parts]
 
 
-def _largest(logits: Tensor) -> Tensor:
+def _maximum(logits: Tensor) -> Tensor:
     return logits.amax(-1)
 
 
-def _sum(logits: Tensor, top: Tensor) -> Tensor:
+def _exponential_sum(logits: Tensor, top: Tensor) -> Tensor:
     return torch.sub(logits, top.unsqueeze(-1)).exp_().sum(-1)
 
 

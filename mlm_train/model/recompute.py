@@ -1,4 +1,4 @@
-"""Activation checkpointing: keep a region's inputs and run its forward again in the backward pass."""
+"""Activation checkpointing: keep a region's inputs and rerun its forward in the backward pass."""
 
 from collections.abc import Callable
 
@@ -8,9 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(function: Callable[..., Tensor], *args: object) -> Tensor:
-    """function(*args), whose inner activations are not kept for the backward pass.
+    """function(*args), recomputed in the backward pass instead of keeping its activations.
 
-    Regions hold no lookups and no dropout: nothing random, nothing that counts its calls.
+    The function must be deterministic and free of side effects: no dropout, no lookups of tables.
     """
     if not torch.is_grad_enabled():
         return function(*args)

@@ -7,7 +7,7 @@ from torch import Tensor
 def rotary_angles(head_dim: int, theta: float, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos, sin of positions int64 [...], each [..., head_dim], always in fp32.
 
-    The first half of sin is negative: `rotate` then needs no pass over the heads to turn their sign.
+    The first half of sin is negated, which saves `rotate` a pass over the heads to negate theirs.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     angles = positions.float().unsqueeze(-1) * (1.0 / theta**exponent)
@@ -18,8 +18,8 @@ def rotary_angles(head_dim: int, theta: float, positions: Tensor) -> tuple[Tenso
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x [batch, heads, sequence, head_dim] by its positions; cos, sin are broadcast to its shape."""
-    if torch.compiler.is_compiling():  # whose loops over a roll are not vectorised
+    """Rotate x [batch, heads, sequence, head_dim] by its positions; cos, sin are broadcast to its shape."""
+    if torch.compiler.is_compiling():  # inductor does not vectorise a roll
         halves_swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
     else:
         halves_swapped = x.roll(x.shape[-1] // 2, -1)

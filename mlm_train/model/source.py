@@ -1,8 +1,7 @@
 """The memory source: where a block gets FFN-M's output from.
 
-A block computes x + Attn(N(x)) [+ FFN_C(N_c(x))] + alpha_l * m_l and asks its source for m_l. Sources
-that compute m_l train the model (memory/); a source that reads it from a table serves it (tol/).
-So one forward does for both.
+A block computes x + Attn(N(x)) [+ FFN_C(N_c(x))] + alpha_l * m_l and gets m_l from its source. In training
+sources compute m_l (memory/); in inference a source reads it from a table (tol/). One forward serves both.
 """
 
 from typing import Any, Protocol
@@ -14,7 +13,7 @@ class MemoryReader(Protocol):
     """FFN-M's output for one micro-batch."""
 
     def __call__(self, layer: int) -> Tensor:
-        """m_l, shape [batch, sequence, hidden], without alpha."""
+        """m_l of a layer, [batch, sequence, hidden], not scaled by alpha."""
         ...
 
 
@@ -22,22 +21,22 @@ class MemorySource(Protocol):
     """Makes a reader for each micro-batch."""
 
     def open(self, ids: Tensor, x0: Any) -> MemoryReader:
-        """`ids` int64 [batch, sequence]; `x0` their embeddings [batch, sequence, hidden]: None for tables."""
+        """ids int64 [batch, sequence]; x0: their embeddings [batch, sequence, hidden], None for tables."""
         ...
 
 
 class Positions:
-    """Which positions of a micro-batch are on this process: all, but for sequence parallelism's.
+    """Which positions of a micro-batch are on this rank: all of them, without sequence parallelism.
 
-    parallel/tensor/collectives.py has one that cuts them over ranks.
+    parallel/tensor/collectives.py has the subclass that splits them over the tensor-parallel ranks.
     """
 
-    positions = 1  # processes they are cut over
+    shards = 1  # ranks that the positions are split over
 
-    def whole(self, x: Tensor) -> Tensor:
-        """x [..., positions here, hidden] -> all positions."""
+    def gather(self, x: Tensor) -> Tensor:
+        """x [..., local positions, hidden] -> [..., positions, hidden]."""
         return x
 
-    def mine(self, x: Tensor, dim: int) -> Tensor:
-        """x with all positions along `dim` -> with those that are here."""
+    def local(self, x: Tensor, dim: int) -> Tensor:
+        """x with all positions along `dim` -> x with this rank's positions."""
         return x

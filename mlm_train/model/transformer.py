@@ -1,4 +1,4 @@
-"""The whole model: embedding, blocks, final norm, head."""
+"""The model: embedding, blocks, final norm, head."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from mlm_train.config import ModelConfig
 from mlm_train.model.attention import KeyValueCache
 from mlm_train.model.block import BaseBlock, Block, MemoryBlock
-from mlm_train.model.geometry import one_text, separate_documents
+from mlm_train.model.geometry import separate_documents, single_document
 from mlm_train.model.linear import compute_dtype
 from mlm_train.model.source import MemoryReader, MemorySource
 
 
 class TokenEmbedding(nn.Embedding):
-    """x0 of a token; its weight is the head's too, where they are tied."""
+    """The embedding, x0 of a token; its weight is also the head's where they are tied."""
 
     def rows(self, ids: Tensor) -> Tensor:
         """ids int64 [...] -> their rows [..., hidden]."""
@@ -26,11 +26,11 @@ class Transformer(nn.Module):
     """base, memory or flex (arXiv 2602.00398, equations 1 to 4), or some consecutive layers of one.
 
     memory and flex need a memory source at each call. `with_memory=False` builds them without FFN-M's
-    weights, for serving from a ToL. A part has the layers given; `embeds` and `heads` say whether it
-    begins with the embedding and ends with final norm and head. Its weights keep the whole's names.
+    weights, for inference from a ToL. `layers`: their numbers (default: all); `embeds`, `heads`: whether the
+    embedding, and final norm and head, are included. Weights have the same names as in the whole model.
     """
 
-    separator: int | None = None  # the id that ends a document, where each is attended to as if alone
+    separator: int | None = None  # the id that ends a document; None: rows are not split into documents
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Transformer(nn.Module):
         return block
 
     def memory_blocks(self) -> dict[int, MemoryBlock]:
-        """Layer -> block, of the layers that have FFN-M: what a training source computes with."""
+        """Layer number -> block, of the layers that have FFN-M, for a memory source."""
         return {block.layer: block for block in self.layers.values() if isinstance(block, MemoryBlock)}
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Transformer(nn.Module):
         return self.embed_tokens(ids)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """ids int64 [...] -> their embeddings [..., hidden], whole on every rank that shares them."""
+        """ids int64 [...] -> their embeddings [..., hidden], on every rank that shards the embedding."""
         assert self.embed_tokens is not None
         return self.embed_tokens.rows(ids)
 
@@ -87,15 +87,15 @@ class Transformer(nn.Module):
         layers: Iterable[int] | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """Residual stream [batch, sequence, hidden] through these layers (default: all that are here).
+        """Run the residual stream x [batch, local positions, hidden] through `layers` (default: all here).
 
-        ids int64 [batch, sequence]: all, while of the stream only a share of the positions may be here.
+        ids int64 [batch, sequence]: those of all positions, also under sequence parallelism.
         """
         if self.separator is not None:
             geometry = separate_documents(self.config, ids, self.separator, compute_dtype(x))
         else:
             start = cache.length if cache is not None else 0
-            geometry = one_text(self.config, start, ids.shape[1], x.device)
+            geometry = single_document(self.config, start, ids.shape[1], x.device)
         for layer in self.layers if layers is None else map(str, layers):
             x = self.layers[layer](x, geometry, read, cache)
         return x
@@ -107,9 +107,9 @@ class Transformer(nn.Module):
         cache: KeyValueCache | None = None,
         x0: Tensor | None = None,
     ) -> Tensor:
-        """ids int64 [batch, sequence] -> the last hidden state, normed [batch, sequence, hidden].
+        """ids int64 [batch, sequence] -> the normed last hidden state [batch, sequence, hidden].
 
-        `x0`: their embeddings, where the caller has them.
+        `x0`: the embeddings of ids, where the caller has them.
         """
         x0 = self.embed(ids) if x0 is None else x0
         read = source.open(ids, x0) if source is not None else None
@@ -119,13 +119,13 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The head's weight [vocabulary, hidden]; the embedding's, where they are tied."""
+        """The head's weight [vocabulary, hidden]; the embedding's where they are tied."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         assert head is not None
         return head.weight
 
     def head(self, hidden: Tensor) -> Tensor:
-        """hidden, normed [..., hidden] -> logits [..., vocabulary]."""
+        """Normed hidden [..., hidden] -> logits [..., vocabulary]."""
         return F.linear(hidden, self.head_weight)
 
     def forward(
@@ -138,7 +138,7 @@ class Transformer(nn.Module):
     ) -> Any:
         """ids int64 [batch, sequence] -> logits [batch, sequence, vocabulary].
 
-        With `loss`: loss(hidden, normed [batch, sequence, hidden], head weight [vocabulary, hidden]).
+        With `loss`: loss(normed hidden [batch, sequence, hidden], head weight [vocabulary, hidden]).
         `x0`: as in `hidden`.
         """
         hidden = self.hidden(ids, source, cache, x0)

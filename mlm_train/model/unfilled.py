@@ -1,4 +1,4 @@
-"""Modules without weights, to read shapes from or to be given weights."""
+"""Modules without storage, for shapes or to be given weights later."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,15 +10,15 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def unfilled() -> Iterator[None]:
-    """Modules made inside have no storage (device meta), and torch does not try to initialise them.
+    """Modules made inside have no storage (device meta), and torch does not initialise them.
 
-    It would do so by its reference functions, which import its compiler: over a second of every command.
+    On the meta device that would import torch's compiler, which takes over a second.
     """
-    with torch.device("meta"), _Untouched():
+    with torch.device("meta"), _NoInit():
         yield
 
 
-class _Untouched(TorchFunctionMode):
+class _NoInit(TorchFunctionMode):
     """Functions of torch.nn.init return the tensor as it is."""
 
     def __torch_function__(

@@ -1,18 +1,22 @@
 """A small file that says how a run is, for programs that watch many."""
 
 import json
+import math
 import os
 import socket
 import time
 from pathlib import Path
 from typing import Any
 
+from mlm_train.monitor.callback import Callback, Context
+from mlm_train.monitor.report import Progress, StepReport
+from mlm_train.monitor.time_left import TimeLeft
 from mlm_train.utils.run_lock import SlurmAttempt
 
 EVERY = 1.0  # seconds between writes, at least
 
 
-class Heartbeat:
+class HeartbeatFile:
     """Writes heartbeat.json, whole at any time: what was finished last, and when.
 
     It is old where the run stands still. Never flushed to disk, never a reason to fail.
@@ -38,3 +42,36 @@ class Heartbeat:
             draft.replace(self.path)
         except OSError:  # a full disk: the next one may fit
             self.next = now
+
+
+class Heartbeat(Callback):
+    """Keeps heartbeat.json of a run, on the leading rank."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.time_left = TimeLeft(self.config.train.steps)
+        self.file: HeartbeatFile | None = None
+
+    def on_train_start(self, progress: Progress) -> None:
+        train = self.config.train
+        if self.context.runtime.is_rank_0:
+            self.file = HeartbeatFile(Path(train.output))
+            self.file.beat("starting", step=progress.step, steps=train.steps)
+
+    def after_step(self, report: StepReport) -> None:
+        if self.file is None:
+            return
+        progress, result = report.progress, report.result
+        self.file.beat(
+            "training",
+            step=progress.step,
+            loss=result.loss if math.isfinite(result.loss) else None,
+            step_seconds=round(report.seconds, 3),
+            seconds_left=round(self.time_left.after(report)),
+            skipped=progress.skipped,
+        )
+
+    def on_train_end(self) -> None:
+        if self.file is not None:
+            done = self.file.values["step"] >= self.config.train.steps
+            self.file.beat("finished" if done else "ended")

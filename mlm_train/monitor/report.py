@@ -1,4 +1,4 @@
-"""What the loop tells the monitor: plain values, no formatting."""
+"""What the loop tells callbacks: plain values, no formatting."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -98,6 +98,28 @@ class StepReport:
     result: Step
     data_seconds: float
     consumed: Mapping[str, Consumed]
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole step, the wait for its data included."""
+        return self.result.seconds + self.data_seconds
+
+
+@dataclass(frozen=True)
+class SkippedStep:
+    """A step whose loss or gradient was not finite: it has changed nothing. reason: what, and where."""
+
+    progress: Progress  # after the step
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """A loss spike took the run back to a checkpoint, and on with later samples."""
+
+    progress: Progress  # at the spike
+    back: Progress  # where the run goes on
+    checkpoint: str  # name of its folder
 
 
 @dataclass(frozen=True)

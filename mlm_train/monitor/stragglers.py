@@ -4,7 +4,8 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mlm_train.parallel.mesh.topology import Topology
+from mlm_train.monitor.callback import Callback, Context
+from mlm_train.monitor.report import StepReport
 
 
 class Pace(NamedTuple):
@@ -25,16 +26,28 @@ class Pace(NamedTuple):
         )
 
 
-class Stragglers:
-    """Adds up what every rank spends; `hosts` names the machine of each."""
+class Stragglers(Callback):
+    """Compares ranks every monitor.straggler_interval steps, and names those that make the others wait."""
 
-    def __init__(self, topology: Topology, hosts: Sequence[str]) -> None:
-        self.topology, self.hosts = topology, hosts
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.topology, self.hosts = context.runtime.topology, context.hosts
         self._begin()
 
     def _begin(self) -> None:
         self.steps, world = 0, self.topology.world
         self.forward, self.waited = [0.0] * world, [0.0] * world
+
+    def after_step(self, report: StepReport) -> None:
+        monitor, step = self.config.monitor, report.progress.step
+        self.add(report.result.forward, report.result.waited)
+        if self.steps < monitor.straggler_interval or not (paces := self.take()):
+            return
+        values = {"speed/slowest_rank": paces[0].rank, "speed/slowest_rank_ratio": paces[0].ratio}
+        self.context.writers.scalars(values, step)
+        for pace in paces[:4]:
+            if pace.ratio >= monitor.straggler_ratio:
+                self.context.say(f"slow over the last {monitor.straggler_interval} steps: {pace}")
 
     def add(self, forward: Sequence[float], waited: Sequence[float]) -> None:
         """A step's seconds by rank."""

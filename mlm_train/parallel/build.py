@@ -1,4 +1,4 @@
-"""A model's share on this rank, and what runs micro-batches through it."""
+"""Build a rank's shard of the model, and the executor that runs micro-batches through it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mlm_train.config import Config
-from mlm_train.memory import TableSource, TrainingSource, make_source
+from mlm_train.memory import SourceOptions, TableSource, TrainingSource, make_source
 from mlm_train.model.loss import VocabRange, head_loss
 from mlm_train.model.transformer import Transformer
 from mlm_train.model.unfilled import unfilled
@@ -27,16 +27,17 @@ from mlm_train.parallel.tensor.layers import (
     sum_replicated,
     sum_replicated_each_pass,
 )
+from mlm_train.utils.extensions import find
 
 
 def tensor_group(config: Config, runtime: Runtime) -> TensorGroup:
-    """The ranks that share this rank's layers."""
+    """This rank's tensor-parallel group."""
     topology = runtime.topology
     return TensorGroup(topology.tensor, topology.tensor_rank, runtime.groups.tensor, config.parallel.sequence)
 
 
 def shapes_of(config: Config, topology: Topology, group: TensorGroup) -> Transformer:
-    """This rank's share of the model, without storage: its layers, its part of each of them."""
+    """This rank's shard of the model, without storage: its layers, sharded over `group`."""
     spans = my_spans(config, topology)
     replicated = config.transport == "replicate"
     with unfilled():
@@ -52,9 +53,9 @@ def shapes_of(config: Config, topology: Topology, group: TensorGroup) -> Transfo
 
 
 def build_model(config: Config, runtime: Runtime, eod_id: int | None = None) -> Transformer:
-    """This rank's share of the model on its device: zeros, which the padding stays, to be filled next.
+    """This rank's shard of the model on its device, all zeros, as padding must be; fill it next.
 
-    eod_id ends a document; it has an effect with data.separate_documents, which needs it.
+    eod_id: the id that ends a document; required by data.separate_documents.
     """
     group = tensor_group(config, runtime)
     model = shapes_of(config, runtime.topology, group)
@@ -67,21 +68,21 @@ def build_model(config: Config, runtime: Runtime, eod_id: int | None = None) -> 
             parameter.zero_()
     mark_for_clipping(model, group)
     if model.embed_tokens is not None and runtime.topology.pipeline_rank > 0:
-        # A copy (tied head, or replicate): the first stage's counts in the gradient norm.
+        # A copy (tied head, or `replicate`): only the first stage's counts in the gradient norm.
         weight: Any = model.embed_tokens.weight
         weight.ds_pipe_replicated = True
-        weight.model_parallel = weight.tensor_model_parallel = False  # what stage 0 looks at
+        weight.model_parallel = weight.tensor_model_parallel = False  # read by ZeRO stage 0
     return model
 
 
 def build_loss(config: Config, group: TensorGroup) -> Loss:
-    """The loss of a normed hidden state, the head's product included, over this rank's words."""
+    """The loss of a normed hidden state, the head's matmul included, over this rank's vocabulary shard."""
     train, vocab_size = config.train, config.model.vocab_size
-    cut = group.size > 1
-    words = ParallelVocabRange.of(vocab_size, group) if cut else VocabRange(0, vocab_size)
+    sharded = group.size > 1
+    vocabulary = ParallelVocabRange.of(vocab_size, group) if sharded else VocabRange(0, vocab_size)
 
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        if cut:  # each rank's words cause a part of its gradient
+        if sharded:  # each vocabulary shard gives a partial gradient of hidden
             hidden = group.enter(hidden)
         return head_loss(
             hidden,
@@ -89,7 +90,7 @@ def build_loss(config: Config, group: TensorGroup) -> Loss:
             labels,
             scale=scale,
             z_loss=train.z_loss,
-            words=words,
+            vocabulary=vocabulary,
             chunk=train.loss_chunk_size,
             compiles=train.compile,
         )
@@ -98,14 +99,14 @@ def build_loss(config: Config, group: TensorGroup) -> Loss:
 
 
 def autocast_of(config: Config, device: torch.device) -> torch.autocast:
-    """The region of config field train.precision: bf16 products, or none."""
+    """The autocast of config field train.precision: bf16 matmuls, or disabled."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.train.precision == "bf16")
 
 
 def build_executor(
     model: Transformer, config: Config, runtime: Runtime, entry: nn.Module | None = None
 ) -> Executor:
-    """What trains and evaluates this layout. `entry`: what to call in the model's place (Engine.entry)."""
+    """The executor of this layout. `entry`: the module to call instead of the model (Engine.entry)."""
     group = tensor_group(config, runtime)
     for span in my_spans(config, runtime.topology):
         for layer in span.layers:
@@ -121,10 +122,10 @@ def build_executor(
         return PipelineExecutor(model, config, runtime, group, source, channel, loss, precision)
     sum_norms: Callable[[], None] = partial(sum_replicated, model, group)
     if config.reduces_each_pass:
-        # A pass's gradients are gone when the next begins: the norms' are summed in it.
+        # A pass's gradients are reduced before the next one: the norms' are summed in each pass.
         sum_replicated_each_pass(model, group)
         sum_norms = _nothing
-    # Rows of x0 once a step; but a pass whose gradients go at once has to embed by itself.
+    # Rows of x0 are embedded once per step, unless gradients are reduced in each pass.
     rows = None if config.reduces_each_pass else _channel(model, config, runtime, group, source)
     return SingleStageExecutor(config, runtime, entry or model, source, rows, loss, precision, sum_norms)
 
@@ -132,25 +133,24 @@ def build_executor(
 def _source(
     model: Transformer, config: Config, runtime: Runtime, group: TensorGroup, precision: torch.autocast
 ) -> TrainingSource | None:
-    """How this rank executes FFN-M; None where the model has none."""
+    """The memory source of this rank; None where the model has no FFN-M."""
     memory = config.memory
     if memory is None:
         return None
     share = DataParallelSharing(runtime.groups.data) if memory.shared else None
     blocks = model.memory_blocks()
-    return make_source(
-        memory.mode, blocks, group, precision, share, memory.table_layers, memory.kept_layers or 0
-    )
+    options = SourceOptions(group, precision, share, memory.table_layers, memory.kept_layers or 0)
+    return make_source(memory.mode, blocks, options)
 
 
 def _channel(
     model: Transformer, config: Config, runtime: Runtime, group: TensorGroup, source: TrainingSource | None
 ) -> X0Channel:
-    """How x0 reaches this rank."""
+    """The transport of x0 to this rank."""
     most = most_layers(config, runtime.topology)
-    plain = source is None and runtime.topology.pipeline > 1
-    transport = LocalEmbedding if plain else TRANSPORTS[config.transport]
-    return transport(
+    no_memory = source is None and runtime.topology.pipeline > 1
+    transport = LocalEmbedding if no_memory else find("parallel.x0_transport", config.transport, TRANSPORTS)
+    channel: X0Channel = transport(
         model,
         runtime.groups.pipeline,
         group,
@@ -159,7 +159,8 @@ def _channel(
         source if isinstance(source, TableSource) else None,
         config.memory is not None and config.memory.tabled(most) == most,
     )
+    return channel
 
 
 def _nothing() -> None:
-    """What is left to do after a step's backward passes where each has done it."""
+    """Do nothing after a step's backward passes, where each pass has summed the norms' gradients."""

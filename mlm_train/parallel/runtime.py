@@ -1,4 +1,4 @@
-"""The processes of a run: rank and device, process groups, the few collectives of the loop."""
+"""The processes of a run: rank and device, process groups, the collectives of the training loop."""
 
 import os
 import shutil
@@ -13,47 +13,49 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlm_train.config import Config, TrainConfig
+from mlm_train.config import Config, ParallelConfig, TrainConfig
+from mlm_train.config.parallel import ZERO_BUBBLE
 from mlm_train.errors import PeerFailure, SharedUserError, UserError
 from mlm_train.parallel.health.failures import one_line
 from mlm_train.parallel.health.progress_marker import ProgressMarker
 from mlm_train.parallel.health.thread_stacks import keep_flight_records
 from mlm_train.parallel.mesh.groups import ProcessGroups, create_groups, destroy_groups
 from mlm_train.parallel.mesh.topology import Topology
-from mlm_train.utils.files import told
+from mlm_train.utils.files import with_fix
 from mlm_train.utils.malloc import keep_freed
 
 Result = TypeVar("Result")
+ZERO_BUBBLE_TORCH = (2, 13)  # older ones do not run zero-bubble schedules over our stages
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def world_size() -> int:
-    """Processes of this launch, as torchrun says; 1 without it."""
+    """Processes of this launch, from torchrun's WORLD_SIZE; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_world_size() -> int:
-    """Those of them on this machine."""
+    """Processes of this launch on this node; 1 without torchrun."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def global_rank() -> int:
-    """This process among them."""
+    """The rank of this process; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a rank knows of the others."""
+    """A rank's layout, device and process groups."""
 
     topology: Topology
     device: torch.device
     groups: ProcessGroups
-    marker: ProgressMarker = field(default_factory=ProgressMarker)  # where this rank is, for the watchdog
+    marker: ProgressMarker = field(default_factory=ProgressMarker)  # for the watchdog
 
     @property
     def is_rank_0(self) -> bool:
-        """Whether this rank speaks for all: prints, writes TensorBoard and manifests."""
+        """Whether this is the rank that prints, and writes TensorBoard and manifests."""
         return self.topology.rank == 0
 
     def sum_over_data(self, values: Tensor) -> Tensor:
@@ -73,12 +75,15 @@ class Runtime:
         dist.barrier(self.groups.control)
 
     def for_thread(self, timeout: float) -> "Runtime":
-        """The same ranks for another thread, with a group and a mark of its own; every rank calls it."""
+        """The same ranks for another thread, with its own group and marker; every rank calls it.
+
+        timeout: of the group's collectives, in seconds.
+        """
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         return replace(self, marker=ProgressMarker(), groups=replace(self.groups, control=group))
 
     def broadcast(self, work: Callable[[], Result]) -> Result:
-        """Run `work` on the leading rank; its result, or its failure, on every rank."""
+        """Run `work` on rank 0; return its result, or raise its failure, on every rank."""
         outcome, error = _attempt(work) if self.is_rank_0 else (None, None)
         outcomes = [outcome]
         dist.broadcast_object_list(outcomes, src=0, group=self.groups.control)
@@ -88,7 +93,7 @@ class Runtime:
         return outcomes[0].result()
 
     def gather(self, work: Callable[[], Result]) -> list[Result]:
-        """Run `work` on every rank; all results in the order of ranks, or the first failure, on each."""
+        """Run `work` on every rank; return the results by rank, or raise the first failure, on every rank."""
         outcomes: list[Any] = [None] * self.topology.world
         outcome, error = _attempt(work)
         dist.all_gather_object(outcomes, outcome, group=self.groups.control)
@@ -99,14 +104,14 @@ class Runtime:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a rank's work came to, in a form that travels."""
+    """The result or the failure of a rank's work, in a form that can be sent."""
 
     value: Any = None
     user_error: str | None = None
     failure: str | None = None
 
     def result(self) -> Any:
-        """The value; or the failure, raised on every rank alike, so that none waits for another."""
+        """The value; raises the failure on every rank alike, so that none waits for another."""
         if self.user_error is not None:
             raise SharedUserError(self.user_error)
         if self.failure is not None:
@@ -115,46 +120,62 @@ class _Outcome:
 
 
 def _attempt(work: Callable[[], Any]) -> tuple[_Outcome, Exception | None]:
-    """The outcome for all ranks, and a failure that this rank is to raise itself, with its traceback."""
+    """The outcome to send, and the exception that this rank raises itself, with its traceback."""
     try:
         return _Outcome(work()), None
     except UserError as error:
         return _Outcome(user_error=str(error)), None
     except OSError as error:
-        return _Outcome(user_error=f"{error.filename or 'a file'}: {told(error)}"), None
+        return _Outcome(user_error=f"{error.filename or 'a file'}: {with_fix(error)}"), None
     except Exception as error:
-        line = f"stopped, because rank {global_rank()} failed first: {one_line(error)}"
+        line = f"stopped because rank {global_rank()} failed first: {one_line(error)}"
         return _Outcome(failure=line), error
 
 
 def check_device(choice: str, local_processes: int) -> None:
-    """UserError where this machine lacks the devices that config field train.device asks for."""
+    """Raise UserError where this node lacks the devices that config field train.device asks for."""
     if choice == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device=cuda: torch finds no CUDA device here; set train.device=cpu")
-    given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
-    if choice == "auto" and given != "0" and not torch.cuda.is_available():
+    allocated = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    if choice == "auto" and allocated != "0" and not torch.cuda.is_available():
         raise UserError(
-            f"this Slurm job was given {given} GPUs here and torch finds none: look at `nvidia-smi` on "
+            f"this Slurm job has {allocated} GPUs on this node, but torch finds none: check `nvidia-smi` on "
             f"{socket.gethostname()}, or set train.device=cpu"
         )
     devices = torch.cuda.device_count()
     if choice != "cpu" and 0 < devices < local_processes:
-        raise UserError(f"{local_processes} processes here, but {devices} CUDA devices: start fewer")
+        raise UserError(f"{local_processes} processes on this node, but {devices} CUDA devices: start fewer")
 
 
 def check_compiler(train: TrainConfig) -> None:
-    """UserError where torch.compile, which writes C++ for a CPU, would find no compiler."""
+    """Raise UserError where torch.compile, which generates C++ for a CPU, would find no compiler."""
     compiler = os.environ.get("CXX", "g++")
     on_cpu = train.device == "cpu" or not torch.cuda.is_available()
     if train.compile and on_cpu and shutil.which(compiler) is None:
         raise UserError(
-            f"train.compile=True: needs a C++ compiler, and {compiler} is not on the PATH: install it, name "
-            "another in CXX, or leave train.compile out"
+            f"train.compile=True: needs a C++ compiler, and {compiler} is not on the PATH: install it, set "
+            "another one in CXX, or leave train.compile out"
+        )
+
+
+def has_zero_bubble() -> bool:
+    """Whether this torch's zero-bubble schedules run our stages."""
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= ZERO_BUBBLE_TORCH
+
+
+def check_torch(parallel: ParallelConfig) -> None:
+    """UserError where the schedule needs a newer torch than this one."""
+    if parallel.pipeline > 1 and parallel.order in ZERO_BUBBLE and not has_zero_bubble():
+        needed = ".".join(map(str, ZERO_BUBBLE_TORCH))
+        raise UserError(
+            f"parallel.pipeline_schedule={parallel.order}: needs torch {needed} or newer, and this is torch "
+            f"{torch.__version__}: set parallel.pipeline_schedule=1f1b, or install a newer torch"
         )
 
 
 def pick_device(choice: str) -> torch.device:
-    """The device of config field train.device on this rank: auto takes CUDA where it is."""
+    """This rank's device for config field train.device: `auto` is CUDA where torch finds it."""
     if choice == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -163,10 +184,11 @@ def pick_device(choice: str) -> torch.device:
 
 
 def start(config: Config) -> Runtime:
-    """Join the other ranks: gloo on CPU, NCCL on CUDA, megatron-core's groups over them."""
+    """Initialize torch.distributed (gloo on CPU, NCCL on CUDA) and the process groups of the layout."""
     topology = Topology.of(config.parallel, world_size(), global_rank())
     topology.check_batch(config)
-    _make_repeatable(config.train)
+    check_torch(config.parallel)
+    _set_determinism(config.train)
     device = pick_device(config.train.device)
     if device.type == "cpu":
         keep_freed()
@@ -175,7 +197,7 @@ def start(config: Config) -> Runtime:
     if not dist.is_initialized():
         keep_flight_records()
         if world_size() == local_world_size():
-            _stay_on_loopback()
+            _use_loopback()
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
@@ -186,18 +208,20 @@ def start(config: Config) -> Runtime:
 def _loopback() -> str | None:
     """The name of this machine's loopback interface."""
     interfaces = psutil.net_if_addrs().items()
-    return next((name for name, found in interfaces if any(at.address == "127.0.0.1" for at in found)), None)
+    return next(
+        (name for name, addresses in interfaces if any(a.address == "127.0.0.1" for a in addresses)), None
+    )
 
 
-def _stay_on_loopback() -> None:
-    """Ranks of one machine listen where no other can reach them, unless the user names an interface."""
+def _use_loopback() -> None:
+    """Have gloo and NCCL listen on loopback alone, unless the user has set an interface."""
     if interface := _loopback():
         for variable in INTERFACE_VARIABLES:
             os.environ.setdefault(variable, interface)
 
 
-def _make_repeatable(train: TrainConfig) -> None:
-    """Seed what libraries may draw, and the kernels train.deterministic asks for."""
+def _set_determinism(train: TrainConfig) -> None:
+    """Seed torch, and choose deterministic kernels where config field train.deterministic asks for them."""
     torch.manual_seed(train.seed)
     if train.deterministic:  # cuBLAS reads its variable when it starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -205,7 +229,7 @@ def _make_repeatable(train: TrainConfig) -> None:
 
 
 def stop() -> None:
-    """Leave the groups, and what start() set for them: the next ones may span machines."""
+    """Destroy the groups, and unset the interfaces that start() set: the next groups may span nodes."""
     destroy_groups()
     if dist.is_initialized():
         dist.destroy_process_group()

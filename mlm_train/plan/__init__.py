@@ -1,1 +1,1 @@
-"""What a run will need, before anything is allocated."""
+"""Estimates of what a run or a table needs, before anything is allocated."""

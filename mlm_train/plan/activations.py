@@ -1,4 +1,4 @@
-"""An estimate of what autograd keeps on a rank between forward and backward passes."""
+"""Estimate of the activation memory that autograd keeps on a rank between forward and backward passes."""
 
 from mlm_train.config import Config
 from mlm_train.config.parallel import INTERLEAVED
@@ -11,38 +11,38 @@ FP32 = 4
 
 
 def activation_bytes(config: Config, topology: Topology) -> int:
-    """Bytes on the pipeline rank that keeps most."""
-    found = []
+    """Bytes on the pipeline rank with the most activations."""
+    per_rank = []
     for rank in topology.along_pipeline():
         spans, count = my_spans(config, rank), in_flight(config, rank)
         kept = count * sum(_stage_bytes(config, span) for span in spans)
         head = _head_bytes(config, count) if spans[-1].last else 0.0
-        found.append(kept + head + _once_more(config, spans) + _received_bytes(config, rank, spans))
-    return int(max(found))
+        per_rank.append(kept + head + _recomputed_bytes(config, spans) + _received_bytes(config, rank, spans))
+    return int(max(per_rank))
 
 
 def in_flight(config: Config, topology: Topology) -> float:
-    """Micro-batches whose forward is done and whose backward is not, at most, on this pipeline rank.
+    """Maximum number of micro-batches between their forward and backward on this pipeline rank.
 
-    A stage that is one of several on a rank counts as its share. Warm-ups of arXiv 2104.04473, section 2.
+    With several stages per rank each counts as a fraction. Warm-up lengths: arXiv 2104.04473, section 2.
     """
-    parallel, place = config.parallel, topology.pipeline_rank
+    parallel, position = config.parallel, topology.pipeline_rank
     count = topology.micro_batches(config.train)
     if parallel.pipeline == 1:
         return 1
     if parallel.order == "gpipe":
         return count
     if parallel.order == "1f1b":
-        return min(count, parallel.pipeline - place)
+        return min(count, parallel.pipeline - position)
     if parallel.order in INTERLEAVED:
-        each = parallel.stages_per_rank
-        warm = 2 * (parallel.pipeline - place - 1) + (each - 1) * parallel.pipeline + 1
-        return min(count, warm / each)
+        stages = parallel.stages_per_rank
+        warmup = 2 * (parallel.pipeline - position - 1) + (stages - 1) * parallel.pipeline + 1
+        return min(count, warmup / stages)
     return min(count, parallel.pipeline + 0.5 * (parallel.order == "dualpipe_v"))
 
 
 def compute_bytes(config: Config) -> int:
-    """Of an element of products and of what autograd keeps of them."""
+    """Bytes per element of matrix multiplications and of the activations that autograd keeps of them."""
     return 2 if config.train.precision == "bf16" else FP32
 
 
@@ -51,13 +51,14 @@ def _tokens(config: Config) -> int:
 
 
 def _layer_elements(config: Config, extent: ActivationCheckpointing) -> tuple[float, float]:
-    """Elements a token and layer keeps: in the compute dtype, and in fp32.
+    """Elements kept per token and layer: in the compute dtype, and in fp32.
 
-    Attention keeps its qkv (3 hidden), the turned queries and keys (2) and its output (1); a SwiGLU its two
-    products, the activation and their product, 4 keys each; tensor parallelism divides these. Two normed
-    inputs of products are whole on each rank, gathered ones too; the residual and the norms' inputs are
-    divided by sequence parallelism. Selective recomputation drops the turned queries and keys, full keeps
-    a layer's input alone. FFN-M keeps nothing with tables; "unique" is counted as if all tokens differed.
+    Attention keeps its qkv (3 hidden), the rotated queries and keys (2) and its output (1); a SwiGLU keeps
+    gate, up, the activation and their product (4 keys); tensor parallelism divides these. Two normed inputs
+    of matrix multiplications are whole on each rank, also gathered ones; the residual and the norms' inputs
+    are divided by sequence parallelism. Selective activation checkpointing drops the rotated queries and
+    keys, full keeps only a layer's input. FFN-M keeps nothing with tables; "unique" is counted as if all
+    tokens differed.
     """
     model, tensor = config.model, config.parallel.tensor
     outside = tensor if config.parallel.sequence else 1
@@ -77,19 +78,21 @@ def _layer_bytes(config: Config, extent: ActivationCheckpointing) -> float:
 
 
 def _stage_bytes(config: Config, span: StageSpan) -> float:
-    """One micro-batch in one stage."""
+    """Bytes of one micro-batch in one stage."""
     return len(span.layers) * _layer_bytes(config, config.train.activation_checkpointing_of(span.number))
 
 
-def _once_more(config: Config, spans: list[StageSpan]) -> float:
-    """Full recomputation brings back one layer at a time."""
+def _recomputed_bytes(config: Config, spans: list[StageSpan]) -> float:
+    """Bytes of the layer being recomputed with full activation checkpointing."""
     full = any(config.train.activation_checkpointing_of(span.number) == "full" for span in spans)
     return _layer_bytes(config, "none") if full else 0.0
 
 
 def _head_bytes(config: Config, count: float) -> float:
-    """A chunk's logits and a bf16 copy of the weight; the gradients of weight and input wait for `count`
-    backward passes (model/loss.py makes them in the forward)."""
+    """Bytes of a chunk's logits, a bf16 copy of the head's weight, and the gradients of weight and input.
+
+    model/loss.py computes these gradients in the forward; they wait for `count` backward passes.
+    """
     model, tokens = config.model, _tokens(config)
     words = -(-model.vocab_size // config.parallel.tensor)
     chunk = min(config.train.loss_chunk_size or default_chunk(words), tokens)
@@ -99,10 +102,10 @@ def _head_bytes(config: Config, count: float) -> float:
 
 
 def _received_bytes(config: Config, topology: Topology, spans: list[StageSpan]) -> float:
-    """What torch's pipeline holds to receive into, for every micro-batch of a step, and x0's rows.
+    """Bytes of torch's pipeline receive buffers, for every micro-batch of a step, and of x0's rows.
 
-    A stage receives activations unless it is the first, and gradients unless it is the last; with relay
-    x0 and its gradient too. Broadcast's rows and their gradient are counted as if all tokens differed.
+    A stage receives activations unless it is the first, and gradients unless it is the last; with relay also
+    x0 and its gradient. Broadcast's rows and their gradient are counted as if all tokens differed.
     """
     if topology.pipeline == 1:
         return 0.0

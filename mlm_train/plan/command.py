@@ -1,4 +1,4 @@
-"""`mlm-train plan`: what something will take and whether it pays, before it is made."""
+"""`mlm-train plan`: estimate the cost and benefit of a ToL before it is built."""
 
 import argparse
 import json
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from mlm_train.config import ModelConfig
     from mlm_train.plan.tol import Serving, StoredAs, Tier
 
-HELP = """Say what something will take and whether it pays, before it is made.
-(What a training run needs: mlm-train pretrain CONFIG --dry-run)
+HELP = """Estimate cost and benefit of a ToL before it is built.
+(For the needs of a training run: mlm-train pretrain CONFIG --dry-run)
 
 example:
   mlm-train plan tol configs/memory-1b.yaml"""
 
-_TOL_HELP = """Size of a ToL, the time to build it, and whether looking FFN-M up pays against computing it.
+_TOL_HELP = """Estimate a ToL's size, its build time, and whether lookup of FFN-M is faster than computing it.
 
-Nothing is built or loaded. The tiers' figures are assumptions: give those of your machine.
+Nothing is built or loaded. The figures of memory tiers are assumptions: give those of your machine.
 
 examples:
   mlm-train plan tol configs/memory-1b.yaml
@@ -35,23 +35,34 @@ DTYPES = ("bfloat16", "int8", "int4")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `tol`."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    tol = add_action(actions, "tol", "a ToL's size, its build, and whether it pays", _TOL_HELP)
+    tol = add_action(actions, "tol", "estimate a ToL's size, build time and benefit", _TOL_HELP)
     tol.add_argument("model", metavar="MODEL", help="a config (YAML), an export or a run's folder")
-    tol.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to a config")
+    tol.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="overrides of a config's fields"
+    )
     tol.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], help="batch sizes (default 1 8 64)")
-    tol.add_argument("--rank", type=int, nargs="+", default=[], metavar="R", help="low-rank tables as well")
+    tol.add_argument(
+        "--rank",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="R",
+        help="also estimate low-rank tables of these ranks",
+    )
     tol.add_argument(
         "--weights-dtype",
         choices=("float32", "bfloat16", "int8", "int4"),
         default="bfloat16",
-        help="of the weights that a ToL would replace, and of all others (default %(default)s)",
+        help="dtype of FFN-M's weights, which a ToL would replace, and of all others (default %(default)s)",
     )
     tol.add_argument(
         "--weights-in",
         choices=("vram", "ram", "nvme"),
-        help="where FFN-M's weights would live (default: the fastest place that holds them)",
+        help="tier of FFN-M's weights (default: the fastest that holds them)",
     )
-    tol.add_argument("--build-tflops", type=float, help="of the build, TFLOP/s (default: measured here)")
+    tol.add_argument(
+        "--build-tflops", type=float, help="speed of the build, TFLOP/s (default: measured here)"
+    )
     for figure in ASSUMPTIONS:
         text = f"{figure.meaning} (default {figure.default:g})"
         tol.add_argument(f"--{figure.option}", type=float, default=figure.default, metavar="X", help=text)
@@ -59,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compute and print."""
+    """Compute the plan and print it."""
     from mlm_train.plan.tol_page import print_page
 
     plan = plan_tol(args)
@@ -71,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def plan_tol(args: argparse.Namespace) -> dict[str, Any]:
-    """All figures of the page, as JSON has them."""
+    """All figures of the plan, as printed with --json."""
     from mlm_train.plan.tol import (
         StoredAs,
         compare,
@@ -113,19 +124,19 @@ def plan_tol(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _model(path: Path, overrides: list[str]) -> "ModelConfig":
-    """Of a config file, or of a folder whose weights are not read."""
+    """The model config of a config file, or of a folder, without reading its weights."""
     from mlm_train.checkpoint.reading.logical_folder import read_model_config
     from mlm_train.config import load_config
 
     if not path.is_dir():
         return load_config(path, overrides).model
     if overrides:
-        raise UserError(f"{overrides[0]}: {path} is no config; change fields of a config (YAML)")
+        raise UserError(f"{overrides[0]}: {path} is not a config; overrides apply to a config (YAML) only")
     return read_model_config(path)
 
 
 def _check(args: argparse.Namespace, model: "ModelConfig") -> None:
-    """UserError for what no ToL can be made of, and for counts out of range."""
+    """Raise UserError for a model without FFN-M, and for values out of range."""
     if not model.has_memory:
         raise UserError(f"{args.model} is a base model and has no FFN-M; give a memory or flex model")
     for batch in args.batch:
@@ -139,7 +150,7 @@ def _check(args: argparse.Namespace, model: "ModelConfig") -> None:
 
 
 def _serving(args: argparse.Namespace) -> "tuple[Serving, dict[str, float]]":
-    """What decodes, and the figures behind it by option."""
+    """The decoding machine, and its figures by option."""
     from mlm_train.plan.tol import BLOCK, NVME, RAM, VRAM, Serving, Tier
 
     figures = {figure.option: figure.of(args) for figure in ASSUMPTIONS}
@@ -160,13 +171,13 @@ def _serving(args: argparse.Namespace) -> "tuple[Serving, dict[str, float]]":
 
 
 def _home(args: argparse.Namespace, model: "ModelConfig", serving: "Serving") -> "Tier":
-    """Where FFN-M's weights live; UserError where they, or the other weights, have no room."""
+    """The tier of FFN-M's weights. UserError where they, or the other weights, do not fit."""
     from mlm_train.plan.tol import ffn_m_bytes, home_of_weights, other_bytes
 
     others, needed = other_bytes(model, serving.weights), ffn_m_bytes(model, serving.weights)
     if others > serving.tiers[0].capacity:
         raise UserError(
-            f"--vram-gb {args.vram_gb:g}: the weights apart from FFN-M take {in_units(others)}; "
+            f"--vram-gb {args.vram_gb:g}: the weights other than FFN-M take {in_units(others)}; "
             f"give at least {_giga(others)}"
         )
     if args.weights_in is None:
@@ -187,13 +198,13 @@ def _home(args: argparse.Namespace, model: "ModelConfig", serving: "Serving") ->
 
 
 def _giga(size: int) -> str:
-    """GB that are enough for so many bytes, in three digits."""
+    """Enough GB for `size` bytes, with three digits."""
     text = f"{size / 1e9:.3g}"
     return text if float(text) * 1e9 >= size else f"{size / 1e9 * 1.005:.3g}"
 
 
 def _build_speed(args: argparse.Namespace, model: "ModelConfig") -> tuple[float, bool]:
-    """FLOPs a second, and whether they were measured."""
+    """FLOPs per second of the build, and whether they were measured."""
     if args.build_tflops is not None:
         return positive("build-tflops", args.build_tflops) * 1e12, False
     from mlm_train.plan.speeds import ffn_flops

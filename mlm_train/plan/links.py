@@ -1,4 +1,4 @@
-"""How fast what ranks share is: the links between them, timed; and how a call is timed."""
+"""Measure the links between ranks, and the duration of calls."""
 
 import statistics
 import time
@@ -12,28 +12,28 @@ import torch.distributed as dist
 
 from mlm_train.parallel.runtime import Runtime
 
-BYTES, FP32 = 2**22, 4  # of the tensor that is sent
+BYTES, FP32 = 2**22, 4  # bytes of the measured tensor, and of its elements
 REPEATS = 3
 
 
 def measure_links(runtime: Runtime) -> tuple[float, float]:
-    """Bytes a second of an all-reduce between tensor ranks and an all-to-all between data-parallel ranks.
+    """Bytes per second of an all-reduce between tensor ranks and an all-to-all between data-parallel ranks.
 
-    Every rank calls it; infinite where a rank is alone.
+    Every rank calls it. Infinite for a group of one rank.
     """
     topology, payload = runtime.topology, torch.zeros(BYTES // FP32, device=runtime.device)
     groups = (
         (topology.tensor, runtime.groups.tensor, dist.all_reduce),
         (topology.data, runtime.groups.data, _all_to_all),
     )
-    found = []
+    speeds = []
     for size, group, collective in groups:
         if size == 1:
-            found.append(float("inf"))
+            speeds.append(float("inf"))
             continue
-        taken = median_seconds(partial(collective, payload, group=group), runtime.device)
-        found.append(BYTES / statistics.fmean(runtime.gather(partial(float, taken))))
-    return found[0], found[1]
+        seconds = median_seconds(partial(collective, payload, group=group), runtime.device)
+        speeds.append(BYTES / statistics.fmean(runtime.gather(partial(float, seconds))))
+    return speeds[0], speeds[1]
 
 
 def _all_to_all(payload: torch.Tensor, group: Any) -> None:
@@ -42,11 +42,11 @@ def _all_to_all(payload: torch.Tensor, group: Any) -> None:
 
 
 def median_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Median seconds of a call, after one that is not counted."""
-    marks = []
+    """Median seconds of a call, after a warm-up call."""
+    times = []
     for _ in range(REPEATS + 2):
         if device.type != "cpu":
             torch.accelerator.synchronize()
-        marks.append(time.perf_counter())
+        times.append(time.perf_counter())
         work()
-    return statistics.median([after - before for before, after in pairwise(marks)][1:])
+    return statistics.median([after - before for before, after in pairwise(times)][1:])

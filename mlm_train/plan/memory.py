@@ -1,8 +1,8 @@
-"""Bytes a rank needs, by formula.
+"""Memory of a rank, by formula.
 
-Weights, gradients and optimizer are exact, but for ZeRO's padding (a few elements a tensor). Buckets are an
-estimate of what ZeRO holds whole for a moment, tables of how many distinct ids a step of text has;
-activations: plan/activations.py.
+Weights, gradients and optimizer are exact except for ZeRO's padding (a few elements per tensor). Buckets are
+an estimate of ZeRO's temporary buffers, tables of the distinct ids in a step of text; activations are
+estimated in plan/activations.py.
 """
 
 from typing import NamedTuple
@@ -30,12 +30,12 @@ class RankMemory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of it, without the runtime's own memory."""
+        """The sum, without the runtime's own memory."""
         return sum(self)
 
 
 def rank_memory(config: Config, topology: Topology) -> RankMemory:
-    """Bytes a rank needs for a training step."""
+    """Bytes that a rank needs for a training step."""
     elements = rank_elements(config, topology)
     state = state_bytes(config, elements, topology)
     tables = table_bytes(config, topology, expected_by_law(config, topology))
@@ -43,13 +43,13 @@ def rank_memory(config: Config, topology: Topology) -> RankMemory:
 
 
 def state_bytes(config: Config, elements: int, topology: Topology) -> tuple[int, int, int, int]:
-    """Weights, gradients, optimizer and buckets of a rank whose model share has so many elements.
+    """Bytes of weights, gradients, optimizer and buckets of a rank whose model shard has `elements` elements.
 
-    The optimizer has two moments, and from stage 1 on its own copy of the weights of its part too.
+    The optimizer has two moments, and from ZeRO stage 1 on also its own copy of its partition's weights.
     """
     zero = config.parallel.zero_stage
     whole, part = elements * FP32, -(-elements // topology.data) * FP32
-    # One bucket of gradients on their way, and of weights gathered ahead.
+    # One bucket of gradients being reduced, and one of weights gathered ahead.
     bucket = min(elements, BUCKET) * FP32
     buckets = bucket * ((zero >= 1) + (zero == 3))
     return (
@@ -61,9 +61,9 @@ def state_bytes(config: Config, elements: int, topology: Topology) -> tuple[int,
 
 
 def rank_elements(config: Config, topology: Topology) -> int:
-    """Parameters of the fullest rank, padding of tensor parallelism included."""
-    found = []
+    """Parameters of the largest rank, with the padding of tensor parallelism."""
+    per_rank = []
     for rank in topology.along_pipeline():
         model = shapes_of(config, rank, TensorGroup(topology.tensor, 0))
-        found.append(sum(parameter.numel() for parameter in model.parameters()))
-    return max(found)
+        per_rank.append(sum(parameter.numel() for parameter in model.parameters()))
+    return max(per_rank)

@@ -1,4 +1,4 @@
-"""The dry run: shapes, parameters, memory and FLOPs as one page of text."""
+"""The report of --dry-run: shapes, parameters, memory and FLOPs."""
 
 import math
 
@@ -34,7 +34,7 @@ def print_plan(config: Config, topology: Topology, console: Console) -> None:
 
 
 def _shapes(config: Config) -> Table:
-    """Logical tensors of one layer and around the layers."""
+    """Table of the logical tensors of one layer and outside the layers."""
     from mlm_train.model.logical import named_pieces
     from mlm_train.model.transformer import Transformer
     from mlm_train.model.unfilled import unfilled
@@ -56,17 +56,17 @@ def _run(config: Config, topology: Topology) -> Table:
     flops = train_flops_per_token(config.model, config.data.sequence_length)
     table = Table("quantity", "value")
     rows = {
-        "parameters, total (embeddings apart)": f"{counts.total:,}",
-        "parameters, active (FFN-M apart)": f"{counts.active:,}",
+        "parameters, total (no embeddings)": f"{counts.total:,}",
+        "parameters, active (no FFN-M)": f"{counts.active:,}",
         "parameters, embedding + head": f"{counts.embedding + counts.head:,}",
         "processes": f"{topology.world} (data {topology.data} x tensor {topology.tensor} "
         f"x pipeline {topology.pipeline})",
-        "batch": f"{train.global_batch_size} sequences = {train.micro_batch_size} a micro-batch "
+        "batch": f"{train.global_batch_size} sequences = {train.micro_batch_size} per micro-batch "
         f"x {topology.data} ranks x {topology.micro_batches(train)} accumulated",
-        "tokens a step": f"{tokens:,}",
-        "tokens in all": f"{tokens * train.steps:,}"
+        "tokens per step": f"{tokens:,}",
+        "tokens, total": f"{tokens * train.steps:,}"
         + (" at most (warm-up)" if train.batch_size_warmup else ""),
-        "FLOPs a token (FFN-M at every position)": f"{flops:.3e}",
+        "FLOPs per token (per-token FFN-M)": f"{flops:.3e}",
     }
     for name, value in rows.items():
         table.add_row(name, value)

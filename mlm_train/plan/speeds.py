@@ -1,7 +1,7 @@
-"""What memory.mode=auto measures before a run: FFN-M at the model's shape, a lookup, the links between ranks.
+"""Measurements of memory.mode=auto before a run: FFN-M at the model's shape, a lookup, links between ranks.
 
-A fraction of a second for models that train in seconds a step; every rank measures at once, as it will
-train, and all use the mean.
+They take a fraction of a second for models that train in seconds per step. All ranks measure at the same
+time, as they will train, and all use the mean.
 """
 
 import statistics
@@ -18,20 +18,20 @@ from mlm_train.parallel.runtime import Runtime
 from mlm_train.plan.ffn_m import Speeds
 from mlm_train.plan.links import measure_links, median_seconds
 
-ROWS = (256, 2048)  # a line through two sizes: what a call costs, and what a row
-LARGEST = 2**24  # elements of a product that ffn_flops measures
+ROWS = (256, 2048)  # two sizes, for a linear fit of the cost per call and per row
+LARGEST = 2**24  # maximum weight elements that ffn_flops measures
 
 
 def measure_speeds(config: Config, runtime: Runtime) -> Speeds:
-    """Every rank calls it; the ranks' mean."""
-    found = runtime.gather(lambda: _measure(config, runtime.device))
+    """Measure on every rank, which all call it. Returns the mean over ranks."""
+    per_rank = runtime.gather(lambda: _measure(config, runtime.device))
     tensor_link, data_link = measure_links(runtime)
-    means = {name: statistics.fmean(speeds[name] for speeds in found) for name in found[0]}
+    means = {name: statistics.fmean(speeds[name] for speeds in per_rank) for name in per_rank[0]}
     return Speeds(**means, tensor_link=tensor_link, data_link=data_link)
 
 
 def ffn_flops(hidden: int, keys: int) -> float:
-    """FLOPs a second of FFN-M in fp32 on this machine's CPU, all threads: what a ToL's build has.
+    """FLOPs per second of FFN-M in fp32 on this machine's CPU with all threads, as in a ToL build.
 
     A large FFN-M is measured with fewer keys, so that it takes about a second.
     """
@@ -41,7 +41,7 @@ def ffn_flops(hidden: int, keys: int) -> float:
 
 
 def _measure(config: Config, device: torch.device) -> dict[str, float]:
-    """Speeds without the links."""
+    """The fields of Speeds, without the links."""
     hidden = config.model.hidden_size
     keys = -(-config.model.intermediate_size // config.parallel.tensor)
     ffn = SwiGLU(hidden, keys).to(device)
@@ -70,7 +70,7 @@ def _measure(config: Config, device: torch.device) -> dict[str, float]:
 
 
 def _line(work: Callable[[int], None], device: torch.device) -> tuple[float, float]:
-    """Seconds of a call and of a row, through two measurements; neither below zero."""
+    """Seconds per call and per row, by a linear fit through two measurements; neither is below zero."""
     few, many = ROWS
     short, long = (median_seconds(partial(work, count), device) for count in ROWS)
     row = max((long - short) / (many - few), 0.0)
@@ -78,7 +78,7 @@ def _line(work: Callable[[int], None], device: torch.device) -> tuple[float, flo
 
 
 def _lookup(hidden: int, device: torch.device) -> float:
-    """Seconds of a position: its row read, the row's gradient added."""
+    """Seconds per position: its row read, the row's gradient added."""
     positions, table = ROWS[1], torch.randn(ROWS[1], hidden, device=device)
     index = torch.randint(0, len(table), (positions,), device=device)
 
@@ -89,6 +89,6 @@ def _lookup(hidden: int, device: torch.device) -> float:
 
 
 def _sort(config: Config, device: torch.device) -> float:
-    """Seconds of a token among the distinct ids."""
+    """Seconds per token to find the distinct ids."""
     ids = torch.randint(0, config.model.vocab_size, (ROWS[1],), device=device)
     return median_seconds(lambda: ids.unique(return_inverse=True), device) / len(ids)

@@ -12,8 +12,8 @@ import numpy as np
 
 from mlm_train.config import ModelConfig
 from mlm_train.model.counts import count_parameters
-from mlm_train.tol.format.codec import GROUP, LEVELS, Scheme
 from mlm_train.tol.format.index import BASIS_ITEM
+from mlm_train.tol.format.schemes import GROUP, LEVELS, Scheme
 
 BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.25, "int4": 4.25}  # with a float16 scale per group
 BLOCK = 4096  # bytes per NVMe read, at least

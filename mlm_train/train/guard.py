@@ -8,7 +8,7 @@ from mlm_train.checkpoint.load import load_training_state
 from mlm_train.config import Config
 from mlm_train.config.schema import SpikeConfig
 from mlm_train.errors import SharedUserError
-from mlm_train.monitor.report import Progress
+from mlm_train.monitor.report import Progress, Rollback
 from mlm_train.train.preflight import newest_of
 from mlm_train.train.setup import Run
 from mlm_train.train.step import StepResult
@@ -64,12 +64,10 @@ def roll_back(run: Run, progress: Progress) -> Progress | None:
     run.saver.settle()
     found = run.runtime.broadcast(lambda: newest_of(run.config))
     if found is None:
-        run.monitor.say(
-            f"loss spike at step {progress.step}, but no checkpoint to go back to; training goes on"
-        )
+        run.log.say(f"loss spike at step {progress.step}, but no checkpoint to go back to; training goes on")
         return None
     for line in run.runtime.broadcast(found.set_damaged_aside):
-        run.monitor.say(line)
+        run.log.say(line)
     load_training_state(found.folder, found.manifest, run.trainer.engine)
     back = replace(
         found.progress,
@@ -78,5 +76,5 @@ def roll_back(run: Run, progress: Progress) -> Progress | None:
         rollbacks=progress.rollbacks + 1,
         rewarm=progress.rewarm,
     )
-    run.monitor.rolled_back(progress, back, found.folder.name)
+    run.callbacks.on_fault(Rollback(progress, back, found.folder.name))
     return back

@@ -1,10 +1,10 @@
-"""The main loop."""
+"""The main loop: what is seen of a run is made of callbacks (monitor/callback.py)."""
 
 import math
 import time
 
 from mlm_train.checkpoint.manifest import Validation
-from mlm_train.monitor.report import Evaluation, Progress, StepReport
+from mlm_train.monitor.report import Evaluation, Progress, SkippedStep, StepReport
 from mlm_train.train.batches import Prefetcher, evaluation_batches, pinned, step_batches
 from mlm_train.train.guard import LossGuard, roll_back
 from mlm_train.train.schedule import global_batch_at, learning_rate
@@ -21,11 +21,13 @@ def train(run: Run) -> int:
     first = progress.step
     last = min(config.train.steps, progress.step + (config.train.stop_after or config.train.steps))
     micro_batch, runtime, guard = config.train.micro_batch_size, run.runtime, LossGuard(config)
+    callbacks = run.callbacks
     data = Prefetcher(
         lambda key: pinned(step_batches(run.samples, *key, micro_batch, runtime.topology), runtime.device)
     )
     while progress.step < last:
         marker.enter(f"step {progress.step + 1}", patient=progress.step == first)
+        callbacks.before_step(progress)
         marker.at("data")
         started = time.perf_counter()
         size = global_batch_at(config.train, progress.samples)
@@ -36,7 +38,9 @@ def train(run: Run) -> int:
         lr = learning_rate(config, progress.step, progress.rewarm)
         result = run.trainer.step(batches, lr, data_seconds)
         progress = progress.after(size, result.tokens, result.fault is not None)
-        run.monitor.step(StepReport(progress, lr, size, result, data_seconds, run.consumed(progress)))
+        if result.fault is not None:
+            callbacks.on_fault(SkippedStep(progress, result.fault))
+        callbacks.after_step(StepReport(progress, lr, size, result, data_seconds, run.consumed(progress)))
         guard.refuse_divergence(progress, result)
         if guard.sees_spike(result) and (earlier := roll_back(run, progress)) is not None:
             progress = earlier
@@ -51,7 +55,7 @@ def train(run: Run) -> int:
         run.saver.poll()
         if result.asked and progress.step < last:
             run.saver.finish()
-            run.monitor.say(
+            run.log.say(
                 f"stopped by {result.asked.name} after step {progress.step}; the same command resumes"
             )
             return EXIT_CODE[result.asked]
@@ -65,9 +69,10 @@ def _due(step: int, every: int, last: int) -> bool:
 
 
 def evaluate(run: Run, progress: Progress) -> Validation | None:
-    """Loss on the fixed validation samples, on every rank, told to the monitor; None where not finite."""
-    started = time.perf_counter()
+    """Loss on the fixed validation samples, on every rank, told to callbacks; None where not finite."""
     run.runtime.marker.enter(f"validation after step {progress.step}")
+    run.callbacks.before_evaluation(progress)
+    started = time.perf_counter()
     train = run.config.train
     count = min(train.eval_samples, run.validation.samples_per_epoch)
     batches, sources = evaluation_batches(run.validation, count, train.micro_batch_size, run.runtime.topology)
@@ -77,7 +82,8 @@ def evaluate(run: Run, progress: Progress) -> Validation | None:
     by_source = {
         name: (mean, number) for name, mean, number in zip(names, losses, numbers, strict=True) if number
     }
-    run.monitor.evaluation(Evaluation(progress, loss, count, time.perf_counter() - started, by_source))
+    seconds = time.perf_counter() - started
+    run.callbacks.after_evaluation(Evaluation(progress, loss, count, seconds, by_source))
     return Validation(loss=loss, samples=count) if math.isfinite(loss) else None
 
 

@@ -12,11 +12,19 @@ from mlm_train.checkpoint.manifest import Damaged, Manifest
 from mlm_train.config import Config
 from mlm_train.data.blend import Blend
 from mlm_train.errors import UserError
+from mlm_train.memory import MODES
+from mlm_train.monitor.callback import Callback
 from mlm_train.monitor.report import Progress
+from mlm_train.monitor.writers import WRITERS
+from mlm_train.monitor.writers.wandb import check_wandb
+from mlm_train.parallel.engine import ENGINES
+from mlm_train.parallel.engine.base import Engine
 from mlm_train.parallel.mesh.topology import Topology
-from mlm_train.parallel.runtime import check_compiler, check_device
+from mlm_train.parallel.pipeline.x0 import TRANSPORTS
+from mlm_train.parallel.runtime import check_compiler, check_device, check_torch
 from mlm_train.train.schedule import go_on
 from mlm_train.utils.checks import Check
+from mlm_train.utils.extensions import find
 
 LOG = "train.log"  # the first file of a run: it marks the folder as ours
 
@@ -58,9 +66,11 @@ def preflight(config: Config, world: int, local_world: int | None) -> Blend:
     Raises UserError; nothing has been written or allocated then.
     """
     Topology.of(config.parallel, world).check_batch(config)
+    check_parts(config)
     if local_world is not None:
         check_device(config.train.device, local_world)
         check_compiler(config.train)
+        check_torch(config.parallel)
     data = Blend.open(config.data)
     if data.vocab_size > config.model.vocab_size:
         raise UserError(
@@ -74,6 +84,20 @@ def preflight(config: Config, world: int, local_world: int | None) -> Blend:
     if find_checkpoint(config, data, at_once) is None and config.checkpoint.warm_start is not None:
         warm_start_source(config)
     return data
+
+
+def check_parts(config: Config) -> None:
+    """UserError where a class of the user's own, or a package that a part needs, cannot be had."""
+    if config.memory is not None and config.memory.mode != "auto":
+        find("memory.mode", config.memory.mode, MODES)
+    find("parallel.x0_transport", config.transport, TRANSPORTS)
+    find("parallel.engine", config.parallel.engine, ENGINES, Engine)
+    for name in config.monitor.callbacks:
+        find("monitor.callbacks", name, {}, Callback)
+    for name in config.monitor.writers:
+        find("monitor.writers", name, WRITERS)
+    if "wandb" in config.monitor.writers:
+        check_wandb()
 
 
 def check_output(config: Config) -> None:

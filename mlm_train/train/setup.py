@@ -19,11 +19,14 @@ from mlm_train.data.order import ORDER
 from mlm_train.data.samples import Consumed, Samples
 from mlm_train.model.logical import initialise
 from mlm_train.model.transformer import Transformer
-from mlm_train.monitor.monitor import Monitor
+from mlm_train.monitor.build import build_callbacks
+from mlm_train.monitor.callback import Callbacks, Context
+from mlm_train.monitor.log import Log
 from mlm_train.monitor.report import Progress
+from mlm_train.monitor.writers import Writers
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_executor, build_model
-from mlm_train.parallel.engine.deepspeed_zero import Engine
+from mlm_train.parallel.engine import make_engine
 from mlm_train.parallel.health.watchdog import watched
 from mlm_train.train.memory_mode import decide_mode
 from mlm_train.train.preflight import LOG, Resumed, check_output, find_checkpoint, warm_start_source
@@ -45,7 +48,9 @@ class Run:
     validation: Samples
     trainer: Trainer
     progress: Progress
-    monitor: Monitor
+    log: Log
+    writers: Writers
+    callbacks: Callbacks
     saver: Saver
 
     def consumed(self, progress: Progress) -> dict[str, Consumed]:
@@ -86,10 +91,11 @@ def opened_run(config: Config, data: Blend) -> Iterator[Run | None]:
             yield None
         else:
             run = _build(config, runtime, signals, data, resumed)
-            stack.callback(run.monitor.close)
-            stack.callback(run.saver.leave)
+            for end in (run.log.close, run.writers.close, run.callbacks.on_train_end, run.saver.leave):
+                stack.callback(end)  # the last one first
+            run.callbacks.on_train_start(run.progress)
             for line in lines:
-                run.monitor.say(line)
+                run.log.say(line)
             _say_start(run, resumed)
             yield run
     processes.stop()
@@ -130,13 +136,16 @@ def _build(
     model = build_model(config, runtime, data.eod_id)
     if resumed is None:
         _first_weights(model, config, runtime)
-    engine = Engine(model, config, runtime)
+    engine = make_engine(model, config, runtime)
     progress = Progress()
     if resumed is not None:
         load_training_state(resumed.folder, resumed.manifest, engine)
         progress, _ = go_on(resumed.progress, resumed.config, config)
     executor = build_executor(model, config, runtime, engine.entry)
-    monitor = Monitor(config, runtime, progress, runtime.gather(socket.gethostname))
+    log, writers = Log(Path(config.train.output) if runtime.is_rank_0 else None), Writers()
+    runtime.broadcast(lambda: writers.open(config, progress.step + 1))
+    context = Context(config, runtime, runtime.gather(socket.gethostname), log, writers)
+    callbacks = build_callbacks(context)
     trained_on = {"fingerprint": data.fingerprint, "eod_id": data.eod_id, "bos_id": data.bos_id}
     run = Run(
         config=config,
@@ -146,11 +155,13 @@ def _build(
         validation=data.samples("validation", length, None),
         trainer=Trainer(engine, executor, runtime, signals),
         progress=progress,
-        monitor=monitor,
-        saver=Saver(engine, runtime, config, trained_on | {"order": ORDER}, monitor.committed, monitor.say),
+        log=log,
+        writers=writers,
+        callbacks=callbacks,
+        saver=Saver(engine, runtime, config, trained_on | {"order": ORDER}, callbacks.after_save, log.say),
     )
     if mode:
-        run.monitor.say(mode)
+        run.log.say(mode)
     return run
 
 
@@ -173,8 +184,8 @@ def _say_start(run: Run, resumed: Resumed | None) -> None:
     if resumed is not None:
         start = f"resumed from {resumed.folder} at step {run.progress.step}"
         for field, (old, new) in changed_fields(resumed.config, run.config).items():
-            run.monitor.say(f"changed since that checkpoint: {field} {old} -> {new}")
+            run.log.say(f"changed since that checkpoint: {field} {old} -> {new}")
         _, line = go_on(resumed.progress, resumed.config, run.config)
         if line is not None:
-            run.monitor.say(line)
-    run.monitor.say(f"{start} | {topology.world} processes on {device}")
+            run.log.say(line)
+    run.log.say(f"{start} | {topology.world} processes on {device}")

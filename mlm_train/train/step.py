@@ -13,7 +13,7 @@ from mlm_train.errors import SharedUserError
 from mlm_train.model.loss import count_labels
 from mlm_train.model.transformer import Transformer
 from mlm_train.monitor.resources import peak_memory_bytes
-from mlm_train.parallel.engine.deepspeed_zero import Engine
+from mlm_train.parallel.engine.base import Engine
 from mlm_train.parallel.pipeline.single_stage import Executor
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.train.batches import MicroBatch

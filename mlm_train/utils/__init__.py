@@ -1,1 +1,1 @@
-"""Helpers that know nothing of models: files, records, units, locks, signals, terminals."""
+"""Helpers independent of models: files, records, units, locks, signals, terminals."""

@@ -1,4 +1,4 @@
-"""What commands with actions (`mlm-train data collect`) share."""
+"""Argument helpers shared by the commands."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -10,18 +10,18 @@ if TYPE_CHECKING:
 
 
 def seed(text: str) -> int:
-    """Of a random generator: a whole number of 63 bits, as train.seed is."""
+    """Parse the seed of a random generator: a whole number below 2^63, like train.seed."""
     if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) < 2**63):
         raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a whole number from 0 to 2^63 - 1")
     return int(text)
 
 
 def add_action(actions: "Actions", name: str, summary: str, text: str) -> argparse.ArgumentParser:
-    """The parser of one action; `text` is its description, examples included."""
+    """Add the parser of one action; `text` is its description with examples."""
     parser = actions.add_parser(
         name, help=summary, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    # Without a default of its own, so that `tol --debug build` counts too.
+    # SUPPRESS, so that it does not override `tol --debug build`.
     parser.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show a traceback for errors"
     )

@@ -1,7 +1,7 @@
-"""How much of what lies on disk is compared with its manifest before it is used: one vocabulary everywhere.
+"""How much of a folder is compared with its manifest before it is used; the same levels in all commands.
 
-full: every byte, by SHA-256. sizes: that each file is there and as long as it was. none: nothing beyond what
-opening a file needs.
+full: every byte, by SHA-256. sizes: the presence and size of each file. none: nothing beyond what opening a
+file needs.
 """
 
 import argparse
@@ -14,15 +14,15 @@ CHECKS: tuple[Check, ...] = get_args(Check)
 def add_verify(
     parser: argparse.ArgumentParser, of: str, default: str = "full", bare: Check | None = None
 ) -> None:
-    """`--verify`; `of`: whose files, in words. args.verify is None where it is not given.
+    """Add `--verify`; args.verify is None where it is not given.
 
-    bare: what the option alone, without a value, means; where that is None it needs one.
+    of: description of whose files. bare: the value of the option without one; None: a value is required.
     """
     parser.add_argument(
         "--verify",
         choices=CHECKS,
         nargs=None if bare is None else "?",
         const=bare,
-        help=f"what of {of} is compared with its manifest first: all bytes, sizes of files, or nothing "
+        help=f"how much of {of} is compared with its manifest first: all bytes, file sizes, or nothing "
         f"(default {default})",
     )

@@ -1,4 +1,4 @@
-"""Writing files so that a kill or a full disk never leaves half of one under its final name."""
+"""Write files so that a kill or a full disk never leaves an incomplete one under its final name."""
 
 import errno
 import fcntl
@@ -22,18 +22,17 @@ from mlm_train.utils.signals import held
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LARGEST_RESULT = 2**28  # bytes of a JSON or a picture that a command writes: far more than any has
-# What marks a folder whose files belong together: a table, one being built, prepared data or a checkpoint, a
-# model.
+LARGEST_RESULT = 2**28  # bytes of a JSON file or a picture that a command writes; no real one is as large
+# Files that mark a folder as a table, a table being built, prepared data or a checkpoint, and a model.
 _MARKS = ("tol.index.json", "tol.build.json", "manifest.json", "config.json")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _REMEDY = {
-    **dict.fromkeys(FULL, "free space or choose another place"),
+    **dict.fromkeys(FULL, "free space or choose another location"),
     **dict.fromkeys(
-        (errno.EACCES, errno.EPERM, errno.EROFS), "mind the rights there or choose another place"
+        (errno.EACCES, errno.EPERM, errno.EROFS), "check the permissions or choose another location"
     ),
-    errno.EEXIST: "it is no folder; choose another place",
-    errno.ENOTDIR: "a part of that path is a file; choose another place",
+    errno.EEXIST: "it is not a folder; choose another location",
+    errno.ENOTDIR: "a part of that path is a file; choose another location",
     errno.EISDIR: "name a file",
     errno.EMFILE: "raise the limit of open files (ulimit -n 1024)",
     errno.ENAMETOOLONG: "choose a shorter name",
@@ -41,24 +40,24 @@ _REMEDY = {
 
 
 class Unwritable(UserError):
-    """What `writing` raises; its cause is the system's error."""
+    """Raised by `writing`; its cause is the OSError."""
 
 
-def told(error: OSError, otherwise: str = "choose another place") -> str:
-    """What went wrong, and what to do: as fits the error's number, or `otherwise`."""
+def with_fix(error: OSError, otherwise: str = "choose another location") -> str:
+    """An error's message and its fix, by errno; `otherwise`: the fix for any other errno."""
     return f"{error.strerror or error}; {_REMEDY.get(error.errno or 0, otherwise)}"
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """A file, open for reading. Raises an OSError as open does, UserError for what is no regular file.
+    """Open a file for reading. Raises OSError as open does, UserError for anything but a regular file.
 
-    A FIFO or a device in a file's place would let its reader wait for ever.
+    Reading a FIFO or a device could block forever.
     """
     return open(_descriptor(path, os.O_RDONLY), "rb")
 
 
 def append_regular(path: Path) -> io.FileIO:
-    """A file, made where there is none, open to be added to, unbuffered. Raises as open_regular does."""
+    """Open a regular file for appending, unbuffered, creating it if missing. Raises as open_regular does."""
     return io.FileIO(_descriptor(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
 
 
@@ -75,23 +74,23 @@ def _descriptor(path: Path, flags: int) -> int:
         os.close(descriptor)
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    raise UserError(f"{path} is no regular file: put the file itself there")
+    raise UserError(f"{path} is not a regular file: put the file itself there")
 
 
 def system_error(error: Exception) -> OSError:
-    """The same as an OSError, of a library in Rust that tells only in words what the system said."""
-    found = re.search(r"os error (\d+)", str(error))
-    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else OSError(str(error))
+    """The OSError behind an error of a Rust library, which has the errno in its text only."""
+    match = re.search(r"os error (\d+)", str(error))
+    return OSError(int(match[1]), os.strerror(int(match[1]))) if match else OSError(str(error))
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read once from start to end. Raises as open_regular does."""
+    """Hexadecimal SHA-256 of a file. Raises as open_regular does."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether it names a file of one folder, whatever the system: no path, no `..`."""
+    """Whether a name is a plain file name on any system, not a path or `..`."""
     return (
         isinstance(name, str)
         and name.isprintable()
@@ -101,24 +100,24 @@ def is_plain_name(name: object) -> bool:
 
 
 def listed(folder: Path, name: object, index: str, around: Path | None = None) -> Path:
-    """The file of a folder that its `index` (a file there) names.
+    """Path of a file that `index` (a file of the same folder) lists.
 
-    Raises UserError for a name that is no plain one, and for a link that leads out of the folder, or out of
-    `around` where that is given. Whether the file is there is not looked at.
+    Raises UserError for a name that is not a plain file name, and for a link that leads out of the folder, or
+    out of `around` where that is given. The file need not exist.
     """
     if not is_plain_name(name):
         raise UserError(
             f"{folder / index} names {name!r}, which is not a file of that folder: use another copy of it"
         )
     path = folder / str(name)
-    target = Path(os.path.realpath(path))  # where resolve() would raise for a loop of links
+    target = Path(os.path.realpath(path))  # resolve() would raise for a loop of links
     if not target.is_relative_to((around or folder).resolve()):
         raise UserError(f"{path} is a link to {target}, out of its folder: put the file itself there (cp -L)")
     return path
 
 
 def refuse_used(path: Path) -> None:
-    """UserError when an output folder exists and holds something: nothing is overwritten."""
+    """Raise UserError where an output folder exists and is not empty: nothing is overwritten."""
     if path.is_dir() and not any(path.iterdir()):
         return
     if os.path.lexists(path):
@@ -127,11 +126,11 @@ def refuse_used(path: Path) -> None:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A temporary sibling of `output` to write into; renamed to `output` when the block ends well.
+    """A temporary sibling of `output` to write into, renamed to `output` when the block ends without error.
 
-    An error removes it. A killed process leaves only `NAME.partial-*` behind, never `output`; the next one to
-    write `output` removes that.
-    Raises UserError if `output` exists and is not an empty folder, is being written, or cannot be written.
+    An error removes it. A killed process leaves only `NAME.partial-*` behind, never `output`; the next writer
+    of `output` removes that.
+    Raises UserError where `output` exists and is not an empty folder, is being written, or cannot be written.
     """
     output = output.absolute()
     refuse_used(output)
@@ -139,7 +138,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         with _lock_beside(output, "being written") as alone:
-            refuse_used(output)  # who held the lock may have written it
+            refuse_used(output)  # again: the previous holder of the lock may have written it
             if alone:
                 _remove_partials(output)
             try:
@@ -156,7 +155,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 def _remove_partials(output: Path) -> None:
-    """Delete what killed writers of a folder left: drafts, drafts within these, and the locks of drafts."""
+    """Delete leftovers of killed writers of a folder: drafts, drafts of drafts, and the locks of drafts."""
     draft = r"\.partial-[0-9a-f]{8}"
     name = re.compile(rf"{re.escape(output.name)}{draft}({draft})?|\.{re.escape(output.name)}{draft}\.lock")
     for path in output.parent.iterdir():
@@ -168,7 +167,7 @@ def _remove_partials(output: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a file's content, or a folder's entries, survive a power cut."""
+    """Flush a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -177,12 +176,12 @@ def sync(path: Path) -> None:
 
 
 def draft_of(path: Path) -> Path:
-    """Where replace_file puts a file before it takes its name."""
+    """Temporary path of a file that replace_file writes."""
     return path.with_name(f".{path.name}.writing")
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Replace a small file at once: readers see the old bytes or the new ones, whole."""
+    """Replace a small file atomically: readers see either the old bytes or the new ones."""
     draft = draft_of(path)
     with held():
         try:
@@ -192,7 +191,7 @@ def replace_file(path: Path, data: bytes) -> None:
         except OSError as error:
             with suppress(OSError):
                 draft.unlink(missing_ok=True)
-            error.filename = str(path)  # what the caller knows
+            error.filename = str(path)  # rather than the draft's, which the caller does not know
             raise
         sync(path.parent)
 
@@ -203,7 +202,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def json_text(tree: Any) -> str:
-    """A JSON value as our files hold it."""
+    """A JSON value in the layout of our files."""
     return json.dumps(tree, indent=1) + "\n"
 
 
@@ -213,7 +212,7 @@ def write_json(path: Path, tree: Any) -> None:
 
 
 def write_figure(path: Path, figure: "Figure") -> None:
-    """A figure of matplotlib as a PNG; UserError where it cannot be written, and nothing is changed then."""
+    """Write a matplotlib figure as PNG. UserError where it cannot be written; an old file then stays."""
     data = io.BytesIO()
     figure.savefig(data, dpi=110, format="png", metadata={"Software": None})
     with writing(path):
@@ -221,24 +220,24 @@ def write_figure(path: Path, figure: "Figure") -> None:
 
 
 def is_png(path: Path) -> bool:
-    """Whether a file begins as a PNG does."""
+    """Whether a file has the signature of a PNG."""
     with open_regular(path) as file:
         return file.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
 def check_output(option: str, name: str | Path, is_ours: Callable[[Path], bool], what: str) -> Path:
-    """The path of the file that an option names, looked at before the work whose result it is to take.
+    """The path of an option's output file, checked before the work that produces it.
 
-    Raises UserError where nothing can be written there, and where that would take something away: a file
-    that `is_ours` does not know as an earlier result (`what`, in words), one of a table's, model's or
-    data's folder. An empty file may be replaced.
+    Raises UserError where nothing can be written there, where the folder is a table's, a model's or data's,
+    and where a file exists that is neither empty nor, by `is_ours`, an earlier result (`what`: its
+    description).
     """
     path, folder = Path(name), Path(name).absolute().parent
     if not str(name) or path.is_dir() or not folder.is_dir():
         raise UserError(f"{option} {str(name) or repr('')}: name a file in a folder that exists")
     if mark := next((mark for mark in _MARKS if (folder / mark).exists()), None):
         raise UserError(
-            f"{option} {path} lies in the folder of {folder / mark}, which takes no other files; "
+            f"{option} {path} is in the folder of {folder / mark}, which must hold no other files; "
             "name a file elsewhere"
         )
     if os.path.lexists(path):
@@ -248,7 +247,9 @@ def check_output(option: str, name: str | Path, is_ours: Callable[[Path], bool],
         except OSError:
             replaceable = False
         if not replaceable:
-            raise UserError(f"{option} {path} exists and is no {what}: it is not replaced; name another file")
+            raise UserError(
+                f"{option} {path} exists and is not a {what}: it is not replaced; name another file"
+            )
     draft = draft_of(path)
     with writing(path), held(), suppress(FileExistsError):
         os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
@@ -258,10 +259,10 @@ def check_output(option: str, name: str | Path, is_ours: Callable[[Path], bool],
 
 @contextmanager
 def locked(folder: Path, doing: str, patience: float = 0.0) -> Iterator[None]:
-    """Hold a folder for one process at a time; the lock goes with the process, however it ends.
+    """Lock a folder for this process; the lock is released when the process ends, however it ends.
 
-    Raises UserError where another process holds it for more than `patience` seconds; `doing` says what
-    that one does.
+    Raises UserError where another process holds the lock for more than `patience` seconds; `doing`: what that
+    process does with the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _lock_beside(folder, doing, patience):
@@ -270,7 +271,7 @@ def locked(folder: Path, doing: str, patience: float = 0.0) -> Iterator[None]:
 
 @contextmanager
 def _lock_beside(folder: Path, doing: str, patience: float = 0.0) -> Iterator[bool]:
-    """As `locked`, of a folder that need not exist; whether the file system has locks at all."""
+    """Like `locked`, for a folder that need not exist. Yields whether the file system supports locks."""
     path, end = folder.absolute().with_name(f".{folder.name}.lock"), time.monotonic() + patience
     while (lock := _lock(path, folder)) is None:
         if time.monotonic() >= end:
@@ -287,9 +288,10 @@ def _lock_beside(folder: Path, doing: str, patience: float = 0.0) -> Iterator[bo
 
 
 def _lock(path: Path, folder: Path) -> tuple[int, bool] | None:
-    """An open file, and whether it holds our lock; None where another process has it.
+    """Try to lock: a file descriptor and whether it is locked; None where another process holds the lock.
 
-    A file beside the folder, since NFS locks no folders; the folder where its parent takes no files.
+    The lock is on a file beside the folder, since NFS cannot lock folders; on the folder itself where its
+    parent is not writable.
     """
     while True:
         try:
@@ -304,22 +306,22 @@ def _lock(path: Path, folder: Path) -> tuple[int, bool] | None:
             os.close(descriptor)
             return None
         except OSError:
-            return descriptor, False  # no locks here; unfinished files have names of their own anyway
+            return descriptor, False  # no lock support; unfinished files have unique names anyway
         if os.fstat(descriptor).st_nlink:
             return descriptor, True
-        os.close(descriptor)  # the one before has ended and taken its file away
+        os.close(descriptor)  # the previous holder has removed the file
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a full disk, missing rights or a name in use, while writing `path`, into a UserError.
+    """Turn an OSError while writing `path`, such as a full disk or missing permissions, into a UserError.
 
-    Of blocks in one another the outermost names the path: the others are of drafts of it.
+    Of nested blocks the outermost names the path: the inner ones write drafts of it.
     """
     try:
         yield
     except OSError as error:
-        raise Unwritable(f"{path} cannot be written: {told(error)}") from error
+        raise Unwritable(f"{path} cannot be written: {with_fix(error)}") from error
     except Unwritable as error:
         assert isinstance(error.__cause__, OSError)
-        raise Unwritable(f"{path} cannot be written: {told(error.__cause__)}") from error.__cause__
+        raise Unwritable(f"{path} cannot be written: {with_fix(error.__cause__)}") from error.__cause__

@@ -1,4 +1,4 @@
-"""Words of libraries that say nothing to our users."""
+"""Hide messages of libraries that do not concern our users."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 NOISE = (
     # megatron-core, imported for process groups and its dataset only
     (UserWarning, r"Transformer Engine and Apex are not installed"),
-    # torch.distributed.checkpoint, where an export reads on one process on purpose
+    # torch.distributed.checkpoint, where an export reads in one process on purpose
     (UserWarning, r"torch\.distributed is disabled, unavailable or uninitialized"),
     # renamed in torch 2.13; DeepSpeed and we call the old name, which older torch has too
     (FutureWarning, r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"),
@@ -18,16 +18,16 @@ NOISE = (
 
 
 def hush_libraries() -> None:
-    """Leave named warnings out; all others are shown."""
+    """Hide the warnings of NOISE; all others are shown."""
     for category, message in NOISE:
         warnings.filterwarnings("ignore", message=f".*{message}", category=category)
 
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """Keep stdout and stderr back, those of child processes too, and show them only for an error.
+    """Capture stdout and stderr, also of child processes, and show them only after an error.
 
-    DeepSpeed tries the compiler on every import and lets it complain.
+    DeepSpeed runs the compiler on every import and lets it print errors.
     """
     sys.stdout.flush()
     sys.stderr.flush()

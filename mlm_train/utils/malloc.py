@@ -1,19 +1,19 @@
-"""What the C library does with memory that a process on a CPU frees (glibc; elsewhere nothing is done)."""
+"""How the C library treats freed memory (glibc only; a no-op elsewhere)."""
 
 import ctypes
 from typing import Any
 
-# Of glibc's malloc.h: mallopt's parameters.
+# Parameters of mallopt, from glibc's malloc.h.
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
-LARGEST_MMAP_THRESHOLD = 32 * 2**20  # the most that any glibc takes on 64 bits
+LARGEST_MMAP_THRESHOLD = 32 * 2**20  # glibc's maximum on 64 bits
 
 
 def keep_freed(every_size: bool = False) -> None:
-    """Freed memory stays with the process, blocks of more than 32 MiB apart, or those too.
+    """Keep freed memory in the process, except blocks of more than 32 MiB; with every_size, those too.
 
-    A micro-batch frees what the next one asks for again; given back in between, it would be asked for page
-    by page, each zeroed by the system first (docs/performance.md). every_size: for work whose blocks are
-    few and alike; others may leave holes that nothing fits into.
+    A micro-batch frees what the next one allocates again; memory returned in between would be mapped again
+    page by page, each zeroed by the kernel first (docs/performance.md). every_size: only for work with few
+    block sizes; with others, fragmentation would waste memory.
     """
     mallopt = _function("mallopt")
     if mallopt is not None:
@@ -25,7 +25,7 @@ def keep_freed(every_size: bool = False) -> None:
 
 
 def give_back() -> None:
-    """What was kept goes back to the system."""
+    """Return freed memory to the system."""
     trim = _function("malloc_trim")
     if trim is not None:
         trim(0)

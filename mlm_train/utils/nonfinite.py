@@ -1,4 +1,4 @@
-"""Looking for what is not finite, at the price of reading it once."""
+"""Find non-finite values in one pass over the tensors."""
 
 from collections.abc import Mapping
 

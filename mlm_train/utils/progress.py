@@ -1,4 +1,4 @@
-"""Progress with speed and remaining time on standard error: a bar, or lines for a log."""
+"""Progress with speed and remaining time on standard error: a bar, or log lines."""
 
 import sys
 import time
@@ -18,11 +18,11 @@ from rich.progress import (
 
 from mlm_train.utils.units import in_units
 
-LINE_EVERY = 60.0  # seconds between the lines of a log
+LINE_EVERY = 60.0  # seconds between log lines
 
 
 class ByteProgress:
-    """A bar over a known number of bytes; a context manager. Where there is no terminal, a line a minute."""
+    """A progress bar over a number of bytes; a context manager. Without a terminal, a line per minute."""
 
     def __init__(self, what: str, total: int) -> None:
         console = Console(stderr=True)
@@ -37,7 +37,7 @@ class ByteProgress:
         )
         self._task = self._progress.add_task(what, total=total)
         self._what, self._total = what, total
-        self._first: tuple[float, int] | None = None  # when, and what was there already
+        self._first: tuple[float, int] | None = None  # time and bytes of the first call
         self._line = 0.0
 
     def __enter__(self) -> Self:

@@ -1,7 +1,7 @@
-"""JSON that this program did not just write: read in one place, checked whole before anything believes it.
+"""Read JSON files, with all checks in one place.
 
-A file of a run, table or model may be damaged, hostile, or something else altogether. Whatever it holds, what
-comes out is a value, or one line that names the file.
+A file of a run, table or model may be damaged, hostile, or something else altogether. Reading it gives a
+checked value, or a one-line error that names the file.
 """
 
 import hashlib
@@ -13,26 +13,23 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mlm_train.errors import UserError
-from mlm_train.utils.files import open_regular
+from mlm_train.utils.files import open_regular, write_json
 
-LARGEST = 2**28  # bytes of a file that is read whole, where nothing else is said
-DEEPEST = 64  # levels of brackets: none of our files has ten
-SEAL = "sha256"  # of a record's other keys
+LARGEST = 2**28  # default maximum bytes of a file that is read whole
+DEEPEST = 64  # levels of brackets; our files have fewer than ten
+SEAL = "sha256"  # key of a record's checksum over its other keys
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class Record(BaseModel):
-    """What stands in JSON; fields that nobody knows are refused."""
+    """A JSON object with known fields; unknown fields are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def read_regular(path: Path, most: int = LARGEST) -> bytes:
-    """A file's bytes. Raises FileNotFoundError and the like as open does, UserError as open_regular does.
-
-    `most`: bytes; a larger file is refused and not read.
-    """
+    """A file's bytes. Raises as open_regular does, and UserError for a file larger than `most` bytes."""
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > most:
             raise UserError(f"{path} is larger than {most} bytes, which no such file is: name the right one")
@@ -40,9 +37,9 @@ def read_regular(path: Path, most: int = LARGEST) -> bytes:
 
 
 def json_value(data: bytes | str, half_pairs: bool = False) -> Any:
-    """The value that JSON text stands for. Raises ValueError, whatever is wrong with it, in few words.
+    """The value of a JSON text. Raises ValueError with a short message, whatever is wrong with it.
 
-    `half_pairs`: text may hold half a surrogate pair; the caller looks at what it takes.
+    `half_pairs`: allow half surrogate pairs in text; the caller checks the text that it uses.
     """
     try:
         value = json.loads(data if isinstance(data, str) else data.decode("utf-8"))
@@ -65,7 +62,7 @@ def _inside(item: dict[str, Any] | list[Any]) -> list[Any]:
 
 
 def _check_text(values: list[Any]) -> None:
-    """JSON can spell half of a surrogate pair, which nothing can print or write."""
+    """Raise ValueError for half a surrogate pair, which JSON can spell but nothing can print or write."""
     for value in values:
         if isinstance(value, str) and not value.isascii():
             try:
@@ -75,7 +72,7 @@ def _check_text(values: list[Any]) -> None:
 
 
 def parse_json(data: bytes | None, file: Path | str, fix: str) -> dict[str, Any]:
-    """A file's contents (None: it is not there), a JSON object; UserError naming file and `fix` otherwise."""
+    """The JSON object in a file's contents (None: no such file). Else UserError naming file and `fix`."""
     if data is None:
         raise UserError(f"{file} does not exist; {fix}")
     try:
@@ -83,12 +80,12 @@ def parse_json(data: bytes | None, file: Path | str, fix: str) -> dict[str, Any]
     except ValueError as error:
         raise UserError(f"{file} is not JSON ({error}); {fix}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{file} holds no JSON object; {fix}")
+        raise UserError(f"{file} is not a JSON object; {fix}")
     return tree
 
 
 def read_json(file: Path, fix: str) -> dict[str, Any]:
-    """A JSON file whose top level is an object; UserError naming the file and `fix` otherwise."""
+    """The JSON object in a file. UserError naming file and `fix` where it is missing or anything else."""
     try:
         data = read_regular(file)
     except (FileNotFoundError, NotADirectoryError):
@@ -99,7 +96,7 @@ def read_json(file: Path, fix: str) -> dict[str, Any]:
 
 
 def record_of(kind: type[Kind], tree: dict[str, Any], file: Path | str, fix: str) -> Kind:
-    """A JSON object as the record that it should be; UserError naming file, field and `fix` otherwise."""
+    """Validate a JSON object as a record. UserError naming file, field and `fix` where it is invalid."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
@@ -112,11 +109,16 @@ def record_of(kind: type[Kind], tree: dict[str, Any], file: Path | str, fix: str
 
 
 def first_problem(error: ValidationError) -> tuple[str, str]:
-    """Where the first of pydantic's findings is, dotted ("" for the whole), and what is wrong there."""
+    """The first of pydantic's errors: its dotted field name ("" for the whole) and its message."""
     first = error.errors()[0]
     return ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
 
 
 def seal_of(tree: dict[str, Any]) -> str:
-    """SHA-256 of what a record says, whatever the order and the spaces."""
+    """SHA-256 of a record's keys and values, independent of order and white space."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def write_sealed(path: Path, tree: dict[str, Any]) -> None:
+    """Write a record with its own checksum (SEAL), atomically."""
+    write_json(path, tree | {SEAL: seal_of(tree)})

@@ -1,11 +1,11 @@
-"""Ctrl-C and SIGTERM: heard from a command's first line to its last, once, however often they come.
+"""Handle Ctrl-C and SIGTERM once, from a command's first line to its last, however often they arrive.
 
-A signal raises KeyboardInterrupt (SIGTERM: Terminated, which is one) wherever the main thread is, but for
-places where that would do harm: while a module is imported, which would stay half loaded; while a finished
-result is put in place (`held`); while an exception is handled, since that cleans up. There it waits. Where a
-library swallows what was raised it is raised again.
+A signal raises KeyboardInterrupt (SIGTERM: its subclass Terminated) in the main thread, except where that
+would do harm: while a module is imported, which would stay half loaded; while a finished result is renamed
+(`held`); while an exception is handled, since that cleans up. There it is delayed. Where a library swallows
+the exception, it is raised again.
 
-Imports as little as it can: what comes before `listen` is not heard.
+This module imports as little as possible: signals before `listen` are not handled.
 """
 
 import os
@@ -20,35 +20,35 @@ from typing import Any
 
 from mlm_train.errors import Terminated
 
-# The same signal comes more than once: a scheduler signals all processes, a launcher passes its own on, and
-# a hand is impatient.
+# The same signal arrives more than once: a scheduler signals all processes, a launcher forwards its own, and
+# users press Ctrl-C again.
 ECHO_SECONDS = 5.0
-_LOOK_SECONDS = 0.05  # from one look at whether a signal that waits can be raised to the next
-_IMPORTING = "<frozen importlib._bootstrap"  # the file that frames of an import name
+_POLL_SECONDS = 0.05  # between attempts to raise a delayed signal
+_IMPORTING = "<frozen importlib._bootstrap"  # file name of an import's frames
 
 
 class _Listener:
-    """The signals of this process; there is one."""
+    """The signal state of this process; a singleton."""
 
     def __init__(self) -> None:
-        self.heard: signal.Signals | None = None  # the first one
-        self.since = 0.0  # time.monotonic() of it
-        self.holds = 0  # `held` blocks that the main thread is in
-        self.from_start = False  # of the process: it listens to its end
+        self.heard: signal.Signals | None = None  # the first signal
+        self.since = 0.0  # time.monotonic() of the first signal
+        self.holds = 0  # nesting depth of `held` in the main thread
+        self.from_start = False  # whether `listen` was called: for the life of the process
         self._before: dict[int, Any] = {}
         self._hook = sys.unraisablehook
 
     def begin(self) -> None:
-        # A rank that waits in a library for a peer would hear nothing: until it trains SIGTERM ends it.
+        # A rank blocked in a library would not handle SIGTERM, so until training starts the default ends it.
         numbers = [signal.SIGINT] if "RANK" in os.environ else [signal.SIGINT, signal.SIGTERM]
-        # A shell has those ignored that are not meant for what it runs in the background.
+        # A shell starts background jobs with signals ignored that are not meant for them.
         numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
         self.heard, self.holds = None, 1
         self._before = {number: signal.signal(number, self._hear) for number in numbers}
         self._hook, sys.unraisablehook = sys.unraisablehook, self._not_raised
 
     def end(self, deaf: bool = False) -> None:
-        """Raise nothing more. Be `deaf` to what still comes, else as before, where nothing has come yet."""
+        """Stop raising. `deaf`: ignore further signals; else restore handlers, unless a signal has come."""
         for number, handler in self._before.items():
             if deaf or self.heard is None:
                 signal.signal(number, signal.SIG_IGN if deaf else handler)
@@ -57,26 +57,26 @@ class _Listener:
         sys.unraisablehook = self._hook
 
     def raise_now(self) -> None:
-        """What was heard, if anything was, where nothing stands against it."""
-        self._look(signal.SIGALRM, sys._getframe())
+        """Raise the signal's exception, if one has come and nothing delays it."""
+        self._poll(signal.SIGALRM, sys._getframe())
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.heard is None:
             self.heard, self.since = signal.Signals(number), now
-            signal.signal(signal.SIGALRM, self._look)
-            signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS, _LOOK_SECONDS)
-            self._look(number, frame)
+            signal.signal(signal.SIGALRM, self._poll)
+            signal.setitimer(signal.ITIMER_REAL, _POLL_SECONDS, _POLL_SECONDS)
+            self._poll(number, frame)
         elif now - self.since > ECHO_SECONDS:
             os._exit(128 + number)
 
-    def _look(self, _: int, frame: FrameType | None) -> None:
+    def _poll(self, _: int, frame: FrameType | None) -> None:
         if self.heard is None or self.holds or sys.exception() is not None or _importing(frame):
             return
         raise Terminated if self.heard == signal.SIGTERM else KeyboardInterrupt
 
     def _not_raised(self, error: Any) -> None:
-        """A finaliser, or a callback of a library, has swallowed an exception."""
+        """sys.unraisablehook: a finalizer or a library's callback has swallowed an exception."""
         if not issubclass(error.exc_type, KeyboardInterrupt):
             self._hook(error)
 
@@ -93,31 +93,31 @@ _listener = _Listener()
 
 
 def listen() -> None:
-    """Hear signals, and hold them until the `stoppable` block."""
+    """Start handling signals, and delay them until the `stoppable` block."""
     _listener.begin()
     _listener.from_start = True
 
 
 def deafen() -> None:
-    """Let pass what still comes: the process ends anyway."""
+    """Ignore further signals: the process is ending."""
     _listener.end(deaf=True)
 
 
 def heard() -> signal.Signals | None:
-    """The signal that has come, raised or not yet: whatever fails since fails because of it."""
+    """The signal that has come, raised or not yet; any later failure is a consequence of it."""
     return _listener.heard
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """End the body by KeyboardInterrupt, or by Terminated, which is one; further signals let it clean up.
+    """Let a signal end the body with KeyboardInterrupt or its subclass Terminated.
 
-    One that comes ECHO_SECONDS later ends the process at once. Begins to listen where nobody did; ends that
-    again where no signal came. After one they are not heard as before: the process is ending, and what runs
-    as it ends would answer with a traceback.
+    Further signals within ECHO_SECONDS are ignored so that it can clean up; a later one ends the process at
+    once. Where `listen` was not called, signals are handled for the body only. After a signal the former
+    handlers are not restored: the process is ending, and they would print a traceback.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread hears signals
+        yield  # signals are handled in the main thread only
         return
     if not _listener.from_start:
         _listener.begin()
@@ -134,7 +134,7 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Keep signals back while the body runs; then they are raised."""
+    """Delay signals until the body has run."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -148,10 +148,10 @@ def held() -> Iterator[None]:
 
 @contextmanager
 def deaf_children() -> Iterator[None]:
-    """Processes that are started in the body never hear Ctrl-C, which a terminal sends to all: we end them.
+    """Block Ctrl-C in child processes started in the body; a terminal sends it to all, the parent ends them.
 
-    From their first moment: their start would answer it with a traceback. Here it is heard after the body,
-    since one that is not told all it is to do says so in another.
+    It is blocked from their start, where it would print a traceback. In this process it is delayed until
+    after the body, since an interrupted handover would make a child print one too.
     """
     with held():
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

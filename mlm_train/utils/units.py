@@ -1,23 +1,23 @@
-"""Sizes in bytes, as people write them and read them."""
+"""Parse and format sizes in bytes."""
 
 import argparse
 
 
 def size(text: str) -> int:
-    """An option's bytes, such as 40MB, 3.2GB, 512MiB or 500000; the type of an argument of argparse."""
+    """Parse a size such as 40MB, 3.2GB, 512MiB or 500000 to bytes; a type for argparse."""
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
     try:
-        found = int(TypeAdapter(ByteSize).validate_python(text))
+        parsed = int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 40MB or 3.2GB") from None
-    if found < 1:
+    if parsed < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be at least one byte")
-    return found
+    return parsed
 
 
 def in_units(size: float) -> str:
-    """Bytes in the largest decimal unit that leaves one or more: 1 byte, 634.66 kB, 11.63 GB."""
+    """Format bytes in the largest fitting decimal unit: 1 byte, 634.66 kB, 11.63 GB."""
     value, unit = float(size), "bytes"
     for larger in ("kB", "MB", "GB", "TB"):
         if value < 1000:

@@ -1,4 +1,4 @@
-"""`bench auto`: the report, and what it refuses; never its timings."""
+"""`bench auto`: the report and rejected options; no timings are asserted."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests.commands import finished, refused
 def test_the_report(tmp_path: Path) -> None:
     file = tmp_path / "auto.json"
     output = finished("bench", "auto", "--runs", 2, "--shapes", "pair", "narrow", "--json", file)
-    assert "auto takes" in output and "pair" in output
+    assert "auto chooses" in output and "pair" in output
     found = json.loads(file.read_text())
     assert {row["name"] for row in found["rows"]} == {f"{s}.{m}" for s in ("pair", "narrow") for m in MODES}
     assert all(row["runs"] == 2 and row["median"] > 0 for row in found["rows"])
@@ -19,6 +19,6 @@ def test_the_report(tmp_path: Path) -> None:
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
-    assert "known are single, pair" in refused("bench", "auto", "--shapes", "round")
+    assert "choose from single, pair" in refused("bench", "auto", "--shapes", "round")
     assert "--runs 0" in refused("bench", "auto", "--runs", 0)
     assert "name a file" in refused("bench", "auto", "--json", tmp_path)

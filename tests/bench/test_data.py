@@ -25,4 +25,4 @@ def test_bad_input(data: Path, tmp_path: Path) -> None:
     assert "holds no prepared data" in refused(*bench, tmp_path)
     assert "--runs 0: give at least 1" in refused(*bench, data, "--runs", 0)
     assert "--samples 9: give a multiple of --batch 8" in refused(*bench, data, "--samples", 9)
-    assert "less than one sample" in refused(*bench, data, "--sequence-length", 10**8)
+    assert "fewer than one sample" in refused(*bench, data, "--sequence-length", 10**8)

@@ -1,4 +1,4 @@
-"""`bench loss`: the report's schema, the peak of the chunked way, and a difference is found."""
+"""`bench loss`: the report's schema, the peak memory of the chunked method, and detection of differences."""
 
 import json
 from pathlib import Path
@@ -18,13 +18,13 @@ def test_the_report_and_the_peak(tmp_path: Path) -> None:
     assert found.keys() == {"machine", "command", "rows", "ratios"}
     rows = {row["name"]: row for row in found["rows"]}
     assert rows.keys() == {
-        f"{way}.{figure}" for way in loss.WAYS for figure in ("peak_memory", "step", "processor")
+        f"{method}.{figure}" for method in loss.METHODS for figure in ("peak_memory", "step", "processor")
     }
     assert all(row["runs"] == 2 and row["median"] > 0 for row in rows.values())
-    # The plain way holds at least the logits in bf16 and in fp32.
+    # The plain method holds at least the logits in bf16 and in fp32.
     assert rows["plain.peak_memory"]["min"] > 16000 * 2048 * 6
     ratio = found["ratios"]["chunked_over_plain_peak_memory"]
-    medians = [rows[f"{way}.peak_memory"]["median"] for way in ("chunked", "plain")]
+    medians = [rows[f"{method}.peak_memory"]["median"] for method in ("chunked", "plain")]
     assert ratio == pytest.approx(medians[0] / medians[1]) and ratio < 0.25
     assert {"chunked_over_plain_speed", "chunked_over_plain_speed_by_processor_time"} < found["ratios"].keys()
 
@@ -34,9 +34,9 @@ def test_a_difference_ends_with_exit_code_1(fault: str, monkeypatch: pytest.Monk
     def result(order: dict) -> dict[str, float]:
         found = {"seconds": 1.0, "processor": 1.0, "peak": 8, "loss": 2.0, "hidden_norm": 1.0}
         found["weight_norm"] = 1.0
-        if order["way"] == "chunked" and fault in found:
+        if order["method"] == "chunked" and fault in found:
             found[fault] *= 1.001
-        if order["way"] == "chunked" and fault == "not a number":
+        if order["method"] == "chunked" and fault == "not a number":
             found["loss"] = float("nan")
         return found
 

@@ -1,4 +1,4 @@
-"""The generated section of docs/performance.md: what is around it stays, aims and bounds are said."""
+"""The generated section of docs/performance.md: the text around it stays; targets and bounds are listed."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.bench.test_train import measured, record
 
 
 def kept(docs: Path) -> None:
-    """A page and a report of it."""
+    """Write a page and a report."""
     (docs / "bench").mkdir(parents=True)
     text = f"# Performance\nwords\n\n{page.BEGIN}\nold\n{page.END}\n\n## Loss\nothers\n"
     (docs / "performance.md").write_text(text)
@@ -28,14 +28,15 @@ def test_the_section_is_written_and_nothing_else(tmp_path: Path, capsys: pytest.
     assert text.startswith(f"# Performance\nwords\n\n{page.BEGIN}\n### Shape tiny\n")
     assert text.endswith(f"\n{page.END}\n\n## Loss\nothers\n") and "old" not in text
     assert "| `memory_ffn_cost_over_limit` | 1.000 | at most 1.2 | yes |" in text
-    assert "- memory.table: products at their peak" in text and "71% of it is what the model without" in text
+    assert "- memory.table: matrix multiplications at peak" in text
+    assert "71% of it is the time of the model without" in text
     assert "a note" in text and "bench/train.tiny.png" in text
     assert (tmp_path / "bench" / "train.tiny.png").read_bytes().startswith(b"\x89PNG")
     page.main([str(tmp_path)])
     assert (tmp_path / "performance.md").read_text() == text
     (tmp_path / "bench" / "train.tiny.json").write_text("{}")
     assert page.main([str(tmp_path)]) == 2
-    assert "is no report of `mlm-train bench train`" in capsys.readouterr().err
+    assert "is not a report of `mlm-train bench train`" in capsys.readouterr().err
 
 
 def test_the_real_page_has_the_marks() -> None:

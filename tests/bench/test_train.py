@@ -1,4 +1,4 @@
-"""`bench train`: what is compared is alike, the report's schema, its formulas; never a timing."""
+"""`bench train`: compared variants agree, the report's schema and formulas; no timings are asserted."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ import torch
 from mlm_train.bench import train
 from mlm_train.bench.train_figures import PARTS, TrainFigures, VariantFigures, disagreements, ratios_of
 from mlm_train.bench.train_presets import ALL, PRESETS, Variant, flops_per_token, make_config
-from mlm_train.bench.train_ways import build_way
+from mlm_train.bench.train_runners import build_runner
 from mlm_train.bench.train_worker import VariantWorker
 from mlm_train.model.counts import count_parameters, train_flops_per_token
 from mlm_train.model.transformer import Transformer
@@ -19,11 +19,11 @@ from mlm_train.parallel import runtime
 from tests.commands import finished, refused
 
 TINY = PRESETS["tiny"]
-EAGER = [name for name in ALL if name != "hf.compiled"]  # what compiles takes a minute
+EAGER = [name for name in ALL if name != "hf.compiled"]  # compiling takes a minute
 
 
 class Here(train.VariantProcess):
-    """A variant in this process: all of them load their libraries once."""
+    """A variant in this process, so that libraries are loaded only once."""
 
     def __init__(self, variant: Variant, order: dict[str, Any]) -> None:
         self.variant, self.worker = variant, VariantWorker(order | {"variant": variant.name})
@@ -43,7 +43,7 @@ class Here(train.VariantProcess):
 
 @pytest.fixture
 def groups() -> Iterator[None]:
-    """Process groups of this process go after the test."""
+    """Stop the process groups of this process after the test."""
     yield
     runtime.stop()
 
@@ -94,7 +94,7 @@ def test_processes_a_table_and_a_plot(data: Path, tmp_path: Path) -> None:
     assert files["train.png"].read_bytes().startswith(b"\x89PNG")
     found = json.loads(files["train.json"].read_text())
     assert found["command"].startswith("mlm-train bench train --preset tiny")
-    # What libraries hold is not the model's: it is tiny.
+    # Memory of libraries is not counted as the model's, which is tiny.
     rows = {row["name"]: row["median"] for row in found["rows"]}
     assert (
         rows["tiny.memory.table.memory.runtime"] > 100 * 2**20 > rows["tiny.memory.table.memory.activations"]
@@ -104,7 +104,7 @@ def test_processes_a_table_and_a_plot(data: Path, tmp_path: Path) -> None:
 def test_noffn_is_a_base_whose_ffn_adds_nothing(groups: None) -> None:
     variants = [Variant.named(name) for name in ("noffn", "base")]
     configs = [make_config(TINY, variant, "none", "fp32", TINY.tokens) for variant in variants]
-    noffn, base = (build_way(*pair).model for pair in zip(variants, configs, strict=True))
+    noffn, base = (build_runner(*pair).model for pair in zip(variants, configs, strict=True))
     assert isinstance(base, Transformer) and isinstance(noffn, Transformer)
     assert not any("mlp" in name for name, _ in noffn.named_parameters())
     ids = torch.arange(TINY.sequence)[None]
@@ -207,7 +207,7 @@ def test_a_machine_that_slows_down_leaves_ratios_as_they_are() -> None:
     found = measured({"base": record(1.0), "memory.table": record(0.5)})
     for name, run in (("base", 1.0), ("memory.table", 0.5)):
         found.records[name].run[:] = [run, 2.1 * run, 1.9 * run]
-    found.records["base"].run[0] *= 3  # something else ran in one turn of one variant
+    found.records["base"].run[0] *= 3  # other load during one turn of one variant
     assert found.ratio("memory.table", "base") == pytest.approx(2.0)
 
 
@@ -223,14 +223,14 @@ def test_a_difference_is_found() -> None:
 
 def test_bad_input(data: Path, tmp_path: Path) -> None:
     words = ("bench", "train", "--data", data, "--preset")
-    assert "there are a, b, tiny" in refused(*words, "c")
+    assert "choose from a, b, tiny" in refused(*words, "c")
     assert "vocabulary of 512" in refused(*words, "a") and "train:32768" in refused(*words, "a")
     assert "needs --data" in refused("bench", "train")
     assert "holds no prepared data" in refused("bench", "train", "--data", tmp_path, "--preset", "tiny")
     assert "--runs 0: give at least 1" in refused(*words, "tiny", "--runs", 0)
     assert "--passes 0: give at least 1" in refused(*words, "tiny", "--passes", 0)
     assert "'memory.best' is unknown" in refused(*words, "tiny", "--variants", "memory.best")
-    assert "not among the variants" in refused(*words, "tiny", "--variants", "base", "--validate", "noffn")
+    assert "not one of the variants" in refused(*words, "tiny", "--variants", "base", "--validate", "noffn")
     assert "multiples of a micro-batch" in refused(*words, "tiny", "--steps-of", 100)
     assert "--tokens 0: give multiples" in refused(*words, "tiny", "--tokens", 0)
     assert "prepare more text" in refused(*words, "tiny", "--steps-of", 64 * 10**7)

@@ -1,4 +1,4 @@
-"""`bench x0`: what is counted equals the formulas, the report's schema, and a lie is found."""
+"""`bench x0`: counts equal the formulas, the report's schema, and a wrong count is found."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,8 @@ from mlm_train.parallel.pipeline.x0 import TRANSPORTS
 from tests.commands import finished, refused
 from tests.ranks import run_on_ranks
 
-TOKENS = 2560  # a step
-HIDDEN_BYTES = 128 * 4  # of a position's fp32 vector
+TOKENS = 2560  # per step
+HIDDEN_BYTES = 128 * 4  # per position, fp32
 
 
 def test_traffic_counts_operations_of_known_size_and_refuses_others() -> None:

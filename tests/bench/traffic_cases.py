@@ -1,4 +1,4 @@
-"""What the ranks of the traffic test run: operations of known size, counted."""
+"""Functions run by the ranks of the traffic test: operations of known size, counted."""
 
 import torch
 import torch.distributed as dist

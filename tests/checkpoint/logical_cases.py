@@ -1,4 +1,4 @@
-"""What the ranks of test_logical_folder.py run."""
+"""Functions run by the ranks of test_logical_folder.py."""
 
 from tests.commands import mlm_train
 

@@ -1,4 +1,4 @@
-"""A checkpoint or an export that was copied by half: one line wherever it is read, and nothing is written."""
+"""A half-copied checkpoint or export: one line wherever it is read, and nothing is written."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -33,12 +33,12 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def weights_of(folder: Path) -> Path:
-    """The largest file of weights."""
+    """The largest weights file."""
     return max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
 
 
 def cut(file: Path) -> None:
-    """Leave the first half."""
+    """Truncate a file to its first half."""
     contents = file.read_bytes()
     file.write_bytes(contents[: len(contents) // 2])
 

@@ -1,4 +1,4 @@
-"""What lies beside a Llama's weights goes along: import, a run from it, its export; every end token ends."""
+"""Files beside a Llama's weights are carried over: import, a run from it, its export; all end tokens work."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def no_groups_left() -> Iterator[None]:
 
 @pytest.fixture
 def folder(data: Path, tmp_path: Path) -> Path:
-    """A chat Llama as it comes from a hub, with more than a Llama needs."""
+    """A chat Llama as on the hub, with more files than a Llama needs."""
     folder = tmp_path / "llama"
     llama(folder, bos_token_id=5, eos_token_id=[2, 7], pad_token_id=4)
     shutil.copy(data / "tokenizer.model", folder)
@@ -88,7 +88,7 @@ def test_the_road_through_a_run(folder: Path, data: Path, tmp_path: Path) -> Non
     for name, text in BESIDE.items():
         if name not in ("generation_config.json", "tokenizer_config.json"):
             assert (export / name).read_text() == text
-    # The run's documents did not begin with bos: transformers is to begin none either.
+    # The run's documents did not begin with bos: transformers must not add it either.
     said = json.loads(BESIDE["tokenizer_config.json"])
     assert said["add_bos_token"] and tree(export / "tokenizer_config.json") == said | {"add_bos_token": False}
     # A further run, from that run's checkpoint.
@@ -148,7 +148,7 @@ def test_where_the_ids_stand(
 
 
 def test_every_end_token_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whichever of the files names it; transformers ends there too."""
+    """Whichever file names the end token; transformers stops there too."""
     folder = tmp_path / "llama"
     llama(folder, eos_token_id=None)
     words = ("generate", "--prompt-ids", "1,2,3", "--max-new-tokens", 30, "--json")

@@ -131,7 +131,7 @@ def test_lazy_rows(tmp_path: Path) -> None:
 
 
 def change(folder: Path, **fields: Any) -> None:
-    """Another config.json, as if the folder had been written with it."""
+    """Replace config.json, as if the folder had been written with it."""
     (folder / MANIFEST).unlink(missing_ok=True)
     tree = json.loads((folder / "config.json").read_text())
     tree.update(fields)
@@ -180,7 +180,7 @@ def test_broken_files(tmp_path: Path) -> None:
             load_model(folder)
         assert "\n" not in str(caught.value)
     shard.unlink()
-    with pytest.raises(UserError, match=f"{shard.name} is named by"):
+    with pytest.raises(UserError, match=f"{shard.name} is listed in"):
         load_model(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):

@@ -1,4 +1,4 @@
-"""`mlm-train import`: a Llama as transformers writes it is the same model here, trained on at any layout."""
+"""`mlm-train import`: a Llama written by transformers is the same model here, and trains in any layout."""
 
 import json
 import shutil
@@ -17,7 +17,8 @@ from mlm_train.checkpoint.reading.logical_folder import load_model
 from mlm_train.data.tokenizer import tokenizer_of
 from mlm_train.parallel import runtime
 from tests.checkpoint.test_hf_folder import KINDS, change, logits, random_model, write
-from tests.commands import finished, mlm_train, refused, scalars
+from tests.commands import mlm_train, refused, scalars
+from tests.ranks import train_on_ranks
 
 IDS = torch.arange(60).view(2, 30) * 31 % 512
 SHAPES: dict[str, Any] = {
@@ -37,7 +38,7 @@ def no_groups_left() -> Iterator[None]:
 def llama(
     folder: Path, shard: str = "1GB", dtype: torch.dtype = torch.float32, **fields: Any
 ) -> torch.Tensor:
-    """Save a Llama of transformers with random weights; its logits of IDS, from the folder, in fp32."""
+    """Save a transformers Llama with random weights. Returns its fp32 logits of IDS, read from the folder."""
     torch.manual_seed(3)
     model = LlamaForCausalLM(LlamaConfig(**SHAPES, **fields))
     for name, weight in model.named_parameters():
@@ -79,7 +80,7 @@ def test_our_own_exports(tmp_path: Path, kind: str) -> None:
 
 
 def test_what_follows_from_the_rest_may_be_there_twice(tmp_path: Path) -> None:
-    """Rotary frequencies and a tied head, as older programs write them."""
+    """Rotary frequencies and a tied head, as written by older programs."""
     folder = tmp_path / "llama"
     expected = llama(folder, tie_word_embeddings=True)
     file = folder / "model.safetensors"
@@ -126,11 +127,11 @@ def test_what_cannot_be_imported_is_refused_in_one_line(tmp_path: Path) -> None:
     whole, tensors = shard.read_bytes(), load_file(shard)
     name = next(iter(tensors))
     save_file(tensors | {name: tensors[name].to(torch.int8)}, shard)
-    assert f"tensor {name} has type I8, which is not supported" in line_of(bad)
+    assert f"tensor {name} has dtype I8, which is not supported" in line_of(bad)
     shard.write_bytes(whole[: len(whole) // 2])
     assert f"{shard.name} is damaged" in line_of(bad)
     shard.unlink()
-    assert f"{shard.name} is named by model.safetensors.index.json and missing" in line_of(bad)
+    assert f"{shard.name} is listed in model.safetensors.index.json, but missing" in line_of(bad)
     for file in bad.glob("model*"):
         file.unlink()
     assert "has no model.safetensors; give" in line_of(bad)
@@ -165,6 +166,6 @@ def test_a_run_starts_from_it_at_another_layout_with_the_same_loss(data: Path, t
     assert not (tmp_path / "no").exists()
     mlm_train("pretrain", *words("one"))
     layout = ("parallel.tensor=2", "parallel.pipeline=2")
-    finished("launch", "--nproc", 4, *words("four"), *layout)
+    train_on_ranks(4, *words("four"), *layout)
     one, four = (scalars(tmp_path / run, "train/loss") for run in ("one", "four"))
     assert len(one) == 2 and four == pytest.approx(one, rel=1e-6)

@@ -1,4 +1,4 @@
-"""config.json of a Llama: what transformers makes of it import makes of it too, or refuses it by name."""
+"""config.json of a Llama: import reads it like transformers, or rejects a field by name."""
 
 import json
 import shutil
@@ -102,7 +102,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def changed(folder: Path, fields: dict[str, Any]) -> Path:
-    """The same with another config.json."""
+    """The same folder with another config.json."""
     file = folder / "config.json"
     tree = json.loads(file.read_text()) | fields
     file.write_text(json.dumps({name: value for name, value in tree.items() if value != ABSENT}))
@@ -153,7 +153,7 @@ def test_defaults_are_those_of_transformers(tmp_path: Path) -> None:
 
 
 def test_of_two_sets_of_weights_that_of_transformers_is_read(tmp_path: Path) -> None:
-    """model.safetensors, where shards and their index lie beside it."""
+    """model.safetensors is used, even beside shards and their index."""
     folder = tmp_path / "llama"
     llama(folder, "30KB")
     llama(tmp_path / "one")
@@ -164,7 +164,7 @@ def test_of_two_sets_of_weights_that_of_transformers_is_read(tmp_path: Path) -> 
 
 
 def test_an_adapter_beside_the_weights_is_refused(good: Path, tmp_path: Path) -> None:
-    """Transformers adds it to the model."""
+    """transformers would add an adapter to the model."""
     folder = Path(shutil.copytree(good, tmp_path / "llama"))
     (folder / "adapter_config.json").write_text("{}")
     assert "adapter_config.json" in refused("import", folder, "--output", tmp_path / "import")

@@ -1,4 +1,4 @@
-"""The manifest of an export: a byte that changed later is named by `export verify` and by what reads it."""
+"""The manifest of an export: `export verify` and all readers report a changed byte."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ IDS = ("--prompt-ids", "1,2,3", "--max-new-tokens", "2")
 
 
 def flip(file: Path, at: int = -1) -> None:
-    """Change one byte, not the size."""
+    """Change one byte of a file, keeping its size."""
     data = bytearray(file.read_bytes())
     data[at] ^= 1
     file.write_bytes(data)
@@ -49,7 +49,7 @@ def test_every_file_is_listed_and_the_folder_verifies(
         capsys.readouterr()
         mlm_train("export", "verify", folder)
         assert f"{folder}: whole, {len(there)} files" in capsys.readouterr().out
-    with torch.no_grad():  # transformers passes it over
+    with torch.no_grad():  # transformers ignores it
         LlamaForCausalLM.from_pretrained(tmp_path / "import")(torch.tensor([[1]]))
 
 
@@ -97,7 +97,7 @@ def test_a_flipped_byte_of_a_table(export: Path, data: Path, tmp_path: Path) -> 
     for words in commands:
         assert str(tol / "100.safetensors") in refused(*words, "--verify", "full"), words
     for words in commands[:3]:
-        mlm_train(*words)  # a table may be larger than memory: its bytes are not read all by default
+        mlm_train(*words)  # a table may be larger than memory: not all of its bytes are read by default
         mlm_train(*words, "--verify", "none")
     (tol / "100.safetensors").write_bytes((tol / "100.safetensors").read_bytes()[:-4])
     for words in commands:

@@ -1,4 +1,4 @@
-"""Checkpoints kept on purpose: those of certain steps, and the best by validation loss."""
+"""Checkpoints kept on purpose: those at certain steps, and the best by validation loss."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def pretrain(data: Path, run: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def done(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run over two launches: the loss falls in the first one, and rises in the other."""
+    """A run of two launches: the loss falls in the first one and rises in the second."""
     run = tmp_path_factory.mktemp("kept") / "run"
     for more in ((CALM, "train.stop_after=6"), ()):
         mlm_train(*pretrain(data, run, *more))
@@ -45,17 +45,17 @@ def done(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(done: Path, tmp_path: Path) -> Path:
-    """The same, to be changed."""
+    """A copy of the run that tests may change."""
     return Path(shutil.copytree(done, tmp_path / "copy"))
 
 
 def steps(run: Path) -> list[int]:
-    """Of the checkpoints that are there."""
+    """Steps of the existing checkpoints."""
     return [int(folder.name.removeprefix("step-")) for folder in committed(run / "checkpoints")]
 
 
 def best(run: Path) -> list[int]:
-    """All steps by their validation loss, as TensorBoard has it."""
+    """All steps sorted by their validation loss in TensorBoard."""
     losses = scalars(run, "validation/loss")
     assert len(losses) == STEPS
     return sorted(losses, key=lambda step: losses[step])
@@ -91,7 +91,7 @@ def test_the_best_and_those_of_certain_steps_outlive_the_newest(
 def test_best_names_a_checkpoint(
     done: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """To every command that takes a model; its weights have that loss."""
+    """For every command that takes a model; its weights have that loss."""
     first = best(done)[0]
     found = []
     for name in (f"step-{first:08d}", "best"):
@@ -115,7 +115,7 @@ def test_best_names_a_checkpoint(
 
 
 def test_best_of_none(run: Path, data: Path, tmp_path: Path) -> None:
-    """No loss was measured, or what bears the name is something else."""
+    """No loss was measured, or `best` is something else."""
     bare = tmp_path / "bare"
     none = ("checkpoint.keep_best_k=0", "checkpoint.keep_interval=0", "train.eval_interval=0")
     mlm_train(*pretrain(data, bare, *none, "train.stop_after=2"))
@@ -124,7 +124,7 @@ def test_best_of_none(run: Path, data: Path, tmp_path: Path) -> None:
     assert "validation loss" in refused("evaluate", "--model", bare / "best", "--data", data)
     (tmp_path / "best").write_text("step-00000001\n")
     assert str(tmp_path) in refused("export", tmp_path / "best", "--output", tmp_path / "export")
-    (run / "checkpoints" / "best").write_text("../../elsewhere\n")  # it is for people: nothing trusts it
+    (run / "checkpoints" / "best").write_text("../../elsewhere\n")  # it is for people: no code reads it
     mlm_train("export", run / "best", "--output", tmp_path / "export")
 
 
@@ -181,7 +181,7 @@ def test_a_start_that_would_delete_what_was_kept_is_refused(run: Path, data: Pat
 
 
 def test_losses_of_other_samples_are_not_compared(run: Path, data: Path) -> None:
-    """More validation samples: another measure, whose best is kept beside that of the first."""
+    """With more validation samples losses are not comparable: the best of each kind is kept."""
     first, second = best(run)[:2]
     more = (f"train.steps={STEPS + 3}", f"schedule.total_steps={STEPS}", "train.eval_samples=12")
     mlm_train(
@@ -198,7 +198,7 @@ def test_losses_of_other_samples_are_not_compared(run: Path, data: Path) -> None
 def test_a_loss_belongs_to_the_weights_it_was_measured_on(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Saved at every step, evaluated at every second one: the others have none, and are never the best."""
+    """Saved at every step, evaluated at every second one: checkpoints without a loss are never the best."""
     run = tmp_path / "run"
     off = ("checkpoint.keep_best_k=0", "checkpoint.keep_interval=0", "checkpoint.keep_latest_k=9")
     mlm_train(*pretrain(data, run, *off, "train.eval_interval=2", "train.stop_after=5"))

@@ -1,4 +1,4 @@
-"""A model is read alike from an export and from a checkpoint of any layout; what is neither is refused."""
+"""A model is read the same from an export and from a checkpoint of any layout; anything else is rejected."""
 
 import random
 import shutil
@@ -56,7 +56,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def same(opened: OpenedModel, export: Path) -> None:
-    """Every tensor and random slices of its rows are the export's, to the bit."""
+    """Every tensor, and random slices of its rows, are bitwise equal to the export's."""
     expected, chance = load_file(export / "model.safetensors"), random.Random(7)
     assert opened.tensors.names() == sorted(expected)
     for name, tensor in expected.items():
@@ -80,7 +80,7 @@ def test_a_checkpoint_reads_as_its_export(data: Path, tmp_path: Path, layout: st
     run_on_ranks("tests.checkpoint.logical_cases:pretrain", world, words=words(data, run, *more))
     mlm_train("export", run, "--output", export)
     checkpoint = run / "checkpoints" / "step-00000002"
-    if "TP2" in layout:  # tensors cut by rows and by columns are what this is about
+    if "TP2" in layout:  # the point of this test: tensors split by rows and by columns
         assert set(parts_of(checkpoint).values()) == {1, 2}
     for path in (run, run / "checkpoints", checkpoint):
         with open_model(path, needs_ffn_m=True) as opened:
@@ -93,7 +93,7 @@ def test_a_checkpoint_reads_as_its_export(data: Path, tmp_path: Path, layout: st
 
 
 def test_a_fingerprint_names_weights_and_not_files(trained: Path, data: Path, tmp_path: Path) -> None:
-    """Equal for a copy and for another layout's files of the same weights; another for another step."""
+    """Equal for a copy and for another layout's files of the same weights, but not for another step."""
     still = ("optimizer.lr=1e-30", "schedule.min_lr=0", "schedule.warmup_steps=0", "train.steps=1")
     found = []
     for name, (world, layout) in (("one", (1, ())), ("four", LAYOUTS["TP2 PP2"])):
@@ -108,7 +108,7 @@ def test_a_fingerprint_names_weights_and_not_files(trained: Path, data: Path, tm
 
 
 def line_of(path: Path, **options: bool) -> str:
-    """The one line with which a folder is refused."""
+    """The line with which a folder is rejected."""
     with pytest.raises(UserError) as refusal:
         open_model(path, **options)
     assert "\n" not in str(refusal.value)
@@ -135,7 +135,7 @@ def flip(path: Path, place: int) -> None:
 
 @pytest.mark.parametrize("place", [9, 40, -1])
 def test_a_changed_bit_is_refused_wherever_it_is(trained: Path, tmp_path: Path, place: int) -> None:
-    """In the header, too, which is not read before the checksum has been compared."""
+    """Also in the header, which is not read before the checksum was compared."""
     run = Path(shutil.copytree(trained, tmp_path / "copy"))
     file = next((run / "checkpoints" / "step-00000002").glob("*.safetensors"))
     flip(file, place)
@@ -143,7 +143,7 @@ def test_a_changed_bit_is_refused_wherever_it_is(trained: Path, tmp_path: Path, 
 
 
 def test_a_tensor_without_all_its_parts_is_refused(data: Path, tmp_path: Path) -> None:
-    """As a manifest would have it that names too few files."""
+    """As with a manifest that lists too few files."""
     run = tmp_path / "run"
     run_on_ranks("tests.checkpoint.logical_cases:pretrain", 4, words=words(data, run, *TP2_PP2))
     folder = run / "checkpoints" / "step-00000002"
@@ -166,8 +166,8 @@ def test_a_base_model_is_refused_where_ffn_m_is_needed(data: Path, tmp_path: Pat
 
 
 NO_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "nothing": (lambda folder: folder.rmdir(), "is no folder"),
-    "a file": (lambda folder: (folder.rmdir(), folder.write_text("text")), "is no folder"),
+    "nothing": (lambda folder: folder.rmdir(), "is not a folder"),
+    "a file": (lambda folder: (folder.rmdir(), folder.write_text("text")), "is not a folder"),
     "an empty folder": (lambda folder: None, "holds no model"),
     "other files": (lambda folder: (folder / "notes.txt").write_text("text"), "holds no model"),
     "a config alone": (lambda folder: (folder / "config.json").write_text("{}"), "model_type"),

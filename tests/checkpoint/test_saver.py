@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on: the same files, nothing of later steps, failures survived."""
+"""Background saves: the same files, nothing of later steps, and failed saves are survived."""
 
 import threading
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ def config_of(data: Path, run: Path, *more: str) -> Config:
 
 
 def checksums(run: Path) -> dict[str, list[FileEntry]]:
-    """Checkpoint name -> its manifest's files; all contents are verified on the way."""
+    """Checkpoint name -> its manifest's files; all contents are verified."""
     return {folder.name: open_checkpoint(folder).files for folder in (run / "checkpoints").glob("step-*")}
 
 
@@ -151,7 +151,7 @@ def test_space_is_looked_for_before_anything_is_written(
     before = checksums(run)
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: usage(path)._replace(free=100_000))
     processes.stop()
-    more = ("train.steps=3", "monitor.tensorboard=false")
+    more = ("train.steps=3", "monitor.writers=[]")
     config = config_of(data, run, *more)
     with (
         pytest.raises(UserError, match=r"the checkpoint of step 3 needs .* GiB, but .* free: free space"),

@@ -69,7 +69,7 @@ def folders(corpus: Path, begun: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def runs(folders: tuple[Path, Path]) -> Iterator[tuple[Path, Path]]:
-    """A run of each."""
+    """A run on each of the two."""
     for data in folders:
         output = data.with_name(f"run-{data.name}")
         mlm_train(

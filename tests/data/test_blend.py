@@ -1,4 +1,4 @@
-"""Several prepared folders in fixed shares."""
+"""Blends of several prepared folders in fixed proportions."""
 
 import shutil
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_samples_come_from_both_in_turn_each_shuffled_by_itself(
     alone = [Samples(data.split("train"), SIZE, 7) for data in (prepared, other)]
     epoch = alone[1].samples_per_epoch
     count = 4 * epoch * 2 + 3  # two epochs of the small source, and some
-    sources, _ = samples.places(range(count))
+    sources, _ = samples.locate(range(count))
     for number, one in enumerate(alone):
         mine = np.flatnonzero(sources == number)
         assert abs(len(mine) - count * (0.75, 0.25)[number]) <= 1
@@ -46,7 +46,7 @@ def test_samples_come_from_both_in_turn_each_shuffled_by_itself(
     used = samples.consumed(count)
     assert [some.samples for some in used] == np.bincount(sources).tolist()
     assert used[1].tokens == used[1].samples * SIZE and used[1].epochs == pytest.approx(2, abs=2 / epoch)
-    # Any batches, over the seams of the blocks in which places are found too.
+    # Any batches, also across the boundaries of the blocks in which samples are located.
     ids, labels = samples.batch(BLOCK - 5, 10)
     assert np.array_equal(ids[7], samples.batch(BLOCK + 2, 1)[0][0])
     assert np.array_equal(
@@ -88,7 +88,7 @@ def test_weights_are_rounded_to_five_decimals(prepared: PreparedData, other: Pre
     assert blend.shares == [33_333, 66_667] and sum(blend.shares) == PARTS
     with pytest.raises(UserError, match=r"data\.blend: .* is given 2 times: give it once"):
         blended((prepared, 1), (other, 1), (prepared, 1))
-    with pytest.raises(UserError, match=r"data\.blend\.1\.weight=1e-06: is less than one of 100,000"):
+    with pytest.raises(UserError, match=r"data\.blend\.1\.weight=1e-06 is less than one of 100,000"):
         blended((prepared, 1), (other, 1e-6))
 
 
@@ -97,6 +97,6 @@ def test_another_tokenizer_is_refused(
 ) -> None:
     prepare([str(corpus)], tmp_path / "strange", "train:600")
     with pytest.raises(
-        UserError, match=r"strange was prepared with another tokenizer than .*data: .*--tokenizer"
+        UserError, match=r"strange was prepared with a different tokenizer than .*data: .*--tokenizer"
     ):
         blended((prepared, 1), (PreparedData.open(tmp_path / "strange"), 1))

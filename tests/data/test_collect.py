@@ -79,7 +79,7 @@ def test_bad_input(source, tmp_path):
         collect(tmp_path / "out", [tmp_path / "absent"])
     with pytest.raises(UserError, match="must lie between 0 and 1"):
         collect(tmp_path / "out", [source], validation_fraction=1.0)
-    with pytest.raises(UserError, match="no document of 60 falls into the validation split"):
+    with pytest.raises(UserError, match="none of the 60 documents falls into the validation split"):
         collect(tmp_path / "out", [source], validation_fraction=1e-9)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nothing", "source"]
     (tmp_path / "out").mkdir()

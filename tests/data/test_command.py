@@ -24,10 +24,10 @@ def test_collect_prepare_inspect(tmp_path, capsys):
     )
     shown = capsys.readouterr()
     assert PreparedData.open(data).fingerprint[:16] in shown.out
-    assert "tokenising" in shown.err
+    assert "tokenizing" in shown.err
     assert run("inspect", data, "--sequence-length", 64, "--samples", 2, "--verify") == 0
     out = capsys.readouterr().out
-    assert "train sample 1" in out and "distinct ids" in out and "hash of the manifest" in out
+    assert "train sample 1" in out and "distinct ids" in out and "matches the manifest's hash" in out
 
 
 def test_errors_are_one_line_and_exit_2(tmp_path, capsys):
@@ -46,7 +46,7 @@ def test_errors_are_one_line_and_exit_2(tmp_path, capsys):
 
 def test_samples_longer_than_the_split(prepared, capsys):
     assert run("inspect", prepared.path, "--sequence-length", 10**9) == 2
-    assert "less than one sample" in capsys.readouterr().err
+    assert "fewer than one sample" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["collect", "prepare", "inspect"])

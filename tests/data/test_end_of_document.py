@@ -1,4 +1,4 @@
-"""The id that ends a document, of every kind of tokenizer: no text can produce it, or it is refused."""
+"""The end-of-document id of every kind of tokenizer: no text can produce it, or it is rejected."""
 
 import json
 from collections.abc import Callable
@@ -66,7 +66,7 @@ def unigram(*special: str) -> Any:
 
 @pytest.fixture(scope="module")
 def marked(texts: list[str]) -> list[str]:
-    """Texts that speak of end tokens, as pages about tokenizers do."""
+    """Texts that mention end tokens, like pages about tokenizers."""
     words = "page {} ends with </s> or <eos> or <|endoftext|> or </s>x<eos>, they say\n"
     return [words.format(number) * 3 + text[:2000] for number, text in enumerate(texts[:40])]
 
@@ -88,7 +88,7 @@ def trained(build: Build, texts: list[str], folder: Path, *special: str) -> Path
 
 
 def ends(folder: Path) -> tuple[int, int]:
-    """Documents of prepared data, and how often the id that ends one stands in them."""
+    """Number of documents of prepared data, and of occurrences of the end-of-document id."""
     data = PreparedData.open(folder)
     streams = [data.split(name) for name in ("train", "validation")]
     found = sum(np.count_nonzero(stream.tokens == data.eod_id) for stream in streams)
@@ -141,7 +141,7 @@ def test_special_tokens_come_before_ordinary_ones_of_the_same_name(
 def test_a_special_token_that_text_can_spell_is_refused(
     build: Build, marked: list[str], corpus_file: Path, tmp_path: Path
 ) -> None:
-    """These find their special tokens' names in a text as they find any word."""
+    """These tokenizers match their special tokens' names in a text like any word."""
     file = trained(build, marked, tmp_path / "tokenizer", "<eos>", "two words")
     for eod in (None, "<eos>", "</s>"):
         with pytest.raises(UserError, match="--eod") as error:
@@ -189,7 +189,7 @@ def test_the_tokenizer_says_itself_what_ends_a_document(marked: list[str], tmp_p
 def test_no_text_ends_a_document_whatever_the_tokenizer_does(
     marked: list[str], corpus_file: Path, tmp_path: Path
 ) -> None:
-    """A vocabulary that hides it: the token comes of a text that looks like nothing of the kind."""
+    """A vocabulary in which an unrelated text produces the token."""
     tokenizer, trainer = word_level("<eos>")
     hide = [normalizers.Replace("<", "("), normalizers.Replace("page", "<eos>")]
     tokenizer.normalizer = normalizers.Sequence(hide)

@@ -1,4 +1,4 @@
-"""What a file holds is told by its content, whatever it is called; nothing is passed over in silence."""
+"""Formats are detected from a file's content, whatever its name; no file is skipped silently."""
 
 import bz2
 import gzip
@@ -23,7 +23,7 @@ TEXTS = ["first\r\ntext\t😀", "second\u2028text", '{"third": "is no JSON line"
 
 
 def zstandard(data: bytes) -> bytes:
-    """Two frames, with a frame to skip before each: what parallel compressors write."""
+    """Two frames, each after a skippable frame, as parallel compressors write them."""
     codec, skip = pa.Codec("zstd"), bytes([0x50, 0x2A, 0x4D, 0x18, 4, 0, 0, 0]) + b"size"
     half = len(data) // 2
     return b"".join(skip + codec.compress(part, asbytes=True) for part in (data[:half], data[half:]))
@@ -84,7 +84,7 @@ def test_one_json_value_is_read_as_hugging_face_reads_it(packed: str, tmp_path: 
 
 
 def test_text_is_text(tmp_path: Path) -> None:
-    """Also where it begins as JSON does, and whatever it is called."""
+    """Also where it begins like JSON, and whatever its name."""
     texts = {
         "code.py": "{'a': 1}\n", "README": "[link](there)\n", "notes.TXT": "{not json}\n{at all}\n",
         "page.html": "<p>", "LICENSE": "all rights", "long.log": "line\n" * 30_000, "nul.txt": "one \0 here",
@@ -99,7 +99,7 @@ def test_text_is_text(tmp_path: Path) -> None:
 
 
 def not_text(folder: Path) -> list[Path]:
-    """Files that are neither text nor of a known format."""
+    """Files that are neither text nor in a known format."""
     noise = random.Random(0).randbytes(1000)
     table = io.BytesIO()
     pq.write_table(pa.table({"text": TEXTS}), table)
@@ -165,7 +165,7 @@ def test_damage_names_file_and_line(tmp_path: Path) -> None:
                 path.write_bytes(compress(good * 3 + bad))
                 with pytest.raises(UserError) as error:
                     read(path)
-                # What is no UTF-8 within what no name calls JSON is no text either.
+                # Invalid UTF-8 in a file that is not named JSON is not text.
                 where = "" if b"\xff" in bad and name in ("a.txt", "a", "a.json") else ":4"
                 assert f"{path}{where}" in str(error.value) and "\n" not in str(error.value)
                 path.unlink()
@@ -183,7 +183,7 @@ def test_damage_names_file_and_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"\.json item 2"):
             read(tmp_path)  # not left out: it has text
         path.unlink()
-    path = tmp_path / "half.jsonl"  # half a surrogate pair where nobody looks is no damage
+    path = tmp_path / "half.jsonl"  # half a surrogate pair in an unused field is not an error
     path.write_bytes(b'{"text": "x", "title": "\\ud800"}\n')
     assert read(path) == (["x"], [])
 
@@ -192,7 +192,7 @@ def test_damage_names_file_and_line(tmp_path: Path) -> None:
     "name", ["train.JSONL", "train.json", "train.jsonl.zst", "Train.ndjson.gz", "train.parquet"]
 )
 def test_a_split_of_its_own_in_every_format(name: str, tmp_path: Path) -> None:
-    """Or validation texts would be trained on."""
+    """Otherwise validation texts would be trained on."""
     table = io.BytesIO()
     pq.write_table(pa.table({"text": TEXTS}), table)
     data = table.getvalue() if name.endswith("parquet") else lines()

@@ -1,4 +1,4 @@
-"""Orders in closed form: permutations that look drawn."""
+"""Orders in closed form: permutations that look random."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_epochs_of_several_places_at_once() -> None:
 
 
 def test_the_order_of_a_seed_never_changes() -> None:
-    """A run goes on after years: these numbers are what (seed 1234, epoch 0) has always meant."""
+    """A run must be able to resume after years: the numbers of (seed 1234, epoch 0) never change."""
     assert epoch_of(10, 1234).tolist() == [1, 3, 9, 8, 6, 4, 7, 5, 2, 0]
     far = np.array([0, 1, 5_000_000_000])
     assert shuffled(far, 6_000_000_000, 1234, np.array([0, 0, 3])).tolist() == [

@@ -54,7 +54,7 @@ def test_output_does_not_depend_on_workers(corpus, tmp_path, monkeypatch):
 
 
 def test_long_documents_are_encoded_in_pieces(prepared, corpus, model, tmp_path, monkeypatch):
-    monkeypatch.setattr("mlm_train.data.tokenizer.PIECE_CHARACTERS", 1000)
+    monkeypatch.setattr("mlm_train.data.tokenizer.CHUNK_CHARACTERS", 1000)
     prepare([str(corpus)], tmp_path / "out", str(model))
     assert PreparedData.open(tmp_path / "out").fingerprint == prepared.fingerprint
 
@@ -122,12 +122,12 @@ def test_bad_input_leaves_nothing(corpus, model, tmp_path):
     bad.write_text('{"text": "good"}\nbad\n')
     cases = [
         (["/no/such/file"], {}, "does not exist"),
-        ([blank], {}, "none of the 0 documents is in the train split"),
-        ([one], {}, "none of the 1 documents is in the validation split"),
+        ([blank], {}, "none of the 0 documents falls into the train split"),
+        ([one], {}, "none of the 1 documents falls into the validation split"),
         ([bad], {"workers": 2}, "bad.jsonl:2 is not JSON"),
-        ([corpus], {"validation_fraction": 0.1}, "brings its own split"),
+        ([corpus], {"validation_fraction": 0.1}, "has its own split"),
         ([one], {"validation_fraction": 1.5}, "must lie between 0 and 1"),
-        ([one], {"validation_fraction": 0.1, "validation": str(one)}, "exclude each other"),
+        ([one], {"validation_fraction": 0.1, "validation": str(one)}, "cannot be combined"),
         ([corpus], {"tokenizer": "train:many"}, "such as train:8192"),
         ([corpus], {"tokenizer": "gpt2"}, "unknown kind"),
         ([corpus], {"eod": "<none>"}, "no token '<none>'"),

@@ -74,7 +74,7 @@ def test_changed_token_is_found_by_verify(folder):
 
 
 def rewrite(folder, change, sealed=True, version=None):
-    """The manifest with some fields changed, as dotted paths; sealed anew, or as it was before seals."""
+    """Change manifest fields, given as dotted paths; with a new checksum, or without one as in version 1."""
     path = folder / "manifest.json"
     tree = json.loads(path.read_text())
     seal = tree.pop(SEAL)
@@ -124,7 +124,7 @@ def test_a_changed_number_is_damage(folder, field):
 
 @pytest.mark.parametrize("field", CHANGED)
 def test_numbers_fit_the_files_whatever_the_seal(folder, field):
-    """Data prepared before manifests were sealed is read, and damage that was sealed is still damage."""
+    """Manifests without a checksum are read, and wrong numbers are found even under a correct checksum."""
     path = folder / "manifest.json"
     whole = path.read_text()
     before_seals(folder)
@@ -143,7 +143,7 @@ def test_numbers_fit_the_files_whatever_the_seal(folder, field):
 
 
 def test_verify_reads_the_index_and_the_ids(prepared, folder):
-    """What was sealed with wrong contents: each a file that no size gives away."""
+    """Wrong contents under correct checksums and sizes."""
     stream = prepared.split("train")
     tokens, offsets = stream.tokens.copy(), stream.document_offsets
     index = (folder / "train.idx").read_bytes()

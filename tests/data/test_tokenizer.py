@@ -71,19 +71,19 @@ def test_every_character_survives_whatever_the_tokenizer_was_trained_on(script, 
 
 
 @pytest.mark.parametrize("kind", ["model", "tokenizer_json"])
-def test_pieces_of_a_long_text_have_its_ids(kind, request, texts, monkeypatch):
-    monkeypatch.setattr("mlm_train.data.tokenizer.PIECE_CHARACTERS", 300)
+def test_chunks_of_a_long_text_have_its_ids(kind, request, texts, monkeypatch):
+    monkeypatch.setattr("mlm_train.data.tokenizer.CHUNK_CHARACTERS", 300)
     tokenizer = Tokenizer.load(request.getfixturevalue(kind))
     text = "".join(texts[:5]) + "".join(AWKWARD) * 20
-    pieces = tokenizer.pieces(text)
-    assert len(pieces) > 10 and "".join(pieces) == text
-    assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+    chunks = tokenizer.chunks(text)
+    assert len(chunks) > 10 and "".join(chunks) == text
+    assert [i for chunk in chunks for i in tokenizer.encode(chunk)] == tokenizer.encode(text)
 
 
-def test_no_pieces_where_a_space_is_put_before_every_text(texts, tmp_path, monkeypatch):
+def test_no_chunks_where_a_space_is_put_before_every_text(texts, tmp_path, monkeypatch):
     from sentencepiece import SentencePieceTrainer
 
-    monkeypatch.setattr("mlm_train.data.tokenizer.PIECE_CHARACTERS", 300)
+    monkeypatch.setattr("mlm_train.data.tokenizer.CHUNK_CHARACTERS", 300)
     (tmp_path / "corpus.txt").write_text("\n".join(texts[:5]), encoding="utf-8")
     prefix = str(tmp_path / "prefixed")
     SentencePieceTrainer.train(
@@ -97,7 +97,7 @@ def test_no_pieces_where_a_space_is_put_before_every_text(texts, tmp_path, monke
     )
     tokenizer = Tokenizer.load(f"{prefix}.model")
     text = "a few words\n" * 100
-    assert tokenizer.pieces(text) == [text]
+    assert tokenizer.chunks(text) == [text]
 
 
 def test_training_is_deterministic_and_has_the_size_asked_for(texts, model):

@@ -1,4 +1,4 @@
-"""Tokenizer files that are damaged or hostile: one line and exit code 2, in a time that is bounded."""
+"""Damaged or hostile tokenizer files: one line and exit code 2, in bounded time."""
 
 import json
 from collections.abc import Callable
@@ -42,13 +42,13 @@ def far_ids(tree: dict[str, Any]) -> None:
 
 
 def never_matches(tree: dict[str, Any]) -> None:
-    """The library's Rust panics over a text, which is no Exception of Python."""
+    """The library's Rust panics over a text, which is not a Python Exception."""
     split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
     tree["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, tree["pre_tokenizer"]]}
 
 
 def not_a_charsmap(tree: dict[str, Any]) -> None:
-    """It panics over the file."""
+    """The library's Rust panics over the file."""
     tree["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAAAAAAAAAA"}
 
 
@@ -69,7 +69,7 @@ def test_a_damaged_tokenizer_json_is_one_line(
 def test_what_does_not_end_is_ended(
     tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More time than the trial gives, as a hostile file would take it."""
+    """A hostile file takes more time than the trial allows."""
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps(tree))
     monkeypatch.setattr(tokenizer_trial, "SECONDS", 0.01)

@@ -22,7 +22,7 @@ def baseline_perplexities(
 
 
 def slow(train, evaluation, vocab):
-    """The formulas word by word, with dictionaries."""
+    """The formulas written out with dictionaries."""
     pairs, starts, labels = Counter(), Counter(), Counter()
     for window in train.tolist():
         for v, w in itertools.pairwise(window):

@@ -45,7 +45,7 @@ def test_bad_input(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             dump_logits(tmp_path / "export", file, out)
     file.write_bytes(b"nothing")
-    with pytest.raises(UserError, match="not a whole safetensors file"):
+    with pytest.raises(UserError, match="not a valid safetensors file"):
         dump_logits(tmp_path / "export", file, out)
     file.unlink()
     with pytest.raises(UserError, match="does not exist"):
@@ -54,5 +54,5 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exists"):
         dump_logits(tmp_path / "export", file, out)
     for file in ("export/new.safetensors", "none/new.safetensors"):
-        with pytest.raises(UserError, match=r"takes no other files|folder that exists"):
+        with pytest.raises(UserError, match=r"must hold no other files|folder that exists"):
             dump_logits(tmp_path / "export", tmp_path / "no", tmp_path / file)

@@ -53,7 +53,7 @@ def test_lookup_generates_the_same(
 
 
 class Letters:
-    """A tokenizer in which every second id of a character is only half of it."""
+    """A tokenizer with two ids per character."""
 
     eod_id = 96
 

@@ -1,4 +1,4 @@
-"""Decoding with the cache equals the full forward; drawing and limits."""
+"""Decoding with the cache equals the full forward; sampling and limits."""
 
 from typing import Any
 
@@ -88,7 +88,7 @@ def test_drawing() -> None:
     assert warm[0] == warm[1] != warm[2]
     assert list(decoder.generate(PROMPT, 20, temperature=5.0, top_p=1e-6)) == greedy
     assert list(decoder.generate(PROMPT, 20, temperature=1e-30)) == greedy
-    draw = decode._Draw(1.0, 0.7, 0)
+    draw = decode._Sampler(1.0, 0.7, 0)
     logits = torch.tensor([0.5, 0.15, 0.3, 0.05]).log()
     drawn = torch.tensor([draw(logits) for _ in range(400)]).bincount(minlength=4) / 400
     assert drawn[1] == drawn[3] == 0 and abs(float(drawn[0]) - 0.625) < 0.1

@@ -17,8 +17,8 @@ from tests.parallel.reference import global_batch, relative_error, sharpen, tiny
 
 @pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model["kind"] != "base"])
 @pytest.mark.parametrize(("rows", "kept"), [(7, 0), (2048, 0), (7, 1), (2048, 99)])
-def test_gradients_are_per_token_s(name: str, rows: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlm_train.memory.table.ROWS", rows)
+def test_gradients_equal_per_token(name: str, rows: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlm_train.memory.table.BLOCK_ROWS", rows)
     config = tiny_config(dict(MODELS[name]))
     model = Transformer(config.model).double()
     initialise(model, config.model, 1)
@@ -31,17 +31,17 @@ def test_gradients_are_per_token_s(name: str, rows: int, kept: int, monkeypatch:
     expected = {key: p.grad.clone() for key, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
 
-    source = TableSource(model.memory_blocks(), Positions(), contextlib.nullcontext(), kept=kept)  # type: ignore[arg-type]
+    source = TableSource(model.memory_blocks(), Positions(), contextlib.nullcontext(), kept_layers=kept)  # type: ignore[arg-type]
     distinct, index = torch.cat(batches).unique(return_inverse=True)
     embedded = model.rows(distinct)
     source.begin(distinct, embedded)
-    assert len(source.passes) == min(kept, len(source.blocks))
+    assert len(source.kept_outputs) == min(kept, len(source.blocks))
     gradient, anchor = torch.zeros_like(embedded), torch.zeros(1, requires_grad=True)
-    for ids, some in zip(batches, index.split(4), strict=True):
-        x0 = Lookup.apply(some, embedded.detach(), gradient, anchor)
+    for ids, rows_of_ids in zip(batches, index.split(4), strict=True):
+        x0 = Lookup.apply(rows_of_ids, embedded.detach(), gradient, anchor)
         hidden = model.run_layers(x0, source.open(ids, x0), ids)
         assert model.norm is not None
         (model.head(model.norm(hidden)) * weights).sum().backward()
     embedded.backward(gradient + source.finish())
-    found = {key: p.grad for key, p in model.named_parameters()}
-    assert relative_error(found, expected) < 1e-12
+    gradients = {key: p.grad for key, p in model.named_parameters()}
+    assert relative_error(gradients, expected) < 1e-12

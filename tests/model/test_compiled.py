@@ -1,4 +1,4 @@
-"""Compiled layers: the same numbers as without, and one graph for all layers and row counts."""
+"""Compiled layers: the same values as eager ones, and one graph for all layers and row counts."""
 
 import pytest
 import torch
@@ -33,11 +33,11 @@ def step(model: Transformer, mode: str | None, ids: torch.Tensor, weights: torch
     ("name", "mode", "recompute", "graphs"),
     [
         ("base gqa tied", None, "selective", 1),
-        ("memory tied alpha", "table", "full", 3),  # FFN-M without graph too
+        ("memory tied alpha", "table", "full", 3),  # FFN-M is compiled without gradients too
         ("flex linear post tied", "unique", "none", 2),
     ],
 )
-def test_same_numbers_from_few_graphs(
+def test_same_values_from_few_graphs(
     name: str, mode: str | None, recompute: ActivationCheckpointing, graphs: int
 ) -> None:
     """A graph serves all layers, whatever their alpha, and all numbers of distinct ids."""
@@ -50,19 +50,19 @@ def test_same_numbers_from_few_graphs(
     for number in range(3):
         ids = torch.randint(0, (96, 31, 7)[number], (2, 24))
         weights = torch.randn(*ids.shape, 96)
-        found = {}
+        results = {}
         for compiles in (False, True):
             for layer in range(config.model.num_hidden_layers):
                 model.block(layer).set_activation_checkpointing(recompute)
                 model.block(layer).compiles = compiles
-            found[compiles] = step(model, mode, ids, weights)
-        assert relative_error(found[True], found[False]) < 2e-5
+            results[compiles] = step(model, mode, ids, weights)
+        assert relative_error(results[True], results[False]) < 2e-5
     assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
-def test_bf16_is_as_close_to_fp32_as_without(recompute: ActivationCheckpointing) -> None:
-    """On a CPU attention's backward is another one then: kernels/cpu_attention.py."""
+def test_bf16_is_as_close_to_fp32_as_eager(recompute: ActivationCheckpointing) -> None:
+    """On a CPU compiled layers use another backward of attention: kernels/cpu_attention.py."""
     torch.compiler.reset()
     counters.clear()
     config = tiny_config(dict(MODELS["memory"]))

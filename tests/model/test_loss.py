@@ -1,4 +1,4 @@
-"""The chunked head and loss: what the plain one gives, to the last digit that the precision has."""
+"""The chunked head and loss against the plain one, to the precision of the dtype."""
 
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ HIDDEN, VOCABULARY, SHAPE = 16, 53, (3, 7)
 Z_LOSS, SCALE = 1e-2, 0.37
 
 
-class Found(NamedTuple):
-    """Scalars and gradients of one way to compute the loss."""
+class Result(NamedTuple):
+    """Scalars and gradients of one method to compute the loss."""
 
     objective: Tensor
     cross_entropy: Tensor
@@ -39,7 +39,7 @@ def inputs(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, T
     return hidden.to(dtype), weight.to(dtype), labels
 
 
-def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Found:
+def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Result:
     """logsumexp and gather of all logits, in their dtype, gradients by autograd."""
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     logits = F.linear(hidden, weight)
@@ -49,30 +49,30 @@ def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Found:
     cross_entropy = ((lse - target) * valid).sum()
     objective = SCALE * (cross_entropy + Z_LOSS * (lse.square() * valid).sum())
     objective.backward()
-    return Found(objective.detach(), cross_entropy.detach(), hidden.grad, weight.grad)
+    return Result(objective.detach(), cross_entropy.detach(), hidden.grad, weight.grad)
 
 
 def call(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None, **other: Any) -> tuple:
     """head_loss over the whole vocabulary."""
-    words = VocabRange(0, VOCABULARY)
-    options = {"scale": SCALE, "z_loss": Z_LOSS, "words": words, "chunk": chunk} | other
+    vocabulary = VocabRange(0, VOCABULARY)
+    options = {"scale": SCALE, "z_loss": Z_LOSS, "vocabulary": vocabulary, "chunk": chunk} | other
     return head_loss(hidden, weight, labels, **options)
 
 
-def chunked(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None, **other: Any) -> Found:
-    """The way under test."""
+def chunked(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None, **other: Any) -> Result:
+    """The method under test."""
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     objective, cross_entropy = call(hidden, weight, labels, chunk, **other)
     assert not cross_entropy.requires_grad
     objective.backward()
-    return Found(objective.detach(), cross_entropy, hidden.grad, weight.grad)
+    return Result(objective.detach(), cross_entropy, hidden.grad, weight.grad)
 
 
-def distances(found: Found, reference: Found) -> dict[str, float]:
+def distances(found: Result, reference: Result) -> dict[str, float]:
     """Relative, of each scalar and gradient."""
     return {
         name: float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
-        for name, a, b in zip(Found._fields, found, reference, strict=True)
+        for name, a, b in zip(Result._fields, found, reference, strict=True)
     }
 
 
@@ -122,7 +122,7 @@ def test_bf16_autocast_is_no_further_from_float64_than_plain(
         with torch.autocast("cpu", dtype=torch.bfloat16):
             mine.append(distances(chunked(hidden, weight, labels, chunk, compiles=compiles), reference))
             theirs.append(distances(plain(hidden, weight, labels), reference))
-    for name in Found._fields:
+    for name in Result._fields:
         median = [float(torch.tensor([d[name] for d in found]).median()) for found in (mine, theirs)]
         assert min(median) > 1e-5, "both must really compute in bf16"
         assert median[0] <= 1.25 * median[1], (name, median)
@@ -151,7 +151,7 @@ def test_large_logits_do_not_overflow() -> None:
     assert max(distances(chunked(hidden * 1e3, weight, labels, 4), reference).values()) < 1e-12
 
 
-def test_padded_rows_are_no_words_and_get_no_gradient() -> None:
+def test_padded_rows_are_masked_and_get_no_gradient() -> None:
     hidden, weight, labels = inputs()
     padded = torch.cat((weight, torch.zeros(4, HIDDEN, dtype=weight.dtype)))
     found = chunked(hidden, padded, labels, 4)
@@ -191,7 +191,7 @@ def test_computes_only_the_gradients_that_are_wanted() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that an operation inside returned a storage for."""
+    """Elements of the largest tensor that an operation inside allocates."""
 
     elements = 0
 
@@ -215,12 +215,12 @@ def test_no_tensor_holds_the_logits_of_all_tokens(bf16: bool) -> None:
     weight = torch.randn(vocabulary, hidden_size, requires_grad=True)
     labels = torch.randint(0, vocabulary, (tokens,))
     with Largest() as largest, torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-        words = VocabRange(0, vocabulary)
-        head_loss(hidden, weight, labels, scale=1.0, z_loss=0.0, words=words, chunk=chunk)[0].backward()
+        options = {"scale": 1.0, "z_loss": 0.0, "vocabulary": VocabRange(0, vocabulary), "chunk": chunk}
+        head_loss(hidden, weight, labels, **options)[0].backward()
     assert largest.elements == chunk * vocabulary
     with Largest() as largest:
         F.linear(hidden, weight)
-    assert largest.elements == tokens * vocabulary, "the measure sees what the plain way holds"
+    assert largest.elements == tokens * vocabulary, "the measure sees what the plain method holds"
 
 
 def test_the_default_chunk_fits_its_bytes() -> None:
@@ -231,7 +231,7 @@ def test_the_default_chunk_fits_its_bytes() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_model_gives_its_head_to_the_loss(tied: bool) -> None:
-    """One process, the whole model: gradients of every weight; a tied one gets embedding's and head's."""
+    """One process, the whole model: gradients of every weight, also of a tied one."""
     tree: dict[str, Any] = {
         "model": {
             "kind": "base",

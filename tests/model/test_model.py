@@ -1,4 +1,4 @@
-"""The model alone: counts, initialisation, logical names, sources."""
+"""The model: parameter counts, initialisation, logical names, memory sources."""
 
 import pytest
 import torch
@@ -55,13 +55,13 @@ def test_unique_equals_per_token_in_float64(name: str) -> None:
     model = Transformer(config(name)).double()
     initialise(model, config(name), 3)
     ids = torch.randint(0, 12, (3, 20))
-    found = []
+    results = []
     for mode in ("per_token", "unique"):
         model.zero_grad()
         logits = model(ids, make_source(mode, model.memory_blocks()))
         logits.square().sum().backward()
-        found.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
-    for a, b in zip(*found, strict=True):
+        results.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
         assert float((a - b).norm() / b.norm()) < 1e-12
 
 
@@ -74,7 +74,7 @@ def test_loss_is_torchs_cross_entropy_plus_z() -> None:
     assert torch.allclose(sums.z, logits.logsumexp(-1)[labels != -100].square().sum())
 
 
-def test_a_models_own_text_cannot_see_the_future() -> None:
+def test_attention_is_causal() -> None:
     model = Transformer(config("flex")).double()
     initialise(model, config("flex"), 3)
     source = make_source("unique", model.memory_blocks())
@@ -89,5 +89,5 @@ def test_a_models_own_text_cannot_see_the_future() -> None:
 def test_flops_count_ffn_m_by_distinct_tokens() -> None:
     c = config("memory")
     all_positions, none = (train_flops_per_token(c, 128, ratio) for ratio in (1.0, 0.0))
-    ffn_m = 3 * c.num_hidden_layers * c.hidden_size * c.intermediate_size  # norms are left out
+    ffn_m = 3 * c.num_hidden_layers * c.hidden_size * c.intermediate_size  # norms are not counted
     assert all_positions - none == 6 * ffn_m

@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same gradients, fewer activations kept."""
+"""Activation checkpointing: the same gradients with fewer activations."""
 
 import pytest
 import torch
@@ -12,12 +12,12 @@ from tests.parallel.reference import tiny_config
 
 
 def step(model: Transformer, mode: str | None, ids: torch.Tensor) -> tuple[dict, int]:
-    """Gradients, and the bytes of distinct tensors that autograd kept."""
-    kept: dict[int, int] = {}
+    """Gradients, and the bytes of distinct tensors that autograd saved."""
+    saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     model.zero_grad(set_to_none=True)
@@ -25,7 +25,7 @@ def step(model: Transformer, mode: str | None, ids: torch.Tensor) -> tuple[dict,
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(ids, source).float().logsumexp(-1).sum()
     loss.backward()
-    return {name: p.grad for name, p in model.named_parameters()}, sum(kept.values())
+    return {name: p.grad for name, p in model.named_parameters()}, sum(saved.values())
 
 
 @pytest.mark.parametrize(
@@ -41,13 +41,13 @@ def test_same_gradients_with_fewer_activations(name: str, mode: str | None) -> N
     model = Transformer(config.model)
     initialise(model, config.model, 3)
     ids = torch.randint(0, 96, (2, 48), generator=torch.Generator().manual_seed(1))
-    found = {}
+    results = {}
     for extent in ("none", "selective", "full"):
         for layer in range(config.model.num_hidden_layers):
             model.block(layer).set_activation_checkpointing(extent)
-        found[extent] = step(model, mode, ids)
+        results[extent] = step(model, mode, ids)
     for extent in ("selective", "full"):
-        for parameter, gradient in found["none"][0].items():
-            torch.testing.assert_close(found[extent][0][parameter], gradient, rtol=0, atol=0)
-    sizes = {extent: size for extent, (_, size) in found.items()}
+        for parameter, gradient in results["none"][0].items():
+            torch.testing.assert_close(results[extent][0][parameter], gradient, rtol=0, atol=0)
+    sizes = {extent: size for extent, (_, size) in results.items()}
     assert sizes["full"] < sizes["selective"] < sizes["none"], sizes

@@ -1,4 +1,4 @@
-"""Modules without weights, in a process of its own: what is imported stays imported."""
+"""Modules without storage, in a separate process, since imported modules stay imported."""
 
 import subprocess
 import sys

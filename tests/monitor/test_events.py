@@ -4,7 +4,9 @@ import resource
 import signal
 from pathlib import Path
 
-from mlm_train.monitor.events import Appended, Events
+from mlm_train.config import load_config
+from mlm_train.monitor.appended import Appended
+from mlm_train.monitor.writers import TensorBoardWriter
 from tests.commands import scalars
 
 
@@ -41,13 +43,14 @@ def test_lines_wait_for_room(tmp_path: Path) -> None:
 
 
 def test_scalars_wait_for_room_and_a_later_launch_voids_what_it_repeats(tmp_path: Path) -> None:
-    events = Events(tmp_path / "tensorboard", purge_step=1)
+    config = load_config("configs/micro.yaml", ["data.path=none", f"train.output={tmp_path}"])
+    events = TensorBoardWriter(config, first_step=1)
     for step in range(1, 6):
         with Full(250 if step in (3, 4) else 10_000):
             events.scalars({"train/loss": 10.0 - step, "train/lr": 0.5}, step)
     events.close()
     assert scalars(tmp_path, "train/loss") == {step: 10.0 - step for step in range(1, 6)}
-    events = Events(tmp_path / "tensorboard", purge_step=4)
+    events = TensorBoardWriter(config, first_step=4)
     events.scalars({"train/loss": 1.5}, 4)
     events.close()
     assert scalars(tmp_path, "train/loss") == {1: 9.0, 2: 8.0, 3: 7.0, 4: 1.5}

@@ -7,12 +7,15 @@ from tests.parallel.parity_cases import run_case
 
 
 def run_compiled(cases: dict[str, dict]) -> dict[str, dict[str, float]]:
-    """Errors of each case with compiled layers, the graphs that it took, and where a graph broke."""
-    found = {}
+    """Errors of each case with compiled layers, the number of graphs, and of graph breaks."""
+    results = {}
     for name, case in cases.items():
         torch.compiler.reset()
         counters.clear()
         train = case.get("train", {}) | {"compile": True}
-        found[name] = run_case(**case | {"train": train})
-        found[name] |= {"graphs": counters["stats"]["unique_graphs"], "breaks": len(counters["graph_break"])}
-    return found
+        results[name] = run_case(**case | {"train": train})
+        results[name] |= {
+            "graphs": counters["stats"]["unique_graphs"],
+            "breaks": len(counters["graph_break"]),
+        }
+    return results

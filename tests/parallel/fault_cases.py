@@ -1,4 +1,4 @@
-"""What the ranks of the fault tests run: a step that is not finite because of one rank, between good ones."""
+"""What the ranks of the fault tests run: a step that one rank makes non-finite, between good steps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,18 +15,18 @@ from tests.parallel.reference import tiny_config
 
 
 def spoil_forward(model: Transformer, layer: str) -> Callable[[], None]:
-    """A layer that gives NaN."""
+    """Make a layer return NaN; returns a function that undoes it."""
     return model.layers[layer].register_forward_hook(lambda _, __, output: output * torch.nan).remove
 
 
 def spoil_once(model: Transformer, layer: str) -> Callable[[], None]:
-    """A layer that gives NaN in its first pass alone."""
+    """Make a layer return NaN in its next forward pass only."""
     calls = iter([torch.nan])
     return model.layers[layer].register_forward_hook(lambda _, __, out: out * next(calls, 1.0)).remove
 
 
 def spoil_weight(model: Transformer, layer: str) -> Callable[[], None]:
-    """An infinite weight, as after a flipped bit."""
+    """Set a weight to infinity, as after a flipped bit."""
     weight: Any = model.layers[layer].get_parameter("self_attn.o_proj.weight")
     held = getattr(weight, "ds_tensor", weight).data.view(-1)
     before = held[1].clone()
@@ -35,7 +35,7 @@ def spoil_weight(model: Transformer, layer: str) -> Callable[[], None]:
 
 
 def spoil_gradient(model: Transformer, layer: str) -> Callable[[], None]:
-    """A product of the backward pass that gives NaN."""
+    """Make a weight's gradient NaN."""
     weight = model.layers[layer].get_parameter("self_attn.o_proj.weight")
     return weight.register_hook(lambda gradient: gradient * torch.nan).remove
 
@@ -44,7 +44,7 @@ KINDS = {"forward": spoil_forward, "once": spoil_once, "weight": spoil_weight, "
 
 
 def run(cases: list[dict]) -> list[dict[str, Any]]:
-    """Each case's outcome; layouts may differ."""
+    """The outcome of each case; their layouts may differ."""
     return [_run(**case) for case in cases]
 
 
@@ -85,5 +85,5 @@ def _run(kind: str, guilty: int, model: dict, **sections: Any) -> dict[str, Any]
     }
 
 
-def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in one)
+def _equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)

@@ -1,4 +1,4 @@
-"""What parity cases are made of: models, sizes that nothing divides, layouts."""
+"""Parts of the parity cases: models, memory modes, layouts."""
 
 from typing import Any, NamedTuple
 
@@ -28,12 +28,12 @@ MODES: dict[str, Case] = {
     "table of a layer": {"mode": "table", "table_layers": 1},
     "table of a layer shared": {"mode": "table", "table_layers": 1, "shared": True},
 }
-# Sizes that neither 2 nor 4 divides: padding of vocabulary, FFN, FFN-C and FFN-M.
+# Sizes that neither 2 nor 4 divides, which pads vocabulary, FFN, FFN-C and FFN-M.
 ODD = {"vocab_size": 97, "intermediate_size": 45}
 
 
 class Layout(NamedTuple):
-    """How many processes, and what they share."""
+    """Sizes of the parallel axes."""
 
     tensor: int
     pipeline: int
@@ -42,7 +42,7 @@ class Layout(NamedTuple):
 
     @property
     def world(self) -> int:
-        """Processes."""
+        """Number of processes."""
         return self.tensor * self.pipeline * self.data
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class Layout(NamedTuple):
 
 
 def shaped(model: Case, layout: Layout, odd: bool, layers: int) -> Case:
-    """A model of the layout: odd sizes under tensor parallelism, heads that it divides."""
+    """A model that fits the layout's tensor parallelism; `odd`: with sizes that it does not divide."""
     model = model | {"num_hidden_layers": layers}
     if layout.tensor > model.get("num_key_value_heads", 4):
         model.pop("num_key_value_heads")

@@ -1,19 +1,19 @@
-"""The parity matrix: which layouts and cases are compared with one process.
+"""The parity matrix: the layouts and cases that are compared with one process.
 
-A product of the axes that concern x0, and all pairs of all axes (pairwise.py).
-Not every combination: each layout meets every kind, transport, schedule, mode, tied and untied heads,
-uneven stages, dimensions that nothing divides, and micro-batch counts that the pipeline does not divide.
+The cases are a product of the axes that concern x0, and all pairs of choices of all axes (pairwise.py). Not
+every combination, but each layout has every kind, transport, schedule, mode, tied and untied heads, uneven
+stages, dimensions that the ranks do not divide, and micro-batch counts that the pipeline does not divide.
 """
 
 from itertools import cycle
 
-from tests.parallel.layouts import LAYOUTS as EVERY
+from tests.parallel.layouts import LAYOUTS as ALL_LAYOUTS
 from tests.parallel.layouts import MODELS, Case, Layout, shaped
 from tests.parallel.pairwise import pairwise
 
-# Layouts whose cases are the all-pairs design's alone.
+# Layouts with cases of the all-pairs design only.
 PAIRS_ONLY = (Layout(1, 1, 4), Layout(2, 2, 1, virtual=2), Layout(1, 2, 2, virtual=2))
-PRODUCT = [layout for layout in EVERY if layout not in PAIRS_ONLY]
+PRODUCT = [layout for layout in ALL_LAYOUTS if layout not in PAIRS_ONLY]
 LAYOUTS = [*PRODUCT, *PAIRS_ONLY]
 
 
@@ -23,12 +23,23 @@ def cases_of(layout: Layout) -> dict[str, Case]:
     return (product if layout in PRODUCT else {}) | pairwise().get(layout, {})
 
 
+def pairs_of_choices(layout: Layout) -> dict[str, Case]:
+    """Those that hold every pair of choices; a layout that has none there brings all of its own."""
+    return pairwise().get(layout) or cases_of(layout)
+
+
+def further(layout: Layout) -> dict[str, Case]:
+    """All others: the product of the axes that concern x0, where the layout is in the all-pairs design."""
+    pairs = pairs_of_choices(layout)
+    return {name: case for name, case in cases_of(layout).items() if name not in pairs}
+
+
 def _modes(model: Case) -> tuple[str | None, ...]:
     return (None,) if model["kind"] == "base" else ("per_token", "unique", "table")
 
 
 def _flat_cases(layout: Layout) -> dict[str, Case]:
-    found: dict[str, Case] = {}
+    cases: dict[str, Case] = {}
     parallel = {"tensor": layout.tensor}
     sizes = cycle([size for size in (1, 4, 2) if size * layout.data <= 8])  # of eight sequences
     for name, model in MODELS.items():
@@ -36,27 +47,27 @@ def _flat_cases(layout: Layout) -> dict[str, Case]:
             for odd in (False, True) if layout.tensor > 1 else (False,):
                 micro_batch = next(sizes)
                 title = f"{name}{', odd sizes' if odd else ''} / {mode} / micro-batch {micro_batch}"
-                found[title] = {
+                cases[title] = {
                     "model": shaped(model, layout, odd, 3),
                     "mode": mode,
                     "micro_batch": micro_batch,
                     "parallel": parallel,
                 }
-    found["embeddings not decayed"] = found[next(iter(found))] | {
+    cases["embeddings not decayed"] = cases[next(iter(cases))] | {
         "optimizer": {"lr": 1e-2, "max_grad_norm": 0.5, "decay_embeddings": False}
     }
-    return found
+    return cases
 
 
 def _micro_batches(layout: Layout) -> tuple[int, ...]:
-    """Micro-batches a step: some that the pipeline's size divides, some that it does not."""
+    """Micro-batches per step: numbers that the pipeline size divides and numbers that it does not."""
     if layout.data > 1 or layout.virtual > 1:
         return (4, 3)
     return (4, 5, 6) if layout.pipeline == 4 else (4, 3, 5)
 
 
 def _pipeline_cases(layout: Layout) -> dict[str, Case]:
-    found: dict[str, Case] = {}
+    cases: dict[str, Case] = {}
     schedules = ("interleaved_1f1b",) if layout.virtual > 1 else ("1f1b", "gpipe")
     stages = layout.pipeline * layout.virtual
     counts = cycle(_micro_batches(layout))
@@ -79,11 +90,11 @@ def _pipeline_cases(layout: Layout) -> dict[str, Case]:
                 if mode == "unique":
                     parallel["layers_per_stage"] = [1] * (stages - 2) + [2, 1]
                 title = f"{name} / {transport} / {schedule} / {mode} / {count} micro-batches"
-                found[title] = {
+                cases[title] = {
                     "model": shaped(model, layout, layout.tensor > 1, layers),
                     "mode": mode,
                     "micro_batch": 1,
                     "parallel": parallel,
                     "train": {"global_batch_size": count * layout.data},
                 }
-    return found
+    return cases

@@ -1,7 +1,7 @@
-"""Cases that between them hold every pair of choices that the config allows (an all-pairs design).
+"""Cases that together contain every pair of choices that the config accepts (an all-pairs design).
 
-A pool of random valid cases is drawn; the one that meets most pairs not met yet is taken until none is
-left. Which pairs the config refuses is thereby tested too: test_parity.py names them.
+From a pool of random valid cases, the one with the most pairs not covered yet is taken until all are covered.
+This also tests which pairs the config rejects: test_parity.py lists them.
 """
 
 import random
@@ -12,16 +12,16 @@ from typing import Any
 from mlm_train.config.parallel import INTERLEAVED, ZERO_BUBBLE
 from mlm_train.errors import UserError
 from mlm_train.parallel.mesh.topology import Topology
-from tests.parallel.layouts import LAYOUTS as EVERY
+from tests.parallel.layouts import LAYOUTS as ALL_LAYOUTS
 from tests.parallel.layouts import MODELS, MODES, Case, Layout, shaped
 from tests.parallel.reference import tiny_config
 
 POOL, TRIES = 4000, 400
 Choice = tuple[tuple[str, Any], ...]
 
-# Four ways tensor and pipeline parallelism are the product's alone (matrix.py).
-LAYOUTS = [layout for layout in EVERY if layout.tensor < 4 and layout.pipeline < 4]
-# Choices that meet in one mechanism: three and more of them in a case, whatever the rest is.
+# TP4 and PP4 are in the product only (matrix.py).
+LAYOUTS = [layout for layout in ALL_LAYOUTS if layout.tensor < 4 and layout.pipeline < 4]
+# Choices that interact in one mechanism: three or more of them in a case, with any other choices.
 TOGETHER: list[dict[str, Any]] = [
     {"sequence": True, "mode": "unique", "schedule": "zbv", "model": "memory tied alpha"},
     {"sequence": True, "transport": "replicate", "model": "memory tied alpha"},
@@ -47,7 +47,7 @@ TOGETHER: list[dict[str, Any]] = [
 
 
 def _axes(layout: Layout, model: str) -> dict[str, tuple[Any, ...]]:
-    """The choices of every axis beside layout and model."""
+    """The choices of every axis other than layout and model."""
     memory, pipeline, tensor = MODELS[model]["kind"] != "base", layout.pipeline > 1, layout.tensor > 1
     straight = ("gpipe", "1f1b")
     virtual = ("interleaved_1f1b", *ZERO_BUBBLE)
@@ -102,7 +102,7 @@ def case_of(choice: Choice) -> Case:
 
 
 def valid(choice: Choice) -> bool:
-    """Whether the config takes it."""
+    """Whether the config accepts a choice."""
     case, layout = case_of(choice), dict(choice)["layout"]
     sections = {"parallel": case["parallel"], "train": case["train"] | {"micro_batch_size": 1}}
     if case["mode"] is not None:
@@ -116,49 +116,49 @@ def valid(choice: Choice) -> bool:
 
 
 def pairs_of(choice: Choice) -> set[tuple[Any, Any]]:
-    """Every two choices of a case."""
+    """Every pair of choices of a case."""
     return set(combinations(choice, 2))
 
 
 @cache
 def pool() -> tuple[list[Choice], set[tuple[Any, Any]]]:
-    """Random cases that the config takes, and the pairs of those it does not take that no valid case has."""
-    chance, refused = random.Random(7), set()
-    found: list[Choice] = []
+    """Random cases that the config accepts, and the pairs that only rejected cases have."""
+    rng, rejected = random.Random(7), set()
+    valid_choices: list[Choice] = []
     for _ in range(POOL):
-        choice = _drawn(chance, {})
+        choice = _draw(rng, {})
         if valid(choice):
-            found.append(choice)
+            valid_choices.append(choice)
         else:
-            refused |= pairs_of(choice)
-    refused -= set().union(*map(pairs_of, found))
-    for pair in sorted(refused, key=str):  # rare, or refused whatever else is chosen
-        if rare := _holding(chance, dict(pair)):
-            found.append(rare)
-    return found, refused - set().union(*map(pairs_of, found))
+            rejected |= pairs_of(choice)
+    rejected -= set().union(*map(pairs_of, valid_choices))
+    for pair in sorted(rejected, key=str):  # rare, or rejected with any other choices
+        if rare := _draw_valid(rng, dict(pair)):
+            valid_choices.append(rare)
+    return valid_choices, rejected - set().union(*map(pairs_of, valid_choices))
 
 
-def _holding(chance: random.Random, fixed: dict[str, Any]) -> Choice | None:
-    """A valid case that holds the choices of `fixed`, if some hundred tries find one."""
-    drawn = (_drawn(chance, fixed) for _ in range(TRIES))
+def _draw_valid(rng: random.Random, fixed: dict[str, Any]) -> Choice | None:
+    """A valid case with the choices of `fixed`, None where TRIES attempts find none."""
+    drawn = (_draw(rng, fixed) for _ in range(TRIES))
     return next((choice for choice in drawn if set(fixed.items()) <= set(choice) and valid(choice)), None)
 
 
-def _drawn(chance: random.Random, fixed: dict[str, Any]) -> Choice:
-    """A random case that holds the choices of `fixed`; it may not be valid."""
-    layout = fixed.get("layout", chance.choice(LAYOUTS))
-    model = fixed.get("model", chance.choice(list(MODELS)))
-    axes = {name: chance.choice(values) for name, values in _axes(layout, model).items()}
+def _draw(rng: random.Random, fixed: dict[str, Any]) -> Choice:
+    """A random case with the choices of `fixed`; it may not be valid."""
+    layout = fixed.get("layout", rng.choice(LAYOUTS))
+    model = fixed.get("model", rng.choice(list(MODELS)))
+    axes = {name: rng.choice(values) for name, values in _axes(layout, model).items()}
     axes |= {name: value for name, value in fixed.items() if value in _axes(layout, model).get(name, ())}
     return tuple(({"layout": layout, "model": model} | axes).items())
 
 
 def together() -> list[Choice]:
-    """A valid case of each of TOGETHER."""
-    chance = random.Random(8)
-    found = [_holding(chance, fixed) for fixed in TOGETHER]
-    assert all(found), found
-    return [choice for choice in found if choice is not None]
+    """A valid case for each entry of TOGETHER."""
+    rng = random.Random(8)
+    choices = [_draw_valid(rng, fixed) for fixed in TOGETHER]
+    assert all(choices), choices
+    return [choice for choice in choices if choice is not None]
 
 
 @cache
@@ -167,21 +167,21 @@ def pairwise() -> dict[Layout, dict[str, Case]]:
     candidates, _ = pool()
     pairs = [pairs_of(choice) for choice in candidates]
     missing, cases = set().union(*pairs), {layout: {} for layout in LAYOUTS}
-    wanted = together()
-    while missing or wanted:
-        if wanted:
-            choice = wanted.pop()
+    required = together()
+    while missing or required:
+        if required:
+            choice = required.pop()
         else:
             choice = candidates[max(range(len(pairs)), key=lambda i: len(pairs[i] & missing))]
         missing -= pairs_of(choice)
-        name = " / ".join(_word(key, value) for key, value in choice[1:] if value not in (None, False))
+        name = " / ".join(_label(key, value) for key, value in choice[1:] if value not in (None, False))
         cases[choice[0][1]][name] = case_of(choice)
     return cases
 
 
-def _word(key: str, value: Any) -> str:
-    """How a choice is named in docs/parity.md."""
-    named = {"zero": f"ZeRO-{value}", "chunk": f"loss of {value} tokens", "recompute": f"recompute {value}"}
+def _label(key: str, value: Any) -> str:
+    """A choice's name in docs/parity.md."""
+    named = {"zero": f"ZeRO-{value}", "chunk": f"loss chunk {value}", "recompute": f"checkpointing {value}"}
     named |= {
         "deterministic": "deterministic",
         "micro_batches": f"{value} micro-batches",

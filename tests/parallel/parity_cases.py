@@ -1,4 +1,4 @@
-"""What the ranks of the parity test run: cases of config against the one-process reference."""
+"""What the ranks of the parity test run: cases against the one-process reference."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,8 @@ from mlm_train.model.loss import count_labels, loss_sums
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_executor, build_model
-from mlm_train.parallel.engine.deepspeed_zero import Engine
+from mlm_train.parallel.engine import make_engine
+from mlm_train.parallel.engine.base import Engine
 from mlm_train.parallel.ffn_m.shares import DataParallelSharing
 from mlm_train.parallel.pipeline import executor as pipeline
 from mlm_train.parallel.pipeline import x0
@@ -39,12 +40,12 @@ STEPS = 3
 
 
 def run_cases(cases: list[dict]) -> list[dict[str, float]]:
-    """Errors of each case: loss, norm, gradients of the first step, weights after three."""
+    """Errors of each case: loss, norm, gradients of the first step, weights after the third."""
     return [run_case(**case) for case in cases]
 
 
 def run_case(model: dict, mode: str | None, micro_batch: int, **sections: dict) -> dict[str, float]:
-    """One case on all ranks; every rank computes the reference too."""
+    """Run one case on all ranks; return its errors."""
     if mode is not None:
         sections = sections | {"memory": MODES[mode]}
     train = sections.pop("train", {}) | {"micro_batch_size": micro_batch}
@@ -71,19 +72,19 @@ REFERENCES: dict[str, dict] = {}
 
 
 def _reference(config: Config) -> dict:
-    """The one-process run of a config, made by one rank; cases that differ in layout, mode or micro-batch
-    share it.
+    """The one-process run of a config, computed on rank 0 and shared by cases that differ in layout, mode or
+    micro-batch.
 
-    `alone` is how far one fp32 process's weights end from it: AdamW divides by gradients' own size, so a
-    model may be ill-conditioned, whatever the layout.
+    `alone`: the weights' error of one fp32 process. AdamW divides by the gradients' magnitude, so a model may
+    be ill-conditioned in any layout.
     """
     key = repr((config.model, config.optimizer, config.schedule, config.train.global_batch_size, config.data))
     if key not in REFERENCES:
         shared: list = [None]
         if dist.get_rank() == 0:
-            found = train_reference(config, STEPS)
+            exact = train_reference(config, STEPS)
             alone = train_reference(config, STEPS, torch.float32)
-            shared = [found | {"alone": relative_error(alone["weights"], found["weights"])}]
+            shared = [exact | {"alone": relative_error(alone["weights"], exact["weights"])}]
         dist.broadcast_object_list(shared)
         REFERENCES[key] = shared[0]
     return REFERENCES[key]
@@ -97,19 +98,19 @@ def _network(config: Config) -> Transformer:
 
 
 def make_trainer(config: Config, runtime: processes.Runtime) -> Trainer:
-    """A fresh trainer of a config, with sharpened weights."""
+    """A new trainer of a config, with sharpened weights."""
     whole = dict(named_pieces(_network(config)))
     network = build_model(config, runtime, EOD)
     with torch.no_grad():
         parameters = dict(network.named_parameters())
         for piece in pieces(network):
             piece.of(parameters[piece.parameter]).copy_(piece.cut(whole[piece.name]))
-    engine = Engine(network, config, runtime)
+    engine = make_engine(network, config, runtime)
     return Trainer(engine, build_executor(network, config, runtime, engine.entry), runtime)
 
 
 def whole_weights(engine: Engine) -> dict[str, Tensor]:
-    """The model's own weights (not the optimizer's copy) by parameter, gathered where ZeRO-3 cut them."""
+    """The model's own weights (not the optimizer's copy) by parameter, gathered under ZeRO-3."""
     from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters(list(engine.model.parameters()), enabled=engine.stage == 3):
@@ -117,30 +118,30 @@ def whole_weights(engine: Engine) -> dict[str, Tensor]:
 
 
 def whole_gradients(engine: Engine) -> dict[str, Tensor]:
-    """The averaged gradients by parameter, from whichever ranks they were reduced to."""
+    """The averaged gradients by parameter, gathered from the ranks that hold them."""
     from deepspeed.utils import safe_get_full_grad
 
     read = (lambda parameter: parameter.grad) if engine.stage == 0 else safe_get_full_grad
     return {name: read(parameter).clone() for name, parameter in engine.model.named_parameters()}
 
 
-def assembled(held: list[Piece], values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Whole logical tensors from what each rank holds of them in its parameters, on every rank."""
+def assembled(local: list[Piece], values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whole logical tensors, on every rank, from the pieces that the ranks hold in their parameters."""
     mine = [
         (piece.name, piece.shape, piece.offset, piece.of(values[piece.parameter]).contiguous())
-        for piece in held
+        for piece in local
     ]
-    shares: list = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, mine)
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
     whole: dict[str, Tensor] = {}
-    for name, shape, offset, part in (entry for share in shares for entry in share):
+    for name, shape, offset, part in (entry for entries in gathered for entry in entries):
         target = whole.setdefault(name, torch.full(shape, float("nan"), dtype=part.dtype))
         target[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))] = part
     return whole
 
 
 def my_batches(runtime: processes.Runtime, step: int, config: Config) -> list[MicroBatch]:
-    """This rank's micro-batches of a global batch: contiguous rows, so masks differ by rank."""
+    """This rank's micro-batches of a global batch: contiguous rows, so that masks differ by rank."""
     size, micro_batch = config.train.global_batch_size, config.train.micro_batch_size
     share = size // runtime.topology.data
     mine = slice(runtime.topology.data_rank * share, (runtime.topology.data_rank + 1) * share)
@@ -149,7 +150,7 @@ def my_batches(runtime: processes.Runtime, step: int, config: Config) -> list[Mi
 
 
 def _first_gradients(trainer: Trainer, batches: list[MicroBatch], reference: dict) -> float:
-    """Backward alone, compared; then the gradients are dropped."""
+    """Run the backward only, compare its gradients with the reference, and drop them."""
     trainer.backward(batches)
     engine = trainer.engine
     mine = assembled(engine.pieces, whole_gradients(engine))
@@ -160,7 +161,7 @@ def _first_gradients(trainer: Trainer, batches: list[MicroBatch], reference: dic
 def run_bf16_cases(
     model: dict, modes: list[str], micro_batch: int, seeds: int, parallel: dict
 ) -> dict[str, float]:
-    """Median distance of bf16 gradients from fp32's: each mode in this layout, and one process alone."""
+    """Median error of bf16 gradients: of each mode in this layout, and of one process alone."""
     distances: dict[str, list[float]] = {name: [] for name in [*modes, "alone"]}
     for seed in range(seeds):
         train = {"micro_batch_size": micro_batch, "precision": "bf16", "seed": seed, "loss_chunk_size": 13}
@@ -187,8 +188,8 @@ def _alone_bf16(config: Config, reference: dict) -> float:
     return relative_error(logical_gradients(network), reference)
 
 
-class _Forgetful(x0.Broadcast):
-    """Broadcast that takes each rank's own positions for all."""
+class _WithoutReduction(x0.Broadcast):
+    """Broadcast that does not sum the gradients over the positions' ranks."""
 
     def finish(self) -> None:
         dist.reduce(self.table, self.source, group=self.group)
@@ -200,14 +201,14 @@ _sum_over_ranks = Trainer._sum_over_ranks
 
 
 def _count_alone(self: Trainer, values: Tensor) -> Tensor:
-    """Sums over data parallel, but for the count of labels, which comes alone."""
+    """Sum over data parallel, except for the count of labels, the only scalar."""
     if values.dim() == 0:
         return values * self.runtime.topology.data
     return _sum_over_ranks(self, values)
 
 
 def _without_anchors(*args: Any) -> TableSource:
-    """Tables whose lookups hang on nothing that wants a gradient."""
+    """Tables whose lookups lead to no parameter that requires a gradient."""
     table = TableSource(*args)
     for anchor in table.anchors.values():
         anchor.requires_grad_(False)
@@ -218,10 +219,10 @@ _collect = DataParallelSharing.collect
 
 
 def _collect_own(self: DataParallelSharing, rows: Tensor) -> Tensor:
-    """Gradients of the rows that this rank computed itself, zeros for those of the others."""
+    """Collect the gradients of rows that this rank computed itself, zeros for those of the others."""
     rank = dist.get_rank(self.group)
-    start = int(self.asked[:rank].sum())
-    own = self.order[start : start + int(self.asked[rank])]
+    start = int(self.requested[:rank].sum())
+    own = self.order[start : start + int(self.requested[rank])]
     return _collect(self, torch.zeros_like(rows).index_copy(0, own, rows[own]))
 
 
@@ -230,17 +231,17 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "norms not summed over positions": lambda: patch("mlm_train.parallel.build.sum_replicated"),
     "norms not summed in each pass": lambda: patch("mlm_train.parallel.build.sum_replicated_each_pass"),
     "tied heads not summed": lambda: patch.object(pipeline.PipelineExecutor, "_sum_tied", lambda self: None),
-    "rows of x0 not summed over positions": lambda: patch.dict(x0.TRANSPORTS, broadcast=_Forgetful),
+    "rows of x0 not summed over positions": lambda: patch.dict(x0.TRANSPORTS, broadcast=_WithoutReduction),
     "gradients scaled by the schedule": lambda: patch.dict(
         pipeline.SCHEDULES, {"1f1b": lambda *args, scale_grads, **rest: Schedule1F1B(*args, **rest)}
     ),
-    "lookups without anchors": lambda: patch("mlm_train.memory.Table", _without_anchors),
+    "lookups without anchors": lambda: patch("mlm_train.memory.TableSource", _without_anchors),
     "gradients of shared rows not sent": lambda: patch.object(DataParallelSharing, "collect", _collect_own),
 }
 
 
 def run_mistaken(cases: dict[str, dict]) -> dict[str, dict[str, float]]:
-    """Each case with a mistake in the code."""
+    """Errors of each case with its mistake in the code."""
     found = {}
     for mistake, case in cases.items():
         with MISTAKES[mistake]():
@@ -249,7 +250,7 @@ def run_mistaken(cases: dict[str, dict]) -> dict[str, dict[str, float]]:
 
 
 def count_lookups(model: dict, parallel: dict) -> list[int]:
-    """Backward passes of x0's lookups on this rank after a step, after an evaluation, after another step."""
+    """Backward calls of x0's lookups on this rank, in total after a step, an evaluation, another step."""
     config = tiny_config(model, parallel=parallel, train={"micro_batch_size": 2})
     runtime = processes.start(config)
     trainer = make_trainer(config, runtime)

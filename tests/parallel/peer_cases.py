@@ -32,7 +32,7 @@ from tests.parallel.reference import global_batch, logical_gradients, relative_e
 
 
 class Result(NamedTuple):
-    """Means over the valid labels, and the gradients of CE + z_loss * z under their logical names."""
+    """Means over the valid labels, and the gradients of CE + z_loss * z by logical name."""
 
     cross_entropy: float
     z: float
@@ -40,7 +40,7 @@ class Result(NamedTuple):
 
 
 def run_cases(cases: list[dict]) -> list[dict[str, float]]:
-    """For each model, the distance of each peer's losses and gradients from ours: the worst rank's."""
+    """For each model, the relative distances of peers' losses and gradients from ours, the largest rank's."""
     return [_run_case(model) for model in cases]
 
 
@@ -66,13 +66,13 @@ def _run_case(model: dict) -> dict[str, float]:
     if runtime.is_rank_0:
         error |= _distances("transformers", _transformers(config, weights), ours)
     assert all(map(math.isfinite, error.values())), error  # max() would lose a NaN
-    everywhere: list[Any] = [None] * runtime.topology.world
-    dist.all_gather_object(everywhere, error)
-    return {name: max(found[name] for found in everywhere if name in found) for name in everywhere[0]}
+    errors: list[Any] = [None] * runtime.topology.world
+    dist.all_gather_object(errors, error)
+    return {name: max(error[name] for error in errors if name in error) for name in errors[0]}
 
 
 def _batch() -> tuple[Tensor, Tensor]:
-    """The last position predicts nothing: transformers has no label for it."""
+    """ids and labels; the last position has no label, as in transformers."""
     ids, labels = global_batch(0)
     labels[:, -1] = IGNORED
     return ids, labels
@@ -102,7 +102,7 @@ def _distances(peer: str, theirs: Result, ours: Result) -> dict[str, float]:
     }
 
 
-# --- megatron-core: its layers as they are; modules are named so that parameters have their export names.
+# --- megatron-core: its own layers, with modules named so that parameters have their export names.
 
 
 def _column(config: ModelParallelConfig, inputs: int, outputs: int, **options: Any) -> ColumnParallelLinear:
@@ -124,7 +124,7 @@ def _row(config: ModelParallelConfig, inputs: int, outputs: int) -> RowParallelL
 
 
 class MegatronAttention(nn.Module):
-    """Three column products, this rank's heads, a row product."""
+    """Three column-parallel matmuls, attention of this rank's heads, a row-parallel matmul."""
 
     def __init__(self, model: ModelConfig, layout: ModelParallelConfig) -> None:
         super().__init__()
@@ -138,8 +138,8 @@ class MegatronAttention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """x [batch, sequence, hidden] -> the same shape."""
         query, key, value = (
-            product(x)[0].unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for product in (self.q_proj, self.k_proj, self.v_proj)
+            projection(x)[0].unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         out = F.scaled_dot_product_attention(
             rotate(query, *rope), rotate(key, *rope), value, is_causal=True, enable_gqa=True
@@ -148,7 +148,7 @@ class MegatronAttention(nn.Module):
 
 
 class MegatronFFN(nn.Module):
-    """SwiGLU of two column products and a row product."""
+    """SwiGLU of two column-parallel matmuls and a row-parallel one."""
 
     def __init__(self, model: ModelConfig, layout: ModelParallelConfig) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class MegatronBlock(nn.Module):
 
 
 class MegatronBase(nn.Module):
-    """The whole model; a tied head is a column product with the embedding's weight, as in Megatron's GPT."""
+    """The model; a tied head is a column-parallel matmul with the embedding's weight, as Megatron's GPT."""
 
     def __init__(self, model: ModelConfig, layout: ModelParallelConfig) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class MegatronBase(nn.Module):
         self.lm_head = _column(layout, model.hidden_size, model.vocab_size, skip_weight_param_allocation=tied)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids int64 [batch, sequence] -> logits of this rank's words."""
+        """ids int64 [batch, sequence] -> logits of this rank's vocabulary shard."""
         config, embedding = self.config, self.model.embed_tokens
         rope = rotary_angles(config.attention_head_dim, config.rope_theta, torch.arange(ids.shape[1]))
         x = embedding(ids)
@@ -206,7 +206,7 @@ class MegatronBase(nn.Module):
 
 
 def _megatron(config: Config, weights: dict[str, Tensor]) -> Result:
-    """Its slices of the same weights: where they lie is what megatron-core says of each parameter."""
+    """Run megatron-core's layers on shards of the same weights, cut along the dimension it gives."""
     size = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
     layout = ModelParallelConfig(
@@ -218,17 +218,17 @@ def _megatron(config: Config, weights: dict[str, Tensor]) -> Result:
     network = MegatronBase(config.model, layout)
     parameters = dict(network.named_parameters())
     assert parameters.keys() == weights.keys()
-    cut = 0
+    sharded = 0
     with torch.no_grad():
         for name, parameter in parameters.items():
             weight = weights[name]
             if getattr(parameter, "tensor_model_parallel", False):
                 weight = weight.chunk(size, parameter.partition_dim)[rank]
-                cut += 1
+                sharded += 1
             assert weight.shape == parameter.shape, name
             parameter.copy_(weight)
     matrices = sum(weight.dim() > 1 for weight in weights.values())
-    assert cut == matrices, "every matrix is cut, every norm is whole"
+    assert sharded == matrices, "every matrix is sharded, every norm is whole"
 
     ids, labels = _batch()
     valid = labels != IGNORED
@@ -246,7 +246,7 @@ def _megatron(config: Config, weights: dict[str, Tensor]) -> Result:
 
 
 def _transformers(config: Config, weights: dict[str, Tensor]) -> Result:
-    """The export of the same weights, whole, with transformers' own loss and its own attention."""
+    """Run the export of the same weights in transformers, with its own loss and attention."""
     from transformers import LlamaForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
@@ -256,7 +256,9 @@ def _transformers(config: Config, weights: dict[str, Tensor]) -> Result:
         )
     assert not any(loading.values()), loading
     ids, labels = _batch()
-    ahead = torch.cat((torch.full_like(labels[:, :1], IGNORED), labels[:, :-1]), dim=1)  # it shifts them back
+    ahead = torch.cat(
+        (torch.full_like(labels[:, :1], IGNORED), labels[:, :-1]), dim=1
+    )  # transformers shifts labels itself
     out = network(input_ids=ids, labels=ahead)
     assert out.loss is not None
     count = count_labels(labels)

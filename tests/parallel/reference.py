@@ -1,4 +1,4 @@
-"""One process, written plainly: no engine, no micro-batches, float64 where asked."""
+"""The reference: one process without engine or micro-batches, in float64 by default."""
 
 import torch
 from torch import Tensor
@@ -10,11 +10,11 @@ from mlm_train.model.logical import initialise, pieces
 from mlm_train.model.loss import IGNORED
 from mlm_train.model.source import MemorySource
 from mlm_train.model.transformer import Transformer
-from mlm_train.parallel.engine.deepspeed_zero import parameter_groups
+from mlm_train.parallel.engine.base import parameter_groups
 from mlm_train.train.schedule import learning_rate
 
 VOCABULARY, LENGTH, GLOBAL_BATCH = 96, 24, 8
-EOD = 2  # ends a document in cases that keep documents apart: about one in two rows has one inside
+EOD = 2  # ends a document in cases that separate documents; about half of the rows contain one
 
 
 def tiny_config(model: dict, **sections: dict) -> Config:
@@ -30,7 +30,7 @@ def tiny_config(model: dict, **sections: dict) -> Config:
         }
         | model,
         "data": {"path": "none", "sequence_length": LENGTH},
-        # AdamW divides by the gradient's own size: with a smaller eps rounding would become whole steps.
+        # AdamW divides by the gradient's magnitude: with a smaller eps rounding errors are whole steps.
         "optimizer": {"lr": 1e-2, "max_grad_norm": 0.5, "eps": 1e-5},
         "schedule": {"warmup_steps": 2},
         "train": {
@@ -49,18 +49,18 @@ def tiny_config(model: dict, **sections: dict) -> Config:
 
 
 def global_batch(step: int, size: int = GLOBAL_BATCH) -> tuple[Tensor, Tensor]:
-    """ids and labels of a step: repeated ids, and masks so unequal that half the rows are nearly empty."""
+    """ids and labels of a step: repeated ids, and such masks that half of the rows are nearly empty."""
     generator = torch.Generator().manual_seed(step)
     drawn = torch.randint(0, VOCABULARY, (2, size, LENGTH), generator=generator)
-    ids = drawn.amin(0)  # low ids come often, as in text
+    ids = drawn.amin(0)  # low ids are frequent, as common words are
     labels = torch.randint(0, VOCABULARY, (size, LENGTH), generator=generator)
-    keep = torch.linspace(0.02, 1.0, size).unsqueeze(1)
-    labels[torch.rand(size, LENGTH, generator=generator) > keep] = IGNORED
+    valid_fraction = torch.linspace(0.02, 1.0, size).unsqueeze(1)
+    labels[torch.rand(size, LENGTH, generator=generator) > valid_fraction] = IGNORED
     return ids, labels
 
 
 def sharpen(model: Transformer) -> None:
-    """Make a fresh model's weights large enough that every part of it matters to the loss."""
+    """Scale a new model's weights up, so that every part of it affects the loss."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
@@ -71,13 +71,13 @@ def sharpen(model: Transformer) -> None:
 
 
 def logical_gradients(model: Transformer) -> dict[str, Tensor]:
-    """Every gradient under its logical name."""
+    """Logical name -> gradient."""
     parameters = dict(model.named_parameters())
     return {piece.name: piece.of(parameters[piece.parameter].grad).clone() for piece in pieces(model)}
 
 
 def train_reference(config: Config, steps: int, dtype: torch.dtype = torch.float64) -> dict:
-    """Losses, norms, the first step's gradients and the weights at the end, in float64."""
+    """Losses, gradient norms, the first step's gradients and the final weights, computed in `dtype`."""
     model = Transformer(config.model).to(dtype)
     initialise(model, config.model, config.train.seed)
     sharpen(model)
@@ -88,7 +88,8 @@ def train_reference(config: Config, steps: int, dtype: torch.dtype = torch.float
     losses, norms, first = [], [], {}
     for step in range(steps):
         ids, labels = global_batch(step, config.train.global_batch_size)
-        logits = each_alone(model, ids, source) if config.data.separate_documents else model(ids, source)
+        forward = logits_by_document if config.data.separate_documents else Transformer.forward
+        logits = forward(model, ids, source)
         valid = labels != IGNORED
         lse = logits.logsumexp(-1)[valid]
         chosen = logits[valid].gather(-1, labels[valid].unsqueeze(-1)).squeeze(-1)
@@ -113,8 +114,8 @@ def train_reference(config: Config, steps: int, dtype: torch.dtype = torch.float
     return {"losses": losses, "norms": norms, "gradients": first, "weights": weights}
 
 
-def each_alone(model: Transformer, ids: Tensor, source: MemorySource | None) -> Tensor:
-    """Logits [batch, sequence, vocabulary] of rows whose documents are run one by one."""
+def logits_by_document(model: Transformer, ids: Tensor, source: MemorySource | None) -> Tensor:
+    """Logits [batch, sequence, vocabulary] of rows whose documents are run one at a time."""
     rows = []
     for row in ids:
         ends = (row[:-1] == EOD).nonzero().flatten() + 1
@@ -124,7 +125,7 @@ def each_alone(model: Transformer, ids: Tensor, source: MemorySource | None) -> 
 
 
 def relative_error(values: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
-    """Contract metric: the worst ||g - r|| / ||r||, floor 1e-6 of the norm of all."""
+    """The largest ||v - r|| / ||r|| of a tensor; ||r|| is at least 1e-6 of the norm of all tensors."""
     assert values.keys() == reference.keys()
     floor = 1e-6 * float(torch.stack([r.double().norm() for r in reference.values()]).norm())
     errors = torch.stack(
@@ -133,5 +134,5 @@ def relative_error(values: dict[str, Tensor], reference: dict[str, Tensor]) -> f
             for name, r in reference.items()
         ]
     )
-    assert errors.isfinite().all(), "a slice is missing or not finite"
+    assert errors.isfinite().all(), "a shard is missing or non-finite"
     return float(errors.max())

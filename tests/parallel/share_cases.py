@@ -1,4 +1,4 @@
-"""What the ranks of the shared tables' test run: FFN-M's work of a step and the exchange, counted."""
+"""What the ranks of the test of shared tables run: FFN-M's FLOPs of a step, and bytes exchanged."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ VOCABULARY = 5000
 
 
 def count_work(modes: list[str]) -> list[list[dict[str, int]]]:
-    """Of each mode and rank: FLOPs of a step's tables, their rows, the step's distinct ids, bytes sent."""
+    """By mode and rank: FLOPs of a step's tables, their rows, the step's distinct ids, bytes sent."""
     return [_count(mode) for mode in modes]
 
 
@@ -27,22 +27,22 @@ def _count(mode: str) -> list[dict[str, int]]:
     executor: Any = make_trainer(config, runtime).executor
     table: TableSource = executor.source
     generator = torch.Generator().manual_seed(5)
-    ids = torch.randint(0, VOCABULARY, (3, 64, 64), generator=generator).amin(0)  # low ids come often
+    ids = torch.randint(0, VOCABULARY, (3, 64, 64), generator=generator).amin(0)  # low ids are frequent
     mine = ids.chunk(runtime.topology.data)[runtime.topology.data_rank]
     with Traffic() as traffic, FlopCounterMode(display=False) as flops:
         executor.channel.begin(mine)
-        found = {"rows": sum(map(len, table.rows)), "distinct": ids.unique().numel()}
+        counts = {"rows": sum(map(len, table.rows)), "distinct": ids.unique().numel()}
         executor.channel.finish()
-    found |= {"flops": flops.get_total_flops(), "sent": traffic.by_operation["alltoall_base_"]}
+    counts |= {"flops": flops.get_total_flops(), "sent": traffic.by_operation["alltoall_base_"]}
     if isinstance(table.share, DataParallelSharing):
-        found["formula"] = table.share.bytes_per_step(len(table.blocks), config.model.hidden_size, 4)
-    return runtime.gather(lambda: found)
+        counts["formula"] = table.share.bytes_per_step(len(table.blocks), config.model.hidden_size, 4)
+    return runtime.gather(lambda: counts)
 
 
 def tensor_traffic(modes: list[str]) -> dict[str, Any]:
-    """Bytes between tensor ranks, by mode and micro-batches of a step, all of the same ids; and sizes."""
+    """Bytes between tensor ranks, by mode and number of micro-batches, all of the same ids; and sizes."""
     ids = torch.randint(0, 90, (2, 24), generator=torch.Generator().manual_seed(5))
-    found: dict[str, Any] = {"distinct": ids.unique().numel(), "positions": ids.numel()}
+    sent: dict[str, Any] = {"distinct": ids.unique().numel(), "positions": ids.numel()}
     for mode in modes:
         config = tiny_config({"kind": "memory"}, memory=MODES[mode], parallel={"tensor": 2})
         runtime = processes.start(config)
@@ -50,5 +50,5 @@ def tensor_traffic(modes: list[str]) -> dict[str, Any]:
         for count in (1, 3):
             with Traffic() as traffic:
                 executor.backward([(ids, ids.roll(-1, 1))] * count, 1.0)
-            found[f"{mode} {count}"] = traffic.by_operation["allreduce_"]
-    return found
+            sent[f"{mode} {count}"] = traffic.by_operation["allreduce_"]
+    return sent

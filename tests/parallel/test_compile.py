@@ -1,4 +1,4 @@
-"""Compiled layers in parallel layouts: every gradient against one process in float64, as without."""
+"""Compiled layers in parallel layouts against one process in float64."""
 
 from tests.parallel.table import LIMITS
 from tests.ranks import run_on_ranks
@@ -20,8 +20,8 @@ CASES: dict[str, dict] = {
 }
 
 
-def test_gradients_are_one_processs() -> None:
-    """Two ranks; whole graphs, collectives included."""
+def test_gradients_equal_those_of_one_process() -> None:
+    """Two ranks; no graph breaks, collectives included."""
     results = run_on_ranks("tests.parallel.compile_cases:run_compiled", 2, cases=CASES)
     for name, error in results.items():
         assert error["breaks"] == 0 and error["graphs"] <= 8, (name, error)

@@ -1,7 +1,8 @@
-"""Documents kept apart, in every layout: gradients of documents run one by one in one process."""
+"""Separate documents, in parallel layouts, against documents that are run one at a time in one process."""
 
-from tests.parallel.table import LIMITS
+from tests.parallel.table import LIMITS, has_schedule
 from tests.ranks import run_on_ranks
+from tests.zero_bubble import skip_the_rest
 
 MEMORY = {"kind": "memory", "num_hidden_layers": 2}
 FLEX = {"kind": "flex", "flex_beta": 2, "num_hidden_layers": 4}
@@ -34,7 +35,9 @@ CASES: dict[str, dict] = {
 }
 
 
-def test_gradients_are_of_documents_alone() -> None:
-    results = run_on_ranks("tests.parallel.document_cases:run_separated", 2, cases=CASES)
+def test_gradients_equal_those_of_documents_run_alone() -> None:
+    runnable = {name: case for name, case in CASES.items() if has_schedule(case)}
+    results = run_on_ranks("tests.parallel.document_cases:run_separated", 2, cases=runnable)
     for name, error in results.items():
         assert all(error[key] <= limit for key, limit in LIMITS.items()), (name, error)
+    skip_the_rest(*CASES.keys() - runnable.keys())

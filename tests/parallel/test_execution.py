@@ -1,4 +1,4 @@
-"""One process's micro-batches: weights cast once a step, and nothing else changed by it."""
+"""Micro-batches on one process: weights are cast once per step, with unchanged gradients."""
 
 from contextlib import nullcontext
 from unittest.mock import patch
@@ -27,10 +27,10 @@ from tests.parallel.reference import sharpen, tiny_config
         ("flex linear post tied", "per_token", "full"),
     ],
 )
-def test_weights_are_cast_once_a_step(
+def test_weights_are_cast_once_per_step(
     name: str, mode: str | None, recompute: ActivationCheckpointing
 ) -> None:
-    """Two steps, the weights changed between them: gradients to the bit those of casts a micro-batch."""
+    """Two steps with changed weights: gradients equal those of casts per micro-batch to the bit."""
     memory = {"memory": {"mode": mode}} if mode else {}
     train = {"precision": "bf16", "activation_checkpointing": recompute, "z_loss": 0.0}
     config = tiny_config(dict(MODELS[name]), train=train, **memory)
@@ -55,5 +55,5 @@ def test_weights_are_cast_once_a_step(
         found[kept] = {key: parameter.grad for key, parameter in model.named_parameters()}
     for key, gradient in found[False].items():
         torch.testing.assert_close(found[True][key], gradient, rtol=0, atol=0)
-    # Two steps, three of four micro-batches; at least attention's two products in each of three layers.
+    # Two steps, three of four micro-batches, at least attention's two weights in each of three layers.
     assert casts[False] - casts[True] >= 2 * 3 * 2 * 3, casts

@@ -1,4 +1,4 @@
-"""MFU's FLOPs against the products that torch counts, in every mode, placement and layout."""
+"""MFU's FLOPs against the matmuls that torch counts, in every mode, stage split and layout."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from tests.ranks import run_on_ranks
 HIDDEN, LAYERS = 32, 4
 ATTENTION = (
     6 * LAYERS * HIDDEN * LENGTH * (LENGTH * GLOBAL_BATCH)
-)  # causal: half of each product, three passes
+)  # causal: half of each matmul, three passes
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
     1: [{}],
     2: [{}, {"zero_stage": 2}, {"tensor": 2}, {"pipeline": 2, "layers_per_stage": [3, 1]}],
@@ -35,7 +35,7 @@ def _cases(world: int) -> dict[str, dict[str, Any]]:
             for name, mode in modes[kind].items():
                 if world == 4 and "shared" not in name:
                     continue  # fewer ranks show it
-                # What is kept is not computed again, so that each product counts.
+                # Kept layers recompute nothing, so that each matmul counts.
                 kept = {"kept_layers": LAYERS} if mode and mode["mode"] == "table" else {}
                 case = {"model": model, "parallel": layout}
                 found[f"{layout} {kind} {name}"] = case | ({"memory": mode | kept} if mode else {})
@@ -43,23 +43,23 @@ def _cases(world: int) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("world", LAYOUTS)
-def test_mfu_counts_the_products_of_a_step(world: int) -> None:
+def test_mfu_counts_the_matmuls_of_a_step(world: int) -> None:
     cases = _cases(world)
-    results = run_on_ranks("tests.parallel.flops_cases:count_products", world, cases=list(cases.values()))
+    results = run_on_ranks("tests.parallel.flops_cases:count_matmuls", world, cases=list(cases.values()))
     for name, result in zip(cases, results, strict=True):
-        assert result["logged"] == pytest.approx(result["products"] + ATTENTION, rel=1e-9), name
+        assert result["logged"] == pytest.approx(result["matmuls"] + ATTENTION, rel=1e-9), name
 
 
-def test_what_is_computed_again_does_not_count() -> None:
+def test_recomputation_does_not_count() -> None:
     model, table = KINDS["memory"] | {"num_hidden_layers": LAYERS}, {"mode": "table"}
     kept = {"model": model, "memory": table | {"kept_layers": LAYERS}}
     cases = [kept, {"model": model, "memory": table}, kept | {"train": {"activation_checkpointing": "full"}}]
-    first, *others = run_on_ranks("tests.parallel.flops_cases:count_products", 1, cases=cases)
+    first, *others = run_on_ranks("tests.parallel.flops_cases:count_matmuls", 1, cases=cases)
     for other in others:
-        assert other["logged"] == pytest.approx(first["logged"]) and other["products"] > first["products"]
+        assert other["logged"] == pytest.approx(first["logged"]) and other["matmuls"] > first["matmuls"]
 
 
-def test_peaks_are_named_after_where_they_come_from() -> None:
+def test_peaks_are_named_after_their_origin() -> None:
     cpu = torch.device("cpu")
     assert peak_flops(cpu, "fp32", None).keys() == {"measured"}
     assert peak_flops(cpu, "fp32", 2.0)["datasheet"] == 2e12

@@ -1,4 +1,4 @@
-"""The report of a hang, from what ranks say."""
+"""The report of a hang, from the statuses of ranks."""
 
 import math
 from dataclasses import replace
@@ -22,13 +22,14 @@ def test_names_the_stuck_rank_and_groups_those_who_wait() -> None:
     ]
 
 
-def test_a_silent_rank_is_stuck_and_a_busy_one_is_not() -> None:
-    silent, busy = replace(STUCK, answers=False, seconds=70.0), replace(STUCK, rank=2, seconds=1.0)
-    report = hang_report([WAITING, silent, busy], 60.0, "the end")
-    assert "stuck:   rank 1 (b, stage 1): does not answer" in report and "heard 70 s ago" in report
-    assert "moving:  rank 2" in report and report.count("stuck") == 1
-    unheard = hang_report([WAITING, replace(silent, seconds=math.inf)], 60.0, "the end")
-    assert "rank 1 (b, stage 1): does not answer (stopped, or its machine is gone); never heard\n" in unheard
+def test_an_unresponsive_rank_is_stuck_and_a_busy_one_is_not() -> None:
+    unresponsive, busy = replace(STUCK, responds=False, seconds=70.0), replace(STUCK, rank=2, seconds=1.0)
+    report = hang_report([WAITING, unresponsive, busy], 60.0, "the end")
+    assert "stuck:   rank 1 (b, stage 1): does not respond" in report and "last heartbeat 70 s ago" in report
+    assert "running: rank 2" in report and report.count("stuck") == 1
+    never = hang_report([WAITING, replace(unresponsive, seconds=math.inf)], 60.0, "the end")
+    line = "rank 1 (b, stage 1): does not respond (stopped, or its node is gone); no heartbeat received\n"
+    assert line in never
 
 
 def test_collectives_that_do_not_match() -> None:

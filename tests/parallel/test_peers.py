@@ -2,7 +2,7 @@
 
 from tests.ranks import run_on_ranks
 
-# Even sizes: megatron-core's layers refuse what the ranks do not divide.
+# Even sizes, since megatron-core's layers reject sizes that the ranks do not divide.
 MODELS = {
     "untied": {"kind": "base"},
     "tied": {"kind": "base", "tie_word_embeddings": True},
@@ -12,7 +12,7 @@ MODELS = {
 
 
 def test_megatron_and_transformers_agree() -> None:
-    """CE, z and every weight's gradient: TP2 in our layers and megatron-core's, whole in a Llama."""
+    """CE, z and all gradients: TP2 in our layers and megatron-core's, and a Llama on one process."""
     results = run_on_ranks("tests.parallel.peer_cases:run_cases", 2, cases=list(MODELS.values()))
     for name, error in zip(MODELS, results, strict=True):
         print(name, {key: f"{value:.1e}" for key, value in error.items()})

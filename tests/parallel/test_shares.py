@@ -1,4 +1,4 @@
-"""Tables shared over data parallel: the work of a rank, and what is exchanged for it."""
+"""Tables shared over data parallel: FLOPs per rank, and bytes exchanged."""
 
 import torch
 
@@ -6,7 +6,7 @@ from mlm_train.parallel.ffn_m.shares import owners
 from tests.ranks import run_on_ranks
 
 
-def test_work_falls_with_the_data_parallel_size_and_the_exchange_is_the_formula_s() -> None:
+def test_flops_fall_with_the_data_parallel_size_and_bytes_equal_the_formula() -> None:
     """One global batch on 1, 2 and 4 processes: FLOPs counted by torch, bytes at the dispatcher."""
     target, modes = "tests.parallel.share_cases:count_work", ["table", "table shared"]
     (whole,), (kept,) = run_on_ranks(target, 1, modes=["table", "table kept"])
@@ -19,19 +19,19 @@ def test_work_falls_with_the_data_parallel_size_and_the_exchange_is_the_formula_
         for rank in shared:
             assert abs(rank["flops"] / (whole["flops"] / ranks) - 1) < 0.1
             assert rank["sent"] == rank["formula"] > 0
-        for rank in alone:  # each its own rows: more than its part of the union
+        for rank in alone:  # each rank computes its own rows: more than its part of the union
             assert rank["flops"] > 1.3 * whole["flops"] / ranks
             assert rank["sent"] == 0
 
 
-def test_tensor_ranks_sum_rows_once_a_step() -> None:
-    """What x0 and FFN-M send in a step with tables grows with its distinct ids, not its micro-batches."""
+def test_tensor_ranks_sum_rows_once_per_step() -> None:
+    """With tables, the bytes of x0 and FFN-M in a step grow with its distinct ids, not its micro-batches."""
     found = run_on_ranks("tests.parallel.share_cases:tensor_traffic", 2, modes=["per_token", "table"])
     layers, row = 3, 2 * 32 * 4  # an all-reduce of two ranks: a reduce and a broadcast, fp32
     step = {mode: found[f"{mode} 3"] - found[f"{mode} 1"] for mode in ("per_token", "table")}
     # Two more micro-batches: FFN-M once forward and once backward in each layer.
     assert step["per_token"] - step["table"] == 2 * 2 * layers * found["positions"] * row
-    # A step, in any mode: its rows' embeddings. With tables: FFN-M twice forward, once backward a layer.
+    # Per step in any mode: its rows' embeddings. With tables, per layer: FFN-M twice forward, once backward.
     assert found["per_token 1"] - step["per_token"] / 2 == found["distinct"] * row
     assert found["table 1"] - step["table"] / 2 == (1 + 3 * layers) * found["distinct"] * row
 

@@ -1,4 +1,4 @@
-"""The layout as arithmetic: no processes."""
+"""The layout of ranks, without processes."""
 
 from pathlib import Path
 
@@ -16,11 +16,11 @@ MICRO = Path(__file__).resolve().parents[2] / "configs" / "micro.yaml"
 def test_ranks_fill_the_grid_exactly_once(tensor: int, pipeline: int, world: int) -> None:
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
     ranks = [Topology.of(parallel, world, rank) for rank in range(world)]
-    places = {(t.tensor_rank, t.data_rank, t.pipeline_rank) for t in ranks}
-    assert len(places) == world and ranks[0].data == world // (tensor * pipeline)
+    positions = {(t.tensor_rank, t.data_rank, t.pipeline_rank) for t in ranks}
+    assert len(positions) == world and ranks[0].data == world // (tensor * pipeline)
 
 
-def test_every_world_to_4096_is_judged_without_processes() -> None:
+def test_every_world_size_to_4096_is_accepted_or_refused() -> None:
     for world in range(1, 4097):
         for tensor, pipeline in ((1, 1), (2, 4), (8, 2), (3, 5)):
             parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
@@ -33,15 +33,15 @@ def test_every_world_to_4096_is_judged_without_processes() -> None:
                 assert last.data_rank == last.data - 1
 
 
-def test_groups_are_megatrons(tmp_path: Path) -> None:
+def test_groups_are_those_of_megatron(tmp_path: Path) -> None:
     """Our ranks along each axis are those of megatron-core's own generator."""
     from megatron.core.parallel_state import RankGenerator
 
     ours = [Topology.of(ParallelConfig(tensor=2, pipeline=4), 32, rank) for rank in range(32)]
     theirs = RankGenerator(tp=2, ep=1, dp=4, pp=4, cp=1, order="tp-cp-ep-dp-pp")
-    for axis, place in (("tp", "tensor_rank"), ("dp", "data_rank"), ("pp", "pipeline_rank")):
+    for axis, field in (("tp", "tensor_rank"), ("dp", "data_rank"), ("pp", "pipeline_rank")):
         for group in theirs.get_ranks(axis):
-            assert [getattr(ours[rank], place) for rank in group] == list(range(len(group)))
+            assert [getattr(ours[rank], field) for rank in group] == list(range(len(group)))
 
 
 PIPELINE = ["parallel.pipeline=2", "train.micro_batch_size=1"]
@@ -50,11 +50,11 @@ RAMP = "train.batch_size_warmup={start: 2, increment: 2, samples: 64}"
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "message"),
     [
         (
             [*PIPELINE, "train.global_batch_size=1"],
-            "1f1b cannot take with parallel.pipeline=2; the nearest batch it can is 2",
+            "1f1b cannot run with parallel.pipeline=2; the nearest batch size it can run is 2",
         ),
         (
             [
@@ -63,12 +63,12 @@ RAMP = "train.batch_size_warmup={start: 2, increment: 2, samples: 64}"
                 "parallel.virtual_stages=2",
                 "train.global_batch_size=5",
             ],
-            "5 micro-batches, which parallel.pipeline_schedule=interleaved_1f1b cannot take",
+            "5 micro-batches, which parallel.pipeline_schedule=interleaved_1f1b cannot run",
         ),
         (
             [*PIPELINE, "parallel.pipeline_schedule=dualpipe_v", "train.global_batch_size=3"],
-            "3 micro-batches, which parallel.pipeline_schedule=dualpipe_v cannot take with "
-            "parallel.pipeline=2; the nearest batch it can is 4",
+            "3 micro-batches, which parallel.pipeline_schedule=dualpipe_v cannot run with "
+            "parallel.pipeline=2; the nearest batch size it can run is 4",
         ),
         (
             [
@@ -76,15 +76,15 @@ RAMP = "train.batch_size_warmup={start: 2, increment: 2, samples: 64}"
                 "train.micro_batch_size=1",
                 "train.batch_size_warmup={start: 2, increment: 2, samples: 64}",
             ],
-            "train.batch_size_warmup=2: makes 2 micro-batches",
+            "train.batch_size_warmup=2: gives 2 micro-batches",
         ),
     ],
 )
-def test_micro_batch_counts_that_a_schedule_cannot_take(overrides: list[str], words: str) -> None:
+def test_micro_batch_counts_that_a_schedule_cannot_run(overrides: list[str], message: str) -> None:
     config = load_config(MICRO, overrides)
     with pytest.raises(UserError) as error:
         Topology.of(config.parallel, config.parallel.pipeline).check_batch(config)
-    assert words in str(error.value)
+    assert message in str(error.value)
 
 
 def test_stages_are_balanced_with_the_head_counted() -> None:
@@ -111,7 +111,7 @@ def test_world_that_does_not_fit() -> None:
         Topology.of(ParallelConfig(tensor=2, pipeline=2), 6)
 
 
-def test_batch_that_the_ranks_cannot_share() -> None:
+def test_batch_that_the_ranks_cannot_split_evenly() -> None:
     config = load_config(MICRO, ["train.global_batch_size=24", "train.micro_batch_size=4"])
     Topology.of(config.parallel, 3).check_batch(config)
     with pytest.raises(UserError, match="the nearest is 20") as error:

@@ -1,4 +1,4 @@
-"""ZeRO: what each stage keeps on a rank, the gradient norm without clipping and of a broken step."""
+"""ZeRO: bytes per rank of each stage, the gradient norm without clipping and of a non-finite step."""
 
 import math
 
@@ -9,10 +9,10 @@ from tests.ranks import run_on_ranks
 STAGES = [0, 1, 2, 3]
 
 
-def test_each_stage_keeps_what_the_plan_says() -> None:
+def test_each_stage_holds_the_planned_bytes() -> None:
     counted = run_on_ranks("tests.parallel.zero_cases:count_bytes", 2, stages=STAGES)
     whole = counted[0]["held"]["weights"]
-    tensor = 2 * 4 * 48 * 32  # the largest tensor: one that two ranks share is whole on both
+    tensor = 2 * 4 * 48 * 32  # the largest tensor: where two ranks split it, both hold it whole
     for stage, bytes_ in zip(STAGES, counted, strict=True):
         held, planned = bytes_["held"], bytes_["planned"]
         print(stage, held, planned)
@@ -37,12 +37,12 @@ def test_every_stage_reports_the_norm_without_clipping() -> None:
         assert error["weights"] <= 1e-4, (stage, error)
 
 
-def test_every_stage_says_that_gradients_are_not_finite() -> None:
+def test_every_stage_reports_nonfinite_gradients() -> None:
     norms = run_on_ranks("tests.parallel.zero_cases:refuse_an_update", 2, stages=STAGES)
     assert not any(math.isfinite(norm) for norm in norms), norms
 
 
-def test_the_suite_sees_a_copy_of_the_embedding_counted_twice() -> None:
+def test_the_suite_detects_a_copy_of_the_embedding_counted_twice() -> None:
     case = {
         "model": {"kind": "memory", "tie_word_embeddings": True},
         "mode": "unique",

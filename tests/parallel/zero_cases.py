@@ -1,4 +1,4 @@
-"""What the ranks of the ZeRO tests run: what each stage keeps, counted on the live engine."""
+"""What the ranks of the ZeRO tests run: bytes held by each stage, counted on the live engine."""
 
 from typing import Any
 from unittest.mock import patch
@@ -8,14 +8,14 @@ from torch import Tensor
 
 from mlm_train.config import Config
 from mlm_train.parallel import runtime as processes
-from mlm_train.parallel.engine.deepspeed_zero import Engine
+from mlm_train.parallel.engine.base import Engine
 from mlm_train.plan.memory import rank_memory
 from tests.parallel.parity_cases import make_trainer, my_batches, run_cases
 from tests.parallel.reference import tiny_config
 
 
 def count_bytes(stages: list[int]) -> list[dict[str, dict[str, int]]]:
-    """Per stage what this rank holds between two micro-batches of a second step, beside the plan's."""
+    """Per stage: bytes on this rank between two micro-batches of a second step, and the planned bytes."""
     return [_count(stage) for stage in stages]
 
 
@@ -29,7 +29,7 @@ def _count(stage: int) -> dict[str, dict[str, int]]:
         lambda *_: found.append(_held(trainer.engine)), prepend=True
     )
     trainer.backward(my_batches(runtime, 1, config))
-    assert len(found) > 1, "it takes two micro-batches to see gradients wait"
+    assert len(found) > 1, "it takes two micro-batches to see accumulated gradients"
     return {"held": found[1], "planned": rank_memory(config, runtime.topology)._asdict()}
 
 
@@ -54,13 +54,13 @@ def _held(engine: Engine) -> dict[str, int]:
 
 
 def _bytes(tensors: Any) -> int:
-    """Of the storages behind them, each counted once."""
+    """Bytes of the tensors' storages, each counted once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t is not None}
     return sum(storage.nbytes() for storage in storages.values())
 
 
 def refuse_an_update(stages: list[int]) -> list[float]:
-    """The norm that each stage reports for a step whose gradients are not finite, after a good step."""
+    """The norm that each stage reports for a step with non-finite gradients, after a good step."""
     return [_refused(tiny_config({"kind": "base"}, parallel={"zero_stage": stage})) for stage in stages]
 
 

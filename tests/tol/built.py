@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from mlm_train.tol.build.builder import CHUNK_ROWS, Build
-from mlm_train.tol.format.codec import PlainDtype
 from mlm_train.tol.format.index import TolIndex
 from mlm_train.tol.format.layout import TableSpec
+from mlm_train.tol.format.schemes import PlainDtype
 
 
 def build_tol(

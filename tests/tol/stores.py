@@ -5,7 +5,8 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Objects:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._app = DomainDispatcherApplication(create_backend_app)
         self._held: tuple[str, str] | None = None
-        self.denied: str | None = None  # a name that cannot be written
+        self._denied: str | None = None
         self.waiting, self._released = threading.Event(), threading.Event()
         listening.listen(64)
         self.server = make_server("127.0.0.1", 0, self, threaded=True, fd=listening.fileno())
@@ -48,10 +49,19 @@ class Objects:
         if held and environ["REQUEST_METHOD"] == held[0] and held[1] in environ["PATH_INFO"]:
             self.waiting.set()
             assert self._released.wait(120)
-        if self.denied and environ["REQUEST_METHOD"] == "PUT" and self.denied in environ["PATH_INFO"]:
+        if self._denied and environ["REQUEST_METHOD"] == "PUT" and self._denied in environ["PATH_INFO"]:
             respond("403 Forbidden", [("Content-Type", "application/xml")])
             return [b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"]
         return self._app(environ, respond)
+
+    @contextmanager
+    def denying(self, name: str) -> Iterator[None]:
+        """Deny writes of this name while the block runs."""
+        self._denied = name
+        try:
+            yield
+        finally:
+            self._denied = None
 
     def hold(self, method: str, name: str) -> None:
         """Hold up requests for this name from now on; `waiting` is set once there is one."""

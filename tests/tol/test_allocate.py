@@ -15,10 +15,10 @@ from mlm_train.tol.allocate.sensitivity import Notes, Trial, measure, spectra_of
 from mlm_train.tol.build.budget import bytes_of
 from mlm_train.tol.build.builder import Build
 from mlm_train.tol.commands import allocate as allocate_command
-from mlm_train.tol.format.codec import Scheme
 from mlm_train.tol.format.index import INDEX
 from mlm_train.tol.format.index_file import read_index
 from mlm_train.tol.format.layout import TableSpec
+from mlm_train.tol.format.schemes import Scheme
 from mlm_train.tol.lowrank.knapsack import LayerOptions
 from mlm_train.tol.serve.reader import TableReader
 from mlm_train.tol.serve.source import TolSource
@@ -224,13 +224,13 @@ def refusing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         (("--output", ""), "--output '': name a file in a folder that exists"),
         (("--output", "no/mix.json"), "no/mix.json: name a file in a folder that exists"),
         (("--output", "."), "--output .: name a file"),
-        (("--output", "TABLE/tol.index.json"), "tol.index.json lies in the folder of"),
-        (("--output", "TABLE/new.json"), "which takes no other files"),
-        (("--output", "mine.json"), "mine.json exists and is no file of `tol allocate`"),
-        (("--output", "/dev/null"), "/dev/null exists and is no file of"),
+        (("--output", "TABLE/tol.index.json"), "tol.index.json is in the folder of"),
+        (("--output", "TABLE/new.json"), "which must hold no other files"),
+        (("--output", "mine.json"), "mine.json exists and is not a file of `tol allocate`"),
+        (("--output", "/dev/null"), "/dev/null exists and is not a file of"),
         (("--output", "o" * 252), "cannot be written: File name too long"),
         (("--output", "mix.json", "--plot", "no/x.png"), "--plot no/x.png: name a file"),
-        (("--output", "mix.json", "--plot", "mine.json"), "mine.json exists and is no PNG"),
+        (("--output", "mix.json", "--plot", "mine.json"), "mine.json exists and is not a PNG"),
         (("--output", "mix.json", "--plot", "./mix.json"), "is --output too"),
         (("--output", "mix.json", "--budget", "30kB"), "is too small for any layer; give at least"),
         (("--output", "mix.json", "--tolerance", "5"), "--tolerance 5 is 500%: write 5%"),

@@ -83,7 +83,7 @@ def test_bad_input(folders: dict[str, Path], data: Path, corpus: Path, tmp_path:
         ("base", "base model"),
         ("damaged", "is damaged: its checksum differs"),
         ("empty", f"empty holds no model; give {MODEL_KINDS}"),
-        ("none", f"none is no folder; give {MODEL_KINDS}"),
+        ("none", f"none is not a folder; give {MODEL_KINDS}"),
     ):
         model = tmp_path / name
         text = ("--model", model, "--data", data)

@@ -207,7 +207,7 @@ def test_bad_input(
     large.memory_blocks()[2].memory_mlp.down_proj.weight.mul_(1e6)
     export(tmp_path / "large", large)
     cases = (
-        (tmp_path / "none", {}, "is no folder; give an export"),
+        (tmp_path / "none", {}, "is not a folder; give an export"),
         (base, {}, "base model"),
         (exported, {"partitions": 602}, "--partitions 602: give 1 to 601"),
         (exported, {"partitions": 0}, "--partitions 0"),
@@ -260,9 +260,9 @@ def test_bad_input(
         (("--device", ""), "--device '': give cpu or cuda"),
         (("--budget", "1B"), "a budget of 1 byte is too small for any layer; give at least "),
         (("--output", ""), "the folder's name is empty; name a folder or a URL"),
-        (("--output", "/dev/null"), "/dev/null cannot be written: File exists; it is no folder"),
+        (("--output", "/dev/null"), "/dev/null cannot be written: File exists; it is not a folder"),
         (("--output", "FILE/x"), "cannot be written: Not a directory; a part of that path is a file"),
-        (("--output", "LINK"), "cannot be written: File exists; it is no folder"),
+        (("--output", "LINK"), "cannot be written: File exists; it is not a folder"),
         (("--output", "file:///x/y", "--evaluate", "z"), "file:///x/y is a URL; name a folder: --evaluate"),
         (
             ("--output", "file:///x/y", "--each-node", "--ray-address", "x:1"),

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mlm_train.tol.format import codec
-from mlm_train.tol.format.codec import LEVELS, Encoding, NotFinite, Scheme, decode, layout
+from mlm_train.tol.format.codec import NotFinite, decode
+from mlm_train.tol.format.schemes import LEVELS, Encoding, Scheme, layout
 from tests.commands import ROOT
 
 HIDDEN = 75  # odd, and no multiple of a group

@@ -8,7 +8,8 @@ import torch
 from mlm_train.checkpoint.reading.logical_folder import open_model
 from mlm_train.model.transformer import Transformer
 from mlm_train.tol.build.row_source import EMBEDDING, ComputedRows, ffn_m_weights
-from mlm_train.tol.format.codec import TORCH_DTYPE, PlainDtype
+from mlm_train.tol.format.codec import TORCH_DTYPE
+from mlm_train.tol.format.schemes import PlainDtype
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

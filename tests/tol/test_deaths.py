@@ -120,7 +120,7 @@ def test_four_deaths_over_one_partition(source: Path, unbroken: Path, tmp_path: 
     ("number", "line"),
     [
         (signal.SIGINT, "stopped by the user"),
-        (signal.SIGTERM, "stopped by SIGTERM; run the same command again to go on"),
+        (signal.SIGTERM, "stopped by SIGTERM; run the same command again to continue"),
     ],
 )
 def test_asked_to_end(

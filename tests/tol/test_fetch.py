@@ -125,7 +125,7 @@ def test_bad_addresses(objects: Objects, exported: Path, tables: dict[str, Path]
     [
         (OSError(28, "No space left on device"), "s3://b/t: No space left on device; free space or choose"),
         (PermissionError("Access Denied"), "s3://b/t: Access Denied; check the address, the network and"),
-        (PermissionError(13, "Permission denied"), "s3://b/t: Permission denied; mind the rights there"),
+        (PermissionError(13, "Permission denied"), "s3://b/t: Permission denied; check the permissions"),
     ],
 )
 def test_advice_fits_the_error(error: OSError, message: str) -> None:

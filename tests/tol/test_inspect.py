@@ -248,7 +248,7 @@ def test_bad_input(with_text: tuple[Path, Path], tmp_path: Path) -> None:
         ((short,), "(rows [10, 30)) is damaged"),
         ((folder, "--model", thin), "hidden_size=32 and the model 16"),
         ((folder, "--model", base), "base model"),
-        ((folder, "--model", tmp_path / "none"), "is no folder; give an export, a run's folder"),
+        ((folder, "--model", tmp_path / "none"), "is not a folder; give an export, a run's folder"),
         ((folder, "--top", 0), "--top 0: give at least 1"),
         ((folder, "--neighbours", 520), "--neighbours 520: there is no such token; give 0 to 519"),
         ((folder, "--neighbours", "self"), "'self': give ids, or a --model"),
@@ -256,8 +256,8 @@ def test_bad_input(with_text: tuple[Path, Path], tmp_path: Path) -> None:
         ((folder, "--model", model, "--neighbours", ""), "is 0 tokens"),
         ((folder, "--plot", tmp_path / "none" / "p.png"), "name a file in a folder that exists"),
         ((folder, "--plot", ""), "--plot '': name a file"),
-        ((folder, "--plot", folder / INDEX), f"lies in the folder of {folder / INDEX}"),
-        ((folder, "--plot", model / "p.png"), "which takes no other files"),
-        ((folder, "--plot", tmp_path / "mine.json"), "mine.json exists and is no PNG"),
+        ((folder, "--plot", folder / INDEX), f"is in the folder of {folder / INDEX}"),
+        ((folder, "--plot", model / "p.png"), "which must hold no other files"),
+        ((folder, "--plot", tmp_path / "mine.json"), "mine.json exists and is not a PNG"),
     ):
         assert message in refused("tol", "inspect", *arguments)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlm_train.tol.format.codec import Scheme, decode, encode, layout
+from mlm_train.tol.format.codec import decode, encode
 from mlm_train.tol.format.layout import TableSpec
+from mlm_train.tol.format.schemes import Scheme, layout
 from mlm_train.tol.lowrank.ranks import RankErrors, Sample
 from mlm_train.tol.lowrank.spectrum import Gram, Spectrum, scaled_basis
 from mlm_train.tol.serve.reader import projector

@@ -30,6 +30,7 @@ from tests.tol.stores import OPTIONS, Objects, build, done, kill, names, put, wa
 from tests.tol.test_compress import MIXED
 from tests.tol.test_faults import same
 
+SMALL: dict[str, Any] = {"partitions": 5, "chunk_rows": 50}
 SPECS = {
     "plain": TableSpec(),
     "int4": TableSpec(dtype="int4", group_size=8),
@@ -38,24 +39,33 @@ SPECS = {
 pytestmark = pytest.mark.usefixtures("short_settle")
 
 
+@pytest.fixture(scope="module")
+def folders(exported: Path, ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The table of each of SPECS in a folder, and the mixed one compressed from the int4 one."""
+    root = tmp_path_factory.mktemp("folders")
+    for name, spec in SPECS.items():
+        build(exported, root / name, spec, group_bytes=1, **SMALL).run()
+    Build(None, root / "again", SPECS["mixed"], table=root / "int4", **SMALL).run()
+    return {name: root / name for name in (*SPECS, "again")}
+
+
 @pytest.mark.parametrize("name", SPECS)
-def test_the_bytes_of_a_folder(name: str, url: str, exported: Path, ray: None, tmp_path: Path) -> None:
+def test_the_bytes_of_a_folder(
+    name: str, url: str, exported: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
     """Built from weights and from a table; verified there, fetched, and verified against the weights."""
-    options = {"partitions": 5, "chunk_rows": 50}
-    build(exported, tmp_path / "folder", SPECS[name], group_bytes=1, **options).run()
-    build(exported, url, SPECS[name], **options).run()
+    build(exported, url, SPECS[name], **SMALL).run()
     index = index_at(storage_at(url))
     files = [part.file for part in index.partitions] + ([BASIS] if index.basis else [])
     assert names(url) == sorted([INDEX, *files])
     assert not verify_tol(url).damages
     fetch_tol(url, tmp_path / "fetched")
-    assert same(tmp_path / "fetched", tmp_path / "folder")
+    assert same(tmp_path / "fetched", folders[name])
     assert not verify_tol(tmp_path / "fetched", exported).damages
     if name == "int4":
-        for output in (f"{url}-2", tmp_path / "again"):
-            Build(None, output, SPECS["mixed"], table=tmp_path / "folder", **options).run()
+        Build(None, f"{url}-2", SPECS["mixed"], table=folders["int4"], **SMALL).run()
         fetch_tol(f"{url}-2", tmp_path / "fetched2")
-        assert same(tmp_path / "fetched2", tmp_path / "again")
+        assert same(tmp_path / "fetched2", folders["again"])
 
 
 def test_a_killed_builder_is_resumed(
@@ -113,9 +123,8 @@ def test_a_store_that_denies_access(
 ) -> None:
     """To a worker, and to the builder: one line, and the next build resumes."""
     for name in (STATE, BASIS, "rows-00007"):  # in the order in which they are written
-        objects.denied = name
-        line = refused("tol", "build", url_model, "--output", s3, *OPTIONS)
-        objects.denied = None
+        with objects.denying(name):
+            line = refused("tol", "build", url_model, "--output", s3, *OPTIONS)
         assert line.startswith(f"mlm-train: {s3}/{name}") and "Access Denied; check the address" in line
         assert OWNER not in names(s3)
     last = start("tol", "build", url_model, "--output", s3, *OPTIONS)

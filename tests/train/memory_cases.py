@@ -5,8 +5,11 @@ import resource
 import torch
 import torch.distributed as dist
 
+from mlm_train.monitor.callback import Context
+from mlm_train.monitor.log import Log
 from mlm_train.monitor.monitor import Monitor
 from mlm_train.monitor.report import Progress, StepReport
+from mlm_train.monitor.writers import Writers
 from mlm_train.parallel import runtime as processes
 from tests.parallel.layouts import MODELS
 from tests.parallel.parity_cases import make_trainer, my_batches
@@ -24,7 +27,8 @@ def run(guilty: int) -> list[tuple[float, float, list[float], list[float]]]:
         torch.ones(TAKEN // 4)
     result = trainer.step(my_batches(runtime, 0, config), 1e-3)
     quiet = Monitor.__new__(Monitor)
-    quiet.config, quiet.runtime, quiet.peaks = config, runtime, {"measured": 1e12}
+    quiet.config, quiet.peaks = config, {"measured": 1e12}
+    quiet.context = Context(config, runtime, [], Log(None), Writers())
     values = quiet.step_values(StepReport(Progress(), 1e-3, 4, result, 0.0, {}))
     own = [0.0] * runtime.topology.world
     dist.all_gather_object(own, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0)

@@ -45,7 +45,7 @@ def test_no_gpu_where_one_is_asked_for(data: Path, tmp_path: Path, monkeypatch: 
             *command, "train.device=cuda"
         )
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
-    assert "was given 8 GPUs here and torch finds none" in refused(*run, "train.device=auto")
+    assert "has 8 GPUs on this node, but torch finds none" in refused(*run, "train.device=auto")
     assert not (tmp_path / "run").exists()
 
 
@@ -54,13 +54,11 @@ def test_a_rendezvous_that_cannot_be(data: Path, tmp_path: Path, monkeypatch: py
     with socket.create_server(("127.0.0.1", 0)) as stale:  # it would never answer
         endpoint = f"localhost:{stale.getsockname()[1]}"
         line = refused(*launch, "--rendezvous", endpoint)
-    assert f"--rendezvous {endpoint}: that port of this machine cannot be used (taken by" in line
-    assert f"process {os.getpid()}); give another one, the same on every machine" in line
+    assert f"--rendezvous {endpoint}: this port cannot be used on this node (taken by" in line
+    assert f"process {os.getpid()}); give another one, the same on every node" in line
     for wrong in ("node1", "node1:port", "node1:70000"):
         assert f"--rendezvous {wrong}: give HOST:PORT" in refused(*launch, "--rendezvous", wrong)
-    assert "--rendezvous a.invalid:1: no machine of that name" in refused(
-        *launch, "--rendezvous", "a.invalid:1"
-    )
+    assert "--rendezvous a.invalid:1: unknown host" in refused(*launch, "--rendezvous", "a.invalid:1")
     monkeypatch.setattr("mlm_train.parallel.launch.rendezvous._HOST_SECONDS", 2)
     silent = "192.0.2.1:29500"  # an address for examples (RFC 5737), where nobody is
     assert f"--rendezvous {silent}: nothing answered there for 2 s" in refused(
@@ -139,7 +137,7 @@ def test_tokenizer_that_is_not_the_datas(data: Path, tmp_path: Path) -> None:
 def test_vocabulary_and_window_that_do_not_fit_the_data(data: Path, tmp_path: Path) -> None:
     assert "model.vocab_size=512" in refused(*pretrain(data, tmp_path / "run", "model.vocab_size=511"))
     long = ("data.sequence_length=10000000", "model.max_position_embeddings=10000000")
-    assert "less than one sample" in refused(*pretrain(data, tmp_path / "run", *long))
+    assert "fewer than one sample" in refused(*pretrain(data, tmp_path / "run", *long))
 
 
 @pytest.mark.parametrize(

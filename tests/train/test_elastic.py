@@ -12,6 +12,7 @@ import pytest
 
 from mlm_train.errors import START_AGAIN
 from tests.commands import TINY, finished, listening, refused, same_losses, start, wait_for
+from tests.ranks import train_on_ranks
 
 STEPS = 150
 
@@ -39,7 +40,7 @@ def is_asked_to_end(process: psutil.Process) -> bool:
 @pytest.fixture(scope="module")
 def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "unbroken"
-    finished("pretrain", *words(data, run))
+    train_on_ranks(1, *words(data, run))
     return run
 
 
@@ -56,7 +57,10 @@ def test_killed_ranks_start_again_and_a_warned_run_does_not(
     launch.send_signal(signal.SIGUSR1)
     output, _ = launch.communicate(timeout=120)
     assert launch.returncode == START_AGAIN, output
-    assert output.count("start again, from the newest checkpoint: restart 1 of at most 1") == 1, output
+    assert (
+        output.count("restarting the ranks of this node from the newest checkpoint: restart 1 of at most 1")
+        == 1
+    ), output
     finished("launch", "--nproc", 2, *words(data, run))
     same_losses(run, unbroken, tolerance=1e-4)
 

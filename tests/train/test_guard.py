@@ -13,7 +13,7 @@ from mlm_train.checkpoint.load import open_checkpoint
 from mlm_train.checkpoint.manifest import write_manifest
 from mlm_train.cli import main
 from mlm_train.parallel import runtime
-from mlm_train.parallel.engine.deepspeed_zero import Engine
+from mlm_train.parallel.engine.base import Engine
 from mlm_train.train import loop
 from mlm_train.train.batches import MicroBatch
 from tests.commands import TINY, mlm_train, same_losses, scalars

@@ -85,7 +85,7 @@ def test_what_the_tables_leave_of_the_budget_keeps_activations() -> None:
     config, alone = choice.config, Topology(1, 0, 1, 1)
     layers = config.model.num_hidden_layers
     assert config.memory is not None and config.memory.kept_layers == layers
-    assert f"table keeping {layers} layers" in choice.reason
+    assert f"table (kept_layers={layers})" in choice.reason
     tables, kept = table_bytes_per_layer(config, TEXT.step), kept_bytes_per_layer(config, TEXT.step)
     assert table_bytes(config, alone, TEXT) == pytest.approx(layers * (tables + kept))
     some = chosen(budget=1.1 * (layers * tables + 1.5 * kept)).config.memory
@@ -117,7 +117,7 @@ def test_a_run_decides_says_so_and_keeps_it(data: Path, tmp_path: Path) -> None:
         "checkpoint.interval=2",
     ]
     first = finished("launch", "--nproc", 2, *words, "train.stop_after=2")
-    assert "memory.mode=auto -> " in first and "distinct ids a micro-batch" in first
+    assert "memory.mode=auto chose " in first and "distinct ids per micro-batch" in first
     decided = _saved(run)
     assert decided.memory is not None and decided.memory.mode != "auto"
     assert yaml.safe_load((run / "config.yaml").read_text())["memory"]["mode"] == "auto"

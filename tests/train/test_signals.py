@@ -14,6 +14,7 @@ import pytest
 from mlm_train.errors import START_AGAIN
 from mlm_train.utils.signals import ECHO_SECONDS
 from tests.commands import ROOT, TINY, finished, same_losses, start, wait_for
+from tests.ranks import train_on_ranks
 
 STEPS = 60
 
@@ -43,7 +44,7 @@ def stopped_at(run: Path, name: str) -> int:
 @pytest.fixture(scope="module")
 def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "unbroken"
-    finished("pretrain", *words(data, run))
+    train_on_ranks(1, *words(data, run))
     return run
 
 

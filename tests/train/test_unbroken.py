@@ -1,7 +1,6 @@
 """The samples of a run, one by one, whatever kills it and on however many ranks it goes on."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -18,6 +17,7 @@ import pytest
 from mlm_train.config import DataConfig
 from mlm_train.data.blend import Blend
 from tests.commands import ROOT, TINY, mlm_train, scalars
+from tests.ranks import forkserver
 from tests.train import lives
 from tests.train.recording import digests
 
@@ -50,8 +50,7 @@ def notes_of(path: Path) -> list:
 
 def test_killed_twenty_times_at_random_and_resumed_at_other_sizes(blend: list[dict], tmp_path: Path) -> None:
     """SIGKILL at any moment; each life has another data-parallel size and micro-batch."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["tests.train.lives"])
+    processes = forkserver()
     checkpoint = tmp_path / "progress.json"
     chance = random.Random(2)
     starts, seen = [], []

@@ -11,8 +11,8 @@ from mlm_train.checkpoint.reading.logical_folder import load_model
 from mlm_train.data.prepared import PreparedData
 from mlm_train.memory import make_source
 from mlm_train.parallel import runtime
-from tests.commands import ROOT, TINY, finished, mlm_train, scalars
-from tests.ranks import run_on_ranks
+from tests.commands import ROOT, TINY, mlm_train, scalars
+from tests.ranks import run_on_ranks, train_on_ranks
 
 LENGTH, COUNTS = 32, {"data": 9, "prose": 3}  # of twelve validation samples, three to one
 STILL = ("optimizer.lr=1e-30", "schedule.min_lr=0")
@@ -82,7 +82,7 @@ def test_ranks_together_find_the_same_losses(run: Path, blend: dict[str, Path], 
     other = tmp_path / "other"
     layout = ("parallel.pipeline=2", "train.steps=1", "schedule.warmup_steps=0", *STILL)
     warm = f"checkpoint.warm_start={run}"
-    finished("launch", "--nproc", 4, *pretrain(blend, other, warm, *layout))
+    train_on_ranks(4, *pretrain(blend, other, warm, *layout))
     for tag in ("loss", *(f"loss/{name}" for name in COUNTS)):
         mine, theirs = scalars(other, f"validation/{tag}")[1], scalars(run, f"validation/{tag}")[2]
         assert mine == pytest.approx(theirs, rel=1e-5), tag

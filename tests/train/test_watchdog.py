@@ -1,4 +1,4 @@
-"""A run that hangs or loses a rank says where, ends everywhere, and keeps its checkpoints."""
+"""A run that hangs or loses a rank reports where, ends on every rank, and keeps its checkpoints."""
 
 import json
 import os
@@ -23,7 +23,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 PP2 = ("parallel.pipeline=2", "model.num_hidden_layers=4")
 
 
-def words(data: Path, run: Path, *more: str) -> list[str]:
+def arguments_of(data: Path, run: Path, *more: str) -> list[str]:
     return [
         "pretrain", "configs/micro.yaml", *TINY, f"data.path={data}", f"train.output={run}", "train.steps=6",
         "train.micro_batch_size=1", "checkpoint.interval=1", f"train.watchdog_timeout={LIMIT}",
@@ -76,7 +76,7 @@ def nothing_left() -> Iterator[None]:
 
 def test_a_stage_that_never_ends_is_named_and_every_rank_ends_itself(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    codes, outputs = without_agent([*MISBEHAVE, "sleep-in-forward", "1", *words(data, run, *PP2)])
+    codes, outputs = without_agent([*MISBEHAVE, "sleep-in-forward", "1", *arguments_of(data, run, *PP2)])
     report = "".join(outputs)
     assert codes == [75, 75], report
     assert report.count("watchdog: no progress for 5 s") == 1 and "Traceback" not in report
@@ -93,7 +93,7 @@ def test_a_stage_that_never_ends_is_named_and_every_rank_ends_itself(data: Path,
 
 def test_a_stuck_rank_under_torchrun_and_then_a_merely_slow_one(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    launch = python([*TORCHRUN, *MISBEHAVE, "sleep-in-data", "1", *words(data, run)])
+    launch = python([*TORCHRUN, *MISBEHAVE, "sleep-in-data", "1", *arguments_of(data, run)])
     output, _ = launch.communicate(timeout=120)
     assert launch.returncode != 0
     assert re.search(r"stuck: +rank 1 \(.*\): step 3, data, for \d+ s, .*sleep_for_ever", output), output
@@ -103,7 +103,7 @@ def test_a_stuck_rank_under_torchrun_and_then_a_merely_slow_one(data: Path, tmp_
     assert re.search(waiting, output), output
     started = time.monotonic()
     every = "monitor.straggler_interval=2"
-    slow = python([*TORCHRUN, *MISBEHAVE, "slow-data", "1", *words(data, run, every)])
+    slow = python([*TORCHRUN, *MISBEHAVE, "slow-data", "1", *arguments_of(data, run, every)])
     output, _ = slow.communicate(timeout=120)
     assert slow.returncode == 0 and "at step 2" in output and "no progress for" not in output, output
     assert time.monotonic() - started > 4 * SLOW_SECONDS > LIMIT
@@ -117,23 +117,23 @@ def test_a_stuck_rank_under_torchrun_and_then_a_merely_slow_one(data: Path, tmp_
 
 def test_a_stopped_rank_is_named_by_the_others(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    launch = start("launch", "--nproc", 2, *words(data, run, "train.steps=5000", *PP2)[1:])
+    launch = start("launch", "--nproc", 2, *arguments_of(data, run, "train.steps=5000", *PP2)[1:])
     ranks = ranks_of(launch, run)
     ranks[1].send_signal(signal.SIGSTOP)
     while not list(run.glob("failures/*/report.txt")):
         assert launch.poll() is None, launch.communicate()[0]
         time.sleep(0.05)
-    ranks[1].send_signal(signal.SIGCONT)  # else torchrun's agent takes 30 s to see that SIGTERM does nothing
+    ranks[1].send_signal(signal.SIGCONT)  # else torchrun's agent waits 30 s for SIGTERM to take effect
     output, _ = launch.communicate(timeout=60)
     assert launch.returncode == 75, output
-    assert re.search(r"stuck: +rank 1 \(.*, stage 1\): does not answer \(stopped, ", output), output
+    assert re.search(r"stuck: +rank 1 \(.*, stage 1\): does not respond \(stopped, ", output), output
     assert "stuck:   rank 0" not in output
     assert not psutil.wait_procs(ranks.values(), timeout=5)[1]
 
 
 def test_a_killed_rank_ends_the_others_under_torchrun(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    launch = python([*TORCHRUN, "-m", "mlm_train", *words(data, run, "train.steps=5000")])
+    launch = python([*TORCHRUN, "-m", "mlm_train", *arguments_of(data, run, "train.steps=5000")])
     ranks = ranks_of(launch, run)
     ranks[1].kill()
     output, _ = launch.communicate(timeout=60)
@@ -145,7 +145,7 @@ def test_a_killed_rank_ends_the_others_under_torchrun(data: Path, tmp_path: Path
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_first_failure_is_what_a_user_sees(data: Path, tmp_path: Path, rank: int) -> None:
     run = tmp_path / "run"
-    arguments = words(data, run, *PP2)
+    arguments = arguments_of(data, run, *PP2)
     codes, outputs = without_agent([*MISBEHAVE, "raise-in-forward", str(rank), *arguments])
     assert codes == [1, 1], outputs
     failed, other = outputs[rank], outputs[1 - rank]
@@ -153,7 +153,7 @@ def test_the_first_failure_is_what_a_user_sees(data: Path, tmp_path: Path, rank:
     assert f"on rank {rank} of 2: stage {rank}, step 3, forward of micro-batch 2" in failed
     assert "Traceback" not in other, other
     line = (
-        f"mlm-train: [rank {1 - rank}] stopped, because rank {rank} failed first: ValueError: the third stair"
+        f"mlm-train: [rank {1 - rank}] stopped because rank {rank} failed first: ValueError: the third stair"
     )
     assert line in other, other
     if rank == 1:

@@ -1,4 +1,4 @@
-"""config.json of an export: our ModelConfig in Hugging Face's words, and back."""
+"""config.json of an export: our ModelConfig as Hugging Face fields, and back."""
 
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,10 @@ _FLEX = ("compute_intermediate_size", "compute_form", "compute_input")
 def config_json(
     config: ModelConfig, dtype: str = "float32", tokens: SpecialTokens = NO_TOKENS
 ) -> dict[str, Any]:
-    """The mapping that config.json holds; `base` is a Llama for transformers.
+    """The contents of config.json; `base` is a Llama for transformers.
 
-    rope_theta stands at the top level (transformers 4) and in rope_parameters (transformers 5), the
-    dtype as torch_dtype and dtype likewise.
+    rope_theta is at the top level for transformers 4 and in rope_parameters for transformers 5, and likewise
+    the dtype as torch_dtype and dtype.
     """
     model_type = "memoryllm" if config.has_memory else "llama"
     tree: dict[str, Any] = {
@@ -68,7 +68,7 @@ def config_json(
 def read_config(path: str | Path) -> ModelConfig:
     """The ModelConfig of an export folder; a plain Hugging Face Llama is kind base.
 
-    Raises UserError for a missing or broken config.json, and for a Llama this model cannot express.
+    Raises UserError for a missing or broken config.json, and for a Llama that this model cannot express.
     """
     file = Path(path) / "config.json"
     tree = read_json(file, "give a folder written by `mlm-train export`, or a Hugging Face Llama's")
@@ -78,7 +78,7 @@ def read_config(path: str | Path) -> ModelConfig:
     llama = read_llama(tree, file)
     fields: dict[str, Any] = {"kind": kind, "init_std": llama.initializer_range}
     fields |= {name: getattr(llama, name) for name in _SHARED}
-    # What transformers knows a default for is the Llama's alone.
+    # transformers' defaults apply to a Llama only.
     ours = () if kind == "base" else (*_SHARED, "memory_scale", *_FLEX * (kind == "flex"))
     for name in ours:
         if tree.get(name) is None:

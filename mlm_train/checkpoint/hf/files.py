@@ -1,7 +1,7 @@
-"""What lies beside a Llama's weights: its tokenizer's files, its chat template, the tokens that end a text.
+"""The files beside a Llama's weights: tokenizer, chat template, generation config with its end tokens.
 
-They go along from a Hugging Face folder into an import, from there into the folder of a run that starts from
-it, and from the run into its export.
+They are carried over from a Hugging Face folder into an import, from there into the folder of a run that
+starts from it, and from the run into its export.
 """
 
 import shutil
@@ -28,14 +28,14 @@ CARRIED = (
     GENERATION,
 )
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_LLAMA_IDS = {"bos_token_id": 1, "eos_token_id": 2}  # transformers', where no file says anything
+_LLAMA_IDS = {"bos_token_id": 1, "eos_token_id": 2}  # transformers' defaults
 _FIX = "correct it, or copy the folder again"
 
 
 class SpecialTokens(NamedTuple):
-    """Ids that begin a text, that end one (the first ends documents too), and that fill a batch.
+    """Ids that begin a text, that end one (the first also ends documents), and that pad a batch.
 
-    add_bos: whether the model's texts do begin with bos; None: nothing says.
+    add_bos: whether the model's texts begin with bos; None: unknown.
     """
 
     bos: int | None = None
@@ -43,16 +43,16 @@ class SpecialTokens(NamedTuple):
     pad: int | None = None
     add_bos: bool | None = None
 
-    def ended_by(self, first: int | None) -> "SpecialTokens":
-        """The same with another first end."""
-        return self._replace(eos=_once(([] if first is None else [first], self.eos)))
+    def ended_by(self, eod_id: int | None) -> "SpecialTokens":
+        """A copy whose first end is eod_id; unchanged for None."""
+        return self._replace(eos=_distinct(([] if eod_id is None else [eod_id], self.eos)))
 
     def begun_by(self, bos_id: int | None) -> "SpecialTokens":
-        """The same of a model whose documents began with an id, or (None) with none."""
+        """A copy for a model whose training documents began with bos_id, or (None) with none."""
         return self._replace(bos=self.bos if bos_id is None else bos_id, add_bos=bos_id is not None)
 
     def tree(self) -> dict[str, int | list[int] | None]:
-        """As config.json and generation_config.json say it."""
+        """The fields of config.json and generation_config.json."""
         eos = list(self.eos) if len(self.eos) > 1 else next(iter(self.eos), None)
         return dict(zip(_IDS, (self.bos, eos, self.pad), strict=True))
 
@@ -60,8 +60,8 @@ class SpecialTokens(NamedTuple):
 NO_TOKENS = SpecialTokens()
 
 
-class _Said(BaseModel):
-    """What one of the files says of them."""
+class _TokenFields(BaseModel):
+    """The fields about special tokens in one of the files."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
@@ -72,84 +72,88 @@ class _Said(BaseModel):
 
     @property
     def ends(self) -> list[int]:
-        """All of them."""
+        """The end ids as a list."""
         eos = self.eos_token_id
         return [] if eos is None else eos if isinstance(eos, list) else [eos]
 
 
 def special_tokens(folder: Path) -> SpecialTokens:
-    """Of a folder's config.json and generation_config.json, the ends that either of them names.
+    """Special tokens of a folder's config.json and generation_config.json, with the ends of both.
 
-    add_bos is config.json's, else tokenizer_config.json's. Raises UserError naming the file where an id is
-    none.
+    add_bos is that of config.json, else of tokenizer_config.json. Raises UserError naming the file for an
+    invalid id.
     """
-    trees = {name: read_json(folder / name, _FIX) for name in (CONFIG, GENERATION) if _is_there(folder, name)}
+    trees = {name: read_json(folder / name, _FIX) for name in (CONFIG, GENERATION) if _exists(folder, name)}
     if trees.get(CONFIG, {}).get("model_type") == "llama":
-        silent = (name for name in _LLAMA_IDS if not any(name in tree for tree in trees.values()))
-        trees[CONFIG] = trees[CONFIG] | {name: _LLAMA_IDS[name] for name in silent}
-    said = [record_of(_Said, tree, folder / name, _FIX) for name, tree in trees.items()]
-    bos = (one.bos_token_id for one in said if one.bos_token_id is not None)
-    pad = (one.pad_token_id for one in said if one.pad_token_id is not None)
-    if _is_there(folder, TOKENIZER_CONFIG):
-        tree = {ADD_BOS: read_json(folder / TOKENIZER_CONFIG, _FIX).get(ADD_BOS)}  # its ids mean other things
-        said.append(record_of(_Said, tree, folder / TOKENIZER_CONFIG, _FIX))
-    add_bos = (one.add_bos_token for one in said if one.add_bos_token is not None)
+        unset = (name for name in _LLAMA_IDS if not any(name in tree for tree in trees.values()))
+        trees[CONFIG] = trees[CONFIG] | {name: _LLAMA_IDS[name] for name in unset}
+    files = [record_of(_TokenFields, tree, folder / name, _FIX) for name, tree in trees.items()]
+    bos = (file.bos_token_id for file in files if file.bos_token_id is not None)
+    pad = (file.pad_token_id for file in files if file.pad_token_id is not None)
+    if _exists(folder, TOKENIZER_CONFIG):
+        tree = {
+            ADD_BOS: read_json(folder / TOKENIZER_CONFIG, _FIX).get(ADD_BOS)
+        }  # its other fields are not ids
+        files.append(record_of(_TokenFields, tree, folder / TOKENIZER_CONFIG, _FIX))
+    add_bos = (file.add_bos_token for file in files if file.add_bos_token is not None)
     return SpecialTokens(
-        next(bos, None), _once(one.ends for one in said), next(pad, None), next(add_bos, None)
+        next(bos, None), _distinct(file.ends for file in files), next(pad, None), next(add_bos, None)
     )
 
 
 def first_id(folder: Path) -> int | None:
-    """What a text begins with for the model of an export or a Llama; None: with nothing but itself.
+    """The id that texts of an export or a Llama begin with; None: there is none.
 
-    As transformers has it: where no file says add_bos_token, what the tokenizer.json puts before a text.
+    As in transformers: where no file has add_bos_token, the id that the tokenizer.json puts before a text.
     """
     tokens, file = special_tokens(folder), tokenizer_file(folder)
     tokenizer = None if file is None else Tokenizer.load(file)
-    adds = tokens.add_bos
-    if adds is None:
-        adds = tokenizer is not None and tokenizer.puts_bos_first
-    if not adds:
+    add_bos = tokens.add_bos
+    if add_bos is None:
+        add_bos = tokenizer is not None and tokenizer.prepends_bos
+    if not add_bos:
         return None
     declared = None if tokenizer is None else tokenizer.declared_bos_id
     return tokens.bos if declared is None else declared
 
 
-def _once(lists: Iterable[Iterable[int]]) -> tuple[int, ...]:
+def _distinct(lists: Iterable[Iterable[int]]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(token for tokens in lists for token in tokens))
 
 
-def _is_there(folder: Path, name: str) -> bool:
+def _exists(folder: Path, name: str) -> bool:
     return (folder / name).exists()
 
 
 def carried(folder: Path) -> list[Path]:
-    """Those of CARRIED that a folder has."""
+    """The files of CARRIED that a folder has."""
     return [folder / name for name in CARRIED if (folder / name).is_file()]
 
 
-def say_begin(folder: Path, tokens: SpecialTokens) -> None:
-    """Have a carried tokenizer_config.json say whether texts begin with bos: transformers does as it says."""
-    if tokens.add_bos is None or not _is_there(folder, TOKENIZER_CONFIG):
+def set_add_bos(folder: Path, tokens: SpecialTokens) -> None:
+    """Set add_bos_token in a carried-over tokenizer_config.json, which transformers follows."""
+    if tokens.add_bos is None or not _exists(folder, TOKENIZER_CONFIG):
         return
     tree = read_json(folder / TOKENIZER_CONFIG, _FIX)
     if tree.get(ADD_BOS) != tokens.add_bos:
         write_json(folder / TOKENIZER_CONFIG, tree | {ADD_BOS: tokens.add_bos})
 
 
-def carry_over(source: Path, run: Path, tokenizer: Path, end: int) -> list[str]:
-    """Give the folder of a run what lies beside the weights it starts from; names of what is left behind.
+def carry_over(source: Path, run: Path, tokenizer: Path, eod_id: int) -> list[str]:
+    """Copy the files beside the weights that a run starts from. Returns the names of files left behind.
 
-    `tokenizer`, `end`: of the run's data. Where the source has another tokenizer, or none, nothing that lies
-    there means anything for the run. generation_config.json is written with the ids of config.json too.
+    `tokenizer`, `eod_id`: of the run's data. Where the source has another tokenizer, or none, its files do
+    not apply to the run. generation_config.json is written with the ids of config.json too.
     """
-    theirs = tokenizer_file(source)
-    same = theirs is not None and theirs.name == tokenizer.name and sha256_of(theirs) == sha256_of(tokenizer)
+    own = tokenizer_file(source)
+    same = own is not None and own.name == tokenizer.name and sha256_of(own) == sha256_of(tokenizer)
     if not same:
         return [file.name for file in carried(source)]
     for file in carried(source):
         shutil.copyfile(file, run / file.name)
-    said = read_json(source / GENERATION, _FIX) if _is_there(source, GENERATION) else {}
-    ids = special_tokens(source).ended_by(end).tree()
-    write_json(run / GENERATION, said | {name: value for name, value in ids.items() if value is not None})
+    generation = read_json(source / GENERATION, _FIX) if _exists(source, GENERATION) else {}
+    ids = special_tokens(source).ended_by(eod_id).tree()
+    write_json(
+        run / GENERATION, generation | {name: value for name, value in ids.items() if value is not None}
+    )
     return []

@@ -1,4 +1,4 @@
-"""Exports: a Hugging Face folder of config.json and safetensors weights. No pickle is read or written."""
+"""Exports: Hugging Face folders of config.json and safetensors weights. No pickle is read or written."""
 
 import hashlib
 import shutil
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mlm_train.checkpoint.hf import manifest as hf_manifest
 from mlm_train.checkpoint.hf.config import config_json, read_config
-from mlm_train.checkpoint.hf.files import NO_TOKENS, SpecialTokens, say_begin
+from mlm_train.checkpoint.hf.files import NO_TOKENS, SpecialTokens, set_add_bos
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.model.logical import named_pieces, pieces
@@ -39,12 +39,12 @@ __all__ = [
 
 AGAIN = "export it again, or copy the folder again"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-ADAPTER = "adapter_config.json"  # transformers adds its weights to the model's
+ADAPTER = "adapter_config.json"  # transformers would add the adapter's weights to the model's
 SHARD_BYTES = 4 * 2**30
 
 
 def expected_shapes(config: ModelConfig, with_memory: bool = True) -> dict[str, torch.Size]:
-    """Name -> shape of every tensor of an export, in the order of the model."""
+    """Name -> shape of every tensor of an export, in the model's order."""
     with unfilled():
         model = Transformer(config, with_memory)
     return {name: tensor.shape for name, tensor in named_pieces(model)}
@@ -59,12 +59,12 @@ def write_folder(
     shard_bytes: int = SHARD_BYTES,
     tokens: SpecialTokens = NO_TOKENS,
 ) -> None:
-    """Write an export; the folder appears under its name only when it is whole.
+    """Write an export; the folder gets its name only when it is whole.
 
-    `tensors`: export names and logical tensors (`named_pieces(model)`); given as an iterable, at most
-    `shard_bytes` of them are held. Equal weights in equal order give equal bytes. `beside`: other files of
-    the model, such as its tokenizer's, to be copied. Raises UserError for a non-empty folder, a missing
-    file, a full disk, and tensors that do not fit the config.
+    `tensors`: export names and logical tensors (`named_pieces(model)`); of an iterable, at most `shard_bytes`
+    are held in memory. Equal weights in equal order give equal bytes. `beside`: other files to copy, such as
+    the tokenizer's. Raises UserError for a non-empty folder, a missing file, a full disk, and tensors that
+    do not fit the config.
     """
     path = Path(path)
     copies = [Path(file) for file in beside]
@@ -72,7 +72,7 @@ def write_folder(
         if not file.is_file():
             raise UserError(f"{file} does not exist; give the path of a file")
         if file.stat().st_size > LARGEST:
-            raise UserError(f"{file} is larger than {LARGEST} bytes, which no tokenizer is: take it out")
+            raise UserError(f"{file} is larger than {LARGEST} bytes, which no tokenizer is: remove it")
     pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
     with new_folder(path) as draft:
         _write_weights(draft, _checked(pairs, config), dtype, shard_bytes)
@@ -80,7 +80,7 @@ def write_folder(
         write_json(draft / "config.json", tree)
         for file in copies:
             shutil.copyfile(file, draft / file.name)
-        say_begin(draft, tokens)
+        set_add_bos(draft, tokens)
         hf_manifest.write_manifest(draft)
 
 
@@ -88,7 +88,7 @@ def _checked(pairs: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterat
     missing = expected_shapes(config)
     for name, tensor in pairs:
         if name not in missing:
-            raise UserError(f"tensor {name} does not belong to a {config.kind} model, or comes twice")
+            raise UserError(f"tensor {name} does not belong to a {config.kind} model, or occurs twice")
         if tensor.shape != missing[name]:
             raise UserError(f"tensor {name} has shape {list(tensor.shape)}, not {list(missing[name])}")
         del missing[name]
@@ -100,7 +100,7 @@ def _checked(pairs: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterat
 def _write_weights(
     folder: Path, pairs: Iterator[tuple[str, Tensor]], dtype: torch.dtype, shard_bytes: int
 ) -> None:
-    """One file, or shards of at most `shard_bytes` (a larger tensor is a shard alone) and their index."""
+    """Write one file, or shards of at most `shard_bytes` (a larger tensor is its own shard) and an index."""
     shards: list[list[str]] = []
     batch: dict[str, Tensor] = {}
     held = total = 0
@@ -116,7 +116,7 @@ def _write_weights(
         held = 0
 
     for name, tensor in pairs:
-        # A copy even where the type is right: views of a fused weight share one storage.
+        # A copy even where the dtype is right: views of a fused weight share one storage.
         tensor = tensor.detach().to("cpu", dtype, copy=True).contiguous()
         if batch and held + tensor.nbytes > shard_bytes:
             flush()
@@ -138,8 +138,8 @@ def _write_weights(
 class FolderTensors:
     """Lazy access to a folder's logical tensors by export name, memory-mapped; a context manager.
 
-    `file_of`: name -> what gives its slice, as an open safetensors file does. `fix`: for a tensor that is
-    not there.
+    `file_of`: name -> an object with get_slice, such as an open safetensors file. `fix`: shown for a missing
+    tensor.
     """
 
     def __init__(self, path: Path, file_of: dict[str, Any], fix: str = AGAIN) -> None:
@@ -151,7 +151,7 @@ class FolderTensors:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file_of.clear()  # the maps close with their last reference
+        self._file_of.clear()  # a memory map is closed with its last reference
 
     def names(self) -> list[str]:
         """Every tensor's name, sorted."""
@@ -162,15 +162,15 @@ class FolderTensors:
         return torch.Size(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """A tensor's stored type in the format's words, such as BF16."""
+        """A tensor's stored dtype as safetensors spells it, such as BF16."""
         return self._slice(name).get_dtype()
 
     def leave_out(self, name: str) -> None:
-        """Be as if the tensor were not there."""
+        """Ignore a tensor from now on."""
         del self._file_of[name]
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor in its stored type."""
+        """A whole tensor in its stored dtype."""
         return self.rows(name, 0, None)
 
     def rows(self, name: str, start: int, stop: int | None) -> Tensor:
@@ -183,15 +183,14 @@ class FolderTensors:
         return self._file_of[name].get_slice(name)
 
     def check(self, config: ModelConfig, with_memory: bool = True) -> None:
-        """UserError naming the first tensor that is missing, surplus or of another shape.
+        """Raise UserError naming the first tensor that is missing, surplus or of another shape.
 
-        `with_memory=False`: FFN-M may be there or not.
+        `with_memory=False`: FFN-M is optional.
         """
         for name, shape in expected_shapes(config, with_memory).items():
-            if self.shape(name) != shape:
-                found = list(self.shape(name))
+            if (actual := self.shape(name)) != shape:
                 raise UserError(
-                    f"{self.path}: tensor {name} has shape {found}, not {list(shape)} as the config says"
+                    f"{self.path}: tensor {name} has shape {list(actual)}, not {list(shape)} as in the config"
                 )
         surplus = sorted(self._file_of.keys() - expected_shapes(config).keys())
         if surplus:
@@ -199,7 +198,7 @@ class FolderTensors:
 
     @torch.no_grad()
     def fill(self, model: Transformer) -> None:
-        """Copy them into a model's parameters, whatever their dtype and device, each straight to its place.
+        """Copy the tensors into a model's parameters, whatever their dtype and device.
 
         Raises UserError naming the first tensor that does not fit the model's config.
         """
@@ -210,7 +209,7 @@ class FolderTensors:
 
 
 def open_tensors(path: str | Path) -> FolderTensors:
-    """Open an export's weights; UserError for a missing or damaged file."""
+    """Open an export's weights. UserError for a missing or damaged file."""
     path = Path(path)
     file_of: dict[str, Any] = {}
     for file in _weight_files(path):
@@ -220,47 +219,47 @@ def open_tensors(path: str | Path) -> FolderTensors:
 
 
 def open_weights(file: Path, fix: str) -> Any:
-    """A safetensors file, memory-mapped; UserError with `fix` where it is damaged."""
+    """Open a safetensors file, memory-mapped. UserError with `fix` where it is damaged."""
     try:
         return safe_open(file, framework="pt")
-    except (SafetensorError, OSError, MemoryError) as error:  # the last: of a file that cannot be mapped
+    except (SafetensorError, OSError, MemoryError) as error:  # MemoryError: the file cannot be mapped
         reason = str(error).replace("\n", " ")
         raise UserError(f"{file} is damaged ({reason}); {fix}") from None
 
 
 def _weight_files(path: Path) -> list[Path]:
     if (path / ADAPTER).exists():
-        raise UserError(f"{path / ADAPTER}: weights lack an adapter's; merge it, and save the whole model")
+        raise UserError(f"{path / ADAPTER}: adapters are not supported; merge it, and save the whole model")
     if (path / SINGLE).is_file():  # before an index, as in transformers
         return [path / SINGLE]
     if not (path / INDEX).exists():
-        raise UserError(f"{path} has no {SINGLE}{_instead(path)}")
+        raise UserError(f"{path} has no {SINGLE}{_other_weights(path)}")
     weight_map = read_json(path / INDEX, AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path / INDEX} has no weight_map; {AGAIN}")
     files = []
     for name in sorted(set(map(str, weight_map.values()))):
         if not listed(path, name, INDEX, _around(path)).is_file():
-            raise UserError(f"{path / name} is named by {INDEX} and missing; {AGAIN}")
+            raise UserError(f"{path / name} is listed in {INDEX}, but missing; {AGAIN}")
         files.append(path / name)
     return files
 
 
 def _around(path: Path) -> Path | None:
-    """Of a model in Hugging Face's cache, files are links from snapshots/REVISION to blobs/ beside it."""
+    """Where links may lead: in Hugging Face's cache, from snapshots/REVISION to blobs/; None elsewhere."""
     return path.absolute().parents[1] if path.absolute().parent.name == "snapshots" else None
 
 
 def verify_folder(path: str | Path, check: Check) -> Mapping[str, str]:
-    """Compare an export's files with its manifest, if it has one; see hf_manifest.verify_export."""
+    """Compare an export's files with its manifest, if it has one; see hf.manifest.verify_export."""
     path = Path(path)
     if check == "none":
         return {}
     return hf_manifest.verify_export(path, check, [path / "config.json", *_weight_files(path)], _around(path))
 
 
-def _instead(path: Path) -> str:
-    """What a folder without safetensors holds in their place, and the fix."""
+def _other_weights(path: Path) -> str:
+    """What a folder without safetensors holds instead, and the fix."""
     pickles = sorted(path.glob("pytorch_model*.bin")) + sorted(path.glob("*.pth"))
     if not pickles:
         return "; give a folder written by `mlm-train export`, or a Hugging Face Llama's"
@@ -271,19 +270,19 @@ def _instead(path: Path) -> str:
 
 
 def fill_model(path: str | Path, model: Transformer) -> None:
-    """Fill a model from an export; see FolderTensors.fill."""
+    """Load an export's weights into a model; see FolderTensors.fill."""
     with open_tensors(path) as tensors:
         tensors.fill(model)
 
 
 def fingerprint(path: str | Path, known: Mapping[str, str] | None = None) -> str:
-    """SHA-256 over config.json and the weight files: names a model, whatever its folder is called.
+    """SHA-256 over config.json and the weight files: identifies a model, independent of its folder's path.
 
-    known: digests of files by name, of this moment; the others are read.
+    known: current digests of files by name; the other files are read.
     """
     path, known = Path(path), known or {}
     read_config(path)
     files = [path / "config.json", *_weight_files(path)]
-    found = {**known, **hf_manifest.digests([file for file in files if file.name not in known])}
-    lines = (f"{file.name} {found[file.name]}\n" for file in files)
+    digests = {**known, **hf_manifest.digests([file for file in files if file.name not in known])}
+    lines = (f"{file.name} {digests[file.name]}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()

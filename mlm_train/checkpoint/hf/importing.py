@@ -1,4 +1,4 @@
-"""A Hugging Face Llama, or an export of ours -> a folder to train on with: an export, and a run's config."""
+"""Import a Hugging Face Llama, or an export: write an export to start from, and a run's config."""
 
 import functools
 from collections.abc import Iterator
@@ -28,17 +28,17 @@ from mlm_train.utils.files import new_folder, refuse_used, write_text
 from mlm_train.utils.records import read_json
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DERIVED = ".rotary_emb.inv_freq"  # older Llama folders hold it in each layer; it follows from rope_theta
+DERIVED = ".rotary_emb.inv_freq"  # in each layer of older Llama folders; it follows from rope_theta
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 CONFIG = "config.yaml"
-_HEADER = """# Trains on with the weights of {source}.
-# Yours to set: data.path (`mlm-train data prepare --tokenizer {output}` writes it), batch, rate, layout.
+_HEADER = """# Continues training from the weights of {source}.
+# Adjust: data.path (`mlm-train data prepare --tokenizer {output}` writes it), batch size, lr, layout.
 """
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What was written, and in `left` what of the source has no place in it, in words."""
+    """What was written. `left`: descriptions of what was not carried over from the source."""
 
     config: ModelConfig
     dtype: torch.dtype
@@ -47,11 +47,11 @@ class Imported:
 
 
 def import_folder(source: Path, output: Path, verify: Check = "full") -> Imported:
-    """Write an export with the weights of `source`, bit by bit, what lies beside them, and config.yaml.
+    """Write an export with the unchanged weights of `source`, the files beside them, and config.yaml.
 
-    Every tensor is checked, one is held at a time (a shard of the output is held too). verify: what of an
-    export is compared with its manifest first. Raises UserError for what the model cannot express, for a
-    damaged folder, and for an `output` that holds something.
+    Every tensor is checked; one tensor and one shard of the output are held in memory at a time. verify: how
+    much of an export is compared with its manifest first. Raises UserError for a model that cannot be
+    expressed, a damaged folder, and a non-empty `output`.
     """
     refuse_used(output)
     config = read_config(source)
@@ -70,32 +70,32 @@ def import_folder(source: Path, output: Path, verify: Check = "full") -> Importe
 
 
 def _leave_out_copies(tensors: FolderTensors, config: ModelConfig) -> None:
-    """What a Llama's folder may hold though it follows: rotary frequencies, and a tied head, if it is one."""
+    """Ignore redundant tensors of a Llama's folder: rotary frequencies, and the head where it is tied."""
     for name in tensors.names():
         if name.endswith(DERIVED):
             tensors.leave_out(name)
     if config.tie_word_embeddings and HEAD in tensors.names() and EMBEDDING in tensors.names():
         if not torch.equal(tensors.tensor(HEAD), tensors.tensor(EMBEDDING)):
             raise UserError(
-                f"{tensors.path}: {HEAD} is not {EMBEDDING}, but config.json says tie_word_embeddings=true: "
-                "set it to false there, or take the tensor out"
+                f"{tensors.path}: {HEAD} is not {EMBEDDING}, but config.json has tie_word_embeddings=true: "
+                "set it to false there, or remove the tensor"
             )
         tensors.leave_out(HEAD)
 
 
 def _dtype(tensors: FolderTensors, name: str) -> torch.dtype:
-    """Of a stored tensor; UserError for quantised weights."""
+    """dtype of a stored tensor. UserError for quantized weights."""
     stored = tensors.dtype(name)
     if stored not in DTYPES:
         raise UserError(
-            f"{tensors.path}: tensor {name} has type {stored}, which is not supported: give weights in "
-            "float32, bfloat16 or float16, not quantised ones"
+            f"{tensors.path}: tensor {name} has dtype {stored}, which is not supported: give weights in "
+            "float32, bfloat16 or float16, not quantized ones"
         )
     return DTYPES[stored]
 
 
 def _each(tensors: FolderTensors) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor, one after the other."""
+    """Names and tensors one by one, with a progress bar."""
     from rich.console import Console
     from rich.progress import track
 
@@ -104,28 +104,28 @@ def _each(tensors: FolderTensors) -> Iterator[tuple[str, Tensor]]:
 
 
 def _fields_left(source: Path, stored: torch.dtype) -> list[str]:
-    """Fields of config.json that mean something to transformers and nothing here."""
+    """Fields of config.json that have an effect in transformers and none here."""
     file = source / "config.json"
     llama = read_llama(read_json(file, CORRECT), file)
-    found = []
+    left = []
     if llama.attention_dropout:
-        found.append(f"attention_dropout={llama.attention_dropout} (training has no dropout)")
+        left.append(f"attention_dropout={llama.attention_dropout} (training has no dropout)")
     name = str(stored).removeprefix("torch.")
     if llama.dtype not in (None, name):
-        found.append(f"dtype={llama.dtype} (the weights are stored in {name}, and stay so)")
-    return found
+        left.append(f"dtype={llama.dtype} (the weights are stored in {name}, and stay so)")
+    return left
 
 
 def _files_left(source: Path) -> list[str]:
-    """Files of the folder that go nowhere. Weights and manifest are written anew."""
-    anew = {"config.json", INDEX, MANIFEST, CONFIG, *CARRIED}
+    """Files of the folder that are not carried over; those written anew do not count."""
+    used = {"config.json", INDEX, MANIFEST, CONFIG, *CARRIED}
     return sorted(
-        path.name for path in source.iterdir() if path.name not in anew and path.suffix != ".safetensors"
+        path.name for path in source.iterdir() if path.name not in used and path.suffix != ".safetensors"
     )
 
 
 def _run_config(source: Path, output: Path, model: ModelConfig) -> str:
-    """A config that trains on with the imported weights, for any number of processes."""
+    """A config that continues training from the imported weights, for any number of processes."""
     name = output.absolute().name
     tree = {
         "model": model.model_dump(mode="json", exclude_none=True),

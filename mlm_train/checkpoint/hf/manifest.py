@@ -1,7 +1,7 @@
-"""The manifest of an export: its files, their sizes and SHA-256, under a seal. Written last.
+"""The manifest of an export: its files with sizes and SHA-256, and its own checksum. Written last.
 
-transformers passes the file over. A folder without one, as of a plain Hugging Face model or an older export,
-has nothing to be compared with.
+transformers ignores the file. A folder without one, such as a plain Hugging Face model or an older export,
+cannot be verified.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,19 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-from mlm_train.checkpoint.manifest import FileEntry
+from mlm_train.checkpoint.manifest import FileEntry, size_fault
 from mlm_train.errors import UserError
 from mlm_train.utils.checks import Check
-from mlm_train.utils.files import listed, sha256_of, write_json
-from mlm_train.utils.records import SEAL, Record, read_json, record_of, seal_of
+from mlm_train.utils.files import listed, sha256_of
+from mlm_train.utils.records import SEAL, Record, read_json, record_of, seal_of, write_sealed
 
 MANIFEST = "export.manifest.json"
-FIX = f"export or copy it again; where the change is yours, delete {MANIFEST}"
-_HASHED_AT_ONCE = 4  # files
+FIX = f"export or copy it again; if you changed it yourself, delete {MANIFEST}"
+_HASH_THREADS = 4
 
 
 class ExportManifest(Record):
-    """What it says."""
+    """The contents of export.manifest.json, without its own checksum."""
 
     format: Literal["mlm-export"] = "mlm-export"
     version: Literal[1] = 1
@@ -29,18 +29,17 @@ class ExportManifest(Record):
 
 
 def write_manifest(folder: Path) -> None:
-    """Of all files that lie there now."""
+    """Write the manifest of all files now in a folder."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    found = digests(files)
+    hashes = digests(files)
     entries = [
-        FileEntry(file=path.name, bytes=path.stat().st_size, sha256=found[path.name]) for path in files
+        FileEntry(file=path.name, bytes=path.stat().st_size, sha256=hashes[path.name]) for path in files
     ]
-    tree = ExportManifest(files=entries).model_dump(mode="json")
-    write_json(folder / MANIFEST, tree | {SEAL: seal_of(tree)})
+    write_sealed(folder / MANIFEST, ExportManifest(files=entries).model_dump(mode="json"))
 
 
 def read_manifest(folder: Path) -> ExportManifest | None:
-    """The manifest of a folder, None where it has none. UserError for one that was changed."""
+    """A folder's manifest; None where it has none. UserError for one that was changed."""
     file = folder / MANIFEST
     if not file.exists():
         return None
@@ -55,10 +54,10 @@ def read_manifest(folder: Path) -> ExportManifest | None:
 def verify_export(
     folder: Path, check: Check, used: Iterable[Path] = (), around: Path | None = None
 ) -> Mapping[str, str]:
-    """Compare an export's files with its manifest; SHA-256 by name, where they were compared.
+    """Compare an export's files with its manifest. Returns SHA-256 by name for check="full", else nothing.
 
-    used: files that are read, which the manifest must name. around: where links may lead (files.listed).
-    Raises UserError naming the first file that is not what was written.
+    used: files that will be read, which the manifest must list. around: where links may lead (files.listed).
+    Raises UserError naming the first file that differs.
     """
     manifest = None if check == "none" else read_manifest(folder)
     if manifest is None:
@@ -67,22 +66,20 @@ def verify_export(
     paths = [listed(folder, name, MANIFEST, around) for name in known]
     for path in used:
         if path.name not in known:
-            raise UserError(f"{path} is not in {MANIFEST}: it came later; {FIX}")
+            raise UserError(f"{path} is not in {MANIFEST}: it was added later; {FIX}")
     for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path} is missing; {FIX}")
-        if (size := path.stat().st_size) != known[path.name].bytes:
-            raise UserError(f"{path} is damaged: {size} bytes instead of {known[path.name].bytes}; {FIX}")
+        if fault := size_fault(path, known[path.name]):
+            raise UserError(f"{fault}; {FIX}")
     if check == "sizes":
         return {}
-    found = digests(paths)
-    for name, digest in found.items():
+    hashes = digests(paths)
+    for name, digest in hashes.items():
         if digest != known[name].sha256:
             raise UserError(f"{folder / name} is damaged: its SHA-256 differs; {FIX}")
-    return found
+    return hashes
 
 
 def digests(files: list[Path]) -> dict[str, str]:
-    """SHA-256 of files by name, several at a time."""
-    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+    """SHA-256 of files by name, computed by several threads."""
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
         return dict(zip((file.name for file in files), pool.map(sha256_of, files), strict=True))

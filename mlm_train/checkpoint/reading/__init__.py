@@ -1,1 +1,1 @@
-"""Reading a model, from a checkpoint or an export alike."""
+"""Reading a model from a checkpoint or an export."""

@@ -1,6 +1,6 @@
-"""A model on disk, whatever wrote it: an export, a checkpoint, or a run's folder (its newest checkpoint).
+"""A model on disk: an export, a checkpoint, or a run's folder (its newest checkpoint).
 
-Logical tensors are read by slice, so that no model has to be built to look at a part of its weights.
+Logical tensors are read by slice, so that parts of the weights can be read without building a model.
 """
 
 import hashlib
@@ -35,15 +35,15 @@ from mlm_train.utils.checks import Check
 if TYPE_CHECKING:
     from mlm_train.data.tokenizer import Tokenizer
 
-_HASHED_AT_ONCE = 2**24  # bytes
+_HASHED_BYTES = 2**24  # at once
 
 
 class ModelFolder:
-    """What a user's path stands for.
+    """The model that a user's path names.
 
-    `path`: the export, or the checkpoint that was chosen. A run that goes on has a newer one soon, so other
-    processes are to open this path. `manifest`: of a checkpoint. `digests`: SHA-256 of an export's files, by
-    name, where they were compared.
+    `path`: the export, or the chosen checkpoint. Other processes must open this path, since a run in progress
+    may soon have a newer checkpoint. `manifest`: of a checkpoint, else None. `digests`: SHA-256 of an
+    export's files by name, where they were compared.
     """
 
     def __init__(self, path: Path, config: ModelConfig, manifest: Manifest | None) -> None:
@@ -52,24 +52,25 @@ class ModelFolder:
 
     @property
     def home(self) -> Path:
-        """Where its tokenizer lies, if anywhere: the export, or the folder of a checkpoint's run."""
+        """The folder of its tokenizer, if it has one: the export, or the run's folder of a checkpoint."""
         return self.path if self.manifest is None else self.path.absolute().parent.parent
 
     def tokenizer(self) -> "Tokenizer":
-        """The one that lies there; UserError where none does."""
+        """The tokenizer in `home`. UserError where there is none."""
         from mlm_train.data.tokenizer import tokenizer_of
 
         return tokenizer_of(self.home, None if self.manifest is None else self.manifest.data.eod_id)
 
     @property
     def bos_id(self) -> int | None:
-        """The id that texts begin with: of a run's data, or as an export's files say; None: no such."""
+        """The id that texts begin with, from a run's data or an export's files; None: there is none."""
         return first_id(self.home) if self.manifest is None else self.manifest.data.bos_id
 
-    def begin(self, add_bos: bool | None, place: Path) -> int | None:
-        """What to put before a text: bos_id (add_bos None), nothing (False), or what there is (True).
+    def id_before_text(self, add_bos: bool | None, tokenizer_folder: Path) -> int | None:
+        """The id to put before a text, or None for none.
 
-        place: a folder with the model's tokenizer. Raises UserError where add_bos is True and it has no such.
+        add_bos None: bos_id. False: None. True: bos_id, or else the tokenizer's. tokenizer_folder: a folder
+        with the model's tokenizer. Raises UserError where add_bos is True and neither has one.
         """
         from mlm_train.data.tokenizer import tokenizer_of
 
@@ -77,13 +78,13 @@ class ModelFolder:
             return None
         if self.bos_id is not None:
             return self.bos_id
-        return tokenizer_of(place).begin_of_documents() if add_bos else None
+        return tokenizer_of(tokenizer_folder).require_bos_id() if add_bos else None
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """Every id that ends a text: of an export's files, or of a run's data and what it started from."""
-        end = None if self.manifest is None else self.manifest.data.eod_id
-        return special_tokens(self.home).ended_by(end).eos
+        """All ids that end a text, from an export's files, or a run's data and the import it started from."""
+        eod_id = None if self.manifest is None else self.manifest.data.eod_id
+        return special_tokens(self.home).ended_by(eod_id).eos
 
 
 class OpenedModel(ModelFolder):
@@ -102,7 +103,7 @@ class OpenedModel(ModelFolder):
         self.tensors.__exit__(kind, error, trace)
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor in its stored type."""
+        """A whole tensor in its stored dtype."""
         return self.tensors.tensor(name)
 
     def rows(self, name: str, start: int, stop: int | None) -> Tensor:
@@ -114,11 +115,11 @@ class OpenedModel(ModelFolder):
         return self.tensors.shape(name)
 
     def dtype(self, name: str) -> str:
-        """A tensor's stored type in the format's words, such as BF16."""
+        """A tensor's stored dtype as safetensors spells it, such as BF16."""
         return self.tensors.dtype(name)
 
     def load(self, with_memory: bool = True, dtype: torch.dtype = torch.float32) -> Transformer:
-        """The whole model, or all but FFN-M, in eval mode on the CPU, without gradients."""
+        """The model, with or without FFN-M, in eval mode on the CPU, without gradients."""
         with unfilled():
             model = Transformer(self.config, with_memory)
         model.to(dtype).to_empty(device="cpu").requires_grad_(False)
@@ -127,12 +128,12 @@ class OpenedModel(ModelFolder):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A SHA-256 that names the model, wherever its folder lies. All weights are read.
+        """A SHA-256 that identifies the model, independent of its folder's path. All weights are read.
 
-        Of an export: over its files (hf_folder.fingerprint). Of a checkpoint: over what an export's
-        config.json says and the logical weights. The manifest's checksums would cost nothing, but they
-        change with the layout that wrote the files and with the optimizer's moments; the weights are a
-        third of the bytes that verifying a checkpoint reads anyway.
+        Of an export: over its files (hf.folder.fingerprint). Of a checkpoint: over an export's config.json
+        and the logical weights. The manifest's checksums would cost nothing, but change with the layout
+        that wrote the files and with the optimizer's moments; the weights are a third of the bytes that
+        verifying a checkpoint reads anyway.
         """
         return fingerprint(self.path, self.digests) if self.manifest is None else self._of_weights()
 
@@ -141,9 +142,9 @@ class OpenedModel(ModelFolder):
         for name in self.tensors.names():
             shape = self.shape(name)
             total.update(f"\n{name} {list(shape)} {self.dtype(name)}\n".encode())
-            at_once = max(1, _HASHED_AT_ONCE // (4 * shape[1:].numel()))
-            for start in range(0, shape[0], at_once):
-                total.update(self.rows(name, start, start + at_once).numpy().tobytes())
+            rows = max(1, _HASHED_BYTES // (4 * shape[1:].numel()))
+            for start in range(0, shape[0], rows):
+                total.update(self.rows(name, start, start + rows).numpy().tobytes())
         return total.hexdigest()
 
 
@@ -153,10 +154,10 @@ def open_model(
     verify: Check = "full",
     with_memory: bool = True,
 ) -> OpenedModel:
-    """Open an export, a checkpoint or a run's newest checkpoint, or what find_model has found and compared.
+    """Open an export, a checkpoint or a run's newest checkpoint, or a ModelFolder that find_model verified.
 
     `needs_ffn_m`, `verify`: see find_model. `with_memory=False`: an export may lack the weights of FFN-M.
-    Raises UserError for what is no model, damaged, or copied by half.
+    Raises UserError for a folder that holds no model, is damaged, or was copied only in part.
     """
     folder = model if isinstance(model, ModelFolder) else find_model(model, verify, needs_ffn_m)
     if folder.manifest is None:
@@ -172,23 +173,23 @@ def open_model(
 def load_model(
     model: str | Path | ModelFolder, with_memory: bool = True, dtype: torch.dtype = torch.float32
 ) -> Transformer:
-    """The model of what open_model opens.
+    """Load the model that open_model opens.
 
-    `with_memory=False` builds and reads everything but FFN-M, which a ToL then serves.
+    `with_memory=False`: without FFN-M, which a ToL then serves.
     """
     with open_model(model, with_memory=with_memory) as opened:
         return opened.load(with_memory, dtype)
 
 
 def read_model_config(path: str | Path) -> ModelConfig:
-    """The config of what open_model opens; its weights are not read. Raises UserError."""
+    """The config of the model that open_model opens, without reading its weights. Raises UserError."""
     return find_model(path).config
 
 
 def find_model(path: str | Path, verify: Check = "sizes", needs_ffn_m: bool = False) -> ModelFolder:
-    """What open_model opens: its config, and its files compared with their manifest as far as `verify` says.
+    """Find the model that a path names, read its config, and verify its files as far as `verify` requires.
 
-    `needs_ffn_m`: refuse a base model. Raises UserError.
+    `needs_ffn_m`: reject a base model. Raises UserError.
     """
     path = Path(path)
     folder = _exported(path) if _looks_exported(path) else _checkpoint(path)
@@ -206,11 +207,11 @@ def _exported(path: Path) -> ModelFolder:
 
 
 def _checkpoint(path: Path) -> ModelFolder:
-    # Slow to import: it brings torch.distributed.checkpoint.
+    # Slow to import, because of torch.distributed.checkpoint.
     from mlm_train.checkpoint.load import config_of, open_checkpoint
 
     if not path.is_dir() and not names_one(path):
-        raise UserError(f"{path} is no folder; give {MODEL_KINDS}")
+        raise UserError(f"{path} is not a folder; give {MODEL_KINDS}")
     try:
         folder = resolve(path)
     except UserError as error:
@@ -221,5 +222,5 @@ def _checkpoint(path: Path) -> ModelFolder:
 
 
 def _looks_exported(path: Path) -> bool:
-    """Whether an export is meant, be it a damaged one: half of it may be missing."""
+    """Whether the path names an export, even one with missing files."""
     return (path / "config.json").exists() or any(path.glob("model*.safetensors*"))

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mlm_train.config import Config, OptimizerConfig
-from mlm_train.model.logical import pieces
+from mlm_train.config import Config
+from mlm_train.parallel.engine.base import Engine, parameter_groups
+from mlm_train.parallel.engine.flat import Flat, cut_anywhere, cut_evenly
 from mlm_train.parallel.mesh.groups import deepspeed_mpu
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.utils.library_noise import silenced
-from mlm_train.utils.nonfinite import nonfinite
 
 BUCKET = 50_000_000  # elements gathered ahead, or reduced together
 
@@ -37,21 +37,6 @@ def _load_deepspeed(device: torch.device) -> Any:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
-
-
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """AdamW groups: no decay on norms, on embedding and head as the config says."""
-    decay: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        is_embedding = name.startswith(("embed_tokens", "lm_head"))
-        decays = parameter.dim() > 1 and (config.decay_embeddings or not is_embedding)
-        (decay if decays else plain).append(parameter)
-    groups = [
-        {"params": decay, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def _zero_section(stage: int, model: nn.Module) -> dict[str, Any]:
@@ -74,18 +59,16 @@ def _zero_section(stage: int, model: nn.Module) -> dict[str, Any]:
     return section
 
 
-class Engine:
-    """Gradients in, updated weights out, on every rank alike.
+class DeepSpeedEngine(Engine):
+    """AdamW under DeepSpeed's ZeRO, stages 0 to 3 (config field parallel.zero_stage).
 
-    `entry` is what to call in the model's place. `pieces` and `shapes` describe the model's parameters:
-    stage 3 leaves nothing but this rank's part in them, and their own shape is gone.
+    Stage 3 leaves nothing but this rank's part in the model's parameters, and their own shape is gone.
     """
 
     def __init__(self, model: nn.Module, config: Config, runtime: Runtime) -> None:
+        super().__init__(model, config, runtime)
         deepspeed = _load_deepspeed(runtime.device)
-        self.model, self.stage, self.clip = model, config.parallel.zero_stage, config.optimizer.max_grad_norm
-        self.pieces = list(pieces(model))
-        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.stage = config.parallel.zero_stage
         self.reduces_each_pass = config.reduces_each_pass
         self.mpu = deepspeed_mpu(runtime.groups, runtime.topology)
         self.alone = runtime.topology.data == 1
@@ -110,7 +93,14 @@ class Engine:
                 "steps_per_print": 10**9,
             },
         )
-        self.entry: nn.Module = self.zero if self.reduces_each_pass else model
+        if self.reduces_each_pass:
+            self.entry = self.zero
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:  # type: ignore[override]
+        """The AdamW inside."""
+        found: torch.optim.Optimizer = self.zero.basic_optimizer
+        return found
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -135,19 +125,6 @@ class Engine:
             self.zero.set_gradient_accumulation_boundary(True)
             self.zero.allreduce_gradients()
 
-    def nonfinite(self) -> list[str]:
-        """Parameters whose gradient on this rank, not averaged yet, holds infinity or NaN.
-
-        None where each pass is reduced at once: this rank's own gradients are gone then.
-        """
-        return nonfinite({name: p.grad for name, p in self.model.named_parameters() if p.grad is not None})
-
-    def spoil(self) -> None:
-        """Make the next step refuse the update, on all ranks: the norm of their gradients becomes NaN."""
-        for parameter in self.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.fill_(math.nan)
-
     def step(self, lr: float) -> float:
         """Clip globally, update; the gradient norm before clipping.
 
@@ -171,3 +148,34 @@ class Engine:
         from deepspeed.runtime.utils import clip_grad_norm_
 
         return float(clip_grad_norm_(self.model.parameters(), self.clip or math.inf, mpu=self.mpu))
+
+    def flats(self) -> Iterator[Flat]:
+        """ZeRO's partitions of the optimizer; stage 0 has none."""
+        if self.stage == 0:
+            yield from super().flats()
+            return
+        zero, names = self.zero.optimizer, self.zero.param_names
+        if self.stage < 3:
+            for i, slice_ in enumerate(zero.single_partition_of_fp32_groups):
+                places = zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True)
+                members = {names[p]: cut_anywhere(offset, p.numel(), slice_.numel()) for p, offset in places}
+                yield Flat(slice_, slice_, zero.real_dp_process_group[i], members)
+            return
+        for i, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            members = {}
+            for parameter in zero.fp16_groups[i]:
+                _, place, part = zero.grad_position[zero.get_param_id(parameter)]
+                members[names[parameter]] = cut_evenly(place, parameter.ds_numel, part)
+            yield Flat(flat, flat, zero.dp_process_group, members)
+
+    def refresh_model(self) -> None:
+        """As the end of a step does."""
+        zero = self.zero.optimizer
+        if self.stage in (1, 2):
+            zero.update_lp_params()
+        elif self.stage == 3:
+            zero._partition_all_parameters()
+            for i in range(len(zero.fp32_partitioned_groups_flat)):
+                zero._reassign_or_swap_out_partitioned_parameters(i)
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)

@@ -1,1 +1,1 @@
-"""How FFN-M is executed in parallel."""
+"""FFN-M's tables over data-parallel ranks."""

@@ -1,1 +1,1 @@
-"""Hangs and failures: who is stuck, where, and whose failure it was."""
+"""Hangs and failures: which rank is stuck, where, and which one failed first."""

@@ -1,4 +1,4 @@
-"""Which rank failed first: its traceback is shown, the others say in one line that they stop."""
+"""Which rank failed first: its traceback is shown, the others report in one line that they stop."""
 
 import contextlib
 import faulthandler
@@ -8,33 +8,33 @@ import traceback
 from pathlib import Path
 
 from mlm_train.errors import PeerFailure, SharedUserError
-from mlm_train.parallel.health.status_store import StatusStore, bounded
+from mlm_train.parallel.health.status_store import StatusStore, with_timeout
 
-FAILED = "failed"  # the board's note of the first failure
-# What gloo, NCCL and the store say when a peer is gone, and when it does not come.
+FAILED = "failed"  # the status store's key of the first failure
+# Errors of gloo, NCCL and the store when a peer is gone, and in any communication.
 _LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Connection refused|remote process exited")
 _COMMUNICATION = re.compile(r"gloo|NCCL|[Tt]imed out|[Tt]imeout|socket|TCPStore|c10d", re.IGNORECASE)
-RECORD_SECONDS = 3.0  # how long a peer's note may take to appear after its sockets closed
-EXIT_SECONDS = 60.0  # how long a failed rank may take to go
+RECORD_SECONDS = 3.0  # how long a peer's message may take to appear after its sockets closed
+EXIT_SECONDS = 60.0  # how long a failed rank may take to exit
 
 
 def one_line(error: BaseException) -> str:
-    """Type and first line of what began it: torch's pipeline wraps a stage's error in one of its own."""
-    cause = _cause(error)
+    """Type and first line of the root cause: torch's pipeline wraps a stage's error in one of its own."""
+    cause = _root_cause(error)
     return f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0][:300]}"
 
 
-def _cause(error: BaseException) -> BaseException:
-    return error if error.__cause__ is None else _cause(error.__cause__)
+def _root_cause(error: BaseException) -> BaseException:
+    return error if error.__cause__ is None else _root_cause(error.__cause__)
 
 
 def folder_of(output: Path, when: str) -> Path:
-    """Where ranks leave their stacks and tracebacks."""
+    """Where ranks write their stacks and tracebacks."""
     return output / "failures" / when
 
 
 def now() -> str:
-    """A name of this moment for `folder_of`."""
+    """The current local time as a folder name, for `folder_of`."""
     return time.strftime("%Y-%m-%d_%H-%M-%S")
 
 
@@ -43,37 +43,37 @@ def _write(path: Path, text: str) -> int:
     return path.write_text(text, encoding="utf-8")
 
 
-def explain_failure(error: Exception, store: StatusStore, place: str, output: Path, linger: float) -> None:
-    """Return where this rank failed first: its error goes on. Otherwise PeerFailure, one line.
+def explain_failure(error: Exception, store: StatusStore, position: str, output: Path, linger: float) -> None:
+    """Return where this rank failed first: the caller raises its error. Otherwise raise PeerFailure.
 
-    `place` says where the rank was, for the end of the traceback. The traceback of a rank that failed
-    later is kept in the run's folder. `linger`: seconds in which the others look at the board again.
+    `position`: where the rank was (step, stage, micro-batch), added to the traceback. The traceback of a rank
+    that failed later is written to the run's folder. `linger`: seconds in which the others read the store.
     """
     if isinstance(error, SharedUserError | PeerFailure):
-        return  # all ranks raise it alike; or it names the other rank already
-    with contextlib.suppress(ValueError, OSError, AttributeError):  # stderr may be no file
-        # Leaving a library that still waits for a peer must not keep a failed rank alive.
+        return  # raised on all ranks alike, or naming the other rank already
+    with contextlib.suppress(ValueError, OSError, AttributeError):  # stderr may not be a file
+        # Shutting down a library that still waits for a peer must not keep a failed rank alive.
         faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True)
-    cause = _cause(error)
+    cause = _root_cause(error)
     lost = isinstance(cause, RuntimeError) and _LOST.search(str(cause))
     communication = isinstance(cause, RuntimeError) and _COMMUNICATION.search(str(cause))
     if communication or lost:
-        store.await_note(FAILED, RECORD_SECONDS)
-    said = "lost the connection to another rank" if lost else one_line(error)
-    first = store.claim(FAILED, {"rank": store.rank, "error": said, "when": now()})
+        store.wait_for(FAILED, RECORD_SECONDS)
+    reason = "lost the connection to another rank" if lost else one_line(error)
+    first = store.claim(FAILED, {"rank": store.rank, "error": reason, "when": now()})
     if first["rank"] == store.rank and not lost:
-        error.add_note(f"on rank {store.rank} of {store.world}: {place}")
+        error.add_note(f"on rank {store.rank} of {store.world}: {position}")
         if store.hosted_here:
-            time.sleep(linger)  # the store ends with us: let the others read who failed
+            time.sleep(linger)  # the store ends with this process: let the others read who failed
         return
     text = "".join(traceback.format_exception(error))
     path = folder_of(output, first["when"]) / f"rank-{store.rank:05}.traceback.txt"
-    kept = bounded(lambda: _write(path, text), 5)
-    where = f" (traceback: {path})" if kept is not None else ""
+    written = with_timeout(lambda: _write(path, text), 5)
+    where = f" (traceback: {path})" if written is not None else ""
     if first["rank"] == store.rank:
         raise PeerFailure(
-            f"stopped in {place}: the connection to another rank was lost, which was killed or whose "
-            f"machine is gone{where}"
+            f"stopped in {position}: lost the connection to another rank, which was killed or whose node is "
+            f"gone{where}"
         ) from error
     own = "" if communication or lost else f"; own error: {one_line(error)}{where}"
-    raise PeerFailure(f"stopped, because rank {first['rank']} failed first: {first['error']}{own}") from error
+    raise PeerFailure(f"stopped because rank {first['rank']} failed first: {first['error']}{own}") from error

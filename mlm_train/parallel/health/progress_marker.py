@@ -1,6 +1,6 @@
-"""Where a rank's main thread is: written by it at next to no cost, read by the watchdog's thread.
+"""Where a rank's main thread is: set by it at next to no cost, read by the watchdog's thread.
 
-And how long it computes there, where it waits for no other rank: what tells a slow one from those it delays.
+Also how long it computes without waiting for other ranks, which tells a slow rank from those it delays.
 """
 
 import time
@@ -13,7 +13,7 @@ from torch.distributed.pipelining import PipelineStage
 
 
 class Mark(NamedTuple):
-    """One place of the main thread, and since when it is there."""
+    """What the main thread is doing, and since when."""
 
     task: str  # "step 3", "checkpoint of step 3", ...
     patient: bool  # whether the task may take long
@@ -28,7 +28,7 @@ class Mark(NamedTuple):
 
 
 class Stopwatch:
-    """Seconds that a device works on what is queued in marked regions."""
+    """Seconds that a device spends on the work queued in timed regions."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, 0.0
@@ -36,24 +36,24 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Count the body."""
+        """Time the body."""
         if self.device.type == "cpu":
             started = time.perf_counter()
             yield
             self.seconds += time.perf_counter() - started
             return
-        begin, end = (torch.Event(self.device, enable_timing=True) for _ in range(2))
-        begin.record()
+        start, end = (torch.Event(self.device, enable_timing=True) for _ in range(2))
+        start.record()
         yield
         end.record()
-        self.events.append((begin, end))
+        self.events.append((start, end))
 
     def read(self) -> float:
-        """Seconds since the last reading; waits for the device."""
+        """Seconds since the last call; waits for the device."""
         seconds = self.seconds
-        for begin, end in self.events:
+        for start, end in self.events:
             end.synchronize()
-            seconds += begin.elapsed_time(end) / 1e3  # of milliseconds
+            seconds += start.elapsed_time(end) / 1e3  # elapsed_time is in milliseconds
         self.seconds = 0.0
         self.events.clear()
         return seconds
@@ -67,21 +67,21 @@ class ProgressMarker:
         self.enter("start-up", patient=True)
 
     def enter(self, task: str, patient: bool = False) -> None:
-        """Begin a task; `patient`: one that may rightly take long."""
+        """Start a task; `patient`: one that may take long without being a hang."""
         self.mark = Mark(task, patient, "begin", None, None, time.monotonic())
 
     def at(self, phase: str, stage: int | None = None, micro_batch: int | None = None) -> None:
-        """Go on to another phase of the task."""
+        """Enter another phase of the task."""
         task, patient, *_ = self.mark
         self.mark = Mark(task, patient, phase, stage, micro_batch, time.monotonic())
 
     def linger(self) -> None:
-        """Stay here, for what may take long."""
+        """Restart the clock of the current phase, and allow it to take long."""
         self.mark = self.mark._replace(patient=True, since=time.monotonic())
 
 
 class MarkedStage(PipelineStage):
-    """A pipeline stage that marks which micro-batch it computes, or waits for."""
+    """A pipeline stage that marks the micro-batch which it computes or waits for."""
 
     def __init__(self, marker: ProgressMarker, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -110,8 +110,8 @@ class MarkedStage(PipelineStage):
         self.marker.at("waiting after weights' backward", self.stage_index, bwd_chunk_id)
         return output
 
-    # Where a rank holds two neighbouring stages (zbv, dualpipe_v), torch hands gradients from one to the
-    # other in evaluation too, when there are none, and fails.
+    # Where a rank holds two neighbouring stages (zbv, dualpipe_v), torch passes gradients from one to the
+    # other in evaluation too, where there are none, and fails.
     def get_local_bwd_output(self, mb_index: int) -> Any:
         return super().get_local_bwd_output(mb_index) if self.has_backward else None
 
@@ -120,12 +120,12 @@ class MarkedStage(PipelineStage):
             super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[Any]:
-        return self._received(super().get_fwd_recv_ops(fwd_chunk_id), "activation", fwd_chunk_id)
+        return self._marked(super().get_fwd_recv_ops(fwd_chunk_id), "activation", fwd_chunk_id)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[Any]:
-        return self._received(super().get_bwd_recv_ops(bwd_chunk_id), "gradient", bwd_chunk_id)
+        return self._marked(super().get_bwd_recv_ops(bwd_chunk_id), "gradient", bwd_chunk_id)
 
-    def _received(self, operations: list[Any], what: str, micro_batch: int) -> list[Any]:
+    def _marked(self, operations: list[Any], what: str, micro_batch: int) -> list[Any]:
         if operations:
             self.marker.at(f"receive {what}", self.stage_index, micro_batch)
         return operations

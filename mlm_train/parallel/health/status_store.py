@@ -1,4 +1,4 @@
-"""The ranks' notice board: what they tell each other beside the collectives, which may be stuck."""
+"""The status store: what ranks tell each other outside the collectives, which may be stuck."""
 
 import json
 import os
@@ -10,36 +10,36 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
-def bounded(work: Callable[[], Answer], seconds: float) -> Answer | None:
+def with_timeout(work: Callable[[], Result], seconds: float) -> Result | None:
     """The result of `work`, or None where it fails or takes longer: a store or disk may hang too."""
-    answers: list[Answer] = []
+    results: list[Result] = []
 
     def attempt() -> None:
         try:
-            answers.append(work())
+            results.append(work())
         except Exception:
-            return  # whoever asks can only go on without an answer
+            return  # the caller can only go on without a result
 
     thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
     thread.join(seconds)
-    return answers[0] if answers else None
+    return results[0] if results else None
 
 
 class StatusStore:
-    """Notes by key in the job's store, over a connection of our own: the main thread's may be in use.
+    """Messages by key in the job's store, over a separate connection: the main thread's may be in use.
 
-    Nothing here raises or waits for long. Once the store does not answer, the board is `lost`, and what
-    was read before is what is known.
+    No method raises or blocks for long. Once the store does not respond, `lost` is set, and `read` returns
+    what it returned before.
     """
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank, self.world = rank, world
         self.lost = False
-        self.known: dict[str, dict[str, Any]] = {}
+        self.cache: dict[str, dict[str, Any]] = {}
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
         self.hosted_here = rank == 0 and not agent  # the store ends with this process
         store = dist.TCPStore(
@@ -48,37 +48,38 @@ class StatusStore:
             timeout=timedelta(seconds=10),
             wait_for_workers=False,
         )
-        # The agent's store outlives the ranks, who read no old notes; machines count restarts differently,
-        # but share it only where none may join.
+        # The agent's store outlives the ranks, which must not read messages of an earlier attempt. Nodes
+        # count restarts differently, but they share that store only where no other node may join.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agent else "0"
         self.store = dist.PrefixStore(f"mlm_train/{attempt}", store)
 
-    def _ask(self, question: Callable[[], Answer]) -> Answer | None:
+    def _request(self, operation: Callable[[], Result]) -> Result | None:
+        """The operation's result; None where the store is lost."""
         if self.lost:
             return None
-        answer = bounded(lambda: (question(),), seconds=10)
-        self.lost = answer is None
-        return answer[0] if answer is not None else None
+        response = with_timeout(lambda: (operation(),), seconds=10)
+        self.lost = response is None
+        return response[0] if response is not None else None
 
-    def post(self, key: str, note: dict[str, Any]) -> None:
-        """Leave a note for all."""
-        self._ask(lambda: self.store.set(key, json.dumps(note)))
+    def post(self, key: str, message: dict[str, Any]) -> None:
+        """Store a message for all ranks."""
+        self._request(lambda: self.store.set(key, json.dumps(message)))
 
     def read(self, key: str) -> dict[str, Any] | None:
-        """The note, if there is one."""
-        note = self._ask(lambda: json.loads(self.store.get(key)) if self.store.check([key]) else None)
-        if note is not None:
-            self.known[key] = note
-        return self.known.get(key)
+        """The message of a key, None where there is none."""
+        message = self._request(lambda: json.loads(self.store.get(key)) if self.store.check([key]) else None)
+        if message is not None:
+            self.cache[key] = message
+        return self.cache.get(key)
 
-    def claim(self, key: str, note: dict[str, Any]) -> dict[str, Any]:
-        """Leave a note that only the first rank can leave; that rank's. Ours, where the board is lost."""
-        first = self._ask(lambda: json.loads(self.store.compare_set(key, "", json.dumps(note))))
-        return self.known.get(key, note) if first is None else first
+    def claim(self, key: str, message: dict[str, Any]) -> dict[str, Any]:
+        """Store a message unless a rank has stored one; the stored one. Ours, where the store is lost."""
+        first = self._request(lambda: json.loads(self.store.compare_set(key, "", json.dumps(message))))
+        return self.cache.get(key, message) if first is None else first
 
-    def await_note(self, key: str, seconds: float) -> dict[str, Any] | None:
-        """The note, waited for that long."""
+    def wait_for(self, key: str, seconds: float) -> dict[str, Any] | None:
+        """The message of a key, polled for that long; None where none came."""
         end = time.monotonic() + seconds
-        while (note := self.read(key)) is None and not self.lost and time.monotonic() < end:
+        while (message := self.read(key)) is None and not self.lost and time.monotonic() < end:
             time.sleep(0.05)
-        return note
+        return message

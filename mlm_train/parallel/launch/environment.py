@@ -1,17 +1,16 @@
-"""The variables by which whatever starts the ranks tells each its place: torchrun's names."""
+"""The environment variables by which a launcher tells each rank its position, as torchrun names them."""
 
 import os
 
 from mlm_train.errors import UserError
 
-_FIX = "start the ranks by `mlm-train launch` or torchrun, which set it, or take it out for a single process"
+_FIX = "start the ranks with `mlm-train launch` or torchrun, which set it, or unset it for a single process"
 
 
 def check_environment() -> None:
-    """Refuse a rank's environment that is half there, or contradicts itself. Raises UserError.
+    """Raise UserError where a rank's environment is incomplete or inconsistent.
 
-    LOCAL_WORLD_SIZE may be missing, as torch allows; LOCAL_RANK chooses the GPU, and only a rank that is
-    alone needs none.
+    LOCAL_WORLD_SIZE may be missing, as torch allows. LOCAL_RANK chooses the GPU; a single rank needs none.
     """
     world = _number("WORLD_SIZE", 1, None)
     if "RANK" not in os.environ:
@@ -30,18 +29,18 @@ def check_environment() -> None:
         raise _missing("MASTER_PORT", "RANK")
 
 
-def _number(name: str, least: int, end: int | None) -> int | None:
-    """A variable's value, from `least` to below `end`; None where it is missing."""
+def _number(name: str, minimum: int, end: int | None) -> int | None:
+    """A variable's value, in [minimum, end); None where it is not set."""
     text = os.environ.get(name)
     if text is None:
         return None
     value = int(text) if text.isdecimal() and text.isascii() and len(text) < 10 else -1
-    if value < least or (end is not None and value >= end):
+    if value < minimum or (end is not None and value >= end):
         shown = text if text.isprintable() else repr(text)
-        limits = f"at least {least}" if end is None else f"{least} to {end - 1}"
-        raise UserError(f"{name}={shown} in the environment: must be a whole number, {limits}; {_FIX}")
+        limits = f"at least {minimum}" if end is None else f"{minimum} to {end - 1}"
+        raise UserError(f"{name}={shown} in the environment: must be an integer, {limits}; {_FIX}")
     return value
 
 
 def _missing(name: str, other: str) -> UserError:
-    return UserError(f"{name} is missing in the environment, where {other} is set; {_FIX}")
+    return UserError(f"{name} is missing in the environment, but {other} is set; {_FIX}")

@@ -1,7 +1,7 @@
-"""Where torchrun's agents and the ranks meet.
+"""The rendezvous of torchrun's agents and of the ranks.
 
-On one machine: a store that listens on loopback alone. torch's own stores listen on every interface, and its
-"c10d" rendezvous, which several machines use, unpickles what it finds in one.
+On one node it is a store that listens on loopback alone: torch's own stores listen on every interface, and
+its "c10d" rendezvous, which several nodes use, unpickles what it finds in one.
 """
 
 import contextlib
@@ -25,18 +25,18 @@ from mlm_train.errors import PeerFailure, UserError
 
 LOOPBACK = "loopback"  # the name of this rendezvous for torch
 _HOST = "127.0.0.1"
-_SECONDS = 600  # for an answer of the store
-_HOST_SECONDS = 60  # until the machine of --rendezvous listens
+_STORE_SECONDS = 600  # timeout of the store
+_HOST_SECONDS = 60  # until the node of --rendezvous listens
 
 
 class _Loopback(StaticTCPRendezvous):
-    """One node, whose ranks use the agent's store; each life of them another one, without old keys."""
+    """One node whose ranks use the agent's store; each attempt gets a new one, without old keys."""
 
     def __init__(self, parameters: RendezvousParameters) -> None:
-        super().__init__(_HOST, 0, rank=0, world_size=1, run_id=parameters.run_id, timeout=_SECONDS)
+        super().__init__(_HOST, 0, rank=0, world_size=1, run_id=parameters.run_id, timeout=_STORE_SECONDS)
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Where the ranks meet that are started now."""
+        """The store for the ranks that are started next."""
         listener = socket.create_server((_HOST, 0))
         self.master_port = listener.getsockname()[1]
         self._store = TCPStore(
@@ -49,7 +49,7 @@ class _Loopback(StaticTCPRendezvous):
         return super().next_rendezvous()
 
     def get_backend(self) -> str:
-        """Its name, which torch compares with the one that was asked for."""
+        """The name of this rendezvous; torch compares it with the requested one."""
         return LOOPBACK
 
 
@@ -57,38 +57,37 @@ rendezvous_handler_registry.register(LOOPBACK, _Loopback)
 
 
 @contextlib.contextmanager
-def met_at(endpoint: str, nodes: int, met: Callable[[], bool]) -> Iterator[None]:
-    """Meet the agents of other machines at HOST:PORT; UserError where that cannot be, in one line.
+def rendezvous_errors(endpoint: str, nodes: int, joined: Callable[[], bool]) -> Iterator[None]:
+    """Check the endpoint HOST:PORT, and turn torch's rendezvous errors in the body into one line.
 
-    Once they have met, a failure is another machine's: PeerFailure.
+    They are UserError until `joined()`; afterwards the failure is another node's: PeerFailure.
     """
-    _check(endpoint)
+    _check_endpoint(endpoint)
     try:
         yield
     except RendezvousClosedError:
-        raise PeerFailure("the run has ended on another machine") from None
+        raise PeerFailure("the run has ended on another node") from None
     except RendezvousError as error:
-        if met():
-            raise PeerFailure(
-                f"the machine of --rendezvous {endpoint} is gone, or has ended: {error}"
-            ) from None
-        raise _unmet(endpoint, nodes, error) from None
+        if joined():
+            raise PeerFailure(f"the node of --rendezvous {endpoint} is gone or has ended: {error}") from None
+        raise _not_joined(endpoint, nodes, error) from None
 
 
-def _unmet(endpoint: str, nodes: int, error: RendezvousError) -> UserError:
-    """Why the machines did not meet."""
+def _not_joined(endpoint: str, nodes: int, error: RendezvousError) -> UserError:
+    """The error for nodes that did not join."""
     if isinstance(error, RendezvousTimeoutError):
         return UserError(
-            f"--rendezvous {endpoint}: not all of {nodes} machines came; start the same command on each"
+            f"--rendezvous {endpoint}: not all of {nodes} nodes joined; start the same command on each"
         )
     return UserError(
-        f"--rendezvous {endpoint}: no run of this command answers there; start it there too, or give "
-        "another port, the same on every machine"
+        f"--rendezvous {endpoint}: no run of this command answers there; start it on that node too, or "
+        "give another port, the same on every node"
     )
 
 
-def _check(endpoint: str) -> None:
-    """Refuse what is no endpoint, another machine that does not listen, and a port of this one that is taken:
+def _check_endpoint(endpoint: str) -> None:
+    """Raise UserError for a malformed endpoint, another node that does not listen, or a port in use here.
+
     torch would wait there for ever, or join another run.
     """
     try:
@@ -98,42 +97,42 @@ def _check(endpoint: str) -> None:
     if not host or not 0 < port < 2**16:
         raise UserError(f"--rendezvous {endpoint}: give HOST:PORT, such as node1:29500")
     if not _matches_machine_hostname(host):
-        _await(endpoint, host, port)
+        _wait_for(endpoint, host, port)
         return
     try:
         socket.create_server(("", port)).close()
     except OSError as error:
-        taken_by = _listener(port)
+        listener = _listener(port)
         here = psutil.Process()
-        if taken_by not in (None, here) and taken_by.cmdline()[1:] == here.cmdline()[1:]:
+        if listener not in (None, here) and listener.cmdline()[1:] == here.cmdline()[1:]:
             return  # another agent of this run: several may share a machine
-        who = f"taken by {taken_by.name()}, process {taken_by.pid}" if taken_by else str(error.strerror)
+        reason = f"taken by {listener.name()}, process {listener.pid}" if listener else str(error.strerror)
         raise UserError(
-            f"--rendezvous {endpoint}: that port of this machine cannot be used ({who}); give another one, "
-            "the same on every machine"
+            f"--rendezvous {endpoint}: this port cannot be used on this node ({reason}); give another one, "
+            "the same on every node"
         ) from None
 
 
-def _await(endpoint: str, host: str, port: int) -> None:
-    """Until another machine listens there, which may start after this one; torch's wait fills the screen."""
+def _wait_for(endpoint: str, host: str, port: int) -> None:
+    """Wait until another node listens there; it may start after this one. torch's own wait logs too much."""
     end = time.monotonic() + _HOST_SECONDS
     while True:
         try:
             socket.create_connection((host, port), timeout=max(1.0, end - time.monotonic())).close()
             return
         except socket.gaierror as error:
-            raise UserError(f"--rendezvous {endpoint}: no machine of that name ({error.strerror})") from None
+            raise UserError(f"--rendezvous {endpoint}: unknown host ({error.strerror})") from None
         except OSError as error:
             if time.monotonic() > end:
                 raise UserError(
                     f"--rendezvous {endpoint}: nothing answered there for {_HOST_SECONDS} s ({error}); start "
-                    "the same command on that machine too, and let this one reach its port"
+                    "the same command on that node too, and make its port reachable from here"
                 ) from None
         time.sleep(1)
 
 
 def _listener(port: int) -> psutil.Process | None:
-    """The process that listens at a port of this machine, where it may be seen."""
+    """The process that listens on a port of this machine; None where it cannot be determined."""
     with contextlib.suppress(psutil.Error):
         for connection in psutil.net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:

@@ -1,1 +1,1 @@
-"""How ranks are laid out, and their process groups."""
+"""The layout of ranks, and their process groups."""

@@ -1,6 +1,6 @@
-"""The process groups of a run: made once, held by one object, passed to what needs them.
+"""The process groups of a run: created once by megatron-core, held by one object.
 
-megatron-core makes them; no other module of the package asks it for one.
+No other module of the package asks megatron-core for one.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from mlm_train.parallel.mesh.topology import Topology
 class ProcessGroups:
     """This rank's group along each axis, as torch.distributed's collectives take them.
 
-    tensor: ranks that share each layer. data: those with the same weights and other samples. pipeline: the
-    stages of one replica. model: tensor x pipeline, which hold one replica together. embedding: the first and
-    the last stage, of a tied head; None in between. control: all ranks, for small messages of one thread;
-    None is torch's default group.
+    tensor: ranks that shard each layer. data: ranks with the same weights and other samples. pipeline: the
+    stages of one replica. model: tensor x pipeline, the ranks of one replica. embedding: first and last
+    stage, for a tied head; None in between. control: all ranks, for small messages of one thread; None is
+    torch's default group.
     """
 
     tensor: Any
@@ -29,9 +29,9 @@ class ProcessGroups:
 
 
 def create_groups(topology: Topology) -> ProcessGroups:
-    """The groups of a layout, over the ranks that have joined; every rank calls it.
+    """Create the groups of a layout over all ranks; every rank calls it.
 
-    A process that held the groups of another layout leaves those.
+    Groups of another layout that this process holds are destroyed first.
     """
     from megatron.core import parallel_state as state
 
@@ -51,7 +51,7 @@ def create_groups(topology: Topology) -> ProcessGroups:
 
 
 def destroy_groups() -> None:
-    """Leave the groups, if there are any."""
+    """Destroy the groups, if there are any."""
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
@@ -59,9 +59,9 @@ def destroy_groups() -> None:
 
 
 def deepspeed_mpu(groups: ProcessGroups, topology: Topology) -> SimpleNamespace:
-    """The `mpu` object that DeepSpeed asks for process groups.
+    """The `mpu` object from which DeepSpeed gets process groups.
 
-    Its model-parallel group must span tensor and pipeline, or the clipped norm is a stage's own.
+    Its model-parallel group must span tensor and pipeline: DeepSpeed sums the gradient norm over it.
     """
     axes = {
         "data_parallel": (groups.data, topology.data, topology.data_rank),

@@ -1,4 +1,4 @@
-"""How ranks are laid out. One frozen object, made and validated without processes."""
+"""The layout of ranks: one frozen object, created and validated without processes."""
 
 from dataclasses import dataclass, replace
 
@@ -10,9 +10,9 @@ from mlm_train.errors import UserError
 
 @dataclass(frozen=True)
 class Topology:
-    """Sizes of the axes and this rank's place; tensor runs fastest, then data, then pipeline.
+    """Sizes of the parallel axes and this rank's position; tensor varies fastest, then data, then pipeline.
 
-    That is megatron-core's order: neighbours in a node share a layer.
+    That is megatron-core's order: neighbouring ranks, on one node, shard a layer.
     """
 
     world: int
@@ -22,7 +22,7 @@ class Topology:
 
     @classmethod
     def of(cls, parallel: ParallelConfig, world: int, rank: int = 0) -> "Topology":
-        """The layout of a world. Raises UserError where the axes do not fit it."""
+        """The layout of `world` ranks. Raises UserError where tensor x pipeline does not divide it."""
         model_ranks = parallel.tensor * parallel.pipeline
         if world % model_ranks:
             fewer, more = world // model_ranks * model_ranks, (world // model_ranks + 1) * model_ranks
@@ -39,34 +39,36 @@ class Topology:
 
     @property
     def tensor_rank(self) -> int:
-        """Place in the group that shares each layer."""
+        """Rank in the tensor-parallel group."""
         return self.rank % self.tensor
 
     @property
     def data_rank(self) -> int:
-        """Which share of the global batch this rank trains on."""
+        """Rank in the data-parallel group: which part of the global batch this rank trains on."""
         return self.rank // self.tensor % self.data
 
     @property
     def pipeline_rank(self) -> int:
-        """Which stage this rank holds."""
+        """Rank in the pipeline group."""
         return self.rank // (self.tensor * self.data)
 
     @property
     def is_replica_rank_0(self) -> bool:
-        """Whether this rank speaks for those that hold one copy of the model together."""
+        """Whether this is the first of the ranks that hold one replica of the model."""
         return self.tensor_rank == 0 and self.pipeline_rank == 0
 
     def along_pipeline(self) -> "list[Topology]":
-        """As the first rank of each place in the pipeline sees it."""
-        return [replace(self, rank=place * self.tensor * self.data) for place in range(self.pipeline)]
+        """The topology of the first rank of each pipeline rank."""
+        return [replace(self, rank=stage * self.tensor * self.data) for stage in range(self.pipeline)]
 
     def micro_batches(self, train: TrainConfig) -> int:
-        """Micro-batches of a step on each data-parallel rank, after the batch-size warm-up."""
+        """Micro-batches per step on each data-parallel rank, after the batch-size warm-up."""
         return train.global_batch_size // (train.micro_batch_size * self.data)
 
     def check_batch(self, config: Config) -> None:
-        """Refuse a global batch that the data-parallel ranks cannot share evenly."""
+        """Raise UserError for a global batch that the data-parallel ranks cannot split evenly, or that the
+        pipeline schedule cannot run.
+        """
         train = config.train
         unit = train.micro_batch_size * self.data
         sizes = {"train.global_batch_size": train.global_batch_size}
@@ -88,27 +90,27 @@ class Topology:
             self._check_schedule(config)
 
     def _check_schedule(self, config: Config) -> None:
-        """Refuse numbers of micro-batches that the schedule of torch.distributed.pipelining cannot take."""
+        """Raise UserError for numbers of micro-batches that torch's pipeline schedule cannot run."""
         train, schedule = config.train, config.parallel.order
         sizes = [train.global_batch_size]
         if (warmup := train.batch_size_warmup) is not None:
             sizes += range(warmup.start, train.global_batch_size, warmup.increment)
         unit = train.micro_batch_size * self.data
         for size in sizes:
-            if takes(schedule, size // unit, self.pipeline):
+            if supports(schedule, size // unit, self.pipeline):
                 continue
             near = sorted(range(1, 2 * size // unit + 2 * self.pipeline), key=lambda n: abs(n - size // unit))
-            nearest = next(n for n in near if takes(schedule, n, self.pipeline)) * unit
+            nearest = next(n for n in near if supports(schedule, n, self.pipeline)) * unit
             blame(
                 "train.global_batch_size" if size == train.global_batch_size else "train.batch_size_warmup",
                 size,
-                f"makes {size // unit} micro-batches, which parallel.pipeline_schedule={schedule} cannot "
-                f"take with parallel.pipeline={self.pipeline}; the nearest batch it can is {nearest}",
+                f"gives {size // unit} micro-batches, which parallel.pipeline_schedule={schedule} cannot "
+                f"run with parallel.pipeline={self.pipeline}; the nearest batch size it can run is {nearest}",
             )
 
 
-def takes(schedule: str, micro_batches: int, pipeline: int) -> bool:
-    """Whether a schedule can run that many micro-batches."""
+def supports(schedule: str, micro_batches: int, pipeline: int) -> bool:
+    """Whether a schedule can run this number of micro-batches on `pipeline` ranks."""
     if schedule == "1f1b":
         return micro_batches >= pipeline
     if schedule in INTERLEAVED:

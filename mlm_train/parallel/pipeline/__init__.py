@@ -1,1 +1,1 @@
-"""Pipeline parallelism: stages, schedules, and how x0 reaches each stage."""
+"""Pipeline parallelism: stages, schedules, and the transport of x0 to every stage."""

@@ -1,7 +1,7 @@
 """Pipeline parallelism through torch.distributed.pipelining, with x0 at every stage.
 
-A stage's shapes are given and never inferred (inference would run an extra forward and backward), the
-loss is computed inside the last stage, gradients of the head included, and we scale it ourselves.
+A stage's shapes are given and never inferred (inference would run an extra forward and backward). The loss
+is computed and scaled inside the last stage, with the gradients of the head.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ SCHEDULES: dict[str, Any] = {
 
 
 class Stage(nn.Module):
-    """Some layers of the model as a pipeline stage; micro-batches go through it."""
+    """A span of the model's layers as the module of a pipeline stage."""
 
     def __init__(
         self,
@@ -56,18 +56,19 @@ class Stage(nn.Module):
         super().__init__()
         self.model, self.span, self.channel, self.source = model, span, channel, source
         self.loss, self.precision = loss, precision
-        # Whether FFN-M is computed of a micro-batch's x0.
-        self.computes = source is not None and not (isinstance(source, TableSource) and source.rest is None)
+        all_tabled = isinstance(source, TableSource) and source.other_layers is None
+        self.needs_x0 = source is not None and not all_tabled  # FFN-M is computed from a micro-batch's x0
         self.scale = 1.0
         self.sums = torch.zeros(0, dtype=torch.float64)  # CE of each micro-batch, on the last stage
-        if isinstance(source, TableSource):  # what makes zero-bubble schedules run a lookup's backward
-            mine = (source.anchors.get(layer) for layer in span.layers)
-            self.anchors = nn.ParameterList(anchor for anchor in mine if anchor is not None)
+        if isinstance(source, TableSource):  # with these zero-bubble schedules run a lookup's backward
+            anchors = (source.anchors.get(layer) for layer in span.layers)
+            self.anchors = nn.ParameterList(anchor for anchor in anchors if anchor is not None)
 
     def forward(self, *received: Tensor, ids: Tensor, labels: Tensor, index: Tensor, number: Tensor) -> Any:
-        """First stage: gets ids, which it also gets by name. Others: hidden [, x0]. Last: the loss, [1].
+        """Forward of a micro-batch: hidden [, x0] for the next stage; the last stage returns the loss, [1].
 
-        number: of the micro-batch in its step, once a sequence (all by name are cut alike).
+        received: ids on the first stage, hidden [, x0] on others. ids, labels, index int64 [batch, sequence].
+        number: int64 [batch], the micro-batch's number, repeated since torch splits all keywords alike.
         """
         with self.precision:
             if self.span.first:
@@ -75,20 +76,22 @@ class Stage(nn.Module):
             else:
                 x = received[0]
                 x0 = received[1] if self.channel.relays else None  # type: ignore[assignment]
-                if x0 is None and self.computes:
+                if x0 is None and self.needs_x0:
                     x0 = self.channel.x0(ids, index)
             read = self.source.open(ids, x0) if self.source is not None else None
             x = self.model.run_layers(x, read, ids, self.span.layers)
             if not self.span.last:
                 return (x, x0) if self.channel.relays else x
             assert self.model.norm is not None
-            objective, found = self.loss(self.model.norm(x), self.model.head_weight, labels, self.scale)
-        self.sums.index_add_(0, number[:1], found.double().view(1))
+            objective, cross_entropy = self.loss(
+                self.model.norm(x), self.model.head_weight, labels, self.scale
+            )
+        self.sums.index_add_(0, number[:1], cross_entropy.double().view(1))
         return objective.view(1)
 
 
 class PipelineExecutor:
-    """An executor over this rank's stages."""
+    """The executor of this rank's pipeline stages."""
 
     def __init__(
         self,
@@ -108,13 +111,13 @@ class PipelineExecutor:
         self.schedules: dict[int, Any] = {}
 
     def _schedule(self, micro_batches: int) -> Any:
-        """The schedule for a number of micro-batches; a batch-size warm-up goes through several.
+        """The schedule for a number of micro-batches; batch size warmup needs several.
 
-        Each holds receive buffers for all its micro-batches: none is kept but the usual one's.
+        Each holds receive buffers for all its micro-batches: only that of the full batch size is kept.
         """
         if micro_batches not in self.schedules:
             usual = self.runtime.topology.micro_batches(self.config.train)
-            self.schedules = {count: kept for count, kept in self.schedules.items() if count == usual}
+            self.schedules = {count: schedule for count, schedule in self.schedules.items() if count == usual}
             kind = SCHEDULES[self.config.parallel.order]
             stages = [self._pipeline_stage(stage) for stage in self.stages]
             self.schedules[micro_batches] = kind(
@@ -129,7 +132,7 @@ class PipelineExecutor:
         config = self.config
         batch, length = config.train.micro_batch_size, config.data.sequence_length
         ids = torch.zeros(batch, length, dtype=torch.int64, device=self.runtime.device)
-        here = (batch, length // self.tensor.positions, config.model.hidden_size)
+        here = (batch, length // self.tensor.shards, config.model.hidden_size)
         hidden = torch.empty(here, device=self.runtime.device)
         carried = tuple(
             torch.empty_like(hidden).requires_grad_() for _ in range(2 if self.channel.relays else 1)
@@ -146,7 +149,7 @@ class PipelineExecutor:
         )
 
     def _run(self, batches: Sequence[Batch], training: bool, scale: float) -> Tensor:
-        """All through the schedule; each one's summed CE, fp64 [micro-batches], on every rank of it."""
+        """Run the schedule; each micro-batch's summed CE, fp64 [micro-batches], on every pipeline rank."""
         self.runtime.marker.at("x0")
         device = self.runtime.device
         ids, labels = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
@@ -167,7 +170,7 @@ class PipelineExecutor:
         return sums
 
     def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
-        """The schedule, then x0's gradient to the embedding, then the tied head's and the norms'."""
+        """Run the schedule, then finish the gradients of the embedding, the tied head and the norms."""
         total = self._run(batches, True, scale).sum()
         self.runtime.marker.at("gradient of x0")
         self.channel.finish()
@@ -177,14 +180,14 @@ class PipelineExecutor:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        """Through the same stages, with as many micro-batches at a time as in training."""
+        """Run the same stages forward, with as many micro-batches at a time as in training."""
         usual = self.runtime.topology.micro_batches(self.config.train)
         ids, labels = batches[0]
         empty = (torch.zeros_like(ids), torch.full_like(labels, IGNORED))
         sums = []
         for start in range(0, len(batches), usual):
-            some = list(batches[start : start + usual])
-            sums.append(self._run(some + [empty] * (usual - len(some)), False, 1.0)[: len(some)])
+            chunk = list(batches[start : start + usual])
+            sums.append(self._run(chunk + [empty] * (usual - len(chunk)), False, 1.0)[: len(chunk)])
         return torch.cat(sums)
 
     @property
@@ -196,10 +199,10 @@ class PipelineExecutor:
         return self.spans[-1].last
 
     def _sum_tied(self) -> None:
-        """A tied head is a copy of the embedding on the last stage: both need the sum of gradients."""
+        """Sum the gradients of the embedding and of its copy on the last stage, the tied head."""
         tied = self.model.config.tie_word_embeddings and (self._first or self._last)
         if not tied or (self._first and self._last) or self.config.transport == "replicate":
-            return  # one weight for both ends (in a V), or summed over all stages already
+            return  # one weight on one rank (V-shaped schedules), or summed over all stages already
         assert self.model.embed_tokens is not None
         weight = self.model.embed_tokens.weight
         if weight.grad is None:

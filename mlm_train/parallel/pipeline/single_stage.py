@@ -1,4 +1,4 @@
-"""Running a step's micro-batches: forward and backward on one rank, or the evaluation's forward."""
+"""Run a step's micro-batches on one pipeline stage: forward and backward, or forward in evaluation."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,31 +12,31 @@ from mlm_train.memory import TrainingSource
 from mlm_train.parallel.pipeline.x0 import X0Channel
 from mlm_train.parallel.runtime import Runtime
 
-# (hidden, normed [..., hidden]; head weight [words here, hidden]; labels [...]; scale) -> scalars:
-# the objective scale * sum(CE + z * lse^2), to be the root of a backward pass, and the sum of CE, detached.
+# (hidden, normed [..., hidden]; head weight [local vocabulary, hidden]; labels [...]; scale) -> scalars:
+# the objective scale * sum(CE + z * lse^2), the root of a backward pass, and the sum of CE, detached.
 Loss = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 Batch = tuple[Tensor, Tensor]  # ids and labels, int64 [batch, sequence]
 
 
 class Executor(Protocol):
-    """Runs micro-batches through the model, however its layers are spread."""
+    """Runs micro-batches through the model in any pipeline layout."""
 
     @property
     def source(self) -> TrainingSource | None:
-        """What executes FFN-M; None where the model has none."""
+        """The memory source that executes FFN-M; None where the model has none."""
         ...
 
     def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
-        """Add the gradients of scale * sum(CE + z * lse^2); the summed CE, fp64 scalar."""
+        """Accumulate the gradients of scale * sum(CE + z * lse^2); return the summed CE, fp64 scalar."""
         ...
 
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        """The summed CE of each micro-batch without gradients, fp64 [micro-batches]."""
+        """The summed CE of each micro-batch, without gradients: fp64 [micro-batches]."""
         ...
 
 
 class Prepared(NamedTuple):
-    """A micro-batch of a step, on the device; `rows`: the index of its positions into the rows of x0."""
+    """A micro-batch of a step, on the device; `rows`: indices of its positions into the rows of x0."""
 
     number: int
     ids: Tensor
@@ -47,8 +47,8 @@ class Prepared(NamedTuple):
 class SingleStageExecutor:
     """All layers on this rank: one micro-batch after the other.
 
-    `entry`: the Transformer, or what is called in its place; `channel`: where x0 comes from, if not from
-    the model's embedding at each call.
+    `entry`: the module to call, the Transformer or its wrapper; `channel`: where x0 comes from, None for the
+    model's embedding at each call.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class SingleStageExecutor:
         self.usual = runtime.topology.micro_batches(config.train)
 
     def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
-        """One after the other; gradients accumulate in fp32."""
+        """Run one micro-batch after the other; gradients accumulate in fp32."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         with self.step(batches) as micro_batches:
             for micro_batch in micro_batches:
@@ -78,7 +78,7 @@ class SingleStageExecutor:
 
     @contextmanager
     def step(self, batches: Sequence[Batch]) -> Iterator[list[Prepared]]:
-        """Around the passes of a step's micro-batches: tables before them, what is due once after them."""
+        """Surround a step's passes: compute the rows of x0 before them, finish gradients after them."""
         self.entry.train()
         micro_batches = self._prepared(batches)
         with self._casts_kept():
@@ -89,7 +89,7 @@ class SingleStageExecutor:
         self.after_backward()
 
     def run(self, micro_batch: Prepared, scale: float) -> Tensor:
-        """Forward and backward of a micro-batch of the step; its summed CE."""
+        """Run forward and backward of a micro-batch of the step; return its summed CE."""
         self.marker.at("forward", None, micro_batch.number)
         with self.marker.forwards.running():
             objective, cross_entropy = self._loss(micro_batch, scale)
@@ -98,18 +98,18 @@ class SingleStageExecutor:
         return cross_entropy
 
     def _casts_kept(self) -> AbstractContextManager[object]:
-        """A region in which autocast casts a weight once, not once a micro-batch.
+        """A region in which autocast casts a weight once, not once per micro-batch.
 
-        It forgets its casts where the outermost region ends; this one is switched off and surrounds those
-        of the micro-batches. Tables are begun outside: a cast made without a graph would be kept without
-        one. The optimizer, which changes the weights, runs after it. ZeRO-3 takes a weight away after its
-        use, and a later pass would cast it back into nothing.
+        Autocast drops its cached casts where the outermost region ends; this one is disabled and surrounds
+        those of the micro-batches. Tables are computed before it: a cast made without a graph would be cached
+        without one. The optimizer, which changes the weights, runs after it. Not with ZeRO-3, which frees a
+        weight after its use: the backward of a cached cast would need it.
         """
         return nullcontext() if self.gathers else torch.autocast(self.device.type, enabled=False)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        """Forward alone; as many micro-batches as in training share the rows of x0."""
+        """Forward only; as many micro-batches as in a training step share the rows of x0."""
         self.entry.eval()
         sums = []
         for start in range(0, len(batches), self.usual):
@@ -119,7 +119,7 @@ class SingleStageExecutor:
         return torch.stack(sums)
 
     def _prepared(self, batches: Sequence[Batch]) -> list[Prepared]:
-        """Micro-batches on the device, which share the rows of x0."""
+        """The micro-batches on the device; they share the rows of x0."""
         ids, labels = (
             [part.to(self.device, non_blocking=True) for part in parts]
             for parts in zip(*batches, strict=True)
@@ -127,11 +127,11 @@ class SingleStageExecutor:
         index = ids
         if self.channel is not None:
             self.marker.at("x0")
-            index = list(self.channel.begin(torch.cat(ids)).split([len(some) for some in ids]))
+            index = list(self.channel.begin(torch.cat(ids)).split([len(batch) for batch in ids]))
         return [Prepared(*parts) for parts in zip(range(len(ids)), ids, labels, index, strict=True)]
 
     def _loss(self, micro_batch: Prepared, scale: float) -> tuple[Tensor, Tensor]:
-        """Objective and summed CE. The head is used inside the model's forward, as all its weights are."""
+        """Objective and summed CE. The head is applied inside the model's forward, as all its weights are."""
         _, ids, labels, rows = micro_batch
 
         def loss(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

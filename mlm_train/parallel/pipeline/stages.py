@@ -1,4 +1,4 @@
-"""Which layers a pipeline rank holds: arithmetic only."""
+"""Which layers a pipeline rank holds; arithmetic only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ class StageSpan:
 
     @property
     def layers(self) -> range:
-        """Their numbers in the whole model."""
+        """The layers' numbers in the whole model."""
         return range(self.start, self.stop)
 
 
 def balanced(config: ModelConfig, stages: int) -> list[int]:
-    """Layers a stage, so that the costliest stage is as cheap as can be; the head counts on the last.
+    """Layers per stage that minimise the cost of the most expensive stage; the head counts on the last.
 
-    Cost is multiplications a token. The embedding is a lookup and costs nothing. Every stage gets at
-    least one layer. The first of equally good splits is taken.
+    Cost is multiplications per token; the embedding, a lookup, costs nothing. Every stage gets at least one
+    layer. Of equally good splits the first is taken.
     """
     counts = count_parameters(config)
     layer = (counts.total - config.hidden_size) / config.num_hidden_layers
@@ -59,15 +59,15 @@ def all_spans(config: Config) -> list[StageSpan]:
 
 def most_layers(config: Config, topology: Topology) -> int:
     """Layers of the pipeline rank that has most."""
-    places = topology.along_pipeline()
-    return max(sum(len(span.layers) for span in my_spans(config, place)) for place in places)
+    ranks = topology.along_pipeline()
+    return max(sum(len(span.layers) for span in my_spans(config, rank)) for rank in ranks)
 
 
 def my_spans(config: Config, topology: Topology) -> list[StageSpan]:
     """The stages of this rank: every pipeline-size-th one (arXiv 2104.04473, interleaved).
 
-    In a V (arXiv 2401.10241, section 6) the stages go down the ranks and up again, so the first rank
-    holds both ends.
+    In a V-shaped schedule (arXiv 2401.10241, section 6) the stages go down the ranks and up again, so the
+    first rank holds the first and the last stage.
     """
     spans, rank = all_spans(config), topology.pipeline_rank
     if config.parallel.order in V_SHAPED:

@@ -1,8 +1,8 @@
-"""The x0 channel: every pipeline stage gets x0 for its FFN-M and owes its gradient to the embedding.
+"""The x0 channel: brings x0 to FFN-M on every pipeline stage, and its gradient to the embedding.
 
-Three transports behind one interface. `broadcast`: the step's distinct rows travel once, each stage
-looks x0 up and sums its gradient in a table of the same shape, one reduce brings it back. `relay`: x0
-rides with the hidden state from stage to stage. `replicate`: every stage keeps the embedding.
+Three transports implement one interface. `broadcast`: the step's distinct rows are broadcast once; each stage
+looks x0 up and sums its gradient in a table of the same shape; one reduce returns it. `relay`: x0 is passed
+with the hidden state from stage to stage. `replicate`: every stage has a copy of the embedding.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from mlm_train.parallel.tensor.collectives import TensorGroup
 
 
 class X0Channel(Protocol):
-    """What a stage asks for x0. `relays`: whether stages pass x0 on as a second tensor."""
+    """Provides x0 to a stage. `relays`: whether stages pass x0 on as a second tensor."""
 
     relays: bool
 
@@ -28,25 +28,25 @@ class X0Channel(Protocol):
         ...
 
     def x0(self, ids: Tensor, index: Tensor) -> Tensor:
-        """x0 [batch, positions here, hidden] of a micro-batch, with its gradient cared for."""
+        """x0 [batch, local positions, hidden] of a micro-batch, differentiable."""
         ...
 
     def finish(self) -> None:
-        """After a step's backward passes: bring the gradient of x0 to the embedding."""
+        """After a step's backward passes: add the gradient of x0 to the embedding's."""
         ...
 
     def bytes_per_step(self, distinct: int, tokens: int) -> int:
-        """Payload bytes that cross between stages in a training step for x0's sake, by formula.
+        """Payload bytes per training step of x0 and its gradient between the stages of one pipeline.
 
-        `distinct`: distinct ids of the step on this data-parallel rank; `tokens`: its positions. All
-        stages of one pipeline together. Convention: bench/traffic.py.
+        `distinct`: distinct ids of the step on this data-parallel rank; `tokens`: its positions. Convention:
+        bench/traffic.py.
         """
         ...
 
 
 @dataclass
-class _Channel:
-    """What channels are made of: this rank's model, its groups, its device.
+class Channel:
+    """What a transport is made of: this rank's model, its groups, its device.
 
     `crossings`: boundaries in the pipeline between stages on different ranks, virtual stages counted;
     `tables`: what the step's rows are for, if FFN-M has tables; `all_layers_tabled`: whether every layer of
@@ -61,9 +61,11 @@ class _Channel:
     tables: TableSource | None = None
     all_layers_tabled: bool = False
 
+    def __post_init__(self) -> None:
+        """What a transport makes of these at the start."""
 
-@dataclass
-class Broadcast(_Channel):
+
+class Broadcast(Channel):
     """The step's rows: distinct ids of this data-parallel rank's step, once over the pipeline group.
 
     With tables what travels is the rows that these are made of; of a share of them (memory.shared) the
@@ -99,15 +101,15 @@ class Broadcast(_Channel):
         return index
 
     def x0(self, ids: Tensor, index: Tensor) -> Tensor:
-        return Lookup.apply(self.tensor.mine(index, 1), self.rows, self.table, self.anchor)
+        return Lookup.apply(self.tensor.local(index, 1), self.rows, self.table, self.anchor)
 
     def finish(self) -> None:
         if self.tables:
             self.table[: self.shared] += self.tables.finish()
         dist.reduce(self.table[: self.sent], self.source, group=self.group)
         if self.owns:
-            # Under sequence parallelism each rank saw the gradients of its own positions.
-            table = self.tensor.all_reduce(self.table) if self.tensor.positions > 1 else self.table
+            # Under sequence parallelism each rank has the gradients of its local positions.
+            table = self.tensor.all_reduce(self.table) if self.tensor.shards > 1 else self.table
             self.embedded.backward(table)
 
     def bytes_per_step(self, distinct: int, tokens: int) -> int:
@@ -115,8 +117,8 @@ class Broadcast(_Channel):
         return 2 * 4 * distinct * self.model.config.hidden_size * others
 
 
-class Relay(_Channel):
-    """x0 beside the hidden state: the plain way, and the oracle."""
+class Relay(Channel):
+    """x0 is passed with the hidden state: the plain method, and the reference."""
 
     relays = True
 
@@ -124,23 +126,23 @@ class Relay(_Channel):
         return ids
 
     def x0(self, ids: Tensor, index: Tensor) -> Tensor:
-        return self.model.embed(ids)  # asked on the first stage alone
+        return self.model.embed(ids)  # called on the first stage only
 
     def finish(self) -> None:
         pass
 
     def bytes_per_step(self, distinct: int, tokens: int) -> int:
-        # Every boundary between stages is crossed, of which a rank with virtual stages has several.
+        # Crosses every boundary between stages; a rank with virtual stages has several.
         return 2 * 4 * tokens * self.model.config.hidden_size * self.crossings
 
 
 class LocalEmbedding(Relay):
-    """Without FFN-M: the first stage embeds, and nothing goes beside the hidden state."""
+    """Without FFN-M: the first stage embeds, and x0 is not passed on."""
 
     relays = False
 
 
-class Replicate(_Channel):
+class Replicate(Channel):
     """Every stage embeds; the embedding's gradients are summed over the pipeline group."""
 
     relays = False
@@ -163,6 +165,7 @@ class Replicate(_Channel):
         return 2 * 4 * self.model.config.vocab_size * self.model.config.hidden_size * others
 
 
+# Names of config field parallel.x0_transport (config/choices.py lists them too).
 TRANSPORTS: dict[str, type[Broadcast] | type[Relay] | type[Replicate]] = {
     "broadcast": Broadcast,
     "relay": Relay,

@@ -1,1 +1,1 @@
-"""Tensor parallelism."""
+"""Tensor and sequence parallelism."""

@@ -1,8 +1,9 @@
-"""What travels between the ranks of a tensor-parallel group, with its transpose for the backward pass.
+"""Collectives of a tensor-parallel group, each with its transpose as the backward pass.
 
-Without sequence parallelism activations outside the cut products are alike on all ranks: they are
-copied into a product and summed out of it (arXiv 1909.08053). With it each rank holds its share of the
-positions there: shares are gathered into a product and reduce-scattered out of it (arXiv 2205.05198).
+Without sequence parallelism activations outside the sharded matmuls are replicated: a column-parallel matmul
+takes them as they are, a row-parallel one is followed by an all-reduce (arXiv 1909.08053). With it each rank
+holds its positions there: they are all-gathered before the former and reduce-scattered after the latter
+(arXiv 2205.05198).
 """
 
 from collections.abc import Callable
@@ -19,10 +20,10 @@ from mlm_train.model.source import Positions
 
 @dataclass(frozen=True)
 class TensorGroup(Positions):
-    """The ranks that share each layer. `handle` is None where only shapes are wanted.
+    """The ranks that shard each layer. `handle`: torch's process group, None where only shapes are wanted.
 
-    `sequence`: whether activations outside the products are cut along the sequence, which is the last
-    but one dimension of [..., positions, hidden].
+    `sequence`: whether activations outside the sharded matmuls are split along the sequence, the last but one
+    dimension of [..., positions, hidden].
     """
 
     size: int
@@ -31,67 +32,67 @@ class TensorGroup(Positions):
     sequence: bool = False
 
     def part(self, name: str | None, dim: int, start: int, total: int) -> Part:
-        """This rank's share of `total` indices, at `start` of the local weight."""
-        share = self.share(total)
-        offset = min(self.rank * share, total)
-        return Part(name, dim, start, min(share, total - offset), offset, total)
+        """This rank's shard of `total` indices along `dim`, at index `start` of the local weight."""
+        size = self.shard_size(total)
+        offset = min(self.rank * size, total)
+        return Part(name, dim, start, min(size, total - offset), offset, total)
 
-    def share(self, total: int) -> int:
-        """Indices a rank holds, padding included."""
+    def shard_size(self, total: int) -> int:
+        """Indices per rank of a dimension of size `total`, padding included."""
         return -(-total // self.size)
 
     def enter(self, x: Tensor) -> Tensor:
-        """Before a product cut by column: x [..., positions here, hidden] -> all positions."""
-        return self.whole(x) if self.sequence else _Mapped.apply(x, _same, self.all_reduce)
+        """Before a column-parallel matmul: x [..., local positions, hidden] -> [..., positions, hidden]."""
+        return self.gather(x) if self.sequence else _LinearMap.apply(x, _identity, self.all_reduce)
 
     def leave(self, x: Tensor) -> Tensor:
-        """After a product cut by row: a part of the sum [..., positions, hidden] -> x as outside."""
+        """After a row-parallel matmul: partial [..., positions, hidden] -> [..., local positions, hidden]."""
         if self.sequence:
-            return _Mapped.apply(x, self.reduce_scatter, self.all_gather)
+            return _LinearMap.apply(x, self.reduce_scatter, self.all_gather)
         return self.sum(x)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The ranks' sum, alike on all; its gradient, alike on all too, passes unchanged."""
-        return _Mapped.apply(x, self.all_reduce, _same)
+        """All-reduce; the gradient, which is the same on all ranks, passes unchanged."""
+        return _LinearMap.apply(x, self.all_reduce, _identity)
 
     @property
-    def positions(self) -> int:  # type: ignore[override]
-        """Ranks that the positions outside the products are cut over."""
+    def shards(self) -> int:  # type: ignore[override]
+        """Ranks that the positions outside the sharded matmuls are split over."""
         return self.size if self.sequence else 1
 
-    def whole(self, x: Tensor) -> Tensor:
-        """x [..., positions here, hidden] -> all positions, whose gradients the ranks then sum."""
-        return _Mapped.apply(x, self.all_gather, self.reduce_scatter) if self.sequence else x
+    def gather(self, x: Tensor) -> Tensor:
+        """x [..., local positions, hidden] -> [..., positions, hidden]; the backward reduce-scatters."""
+        return _LinearMap.apply(x, self.all_gather, self.reduce_scatter) if self.sequence else x
 
-    def mine(self, x: Tensor, dim: int) -> Tensor:
+    def local(self, x: Tensor, dim: int) -> Tensor:
         """This rank's positions along `dim`; all of them without sequence parallelism."""
         return x.chunk(self.size, dim)[self.rank] if self.sequence else x
 
     def all_reduce(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-        """The ranks' sum or maximum, as a new tensor without gradient."""
+        """The sum or maximum over the ranks, a new tensor without gradient."""
         x = x.clone(memory_format=torch.contiguous_format)  # all_reduce writes in place
         dist.all_reduce(x, op=op, group=self.handle)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """[..., n, hidden] of each rank -> [..., n * size, hidden], in the order of ranks."""
+        """x [..., n, hidden] -> [..., n * size, hidden], in the order of ranks."""
         out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
         dist.all_gather_into_tensor(out, x.contiguous(), group=self.handle)
         return out.unflatten(0, (self.size, -1)).movedim(0, -3).flatten(-3, -2)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        """[..., n * size, hidden] of each rank -> this rank's n of the sum."""
-        shares = x.unflatten(-2, (self.size, -1)).movedim(-3, 0).contiguous()
-        out = torch.empty_like(shares[0])
-        dist.reduce_scatter_tensor(out, shares.flatten(0, 1), group=self.handle)
+        """x [..., n * size, hidden] -> this rank's [..., n, hidden] of the sum over ranks."""
+        shards = x.unflatten(-2, (self.size, -1)).movedim(-3, 0).contiguous()
+        out = torch.empty_like(shards[0])
+        dist.reduce_scatter_tensor(out, shards.flatten(0, 1), group=self.handle)
         return out
 
 
 Map = Callable[[Tensor], Tensor]
 
 
-class _Mapped(torch.autograd.Function):
-    """A linear map between ranks, with its transpose."""
+class _LinearMap(torch.autograd.Function):
+    """A linear map between ranks; its backward is the given transpose."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, forward: Map, backward: Map) -> Tensor:
@@ -103,5 +104,5 @@ class _Mapped(torch.autograd.Function):
         return ctx.transpose(grad), None, None
 
 
-def _same(x: Tensor) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x.view_as(x)

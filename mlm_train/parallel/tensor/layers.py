@@ -1,8 +1,8 @@
-"""Tensor parallelism: each layer's products cut over the ranks of a group (Megatron-LM, arXiv 1909.08053).
+"""Tensor-parallel layers: matmuls sharded over the ranks of a group (Megatron-LM, arXiv 1909.08053).
 
-`shard` replaces the linears, the embedding and the head of a plain Transformer; the model's own code
-does not change. Dimensions that the group's size does not divide are padded with zeros at run time,
-which is exact: a padded key of an FFN gives 0 and gets no gradient, padded words are masked out.
+`shard` replaces the linear layers, the embedding and the head of a plain Transformer; the model's own code
+does not change. Dimensions that the group's size does not divide are padded with zeros at run time, which
+is exact: a padded FFN key gives 0 and gets no gradient, padded vocabulary entries are masked out.
 """
 
 from collections.abc import Mapping
@@ -22,69 +22,69 @@ from mlm_train.parallel.tensor.collectives import TensorGroup
 
 
 class ColumnLinear(nn.Module):
-    """Products of one input with the output cut: y_r = x W_r^T. Fused like FusedLinear."""
+    """Column-parallel matmuls of one input: y_r = x W_r^T. Fused like FusedLinear."""
 
     def __init__(
         self, in_features: int, parts: Mapping[str, int] | Mapping[None, int], group: TensorGroup
     ) -> None:
         super().__init__()
         self.parts, self.group = parts, group
-        self.weight = nn.Parameter(torch.empty(sum(map(group.share, parts.values())), in_features))
+        self.weight = nn.Parameter(torch.empty(sum(map(group.shard_size, parts.values())), in_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., positions here, in] -> [..., positions, this rank's out]."""
+        """x [..., local positions, in] -> [..., positions, local out]."""
         return F.linear(self.group.enter(x), self.weight)
 
     def logical_parts(self) -> list[Part]:
-        """One part a product."""
-        found, start = [], 0
+        """One part per fused matmul."""
+        parts, start = [], 0
         for name, total in self.parts.items():
-            found.append(self.group.part(name, 0, start, total))
-            start += self.group.share(total)
-        return found
+            parts.append(self.group.part(name, 0, start, total))
+            start += self.group.shard_size(total)
+        return parts
 
 
 class RowLinear(nn.Module):
-    """A product with the input cut: y = sum over ranks of x_r W_r^T."""
+    """A row-parallel matmul: y = sum over ranks of x_r W_r^T."""
 
     def __init__(self, in_features: int, out_features: int, group: TensorGroup) -> None:
         super().__init__()
         self.in_features, self.group = in_features, group
-        self.weight = nn.Parameter(torch.empty(out_features, group.share(in_features)))
+        self.weight = nn.Parameter(torch.empty(out_features, group.shard_size(in_features)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., positions, this rank's in] -> [..., positions here, out]."""
+        """x [..., positions, local in] -> [..., local positions, out]."""
         return self.group.leave(F.linear(x, self.weight))
 
     def logical_parts(self) -> list[Part]:
-        """Columns of one tensor."""
+        """This rank's columns of the weight."""
         return [self.group.part(None, 1, 0, self.in_features)]
 
 
 class VocabEmbedding(nn.Module):
-    """The embedding with its rows cut; the tied head too."""
+    """The embedding, and the tied head, sharded along the vocabulary."""
 
     def __init__(self, vocab_size: int, hidden_size: int, group: TensorGroup) -> None:
         super().__init__()
         self.vocab_size, self.group = vocab_size, group
-        self.weight = nn.Parameter(torch.empty(group.share(vocab_size), hidden_size))
+        self.weight = nn.Parameter(torch.empty(group.shard_size(vocab_size), hidden_size))
 
     def _partial(self, ids: Tensor) -> Tensor:
-        """The rows of the ids that are here, zeros for the others."""
+        """Rows of the ids in this rank's shard, zeros for the others."""
         local = ids - self.logical_parts()[0].offset
-        here = (local >= 0) & (local < self.weight.shape[0])
-        return F.embedding(local.where(here, 0), self.weight) * here.unsqueeze(-1)
+        in_shard = (local >= 0) & (local < self.weight.shape[0])
+        return F.embedding(local.where(in_shard, 0), self.weight) * in_shard.unsqueeze(-1)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids int64 [batch, positions] -> x0 [batch, positions here, hidden]."""
+        """ids int64 [batch, positions] -> x0 [batch, local positions, hidden]."""
         return self.group.leave(self._partial(ids))
 
     def rows(self, ids: Tensor) -> Tensor:
-        """ids int64 [...] -> their rows [..., hidden], alike on all ranks; so must their gradient be."""
+        """ids int64 [...] -> their rows [..., hidden]; they and their gradient are the same on all ranks."""
         return self.group.sum(self._partial(ids))
 
     def logical_parts(self) -> list[Part]:
-        """Rows of one tensor."""
+        """This rank's rows of the weight."""
         return [self.group.part(None, 0, 0, self.vocab_size)]
 
 
@@ -92,7 +92,7 @@ SHARDED = (ColumnLinear, RowLinear, VocabEmbedding)
 
 
 def shard(model: Transformer, group: TensorGroup) -> None:
-    """Replace what is cut, in place; new weights are empty (initialise or load them next)."""
+    """Replace the layers to shard, in place; new weights are empty (initialise or load them next)."""
     config = model.config
     for module in list(model.modules()):
         if isinstance(module, Attention):
@@ -108,7 +108,7 @@ def shard(model: Transformer, group: TensorGroup) -> None:
 
 
 def _sharded(name: str, child: nn.Module, group: TensorGroup) -> nn.Module | None:
-    """Products that read the residual stream are cut by column, those that write to it by row."""
+    """Matmuls that read the residual stream are column-parallel, those that write to it row-parallel."""
     if isinstance(child, FusedLinear):
         return ColumnLinear(child.in_features, child.parts, group)
     if not isinstance(child, nn.Linear):
@@ -119,7 +119,7 @@ def _sharded(name: str, child: nn.Module, group: TensorGroup) -> nn.Module | Non
 
 
 def mark_for_clipping(model: nn.Module, group: TensorGroup) -> None:
-    """Tell DeepSpeed which weights are cut, and which rank counts the others in the gradient norm."""
+    """Mark for DeepSpeed's gradient norm the sharded weights, and the rank that counts replicated ones."""
     replicated = set(map(id, _replicated(model)))
     for parameter in model.parameters():
         if id(parameter) in replicated:
@@ -130,13 +130,13 @@ def mark_for_clipping(model: nn.Module, group: TensorGroup) -> None:
 
 def _replicated(model: nn.Module) -> list[nn.Parameter]:
     """Weights that every rank of a tensor group holds: the norms'."""
-    cut = {id(module.weight) for module in model.modules() if isinstance(module, SHARDED)}
-    return [parameter for parameter in model.parameters() if id(parameter) not in cut]
+    sharded = {id(module.weight) for module in model.modules() if isinstance(module, SHARDED)}
+    return [parameter for parameter in model.parameters() if id(parameter) not in sharded]
 
 
 def sum_replicated(model: nn.Module, group: TensorGroup) -> None:
-    """Under sequence parallelism each rank saw its own positions: sum the norms' gradients, once a step."""
-    parameters = _replicated(model) if group.positions > 1 else []
+    """Under sequence parallelism, all-reduce the norms' gradients of local positions, once per step."""
+    parameters = _replicated(model) if group.shards > 1 else []
     if not parameters:
         return
     for parameter in parameters:
@@ -149,28 +149,28 @@ def sum_replicated(model: nn.Module, group: TensorGroup) -> None:
 
 
 def sum_replicated_each_pass(model: nn.Module, group: TensorGroup) -> None:
-    """The same in every backward pass, for an engine that takes gradients away as they come."""
-    if group.positions > 1:
+    """The same in every backward pass, for an engine that reduces gradients in each of them."""
+    if group.shards > 1:
         for parameter in _replicated(model):
             parameter.register_hook(group.all_reduce)
 
 
 @dataclass(frozen=True)
 class ParallelVocabRange(VocabRange):
-    """The words whose head rows a rank of the group holds."""
+    """The vocabulary shard of a rank: the token ids whose head rows it holds."""
 
     group: TensorGroup
 
     @classmethod
     def of(cls, vocab_size: int, group: TensorGroup) -> "ParallelVocabRange":
-        """This rank's share of the vocabulary."""
+        """This rank's vocabulary shard."""
         part = group.part(None, 0, 0, vocab_size)
         return cls(part.offset, part.length, group)
 
     def maximum(self, x: Tensor) -> Tensor:
-        """Over the group."""
+        """Elementwise maximum over the group."""
         return self.group.all_reduce(x, dist.ReduceOp.MAX)
 
     def total(self, x: Tensor) -> Tensor:
-        """Over the group."""
+        """Elementwise sum over the group."""
         return self.group.all_reduce(x)

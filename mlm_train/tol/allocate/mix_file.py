@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from mlm_train.tol.format.codec import Scheme
+from mlm_train.tol.format.schemes import Scheme
 from mlm_train.utils.files import LARGEST_RESULT
 from mlm_train.utils.records import Record, first_problem, json_value, read_regular
 

@@ -11,9 +11,9 @@ import numpy as np
 from mlm_train.tol.allocate.sensitivity import Choice
 from mlm_train.tol.build.budget import bytes_of, headers, table_bytes
 from mlm_train.tol.build.builder import partitions_of
-from mlm_train.tol.format.codec import GROUP, Scheme
 from mlm_train.tol.format.index import TolIndex
 from mlm_train.tol.format.layout import Layout, TableSpec
+from mlm_train.tol.format.schemes import GROUP, Scheme
 from mlm_train.tol.lowrank.knapsack import LayerOptions, Mix, best_mix
 
 _RANKS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)  # of the hidden size

@@ -23,7 +23,8 @@ from mlm_train.errors import UserError
 from mlm_train.model.source import MemoryReader
 from mlm_train.model.transformer import Transformer
 from mlm_train.tol.build.row_source import chunks_of
-from mlm_train.tol.format.codec import Scheme, decode, encode, layout
+from mlm_train.tol.format.codec import decode, encode
+from mlm_train.tol.format.schemes import Scheme, layout
 from mlm_train.tol.lowrank.spectrum import Gram, Spectrum, scaled_basis
 from mlm_train.tol.serve.reader import TableReader, projector
 from mlm_train.utils.files import write_json, writing

@@ -12,8 +12,8 @@ from mlm_train.errors import UserError
 from mlm_train.evaluate.scorer import Scorer
 from mlm_train.tol.allocate.mixes import best_kept, best_mixes, choices, layer_options, room_of, size_of
 from mlm_train.tol.allocate.sensitivity import Choice, Notes, Trial, measure, spectra_of
-from mlm_train.tol.format.codec import ALIGNMENT, GROUP, Scheme
 from mlm_train.tol.format.index import INDEX, check_fits
+from mlm_train.tol.format.schemes import ALIGNMENT, GROUP, Scheme
 from mlm_train.tol.lowrank.knapsack import Mix
 from mlm_train.tol.serve.reader import TableReader
 from mlm_train.utils.files import sha256_of

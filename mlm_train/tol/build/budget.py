@@ -9,10 +9,10 @@ import torch
 from mlm_train.errors import UserError
 from mlm_train.tol.build.spectra import rank_errors_of
 from mlm_train.tol.build.state import BuildPlan, BuildState
-from mlm_train.tol.format.codec import Scheme
 from mlm_train.tol.format.index import BASIS_ITEM
 from mlm_train.tol.format.layout import Layout, TableSpec
 from mlm_train.tol.format.partition import ALIGNMENT
+from mlm_train.tol.format.schemes import Scheme
 from mlm_train.tol.lowrank.knapsack import LayerOptions, Mix, best_mix
 from mlm_train.tol.lowrank.spectrum import scaled_basis
 from mlm_train.tol.serve.reader import BASIS_HEADER

@@ -18,10 +18,11 @@ from mlm_train.tol.build.state import BuildPlan, BuildState, remove_spectra, sta
 from mlm_train.tol.build.weight_store import Weights, shared_weights
 from mlm_train.tol.build.worker import WorkerJob
 from mlm_train.tol.build.worker_pool import WorkerPool
-from mlm_train.tol.format.codec import TORCH_DTYPE, PlainDtype
+from mlm_train.tol.format.codec import TORCH_DTYPE
 from mlm_train.tol.format.index import INDEX, STATE, Partition, TolIndex, schemes_of, summary
 from mlm_train.tol.format.index_file import index_at, is_intact, read_index, write_index
 from mlm_train.tol.format.layout import Layout, TableSpec
+from mlm_train.tol.format.schemes import PlainDtype
 from mlm_train.tol.serve.reader import check_rows, write_bases
 from mlm_train.tol.storage.base import Storage, check_space, remove_drafts
 from mlm_train.tol.storage.resolve import storage_at

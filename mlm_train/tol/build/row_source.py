@@ -18,7 +18,8 @@ from mlm_train.model.block import MemoryBlock
 from mlm_train.model.logical import pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.model.unfilled import unfilled
-from mlm_train.tol.format.codec import TORCH_DTYPE, PlainDtype, all_finite
+from mlm_train.tol.format.codec import TORCH_DTYPE, all_finite
+from mlm_train.tol.format.schemes import PlainDtype
 from mlm_train.tol.serve.reader import TableReader
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -5,10 +5,10 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from mlm_train.errors import UserError
-from mlm_train.tol.format.codec import PlainDtype
 from mlm_train.tol.format.index import BASIS, STATE, Partition, TableFile
 from mlm_train.tol.format.index_file import is_intact
 from mlm_train.tol.format.layout import Layout, TableSpec
+from mlm_train.tol.format.schemes import PlainDtype
 from mlm_train.tol.storage.base import Storage, refuse_used, remove_drafts, remove_matching
 from mlm_train.utils.files import json_text
 from mlm_train.utils.records import SEAL, Record, json_value, seal_of

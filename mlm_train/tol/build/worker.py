@@ -14,10 +14,11 @@ from mlm_train.checkpoint.reading.logical_folder import OpenedModel, open_model
 from mlm_train.errors import UserError
 from mlm_train.tol.build.row_source import ComputedRows, RowSource, StoredRows, chunks_of, from_numpy
 from mlm_train.tol.build.state import BuildPlan, spectrum_name
-from mlm_train.tol.format.codec import NotFinite, decode, encode, layout
+from mlm_train.tol.format.codec import NotFinite, decode, encode
 from mlm_train.tol.format.index import Partition, TableFile, file_of
 from mlm_train.tol.format.layout import Layout
 from mlm_train.tol.format.partition import Draft, hash_draft
+from mlm_train.tol.format.schemes import layout
 from mlm_train.tol.lowrank.ranks import RankErrors, Sample
 from mlm_train.tol.lowrank.spectrum import Gram, Spectrum
 from mlm_train.tol.serve.reader import bases_at, projector

@@ -6,10 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from mlm_train.utils.arguments import MODEL_KINDS, add_action
 from mlm_train.utils.checks import add_verify
 from mlm_train.utils.files import write_figure
@@ -18,6 +14,7 @@ from mlm_train.utils.units import in_units
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from rich.table import Table
 
     from mlm_train.tol.tools.inspect import Inspection, Layer, Scored
     from mlm_train.utils.arguments import Actions
@@ -75,6 +72,8 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 def show(inspection: "Inspection") -> None:
     """Print the tables to standard output."""
+    from rich.console import Console
+
     console = Console(width=_WIDTH, soft_wrap=True, highlight=False)
     for line in _summary(inspection):
         console.print(line, markup=False)
@@ -99,7 +98,7 @@ def _summary(inspection: "Inspection") -> Iterator[str]:
         yield f"{sizes.bytes / sizes.ffn_m:.2f} x FFN-M's weights in bfloat16 ({in_units(sizes.ffn_m)})"
 
 
-def _storage_table(layers: "Sequence[Layer]") -> Table:
+def _storage_table(layers: "Sequence[Layer]") -> "Table":
     table = _table("layer", "type", "group", "rank", "bytes per row", "size", "relative error")
     for layer in layers:
         table.add_row(
@@ -114,7 +113,7 @@ def _storage_table(layers: "Sequence[Layer]") -> Table:
     return table
 
 
-def _spectrum_table(layers: "Sequence[Layer]") -> Table:
+def _spectrum_table(layers: "Sequence[Layer]") -> "Table":
     headings = (f"rank {share}" for share in layers[0].ranks)
     table = _table("layer", "mean norm", "median", "max", "s first", "s last", *headings, "stable rank")
     for layer in layers:
@@ -149,7 +148,10 @@ def _name(token: int, text: str | None) -> str:
     return str(token) if text is None else f"{token} {text!r}"
 
 
-def _table(*headings: str) -> Table:
+def _table(*headings: str) -> "Table":
+    from rich import box
+    from rich.table import Table
+
     table = Table(*headings, box=box.SIMPLE_HEAD)
     for column in table.columns:
         column.justify = "right"

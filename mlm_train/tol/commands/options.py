@@ -4,12 +4,15 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlm_train.errors import UserError
 from mlm_train.tol.allocate.mix_file import check_fits, read_allocation
-from mlm_train.tol.format.codec import GROUP, GROUPS, LEVELS, TORCH_DTYPE
-from mlm_train.tol.format.layout import TableSpec
+from mlm_train.tol.format.schemes import GROUP, GROUPS, LEVELS, PLAIN_BYTES
 from mlm_train.utils.units import size
+
+if TYPE_CHECKING:
+    from mlm_train.tol.format.layout import TableSpec
 
 _OPTIONS = ("dtype", "group_size", "asymmetric", "drop", "rank", "budget")  # in args
 _RANGE = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
@@ -19,7 +22,7 @@ def add_storage_arguments(parser: argparse.ArgumentParser, default: str | None) 
     """Add --dtype and the options that go with it; `default`: of --dtype, for the help."""
     parser.add_argument(  # table_spec_of sets its default, so that a given one can be told from it
         "--dtype",
-        choices=(*TORCH_DTYPE, *LEVELS),
+        choices=(*PLAIN_BYTES, *LEVELS),
         help="type of the stored values ("
         + (f"default {default}; " if default else "")
         + "with --budget: the best for each layer)",
@@ -40,7 +43,7 @@ def add_storage_arguments(parser: argparse.ArgumentParser, default: str | None) 
         metavar="SIZE",
         help="most bytes of the table's files without its index, such as 3.2GB. Minimises the sum over "
         "layers of squared relative errors, over what --dtype and --group-size leave open: "
-        f"{', '.join((*TORCH_DTYPE, *LEVELS))}; groups of {', '.join(map(str, GROUPS))}; every rank; the "
+        f"{', '.join((*PLAIN_BYTES, *LEVELS))}; groups of {', '.join(map(str, GROUPS))}; every rank; the "
         "uncut layer; dropping it, with a warning. Errors are predicted (docs/tol.md)",
     )
     parser.add_argument(
@@ -56,11 +59,13 @@ def given(args: argparse.Namespace, names: Sequence[str] = (*_OPTIONS, "allocati
 
 def table_spec_of(
     args: argparse.Namespace, layers: list[int], hidden: int, default: str | None = None
-) -> TableSpec:
+) -> "TableSpec":
     """The TableSpec that the options ask for, of a table with these layers; `default`: type if none is given.
 
     Raises UserError naming a wrong option.
     """
+    from mlm_train.tol.format.layout import TableSpec
+
     if args.allocation is not None:
         if more := given(args, _OPTIONS):
             raise UserError(f"--allocation sets how every layer is stored: leave {more} out")
@@ -68,7 +73,7 @@ def table_spec_of(
     dtype = default if args.dtype is None and args.budget is None else args.dtype
     if dtype is None and args.budget is None:
         raise UserError("give --dtype, --budget or --allocation: how the values are to be stored")
-    if dtype in TORCH_DTYPE and (args.group_size is not None or args.asymmetric):
+    if dtype in PLAIN_BYTES and (args.group_size is not None or args.asymmetric):
         raise UserError(f"--group-size and --asymmetric are for int8 and int4, not for {dtype}")
     # No group is wider than a row, but the default may be wider than a narrow model's row.
     for name, most in (("group_size", max(hidden, GROUP)), ("rank", hidden)):
@@ -111,7 +116,9 @@ def _dropped(text: str, layers: list[int]) -> set[int]:
     return dropped
 
 
-def _allocated(file: Path, layers: list[int], hidden: int) -> TableSpec:
+def _allocated(file: Path, layers: list[int], hidden: int) -> "TableSpec":
+    from mlm_train.tol.format.layout import TableSpec
+
     try:
         allocation = read_allocation(file)
         check_fits(allocation, layers, hidden)

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
-from mlm_train.tol.format.codec import TORCH_DTYPE, Dtype, Encoding, PlainDtype, Scheme
+from mlm_train.tol.format.schemes import PLAIN_BYTES, Dtype, Encoding, PlainDtype, Scheme
 from mlm_train.utils.files import is_plain_name
 from mlm_train.utils.records import Record
 
@@ -104,7 +104,7 @@ class TolIndex(Record):
         return self
 
     def _check_plain(self) -> None:
-        if self.dtype not in TORCH_DTYPE or self.rank is not None or self.basis is not None:
+        if self.dtype not in PLAIN_BYTES or self.rank is not None or self.basis is not None:
             raise ValueError(f"dtype {self.dtype} with rank {self.rank} needs encodings")
 
     def _check_encodings(self, encodings: list[Encoding]) -> None:
@@ -167,7 +167,7 @@ class TolIndex(Record):
 
 def plain_fields(dtype: str, layers: int, hidden: int) -> list[Encoding]:
     """The encodings of the layers of a row that is one tensor [layers, hidden] of a plain type."""
-    size = hidden * TORCH_DTYPE[dtype].itemsize
+    size = hidden * PLAIN_BYTES[dtype]
     return [Encoding(dtype=dtype, codes=position * size) for position in range(layers)]
 
 

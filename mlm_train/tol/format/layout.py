@@ -5,9 +5,9 @@ from typing import Self
 
 from pydantic import model_validator
 
-from mlm_train.tol.format.codec import GROUPS, LEVELS, TORCH_DTYPE, Dtype, Encoding, Scheme, layout
 from mlm_train.tol.format.index import plain_fields, row_bytes
 from mlm_train.tol.format.partition import RowShape
+from mlm_train.tol.format.schemes import GROUPS, LEVELS, PLAIN_BYTES, Dtype, Encoding, Scheme, layout
 from mlm_train.utils.records import Record
 
 
@@ -52,7 +52,7 @@ class TableSpec(Record):
     def searched(self) -> list[Scheme]:
         """The schemes, without ranks, that a layer may get within a budget."""
         quantised = self.group_size is not None or not self.symmetric
-        types = [*(() if quantised else TORCH_DTYPE), *LEVELS] if self.dtype is None else [self.dtype]
+        types = [*(() if quantised else PLAIN_BYTES), *LEVELS] if self.dtype is None else [self.dtype]
         given = {"symmetric": self.symmetric}
         return [
             Scheme.model_validate(given | {"dtype": dtype, "group_size": size})
@@ -84,7 +84,7 @@ class Layout(Record):
     def plain(self) -> bool:
         """Whether a row is one tensor of one plain type."""
         first = self.schemes[0]
-        return first.dtype in TORCH_DTYPE and first.rank is None and set(self.schemes) == {first}
+        return first.dtype in PLAIN_BYTES and first.rank is None and set(self.schemes) == {first}
 
     @property
     def fields(self) -> list[Encoding]:

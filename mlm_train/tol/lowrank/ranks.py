@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from mlm_train.tol.format.codec import Scheme, grouped, rounded
+from mlm_train.tol.format.codec import grouped, rounded
+from mlm_train.tol.format.schemes import Scheme
 from mlm_train.tol.lowrank.spectrum import Spectrum, scaled_basis
 from mlm_train.tol.serve.reader import projector
 

@@ -21,7 +21,7 @@ from mlm_train.tol.storage.base import BLOCK_BYTES, draft_name, writing_name
 from mlm_train.tol.storage.direct_io import Sink
 from mlm_train.tol.storage.lease import OWNER, Lease, leased
 from mlm_train.tol.storage.urls import LOCAL, redacted
-from mlm_train.utils.files import told
+from mlm_train.utils.files import with_fix
 from mlm_train.utils.run_lock import owned
 
 # Stores where a file becomes visible, complete, when it is closed, and where a rename copies.
@@ -38,7 +38,7 @@ def store_errors(url: str) -> Iterator[None]:
     except Exception as error:
         advice = "check the address, the network and your rights there"
         if isinstance(error, OSError) and error.errno:
-            raise UserError(f"{url}: {told(error, advice)}") from error
+            raise UserError(f"{url}: {with_fix(error, advice)}") from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{url}: {lines[0]}; {advice}") from error
 
@@ -203,7 +203,7 @@ def file_errors(url: str) -> Iterator[None]:
         yield
     except OSError as error:
         file = f"{error.filename}: " if error.filename else ""
-        raise UserError(f"{url}: {file}{told(error, 'fix that and run again')}") from error
+        raise UserError(f"{url}: {file}{with_fix(error, 'fix that and run again')}") from error
 
 
 class ObjectSink:

@@ -1,5 +1,6 @@
 """Opening the storage of a path, a URL, or an address within a build."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from mlm_train.errors import UserError
@@ -7,6 +8,18 @@ from mlm_train.tol.storage.base import Storage, StorageReader
 from mlm_train.tol.storage.local import LocalFolder
 from mlm_train.tol.storage.node_folders import SERVED
 from mlm_train.tol.storage.urls import is_url
+from mlm_train.utils.extensions import added, load
+
+
+def _folder(path: str) -> Storage:
+    return LocalFolder(Path(path).absolute())
+
+
+PATH = ""  # the scheme of what has none
+# What makes a storage of an address, in any process, by its scheme. Other packages add theirs by entry points
+# of GROUP, which name a class made as Class(url) (docs/extending.md); what nobody has is fsspec's.
+STORAGES: dict[str, Callable[[str], Storage]] = {PATH: _folder}
+GROUP = "mlm_train.storages"
 
 
 def storage_at(where: str | Path | Storage) -> Storage:
@@ -15,11 +28,17 @@ def storage_at(where: str | Path | Storage) -> Storage:
         return where
     if where == "":  # as a path it would be the working directory
         raise UserError("the folder's name is empty; name a folder or a URL")
-    if not is_url(where):
-        return LocalFolder(Path(where).absolute())
+    scheme = str(where).partition("://")[0] if is_url(where) else PATH
+    return (STORAGES.get(scheme) or _other(scheme))(str(where))
+
+
+def _other(scheme: str) -> Callable[[str], Storage]:
+    if (point := added(GROUP, STORAGES).get(scheme)) is not None:
+        make: Callable[[str], Storage] = load(point)
+        return make
     from mlm_train.tol.storage.object_store import ObjectStorage
 
-    return ObjectStorage(str(where))
+    return ObjectStorage
 
 
 def reader_at(address: str) -> StorageReader:

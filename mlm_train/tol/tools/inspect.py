@@ -13,8 +13,8 @@ from mlm_train.checkpoint.reading.logical_folder import ModelFolder, find_model
 from mlm_train.errors import UserError
 from mlm_train.model.counts import count_parameters
 from mlm_train.tol.build.row_source import chunks_of
-from mlm_train.tol.format.codec import Encoding
 from mlm_train.tol.format.index import BASIS_ITEM, TolIndex, check_fits
+from mlm_train.tol.format.schemes import Encoding
 from mlm_train.tol.lowrank.spectrum import Gram, Spectrum
 from mlm_train.tol.serve.reader import TableReader
 from mlm_train.tol.tools.verify import CHUNK_ROWS

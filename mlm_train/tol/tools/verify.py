@@ -11,10 +11,11 @@ from mlm_train.checkpoint.hf.folder import FolderTensors
 from mlm_train.checkpoint.reading.logical_folder import open_model
 from mlm_train.errors import UserError
 from mlm_train.tol.build.row_source import EMBEDDING, ComputedRows, chunks_of, ffn_m_weights
-from mlm_train.tol.format.codec import TORCH_DTYPE, Encoding, decode, encode, grouped, layout
+from mlm_train.tol.format.codec import TORCH_DTYPE, decode, encode, grouped
 from mlm_train.tol.format.index import Partition, TableFile, TolIndex, check_fits
 from mlm_train.tol.format.index_file import index_at, is_intact, read_index
 from mlm_train.tol.format.partition import map_partition
+from mlm_train.tol.format.schemes import Encoding, layout
 from mlm_train.tol.serve.reader import TableReader, read_bases
 from mlm_train.tol.storage.base import Storage
 from mlm_train.tol.storage.local import LocalFolder

@@ -1,6 +1,6 @@
-"""The ways to train that `bench train` compares: ours as training builds it, and transformers' Llama.
+"""The step runners that `bench train` compares: our trainer, and transformers' Llama.
 
-A way runs a step in the same parts: begin, micro-batches, finish, optimizer.
+Each runs a step in the same parts: begin, micro-batches, finish, optimizer.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,53 +20,54 @@ from mlm_train.model.loss import count_labels
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import autocast_of, build_executor, build_model
-from mlm_train.parallel.engine.deepspeed_zero import Engine, parameter_groups
+from mlm_train.parallel.engine.base import parameter_groups
+from mlm_train.parallel.engine.deepspeed_zero import DeepSpeedEngine
 from mlm_train.parallel.pipeline.single_stage import SingleStageExecutor
 from mlm_train.train.batches import MicroBatch
 from mlm_train.train.step import Trainer
 from mlm_train.utils.malloc import keep_freed
 
 
-class Way(Protocol):
-    """A model that trains, one part of a step at a time; gradients add up until `update`."""
+class StepRunner(Protocol):
+    """Runs a training step part by part; gradients accumulate until `update`."""
 
     @property
     def model(self) -> nn.Module:
-        """Whose parameters are trained."""
+        """The model in training."""
         ...
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """Whose state is counted."""
+        """The optimizer, whose state is counted."""
         ...
 
     def begin(self, batches: Sequence[MicroBatch]) -> None:
-        """What comes before the micro-batches of a step, which are `batches`."""
+        """Do the work before the micro-batches of a step, which are `batches`."""
         ...
 
     def run(self, number: int) -> float:
-        """Forward and backward of one of them, counted from 0; its mean CE."""
+        """Run forward and backward of micro-batch `number`. Returns its mean cross-entropy."""
         ...
 
     def finish(self) -> None:
-        """What comes after them."""
+        """Do the work after the micro-batches."""
         ...
 
     def whole(self, batches: Sequence[MicroBatch]) -> float:
-        """All three in one go, as training does it; the mean CE."""
+        """Run a whole step except the optimizer, as in training. Returns the mean cross-entropy."""
         ...
 
     def update(self) -> None:
-        """Clip, AdamW step, no gradients left."""
+        """Clip gradients, run AdamW, drop the gradients."""
         ...
 
     def step_tensors(self) -> list[Tensor]:
-        """What is held between begin and finish, beside gradients."""
+        """Tensors held between begin and finish, other than gradients."""
         ...
 
 
 class AttentionBlock(MemoryBlock):
-    """x' = x + Attn(N(x)): memory's block without FFN-M and its lookup, for a model without any FFN."""
+    """x' = x + Attn(N(x)): memory's block without FFN-M and lookup, for a model without FFN."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         scale = [1.0] * config.num_hidden_layers
@@ -78,24 +79,24 @@ class AttentionBlock(MemoryBlock):
         return self._run(MemoryBlock._context, x, rope, cache)
 
 
-def leave_ffn_out(model: Transformer) -> None:
-    """Put an AttentionBlock in the place of each block."""
+def remove_ffn(model: Transformer) -> None:
+    """Replace each block by an AttentionBlock."""
     for name, block in model.layers.items():
         assert isinstance(block, Block)
         model.layers[name] = AttentionBlock(model.config, block.layer)
 
 
-class Ours:
-    """What `pretrain` runs on one process: the same model, engine and executor."""
+class TrainerRunner:
+    """Runs the model, engine and executor of `pretrain` in one process."""
 
     def __init__(self, variant: Variant, config: Config) -> None:
         runtime = processes.start(config)
         self.model = build_model(config, runtime)
         if variant.family == "noffn":
-            leave_ffn_out(self.model)
+            remove_ffn(self.model)
         initialise(self.model, config.model, config.train.seed)
         self.lr = config.optimizer.lr
-        self.engine = Engine(self.model, config, runtime)
+        self.engine = DeepSpeedEngine(self.model, config, runtime)
         executor = build_executor(self.model, config, runtime, self.engine.entry)
         assert isinstance(executor, SingleStageExecutor)
         self.executor = executor
@@ -103,42 +104,42 @@ class Ours:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """Whose state is counted."""
-        found: torch.optim.Optimizer = self.engine.zero.optimizer
-        return found
+        """The engine's optimizer."""
+        optimizer: torch.optim.Optimizer = self.engine.zero.optimizer
+        return optimizer
 
     def begin(self, batches: Sequence[MicroBatch]) -> None:
-        """The engine's part too: Trainer.backward enters and leaves it around the executor."""
+        """Enter the engine's accumulation and the executor's step, as Trainer.backward does."""
         self.scale = 1.0 / sum(count_labels(batch.labels) for batch in batches)
         self.regions = ExitStack()
         self.regions.enter_context(self.engine.accumulating())
         self.prepared = self.regions.enter_context(self.executor.step(batches))
 
     def run(self, number: int) -> float:
-        """Mean CE."""
+        """Run a prepared micro-batch."""
         micro_batch = self.prepared[number]
         return self.executor.run(micro_batch, self.scale).item() / count_labels(micro_batch.labels)
 
     def finish(self) -> None:
-        """The tables' backward, and the engine's end of accumulation."""
+        """Run the tables' backward and end the engine's accumulation."""
         self.regions.close()
 
     def whole(self, batches: Sequence[MicroBatch]) -> float:
-        """Trainer's own."""
+        """Call Trainer.backward."""
         total, labels = self.trainer.backward(batches)
         return total.item() / labels
 
     def update(self) -> None:
-        """Engine's own."""
+        """Call Engine.step."""
         self.engine.step(self.lr)
 
     def step_tensors(self) -> list[Tensor]:
-        """The memory source's: tables, their gradients, the step's rows."""
+        """The memory source's tensors: tables, their gradients, the step's rows."""
         return list(_tensors_of(self.executor.source))
 
 
-class Llama:
-    """transformers' LlamaForCausalLM with its own loss, torch's AdamW and clipping: the plain loop."""
+class LlamaRunner:
+    """Runs transformers' LlamaForCausalLM with its own loss, torch's AdamW and gradient clipping."""
 
     def __init__(self, variant: Variant, config: Config) -> None:
         try:
@@ -152,7 +153,7 @@ class Llama:
             for name, weight in self.model.named_parameters():
                 weight.copy_(draw(config.model, config.train.seed, name, weight.shape))
         options = config.optimizer
-        self.clip = options.max_grad_norm
+        self.max_grad_norm = options.max_grad_norm
         groups: Any = parameter_groups(self.model, options)
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             groups, lr=options.lr, betas=options.betas, eps=options.eps
@@ -161,13 +162,13 @@ class Llama:
         self.precision = autocast_of(config, torch.device("cpu"))
 
     def begin(self, batches: Sequence[MicroBatch]) -> None:
-        """The labels of the step: what transformers' own trainer divides a micro-batch's loss by."""
+        """Count the labels of the step, by which transformers' own trainer divides a micro-batch's loss."""
         self.batches = batches
-        # A tensor: torch.compile would compile again for each new number.
+        # A tensor: torch.compile would recompile for each new number.
         self.labels = torch.tensor(sum(count_labels(batch.labels) for batch in batches))
 
     def run(self, number: int) -> float:
-        """Mean CE."""
+        """Run a micro-batch."""
         batch = self.batches[number]
         with self.precision:
             loss = self.entry(
@@ -180,31 +181,31 @@ class Llama:
         return (loss.detach() * self.labels).item() / count_labels(batch.labels)
 
     def finish(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def whole(self, batches: Sequence[MicroBatch]) -> float:
-        """The plain loop."""
+        """Run the plain loop."""
         self.begin(batches)
         return sum(map(self.run, range(len(batches)))) / len(batches)
 
     def update(self) -> None:
-        """Clip, step, forget the gradients."""
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        """Clip, step and drop the gradients."""
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def step_tensors(self) -> list[Tensor]:
-        """None."""
+        """Return no tensors."""
         return []
 
 
-def build_way(variant: Variant, config: Config) -> Way:
-    """The variant, with the weights of config field train.seed."""
-    return Llama(variant, config) if variant.family == "hf" else Ours(variant, config)
+def build_runner(variant: Variant, config: Config) -> StepRunner:
+    """Build a variant with the initial weights of config field train.seed."""
+    return LlamaRunner(variant, config) if variant.family == "hf" else TrainerRunner(variant, config)
 
 
 def _tensors_of(thing: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Tensors that an object of ours or its collections hold, each storage once; no module's weights."""
+    """Tensors that an object of ours or its collections hold, each storage once, without modules' weights."""
     seen = set() if seen is None else seen
     if isinstance(thing, nn.Module | nn.Parameter) or id(thing) in seen:
         return

@@ -1,0 +1,42 @@
+"""Names of the parts that a config chooses, where there is more than one of a kind.
+
+Each kind has its registry, a plain dict, at its home; config does not import it, since most of them import
+torch. tests/test_extending.py compares them. Beside these names a class of one's own may be named as
+"package.module:Name" (utils/extensions.py; docs/extending.md).
+"""
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+MEMORY_MODES = ("per_token", "unique", "table")  # memory/__init__.py: MODES
+X0_TRANSPORTS = ("broadcast", "relay", "replicate")  # parallel/pipeline/x0.py: TRANSPORTS
+ENGINES = ("deepspeed",)  # parallel/engine/__init__.py: ENGINES
+WRITERS = ("tensorboard", "jsonl", "wandb")  # monitor/writers/__init__.py: WRITERS
+
+_OWN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def is_own(name: str) -> bool:
+    """Whether a name is written as that of a user's class."""
+    return _OWN.fullmatch(name) is not None
+
+
+def one_of(*names: str) -> AfterValidator:
+    """Takes one of the names, or that of a user's class."""
+
+    def check(name: str) -> str:
+        if name not in names and not is_own(name):
+            known = ", ".join(map(repr, names)) + " or " if names else ""
+            raise ValueError(f'input should be {known}a class of yours as "package.module:Name"')
+        return name
+
+    return AfterValidator(check)
+
+
+MemoryMode = Annotated[str, one_of("auto", *MEMORY_MODES)]
+X0Transport = Annotated[str, one_of(*X0_TRANSPORTS)]
+Engine = Annotated[str, one_of(*ENGINES)]
+Writer = Annotated[str, one_of(*WRITERS)]
+CallbackName = Annotated[str, one_of()]

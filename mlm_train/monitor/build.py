@@ -1,0 +1,15 @@
+"""The callbacks of a run: ours, then the user's."""
+
+from mlm_train.monitor.callback import Callback, Callbacks, Context
+from mlm_train.monitor.heartbeat import Heartbeat
+from mlm_train.monitor.monitor import Monitor
+from mlm_train.monitor.stragglers import Stragglers
+from mlm_train.utils.extensions import find
+
+OURS = (Heartbeat, Stragglers, Monitor)
+
+
+def build_callbacks(context: Context) -> Callbacks:
+    """Those that every run has, and the classes of config field monitor.callbacks; every rank calls it."""
+    theirs = [find("monitor.callbacks", name, {}, Callback) for name in context.config.monitor.callbacks]
+    return Callbacks(kind(context) for kind in (*OURS, *theirs))

@@ -1,0 +1,192 @@
+"""One part of each kind that a user can add without a change to mlm_train; docs/extending.md shows them."""
+
+import argparse
+import csv
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mlm_train.config import Config
+from mlm_train.errors import UserError
+from mlm_train.memory import SourceOptions
+from mlm_train.memory.rows import Lookup
+from mlm_train.model.block import MemoryBlock
+from mlm_train.model.source import MemoryReader
+from mlm_train.monitor.callback import Callback, Context
+from mlm_train.monitor.report import StepReport
+from mlm_train.parallel.engine.base import Engine, parameter_groups
+from mlm_train.parallel.pipeline.x0 import Channel
+from mlm_train.parallel.runtime import Runtime
+from mlm_train.tol.format.index_file import index_at
+from mlm_train.tol.storage.local import LocalFolder
+from mlm_train.tol.storage.resolve import storage_at
+
+
+class RowByRow:
+    """A memory mode: FFN-M at every position, one sequence of a micro-batch after the other."""
+
+    def __init__(self, blocks: Mapping[int, MemoryBlock], options: SourceOptions) -> None:
+        self.blocks = blocks
+
+    def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
+        """x0 [batch, sequence, hidden]."""
+
+        def read(layer: int) -> Tensor:
+            return torch.cat([self.blocks[layer].ffn_m_of_micro_batch(row) for row in x0.split(1)])
+
+        return read
+
+    def evaluations(self, tokens: int, distinct: int) -> int:
+        """At every position."""
+        return len(self.blocks) * tokens
+
+
+class SendRecv(Channel):
+    """A transport: the step's distinct rows go from the first stage to each other one, and back."""
+
+    relays = False
+
+    def __post_init__(self) -> None:
+        self.first, *self.others = dist.get_process_group_ranks(self.group)
+        self.owns = dist.get_rank() == self.first
+        self.anchor = torch.zeros(1, device=self.device, requires_grad=True)
+
+    def begin(self, ids: Tensor) -> Tensor:
+        """ids [micro-batches * batch, sequence] -> where each one's row is."""
+        distinct, index = ids.unique(return_inverse=True)
+        if self.owns:
+            self.embedded = self.model.rows(distinct)
+            self.rows = self.embedded.detach().clone()
+            for other in self.others:
+                dist.send(self.rows, other, group=self.group)
+        else:
+            self.rows = torch.empty(len(distinct), self.model.config.hidden_size, device=self.device)
+            dist.recv(self.rows, self.first, group=self.group)
+        self.table = torch.zeros_like(self.rows)
+        return index
+
+    def x0(self, ids: Tensor, index: Tensor) -> Tensor:
+        """Of a micro-batch; its gradient adds up in the table."""
+        return Lookup.apply(self.tensor.mine(index, 1), self.rows, self.table, self.anchor)
+
+    def finish(self) -> None:
+        """The other stages' tables come back."""
+        if not self.owns:
+            dist.send(self.table, self.first, group=self.group)
+            return
+        for other in self.others:
+            theirs = torch.empty_like(self.table)
+            dist.recv(theirs, other, group=self.group)
+            self.table += theirs
+        table = self.tensor.all_reduce(self.table) if self.tensor.positions > 1 else self.table
+        self.embedded.backward(table)
+
+    def bytes_per_step(self, distinct: int, tokens: int) -> int:
+        """Rows and their gradients in fp32."""
+        return 2 * 4 * distinct * self.model.config.hidden_size * len(self.others)
+
+
+class PlainAdamW(Engine):
+    """An engine: AdamW with whole gradients on every rank, for data parallelism alone."""
+
+    def __init__(self, model: nn.Module, config: Config, runtime: Runtime) -> None:
+        super().__init__(model, config, runtime)
+        if runtime.topology.tensor * runtime.topology.pipeline > 1:
+            raise UserError(
+                "parallel.engine=tests.extensions:PlainAdamW takes data parallelism alone: set "
+                "parallel.tensor=1 and parallel.pipeline=1"
+            )
+        self.world, options = runtime.topology.world, config.optimizer
+        groups = parameter_groups(model, options)
+        self.optimizer = torch.optim.AdamW(groups, options.lr, betas=options.betas, eps=options.eps)
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """The average over the ranks, once a step."""
+        yield
+        for parameter in self.model.parameters():
+            assert parameter.grad is not None
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= self.world
+
+    def step(self, lr: float) -> float:
+        """The norm before clipping; infinite where nothing was updated."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.clip or torch.inf))
+        finite = norm < torch.inf
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm if finite else torch.inf
+
+
+class Scratch(LocalFolder):
+    """A storage: scratch://NAME is a folder below the environment variable SCRATCH."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(Path(os.environ["SCRATCH"]) / url.removeprefix("scratch://"))
+        self.address = url  # workers make it again, each by its own node's variable
+
+
+class CountRows:
+    """A command: a module, or a class, with these three."""
+
+    HELP = "Say how many rows a ToL has.\n\nexample:\n  mlm-train count-rows tol/mine"
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Of the command."""
+        parser.add_argument("table", help="folder or URL of a ToL")
+
+    @staticmethod
+    def run(args: argparse.Namespace) -> int:
+        """The exit code."""
+        print(f"{index_at(storage_at(args.table)).vocab_size} rows")
+        return 0
+
+
+class LowestLoss(Callback):
+    """A callback: the lowest training loss so far, as a metric, and in a line at the end."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.lowest = float("inf")
+
+    def after_step(self, report: StepReport) -> None:
+        """On every rank; the loss is the same on all of them, and only the leading one writes."""
+        self.lowest = min(self.lowest, report.result.loss)
+        self.context.writers.scalars({"train/lowest_loss": self.lowest}, report.progress.step)
+
+    def on_train_end(self) -> None:
+        """Before the log is closed."""
+        self.context.say(f"lowest loss {self.lowest:.4f}")
+
+
+class CsvWriter:
+    """A metrics writer: train.output/metrics.csv, a value a line."""
+
+    def __init__(self, config: Config, first_step: int) -> None:
+        self.path = Path(config.train.output) / "metrics.csv"
+        self.path.touch()
+        self.purge(first_step)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """A line each."""
+        with open(self.path, "a", newline="") as file:
+            csv.writer(file).writerows((step, tag, value) for tag, value in values.items())
+
+    def purge(self, step: int) -> None:
+        """Without the lines of that step and later ones."""
+        with open(self.path, newline="") as file:
+            kept = [row for row in csv.reader(file) if int(row[0]) < step]
+        with open(self.path, "w", newline="") as file:
+            csv.writer(file).writerows(kept)
+
+    def close(self) -> None:
+        """Nothing is held."""
