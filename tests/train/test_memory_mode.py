@@ -140,7 +140,7 @@ def _saved(run: Path) -> Config:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("memory.mode=table", "parallel.zero_stage=3"), "does not go with parallel.zero_stage=3"),
+        (("memory.mode=table", "parallel.zero_stage=3"), "is incompatible with parallel.zero_stage=3"),
         (("memory.mode=table", "parallel.pipeline=2", "parallel.x0_transport=relay"), "use broadcast"),
         (
             (
@@ -149,9 +149,9 @@ def _saved(run: Path) -> Config:
                 "parallel.pipeline=2",
                 "parallel.pipeline_schedule=zbv",
             ),
-            "does not go with parallel.pipeline_schedule=zbv",
+            "is incompatible with parallel.pipeline_schedule=zbv",
         ),
-        (("memory.mode=unique", "memory.budget_gib=1"), "has an effect with memory.mode=auto"),
+        (("memory.mode=unique", "memory.budget_gib=1"), "has an effect only with memory.mode=auto"),
         (("memory.budget_gib=0",), "greater than 0"),
     ],
 )
