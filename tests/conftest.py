@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,15 @@ def pytest_configure() -> None:
     """Handle Ctrl-C also where a shell has started the tests in the background: many tests send it."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled() -> Iterator[None]:
+    """What torch compiles lies apart: a process that is killed leaves half a library in the usual place."""
+    with tempfile.TemporaryDirectory(prefix="mlm-compiled-", ignore_cleanup_errors=True) as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        yield
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
 
 
 @pytest.fixture(scope="session")

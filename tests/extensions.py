@@ -72,7 +72,7 @@ class SendRecv(Channel):
 
     def x0(self, ids: Tensor, index: Tensor) -> Tensor:
         """Of a micro-batch; its gradient adds up in the table."""
-        return Lookup.apply(self.tensor.mine(index, 1), self.rows, self.table, self.anchor)
+        return Lookup.apply(self.tensor.local(index, 1), self.rows, self.table, self.anchor)
 
     def finish(self) -> None:
         """The other stages' tables come back."""
@@ -83,7 +83,7 @@ class SendRecv(Channel):
             theirs = torch.empty_like(self.table)
             dist.recv(theirs, other, group=self.group)
             self.table += theirs
-        table = self.tensor.all_reduce(self.table) if self.tensor.positions > 1 else self.table
+        table = self.tensor.all_reduce(self.table) if self.tensor.shards > 1 else self.table
         self.embedded.backward(table)
 
     def bytes_per_step(self, distinct: int, tokens: int) -> int:

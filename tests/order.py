@@ -1,7 +1,7 @@
 """Which tests run beside each other, longest first, and which are fast, by what they took when recorded.
 
-`tests/seconds.json` says that; `--record-seconds` (tests/recorder.py) writes it anew. No result depends on
-it.
+`tests/seconds.json` says that; `--record-seconds` (tests/recorder.py) writes it anew. Results know
+nothing of it.
 """
 
 import json
@@ -16,6 +16,8 @@ TABLE = Path(__file__).with_name("seconds.json")
 UNKNOWN = 30.0  # seconds of a file that is not recorded yet
 # Folders whose files stay in one process: they share what takes long to bring up, or is there once only.
 TOGETHER = ("tests/slurm",)
+# The longest, and those that share a Ray, one after another: it ends with the last of them.
+FIRST = ("tests/slurm", "tests/tol")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,6 +48,11 @@ def unit_of(nodeid: str) -> str:
     return next((folder for folder in TOGETHER if file.startswith(f"{folder}/")), file)
 
 
+def _place(unit: str) -> tuple[bool, ...]:
+    """Sorts by FIRST."""
+    return tuple(not unit.startswith(folder) for folder in FIRST)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     table = json.loads(TABLE.read_text())
     if config.getoption("--fast"):
@@ -57,7 +64,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         seconds: dict[str, float] = defaultdict(float)
         for file in {file_of(item.nodeid) for item in items}:
             seconds[unit_of(file)] += table[file]["seconds"] if file in table else UNKNOWN
-        items.sort(key=lambda item: (-seconds[unit_of(item.nodeid)], unit_of(item.nodeid)))
+        items.sort(key=lambda item: (*_place(unit := unit_of(item.nodeid)), -seconds[unit], unit))
 
 
 class InOrder(LoadScopeScheduling):

@@ -1,4 +1,4 @@
-"""The plan of a ToL: bytes and times worked out by hand, and its page."""
+"""The plan of a ToL: bytes and times computed by hand, and its page."""
 
 import json
 import random
@@ -25,7 +25,7 @@ GIVEN = ("--build-tflops", "0.25")  # instead of measuring
 
 @pytest.fixture(scope="module")
 def paper() -> ModelConfig:
-    """1B of arXiv 2602.00398: 128256 tokens, 24 layers, hidden 2048, 5464 keys."""
+    """The 1B of arXiv 2602.00398: 128256 tokens, 24 layers, hidden 2048, intermediate 5464."""
     return load_config(PAPER).model
 
 
@@ -37,7 +37,7 @@ def small(**fields: object) -> ModelConfig:
 
 
 def serving(*, flops: float = 1e30, distinct: float = 1.0, **tiers: Tier) -> Serving:
-    """Tiers without limits where none is given."""
+    """Tiers without limits unless given."""
     names = (tol.VRAM, tol.RAM, tol.NVME)
     found = [tiers.get(name.lower(), Tier(name, 1e30, 1e30)) for name in names]
     return Serving((found[0], found[1], found[2]), flops, distinct, "bfloat16")
@@ -46,12 +46,12 @@ def serving(*, flops: float = 1e30, distinct: float = 1.0, **tiers: Tier) -> Ser
 def test_bytes_of_the_papers_1b(paper: ModelConfig) -> None:
     """12.6 GB in 16 bits: 128256 x 24 x 2048 x 2."""
     assert tol.tol_bytes(paper, StoredAs("bfloat16")) == 12_608_077_824
-    # 2048 codes of a byte and 32 scales of two: 2112 a layer; 1024 and 64: 1088.
+    # 2048 codes of one byte and 32 scales of two: 2112 per layer; 1024 and 64: 1088.
     assert tol.row_bytes(paper, StoredAs("int8")) == 24 * 2112 == 50_688
     assert tol.tol_bytes(paper, StoredAs("int8")) == 6_501_040_128
     assert tol.row_bytes(paper, StoredAs("int4")) == 24 * 1088 == 26_112
     assert tol.tol_bytes(paper, StoredAs("int4")) == 3_349_020_672
-    # 256 numbers of two bytes a layer; bases of 256 x 2048 float16 in 24 layers.
+    # 256 values of two bytes per layer; bases of 256 x 2048 float16 in 24 layers.
     assert tol.row_bytes(paper, StoredAs("bfloat16", 256)) == 24 * 512
     assert tol.tol_bytes(paper, StoredAs("bfloat16", 256)) == 128_256 * 12_288 + 25_165_824
     # 24 layers of 3 x 2048 x 5464 and a norm of 2048, in two bytes.
@@ -59,14 +59,14 @@ def test_bytes_of_the_papers_1b(paper: ModelConfig) -> None:
     # Attention 4 x 2048^2 and its norm in each layer, a last norm, embedding and head of 128256 x 2048.
     others = 24 * (16_777_216 + 2048) + 2048 + 2 * 262_668_288
     assert tol.other_bytes(paper, "bfloat16") == 2 * others
-    # A step reads the head whole, but of the embedding a few rows; where they are one, all of it.
+    # A step reads the whole head but only a few rows of the embedding; if they are tied, all of it.
     assert tol.read_bytes(paper, "bfloat16") == 2 * (others - 262_668_288)
     tied = paper.model_copy(update={"tie_word_embeddings": True})
     assert tol.read_bytes(tied, "bfloat16") == tol.other_bytes(tied, "bfloat16") == 2 * (others - 262_668_288)
 
 
 def test_short_groups_and_padding() -> None:
-    """100 numbers are two groups: 4 bytes of scales. A layer that is packed ends at a multiple of 16."""
+    """100 values are two groups: 4 bytes of scales. A packed layer is padded to a multiple of 16 bytes."""
     model = small(hidden_size=100, num_attention_heads=5)
     assert tol.row_bytes(model, StoredAs("bfloat16")) == 2 * 200
     assert tol.row_bytes(model, StoredAs("int8")) == 2 * 112  # 104
@@ -77,7 +77,7 @@ def test_short_groups_and_padding() -> None:
 
 
 def test_build_time(paper: ModelConfig) -> None:
-    """6 x 24 x 2048 x 5464 FLOPs a token: 2.067e14 for the vocabulary, at 1e12 a second; bytes at 2e9."""
+    """6 x 24 x 2048 x 5464 FLOPs per token: 2.067e14 for the vocabulary, at 1e12 per second; bytes at 2e9."""
     compute, write = tol.build_seconds(paper, StoredAs("bfloat16"), 1e12, 2e9)
     assert compute == pytest.approx(206.671611691)
     assert write == pytest.approx(6.304038912)
@@ -94,14 +94,14 @@ def test_the_batch_from_which_reading_rows_takes_longer(paper: ModelConfig) -> N
     # With half of the tokens distinct, twice the batch.
     halved = machine._replace(distinct=0.5)
     assert tol.compare(paper, halved, machine.tiers[0], [StoredAs("bfloat16")], [1])[1].pays == [(1, 328)]
-    # Where products are slower than reading their row, it pays at any batch: 16.1 us against 9.83.
+    # If matmuls are slower than reading a row, it pays at any batch size: 16.1 us against 9.83.
     slow = machine._replace(flops=1e14)
     assert tol.compare(paper, slow, machine.tiers[0], [StoredAs("bfloat16")], [1])[1].pays == [(1, None)]
 
 
 def test_latency_makes_small_batches_not_pay() -> None:
-    """Weights in 10 us, products 1 us a row, reads 50 us at least: equal at 50 rows, it pays from 51 on."""
-    model = small()  # 38528 parameters of FFN-M, 76800 FLOPs a token, a row of 256 bytes: one block
+    """Weights in 10 us, matmuls 1 us per row, reads at least 50 us: equal at 50 rows, it pays from 51 on."""
+    model = small()  # 38528 parameters of FFN-M, 76800 FLOPs per token, a row of 256 bytes: one block
     vram = Tier(tol.VRAM, 1e9, 77_056 / 10e-6)
     nvme = Tier(tol.NVME, 1e9, 4096 / 0.1e-6, latency=50e-6, in_flight=1e9, block=4096)
     machine = serving(vram=vram, nvme=nvme, flops=76_800 / 1e-6)
@@ -113,26 +113,26 @@ def test_latency_makes_small_batches_not_pay() -> None:
     assert tol.compare(model, machine, vram, [StoredAs("bfloat16")], [1])[2].pays == []
 
 
-def test_against_a_reference_that_asks_one_batch_at_a_time() -> None:
+def test_against_a_reference_of_one_batch_at_a_time() -> None:
     chance = random.Random()
     for _ in range(30):
         model = small(hidden_size=16 * chance.randint(1, 9), num_hidden_layers=chance.randint(1, 4))
         hidden, layers, keys = model.hidden_size, model.num_hidden_layers, model.intermediate_size
 
-        def some(low: float, high: float) -> float:
+        def power(low: float, high: float) -> float:
             return 10 ** chance.uniform(low, high)
 
-        vram, ram = Tier(tol.VRAM, 1e9, some(9, 12)), Tier(tol.RAM, 1e9, some(8, 11))
-        nvme = Tier(tol.NVME, 1e9, some(7, 10), some(-6, -3), some(0, 2), 4096)
-        machine = serving(vram=vram, ram=ram, nvme=nvme, flops=some(9, 13), distinct=chance.uniform(0.1, 1))
+        vram, ram = Tier(tol.VRAM, 1e9, power(9, 12)), Tier(tol.RAM, 1e9, power(8, 11))
+        nvme = Tier(tol.NVME, 1e9, power(7, 10), power(-6, -3), power(0, 2), 4096)
+        machine = serving(vram=vram, ram=ram, nvme=nvme, flops=power(9, 13), distinct=chance.uniform(0.1, 1))
         home, rank = chance.choice(machine.tiers), chance.randint(1, hidden)
-        ways = [StoredAs("bfloat16"), StoredAs("int8"), StoredAs("int4", rank)]
+        kinds = [StoredAs("bfloat16"), StoredAs("int8"), StoredAs("int4", rank)]
         widths = [2 * hidden, ceil(hidden / 64) * 2 + hidden, ceil(rank / 64) * 2 + ceil(rank / 2)]
         sizes = [layers * 2 * hidden, *(layers * ceil(width / 16) * 16 for width in widths[1:])]
         batches, tiers = list(range(1, 60)), {tier.name: tier for tier in machine.tiers}
-        for offer in tol.compare(model, machine, home, ways, batches):
+        for offer in tol.compare(model, machine, home, kinds, batches):
             size, tier = (
-                sizes[ways.index(offer.stored)],
+                sizes[kinds.index(offer.stored)],
                 tiers[offer.tier],
             )
             for batch, found in zip(batches, offer.seconds, strict=True):
@@ -152,10 +152,10 @@ def test_against_a_reference_that_asks_one_batch_at_a_time() -> None:
 
 
 def test_capacity(paper: ModelConfig) -> None:
-    """VRAM holds the other weights (1.86 GB) first; FFN-M's weights (1.61 GB) live where they fit."""
+    """VRAM first holds the other weights (1.86 GB); FFN-M's weights (1.61 GB) go where they fit."""
     machine = serving(vram=Tier(tol.VRAM, 14.4e9, 1e12), ram=Tier(tol.RAM, 12.7e9, 1e10))
-    ways = [StoredAs("bfloat16"), StoredAs("int8")]
-    offers = tol.compare(paper, machine, machine.tiers[0], ways, [1])
+    kinds = [StoredAs("bfloat16"), StoredAs("int8")]
+    offers = tol.compare(paper, machine, machine.tiers[0], kinds, [1])
     assert [offer.fits for offer in offers] == [False, True, True, True, True, True]
     assert offers[0].pays == []
     assert tol.home_of_weights(paper, machine) == machine.tiers[0]
@@ -165,29 +165,29 @@ def test_capacity(paper: ModelConfig) -> None:
     assert tol.home_of_weights(paper, none) is None
 
 
-def planned(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
-    mlm_train("plan", "tol", *words, "--json")
+def planned(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    mlm_train("plan", "tol", *arguments, "--json")
     return json.loads(capsys.readouterr().out)
 
 
-def test_json_and_page_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_and_page_agree(capsys: pytest.CaptureFixture[str]) -> None:
     plan = planned(capsys, PAPER, *GIVEN)
     assert [table["bytes"] for table in plan["tables"]] == [12_608_077_824, 6_501_040_128, 3_349_020_672]
     assert plan["ffn_m"]["bytes"] == 1_611_497_472 and plan["ffn_m"]["tier"] == "VRAM"
     assert plan["ffn_m"]["seconds"] == pytest.approx([1.611497472e-3] * 3)
     offers = {(offer["stored"], offer["tier"]): offer for offer in plan["serving"]}
-    # 24 blocks of 4096 at 5e9: 19.66 us a row against 1.611 ms, then against 16.1 us a row of products.
+    # 24 blocks of 4096 at 5e9: 19.66 us per row against 1.611 ms, then against 16.1 us per row of matmuls.
     assert offers["bfloat16", "NVMe"]["pays"] == [[1, 82]]
     assert offers["bfloat16", "RAM"]["seconds"] == pytest.approx([98304 / 25e9 * b for b in (1, 8, 64)])
     mlm_train("plan", "tol", PAPER, *GIVEN)
     page = capsys.readouterr().out
-    for words in (
+    for text in (
         "12.61 GB", "7.82", "1.61 ms", "98.3 ns*", "252 us*",
-        "bfloat16 ToL in NVMe: it pays only at batch 1 to 81, not from batch 82 on",
+        "bfloat16 ToL in NVMe: it pays only at batch 1 to 81, not at batch 82 and up",
         "none of these, all are larger", "--ram-gbs 25", "--nvme-latency-us 100", "Formulae",
         "--build-tflops 0.25: as given", "saves at most 55% at batch 1.",
     ):  # fmt: skip
-        assert words in page, words
+        assert text in page, text
     assert all(f"--{option}" in page for option in plan["assumed"])
 
 
@@ -197,13 +197,13 @@ def test_page_where_nothing_pays_or_fits(capsys: pytest.CaptureFixture[str]) -> 
     page = capsys.readouterr().out
     assert "bfloat16 ToL in VRAM: it does not fit (12.61 GB)" in page
     assert "bfloat16 ToL in RAM: it does not fit (12.61 GB)" in page
-    # 5 ms of latency against 16.1139917 us of products a row: 310.3 rows.
-    assert "int4 ToL in NVMe: it pays only at batch 311 on\n" in page
+    # 5 ms of latency against 16.1139917 us of matmuls per row: 310.3 rows.
+    assert "int4 ToL in NVMe: it pays only at batch 311 and up\n" in page
     mlm_train("plan", "tol", PAPER, *GIVEN, "--nvme-gbs", 0.01, "--nvme-latency-us", 5000, "--tflops", 1000)
     assert "bfloat16 ToL in NVMe: at no batch size" in capsys.readouterr().out
 
 
-def test_weights_may_live_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_in_another_tier(capsys: pytest.CaptureFixture[str]) -> None:
     plan = planned(capsys, PAPER, *GIVEN, "--vram-gb", 3, "--weights-dtype", "int8")
     # 8.25 bits: others 0.958 GB, FFN-M 0.831 GB in VRAM still.
     assert plan["ffn_m"]["tier"] == "VRAM" and plan["ffn_m"]["bytes"] == 830_928_384
@@ -212,9 +212,7 @@ def test_weights_may_live_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["ffn_m"]["seconds"][0] == pytest.approx(1_611_497_472 / 25e9)
 
 
-def test_a_folder_is_a_model_too_and_speed_is_measured(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_as_the_model_and_measured_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(random.randrange(2**31))
     model = Transformer(small())
     write_folder(tmp_path / "export", model.config, named_pieces(model))
@@ -230,7 +228,7 @@ def test_overrides_change_a_config(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_small_figures_have_units_that_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    """A table of 1000 x 2 x 32 numbers: 128 kB."""
+    """A table of 1000 x 2 x 32 values: 128 kB."""
     tiny = ("model.vocab_size=1000", "model.hidden_size=32", "model.num_hidden_layers=2")
     shape = ("model.num_attention_heads=4", "model.intermediate_size=64")
     mlm_train("plan", "tol", PAPER, *tiny, *shape, *GIVEN)
@@ -240,12 +238,12 @@ def test_small_figures_have_units_that_fit(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("size", [1, 999, 1_234_567, 1_001_000_000, 9_994_000_000, 123_456_789_012])
-def test_what_a_message_says_is_enough_is(size: int) -> None:
+def test_the_size_that_a_message_asks_for_is_enough(size: int) -> None:
     assert size <= float(_giga(size)) * 1e9 <= 1.011 * size
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         ((ROOT / "configs" / "base-1b.yaml",), "is a base model"),
         (("nowhere.yaml",), "nowhere.yaml does not exist"),
@@ -265,5 +263,5 @@ def test_what_a_message_says_is_enough_is(size: int) -> None:
         ((PAPER, "--vram-gb", 2, "--ram-gb", 1, "--nvme-gb", 1), "give --nvme-gb 1.62 or more"),
     ],
 )
-def test_bad_input_is_one_line(words: tuple[object, ...], said: str) -> None:
-    assert said in refused("plan", "tol", *words)
+def test_bad_input_is_one_line(arguments: tuple[object, ...], message: str) -> None:
+    assert message in refused("plan", "tol", *arguments)

@@ -113,7 +113,7 @@ def _write_small(small: Path) -> None:
     (small / "report.json").write_text(json.dumps({"machine": {}, "rows": [1, {"a": 2.5}], "ratios": {}}))
     _record(small / "run", SlurmAttempt("7", 2))
     Notes(small / "mix.json", ["about"]).write(Sums(np.ones((2, 3)), np.zeros((2, 3)), 4))
-    (small / OWNER).write_text(json.dumps(Owner.here()._asdict()))
+    (small / OWNER).write_text(json.dumps(Owner.here().model_dump()))
 
 
 def _write_tokenizers(folder: Path, sentencepiece: Path) -> None:

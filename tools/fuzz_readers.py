@@ -27,7 +27,7 @@ from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.tol.allocate.mix_file import read_allocation
 from mlm_train.tol.allocate.sensitivity import Notes
-from mlm_train.tol.build.state import BuildState, begin
+from mlm_train.tol.build.state import BuildState, start_or_resume
 from mlm_train.tol.format.index import INDEX, STATE
 from mlm_train.tol.format.schemes import Scheme
 from mlm_train.tol.serve.reader import TableReader
@@ -190,7 +190,7 @@ def _build(folder: Path) -> str:
         refuse_used(LocalFolder(folder), STATE)  # as `begin` does for partitions without a state
         return "none"
     taken = digest(state.model_dump())
-    begin(LocalFolder(folder), state.plan)
+    start_or_resume(LocalFolder(folder), state.plan)
     return taken
 
 

@@ -1,7 +1,7 @@
-"""`bench tol`: what a build of a ToL costs beside bare matrix products and plain writing.
+"""`bench tol`: the cost of building a ToL, compared with bare matmuls and plain file writing.
 
-A random export in bf16 is written and built on Ray. Before and after, as many processes as the build has
-workers run bare products and FFN-M in turn; last, one process writes partitions and plain files in turn.
+Writes a random bf16 export and builds its table on Ray. Before and after, as many processes as the build has
+workers run bare matmuls and FFN-M in turn; last, one process writes partitions and plain files in turn.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.tol.build.builder import CHUNK_ROWS, Build
 from mlm_train.tol.build.ray_cluster import ray_cluster
+from mlm_train.tol.build.worker import PROCESS_TITLE
 from mlm_train.tol.format.layout import Layout, TableSpec
 from mlm_train.utils.records import record_of
 
@@ -36,61 +37,61 @@ PRESETS = {  # layers, hidden, FFN-M's width, vocabulary
     "1b": {"layers": 24, "hidden": 2048, "ffn": 5464, "vocabulary": 128256},
     "tiny": {"layers": 2, "hidden": 64, "ffn": 172, "vocabulary": 4096},
 }
-CHUNKS = (1024, 2048, 4096)  # rows a product
-ROWS = max(CHUNKS)  # of each layer in a turn
-LAYERS = 8  # in a turn, at most: more than the processor's caches hold
+CHUNKS = (1024, 2048, 4096)  # rows per matmul
+ROWS = max(CHUNKS)  # per layer and turn
+LAYERS = 8  # per turn, at most: more than the CPU caches hold
 SHARD_BYTES = 2**30
 SEED = 1234
-POLL = 0.25  # seconds between two looks at the workers' memory
-RESTS = 100  # times as long as a look took, at least: of large processes one takes some 0.2 s of a processor
+POLL = 0.25  # seconds between two samples of the workers' memory
+RESTS = 100  # minimum pause, in units of a sample's duration: for large processes about 0.2 s of CPU time
 
 
 @dataclass
 class Repeated:
-    """Repeated figures by name, and what each is in."""
+    """Repeated measurements by name, and their units."""
 
     values: dict[str, list[float]] = field(default_factory=dict)
     units: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, value: float, unit: str) -> None:
-        """One more value of a figure."""
+        """Add a value of a measurement."""
         self.values.setdefault(name, []).append(value)
         self.units[name] = unit
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Seconds of what stands inside; added to what this name has had."""
+        """Add the seconds that the block takes."""
         started = time.perf_counter()
         yield
         self.add(name, time.perf_counter() - started, "s")
 
     def median(self, name: str) -> float:
-        """Of a figure."""
+        """The median of a measurement."""
         return statistics.median(self.values[name])
 
     def ratio(self, above: str, below: str) -> float:
-        """The median over turns, in each of which both were measured."""
+        """The median over turns of the ratio of two measurements."""
         pairs = zip(self.values[above], self.values[below], strict=True)
         return statistics.median(a / b for a, b in pairs)
 
     @property
     def best_chunk(self) -> str:
-        """The chunk size at which all processes' products are fastest."""
+        """The name of the chunk size at which the matmuls of all processes are fastest."""
         return min((f"gemm.{chunk}" for chunk in CHUNKS), key=self.median)
 
 
 def bench_tol(args: argparse.Namespace) -> int:
-    """Measure, print, write; 0."""
+    """Measure, print and write; return exit code 0."""
     config = _config(args)
     _check(args, config)
-    found, measured = report.machine(), Repeated()
+    machine, measured = report.machine(), Repeated()
     with _folder(args.folder, args.keep) as folder:
         measure(folder, config, args, measured)
     rows = [report.row(name, values, measured.units[name]) for name, values in measured.values.items()]
     ratios = ratios_of(measured, config, args.workers)
-    tol_show.show(rows, ratios, found, measured.best_chunk)
+    tol_show.show(rows, ratios, machine, measured.best_chunk)
     if args.json is not None:
-        report.write_report(Path(args.json), found, rows, ratios)
+        report.write_report(Path(args.json), machine, rows, ratios)
     if args.plot is not None:
         tol_show.plot(rows, config.num_hidden_layers, measured.best_chunk, Path(args.plot))
     return 0
@@ -129,7 +130,7 @@ def _check(args: argparse.Namespace, config: ModelConfig) -> None:
         raise UserError(f"--folder {args.folder}: name a folder that exists")
     export = 2 * sum(shape.numel() for shape in expected_shapes(config).values())
     table = 2 * config.vocab_size * config.num_hidden_layers * config.hidden_size
-    needed, free = export + table * 9 / 8, shutil.disk_usage(args.folder).free  # and a partition more
+    needed, free = export + table * 9 / 8, shutil.disk_usage(args.folder).free  # with one more partition
     if free < needed:
         raise UserError(
             f"--folder {args.folder} has {free / 1e9:.1f} GB free and {needed / 1e9:.1f} are needed"
@@ -150,7 +151,7 @@ def _folder(parent: str, keep: bool) -> Iterator[Path]:
 
 
 def measure(folder: Path, config: ModelConfig, args: argparse.Namespace, measured: Repeated) -> None:
-    """Everything, from an empty folder."""
+    """Run all measurements in an empty folder."""
     export = folder / "model"
     write_folder(export, config, random_tensors(config), dtype=torch.bfloat16, shard_bytes=SHARD_BYTES)
     with measured.timed("parts.open"):
@@ -171,7 +172,7 @@ def measure(folder: Path, config: ModelConfig, args: argparse.Namespace, measure
 
 
 def random_tensors(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of an export, one at a time."""
+    """Yield every tensor of an export with random values."""
     torch.manual_seed(SEED)
     for name, shape in expected_shapes(config).items():
         mean = 1.0 if name.endswith("norm.weight") else 0.0
@@ -179,51 +180,51 @@ def random_tensors(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
 
 
 def _in_turn(build: Build, export: Path, args: argparse.Namespace, measured: Repeated) -> None:
-    """Seconds a layer of products and FFN-M, in turn: of all processes together, and of one alone."""
+    """Measure matmuls and FFN-M in turn, in seconds per layer: in all processes at once, and in one alone."""
     layers, vocabulary = build.plan.layers[:LAYERS], build.plan.vocab_size
-    ways: list[tuple[str, Callable[[int, int], float], int]] = [
-        (f"gemm.{chunk}", tol_worker.products, chunk) for chunk in CHUNKS
+    variants: list[tuple[str, Callable[[int, int], float], int]] = [
+        (f"gemm.{chunk}", tol_worker.matmuls, chunk) for chunk in CHUNKS
     ]
-    ways.append(("compute", tol_worker.ffn_m, CHUNK_ROWS))
+    variants.append(("compute", tol_worker.ffn_m, CHUNK_ROWS))
     with ExitStack() as stack:
         processes = [stack.enter_context(tol_worker.start_process(args.threads)) for _ in range(args.workers)]
         for ready in [process.submit(tol_worker.open_layers, export, layers) for process in processes]:
             ready.result()
-        for _ in track(range(args.runs), "products", console=Console(stderr=True), transient=True):
-            for prefix, some in (("", processes), ("one.", processes[:1])):
-                for name, work, chunk in ways:
-                    rate = len(layers) * _rate(some, work, chunk)
-                    measured.add(prefix + name, vocabulary / rate, "s a layer")
+        for _ in track(range(args.runs), "matmuls", console=Console(stderr=True), transient=True):
+            for prefix, running in (("", processes), ("one.", processes[:1])):
+                for name, work, chunk in variants:
+                    rate = len(layers) * _rate(running, work, chunk)
+                    measured.add(prefix + name, vocabulary / rate, "s per layer")
 
 
 def _rate(processes: list[ProcessPoolExecutor], work: Callable[[int, int], float], chunk: int) -> float:
-    """Rows a second of all, started together."""
+    """Rows per second of all processes, started at the same time."""
     running = [process.submit(work, ROWS, chunk) for process in processes]
     return sum(ROWS / future.result() for future in running)
 
 
 def _files(folder: Path, build: Build, args: argparse.Namespace, measured: Repeated) -> None:
-    """The parts of a partition beside FFN-M, and plain writing, in turn."""
+    """Measure the parts of a partition other than FFN-M, and plain writing, in turn."""
     plan = build.plan
-    storage = Layout.of(plan.spec, plan.num_layers, plan.hidden_size)
+    layout = Layout.of(plan.spec, plan.num_layers, plan.hidden_size)
     start, stop = plan.rows(0)
-    size = storage.shape.file_bytes(stop - start)
+    size = layout.shape.file_bytes(stop - start)
     with tol_worker.start_process(args.threads) as process:
         for _ in track(range(args.runs), "files", console=Console(stderr=True), transient=True):
-            work = (folder, storage, stop - start, plan.chunk_rows)
+            work = (folder, layout, stop - start, plan.chunk_rows)
             spent = process.submit(tol_worker.files, *work).result()
             for part in ("encode", "write", "hash", "commit"):
-                measured.add(f"parts.{part}", spent[part], "s a partition")
+                measured.add(f"parts.{part}", spent[part], "s per partition")
             measured.add("plain.write", size / spent["plain"] / 1e9, "GB/s")
             measured.add("tol.write", size / spent["write"] / 1e9, "GB/s")
 
 
 class MemorySampler:
-    """The peak memory of each of a build's workers, in bytes, looked at while the block runs.
+    """Samples the peak memory of each of a build's workers, in bytes, while the block runs.
 
-    private: what a worker alone holds; share: and its part of what several processes hold, such as the
-    weights; resident: and all of that. Only a Ray that this process started is seen, and none of a worker
-    whose build is over before the first look at it.
+    private: USS. share: PSS, with the worker's share of memory that several processes use, such as the
+    weights. resident: RSS, with all of that. Sees only workers of a Ray that this process started, and none
+    whose build ends before the first sample.
     """
 
     def __init__(self, workers: int) -> None:
@@ -241,12 +242,12 @@ class MemorySampler:
         self._thread.join()
 
     def _watch(self) -> None:
-        pause = POLL / 5  # a small build is over soon
+        pause = POLL / 5  # a small build ends soon
         while not self._ended.wait(pause):
             took = 0.0
             for process in psutil.Process().children(recursive=True):
                 try:
-                    if not "".join(process.cmdline()[:1]).startswith("ray::Worker"):
+                    if not "".join(process.cmdline()[:1]).startswith(PROCESS_TITLE):
                         continue
                     started = time.perf_counter()
                     now = process.memory_full_info()
@@ -261,7 +262,7 @@ class MemorySampler:
 
 
 def ratios_of(measured: Repeated, config: ModelConfig, workers: int) -> dict[str, float]:
-    """What others read; products at their best chunk size."""
+    """The report's ratios; matmuls at their best chunk size."""
     best = measured.best_chunk
     ratios = {
         "compute_over_gemm": measured.ratio("compute", best),

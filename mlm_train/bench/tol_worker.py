@@ -1,4 +1,4 @@
-"""What the processes of `bench tol` run: bare matrix products, FFN-M, and files as a build writes them."""
+"""What the processes of `bench tol` run: bare matmuls, FFN-M, and file writing as in a build."""
 
 import hashlib
 import os
@@ -20,34 +20,34 @@ from mlm_train.tol.storage.direct_io import buffers
 from mlm_train.tol.storage.local import LocalFolder
 from mlm_train.utils.files import sync
 
-BLOCK = 2**24  # bytes of a plain write
+BLOCK = 2**24  # bytes per plain write
 _layers: "Layers"  # of this process
 
 
 def start_process(threads: int) -> ProcessPoolExecutor:
-    """One fresh process, set up as a build's worker is."""
+    """A new process, set up like a build's worker."""
     context = get_context("spawn")
     return ProcessPoolExecutor(1, context, initializer=prepare_process, initargs=(threads,))
 
 
 class Layers:
-    """FFN-M of some layers of an export, in bf16, and the weights of its products."""
+    """FFN-M of some layers of an export, in bf16."""
 
     def __init__(self, folder: Path, layers: Sequence[int]) -> None:
         opened = open_model(folder, verify="sizes")
         self.config = opened.config
         weights = ffn_m_weights(opened.tensors, self.config, layers, "bfloat16")
-        self.numbers = ComputedRows(opened, dict(zip(layers, weights, strict=True)), "bfloat16")
+        self.source = ComputedRows(opened, dict(zip(layers, weights, strict=True)), "bfloat16")
 
     @torch.no_grad()
-    def products(self, rows: int, chunk: int) -> float:
-        """Seconds of the layers' products alone, for `rows` rows in chunks: gate and up as one, then down."""
+    def matmuls(self, rows: int, chunk: int) -> float:
+        """Seconds of the layers' matmuls alone, for `rows` rows in chunks: gate and up as one, then down."""
         x0 = torch.randn(chunk, self.config.hidden_size).bfloat16()
         inner = torch.randn(chunk, self.config.intermediate_size).bfloat16()
-        networks = [block.memory_mlp for block in self.numbers.blocks]
+        networks = [block.memory_mlp for block in self.source.blocks]
         started = 0.0
         for number in range(1 + rows // chunk):
-            if number == 1:  # after one that finds its memory
+            if number == 1:  # the first chunk allocates memory
                 started = time.perf_counter()
             for network in networks:
                 network.gate_up_proj(x0)
@@ -55,38 +55,38 @@ class Layers:
         return time.perf_counter() - started
 
     def ffn_m(self, rows: int, chunk: int) -> float:
-        """Seconds in which a worker computes `rows` rows of the layers, after a first chunk."""
+        """Seconds that a worker takes to compute `rows` rows of the layers, after a first chunk."""
         started = 0.0
         for first, last in chunks_of(0, chunk + rows, chunk):
             if first == chunk:
                 started = time.perf_counter()
-            for _ in self.numbers.values(first, last):
+            for _ in self.source.values(first, last):
                 pass
         return time.perf_counter() - started
 
 
 def open_layers(folder: Path, layers: Sequence[int]) -> None:
-    """Load them into this process, and run each way once: libraries load and choose kernels."""
+    """Load the layers into this process, and run both variants once, so that libraries choose kernels."""
     global _layers
     _layers = Layers(folder, layers)
-    _layers.products(64, 64)
+    _layers.matmuls(64, 64)
     _layers.ffn_m(64, 64)
 
 
-def products(rows: int, chunk: int) -> float:
-    """Layers.products of this process."""
-    return _layers.products(rows, chunk)
+def matmuls(rows: int, chunk: int) -> float:
+    """Run Layers.matmuls in this process."""
+    return _layers.matmuls(rows, chunk)
 
 
 def ffn_m(rows: int, chunk: int) -> float:
-    """Layers.ffn_m of this process."""
+    """Run Layers.ffn_m in this process."""
     return _layers.ffn_m(rows, chunk)
 
 
 def files(folder: Path, layout: Layout, rows: int, chunk: int) -> dict[str, float]:
-    """Seconds of a plain partition's parts without FFN-M, and of writing as many bytes. Nothing stays.
+    """Seconds of the parts of a plain partition other than FFN-M, and of plain writing; removes its files.
 
-    write: the space taken, all rows written as they are while others are computed, and synced.
+    write: reserving the space, writing all rows as a build does, and syncing.
     """
     path = folder / "rows.safetensors"
     spent = dict.fromkeys(("plain", "encode", "write", "hash", "commit"), 0.0)
@@ -126,7 +126,7 @@ def _added(spent: dict[str, float], part: str) -> Iterator[None]:
 
 
 def _write_plain(path: Path, block: memoryview, size: int) -> None:
-    """`size` bytes from a file's start to its end, a block at a time, flushed to disk."""
+    """Write `size` bytes sequentially, a block at a time, and flush them to disk."""
     with path.open("wb", buffering=0) as file:
         while size:
             size -= file.write(block[: min(size, len(block))])

@@ -102,7 +102,7 @@ class Scorer:
         longest = self.config.max_position_embeddings
         if length is not None and length > longest:
             raise UserError(
-                f"--sequence-length {length} exceeds the model's max_position_embeddings={longest}"
+                f"--sequence-length {length} is longer than the model's max_position_embeddings={longest}"
             )
         self._length, self._micro_batch = longest if length is None else length, micro_batch
         self._bos_id = _id_before_windows(self._opened, self.data, add_bos)

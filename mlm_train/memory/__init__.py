@@ -15,10 +15,10 @@ from mlm_train.utils.extensions import find
 
 
 class TrainingSource(MemorySource, Protocol):
-    """A memory source that computes, and counts what it computes."""
+    """A memory source that computes FFN-M, and counts its evaluations."""
 
     def evaluations(self, tokens: int, distinct: int) -> int:
-        """FFN-M evaluations of a step here, rows times layers; what is computed again left out.
+        """FFN-M evaluations of a step on this rank, rows times layers, without recomputation.
 
         tokens: positions; distinct: distinct ids, summed over micro-batches.
         """
@@ -27,12 +27,12 @@ class TrainingSource(MemorySource, Protocol):
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What a mode is told beside the blocks.
+    """Options of a mode.
 
-    positions: which of them are on this process. For tables: `precision`, the autocast they are computed
-    under, outside the micro-batches; `share`, whose rows; `tables`, how many layers have one (default: all),
-    the first of the blocks: the others are computed as by "unique"; `kept`, how many of those with one, the
-    first, keep their activations.
+    positions: those of a micro-batch on this rank. For tables, precision: the autocast under which they are
+    computed, outside the micro-batches; share: which rows this rank computes; tables: how many layers, the
+    first ones, have a table (default: all), while "unique" computes the others; kept: how many of those, the
+    first ones, keep their activations.
     """
 
     positions: Positions = field(default_factory=Positions)
@@ -42,7 +42,7 @@ class SourceOptions:
     kept: int = 0
 
 
-Blocks = Mapping[int, MemoryBlock]  # this rank's, by layer
+Blocks = Mapping[int, MemoryBlock]  # by layer, on this rank
 
 
 def _per_token(blocks: Blocks, options: SourceOptions) -> TrainingSource:
@@ -55,9 +55,10 @@ def _unique(blocks: Blocks, options: SourceOptions) -> TrainingSource:
 
 def _table(blocks: Blocks, options: SourceOptions) -> TrainingSource:
     count = len(blocks) if options.tables is None else options.tables
-    first, others = dict(list(blocks.items())[:count]), dict(list(blocks.items())[count:])
-    rest = UniqueSource(others, options.positions) if others else None
-    return TableSource(first, options.positions, options.precision, options.share, rest, options.kept)
+    tabled, others = dict(list(blocks.items())[:count]), dict(list(blocks.items())[count:])
+    other_layers = UniqueSource(others, options.positions) if others else None
+    positions, precision, share = options.positions, options.precision, options.share
+    return TableSource(tabled, positions, precision, share, other_layers, options.kept)
 
 
 # Names of config field memory.mode (config/choices.py lists them too).

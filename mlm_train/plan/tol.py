@@ -1,7 +1,7 @@
-"""What a ToL will take, and whether looking FFN-M up pays against computing it, before anything is built.
+"""The size of a ToL, and whether looking FFN-M up is faster than computing it, before anything is built.
 
-Bytes and FLOPs are exact (headers of files left out); times follow from bandwidths and speeds that the
-caller states. GB are 1e9 bytes.
+Bytes and FLOPs are exact (without file headers); times follow from bandwidths and speeds that the caller
+gives. GB are 1e9 bytes.
 """
 
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ from mlm_train.model.counts import count_parameters
 from mlm_train.tol.format.index import BASIS_ITEM
 from mlm_train.tol.format.schemes import GROUP, LEVELS, Scheme
 
-BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.25, "int4": 4.25}  # a float16 scale for each group
-BLOCK = 4096  # bytes that an NVMe device reads at least
-LARGEST_BATCH = 2**16  # the search for where a ToL pays ends here
+BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.25, "int4": 4.25}  # with a float16 scale per group
+BLOCK = 4096  # bytes per NVMe read, at least
+LARGEST_BATCH = 2**16  # of the search for where a ToL pays
 VRAM, RAM, NVME = "VRAM", "RAM", "NVMe"
 
 Batches = Sequence[int] | np.ndarray  # batch sizes
 
 
 class StoredAs(NamedTuple):
-    """How a ToL's numbers are kept, all layers alike; rank None keeps them all."""
+    """How all layers of a ToL are stored; rank None: not cut."""
 
     dtype: str
     rank: int | None = None
@@ -34,42 +34,42 @@ class StoredAs(NamedTuple):
 
 
 class Tier(NamedTuple):
-    """Where bytes live. `bandwidth`: bytes a second to the device that decodes."""
+    """A memory tier. `bandwidth`: bytes per second to the decoding device."""
 
     name: str
     capacity: float  # bytes
     bandwidth: float
-    latency: float = 0.0  # seconds of a random read
-    in_flight: float = 1.0  # random reads under way at once
+    latency: float = 0.0  # seconds per random read
+    in_flight: float = 1.0  # concurrent random reads
     block: int = 1  # bytes that a read is rounded up to
 
 
 class Serving(NamedTuple):
-    """What decodes: its tiers, fastest first, and its products."""
+    """The decoding machine: its tiers, fastest first, and its speed."""
 
     tiers: tuple[Tier, Tier, Tier]  # VRAM, RAM, NVMe
-    flops: float  # a second
-    distinct: float  # distinct tokens of a decoded step / its batch
-    weights: str  # type of the weights that a ToL would replace, and of all others
+    flops: float  # per second
+    distinct: float  # distinct tokens of a decode step / its batch size
+    weights: str  # type of all weights
 
     def fits(self, model: ModelConfig, tier: Tier, size: int) -> bool:
-        """Whether a tier holds so many bytes; VRAM has the other weights already."""
+        """Whether a tier holds `size` bytes; VRAM also holds the other weights."""
         return size + (other_bytes(model, self.weights) if tier.name == VRAM else 0) <= tier.capacity
 
 
 class Offer(NamedTuple):
-    """A ToL in a tier, against FFN-M's weights."""
+    """A ToL in a tier, compared with FFN-M's weights."""
 
     stored: StoredAs
     tier: str
     bytes: int
     fits: bool
-    seconds: list[float]  # of a decoded step, a batch size each
+    seconds: list[float]  # per decode step, one per batch size
     pays: list[tuple[int, int | None]]  # batch sizes [first, stop) at which it is faster; None: no end found
 
 
 def row_bytes(model: ModelConfig, stored: StoredAs) -> int:
-    """Of a token's row, all layers."""
+    """Bytes per row, all layers."""
     group = GROUP if stored.dtype in LEVELS else None
     scheme = Scheme.model_validate({"dtype": stored.dtype, "rank": stored.rank, "group_size": group})
     plain = stored.dtype not in LEVELS and stored.rank is None  # layers follow each other without padding
@@ -78,49 +78,49 @@ def row_bytes(model: ModelConfig, stored: StoredAs) -> int:
 
 
 def basis_bytes(model: ModelConfig, stored: StoredAs) -> int:
-    """Of all layers' bases [rank, hidden], kept once and used by every row."""
+    """Bytes of all layers' bases [rank, hidden]."""
     return model.num_hidden_layers * (stored.rank or 0) * model.hidden_size * BASIS_ITEM
 
 
 def tol_bytes(model: ModelConfig, stored: StoredAs) -> int:
-    """Of the whole table and its bases."""
+    """Bytes of the table with its bases."""
     return model.vocab_size * row_bytes(model, stored) + basis_bytes(model, stored)
 
 
 def ffn_m_bytes(model: ModelConfig, dtype: str) -> int:
-    """Of the weights that a ToL replaces."""
+    """Bytes of the weights that a ToL replaces."""
     return int(count_parameters(model).ffn_m * BITS[dtype] / 8)
 
 
 def other_bytes(model: ModelConfig, dtype: str) -> int:
-    """Of all other weights, head and embedding among them: they stay in VRAM either way."""
+    """Bytes of all other weights, with head and embedding: they stay in VRAM either way."""
     counts = count_parameters(model)
     return int((counts.stored - counts.ffn_m) * BITS[dtype] / 8)
 
 
 def read_bytes(model: ModelConfig, dtype: str) -> int:
-    """Of the other weights that a decoded step reads: not the embedding, unless it is the head too."""
+    """Bytes of the other weights that a decode step reads: no embedding unless it is tied to the head."""
     counts = count_parameters(model)
     return int((counts.active + (counts.head or counts.embedding)) * BITS[dtype] / 8)
 
 
 def ffn_m_flops(model: ModelConfig) -> int:
-    """Of FFN-M for one token, all layers: three products, norms and activations left out."""
+    """FLOPs of FFN-M per token, all layers: three matmuls, without norms and activations."""
     return 6 * model.num_hidden_layers * model.hidden_size * model.intermediate_size
 
 
 def build_seconds(model: ModelConfig, stored: StoredAs, flops: float, written: float) -> tuple[float, float]:
-    """To compute FFN-M for the vocabulary at so many FLOPs a second, and to write so many bytes a second."""
+    """Seconds to compute FFN-M of the vocabulary at `flops` per second, and to write at `written` bytes/s."""
     return model.vocab_size * ffn_m_flops(model) / flops, tol_bytes(model, stored) / written
 
 
 def rows_of(batches: Batches, distinct: float) -> np.ndarray:
-    """Rows that a decoded step looks up, or computes: one a distinct token of the batch."""
+    """Rows that a decode step looks up or computes: one per distinct token of the batch."""
     return np.maximum(1.0, np.asarray(batches) * distinct)
 
 
 def weights_seconds(model: ModelConfig, serving: Serving, tier: Tier, batches: Batches) -> np.ndarray:
-    """FFN-M's share of a decoded step: its weights moved once, or its FLOPs, whichever takes longer."""
+    """Seconds of FFN-M per decode step: moving its weights once or its FLOPs, whichever takes longer."""
     moved = ffn_m_bytes(model, serving.weights) / tier.bandwidth
     return np.maximum(moved, rows_of(batches, serving.distinct) * ffn_m_flops(model) / serving.flops)
 
@@ -128,9 +128,9 @@ def weights_seconds(model: ModelConfig, serving: Serving, tier: Tier, batches: B
 def lookup_seconds(
     model: ModelConfig, serving: Serving, stored: StoredAs, tier: Tier, batches: Batches
 ) -> np.ndarray:
-    """The same read from a ToL: bytes of the rows, or latency of their reads, whichever takes longer.
+    """Seconds of a ToL per decode step: moving the rows or the latency of reads, whichever takes longer.
 
-    Low rank then multiplies with the bases, which lie in VRAM. Turning codes into values is left out.
+    Low rank adds the matmul with the bases, which are in VRAM. Decoding of codes is left out.
     """
     rows = rows_of(batches, serving.distinct)
     moved = rows * ceil(row_bytes(model, stored) / tier.block) * tier.block / tier.bandwidth
@@ -143,7 +143,7 @@ def lookup_seconds(
 
 
 def home_of_weights(model: ModelConfig, serving: Serving) -> Tier | None:
-    """The fastest tier that holds FFN-M's weights; None where none does."""
+    """The fastest tier that holds FFN-M's weights; None if none does."""
     needed = ffn_m_bytes(model, serving.weights)
     return next((tier for tier in serving.tiers if serving.fits(model, tier, needed)), None)
 
@@ -151,22 +151,22 @@ def home_of_weights(model: ModelConfig, serving: Serving) -> Tier | None:
 def compare(
     model: ModelConfig, serving: Serving, home: Tier, stored: Sequence[StoredAs], batches: Batches
 ) -> list[Offer]:
-    """Every way of storing in every tier, against FFN-M's weights that live in `home`."""
+    """Compare every storage type in every tier with FFN-M's weights in the tier `home`."""
     every = np.arange(1, LARGEST_BATCH + 1)
     weights = weights_seconds(model, serving, home, every)
     offers = []
-    for one in stored:
+    for kind in stored:
         for tier in serving.tiers:
-            size = tol_bytes(model, one)
-            seconds = lookup_seconds(model, serving, one, tier, batches).tolist()
+            size = tol_bytes(model, kind)
+            seconds = lookup_seconds(model, serving, kind, tier, batches).tolist()
             fits = serving.fits(model, tier, size)
-            faster = lookup_seconds(model, serving, one, tier, every) < weights
-            offers.append(Offer(one, tier.name, size, fits, seconds, _spans(faster) if fits else []))
+            faster = lookup_seconds(model, serving, kind, tier, every) < weights
+            offers.append(Offer(kind, tier.name, size, fits, seconds, _spans(faster) if fits else []))
     return offers
 
 
 def _spans(faster: np.ndarray) -> list[tuple[int, int | None]]:
-    """Runs [first, stop) of batch sizes where it is true; the first element is batch size 1."""
+    """Ranges [first, stop) of batch sizes where it is true; the first element is batch size 1."""
     edges = np.flatnonzero(np.diff(faster, prepend=False, append=False)) + 1
     return [
         (int(first), int(stop) if stop <= len(faster) else None)

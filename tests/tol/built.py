@@ -1,4 +1,4 @@
-"""A table with the defaults that most tests want."""
+"""Building a table with the defaults that most tests use."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def build_tol(
     ray_address: str | None = None,
     chunk_rows: int = CHUNK_ROWS,
 ) -> TolIndex:
-    """Write the ToL of an export in a plain type, computed in fp32."""
+    """Build the ToL of an export in a plain type, computed in fp32."""
     spec = TableSpec(dtype=dtype)
     build = Build(model, output, spec, partitions=partitions, compute="float32", chunk_rows=chunk_rows)
     return build.run(workers, ray_address)

@@ -1,13 +1,12 @@
-"""An export with random weights, one Ray for all tests of this folder, a cluster, and a store of objects."""
+"""An export with random weights, one Ray for all tests of this folder, a cluster, and an object store."""
 
-import contextlib
 import os
-import re
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +19,10 @@ from mlm_train.config import ModelConfig
 from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.tol.build.ray_cluster import ray_cluster
+from mlm_train.tol.storage import lease
 from tests.tol.built import build_tol
+from tests.tol.processes import kill_leftovers
+from tests.tol.stores import Objects, build
 
 CLUSTER = """
 import sys
@@ -38,7 +40,7 @@ cluster.shutdown()
 
 @pytest.fixture(scope="session")
 def s3_socket() -> Iterator[socket.socket]:
-    """Where the S3 of test_url.py will listen; known before Ray starts, whose workers are told so too."""
+    """The socket of the `objects` S3; set before Ray starts, whose workers inherit its address."""
     with socket.socket() as waiting, pytest.MonkeyPatch.context() as environment:
         waiting.bind(("127.0.0.1", 0))
         environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{waiting.getsockname()[1]}")
@@ -49,14 +51,58 @@ def s3_socket() -> Iterator[socket.socket]:
         yield waiting
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # an idle Ray takes 4% of a core
 def ray(s3_socket: socket.socket) -> Iterator[None]:
     with ray_cluster(workers=2):
         yield
 
 
+@pytest.fixture(scope="session")
+def objects(s3_socket: socket.socket) -> Iterator[Objects]:
+    """An S3 with the bucket "bucket"."""
+    objects = Objects(s3_socket)
+    threading.Thread(target=objects.server.serve_forever, daemon=True).start()
+    import fsspec
+
+    fsspec.filesystem("s3").mkdir("bucket")
+    yield objects
+    objects.release()
+    objects.server.shutdown()
+
+
+@pytest.fixture
+def s3(objects: Objects, tmp_path: Path) -> str:
+    """A new folder in the S3."""
+    return f"s3://bucket/{tmp_path.name}"
+
+
+@pytest.fixture(params=["s3", "file"])
+def url(request: pytest.FixtureRequest, objects: Objects, tmp_path: Path) -> str:
+    """A new folder at a URL."""
+    return f"s3://bucket/{tmp_path.name}" if request.param == "s3" else f"file://{tmp_path}/store/tol"
+
+
+@pytest.fixture
+def short_settle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten the wait for a lease in this process, where no two builders start at once."""
+    monkeypatch.setattr(lease, "SETTLE", 0.05)
+
+
+@pytest.fixture(scope="session")
+def url_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(tmp_path_factory.mktemp("url") / "model", random_model(vocab_size=2003))
+
+
+@pytest.fixture(scope="session")
+def url_reference(url_model: Path, ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The table that every low-rank build of `url_model` must equal: in a folder, by groups of layers."""
+    folder = tmp_path_factory.mktemp("reference") / "tol"
+    build(url_model, folder, group_bytes=1).run()
+    return folder
+
+
 def random_model(**fields: object) -> Transformer:
-    """A flex model whose weights are all random, norms included."""
+    """A flex model with all weights random, including norms."""
     torch.manual_seed(3)
     shapes = {"vocab_size": 601, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
     given = {"kind": "memory", "intermediate_size": 44, "num_key_value_heads": 2, **shapes, **fields}
@@ -81,31 +127,22 @@ def exported(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return export(tmp_path_factory.mktemp("exports") / "model", model)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def tables(exported: Path, ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A ToL of each type; 7 partitions divide neither 601 rows nor their 13 chunks."""
+    """A ToL of each plain type; 7 partitions divide neither 601 rows nor their 13 chunks."""
     root = tmp_path_factory.mktemp("tables")
     for dtype in ("bfloat16", "float16", "float32"):
         build_tol(exported, root / dtype, dtype, partitions=7, chunk_rows=50)
     return {dtype: root / dtype for dtype in ("bfloat16", "float16", "float32")}
 
 
-def end(processes: list[psutil.Process]) -> None:
-    """Of a builder that is gone, which Ray's own take half a minute to notice, and their folders."""
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            for scratch in re.findall(r"/tmp/mlm-ray-\w+", str(process.cmdline())):
-                shutil.rmtree(scratch, ignore_errors=True)
-            process.kill()
-
-
 @pytest.fixture
 def cluster() -> Iterator["subprocess.Popen[str]"]:
-    """A Ray cluster of two nodes on this machine, a CPU each; its second node goes when it reads a line.
+    """A Ray cluster of two nodes on this machine, one CPU each; it removes the second when it reads a line.
 
-    In a process of its own, since this one may use another Ray. Its first line is its address.
+    In its own process, since this one may use another Ray. Its first line is its address.
     """
-    scratch = tempfile.mkdtemp(prefix="mlm-ray-", dir="/tmp")  # Ray's sockets want short paths
+    scratch = tempfile.mkdtemp(prefix="mlm-ray-", dir="/tmp")  # Ray's sockets need short paths
     process = subprocess.Popen(
         [sys.executable, "-c", CLUSTER],
         env=os.environ | {"RAY_TMPDIR": scratch, "RAY_USAGE_STATS_ENABLED": "0"},
@@ -118,5 +155,5 @@ def cluster() -> Iterator["subprocess.Popen[str]"]:
     finally:
         left = psutil.Process(process.pid).children(recursive=True)
         process.communicate(timeout=60)
-        end(left)
+        kill_leftovers(left)
         shutil.rmtree(scratch, ignore_errors=True)

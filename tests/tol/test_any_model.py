@@ -1,4 +1,4 @@
-"""Commands about a table take its model as an export, as a run's folder, or as a checkpoint, alike."""
+"""Commands on a table accept its model as an export, a run's folder, or a checkpoint."""
 
 import json
 import shutil
@@ -12,17 +12,17 @@ from tests.commands import TINY, mlm_train, refused
 from tests.tol.test_faults import flip
 
 
-def train(data: Path, run: Path, *words: str) -> None:
+def train(data: Path, run: Path, *arguments: str) -> None:
     try:
         paths = (f"data.path={data}", f"train.output={run}")
-        mlm_train("pretrain", "configs/micro.yaml", *TINY, *paths, "train.steps=2", *words)
+        mlm_train("pretrain", "configs/micro.yaml", *TINY, *paths, "train.steps=2", *arguments)
     finally:
         runtime.stop()
 
 
 @pytest.fixture(scope="module")
 def folders(data: Path, ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run, its checkpoint, its export, and the table of it."""
+    """A run, its checkpoint, its export, and its table."""
     root = tmp_path_factory.mktemp("any")
     train(data, root / "run")
     mlm_train("export", root / "run", "--output", root / "export")
@@ -37,39 +37,39 @@ MODELS = ("export", "run", "checkpoint")
 def test_perplexity(
     folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By `evaluate`, computed and looked up, by `tol build` and by `tol compress`: to the last digit."""
-    said = []
+    """`evaluate` (computed and looked up), `tol build` and `tol compress` report identical digits."""
+    outputs = []
     for name in MODELS:
         model, out = ("--model", folders[name]), tmp_path / name
         short = ("--data", data, "--samples", 5, "--json")
         mlm_train("evaluate", *model, *short)
         mlm_train("evaluate", *model, *short, "--tol", folders["tol"])
         mlm_train("tol", "build", folders[name], "--output", out / "tol", "--evaluate", data)
-        words = ("--output", out / "int8", "--dtype", "int8", "--evaluate", data)
-        mlm_train("tol", "compress", folders["tol"], *words, *model)
-        said.append(capsys.readouterr().out.replace(str(out), "OUT"))
-    assert said[0] == said[1] == said[2]
-    computed, looked_up = (json.loads(line) for line in said[0].splitlines()[:2])
+        arguments = ("--output", out / "int8", "--dtype", "int8", "--evaluate", data)
+        mlm_train("tol", "compress", folders["tol"], *arguments, *model)
+        outputs.append(capsys.readouterr().out.replace(str(out), "OUT"))
+    assert outputs[0] == outputs[1] == outputs[2]
+    computed, looked_up = (json.loads(line) for line in outputs[0].splitlines()[:2])
     assert computed["windows"] == 5 and looked_up["perplexity"] == pytest.approx(computed["perplexity"])
-    assert said[0].count("perplexity ") == 2
+    assert outputs[0].count("perplexity ") == 2
 
 
 def test_allocate_inspect_and_generate(
     folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said, mixes = [], []
+    results, mixes = [], []
     for name in MODELS:
         model, out = ("--model", folders[name]), tmp_path / f"{name}.json"
         mlm_train("tol", "inspect", folders["tol"], *model, "--json", "--neighbours", " self")
         mlm_train("generate", *model, "--prompt", "def", "--max-new-tokens", 4, "--json")
         inspected, generated = map(json.loads, capsys.readouterr().out.splitlines())
-        said.append((inspected, generated["ids"]))
-        words = ("--samples", 2, "--budget", "50kB", "--output", out)
-        mlm_train("tol", "allocate", folders["tol"], *model, "--data", data, *words)
+        results.append((inspected, generated["ids"]))
+        arguments = ("--samples", 2, "--budget", "50kB", "--output", out)
+        mlm_train("tol", "allocate", folders["tol"], *model, "--data", data, *arguments)
         capsys.readouterr()
         mixes.append(json.loads(out.read_text()))
-    assert said[0] == said[1] == said[2] and mixes[0] == mixes[1] == mixes[2]
-    assert said[0][0]["sizes"]["ffn_m"] and said[0][0]["neighbours"][0]["text"] == " self"
+    assert results[0] == results[1] == results[2] and mixes[0] == mixes[1] == mixes[2]
+    assert results[0][0]["sizes"]["ffn_m"] and results[0][0]["neighbours"][0]["text"] == " self"
 
 
 def test_bad_input(folders: dict[str, Path], data: Path, corpus: Path, tmp_path: Path) -> None:
@@ -99,8 +99,8 @@ def test_bad_input(folders: dict[str, Path], data: Path, corpus: Path, tmp_path:
     for model in (folders["run"], folders["checkpoint"]):
         line = refused("tol", "build", model, *out, "--evaluate", other)
         assert f"{folders['run'] / 'tokenizer.model'} is not the tokenizer of {other}" in line
-    numbers = ("tol", "allocate", table, "--model", folders["run"], "--data", data, *out, "--budget", "1MB")
-    assert "--samples 0: give at least 1" in refused(*numbers, "--samples", 0)
-    assert "--micro-batch-size 0: give at least 1" in refused(*numbers, "--micro-batch-size", 0)
-    assert "--sequence-length 65 is longer" in refused(*numbers, "--sequence-length", 65)
+    allocate = ("tol", "allocate", table, "--model", folders["run"], "--data", data, *out, "--budget", "1MB")
+    assert "--samples 0: give at least 1" in refused(*allocate, "--samples", 0)
+    assert "--micro-batch-size 0: give at least 1" in refused(*allocate, "--micro-batch-size", 0)
+    assert "--sequence-length 65 is longer" in refused(*allocate, "--sequence-length", 65)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The Ray build: right rows, equal bytes, and nothing lost when a process is killed."""
+"""The Ray build: correct rows, equal bytes, and nothing lost when a process is killed."""
 
 import contextlib
 import hashlib
@@ -70,7 +70,7 @@ def test_rows_are_ffn_m(tables: dict[str, Path], model: Transformer, dtype: str)
     assert (error <= info.eps / 2 * true.abs() + 2e-6 * true.abs().amax() + 1e-7).all()
 
 
-def test_a_ray_of_our_own_listens_on_loopback_alone(ray: None) -> None:
+def test_a_local_ray_listens_on_loopback_only(ray: None) -> None:
     assert listening(psutil.Process()) == {"127.0.0.1"}
 
 
@@ -108,7 +108,7 @@ def test_killed_builder_resumes_to_the_same_bytes(
 
 
 def test_unfinished_builds(tables: dict[str, Path], exported: Path, tmp_path: Path) -> None:
-    """A damaged committed partition is built again; another plan, or another model, is refused."""
+    """A damaged committed partition is rebuilt; another plan, or another model, is rejected."""
     output = tmp_path / "tol"
     index = build_tol(exported, output, "bfloat16", 3)
     before = digests(output)
@@ -151,16 +151,16 @@ def test_unreachable_cluster(
         _check_reachable(address)
 
 
-def test_the_words_of_ray() -> None:
-    """Without colours, and not cut off where it lists remedies on further lines."""
-    assert first_line("\x1b[36mray::Worker\x1b[39m died.\nTraceback") == "ray::Worker died"
+def test_messages_of_ray() -> None:
+    """One line without colours, complete even if Ray lists remedies on further lines."""
+    assert first_line("\x1b[36mray::BuildWorker\x1b[39m died.\nTraceback") == "ray::BuildWorker died"
     assert first_line("It looks like an HTTP address. To fix this, either:\n1. ...") == (
         "It looks like an HTTP address"
     )
 
 
 def test_no_node_has_what_a_worker_needs(exported: Path, ray: None, tmp_path: Path) -> None:
-    """Ray would wait without a word. No partition has been begun."""
+    """Ray would wait silently. No partition has been started."""
     for options, message in (
         ({"device": "cuda"}, r"needs 1 CPU and 1 GPU, .* \(at most 2 CPUs and 0 GPUs\); .* --device"),
         ({"threads": 3}, r"needs 3 CPUs, .* \(at most 2 CPUs\); give fewer --threads"),
@@ -170,8 +170,8 @@ def test_no_node_has_what_a_worker_needs(exported: Path, ray: None, tmp_path: Pa
         assert {path.name for path in (tmp_path / "tol").iterdir()} == {STATE}
 
 
-def test_what_killed_builds_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not what a process holds, what has no mark yet, and what is another user's."""
+def test_scratch_of_killed_builds_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not of a live process, without an owner file, or of another user."""
     code = (
         "import sys\nfrom pathlib import Path\nfrom mlm_train.tol.build.ray_cluster import _scratch\n"
         "with _scratch() as folder:\n    Path(folder).mkdir()\n    print(folder, flush=True)\n    input()"
@@ -228,7 +228,7 @@ def test_bad_input(
         with pytest.raises(UserError, match=message) as caught:
             build_tol(model_dir, tmp_path / f"out{number}", **options)
         assert "\n" not in str(caught.value)
-    # Nothing was committed, so another type may take the folder of the last case.
+    # Nothing was committed, so another type may use the folder of the last case.
     index = build_tol(tmp_path / "large", tmp_path / "out7", partitions=3)
     assert {file.name for file in (tmp_path / "out7").iterdir()} == {
         INDEX,
@@ -250,7 +250,7 @@ def test_bad_input(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (("--threads", 0), "--threads 0: give at least 1"),
         (("--threads", -1), "--threads -1: give at least 1"),
@@ -258,7 +258,7 @@ def test_bad_input(
         (("--device", "foo"), "--device foo: give cpu or cuda"),
         (("--device", "cuda:7"), "--device cuda:7: give cpu or cuda"),
         (("--device", ""), "--device '': give cpu or cuda"),
-        (("--budget", "1B"), "a budget of 1 byte holds no layer: "),
+        (("--budget", "1B"), "a budget of 1 byte is too small for any layer; give at least "),
         (("--output", ""), "the folder's name is empty; name a folder or a URL"),
         (("--output", "/dev/null"), "/dev/null cannot be written: File exists; it is not a folder"),
         (("--output", "FILE/x"), "cannot be written: Not a directory; a part of that path is a file"),
@@ -271,49 +271,49 @@ def test_bad_input(
     ],
 )
 def test_options_that_cannot_work(
-    words: tuple[object, ...],
+    arguments: tuple[object, ...],
     message: str,
     exported: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Refused before Ray starts, and nothing is left."""
+    """Rejected before Ray starts, and nothing is written."""
     monkeypatch.setattr("mlm_train.tol.build.builder.ray_cluster", None)
     (tmp_path / "FILE").touch()
     (tmp_path / "LINK").symlink_to(tmp_path / "nowhere")
     monkeypatch.chdir(tmp_path)
-    assert message in refused("tol", "build", exported, "--output", "tol", *words)
+    assert message in refused("tol", "build", exported, "--output", "tol", *arguments)
     assert {path.name for path in tmp_path.iterdir()} == {"FILE", "LINK"}
 
 
 def test_the_same_command_again(
     tables: dict[str, Path], exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A finished build says so, and another one's folder is refused, whatever differs."""
+    """A finished build is reported, and the folder of a different build is rejected."""
     output = tmp_path / "tol"
     stored = ("--dtype", "int8", "--group-size", 8, "--partitions", 3)
     for options in (("--budget", "60kB"), ("--rank", 8, "--drop", 1)):
-        words = ("tol", "build", exported, "--output", output, *stored, *options)
-        mlm_train(*words)
+        arguments = ("tol", "build", exported, "--output", output, *stored, *options)
+        mlm_train(*arguments)
         before = digests(output)
         capsys.readouterr()
-        mlm_train(*words)
+        mlm_train(*arguments)
         assert capsys.readouterr().out.startswith(f"{output} is finished already: 601 rows of ")
         for other in (("--group-size", 16), ("--drop", 0), ("--partitions", 4), ("--budget", "50kB")):
             if "--rank" in options and "--budget" in other:
                 continue
-            said = refused(*words, *other)
-            assert said == f"mlm-train: {output} holds another table; name a new folder, or remove it"
+            line = refused(*arguments, *other)
+            assert line == f"mlm-train: {output} holds another table; name a new folder, or remove it"
         assert digests(output) == before
         lost = output / read_index(output).partitions[1].file
         lost.unlink()
-        assert f"{lost} is missing or damaged" in refused(*words)
-        mlm_train(*words[:5], "--repair")
+        assert f"{lost} is missing or damaged" in refused(*arguments)
+        mlm_train(*arguments[:5], "--repair")
         assert digests(output) == before
         shutil.rmtree(output)
 
 
-def test_an_unfinished_build_is_no_compression(
+def test_an_unfinished_build_is_not_resumed_as_a_compression(
     tables: dict[str, Path], exported: Path, tmp_path: Path
 ) -> None:
     index, plan = (

@@ -1,4 +1,4 @@
-"""Rows as bytes: read back as docs/tol-format.md says, by a reader of its own, as near as types allow."""
+"""Encoded rows: read back by an independent reader of docs/tol-format.md, as precise as types allow."""
 
 import itertools
 import struct
@@ -34,7 +34,7 @@ def encode(scheme: Scheme, values: Tensor) -> Tensor:
     return out
 
 
-def numbers(rows: int, width: int, seed: int = 0) -> Tensor:
+def random_values(rows: int, width: int, seed: int = 0) -> Tensor:
     """Rows of very different size, some groups of one sign, some of zeros."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(rows, width, generator=generator) * torch.logspace(-3, 2, rows).unsqueeze(1)
@@ -67,10 +67,10 @@ def read_by_hand(row: bytes, encoding: Encoding, hidden: int) -> list[Fraction]:
     return values
 
 
-def test_layers_of_a_row_lie_where_the_format_says() -> None:
+def test_layers_of_a_row_are_where_the_format_puts_them() -> None:
     encodings = layout(SCHEMES, HIDDEN)
     total = sum(scheme.bytes(HIDDEN) for scheme in SCHEMES)
-    parts = [numbers(9, scheme.width(HIDDEN), seed) for seed, scheme in enumerate(SCHEMES)]
+    parts = [random_values(9, scheme.width(HIDDEN), seed) for seed, scheme in enumerate(SCHEMES)]
     rows = torch.cat([encode(scheme, part) for scheme, part in zip(SCHEMES, parts, strict=True)], 1)
     assert rows.shape == (9, total) and rows.dtype == torch.uint8
     spans = sorted(span for encoding in encodings for span in encoding.spans(HIDDEN))
@@ -85,7 +85,7 @@ def test_layers_of_a_row_lie_where_the_format_says() -> None:
 
 
 def test_the_example_of_the_page() -> None:
-    """Our codec writes its bytes and reads its numbers, and so does the reader by hand."""
+    """Our codec writes its bytes and reads its values, and so does the reader by hand."""
     page = (ROOT / "docs/tol-format.md").read_text().partition("### An example")[2]
     stored, held = ("".join(block) for block in _blocks(page)[:2])
     row = bytes.fromhex(stored)
@@ -116,8 +116,8 @@ def _blocks(page: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: f"{scheme.dtype}-{scheme.symmetric}")
-def test_numbers_are_as_close_as_the_type_allows(scheme: Scheme) -> None:
-    values = numbers(40, scheme.width(HIDDEN))
+def test_values_are_as_close_as_the_type_allows(scheme: Scheme) -> None:
+    values = random_values(40, scheme.width(HIDDEN))
     (encoding,) = layout([scheme], HIDDEN)
     found = decode(encoding, encode(scheme, values), HIDDEN).float()
     error = (found - values).abs()
@@ -133,8 +133,8 @@ def test_numbers_are_as_close_as_the_type_allows(scheme: Scheme) -> None:
         if not scheme.symmetric:
             step = (high - low) / (highest - lowest)
         worst = error[:, start : start + scheme.group_size].square().mean(1).sqrt()
-        # No clipping errs by half a step at most, at the upper end by one (one code less there, or a
-        # rounded zero); clipping is chosen where the mean square is smaller. 1e-7: a scale below float16's.
+        # Without clipping the error is at most half a step, at the upper end one step (one code less there,
+        # or a rounded zero); clipping is chosen if the mean square is smaller. 1e-6: scales below float16's.
         assert (worst <= 1.01 * step + 1e-6).all()
         assert (worst[step == 0.0] == 0.0).all()
 
@@ -178,8 +178,8 @@ def test_more_bits_and_smaller_groups_err_less() -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", "int4"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e9])
-def test_what_a_type_cannot_hold_is_refused(dtype: str, bad: float) -> None:
-    values = numbers(10, HIDDEN)
+def test_values_that_a_type_cannot_hold_are_rejected(dtype: str, bad: float) -> None:
+    values = random_values(10, HIDDEN)
     values[6, 70] = bad
     scheme = Scheme(dtype=dtype, group_size=None if dtype == "float16" else 64)
     with pytest.raises(NotFinite) as caught:
@@ -190,8 +190,8 @@ def test_what_a_type_cannot_hold_is_refused(dtype: str, bad: float) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("dtype", LEVELS)
 def test_a_group_wider_than_a_row_is_the_row(dtype: str, symmetric: bool) -> None:
-    """Bytes are the same, and so is the memory: none for what lies beyond the row."""
-    values = numbers(40, HIDDEN)
+    """Bytes and memory are the same: nothing beyond the row is allocated."""
+    values = random_values(40, HIDDEN)
     given = {"dtype": dtype, "symmetric": symmetric}
     exact, wide = (Scheme.model_validate(given | {"group_size": size}) for size in (HIDDEN, 2**31 - 1))
     assert exact.sizes(HIDDEN) == wide.sizes(HIDDEN)
@@ -206,5 +206,5 @@ def test_schemes_that_mean_nothing() -> None:
     for fields in ({"dtype": "int8"}, {"dtype": "bfloat16", "group_size": 64}, {"dtype": "int4", "rank": 0}):
         with pytest.raises(ValueError, match=r"group_size|greater than"):
             Scheme.model_validate(fields)
-    with pytest.raises(ValueError, match="zeros of those"):
+    with pytest.raises(ValueError, match="zeros to those"):
         Encoding(dtype="int8", group_size=64, symmetric=False, scales=0, codes=8)

@@ -1,4 +1,4 @@
-"""A build computes FFN-M as the model does, to the bit."""
+"""A build computes FFN-M bit-identically to the model."""
 
 from pathlib import Path
 
@@ -17,8 +17,8 @@ def test_as_the_model_does(model: Transformer, exported: Path, dtype: PlainDtype
     layers = range(model.config.num_hidden_layers)
     with open_model(exported) as opened:
         weights = ffn_m_weights(opened.tensors, opened.config, layers, dtype)
-        numbers = ComputedRows(opened, dict(zip(layers, weights, strict=True)), dtype)
-        found = torch.stack(list(numbers.values(5, 207)))
+        source = ComputedRows(opened, dict(zip(layers, weights, strict=True)), dtype)
+        found = torch.stack(list(source.values(5, 207)))
         x0 = opened.tensor(EMBEDDING)[5:207].float()
     with torch.autocast("cpu", TORCH_DTYPE[dtype], enabled=dtype != "float32"):
         true = torch.stack([block.ffn_m(x0) for block in model.layers.values()])

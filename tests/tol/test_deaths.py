@@ -1,6 +1,6 @@
-"""Deaths that end a ToL build: one line says so, what is finished stays, and the same command goes on.
+"""Deaths that end a ToL build: one line reports it, finished work is kept, and the same command resumes.
 
-And a worker that a build of long ago has left: it changes nothing. By the command, in real processes.
+Also a worker that a killed build has left: it changes nothing. With the command, in real processes.
 """
 
 import contextlib
@@ -16,13 +16,15 @@ import pytest
 
 from mlm_train.tol.build.builder import Build
 from mlm_train.tol.build.state import BuildState
+from mlm_train.tol.build.worker import PROCESS_TITLE
 from mlm_train.tol.format.layout import TableSpec
 from mlm_train.tol.storage.local import LocalFolder
 from tests.commands import ROOT, start
-from tests.tol.conftest import end, export, random_model
-from tests.tol.test_faults import progress, same, wait_until, workers
+from tests.tol.conftest import export, random_model
+from tests.tol.processes import kill_leftovers, worker_processes
+from tests.tol.test_faults import progress, same, wait_until
 
-PARTITIONS = 16  # so that a task is all layers of one
+PARTITIONS = 16  # so many that a task is all layers of one
 ONE_DONE = 5  # of `progress`
 LAST_ROWS = 2**19  # bytes at a partition's end
 CODE = """
@@ -34,9 +36,9 @@ from mlm_train.tol.build.ray_cluster import ray_cluster
 from mlm_train.tol.build.weight_store import shared_weights
 from mlm_train.tol.format.layout import TableSpec
 model, output = sys.argv[1:]
-plan = Build(model, output, Storage()).plan
+plan = Build(model, output, TableSpec()).plan
 with ray_cluster(1):
-    (raylet,) = (one for one in psutil.Process().children() if one.name() == "raylet")
+    (raylet,) = (child for child in psutil.Process().children() if child.name() == "raylet")
     raylet.kill()
     raylet.wait()
     try:
@@ -49,7 +51,7 @@ with ray_cluster(1):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A partition takes a good part of a second, so that a worker is hit while it fills one."""
+    """A model whose partitions take a good part of a second, so that a worker is hit while it fills one."""
     model = random_model(vocab_size=24576, hidden_size=64, intermediate_size=16384)
     return export(tmp_path_factory.mktemp("deaths") / "model", model)
 
@@ -62,56 +64,56 @@ def unbroken(source: Path, ray: None, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def command(source: Path, output: Path, count: int, *more: str) -> "subprocess.Popen[str]":
-    words = ("--dtype", "float32", "--partitions", PARTITIONS, "--workers", count, *more)
-    return start("tol", "build", source, "--output", output, *words)
+    options = ("--dtype", "float32", "--partitions", PARTITIONS, "--workers", count, *more)
+    return start("tol", "build", source, "--output", output, *options)
 
 
 def finished(output: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time of each committed partition."""
+    """Inode and mtime of each committed partition."""
     files = [output / part.file for part in BuildState.load(LocalFolder(output)).done.values()]
     return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
 
 
-def goes_on(source: Path, output: Path, unbroken: Path) -> None:
-    """The same command ends now, leaves alone what was finished, and comes to the same bytes."""
+def check_resumes(source: Path, output: Path, unbroken: Path) -> None:
+    """The same command finishes, keeps committed partitions, and writes the same bytes."""
     kept = finished(output)
     process = command(source, output, 2)
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
     assert 1 <= len(kept) < PARTITIONS
     found = {name: ((output / name).stat().st_ino, (output / name).stat().st_mtime_ns) for name in kept}
     assert found == kept and same(output, unbroken)
 
 
 def drafts(worker: psutil.Process) -> list[Path]:
-    """That it has opened."""
+    """The drafts that a worker has opened."""
     with contextlib.suppress(psutil.Error):
         return [Path(file.path) for file in worker.open_files() if file.path.endswith(".part")]
     return []
 
 
-def test_four_deaths_over_one_piece(source: Path, unbroken: Path, tmp_path: Path) -> None:
-    """The second partition kills whoever fills it: it is tried again after all others."""
-    output, done, begun = tmp_path / "tol", list[int](), time.monotonic()
+def test_four_deaths_over_one_partition(source: Path, unbroken: Path, tmp_path: Path) -> None:
+    """The second partition kills every worker that fills it: it is retried after all others."""
+    output, done, started = tmp_path / "tol", list[int](), time.monotonic()
     process = command(source, output, 1)
     builder = psutil.Process(process.pid)
     while process.poll() is None:
-        assert time.monotonic() < begun + 300, "the build hangs"
-        for victim in workers(builder, "fill"):
+        assert time.monotonic() < started + 300, "the build hangs"
+        for victim in worker_processes(builder, "fill"):
             if any(draft.name.startswith(".rows-00001-") for draft in drafts(victim)):
                 victim.kill()
                 victim.wait(60)
                 done.append(len(BuildState.load(LocalFolder(output)).done))
         time.sleep(0.01)
-    said, _ = process.communicate()
-    *progress_lines, last = said.splitlines()  # one a minute, where the machine is that slow
-    assert process.returncode == 2 and all(line.endswith(" left") for line in progress_lines), said
-    assert last.startswith("mlm-train: a worker died 4 times ("), said
-    assert last.endswith("run again: finished partitions are kept"), said
-    seconds = round(time.monotonic() - begun, 1)
+    text, _ = process.communicate()
+    *progress_lines, last = text.splitlines()  # one per minute, on a slow machine
+    assert process.returncode == 2 and all(line.endswith(" left") for line in progress_lines), text
+    assert last.startswith("mlm-train: a worker died 4 times ("), text
+    assert last.endswith("run again: finished partitions are kept"), text
+    seconds = round(time.monotonic() - started, 1)
     assert done == [1, *[PARTITIONS - 1] * 3] and not list(output.glob(".*.part"))
-    goes_on(source, output, unbroken)
-    print(json.dumps({"workers killed over one piece": len(done), "seconds": seconds}))
+    check_resumes(source, output, unbroken)
+    print(json.dumps({"workers killed over one partition": len(done), "seconds": seconds}))
 
 
 @pytest.mark.parametrize(
@@ -124,17 +126,17 @@ def test_four_deaths_over_one_piece(source: Path, unbroken: Path, tmp_path: Path
 def test_asked_to_end(
     source: Path, unbroken: Path, tmp_path: Path, number: signal.Signals, line: str
 ) -> None:
-    """Several times over, as schedulers and hands do."""
+    """The signal is sent repeatedly, as schedulers and users do."""
     output = tmp_path / "tol"
     process = command(source, output, 2)
     wait_until(lambda: progress(output) >= ONE_DONE, process)
     while process.poll() is None:
         process.send_signal(number)
         time.sleep(0.2)
-    said, _ = process.communicate()
-    assert (process.returncode, said) == (128 + number, f"mlm-train: {line}\n")
+    text, _ = process.communicate()
+    assert (process.returncode, text) == (128 + number, f"mlm-train: {line}\n")
     assert not list(output.glob(".*.part"))
-    goes_on(source, output, unbroken)
+    check_resumes(source, output, unbroken)
 
 
 @pytest.mark.parametrize("name", ["raylet", "gcs_server"])
@@ -148,42 +150,43 @@ def test_a_process_of_ray_is_killed(source: Path, unbroken: Path, tmp_path: Path
     try:
         assert progress(output) <= ONE_DONE + 2
         (victim,) = (child for child in children if child.name() == name)
-        busy = [child for child in children if child.name().startswith("ray::Worker")]
+        busy = [child for child in children if "".join(child.cmdline()[:1]).startswith(PROCESS_TITLE)]
+        assert busy
         victim.kill()
         builder.resume()
-        begun = time.monotonic()
-        said, _ = process.communicate(timeout=120)
-        seconds = round(time.monotonic() - begun, 1)
-        line = f"mlm-train: Ray's own process {name} was killed, or found no memory; run again: "
-        assert process.returncode == 2 and said.startswith(line) and said.count("\n") == 1, said
+        started = time.monotonic()
+        text, _ = process.communicate(timeout=120)
+        seconds = round(time.monotonic() - started, 1)
+        line = f"mlm-train: Ray's own process {name} was killed or ran out of memory; run again: "
+        assert process.returncode == 2 and text.startswith(line) and text.count("\n") == 1, text
         assert not list(output.glob(".*.part"))
         assert not psutil.wait_procs(busy, 60)[1]
     finally:
-        end(children)
-    goes_on(source, output, unbroken)
+        kill_leftovers(children)
+    check_resumes(source, output, unbroken)
     print(json.dumps({"killed": name, "the build ended after seconds": seconds}))
 
 
 def test_weights_for_a_ray_that_is_gone(source: Path, tmp_path: Path) -> None:
-    """Ray itself ends a process that puts something into a store without a raylet."""
-    words = [sys.executable, "-c", CODE, str(source), str(tmp_path / "tol")]
-    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    """Ray itself would silently end a process that puts an object into a store without a raylet."""
+    command = [sys.executable, "-c", CODE, str(source), str(tmp_path / "tol")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 0 and not ended.stderr, ended
     assert ended.stdout.startswith("Ray's own process raylet was killed") and ended.stdout.count("\n") == 1
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int, int, bytes]]:
-    """Every file, hidden ones too: inode, time, size, contents."""
+    """Inode, mtime, size and contents of every file, including hidden ones."""
     files = {path.name: (path.stat(), path.read_bytes()) for path in folder.iterdir()}
     return {name: (stat.st_ino, stat.st_mtime_ns, stat.st_size, data) for name, (stat, data) in files.items()}
 
 
 def stop_one(cluster: psutil.Process, process: "subprocess.Popen[str]") -> tuple[psutil.Process, Path]:
-    """A stopped worker, and the draft that it has opened and still has to write: all of it, in one go."""
+    """Stop a worker that has opened a draft and written none of it; return both."""
     found: list[tuple[psutil.Process, Path]] = []
 
     def stop() -> bool:
-        for worker in workers(cluster, "fill"):
+        for worker in worker_processes(cluster, "fill"):
             worker.suspend()
             wait_until(lambda: worker.status() == psutil.STATUS_STOPPED, process)  # noqa: B023
             opened = drafts(worker)
@@ -200,30 +203,30 @@ def stop_one(cluster: psutil.Process, process: "subprocess.Popen[str]") -> tuple
 def test_an_orphan_wakes_after_the_next_build(
     source: Path, unbroken: Path, tmp_path: Path, cluster: "subprocess.Popen[str]"
 ) -> None:
-    """All of its Ray was paused with it, as a machine is, in mid-partition; it then writes all of that."""
+    """All of its Ray was paused with it, like a machine, within a partition; it then writes the rest."""
     assert cluster.stdout is not None
     output, address = tmp_path / "tol", cluster.stdout.readline().strip()
     process = command(source, output, 2, "--ray-address", address)
     wait_until(lambda: progress(output) >= ONE_DONE, process)
     orphan, draft = stop_one(psutil.Process(cluster.pid), process)
-    others = [one for one in psutil.Process(cluster.pid).children(recursive=True) if one != orphan]
-    for one in others:
-        one.suspend()  # or they would kill it, as soon as its builder is gone
+    others = [child for child in psutil.Process(cluster.pid).children(recursive=True) if child != orphan]
+    for other in others:
+        other.suspend()  # or they would kill the orphan as soon as its builder is gone
     try:
         process.kill()
         process.wait()
-        goes_on(source, output, unbroken)
+        check_resumes(source, output, unbroken)
         assert orphan.status() == psutil.STATUS_STOPPED and not draft.exists()
-        before, written, begun = snapshot(output), orphan.io_counters().write_chars, time.monotonic()
+        before, written, started = snapshot(output), orphan.io_counters().write_chars, time.monotonic()
         orphan.resume()
-        while orphan.cmdline()[:1] == ["ray::Worker.fill"]:
-            assert time.monotonic() < begun + 120, "it does not go on"
+        while orphan.cmdline()[:1] == [f"{PROCESS_TITLE}.fill"]:
+            assert time.monotonic() < started + 120, "it does not continue"
             time.sleep(0.01)
-        seconds, written = time.monotonic() - begun, orphan.io_counters().write_chars - written
+        seconds, written = time.monotonic() - started, orphan.io_counters().write_chars - written
         orphan.kill()
         assert written >= LAST_ROWS and snapshot(output) == before
         print(json.dumps({"bytes written by an orphan": written, "seconds": round(seconds, 1)}))
     finally:
-        for one in others:
+        for other in others:
             with contextlib.suppress(psutil.Error):
-                one.resume()
+                other.resume()

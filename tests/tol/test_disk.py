@@ -1,4 +1,4 @@
-"""Writing past the page cache: every byte in its place and hashed, whatever the sizes and the file system."""
+"""Writing past the page cache: every byte in its place and hashed, for all sizes and file systems."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ MIB = 2**20
 
 
 def no_direct(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system that knows no direct writing."""
+    """Emulate a file system without direct writing."""
     opened = os.open
 
     def refused(path: Path, flags: int, mode: int = 0o777) -> int:
@@ -51,7 +51,7 @@ def test_a_stream(system: str, row_bytes: int, tmp_path: Path, monkeypatch: pyte
 
 
 def test_long_writes_go_past_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but the last, incomplete block of them; not those that begin within a block."""
+    """Except their last, incomplete block, and writes that start within a block."""
     path, data, written = tmp_path / "file", buffers(2 * MIB + 5, 1)[0].numpy().reshape(-1), []
     data[:] = np.random.default_rng(0).integers(256, size=data.size, dtype=np.uint8)
     path.touch()
@@ -75,8 +75,8 @@ def test_long_writes_go_past_the_cache(tmp_path: Path, monkeypatch: pytest.Monke
     assert found[8 * MIB :] == data[:BLOCK].tobytes()
 
 
-def test_a_file_system_that_refuses_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Direct opening goes well and writing does not: the bytes are written all the same."""
+def test_direct_writing_that_fails_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening with O_DIRECT succeeds and writing fails: the bytes are written through the cache."""
     path, data = tmp_path / "file", buffers(2 * MIB, 1)[0].numpy().reshape(-1)
     data[:] = 7
     path.touch()
@@ -90,7 +90,7 @@ def test_a_file_system_that_refuses_late(tmp_path: Path, monkeypatch: pytest.Mon
     assert path.read_bytes() == data.tobytes()
 
 
-def test_a_full_disk_is_said_by_the_next_call(tmp_path: Path) -> None:
+def test_a_full_disk_is_raised_by_the_next_call(tmp_path: Path) -> None:
     class Full(FileSink):
         def append(self, data: np.ndarray) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,4 +1,4 @@
-"""A ToL build whose processes, nodes, disk and files fail: nothing that was committed is lost or wrong."""
+"""A ToL build whose processes, nodes, disk or files fail: committed work is neither lost nor wrong."""
 
 import contextlib
 import json
@@ -30,7 +30,8 @@ from mlm_train.tol.format.partition import Draft
 from mlm_train.tol.storage.local import LocalFolder
 from mlm_train.utils.progress import ByteProgress
 from tests.commands import ROOT, start
-from tests.tol.conftest import end, export, random_model
+from tests.tol.conftest import export, random_model
+from tests.tol.processes import kill_leftovers, worker_processes
 
 ROWS, PARTITIONS, CHUNK = 12007, 16, 16
 LOW_RANK = {"dtype": "int8", "group_size": 8, "budget": ROWS * 60}
@@ -38,20 +39,20 @@ GROUPS = {"dtype": "float32"}
 CODE = """
 import json, sys
 from mlm_train.tol.build.builder import Build
-from mlm_train.tol.build.state import Storage
-model, output, storage, options, run = json.loads(sys.argv[1])
-Build(model, output, Storage(**storage), **options).run(**run)
+from mlm_train.tol.format.layout import TableSpec
+model, output, spec, options, run = json.loads(sys.argv[1])
+Build(model, output, TableSpec(**spec), **options).run(**run)
 """
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A vocabulary large enough for a build that lasts some seconds."""
+    """A model whose vocabulary is large enough for a build of some seconds."""
     return export(tmp_path_factory.mktemp("faults") / "model", random_model(vocab_size=ROWS))
 
 
 def options_of(spec: dict[str, Any]) -> dict[str, int]:
-    """A layer each is a task, and a partition is read again; or a task is all of a partition, in order."""
+    """Options for tasks of one layer, or of all layers of a partition."""
     groups = {"group_bytes": 1} if spec == GROUPS else {}
     return {"partitions": PARTITIONS, "chunk_rows": CHUNK, **groups}
 
@@ -61,26 +62,26 @@ def build_of(model: Path, output: Path, spec: dict[str, Any]) -> Build:
 
 
 def builder(model: Path, output: Path, spec: dict[str, Any], **run: object) -> "subprocess.Popen[str]":
-    """The same in a process of its own."""
-    words = json.dumps([str(model), str(output), spec, options_of(spec), run])
-    command = [sys.executable, "-c", CODE, words]
+    """Run build_of in a process of its own."""
+    arguments = json.dumps([str(model), str(output), spec, options_of(spec), run])
+    command = [sys.executable, "-c", CODE, arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
 def unbroken(source: Path, ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What every broken build must come to."""
+    """The tables that every broken build must equal."""
     root = tmp_path_factory.mktemp("unbroken")
     for name, spec in (("low_rank", LOW_RANK), ("groups", GROUPS)):
-        begun = time.monotonic()
+        started = time.monotonic()
         build_of(source, root / name, spec).run()
-        print(json.dumps({"unbroken": name, "seconds": round(time.monotonic() - begun, 1)}))
+        print(json.dumps({"unbroken": name, "seconds": round(time.monotonic() - started, 1)}))
     return {name: root / name for name in ("low_rank", "groups")}
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """Every file; the index without its time, and without the digest that covers it."""
+    """Every file; the index without its time and its digest."""
     files: dict[str, object] = {path.name: path.read_bytes() for path in folder.iterdir()}
     if INDEX in files:
         index = json.loads((folder / INDEX).read_text())
@@ -96,7 +97,7 @@ def same(folder: Path, other: Path) -> bool:
     return all(mine[name] == others[name] for name in mine)
 
 
-def wait_until(holds: Callable[[], object], process: "subprocess.Popen[str]", seconds: float = 60) -> None:
+def wait_until(holds: Callable[[], object], process: "subprocess.Popen[str]", seconds: float = 200) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "nothing happened"
@@ -105,54 +106,44 @@ def wait_until(holds: Callable[[], object], process: "subprocess.Popen[str]", se
 
 
 def progress(folder: Path) -> int:
-    """0 once there is a state, 1 to 3 with so many spectra, 4 with a layout, and 1 more a partition."""
+    """0 once there is a state, 1 to 3 with so many spectra, 4 with a layout, and 1 more per partition."""
     if not (folder / STATE).exists():
         return -1
     state = BuildState.load(LocalFolder(folder))
     return len(state.spectra) + 4 * (state.layout is not None) + len(state.done)
 
 
-def workers(process: psutil.Process, task: str) -> list[psutil.Process]:
-    """Processes of a build that do this now."""
-    found = []
-    for child in process.children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if child.cmdline()[:1] == [f"ray::Worker.{task}"]:
-                found.append(child)
-    return found
-
-
 def test_every_worker_is_killed_in_turn(source: Path, unbroken: dict[str, Path], tmp_path: Path) -> None:
-    """Three while they make spectra and six while they fill partitions, replacements among them."""
+    """Three while they compute spectra and six while they fill partitions, replacements among them."""
     output = tmp_path / "tol"
     build = threading.Thread(target=build_of(source, output, LOW_RANK).run)
-    begun = time.monotonic()
+    started = time.monotonic()
     build.start()
     killed: list[int] = []
     drafts: set[str] = set()
     for task, count in (("spectrum", 3), ("fill", 9), ("", 9)):
         while build.is_alive() and (len(killed) < count or not task):
-            assert time.monotonic() < begun + 200, "the build hangs"
+            assert time.monotonic() < started + 200, "the build hangs"
             drafts |= {path.name for path in output.glob(".rows-*.part")}
-            for victim in workers(psutil.Process(), task):
+            for victim in worker_processes(psutil.Process(), task):
                 if victim.pid not in killed and len(killed) < count:
                     victim.kill()
                     killed.append(victim.pid)
             time.sleep(0.02)
     assert len(killed) == 9
     assert same(output, unbroken["low_rank"])
-    seconds, again = round(time.monotonic() - begun, 1), len(drafts) - PARTITIONS
-    print(json.dumps({"workers killed": 9, "partitions begun again": again, "seconds": seconds}))
+    seconds, restarted = round(time.monotonic() - started, 1), len(drafts) - PARTITIONS
+    print(json.dumps({"workers killed": 9, "partitions restarted": restarted, "seconds": seconds}))
 
 
 def test_the_builder_is_killed_at_random_moments(
     source: Path, unbroken: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Before and while it makes spectra, about when it commits the layout, and while it fills partitions.
+    """Before and while it computes spectra, about when it commits the layout, and while it fills partitions.
 
     Ray's processes of each killed builder live on into the next build.
     """
-    output, left, redone, begun = tmp_path / "tol", [], 0, time.monotonic()
+    output, left, restarted, started = tmp_path / "tol", [], 0, time.monotonic()
     seed = random.randrange(2**32)
     print("seed", seed)
     draws = random.Random(seed)
@@ -165,34 +156,35 @@ def test_the_builder_is_killed_at_random_moments(
         children = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         assert process.wait() == -signal.SIGKILL and not (output / INDEX).exists()
-        end(left)
+        kill_leftovers(left)
         left = children
         state = BuildState.load(LocalFolder(output))
         inodes = {part.file: (output / part.file).stat().st_ino for part in state.done.values()}
         assert kept.items() <= inodes.items()
-        redone += len(list(output.glob(".rows-*.part")))
+        restarted += len(list(output.glob(".rows-*.part")))
         kept = inodes
     last = builder(source, output, LOW_RANK)
     assert last.wait() == 0, last.communicate()[1]
-    end(left)
+    kill_leftovers(left)
     assert kept.items() <= {path.name: path.stat().st_ino for path in output.iterdir()}.items()
     assert same(output, unbroken["low_rank"])
-    seconds = round(time.monotonic() - begun, 1)
-    print(json.dumps({"builder killed": len(moments), "partitions begun again": redone, "seconds": seconds}))
+    seconds = round(time.monotonic() - started, 1)
+    figures = {"builder killed": len(moments), "partitions restarted": restarted, "seconds": seconds}
+    print(json.dumps(figures))
 
 
 @pytest.mark.parametrize("name", ["low_rank", "groups"])
 def test_two_nodes(
     source: Path, unbroken: dict[str, Path], tmp_path: Path, cluster: "subprocess.Popen[str]", name: str
 ) -> None:
-    """More workers than CPUs; then a node is removed in mid-build, with the worker that it has."""
+    """More workers than CPUs; then a node is removed during a build, with its worker."""
     assert cluster.stdin is not None and cluster.stdout is not None
     spec = {"low_rank": LOW_RANK, "groups": GROUPS}[name]
     run = {"workers": 5, "ray_address": cluster.stdout.readline().strip()}
     whole = builder(source, tmp_path / "whole", spec, **run)
     assert whole.wait(120) == 0, whole.communicate()[1]
     assert same(tmp_path / "whole", unbroken[name])
-    begun = time.monotonic()
+    started = time.monotonic()
     process = builder(source, tmp_path / "tol", spec, **run)
     wait_until(lambda: progress(tmp_path / "tol") >= 5, process)
     cluster.stdin.write("remove\n")
@@ -201,12 +193,12 @@ def test_two_nodes(
     assert process.poll() is None, "the build ended before its node was removed"
     assert process.wait(120) == 0, process.communicate()[1]
     assert same(tmp_path / "tol", unbroken[name])
-    print(json.dumps({"node removed": name, "seconds": round(time.monotonic() - begun, 1)}))
+    print(json.dumps({"node removed": name, "seconds": round(time.monotonic() - started, 1)}))
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MB."""
+    """A file system of 8 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
@@ -217,14 +209,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> None:
-    """Take all space that is left."""
+    """Use up all free space."""
     with contextlib.suppress(OSError), (disk / "other").open("ab", buffering=0) as file:
         while True:
             file.write(bytes(4096))
 
 
 def test_the_disk_fills(source: Path, ray: None, tmp_path: Path, small_disk: Path) -> None:
-    """Before the first spectrum, and after some partitions; the same command ends once there is space."""
+    """Before the first spectrum, and after some partitions; the same command finishes once there is space."""
     output, last = small_disk / "tol", ""
     options = ("--dtype", "int8", "--group-size", "8", "--rank", "16", "--partitions", "300")
     for moment in (0, 10):
@@ -255,42 +247,42 @@ def test_two_builders(source: Path, unbroken: dict[str, Path], tmp_path: Path) -
     first = builder(source, output, GROUPS)
     wait_until(lambda: progress(output) >= 0, first)
     second = start("tol", "build", source, "--output", output)
-    said, _ = second.communicate(timeout=60)
+    text, _ = second.communicate(timeout=60)
     assert first.poll() is None and second.returncode == 2
     line = f"mlm-train: {output} is being built by another process; wait for it or name another\n"
-    assert said == line
+    assert text == line
     assert first.wait(120) == 0, first.communicate()[1]
     assert same(output, unbroken["groups"])
 
 
-def test_a_draft_that_was_thrown_away(source: Path, tmp_path: Path) -> None:
-    """A late worker makes no file of it, and its error ends no build."""
+def test_a_discarded_draft(source: Path, tmp_path: Path) -> None:
+    """A late worker does not create it again, and its error ends no build."""
     build = build_of(source, tmp_path, GROUPS)
     layout = Layout.of(build.plan.spec, 3, 32)
     scheduler = PartitionScheduler(LocalFolder(tmp_path), build.plan, layout.shape, [0], build.groups(1, 2))
     first, second = scheduler.next(()), scheduler.next(())
     assert first is not None and second is not None and first.draft == second.draft
-    assert scheduler.ended(first, WorkerDied("killed")) is None
+    assert scheduler.on_result(first, WorkerDied("killed")) is None
     with pytest.raises(FileNotFoundError) as late:
         Draft(tmp_path / second.draft, layout.shape, 10)
-    assert scheduler.ended(second, late.value) is None
+    assert scheduler.on_result(second, late.value) is None
     third = scheduler.next(())
     assert third is not None and [tmp_path / third.draft] == list(tmp_path.iterdir())
     with pytest.raises(OSError, match="full"):
-        scheduler.ended(third, OSError("full"))
+        scheduler.on_result(third, OSError("full"))
 
 
 def test_workers_that_never_start(source: Path, ray: None, tmp_path: Path) -> None:
-    """Their constructor fails: threads=0 is what torch refuses."""
+    """Their constructor fails: torch rejects threads=0."""
     job = build_of(source, tmp_path, GROUPS).job
     pool = WorkerPool(replace(job, plan=job.plan.model_copy(update={"threads": 0})), 2, 0)
     with pytest.raises(UserError, match="workers die as they start"):
         while True:
             pool.finished()
-    pool.dismiss()
+    pool.shutdown()
 
 
-def test_workers_without_a_place_are_told_once(
+def test_waiting_workers_are_reported_once(
     source: Path,
     ray: None,
     tmp_path: Path,
@@ -304,9 +296,9 @@ def test_workers_without_a_place_are_told_once(
             pool.finished()
         pool.finished()
     finally:
-        pool.dismiss()
-    told = capsys.readouterr().err
-    assert re.fullmatch(r"[123] of 3 workers have not started: .*free in Ray: \d of 2 CPUs.*\n", told), told
+        pool.shutdown()
+    text = capsys.readouterr().err
+    assert re.fullmatch(r"[123] of 3 workers have not started: .*free in Ray: \d of 2 CPUs.*\n", text), text
 
 
 def test_a_log_has_lines_with_the_remaining_time(
@@ -329,8 +321,8 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_damage_before_a_build_goes_on(source: Path, unbroken: dict[str, Path], tmp_path: Path) -> None:
-    """Files that are damaged are made again, with all that depends on them; a damaged state is refused."""
+def test_damage_before_a_build_is_resumed(source: Path, unbroken: dict[str, Path], tmp_path: Path) -> None:
+    """Damaged files are rebuilt, with all that depends on them; a damaged state is rejected."""
     output = tmp_path / "tol"
     for moment, damages in ((1, ("spectrum", "plan")), (8, ("state", "rows", "basis"))):
         process = builder(source, output, LOW_RANK)
@@ -338,7 +330,7 @@ def test_damage_before_a_build_goes_on(source: Path, unbroken: dict[str, Path], 
         left = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         process.wait()
-        end(left)
+        kill_leftovers(left)
         state = BuildState.load(LocalFolder(output))
         for damage in damages:
             folder = shutil.copytree(output, tmp_path / damage)
@@ -353,8 +345,8 @@ def test_damage_before_a_build_goes_on(source: Path, unbroken: dict[str, Path], 
                 kept = {part.file: (folder / part.file).stat().st_ino for part in state.done.values()}
                 build_of(source, folder, LOW_RANK).run()
                 assert same(folder, unbroken["low_rank"])
-                again = [name for name in kept if (folder / name).stat().st_ino != kept[name]]
-                assert len(again) == {"spectrum": 0, "rows": 2, "basis": len(kept)}[damage]
+                rebuilt = [name for name in kept if (folder / name).stat().st_ino != kept[name]]
+                assert len(rebuilt) == {"spectrum": 0, "rows": 2, "basis": len(kept)}[damage]
 
 
 def _cut_and_flip(folder: Path, state: BuildState) -> None:

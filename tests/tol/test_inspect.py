@@ -1,4 +1,4 @@
-"""What `tol inspect` says of a table, against float64 over all its rows at once."""
+"""The statistics of `tol inspect` against float64 over all rows at once."""
 
 import errno
 import json
@@ -29,7 +29,7 @@ from tests.tol.conftest import export, random_model
 
 
 def alike(rows: int, layers: int = 2, hidden: int = 32) -> Tensor:
-    """Random rows fp32 [rows, layers, hidden], another draw in every run; neighbours are alike."""
+    """Random rows fp32 [rows, layers, hidden], with a new seed in every run; neighbours are similar."""
     generator = torch.Generator()
     print("seed", generator.seed())
     steps = torch.randn(rows, layers, hidden, generator=generator)
@@ -38,7 +38,7 @@ def alike(rows: int, layers: int = 2, hidden: int = 32) -> Tensor:
 
 
 def write(folder: Path, rows: Tensor, dtype: str = "float32", layers: tuple[int, ...] = (0, 2)) -> Path:
-    """A table of these rows in two partitions, of a model of three layers."""
+    """Write a table of these rows in two partitions, of a model of three layers."""
     folder.mkdir()
     vocab, _, hidden = rows.shape
     shape = RowShape.plain(dtype, len(layers), hidden)
@@ -102,7 +102,7 @@ def check_list(tokens: list[Scored], scores: Tensor, top: int) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_plain(tmp_path: Path, dtype: str) -> None:
-    """1,300 rows are three chunks; the asked tokens lie at their edges, and one is asked twice."""
+    """1,300 rows are three chunks; the given tokens are at their edges, and one is given twice."""
     rows = alike(1300).to(TORCH_DTYPE[dtype])
     folder = write(tmp_path / "tol", rows, dtype)
     found = inspect_tol(folder, top=7, neighbours=["512", "0", "1299", "511", "512"])
@@ -144,7 +144,7 @@ def test_encoded(exported: Path, ray: None, tmp_path: Path, spec: TableSpec) -> 
 
 
 def test_rows_of_zeros_make_no_pairs(tmp_path: Path) -> None:
-    """As of padded vocabularies: their cosines are left out, a layer of zeros has rank 0."""
+    """As in padded vocabularies: their cosines are left out, and a layer of zeros has rank 0."""
     rows = alike(700)
     rows[:, 1] = 0
     rows[5], rows[600:] = 0, 0
@@ -175,7 +175,7 @@ def test_one_token(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def with_text(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A table and its model, whose folder holds a tokenizer that knows 512 of 520 tokens."""
+    """A table and its model, whose folder has a tokenizer that knows 512 of 520 tokens."""
     root = tmp_path_factory.mktemp("text")
     model = random_model(vocab_size=520)
     write_folder(root / "model", model.config, named_pieces(model), [data / "tokenizer.model"])
@@ -198,12 +198,12 @@ def test_tokens_as_text(with_text: tuple[Path, Path]) -> None:
 
 def test_command(with_text: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, model = with_text
-    words = ("tol", "inspect", folder, "--model", model, "--top", 4, "--neighbours", " self", 9)
-    mlm_train(*words, "--json", "--plot", tmp_path / "plot.png")
+    arguments = ("tol", "inspect", folder, "--model", model, "--top", 4, "--neighbours", " self", 9)
+    mlm_train(*arguments, "--json", "--plot", tmp_path / "plot.png")
     expected = inspect_tol(folder, model, 4, [" self", "9"])
     assert json.loads(capsys.readouterr().out) == asdict(expected)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    mlm_train(*words)
+    mlm_train(*arguments)
     shown = capsys.readouterr().out
     for part in (
         "520 rows of 2 of 3 layers x 32",
@@ -214,8 +214,8 @@ def test_command(with_text: tuple[Path, Path], tmp_path: Path, capsys: pytest.Ca
         assert part in shown
 
 
-def test_a_plot_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An earlier one stays where the disk is full, and no draft of the new one."""
+def test_a_plot_is_written_completely_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk the earlier one stays, and no draft of the new one is left."""
     folder, file = write(tmp_path / "tol", alike(20)), tmp_path / "plot.png"
     mlm_train("tol", "inspect", folder, "--plot", file)
     before = file.read_bytes()
@@ -225,8 +225,8 @@ def test_a_plot_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
 
     with monkeypatch.context() as patched:
         patched.setattr(files, "sync", full)
-        said = refused("tol", "inspect", folder, "--plot", file)
-    assert f"{file} cannot be written: No space left" in said
+        line = refused("tol", "inspect", folder, "--plot", file)
+    assert f"{file} cannot be written: No space left" in line
     assert file.read_bytes() == before and {path.name for path in tmp_path.iterdir()} == {"tol", "plot.png"}
     mlm_train("tol", "inspect", folder, "--plot", file)
 
@@ -241,7 +241,7 @@ def test_bad_input(with_text: tuple[Path, Path], tmp_path: Path) -> None:
     short = write(tmp_path / "short", alike(30))
     (short / "rows-10.safetensors").write_bytes(b"short")
     (tmp_path / "mine.json").write_text("{}")
-    for words, message in (
+    for arguments, message in (
         ((tmp_path / "none",), "tol.index.json does not exist"),
         ((model,), "tol.index.json does not exist"),
         ((damaged,), "rows [512, 600) have NaN, infinite or huge values"),
@@ -260,4 +260,4 @@ def test_bad_input(with_text: tuple[Path, Path], tmp_path: Path) -> None:
         ((folder, "--plot", model / "p.png"), "which must hold no other files"),
         ((folder, "--plot", tmp_path / "mine.json"), "mine.json exists and is not a PNG"),
     ):
-        assert message in refused("tol", "inspect", *words)
+        assert message in refused("tol", "inspect", *arguments)

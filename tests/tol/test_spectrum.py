@@ -1,4 +1,4 @@
-"""Spectra from chunks against the SVD of the whole table, and predictions against storing it."""
+"""Spectra from chunks against the SVD of the whole table, and predicted errors against stored tables."""
 
 import pickle
 
@@ -16,14 +16,14 @@ from mlm_train.tol.serve.reader import projector
 
 @pytest.fixture
 def draws() -> torch.Generator:
-    """Other numbers in every run; the seed is in the failing test's output."""
+    """A generator with a new seed in every run, which a failing test's output shows."""
     generator = torch.Generator()
     print("seed", generator.seed())
     return generator
 
 
 def random_table(draws: torch.Generator, values: Tensor, rows: int) -> Tensor:
-    """A table fp32 [rows, h] of about these singular values [h], and random directions."""
+    """A table fp32 [rows, h] with about these singular values [h] in random directions."""
 
     def directions(size: int) -> Tensor:
         random = torch.randn(size, len(values), generator=draws, dtype=torch.float64)
@@ -53,7 +53,7 @@ def log_values(hidden: int, last: float) -> Tensor:
     return 40 * torch.logspace(0, last, hidden, dtype=torch.float64)
 
 
-# More columns than one product has, more rows than one product has, and fewer rows than columns.
+# More columns than one matmul, more rows than one matmul, and fewer rows than columns.
 @pytest.mark.parametrize(("rows", "hidden", "chunk"), [(900, 600, 130), (5000, 64, 5000), (40, 70, 7)])
 def test_against_svd(draws: torch.Generator, rows: int, hidden: int, chunk: int) -> None:
     table = torch.randn(rows, hidden, generator=draws) @ torch.randn(hidden, hidden, generator=draws) + 3
@@ -79,7 +79,7 @@ def test_against_svd(draws: torch.Generator, rows: int, hidden: int, chunk: int)
 
 
 def test_small_singular_values(draws: torch.Generator) -> None:
-    """What the docstring of Spectrum says of an fp32 Gram, down to a millionth of the largest value."""
+    """The accuracy that the docstring of Spectrum states, down to a millionth of the largest value."""
     table = random_table(draws, log_values(128, -6), 5000)
     true = torch.linalg.svdvals(table.double())
     spectrum = Spectrum.of(gram_of(table, 5000))
@@ -104,10 +104,10 @@ def test_small_singular_values(draws: torch.Generator) -> None:
 def test_equal_bits(draws: torch.Generator) -> None:
     table = torch.randn(700, 600, generator=draws)
     parts = [gram_of(part, 90) for part in table.split(250)]
-    whole = sum(pickle.loads(pickle.dumps(parts)), start=Gram(600))
+    total = sum(pickle.loads(pickle.dumps(parts)), start=Gram(600))
     again = sum([gram_of(part, 90) for part in table.split(250)], start=Gram(600))
-    assert torch.equal(whole.products, again.products)
-    one, other = Spectrum.of(whole), Spectrum.of(again)
+    assert torch.equal(total.products, again.products)
+    one, other = Spectrum.of(total), Spectrum.of(again)
     assert torch.equal(one.values, other.values) and torch.equal(one.vectors, other.vectors)
     assert (one.values.diff() <= 0).all()
     columns = one.vectors.abs().argmax(1, keepdim=True)
@@ -115,7 +115,7 @@ def test_equal_bits(draws: torch.Generator) -> None:
 
 
 def test_sum_is_fp64(draws: torch.Generator) -> None:
-    """Whole numbers, whose products fp32 holds exactly within a chunk and only fp64 over all of them."""
+    """Integers whose sums of products are exact in fp32 within a chunk, but only in fp64 over all chunks."""
     table = torch.randint(-100, 101, (20000, 70), generator=draws)
     exact = (table.T @ table).tril()
     assert exact.max() > 2**24
@@ -146,10 +146,10 @@ def test_table_of_zeros_and_infinite_values(draws: torch.Generator) -> None:
 
 
 def stored_error(table: Tensor, scheme: Scheme, basis: Tensor | None) -> float:
-    """The squared relative error of a table that is encoded so, and decoded."""
-    numbers = table if basis is None else table @ projector(basis)
+    """The squared relative error of a table after encoding and decoding."""
+    values = table if basis is None else table @ projector(basis)
     rows = torch.empty(len(table), scheme.bytes(table.shape[1]), dtype=torch.uint8)
-    encode(scheme, numbers, rows)
+    encode(scheme, values, rows)
     found = decode(layout([scheme], table.shape[1])[0], rows, table.shape[1]).float()
     found = found if basis is None else found @ basis
     return float((found - table).double().square().sum() / table.double().square().sum())
@@ -161,7 +161,7 @@ def test_predicted_errors_are_those_of_storing(
 ) -> None:
     """Every type and group size, ranks that fill their groups and others; all rows sampled, or most.
 
-    What few roundings add up to has a spread of its own: the same numbers in every run.
+    A fixed seed, since sums of few rounding errors vary.
     """
     draws.manual_seed(rows)
     sizes = torch.randn(rows, 1, generator=draws).exp()  # a few large rows, as real ones have
@@ -169,10 +169,10 @@ def test_predicted_errors_are_those_of_storing(
     spectrum, sample = Spectrum.of(gram_of(table)), sample_of(table, 301)
     assert len(sample.rows) == min(rows, 2**19 // hidden)
     assert sample.largest.abs().max() == table.abs().max()
-    study = RankErrors.unpack(RankErrors.of(spectrum, sample, rows, EVERY).pack())
-    assert study.errors.shape == (len(EVERY), hidden + 1)
+    predictions = RankErrors.unpack(RankErrors.of(spectrum, sample, rows, EVERY).pack())
+    assert predictions.errors.shape == (len(EVERY), hidden + 1)
     whole = scaled_basis(spectrum, hidden, rows).half().float()
-    for scheme, predicted in zip(EVERY, study.errors.tolist(), strict=True):
+    for scheme, predicted in zip(EVERY, predictions.errors.tolist(), strict=True):
         for rank in (1, 7, hidden // 2, hidden):
             cut = scheme.model_copy(update={"rank": rank})
             assert stored_error(table, cut, whole[:rank]) == pytest.approx(predicted[rank - 1], rel=within), (
@@ -183,11 +183,11 @@ def test_predicted_errors_are_those_of_storing(
         )
 
 
-def test_numbers_beyond_a_type(draws: torch.Generator) -> None:
-    """One row of 20,000 is too large for float16, wherever it lies; a cut's numbers are all of one size."""
+def test_values_beyond_a_type(draws: torch.Generator) -> None:
+    """One row of 20,000 is too large for float16, sampled or not; values of a cut have equal size."""
     table = torch.randn(20_000, 64, generator=draws)
     table[12_347] *= 1e5
-    study = RankErrors.of(Spectrum.of(gram_of(table)), sample_of(table), 20_000, EVERY)
-    for scheme, predicted in zip(EVERY, study.errors, strict=True):
+    predictions = RankErrors.of(Spectrum.of(gram_of(table)), sample_of(table), 20_000, EVERY)
+    for scheme, predicted in zip(EVERY, predictions.errors, strict=True):
         assert predicted[:-1].isfinite().all()
         assert predicted[-1].isfinite() == (scheme.dtype != "float16"), scheme

@@ -1,4 +1,4 @@
-"""The store as a memory source: a model that looks FFN-M up equals one that computes it."""
+"""A table as a memory source: a model that looks FFN-M up equals one that computes it."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from tests.tol.conftest import random_model
 IDS = torch.arange(120).view(4, 30) ** 2 % 601
 
 
-# Largest difference of logits against their largest value. bf16 rounds each m_l to 2^-9 of itself.
+# Largest difference of logits relative to their largest value. bf16 rounds each m_l to 2^-9 of itself.
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("float16", 1e-3), ("bfloat16", 1e-2)])
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_lookup_equals_compute(

@@ -1,4 +1,4 @@
-"""Verification: whole tables pass, every damage is named."""
+"""Verification: intact tables pass, every damage is named."""
 
 import json
 import random
@@ -22,7 +22,7 @@ def table(tables: dict[str, Path], tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_whole(tables: dict[str, Path], exported: Path, dtype: str) -> None:
+def test_intact(tables: dict[str, Path], exported: Path, dtype: str) -> None:
     report = verify_tol(tables[dtype], exported)
     assert not report.damages and report.recomputed == 601
     assert report.max_rel_error < {"bfloat16": 2e-3 * 2, "float16": 5e-4, "float32": 2e-6}[dtype]
@@ -31,7 +31,7 @@ def test_whole(tables: dict[str, Path], exported: Path, dtype: str) -> None:
 
 
 def flip(folder: Path, row: int, layer: int, column: int, bit: int) -> str:
-    """Flip a bit in the high byte of a bfloat16 number; the partition's name."""
+    """Flip a bit in the high byte of a bfloat16 value; return the partition's file name."""
     for partition in read_index(folder).partitions:
         start, stop = partition.rows
         if start <= row < stop:
@@ -56,7 +56,7 @@ def test_flipped_byte_is_named(table: Path, exported: Path, capsys: pytest.Captu
     assert f"{name}: rows [300, 301): values are not FFN-M's" in capsys.readouterr().err
 
 
-def test_files_gone_short_or_not_finite(table: Path) -> None:
+def test_missing_short_or_non_finite_files(table: Path) -> None:
     files = [table / partition.file for partition in read_index(table).partitions]
     files[0].unlink()
     files[1].write_bytes(files[1].read_bytes()[:-1])
@@ -74,11 +74,11 @@ def test_files_gone_short_or_not_finite(table: Path) -> None:
         "bytes, not",
         "header",
         "SHA-256",
-        "rows [400, 402): values are not finite",
-        "rows [403, 404): values are not finite",
+        "rows [400, 402): non-finite values",
+        "rows [403, 404): non-finite values",
     )
-    for damage, words in zip(damages, expected, strict=True):
-        assert words in damage
+    for damage, text in zip(damages, expected, strict=True):
+        assert text in damage
 
 
 def rewrite(table: Path, **fields: Any) -> None:
@@ -97,9 +97,9 @@ def rewrite(table: Path, **fields: Any) -> None:
         ({"partitions": []}, "are in no partition"),
         ({"surprise": 1}, "surprise"),
         ({"errors": [0.1]}, "1 errors are given for 3 layers"),
-        ({"hidden_size": 31}, "its digest is another"),
-        ({"layers": [0, 1, 2], "num_layers": 4}, "its digest is another"),
-        ({"digest": 5}, "its digest is another"),
+        ({"hidden_size": 31}, "its digest differs"),
+        ({"layers": [0, 1, 2], "num_layers": 4}, "its digest differs"),
+        ({"digest": 5}, "its digest differs"),
     ],
 )
 def test_bad_index(table: Path, fields: dict[str, Any], message: str) -> None:
@@ -110,11 +110,11 @@ def test_bad_index(table: Path, fields: dict[str, Any], message: str) -> None:
 
 
 def test_any_flipped_bit_of_the_index_is_found(table: Path) -> None:
-    whole = (table / INDEX).read_bytes()
-    assert parse_index(whole, "index") == read_index(table)
-    for storage in range(len(whole)):
-        data = bytearray(whole)
-        data[storage] ^= 1 << random.randrange(8)
+    original = (table / INDEX).read_bytes()
+    assert parse_index(original, "index") == read_index(table)
+    for position in range(len(original)):
+        data = bytearray(original)
+        data[position] ^= 1 << random.randrange(8)
         with pytest.raises(UserError, match="index"):
             parse_index(bytes(data), "index")
 
@@ -130,8 +130,8 @@ def test_any_flipped_bit_of_the_index_is_found(table: Path) -> None:
         ({"bytes": 1e30}, "bytes"),
     ],
 )
-def test_numbers_of_an_index_that_cannot_be(fields: dict[str, Any], message: str) -> None:
-    """Where no digest tells: one that somebody wrote."""
+def test_impossible_numbers_in_an_index(fields: dict[str, Any], message: str) -> None:
+    """In an index without a digest, as written by hand."""
     encoding = {"dtype": "int8", "group_size": 16, "symmetric": True, "scales": 0, "codes": 4}
     partition = {"file": "rows", "rows": [0, 9], "bytes": 1, "sha256": ""}
     source = {"checkpoint": "", "created": "", "tool_version": ""}
@@ -160,10 +160,10 @@ def test_bad_arguments(table: Path, exported: Path, tmp_path: Path) -> None:
         verify_tol(table, sample=3)
     with pytest.raises(UserError, match=r"tol\.index\.json does not exist"):
         verify_tol(tmp_path / "nothing")
-    for note, command in (("tol.build.json", "the command that began it"), ("tol.fetch.json", "tol fetch")):
+    for note, command in (("tol.build.json", "the command that started it"), ("tol.fetch.json", "tol fetch")):
         (tmp_path / note).mkdir()
         (tmp_path / note / note).touch()
-        with pytest.raises(UserError, match=f"is unfinished: run .*{command}"):
+        with pytest.raises(UserError, match=f"is unfinished: resume it by running .*{command}"):
             verify_tol(tmp_path / note)
     with pytest.raises(UserError, match="another model"):
         verify_tol(table, export(tmp_path / "other", random_model(intermediate_size=30)))

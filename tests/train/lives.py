@@ -15,10 +15,13 @@ from tests.train.recording import digests
 LENGTH, SEED, GLOBAL_BATCH, STEPS, COMMIT_EVERY = 32, 11, 12, 240, 5
 
 
-def live(blend: list[dict], world: int, micro_batch: int, notes: Path, checkpoint: Path) -> None:
+def live(
+    blend: list[dict], world: int, micro_batch: int, notes: Path, checkpoint: Path, most: int | None = None
+) -> None:
     """Go on from the checkpoint with `world` data-parallel ranks, all in this process, to the last step.
 
-    A line a step in `notes`: the first sample's number, digests in the order of ranks.
+    A line a step in `notes`: the first sample's number, digests in the order of ranks. After `most` steps it
+    waits to be killed: whoever does that may be late where the machine is busy.
     """
     samples = Blend.open(DataConfig(blend=blend)).samples("train", LENGTH, SEED)
     progress = Progress()
@@ -41,3 +44,5 @@ def live(blend: list[dict], world: int, micro_batch: int, notes: Path, checkpoin
             progress = progress.after(GLOBAL_BATCH, GLOBAL_BATCH * LENGTH)
             if progress.step % COMMIT_EVERY == 0:
                 write_json(checkpoint, progress.as_dict())
+            if most is not None and (most := most - 1) == 0:
+                time.sleep(60)

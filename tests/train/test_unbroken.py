@@ -59,10 +59,11 @@ def test_killed_twenty_times_at_random_and_resumed_at_other_sizes(blend: list[di
         notes = tmp_path / f"life-{life}"
         notes.touch()
         arguments = (blend, *RESUMED_ON[life % len(RESUMED_ON)], notes, checkpoint)
-        process = processes.Process(target=lives.live, args=arguments)
+        steps = chance.randint(1, 2 * lives.STEPS // KILLS)
+        most = steps + 2 if life < KILLS else None  # so that the last life has some to do
+        process = processes.Process(target=lives.live, args=(*arguments, most))
         process.start()
         if life < KILLS:
-            steps = chance.randint(1, 2 * lives.STEPS // KILLS)
             while len(notes_of(notes)) < steps and process.is_alive():
                 time.sleep(0.001)
             time.sleep(chance.random() * 0.004)

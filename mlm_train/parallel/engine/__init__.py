@@ -1,4 +1,4 @@
-"""Data parallelism and the optimizer."""
+"""Engines: data parallelism and the optimizer."""
 
 from torch import nn
 
@@ -13,6 +13,6 @@ ENGINES: dict[str, type[Engine]] = {"deepspeed": DeepSpeedEngine}
 
 
 def make_engine(model: nn.Module, config: Config, runtime: Runtime) -> Engine:
-    """The engine of config field parallel.engine around this rank's share of the model."""
+    """Create the engine of config field parallel.engine for this rank's shard of the model."""
     engine: Engine = find("parallel.engine", config.parallel.engine, ENGINES, Engine)(model, config, runtime)
     return engine

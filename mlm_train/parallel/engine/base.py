@@ -1,4 +1,4 @@
-"""What an engine is: gradients in, updated weights out. Config field parallel.engine names one."""
+"""The interface of engines: gradients in, updated weights out. Config field parallel.engine names one."""
 
 import math
 from abc import ABC, abstractmethod
@@ -17,26 +17,26 @@ from mlm_train.utils.nonfinite import nonfinite
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """AdamW groups: no decay on norms, on embedding and head as the config says."""
+    """AdamW parameter groups: no decay of norms, nor of embedding and head without decay_embeddings."""
     decay: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_embedding = name.startswith(("embed_tokens", "lm_head"))
         decays = parameter.dim() > 1 and (config.decay_embeddings or not is_embedding)
-        (decay if decays else plain).append(parameter)
+        (decay if decays else no_decay).append(parameter)
     groups = [
         {"params": decay, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": no_decay, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
 
 class Engine(ABC):
-    """The optimizer over data parallel, on every rank alike. Made as `Class(model, config, runtime)`.
+    """The optimizer with data parallelism, equal on all ranks. Created as `Class(model, config, runtime)`.
 
-    `entry` is what to call in the model's place. `optimizer`: an AdamW, whose state ("step", "exp_avg",
-    "exp_avg_sq") checkpoints keep. `pieces` and `shapes` describe the model's parameters as they are before
-    an engine cuts them.
+    `entry`: the module to call instead of the model. `optimizer`: an AdamW, whose state ("step", "exp_avg",
+    "exp_avg_sq") is saved in checkpoints. `pieces` and `shapes` describe the model's parameters before the
+    engine shards them.
     """
 
     optimizer: torch.optim.Optimizer
@@ -49,33 +49,33 @@ class Engine(ABC):
 
     @abstractmethod
     def accumulating(self) -> AbstractContextManager[None]:
-        """Backward passes inside add up; at the end their sum has been averaged over data parallel."""
+        """Accumulate gradients of the passes inside; at the end, average their sum over data parallel."""
 
     @abstractmethod
     def step(self, lr: float) -> float:
-        """Clip globally, update, drop the gradients; the gradient norm before clipping, of the whole model.
+        """Clip, update, drop the gradients; return the whole model's gradient norm before clipping.
 
-        Infinite where nothing was updated, since it was not finite; so it is on every rank then.
+        The norm is infinite, on every rank, where it was non-finite and nothing was updated.
         """
 
     def nonfinite(self) -> list[str]:
-        """Parameters whose gradient on this rank, not averaged yet, holds infinity or NaN.
+        """Names of parameters whose gradient on this rank, before averaging, holds infinity or NaN.
 
-        None where each pass is reduced at once: this rank's own gradients are gone then.
+        Empty where gradients are reduced in each pass: this rank's own ones are not available then.
         """
         return nonfinite({name: p.grad for name, p in self.model.named_parameters() if p.grad is not None})
 
     def spoil(self) -> None:
-        """Make the next step refuse the update, on all ranks: the norm of their gradients becomes NaN."""
+        """Set this rank's gradients to NaN, so that the next step skips the update on all ranks."""
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 parameter.grad.fill_(math.nan)
 
     def flats(self) -> Iterator[Flat]:
-        """Every flat tensor of the optimizer, in an order that all ranks share: each parameter by itself."""
+        """Yield the flat tensors of the optimizer, in one order on all ranks; here one per parameter."""
         for name, parameter in self.model.named_parameters():
             members = {name: cut_evenly(0, parameter.numel(), parameter.numel())}
             yield Flat(parameter.detach().view(-1), parameter, None, members)
 
-    def refresh_model(self) -> None:  # noqa: B027 (of one that cuts nothing there is nothing to do)
-        """Bring the model's weights up to the flat tensors, which were written to: here they are the same."""
+    def refresh_model(self) -> None:  # noqa: B027 (empty without sharding)
+        """Update the model's weights from flat tensors that were written to; by default they are the same."""

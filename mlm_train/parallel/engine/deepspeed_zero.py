@@ -1,7 +1,7 @@
-"""The optimizer over data parallel: DeepSpeed ZeRO around AdamW, gradients scaled by us.
+"""The DeepSpeed engine: ZeRO with AdamW.
 
-DeepSpeed sees one micro-batch a step: we accumulate and scale the loss ourselves (fp32 gradients,
-one global label count), and it reduces, clips and steps.
+DeepSpeed sees one micro-batch per step: we accumulate and scale the loss ourselves (fp32 gradients, one
+global label count); it reduces, clips and steps.
 """
 
 import logging
@@ -21,36 +21,36 @@ from mlm_train.parallel.mesh.groups import deepspeed_mpu
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.utils.library_noise import silenced
 
-BUCKET = 50_000_000  # elements gathered ahead, or reduced together
+BUCKET = 50_000_000  # elements that are prefetched or reduced at once
 
 
 def _load_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, told not to guess: accelerator by our device, no op compiled for gloo on CPU."""
+    """Import DeepSpeed with our device as its accelerator, without the op that it compiles for gloo."""
     os.environ["DS_ACCELERATOR"] = device.type
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    os.environ.setdefault("LOCAL_RANK", "0")  # it insists, without torchrun too
+    os.environ.setdefault("LOCAL_RANK", "0")  # required by DeepSpeed, also without torchrun
     with silenced():
         import deepspeed
 
     if device.type == "cpu":
-        # Otherwise the first initialize compiles a shared-memory op for minutes.
+        # Otherwise initialize compiles a shared-memory op, which takes minutes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
 
 
 def _zero_section(stage: int, model: nn.Module) -> dict[str, Any]:
-    """DeepSpeed's settings of a ZeRO stage."""
+    """DeepSpeed's config section for a ZeRO stage."""
     section = {"stage": stage, "contiguous_gradients": False, "overlap_comm": False}
     if stage >= 1:
-        # Whole gradients wait in a bucket until they are reduced: its default would hold a small model's.
+        # Gradients wait in a bucket until they are reduced: the default size holds those of a small model.
         section["reduce_bucket_size"] = BUCKET
     if stage == 3:
         sizes = [(parameter.dim(), parameter.numel()) for parameter in model.parameters()]
         section |= {
-            # Norms stay whole: gathering them costs more than it saves.
+            # Norms are not sharded: gathering them costs more than it saves.
             "stage3_param_persistence_threshold": max((n for dim, n in sizes if dim == 1), default=0),
-            # A gathered weight goes after its use: the default keeps those of a model up to 1e9 parameters.
+            # Free a gathered weight after its use: the default keeps up to 1e9 parameters.
             "stage3_max_reuse_distance": 0,
             "stage3_prefetch_bucket_size": BUCKET,
             # It would replace torch.nn.functional.linear for the whole process.
@@ -62,7 +62,7 @@ def _zero_section(stage: int, model: nn.Module) -> dict[str, Any]:
 class DeepSpeedEngine(Engine):
     """AdamW under DeepSpeed's ZeRO, stages 0 to 3 (config field parallel.zero_stage).
 
-    Stage 3 leaves nothing but this rank's part in the model's parameters, and their own shape is gone.
+    With stage 3 the model's parameters hold this rank's shard only, flattened.
     """
 
     def __init__(self, model: nn.Module, config: Config, runtime: Runtime) -> None:
@@ -71,9 +71,9 @@ class DeepSpeedEngine(Engine):
         self.stage = config.parallel.zero_stage
         self.reduces_each_pass = config.reduces_each_pass
         self.mpu = deepspeed_mpu(runtime.groups, runtime.topology)
-        self.alone = runtime.topology.data == 1
+        self.single = runtime.topology.data == 1
         options = config.optimizer
-        # Stage 3 cuts the weights here, so each rank holds its whole share of the model once, at the start.
+        # Stage 3 shards the weights here: until then each rank holds its whole shard of the model.
         self.zero, *_ = deepspeed.initialize(
             model=model,
             optimizer=torch.optim.AdamW(
@@ -98,16 +98,16 @@ class DeepSpeedEngine(Engine):
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:  # type: ignore[override]
-        """The AdamW inside."""
-        found: torch.optim.Optimizer = self.zero.basic_optimizer
-        return found
+        """The AdamW that DeepSpeed wraps."""
+        adamw: torch.optim.Optimizer = self.zero.basic_optimizer
+        return adamw
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
-        """Backward passes inside add up; at the end their sum has been averaged over data parallel.
+        """Accumulate gradients of the passes inside; at the end, average their sum over data parallel.
 
-        Stages 2 and 3 reduce each pass as it comes, so that no rank ever holds all gradients; the others,
-        and stage 2 with a pipeline or tables (Config.reduces_each_pass), send nothing until the end.
+        Stages 2 and 3 reduce gradients in each pass, so that no rank ever holds all of them; the others, and
+        stage 2 with a pipeline or tables (Config.reduces_each_pass), reduce them at the end.
         """
         if self.reduces_each_pass:
             self.zero.set_gradient_accumulation_boundary(False)
@@ -118,58 +118,62 @@ class DeepSpeedEngine(Engine):
             try:
                 yield
             except BaseException:
-                self.zero.zero_grad()  # nothing to reduce on the way out: the other ranks may never come
+                self.zero.zero_grad()  # so that leaving reduces nothing: the other ranks may not take part
                 raise
-        # Alone, plain gradients are their own sum; DeepSpeed would copy them all into buckets and back.
-        if self.stage == 1 or (self.stage == 0 and not self.alone):
+        # A single rank has nothing to reduce; DeepSpeed would copy all gradients into buckets and back.
+        if self.stage == 1 or (self.stage == 0 and not self.single):
             self.zero.set_gradient_accumulation_boundary(True)
             self.zero.allreduce_gradients()
 
     def step(self, lr: float) -> float:
-        """Clip globally, update; the gradient norm before clipping.
+        """Clip, update; return the gradient norm before clipping.
 
-        Infinite where nothing was updated, since it was not finite; so it is on every rank then.
+        The norm is infinite, on every rank, where it was non-finite and nothing was updated.
         """
         for group in self.zero.optimizer.param_groups:
             group["lr"] = lr
         norm = None if self.stage else self._clip()
-        if norm is not None and not math.isfinite(norm):  # the other stages look by themselves
+        if norm is not None and not math.isfinite(norm):  # the other stages check it themselves
             self.zero.zero_grad()
             return math.inf
         self.zero.set_gradient_accumulation_boundary(True)
         self.zero.step()
         if norm is None:
-            # Stage 3 keeps an older norm where it refuses the update.
+            # Stage 3 returns an older norm where it skips the update.
             norm = float(self.zero.get_global_grad_norm()) if self.zero.was_step_applied() else math.inf
         return norm
 
     def _clip(self) -> float:
-        """Stage 0: DeepSpeed's own clipping of plain gradients, whose norm its engine would not tell."""
+        """Clip gradients in stage 0 by DeepSpeed's function; its engine does not return their norm."""
         from deepspeed.runtime.utils import clip_grad_norm_
 
         return float(clip_grad_norm_(self.model.parameters(), self.clip or math.inf, mpu=self.mpu))
 
     def flats(self) -> Iterator[Flat]:
-        """ZeRO's partitions of the optimizer; stage 0 has none."""
+        """Yield ZeRO's partitions; in stage 0, which has none, one flat tensor per parameter."""
         if self.stage == 0:
             yield from super().flats()
             return
         zero, names = self.zero.optimizer, self.zero.param_names
         if self.stage < 3:
-            for i, slice_ in enumerate(zero.single_partition_of_fp32_groups):
-                places = zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True)
-                members = {names[p]: cut_anywhere(offset, p.numel(), slice_.numel()) for p, offset in places}
-                yield Flat(slice_, slice_, zero.real_dp_process_group[i], members)
+            for i, partition in enumerate(zero.single_partition_of_fp32_groups):
+                parameters, starts = zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i]
+                size = partition.numel()
+                members = {
+                    names[parameter]: cut_anywhere(start, parameter.numel(), size)
+                    for parameter, start in zip(parameters, starts, strict=True)
+                }
+                yield Flat(partition, partition, zero.real_dp_process_group[i], members)
             return
         for i, flat in enumerate(zero.fp32_partitioned_groups_flat):
             members = {}
             for parameter in zero.fp16_groups[i]:
-                _, place, part = zero.grad_position[zero.get_param_id(parameter)]
-                members[names[parameter]] = cut_evenly(place, parameter.ds_numel, part)
+                _, position, size = zero.grad_position[zero.get_param_id(parameter)]
+                members[names[parameter]] = cut_evenly(position, parameter.ds_numel, size)
             yield Flat(flat, flat, zero.dp_process_group, members)
 
     def refresh_model(self) -> None:
-        """As the end of a step does."""
+        """Update the model's weights from ZeRO's partitions, as at the end of a step."""
         zero = self.zero.optimizer
         if self.stage in (1, 2):
             zero.update_lp_params()

@@ -1,4 +1,4 @@
-"""The flat tensors that hold AdamW's fp32 weights and moments, and where parameters lie in them."""
+"""The flat tensors of AdamW's fp32 weights and moments, and the positions of parameters in them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,24 +8,24 @@ from torch import Tensor
 
 
 class Run(NamedTuple):
-    """Elements [start, start + length) of a parameter lie at `place` of a rank's flat tensor."""
+    """Elements [start, start + length) of a parameter are at `position` in a rank's flat tensor."""
 
     start: int
     length: int
-    place: int
+    position: int
 
 
 class Flat(NamedTuple):
-    """One of AdamW's flat fp32 tensors on this rank. Its moments are the optimizer's state of `owner`."""
+    """A flat fp32 tensor of AdamW on this rank. Its moments are in the optimizer's state of `owner`."""
 
     tensor: Tensor
     owner: Tensor
-    group: Any  # the ranks that hold the other parts; None: this one holds all
-    members: dict[str, Callable[[int], Run]]  # parameter name -> a rank of the group -> its run
+    group: Any  # of the ranks that hold the other shards; None: this rank holds all
+    members: dict[str, Callable[[int], Run]]  # parameter name -> function from rank of the group to its run
 
     @property
     def rank(self) -> int:
-        """Of this process in the group."""
+        """This process's rank in the group."""
         return 0 if self.group is None else dist.get_rank(self.group)
 
     @property
@@ -34,21 +34,21 @@ class Flat(NamedTuple):
         return 1 if self.group is None else dist.get_world_size(self.group)
 
 
-def cut_anywhere(offset: int, numel: int, share: int) -> Callable[[int], Run]:
-    """Parameters in a row, the row cut into shares."""
+def cut_anywhere(offset: int, numel: int, size: int) -> Callable[[int], Run]:
+    """Runs of a parameter at `offset` of concatenated parameters that are cut into shards of `size`."""
 
     def run(rank: int) -> Run:
-        low, high = max(rank * share, offset), min((rank + 1) * share, offset + numel)
-        return Run(low - offset, max(high - low, 0), low - rank * share)
+        low, high = max(rank * size, offset), min((rank + 1) * size, offset + numel)
+        return Run(low - offset, max(high - low, 0), low - rank * size)
 
     return run
 
 
-def cut_evenly(place: int, numel: int, part: int) -> Callable[[int], Run]:
-    """Each parameter cut into parts, the last one padded; or one part."""
+def cut_evenly(position: int, numel: int, size: int) -> Callable[[int], Run]:
+    """Runs of a parameter that is itself cut into shards of `size`, the last one padded."""
 
     def run(rank: int) -> Run:
-        start = min(rank * part, numel)
-        return Run(start, min(part, numel - start), place)
+        start = min(rank * size, numel)
+        return Run(start, min(size, numel - start), position)
 
     return run

@@ -1,8 +1,8 @@
-"""An engine's flat tensors <-> whole tensors a parameter.
+"""Conversion between an engine's flat tensors and whole tensors per parameter.
 
-Each stage of ZeRO keeps AdamW's fp32 weights and moments in flat tensors of its own making, padding included.
-Checkpoints want logical tensors that know nothing of that. All stages are described alike: a flat tensor on
-each rank of a group, and where in it a rank holds which run of a parameter's elements.
+Each ZeRO stage keeps AdamW's fp32 weights and moments in its own flat tensors, padding included. Checkpoints
+need logical tensors, independent of those. All stages are described in the same terms: a flat tensor on each
+rank of a group, and the runs of parameters that it holds.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from mlm_train.parallel.engine.base import Engine
 from mlm_train.parallel.engine.flat import Flat, Run
 
 STATE = ("weight", "exp_avg", "exp_avg_sq")
-BLOCK = 2**26  # elements gathered at once, of all ranks together
+BLOCK = 2**26  # elements gathered at once, in total
 
 
 def _state_of(engine: Engine, flat: Flat) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def _values(engine: Engine, flat: Flat, key: str) -> Tensor:
 def gather_state(engine: Engine) -> dict[str, dict[str, Tensor]]:
     """STATE key -> parameter name -> whole fp32 tensor in host memory.
 
-    The ranks of a data-parallel group share them out: each parameter is on one of them.
+    Each parameter is on one rank of its data-parallel group.
     """
     whole: dict[str, dict[str, Tensor]] = {key: {} for key in STATE}
     for flat in engine.flats():
@@ -53,50 +53,50 @@ def gather_state(engine: Engine) -> dict[str, dict[str, Tensor]]:
 
 
 def _gathered(mine: Tensor, flat: Flat) -> Iterator[tuple[int, Tensor]]:
-    """Block after block of all ranks' flat tensors [ranks, block] in host memory, with its start."""
+    """Yield (start, block) for blocks [ranks, elements] of all ranks' flat tensors, in host memory."""
     block = max(1, BLOCK // flat.size)
     for start in range(0, mine.numel(), block):
-        part = mine[start : start + block].contiguous()
+        local = mine[start : start + block].contiguous()
         if flat.size == 1:
-            yield start, part.cpu().view(1, -1)
+            yield start, local.cpu().view(1, -1)
             continue
-        gathered = part.new_empty(flat.size * part.numel())
-        dist.all_gather_into_tensor(gathered, part, group=flat.group)
+        gathered = local.new_empty(flat.size * local.numel())
+        dist.all_gather_into_tensor(gathered, local, group=flat.group)
         yield start, gathered.view(flat.size, -1).cpu()
 
 
 def _copy_block(target: Tensor, run_of: Callable[[int], Run], start: int, gathered: Tensor) -> None:
-    """Put what a block holds of a parameter into it."""
+    """Copy a parameter's elements of a block into `target`, the whole parameter [elements]."""
     stop = start + gathered.shape[1]
     for rank, values in enumerate(gathered):
         run = run_of(rank)
-        low, high = max(run.place, start), min(run.place + run.length, stop)
+        low, high = max(run.position, start), min(run.position + run.length, stop)
         if low < high:
-            offset = run.start - run.place
+            offset = run.start - run.position
             target[low + offset : high + offset] = values[low - start : high - start]
 
 
 @torch.no_grad()
 def scatter_state(engine: Engine, key: str, whole: dict[str, Tensor]) -> None:
-    """Put whole tensors of one STATE key, every parameter's on every rank, into the partitions.
+    """Copy whole tensors of one STATE key, of every parameter on every rank, into the flat tensors.
 
     `finish_scatter` follows the last key.
     """
     for flat in engine.flats():
         values = _values(engine, flat, key)
         for name, run_of in flat.members.items():
-            start, length, place = run_of(flat.rank)
-            values[place : place + length] = whole[name].view(-1)[start : start + length]
+            start, length, position = run_of(flat.rank)
+            values[position : position + length] = whole[name].view(-1)[start : start + length]
 
 
 @torch.no_grad()
 def finish_scatter(engine: Engine, steps: int) -> None:
-    """Say how many updates AdamW has made, and put its weights into the model."""
+    """Set AdamW's number of updates, and copy its weights into the model."""
     for flat in engine.flats():
         _state_of(engine, flat)["step"] = torch.tensor(float(steps))
     engine.refresh_model()
 
 
 def optimizer_steps(engine: Engine) -> int:
-    """Updates AdamW has made (its bias correction counts them)."""
+    """Number of updates that AdamW has made; its bias correction depends on it."""
     return int(_state_of(engine, next(engine.flats()))["step"])

@@ -46,30 +46,30 @@ class X0Channel(Protocol):
 
 @dataclass
 class Channel:
-    """What a transport is made of: this rank's model, its groups, its device.
+    """The common part of transports: this rank's model, groups and device.
 
-    `crossings`: boundaries in the pipeline between stages on different ranks, virtual stages counted;
-    `tables`: what the step's rows are for, if FFN-M has tables; `all_layers_tabled`: whether every layer of
-    every stage has one, not of this rank's alone, since all stages send and receive the same rows.
+    `boundaries`: the number of boundaries between stages on different ranks, virtual stages included;
+    `tables`: the memory source that needs the step's rows, if FFN-M has tables; `all_layers_tabled`: whether
+    every layer of every stage has a table, since all stages must send and receive the same rows.
     """
 
     model: Transformer
     group: Any  # of the pipeline
     tensor: TensorGroup
     device: torch.device
-    crossings: int
+    boundaries: int
     tables: TableSource | None = None
     all_layers_tabled: bool = False
 
     def __post_init__(self) -> None:
-        """What a transport makes of these at the start."""
+        """Initialise a transport."""
 
 
 class Broadcast(Channel):
-    """The step's rows: distinct ids of this data-parallel rank's step, once over the pipeline group.
+    """The rows of the step's distinct ids are broadcast once over the pipeline group.
 
-    With tables what travels is the rows that these are made of; of a share of them (memory.shared) the
-    positions' own rows stay on the first rank, unless some layers have no table.
+    With tables the rows that they are computed from are broadcast. With memory.shared those are rows of other
+    ids, and the rows of this rank's own ids stay on the first stage, unless some layers have no table.
     """
 
     relays = False
@@ -133,7 +133,7 @@ class Relay(Channel):
 
     def bytes_per_step(self, distinct: int, tokens: int) -> int:
         # Crosses every boundary between stages; a rank with virtual stages has several.
-        return 2 * 4 * tokens * self.model.config.hidden_size * self.crossings
+        return 2 * 4 * tokens * self.model.config.hidden_size * self.boundaries
 
 
 class LocalEmbedding(Relay):

@@ -1,1 +1,1 @@
-"""Which layer is stored how, by what it costs in perplexity."""
+"""Choosing how each layer is stored, by its measured cost in perplexity."""

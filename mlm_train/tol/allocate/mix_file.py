@@ -1,4 +1,4 @@
-"""The file that `tol allocate` writes: which layers are kept, and how."""
+"""The file that `tol allocate` writes: the kept layers and their schemes."""
 
 from pathlib import Path
 
@@ -10,14 +10,14 @@ from mlm_train.utils.records import Record, first_problem, json_value, read_regu
 
 
 class Allocation(Record):
-    """A file of `tol allocate`: the layers to keep, and the scheme of each."""
+    """The fields of such a file that a build reads: the layers to keep, and the scheme of each."""
 
     layers: list[int]
     schemes: list[Scheme]
 
 
 def read_allocation(file: Path) -> Allocation:
-    """A file of `tol allocate`. Raises ValueError saying what is wrong with it, and OSError."""
+    """Read a file of `tol allocate`. Raises ValueError with the reason if it is none, and OSError."""
     if file.stat().st_size >= LARGEST_RESULT:
         raise ValueError("too large for an allocation")
     try:
@@ -42,15 +42,15 @@ def is_allocation(file: Path) -> bool:
         return False
 
 
-def _check_fits(found: Allocation, layers: list[int], hidden: int) -> None:
-    """Raise ValueError for an allocation that no table with these layers can follow."""
-    count, schemes = len(found.layers), len(found.schemes)
+def check_fits(allocation: Allocation, layers: list[int], hidden: int) -> None:
+    """Raise a ValueError for an allocation that does not fit a table with these layers and hidden size."""
+    count, schemes = len(allocation.layers), len(allocation.schemes)
     if count != schemes or not count:
         raise ValueError(f"it has {count} layers and {schemes} schemes: each layer needs one")
-    if unknown := [layer for layer in found.layers if layer not in layers]:
-        raise ValueError(f"of another model: it has layer {unknown[0]}; those there are: {layers}")
-    if found.layers != sorted(set(found.layers)):
-        raise ValueError(f"its layers are not in order, each once: {found.layers}")
-    for layer, scheme in zip(found.layers, found.schemes, strict=True):
+    if unknown := [layer for layer in allocation.layers if layer not in layers]:
+        raise ValueError(f"of another model: it has layer {unknown[0]}; the layers are {layers}")
+    if allocation.layers != sorted(set(allocation.layers)):
+        raise ValueError(f"its layers are not in ascending order, each once: {allocation.layers}")
+    for layer, scheme in zip(allocation.layers, allocation.schemes, strict=True):
         if scheme.rank is not None and scheme.rank > hidden:
             raise ValueError(f"of another model: layer {layer} has rank {scheme.rank} of {hidden}")

@@ -1,9 +1,9 @@
-"""What each way to store each layer costs the model: its sensitivities, kept batch by batch.
+"""Sensitivities: the cost to the model of each option for storing each layer, measured batch by batch.
 
-A layer's sensitivity to a scheme is what the model's loss (nats a token) grows by when that layer alone is
+A layer's sensitivity to a scheme is the increase of the model's loss (nats per token) when only that layer is
 stored so, or the mean KL divergence of its predictions from those with exact lookups, whichever is larger:
-low rank costs far more loss than it moves predictions, and codes whose errors happen to lower the loss earn
-nothing by it.
+low rank raises the loss far more than it moves predictions, and quantisation errors that happen to lower the
+loss must not be rewarded.
 """
 
 import hashlib
@@ -35,20 +35,20 @@ Choice = Scheme | None  # None: the layer is not stored
 
 
 def spectra_of(table: TableReader) -> dict[int, Spectrum]:
-    """The spectrum of each stored layer, by one pass over the table for each."""
-    found = {}
+    """The spectrum of each stored layer; reads the table once per layer."""
+    spectra = {}
     for layer in table.index.layers:
         gram = Gram(table.index.hidden_size)
         for first, last in chunks_of(0, table.index.vocab_size, _ROWS):
             values = table.values(table.range(first, last), layer)
             assert values is not None
             gram.add(values)
-        found[layer] = Spectrum.of(gram)
-    return found
+        spectra[layer] = Spectrum.of(gram)
+    return spectra
 
 
 class Trial:
-    """A memory source over a table, in which some layers are as if they were stored otherwise."""
+    """A memory source over a table that reads the layers in `chosen` as if stored by those schemes."""
 
     def __init__(self, table: TableReader, spectra: dict[int, Spectrum]) -> None:
         self.table = table
@@ -61,12 +61,12 @@ class Trial:
         self._exact: dict[int, Tensor] = {}
 
     def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
-        """A reader of ids [batch, sequence]; the same ids again are not read again."""
+        """A reader for ids [batch, sequence]; rows of the previous ids are reused."""
         if self._ids is None or not torch.equal(self._ids, ids):
             distinct, self._inverse = ids.flatten().unique(return_inverse=True)
             rows = self.table.rows(distinct.cpu())
             values = {layer: self.table.values(rows, layer) for layer in self.table.index.layers}
-            self._exact = {layer: one.float() for layer, one in values.items() if one is not None}
+            self._exact = {layer: stored.float() for layer, stored in values.items() if stored is not None}
             self._ids = ids
 
         def read(layer: int) -> Tensor:
@@ -80,7 +80,7 @@ class Trial:
         return read
 
     def _as_stored(self, scheme: Scheme, values: Tensor, layer: int) -> Tensor:
-        """Numbers [n, hidden] after a way through the scheme."""
+        """Values [n, hidden] after encoding and decoding by the scheme."""
         hidden = values.shape[1]
         basis = None if scheme.rank is None else self._bases[layer][: scheme.rank]
         out = torch.empty(len(values), scheme.bytes(hidden), dtype=torch.uint8)
@@ -91,7 +91,7 @@ class Trial:
 
 @dataclass
 class Sums:
-    """Over the first batches, nats, [layers, options] each."""
+    """Sums over the first `batches` batches, in nats, [layers, options] each."""
 
     divergences: np.ndarray
     losses: np.ndarray
@@ -99,26 +99,26 @@ class Sums:
 
     @classmethod
     def zeros(cls, layers: int, options: int) -> Self:
-        """Of none."""
+        """The sums of no batch."""
         return cls(*np.zeros((2, layers, options)))
 
 
-_Numbers = list[list[Annotated[float, Field(allow_inf_nan=False)]]]
+_Matrix = list[list[Annotated[float, Field(allow_inf_nan=False)]]]
 
 
 class _Note(Record):
-    """What the file of Notes holds."""
+    """The file of Notes."""
 
     about: str
     batches: int = Field(ge=0)
-    divergences: _Numbers
-    losses: _Numbers
+    divergences: _Matrix
+    losses: _Matrix
 
 
 class Notes:
-    """What has been measured, in a hidden file beside the result, so that a study that was killed goes on.
+    """Sums measured so far, in a hidden file beside the result, from which a killed study resumes.
 
-    about: what the numbers hang on. Notes about anything else, or damaged ones, are as none.
+    about: everything that the sums depend on. A file about anything else, or a damaged one, is ignored.
     """
 
     def __init__(self, result: Path, about: Sequence[object]) -> None:
@@ -126,7 +126,7 @@ class Notes:
         self._about = hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
     def read(self) -> Sums | None:
-        """What the last `write` gave."""
+        """The sums of the last `write`; None if there are none for this study."""
         try:
             note = _Note.model_validate(json_value(read_regular(self.path)))
             if note.about != self._about:
@@ -136,14 +136,14 @@ class Notes:
             return None
 
     def write(self, sums: Sums) -> None:
-        """Keep them; JSON's decimals give every float64 back."""
+        """Replace the file; JSON preserves every float64 exactly."""
         tree = {"about": self._about, "batches": sums.batches}
-        numbers = {"divergences": sums.divergences.tolist(), "losses": sums.losses.tolist()}
+        matrices = {"divergences": sums.divergences.tolist(), "losses": sums.losses.tolist()}
         with writing(self.result):
-            write_json(self.path, tree | numbers)
+            write_json(self.path, tree | matrices)
 
     def remove(self) -> None:
-        """Once there is a result."""
+        """Remove the file, once there is a result."""
         self.path.unlink(missing_ok=True)
 
 
@@ -156,9 +156,9 @@ def measure(
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
     notes: Notes | None = None,
 ) -> np.ndarray:
-    """Sensitivities [layers of the table, options], nats a token, over (ids, labels) [batch, sequence].
+    """Sensitivities [layers of the table, options] in nats per token, over (ids, labels) [batch, sequence].
 
-    With `notes` it goes on after the batches that they hold, to the same numbers.
+    `notes`: resumes after the batches that they hold, to identical results.
     """
     layers = trial.table.index.layers
     sums = (notes and notes.read()) or Sums.zeros(len(layers), len(options))
@@ -170,10 +170,10 @@ def measure(
             exact, loss = _predictions(model, trial, ids, labels)
         for column, option in enumerate(options):
             trial.chosen = {layers[position]: option}
-            found, changed = _predictions(model, trial, ids, labels)
-            divergence = F.kl_div(found, exact, reduction="sum", log_target=True)
+            changed, changed_loss = _predictions(model, trial, ids, labels)
+            divergence = F.kl_div(changed, exact, reduction="sum", log_target=True)
             sums.divergences[position, column] += float(divergence)
-            sums.losses[position, column] += changed - loss
+            sums.losses[position, column] += changed_loss - loss
         if position == len(layers) - 1:
             sums.batches += 1
             if notes is not None:
@@ -185,5 +185,5 @@ def measure(
 
 def _predictions(model: Transformer, trial: Trial, ids: Tensor, labels: Tensor) -> tuple[Tensor, float]:
     """Log probabilities [batch, sequence, vocabulary], and the sum of the labels' losses."""
-    found = F.log_softmax(model(ids, trial).float(), dim=-1)
-    return found, float(F.nll_loss(found.flatten(0, 1), labels.flatten(), reduction="sum"))
+    log_probs = F.log_softmax(model(ids, trial).float(), dim=-1)
+    return log_probs, float(F.nll_loss(log_probs.flatten(0, 1), labels.flatten(), reduction="sum"))

@@ -1,4 +1,4 @@
-"""Building a ToL on Ray: tasks of a range of rows and a group of layers, resumable after any death."""
+"""Building a ToL on Ray: a task is a range of rows and a group of layers; resumable after any crash."""
 
 import itertools
 from collections.abc import Callable
@@ -10,17 +10,17 @@ from mlm_train import __version__
 from mlm_train.checkpoint.reading.logical_folder import OpenedModel, open_model
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
-from mlm_train.tol.build.budget import bases_of, check_budget, has_ranks, lay_out, say_dropped
+from mlm_train.tol.build.budget import bases_of, check_budget, has_ranks, lay_out, warn_dropped
 from mlm_train.tol.build.ray_cluster import ray_cluster
 from mlm_train.tol.build.scheduler import Group, PartitionScheduler
-from mlm_train.tol.build.spectra import make_studies, study_of
-from mlm_train.tol.build.state import BuildPlan, BuildState, begin, remove_spectra
+from mlm_train.tol.build.spectra import compute_spectra, rank_errors_of
+from mlm_train.tol.build.state import BuildPlan, BuildState, remove_spectra, start_or_resume
 from mlm_train.tol.build.weight_store import Weights, shared_weights
 from mlm_train.tol.build.worker import WorkerJob
 from mlm_train.tol.build.worker_pool import WorkerPool
 from mlm_train.tol.format.codec import TORCH_DTYPE
 from mlm_train.tol.format.index import INDEX, STATE, Partition, TolIndex, schemes_of, summary
-from mlm_train.tol.format.index_file import index_at, is_whole, read_index, write_index
+from mlm_train.tol.format.index_file import index_at, is_intact, read_index, write_index
 from mlm_train.tol.format.layout import Layout, TableSpec
 from mlm_train.tol.format.schemes import PlainDtype
 from mlm_train.tol.serve.reader import check_rows, write_bases
@@ -33,10 +33,10 @@ from mlm_train.utils.signals import held
 
 CHUNK_ROWS = 2048
 GROUP_BYTES = 2 * 2**30
-_BUFFER_BYTES = 256 * 2**20  # of a chunk's rows; a worker has two
-_TASKS = 8  # of a worker, at least: the last one ends little before the others
+_BUFFER_BYTES = 256 * 2**20  # of a chunk's rows; two per worker
+_TASKS = 8  # per worker, at least, so that all workers end at about the same time
 _PARTITION_BYTES = 512 * 2**20
-_LEAST_PARTITIONS = 8
+_MIN_PARTITIONS = 8
 _SOURCE = ("checkpoint", "table", "compute")
 _DEVICES = ("cpu", "cuda", "cuda:0")
 
@@ -45,12 +45,12 @@ Committed = Callable[[BuildState], None]
 
 
 class Build:
-    """What is built from what: an export's FFN-M, or with `table` the rows of a ToL.
+    """Builds a table from a model's FFN-M, or with `table` from the rows of a ToL.
 
-    output: a folder that all workers see under that path, a URL that means one place for all of them, or
-    another place. group_bytes: weights of the layers that a worker holds at once, one layer at least. Where
-    it holds all, as it must where files are written in order, a partition is written and hashed as it is
-    computed; filled group by group, it is read again. verify: what is compared of the model.
+    output: a folder or URL that all workers see under that name, or a Storage. group_bytes: weights of the
+    layers that a worker holds at once, at least one layer. If it holds all layers, which sequential writing
+    requires, a partition is written and hashed while it is computed; filled group by group, it is read again.
+    verify: how much of the model's files is checked.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Build:
             raise UserError(f"--threads {threads}: give at least 1")
         if device not in _DEVICES:
             raise UserError(
-                f"--device {device or repr('')}: give cpu or cuda (Ray gives each worker a GPU of its own)"
+                f"--device {device or repr('')}: give cpu or cuda (Ray assigns each worker its own GPU)"
             )
         self.storage, self.group_bytes = storage_at(output), group_bytes
         self.config: ModelConfig | None = None
@@ -96,23 +96,23 @@ class Build:
             source |= {"compute": index.source.compute, "chunk_rows": chunk_rows}
             if spec.layers is None:
                 spec = spec.model_copy(update={"layers": index.layers})
-        whole = spec.largest(source["num_layers"], source["hidden_size"])
-        size = whole.shape.file_bytes(source["vocab_size"])
+        largest = spec.largest(source["num_layers"], source["hidden_size"])
+        size = largest.shape.file_bytes(source["vocab_size"])
         count = partitions_of(partitions, source["vocab_size"], min(size, spec.budget or size))
         self.plan = BuildPlan(**source, spec=spec, partitions=count, threads=threads)
         check_budget(self.plan)
-        storages = {"model": None, "table": str(folder)} if table else {"model": str(folder), "table": None}
-        self.job = WorkerJob(**storages, output=self.storage.address, plan=self.plan, device=device)
+        origin = {"model": None, "table": str(folder)} if table else {"model": str(folder), "table": None}
+        self.job = WorkerJob(**origin, output=self.storage.address, plan=self.plan, device=device)
 
     def run(self, workers: int = 2, ray_address: str | None = None) -> TolIndex:
-        """Build, or finish an unfinished build of the same plan.
+        """Build the table, or resume an unfinished build of the same plan.
 
-        Raises UserError for a place in use or out of reach, too little space, and numbers that the type
+        Raises UserError if the storage is in use, unreachable or too small, and for values that the type
         cannot hold.
         """
         _check_workers(workers)
-        with self.storage.held("being built"):
-            state = begin(self.storage, self.plan)
+        with self.storage.locked("being built"):
+            state = start_or_resume(self.storage, self.plan)
             if state.layout is None and not has_ranks(self.plan.spec):
                 state.layout = lay_out(self.plan)
             if state.layout is not None:
@@ -123,7 +123,7 @@ class Build:
                 return self._commit(state)
 
     def finished(self) -> TolIndex | None:
-        """The index where this build has ended; UserError where it lost a file, or is another table."""
+        """The index if this build is finished, else None. UserError for a missing file or another table."""
         if self.storage.read(INDEX) is None or self.storage.read(STATE) is not None:
             return None
         index, plan = index_at(self.storage), self.plan
@@ -133,47 +133,47 @@ class Build:
         if spec.budget is None:
             layout = lay_out(plan)
             same &= (index.layers, schemes) == (layout.layers, layout.schemes)
-        else:  # within it, what ranks the layers have depends on the weights
-            same &= {one.model_copy(update={"rank": None}) for one in schemes} <= set(spec.searched)
+        else:  # the ranks within a budget depend on the weights
+            same &= {scheme.model_copy(update={"rank": None}) for scheme in schemes} <= set(spec.searched)
             same &= set(index.layers) <= set(plan.layers) and index.bytes <= spec.budget
         if not same:
             raise UserError(f"{self.storage} holds another table; name a new folder, or remove it")
         for file in index.files:
-            if not is_whole(self.storage, file, by_size=True):
+            if not is_intact(self.storage, file, by_size=True):
                 raise UserError(
-                    f"{self.storage.at(file.file)} is missing or damaged, of a table that was finished: "
-                    f"mend it with {index.repair}"
+                    f"{self.storage.at(file.file)}, of a finished table, is missing or damaged: "
+                    f"repair it with {index.repair}"
                 )
         return index
 
     def repair(self, workers: int = 2, ray_address: str | None = None) -> list[Partition]:
-        """Make the damaged partitions of a finished table again; those that were.
+        """Rebuild the damaged partitions of a finished table, and return them.
 
-        A build of `like_index`. Raises UserError for a damaged basis, from which alone rows of low rank
-        can be read.
+        For a build from `like_index`. Raises UserError for a damaged basis, without which rows of low rank
+        cannot be rebuilt.
         """
         _check_workers(workers)
-        with self.storage.held("being built"):
+        with self.storage.locked("being built"):
             index = index_at(self.storage)
-            if index.basis is not None and not is_whole(self.storage, index.basis):
+            if index.basis is not None and not is_intact(self.storage, index.basis):
                 raise UserError(
                     f"{self.storage.at(index.basis.file)} is damaged: build the table again into a new folder"
                 )
             layout = Layout(
                 hidden_size=index.hidden_size, layers=index.layers, schemes=schemes_of(index.fields)
             )
-            whole = {
+            intact = {
                 number: partition
                 for number, partition in enumerate(index.partitions)
-                if is_whole(self.storage, partition)
+                if is_intact(self.storage, partition)
             }
-            state = BuildState(plan=self.plan, layout=layout, basis=index.basis, done=dict(whole))
+            state = BuildState(plan=self.plan, layout=layout, basis=index.basis, done=dict(intact))
             if state.missing:
-                # No state is kept: what a repair has made before it was killed is whole.
+                # No state is saved: partitions that a killed repair has rebuilt are intact.
                 self._work(state, workers, ray_address, lambda _: None)
             partitions = [state.done[number] for number in range(self.plan.partitions)]
             write_index(self.storage, index.model_copy(update={"partitions": partitions}))
-            return [one for number, one in state.done.items() if number not in whole]
+            return [partition for number, partition in state.done.items() if number not in intact]
 
     @classmethod
     def like_index(
@@ -183,7 +183,7 @@ class Build:
         table: str | Path | None,
         device: str = "cpu",
     ) -> Self:
-        """The build that made a table. Raises UserError where it was made from something else."""
+        """The build that wrote a finished table. UserError if it was built from another model or table."""
         output = storage_at(output)
         index = index_at(output)
         schemes = schemes_of(index.fields)
@@ -206,17 +206,17 @@ class Build:
             raise UserError(f"{output} was not built from {model or table}; give what it was built from")
         ours = [(build.plan.file(n), build.plan.rows(n)) for n in range(build.plan.partitions)]
         if ours != [(partition.file, partition.rows) for partition in index.partitions]:
-            raise UserError(f"{output} was not cut by this program: build it again")
+            raise UserError(f"{output} has partitions that this program does not write: build it again")
         return build
 
     def _check_source(self, state: BuildState, threads: int) -> None:
-        """That what will be compressed is whole; an export was hashed when it was opened."""
+        """Check the rows that will be compressed; a model was checked when it was opened."""
         if self.job.table is not None:
             rows = [(0, self.plan.vocab_size)] if state.layout is None else map(self.plan.rows, state.missing)
             check_rows(self.job.table, rows, threads)
 
     def _work(self, state: BuildState, workers: int, ray_address: str | None, committed: Committed) -> None:
-        """All that needs Ray. committed: called after each partition."""
+        """Do everything that needs Ray. committed: called after each partition."""
         self._check_source(state, workers)
         groups, threads = self.groups(len(state.missing), workers), self.plan.threads
         size = min(workers, len(state.missing) * len(groups))
@@ -227,19 +227,20 @@ class Build:
                 try:
                     with shared_weights(self.job.model, self.plan, size * len(groups[0])) as weights:
                         if state.layout is None:
-                            self._cut(state, pool, weights)
+                            self._choose_layout(state, pool, weights)
                         self._fill(state, pool, weights, groups, committed)
                 finally:
-                    pool.dismiss()
+                    pool.shutdown()
         finally:
             with held():
                 remove_drafts(self.storage)  # after an error, such as a full disk
 
-    def _cut(self, state: BuildState, pool: WorkerPool, weights: Weights) -> None:
+    def _choose_layout(self, state: BuildState, pool: WorkerPool, weights: Weights) -> None:
         """Choose the ranks, write the bases, and commit both."""
-        make_studies(pool, state, self.storage, weights)
-        layout = lay_out(self.plan, [study_of(state, self.storage, one).errors for one in self.plan.layers])
-        say_dropped(self.plan.layers, layout)
+        compute_spectra(pool, state, self.storage, weights)
+        errors = [rank_errors_of(state, self.storage, layer).errors for layer in self.plan.layers]
+        layout = lay_out(self.plan, errors)
+        warn_dropped(self.plan.layers, layout)
         bases = bases_of(self.plan, layout, state, self.storage)
         state.basis = write_bases(self.storage, bases) if bases else None
         state.layout, state.spectra = layout, {}
@@ -248,17 +249,17 @@ class Build:
         remove_spectra(self.storage)
 
     def _weight_bytes(self) -> int:
-        """Of one layer of FFN-M; nothing where rows are read."""
+        """Bytes of one layer of FFN-M; 0 if rows come from a table."""
         if self.config is None:
             return 0
-        products = 3 * self.config.hidden_size * self.config.intermediate_size
-        return products * TORCH_DTYPE[self.plan.compute].itemsize
+        parameters = 3 * self.config.hidden_size * self.config.intermediate_size
+        return parameters * TORCH_DTYPE[self.plan.compute].itemsize
 
     def groups(self, partitions: int, workers: int) -> list[Group]:
-        """Neighbouring layers of one task: what a worker has room for, and tasks enough for all workers."""
+        """Groups of neighbouring layers: small enough for a worker's memory, and for enough tasks."""
         layers = self.plan.layers
         if self.storage.in_order:
-            return [tuple(layers)]  # a partition is written from its first byte to its last
+            return [tuple(layers)]
         chunk = self.plan.chunk_rows * self.plan.hidden_size * TORCH_DTYPE[self.plan.compute].itemsize
         size = min(self.group_bytes // max(1, self._weight_bytes()), _BUFFER_BYTES // chunk)
         count = max(-(-len(layers) // max(1, size)), -(-_TASKS * workers // partitions))
@@ -285,23 +286,23 @@ class Build:
                         break
                     draft, basis = task.draft, state.basis
                     if task.layers is None:
-                        pool.do(worker, task, "hash", draft, task.number)
+                        pool.submit(worker, task, "hash", draft, task.number)
                         continue
                     worker.group = task.layers
-                    held = weights(task.layers)
-                    pool.do(worker, task, "fill", draft, task.number, task.layers, held, layout, basis)
+                    shared = weights(task.layers)
+                    pool.submit(worker, task, "fill", draft, task.number, task.layers, shared, layout, basis)
                 for task, result in pool.finished():
-                    if (done := scheduler.ended(task, result)) is not None:
+                    if (done := scheduler.on_result(task, result)) is not None:
                         state.done[task.number], state.sums[task.number] = done
                         committed(state)
-                whole = sum(partition.bytes for partition in state.done.values())
-                progress.show(whole + scheduler.written(sizes))
+                finished = sum(partition.bytes for partition in state.done.values())
+                progress.show(finished + scheduler.written(sizes))
 
     def _commit(self, state: BuildState) -> TolIndex:
-        """Write the index, the last file; then the state goes."""
+        """Write the index, the last file, and remove the state."""
         plan, layout = self.plan, state.layout
         assert layout is not None
-        remove_spectra(self.storage)  # of a build killed as soon as it had its layout
+        remove_spectra(self.storage)  # a build that was killed right after it chose its layout left them
         index = TolIndex(
             vocab_size=plan.vocab_size,
             num_layers=plan.num_layers,
@@ -328,7 +329,7 @@ class Build:
 
 
 def compute_of(model: OpenedModel) -> PlainDtype:
-    """The type in which a model's FFN-M runs: bfloat16 where its weights are, else float32."""
+    """The type of a model's FFN-M matmuls: bfloat16 if its weights are, else float32."""
     stored = {model.dtype(name) for name in model.tensors.names() if "memory_mlp" in name}
     return "bfloat16" if stored == {"BF16"} else "float32"
 
@@ -339,19 +340,22 @@ def _check_workers(count: int) -> None:
 
 
 def partitions_of(asked: int | None, vocab: int, size: int) -> int:
-    """How many, of so many bytes; not a function of the workers: any number can resume to the same files."""
+    """The number of partitions: `asked`, or by the table's bytes `size`. UserError beyond 1 to `vocab`.
+
+    It does not depend on the number of workers, so that any number of them can resume the build.
+    """
     if asked is None:
-        asked = min(vocab, max(_LEAST_PARTITIONS, -(-size // _PARTITION_BYTES)))
+        asked = min(vocab, max(_MIN_PARTITIONS, -(-size // _PARTITION_BYTES)))
     if not 1 <= asked <= vocab:
         raise UserError(f"--partitions {asked}: give 1 to {vocab} (the vocabulary)")
     return asked
 
 
 def _errors(state: BuildState) -> list[float | None]:
-    """The relative error of each kept layer over all rows; None where it was not measured."""
+    """The relative error of each kept layer over all rows; None if it was not measured."""
     errors: list[float | None] = []
-    sums = [state.sums[number] for number in range(state.plan.partitions)]  # not as they were committed
+    sums = [state.sums[number] for number in range(state.plan.partitions)]  # in a fixed order
     for pairs in zip(*sums, strict=True):
-        error, norm = (sum(one[i] for one in pairs) for i in (0, 1))
+        error, norm = (sum(pair[i] for pair in pairs) for i in (0, 1))
         errors.append((error / norm) ** 0.5 if norm else None)
     return errors

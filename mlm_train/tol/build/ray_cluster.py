@@ -1,4 +1,4 @@
-"""Ray, started closed and quiet, or a cluster that already runs."""
+"""Ray: a local instance, private and quiet, or a running cluster."""
 
 import contextlib
 import fcntl
@@ -17,18 +17,18 @@ from typing import Any
 from mlm_train.errors import UserError, first_line
 from mlm_train.utils.signals import held
 
-_LEAST_STORE = 128 * 2**20
-_NEEDED = ("gcs_server", "raylet")  # Ray's other processes only log and show
+_MIN_STORE = 128 * 2**20
+_NEEDED = ("gcs_server", "raylet")  # Ray's other processes only log and display
 _SCRATCH = "mlm-ray-"
-_OWNER = "owner"  # a file of a scratch folder, locked for as long as the process lives that made it
+_OWNER = "owner"  # file in a scratch folder, locked while the process lives that created it
 
 
 @contextmanager
 def ray_cluster(workers: int, address: str | None = None, shared_bytes: int = 0) -> Iterator[None]:
-    """Connect to Ray at `address`, or start one on this machine with `workers` CPUs; end what it began.
+    """Connect to Ray at `address`, or start a local one with `workers` CPUs; shut it down afterwards.
 
-    `shared_bytes`: what the object store must hold at once. A Ray that this process already uses is
-    taken as it is. A local one listens on loopback alone, and asks for a random token.
+    `shared_bytes`: what the object store must hold at once. A Ray that this process already uses is used as
+    it is. A local one listens on loopback only and requires a random token.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     if address is None and "RAY_AUTH_MODE" not in os.environ:
@@ -47,7 +47,7 @@ def ray_cluster(workers: int, address: str | None = None, shared_bytes: int = 0)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"--ray-address {address}: {first_line(error)}; start Ray there; "
-                "set RAY_AUTH_MODE=token if it wants one"
+                "set RAY_AUTH_MODE=token if it requires a token"
             ) from None
         try:
             yield
@@ -58,14 +58,14 @@ def ray_cluster(workers: int, address: str | None = None, shared_bytes: int = 0)
         try:
             with held(), _on_loopback(), _sigterm_kept():
                 ray.init(
-                    address="local",  # whatever RAY_ADDRESS says
+                    address="local",  # ignores RAY_ADDRESS
                     num_cpus=workers,
                     include_dashboard=False,
-                    object_store_memory=_LEAST_STORE + shared_bytes * 5 // 4,
+                    object_store_memory=_MIN_STORE + shared_bytes * 5 // 4,
                     _temp_dir=scratch,
                     **quiet,
                 )
-            _hush()
+            _silence_logs()
             yield
         finally:
             _shutdown()
@@ -73,8 +73,8 @@ def ray_cluster(workers: int, address: str | None = None, shared_bytes: int = 0)
 
 @contextmanager
 def _scratch() -> Iterator[str]:
-    """A folder for Ray's files; those that killed processes of this user have left go."""
-    # Ray makes sockets in there, whose paths may have about 100 bytes: a long TMPDIR is no place for it.
+    """A folder for Ray's files; first removes those that killed processes of this user have left."""
+    # Ray creates sockets there, whose paths are limited to about 100 bytes: TMPDIR may be too long.
     root = Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())
     for folder in root.glob(f"{_SCRATCH}*"):
         with contextlib.suppress(OSError):
@@ -82,9 +82,9 @@ def _scratch() -> Iterator[str]:
     scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=root))
     descriptor = os.open(scratch / f"{_OWNER}.new", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        with contextlib.suppress(OSError):  # no locks here: nor will others find it unlocked
+        with contextlib.suppress(OSError):  # without locks, others cannot find it unlocked either
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        (scratch / f"{_OWNER}.new").rename(scratch / _OWNER)  # locked already: nobody takes it for abandoned
+        (scratch / f"{_OWNER}.new").rename(scratch / _OWNER)  # locked before others can see it
         yield str(scratch / "ray")
     finally:
         with held():
@@ -93,13 +93,13 @@ def _scratch() -> Iterator[str]:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove a scratch folder of this user whose owner is gone; one without a mark is left alone."""
+    """Remove a scratch folder of this user whose owner is gone; one without an owner file is left alone."""
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         return
     descriptor = os.open(folder / _OWNER, os.O_RDWR | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The mark goes last: Ray's own processes may live on for half a minute, and still write there.
+        # The owner file goes last: Ray's own processes may live on for half a minute and still write there.
         shutil.rmtree(folder / "ray", ignore_errors=True)
         if not (folder / "ray").exists():
             shutil.rmtree(folder, ignore_errors=True)
@@ -109,11 +109,12 @@ def _remove_abandoned(folder: Path) -> None:
 
 @contextmanager
 def _sigterm_kept() -> Iterator[None]:
-    """Keep the handler of SIGTERM: Ray sets its own while it starts, then one that prints a crash report.
+    """Keep this process's SIGTERM handler while Ray starts.
 
-    That one is set by Ray's C++: until it is gone again no signal is delivered, neither here nor to threads
-    that begin meanwhile. Ray's processes hear SIGTERM as ever, by which Ray ends them, but not one for all of
-    this process's group, as scripts send: one that ended first would take this process with it.
+    Ray installs a handler of its own at first, and then, in C++, one that prints a crash report: SIGTERM is
+    blocked, here and in threads that start meanwhile, until that one is replaced. Ray's processes still
+    receive SIGTERM, by which Ray ends them, but run in their own session: a SIGTERM to this process's group,
+    as scripts send it, would end one of them first, and that would end this process.
     """
     from ray._private import services, utils
 
@@ -128,18 +129,18 @@ def _sigterm_kept() -> Iterator[None]:
         return popen(*args, preexec_fn=prepare, start_new_session=True, **options)
 
     utils.set_sigterm_handler, services.ConsolePopen = lambda _: None, start
-    hear = _sigterm_again()
+    restore = _sigterm_restorer()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
     finally:
         utils.set_sigterm_handler, services.ConsolePopen = usual, popen
-        hear()
+        restore()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _sigterm_again() -> Callable[[], object]:
-    """What sets the handler of SIGTERM that there is now; only the main thread may set one."""
+def _sigterm_restorer() -> Callable[[], object]:
+    """A function that restores the current SIGTERM handler; it does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         return lambda: None
     handler = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
@@ -147,47 +148,47 @@ def _sigterm_again() -> Callable[[], object]:
 
 
 def _shutdown() -> None:
-    """End Ray. It lets go of SIGTERM, then takes a second for its processes: that is heard as before here."""
+    """Shut Ray down. It resets SIGTERM, then takes a second to end its processes: restore ours in between."""
     import ray
     from ray._private import worker
 
-    hear, node = _sigterm_again(), worker._global_node
+    restore, node = _sigterm_restorer(), worker._global_node
     if node is not None:
-        end = node.kill_all_processes
+        kill_all = node.kill_all_processes
 
-        def heard(*args: Any, **options: Any) -> None:
-            hear()
-            end(*args, **options)
+        def restore_and_kill(*args: Any, **options: Any) -> None:
+            restore()
+            kill_all(*args, **options)
 
-        node.kill_all_processes = heard
+        node.kill_all_processes = restore_and_kill
     try:
         with held():
             ray.shutdown()
     finally:
-        hear()
+        restore()
 
 
-def check_room(needed: Mapping[str, float], fix: str) -> None:
-    """UserError where no node that is up has what a worker needs: it would wait for ever.
+def check_resources(needed: Mapping[str, float], fix: str) -> None:
+    """Raise a UserError if no running node has the resources of a worker: it would wait for ever.
 
-    Also of a cluster that grows on demand: one node of the kind that the build needs must be up.
+    In an autoscaling cluster, too, one node of the kind that the build needs must be up.
     """
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if any(all(node.get(kind, 0) >= count for kind, count in needed.items()) for node in nodes):
         return
-    wanted, largest = (
+    required, largest = (
         " and ".join(f"{count:g} {kind}{'s' * (count != 1)}" for kind, count in counts.items())
         for counts in (needed, {kind: max(node.get(kind, 0) for node in nodes) for kind in needed})
     )
-    raise UserError(f"a worker needs {wanted}, and no node in Ray has that (at most {largest}); {fix}")
+    raise UserError(f"a worker needs {required}, and no node in Ray has that (at most {largest}); {fix}")
 
 
 def check_ray() -> None:
-    """UserError once a process of the Ray that this process has started is gone.
+    """Raise a UserError once a process of the Ray that this process started is gone.
 
-    Left to itself, Ray would end this process then: after some seconds, or a minute, in the midst of a line.
+    Otherwise Ray would end this process some seconds or a minute later, in the middle of a line.
     """
     from ray._private import worker
 
@@ -195,12 +196,12 @@ def check_ray() -> None:
     gone = [] if node is None else [name for name, _ in node.dead_processes() if name in _NEEDED]
     if gone:
         raise UserError(
-            f"Ray's own process {gone[0]} was killed, or found no memory; run again: what is finished is kept"
+            f"Ray's own process {gone[0]} was killed or ran out of memory; run again: finished work is kept"
         )
 
 
-def _hush() -> None:
-    """Have Ray not print pages of its logs where a process dies: a build says itself what that comes to."""
+def _silence_logs() -> None:
+    """Stop Ray from printing its logs when a process dies: a build reports that in one line."""
     from ray._private.worker import global_worker
 
     global_worker.threads_stopped.set()
@@ -209,7 +210,7 @@ def _hush() -> None:
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Have Ray give its servers 127.0.0.1, as it does on macOS; on Linux it has no setting for that."""
+    """Make Ray's servers listen on 127.0.0.1, as on macOS; on Linux it has no setting for that."""
     from ray._private import ray_constants
 
     usual = ray_constants.ENABLE_RAY_CLUSTER
@@ -221,17 +222,17 @@ def _on_loopback() -> Iterator[None]:
 
 
 def _check_reachable(address: str) -> None:
-    """Ask the port first: Ray itself tries a dead one for minutes."""
+    """Connect to the port first: Ray itself retries a dead one for minutes."""
     given, name = address, f"--ray-address {address or repr('')}"
     if address == "auto":
         given = os.environ.get("RAY_ADDRESS", "")
         if given in ("", "auto"):
-            return  # Ray looks for one that runs on this machine
+            return  # Ray looks for one on this machine
         name += f" (RAY_ADDRESS={given})"
     host, _, port = given.removeprefix("ray://").rpartition(":")
     if "/" in host or not host or not port.isdigit():
-        raise UserError(f"{name}: give HOST:PORT of a running Ray, or auto for that of this machine")
+        raise UserError(f"{name}: give HOST:PORT of a running Ray, or auto for the one on this machine")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except (OSError, OverflowError) as error:
-        raise UserError(f"{name}: no Ray there ({error}); start one, or leave it out") from None
+        raise UserError(f"{name}: no Ray there ({error}); start one, or leave the option out") from None

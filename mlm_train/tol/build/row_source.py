@@ -1,4 +1,4 @@
-"""The numbers of a table, before they are stored: FFN-M over embedding rows, or a table's that is there."""
+"""Sources of a table's values: FFN-M over embedding rows, or an existing table."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -28,10 +28,10 @@ Arrays = dict[str, tuple[np.ndarray, str, tuple[int, ...]]]  # bytes, type and s
 
 
 class RowSource(Protocol):
-    """Where rows come from."""
+    """Yields the values of rows, layer by layer."""
 
     def values(self, first: int, last: int) -> Iterator[Tensor]:
-        """Rows [first, last) of one layer after another, each [n, hidden] in a plain type."""
+        """Yield rows [first, last) of one layer after another, each [n, hidden] in a plain type."""
         ...
 
 
@@ -42,10 +42,10 @@ def ffn_m_weights(
     compute: PlainDtype = "float32",
     in_place: bool = False,
 ) -> Iterator[LayerWeights]:
-    """FFN-M's parameters by their names in a MemoryBlock, layer after layer; nothing else is read.
+    """Read FFN-M's parameters layer by layer, named as in a MemoryBlock.
 
-    Those of its products are of type `compute`, its norm's are fp32. in_place: each layer's take the place of
-    those before. Raises UserError naming a tensor that holds a NaN or an infinity.
+    Matmul weights are of type `compute`, those of the norm fp32. in_place: each layer overwrites the tensors
+    of the previous one. Raises UserError naming a tensor with NaN or infinite values.
     """
     with unfilled():
         model = Transformer(config)
@@ -71,7 +71,7 @@ def ffn_m_weights(
 
 
 def ffn_m_blocks(config: ModelConfig, weights: dict[int, LayerWeights]) -> list[MemoryBlock]:
-    """Blocks whose `ffn_m` runs on the weights of these layers, without a copy; the rest has no storage."""
+    """Blocks whose `ffn_m` uses these weights without a copy; their other parameters have no storage."""
     blocks = []
     for layer, state in weights.items():
         with unfilled():
@@ -82,7 +82,7 @@ def ffn_m_blocks(config: ModelConfig, weights: dict[int, LayerWeights]) -> list[
 
 
 def to_numpy(weights: LayerWeights) -> Arrays:
-    """Each tensor's bytes as an array, which Ray shares between a node's processes."""
+    """Each tensor's bytes as a NumPy array, which Ray shares between a node's processes."""
     return {
         name: (
             tensor.view(torch.uint8).numpy(),
@@ -104,10 +104,10 @@ def from_numpy(arrays: Arrays) -> LayerWeights:
 
 
 class ComputedRows:
-    """FFN_M_l(x0) of these layers.
+    """Computes FFN_M_l(x0) of these layers.
 
-    What MemoryBlock.ffn_m gives under autocast to `compute`, to the bit on a CPU (tests/tol/test_compute.py),
-    with what the norms of all layers share computed once.
+    Equal to MemoryBlock.ffn_m under autocast to `compute`, bit by bit on a CPU (tests/tol/test_compute.py);
+    the part of the norms that all layers share is computed once.
     """
 
     def __init__(
@@ -118,20 +118,21 @@ class ComputedRows:
         device: str = "cpu",
     ) -> None:
         self.tensors, self.device = model.tensors, torch.device(device)
-        there = {
-            layer: {name: tensor.to(device) for name, tensor in one.items()} for layer, one in weights.items()
+        on_device = {
+            layer: {name: tensor.to(device) for name, tensor in state.items()}
+            for layer, state in weights.items()
         }
-        self.blocks = ffn_m_blocks(model.config, there)
+        self.blocks = ffn_m_blocks(model.config, on_device)
         self.compute, self.eps = TORCH_DTYPE[compute], model.config.rms_norm_eps
 
     def values(self, first: int, last: int) -> Iterator[Tensor]:
-        """Rows [first, last) of one layer after another, on the CPU: [n, hidden] of `compute`."""
+        """Yield rows [first, last) of one layer after another, on the CPU: [n, hidden] of type `compute`."""
         x0 = self.tensors.rows(EMBEDDING, first, last)
         yield from self.of(x0.to(self.device, torch.float32))
 
     @torch.no_grad()
     def of(self, x0: Tensor) -> Iterator[Tensor]:
-        """The same for embedding rows [n, hidden]."""
+        """Yield FFN-M of embedding rows [n, hidden], as `values` does."""
         unit = functional.rms_norm(x0, x0.shape[-1:], eps=self.eps)
         for block in self.blocks:
             normed = unit * block.memory_layernorm.weight
@@ -139,7 +140,7 @@ class ComputedRows:
 
 
 class StoredRows:
-    """Layers of a table that is there; UserError where it dropped one of them."""
+    """Reads layers of an existing table; UserError if it dropped one of them."""
 
     def __init__(self, folder: str | Path, layers: Sequence[int]) -> None:
         self.table, self.layers = TableReader.open_folder(folder), layers
@@ -148,7 +149,7 @@ class StoredRows:
             raise UserError(f"{folder} does not hold layer {missing[0]}: it was dropped there")
 
     def values(self, first: int, last: int) -> Iterator[Tensor]:
-        """Rows [first, last) of one layer after another: [n, hidden]."""
+        """Yield rows [first, last) of one layer after another: [n, hidden]."""
         rows = self.table.range(first, last)
         for layer in self.layers:
             values = self.table.values(rows, layer)
@@ -157,6 +158,6 @@ class StoredRows:
 
 
 def chunks_of(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) cut into ranges of at most `size` rows."""
+    """Split [start, stop) into ranges of at most `size` rows."""
     for first in range(start, stop, size):
         yield first, min(first + size, stop)

@@ -1,4 +1,4 @@
-"""Which pieces of a build are to be done next: partitions, each filled group of layers by group of layers."""
+"""The order of a build's tasks: partitions, each filled one group of layers at a time."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ Group = tuple[int, ...]
 
 @dataclass(frozen=True)
 class PartitionTask:
-    """One task. layers: those to write into the draft; None: the draft was filled and is to be hashed."""
+    """A task of a partition. layers: to write into its draft; None: the draft is full and must be hashed."""
 
     number: int
     draft: str
@@ -25,8 +25,8 @@ class PartitionTask:
 
 
 @dataclass
-class _Open:
-    """A partition that is being made. An attempt writes a draft of its own: two can never mix."""
+class _OpenPartition:
+    """A partition that is being filled. Each attempt has its own draft, so that two cannot mix."""
 
     draft: str
     waiting: list[Group]
@@ -35,11 +35,11 @@ class _Open:
 
 
 class PartitionScheduler:
-    """The order: a group that the worker holds already, of the earliest partition. Large ones come first: no
-    worker is left with one at the end.
+    """Chooses tasks: preferably the group that the worker already holds, of the earliest open partition.
 
-    Drafts are begun, named and removed here: workers only fill them, so that one that lives on after its
-    builder, or was given up, changes no file of a folder that counts (at a URL: storage/object_store.py).
+    Large partitions come first, so that no worker is left with one at the end. Drafts are created, named and
+    removed here and only filled by workers, so that an abandoned worker, or one that outlives its builder,
+    changes no committed file of a folder (at a URL: storage/object_store.py).
     """
 
     def __init__(
@@ -52,96 +52,95 @@ class PartitionScheduler:
     ) -> None:
         self.storage, self.plan, self.shape, self.groups = storage, plan, shape, list(groups)
         self._closed = sorted(missing, key=lambda number: (self._rows(number), -number))
-        self._open: dict[int, _Open] = {}
+        self._open: dict[int, _OpenPartition] = {}
         self._deaths: Counter[int] = Counter()
 
     def next(self, held: Group) -> PartitionTask | None:
-        """A piece for a worker that holds these layers; None where nothing is left to begin.
+        """The next task for a worker that holds these layers; None if none is left to start.
 
-        A partition is committed early, and a worker seldom changes its layers: a few may be open at a time.
+        A few partitions are open at a time: they are committed early, and workers rarely change their layers.
         """
-        for number, one in self._open.items():
-            if not one.waiting and not one.running:
-                one.running += 1
-                return self._piece(number, None)
-        for number, one in self._open.items():
-            if held in one.waiting:
-                return self._begin(number, held)
-        waiting = [number for number, one in self._open.items() if one.waiting]
+        for number, partition in self._open.items():
+            if not partition.waiting and not partition.running:
+                partition.running += 1
+                return PartitionTask(number, partition.draft, None)
+        for number, partition in self._open.items():
+            if held in partition.waiting:
+                return self._start(number, held)
+        waiting = [number for number, partition in self._open.items() if partition.waiting]
         if self._closed and len(waiting) < 2 * len(self.groups):
             number = self._closed.pop()
             self._open[number] = self._attempt(number)
-            # Workers that hold nothing of use begin with different groups.
+            # Workers that hold none of these groups start with different ones.
             spread = self.groups[len(waiting) % len(self.groups)]
-            return self._begin(number, held if held in self.groups else spread)
+            return self._start(number, held if held in self.groups else spread)
         if waiting:
-            return self._begin(waiting[0], self._open[waiting[0]].waiting[0])
+            return self._start(waiting[0], self._open[waiting[0]].waiting[0])
         return None
 
-    def _begin(self, number: int, group: Group) -> PartitionTask:
-        one = self._open[number]
-        one.waiting.remove(group)
-        one.running += 1
-        return self._piece(number, group)
-
-    def _piece(self, number: int, layers: Group | None) -> PartitionTask:
-        return PartitionTask(number, self._open[number].draft, layers)
+    def _start(self, number: int, group: Group) -> PartitionTask:
+        partition = self._open[number]
+        partition.waiting.remove(group)
+        partition.running += 1
+        return PartitionTask(number, partition.draft, group)
 
     def _rows(self, number: int) -> int:
         start, stop = self.plan.rows(number)
         return stop - start
 
-    def _attempt(self, number: int) -> _Open:
+    def _attempt(self, number: int) -> _OpenPartition:
         rows = self._rows(number)
         draft = self.storage.draft(
             self.plan.file(number), self.shape.file_bytes(rows), self.shape.header(rows)
         )
-        return _Open(draft, list(self.groups))
+        return _OpenPartition(draft, list(self.groups))
 
-    def ended(
+    def on_result(
         self, task: PartitionTask, result: FilledRows | Partition | Exception
     ) -> tuple[Partition, Sums] | None:
-        """Take a piece's result; the partition and the sums of all its layers, once it has its name.
+        """Process a task's result; returns the partition and the sums of all its layers once it is complete.
 
-        A worker's death throws the partition's draft away, since what it has written is not known. Any
-        other error is raised, unless it is about a draft that was thrown away.
+        If a worker died, the partition's draft is discarded, since its contents are unknown. Any other error
+        is raised, unless it is about a discarded draft.
         """
-        one = self._open.get(task.number)
-        if one is None or one.draft != task.draft:
-            return None  # of an attempt that was given up
-        one.running -= 1
+        opened = self._open.get(task.number)
+        if opened is None or opened.draft != task.draft:
+            return None  # of an abandoned attempt
+        opened.running -= 1
         if isinstance(result, WorkerDied):
-            self._again(task.number, one, result)
+            self._retry(task.number, opened, result)
         elif isinstance(result, Exception):
             raise result
         elif isinstance(result, Partition):
-            return self._name(task, one, result)
+            return self._name(task, opened, result)
         else:
             assert task.layers is not None
-            one.sums[task.layers] = result.sums
+            opened.sums[task.layers] = result.sums
             if result.partition is not None:
-                return self._name(task, one, result.partition)
+                return self._name(task, opened, result.partition)
         return None
 
-    def _name(self, task: PartitionTask, one: _Open, partition: Partition) -> tuple[Partition, Sums]:
+    def _name(
+        self, task: PartitionTask, opened: _OpenPartition, partition: Partition
+    ) -> tuple[Partition, Sums]:
         self.storage.name_draft(task.draft, partition.file, partition.bytes)
         del self._open[task.number]
-        return partition, [pair for group in self.groups for pair in one.sums[group]]
+        return partition, [pair for group in self.groups for pair in opened.sums[group]]
 
-    def _again(self, number: int, one: _Open, death: WorkerDied) -> None:
+    def _retry(self, number: int, opened: _OpenPartition, death: WorkerDied) -> None:
         self._deaths[number] += 1
         if self._deaths[number] == ATTEMPTS:
             raise UserError(
-                f"a worker died {ATTEMPTS} times ({death}); give it memory or fewer --workers "
+                f"a worker died {ATTEMPTS} times ({death}); give it more memory or fewer --workers "
                 "and run again: finished partitions are kept"
             )
-        self.storage.remove(one.draft)
+        self.storage.remove(opened.draft)
         del self._open[number]
-        self._closed.insert(0, number)  # after all others: it may be what kills them
+        self._closed.insert(0, number)  # to be started last: it may be what kills workers
 
     def written(self, row_bytes: dict[Group, int]) -> int:
-        """Bytes of the groups that open partitions hold already."""
+        """Bytes that open partitions hold already; row_bytes: of each group."""
         total = 0
-        for number, one in self._open.items():
-            total += sum(row_bytes[group] for group in one.sums) * self._rows(number)
+        for number, partition in self._open.items():
+            total += sum(row_bytes[group] for group in partition.sums) * self._rows(number)
         return total

@@ -1,4 +1,4 @@
-"""An unfinished build: what was asked for, and what is committed. tol.build.json, next to the partitions."""
+"""The state of an unfinished build, tol.build.json: its plan, and what is committed."""
 
 from typing import Self
 
@@ -6,18 +6,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mlm_train.errors import UserError
 from mlm_train.tol.format.index import BASIS, STATE, Partition, TableFile
-from mlm_train.tol.format.index_file import is_whole
+from mlm_train.tol.format.index_file import is_intact
 from mlm_train.tol.format.layout import Layout, TableSpec
 from mlm_train.tol.format.schemes import PlainDtype
 from mlm_train.tol.storage.base import Storage, refuse_used, remove_drafts, remove_matching
 from mlm_train.utils.files import json_text
 from mlm_train.utils.records import SEAL, Record, json_value, seal_of
 
-SPECTRA = ".spectrum-{}.safetensors"  # of a layer, which an unfinished build keeps
+SPECTRA = ".spectrum-{}.safetensors"  # per layer, kept while a build is unfinished
 
 
 class BuildPlan(Record):
-    """All that the partitions' bytes depend on; an unfinished folder is resumed only by an equal plan."""
+    """Everything that the partitions' bytes depend on; a build is resumed only by an equal plan."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
     checkpoint: str
@@ -33,15 +33,15 @@ class BuildPlan(Record):
 
     @property
     def layers(self) -> list[int]:
-        """The layers that are kept."""
+        """The kept layers."""
         kept = self.spec.layers
         return list(range(self.num_layers)) if kept is None else kept
 
     def rows(self, number: int) -> tuple[int, int]:
-        """The range of a partition: whole chunks, where there are enough; else single rows are shared out.
+        """The row range [start, stop) of a partition: whole chunks, if there are enough of them.
 
-        The matrix products of a library are tuned for round sizes: on a Xeon with AMX those of 2,048 rows
-        take two thirds of the time, a row, of those of 1,248 (docs/tol.md).
+        Matmul libraries are tuned for round sizes: on a Xeon with AMX 2,048 rows take two thirds of the time
+        per row of 1,248 rows (docs/tol.md).
         """
         chunks = -(-self.vocab_size // self.chunk_rows)
         unit, count = (self.chunk_rows, chunks) if chunks >= self.partitions else (1, self.vocab_size)
@@ -49,15 +49,15 @@ class BuildPlan(Record):
         return first, min(last, self.vocab_size)
 
     def file(self, number: int) -> str:
-        """The name of a partition."""
+        """The file name of a partition."""
         return f"rows-{number:05d}-of-{self.partitions:05d}.safetensors"
 
 
 class BuildState(BaseModel):
-    """tol.build.json: exists while a build is unfinished; it carries a checksum of itself.
+    """tol.build.json: exists while a build is unfinished; it contains its own checksum.
 
-    spectra: of layers, until the layout is known. done: committed partitions by number; sums: for each of
-    them and each layer the squared error and the squared norm of its numbers.
+    spectra: by layer, until the layout is known. done: committed partitions by number. sums: for each of them
+    and each layer the squared error and the squared norm of its values.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -70,23 +70,23 @@ class BuildState(BaseModel):
 
     @property
     def missing(self) -> list[int]:
-        """Partitions still to be made, ascending."""
+        """Numbers of the partitions still to be built, ascending."""
         return [number for number in range(self.plan.partitions) if number not in self.done]
 
     def bytes(self, number: int) -> int:
-        """Of a partition's file, once the layout is known."""
+        """Bytes of a partition's file, once the layout is known."""
         assert self.layout is not None
         start, stop = self.plan.rows(number)
         return self.layout.shape.file_bytes(stop - start)
 
     def save(self, storage: Storage) -> None:
-        """Commit: what it names is never made again."""
+        """Commit: the files that it names are not built again."""
         tree = self.model_dump(mode="json", by_alias=True)
         storage.write(STATE, json_text(tree | {SEAL: seal_of(tree)}).encode())
 
     @classmethod
     def load(cls, storage: Storage) -> Self | None:
-        """What `save` wrote, None where nothing did; UserError where it was changed since."""
+        """Read what `save` wrote; None if there is nothing. UserError if it was changed since."""
         if (data := storage.read(STATE)) is None:
             return None
         try:
@@ -98,10 +98,10 @@ class BuildState(BaseModel):
             raise UserError(f"{storage.at(STATE)} is damaged; remove {storage} and build again") from None
 
 
-def begin(storage: Storage, plan: BuildPlan) -> BuildState:
-    """The state to go on from, saved. Committed files are looked at again; damaged ones are dropped.
+def start_or_resume(storage: Storage, plan: BuildPlan) -> BuildState:
+    """Save and return the state to build from. Committed files are re-verified; damaged ones are dropped.
 
-    Raises UserError for a place with other contents, and one with partitions of another plan.
+    Raises UserError for a storage with other contents, and for one with partitions of another plan.
     """
     state = BuildState.load(storage)
     if state is not None:
@@ -114,7 +114,7 @@ def begin(storage: Storage, plan: BuildPlan) -> BuildState:
 
 
 def _resumed(storage: Storage, plan: BuildPlan, state: BuildState) -> BuildState | None:
-    """The unfinished build there; None, and nothing of it left, when it never committed anything."""
+    """The state of the unfinished build there; None, with its files removed, if it committed no partition."""
     remove_drafts(storage)
     if state.plan != plan and not state.done:
         remove_spectra(storage)
@@ -131,25 +131,27 @@ def _resumed(storage: Storage, plan: BuildPlan, state: BuildState) -> BuildState
         for name in type(old).model_fields:
             before, now = getattr(old, name), getattr(new, name)
             if before != now:
-                words = [f"no {name}" if one is None else f"{name}={one}" for one in (before, now)]
-                raise UserError(
-                    f"{storage} is an unfinished build with {words[0]}, not {words[1]}: "
-                    "ask for the same again"
+                old_value, new_value = (
+                    f"no {name}" if value is None else f"{name}={value}" for value in (before, now)
                 )
-    spectra = {layer: one for layer, one in state.spectra.items() if is_whole(storage, one)}
-    # To read all rows back from a URL would take as long as building them.
-    whole = {n: part for n, part in state.done.items() if is_whole(storage, part, by_size=storage.far)}
-    if state.basis is not None and not is_whole(storage, state.basis):
-        # Another basis may differ in its last bits: rows of the old one are of no use with it.
+                raise UserError(
+                    f"{storage} is an unfinished build with {old_value}, not {new_value}: "
+                    "give the same options again, or a new folder"
+                )
+    spectra = {layer: file for layer, file in state.spectra.items() if is_intact(storage, file)}
+    # Reading all rows back from a URL would take as long as building them.
+    done = {n: part for n, part in state.done.items() if is_intact(storage, part, by_size=storage.remote)}
+    if state.basis is not None and not is_intact(storage, state.basis):
+        # A new basis may differ in its last bits: rows of the old one cannot be used with it.
         return state.model_copy(update={"layout": None, "basis": None, "done": {}, "sums": {}})
-    return state.model_copy(update={"spectra": spectra, "done": whole})
+    return state.model_copy(update={"spectra": spectra, "done": done})
 
 
 def spectrum_name(layer: int) -> str:
-    """The file with a layer's spectrum."""
+    """The file name of a layer's spectrum."""
     return SPECTRA.format(f"{layer:05d}")
 
 
 def remove_spectra(storage: Storage) -> None:
-    """Those of layers whose ranks are chosen, or of another plan, are of no use any more."""
+    """Remove all spectra, once ranks are chosen or another plan starts."""
     remove_matching(storage, SPECTRA.format("*"))

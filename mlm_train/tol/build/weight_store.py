@@ -1,4 +1,4 @@
-"""FFN-M's weights where all of a build's workers find them: one copy a node, in Ray's object store."""
+"""FFN-M's weights for all workers of a build: one copy per node, in Ray's object store."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,15 +10,15 @@ from mlm_train.tol.build.ray_cluster import check_ray
 from mlm_train.tol.build.row_source import ffn_m_weights, to_numpy
 from mlm_train.tol.build.state import BuildPlan
 
-Weights = Callable[[Sequence[int]], list[Any]]  # references of these layers' weights
+Weights = Callable[[Sequence[int]], list[Any]]  # Ray references to the weights of these layers
 
 
 @contextmanager
 def shared_weights(model: str | None, plan: BuildPlan, ahead: int) -> Iterator[Weights]:
-    """Put layer after layer into the store; nothing without a model.
+    """Put the layers' weights into the object store, in a background thread; nothing without a model.
 
-    `ahead` of them while the workers start, which needs the processors too; the others from the first asking
-    on. Asking raises UserError, naming a tensor with a NaN, as soon as one was read, of whatever layer.
+    The first `ahead` layers are read while the workers start, the others from the first request on. A request
+    raises UserError, naming the tensor, as soon as any layer that was read has a NaN.
     """
     if model is None:
         yield lambda _: []
@@ -26,13 +26,13 @@ def shared_weights(model: str | None, plan: BuildPlan, ahead: int) -> Iterator[W
     import ray
 
     with open_model(model, verify="sizes") as opened, ThreadPoolExecutor(1) as reader:
-        # ray.put copies: new memory for every layer would have to be made, and zeroed, by the system.
+        # In place, since ray.put copies: new memory per layer would have to be allocated and zeroed.
         weights = ffn_m_weights(opened.tensors, opened.config, plan.layers, plan.compute, in_place=True)
         put: list[Future[Any]] = []
 
         def share() -> Any:
             layer = to_numpy(next(weights))
-            check_ray()  # where its raylet is gone, ray.put ends this process without a word
+            check_ray()  # without a raylet ray.put silently ends this process
             return ray.put(layer)
 
         def read(count: int) -> None:
@@ -40,9 +40,9 @@ def shared_weights(model: str | None, plan: BuildPlan, ahead: int) -> Iterator[W
                 put.append(reader.submit(share))
 
         def references(layers: Sequence[int]) -> list[Any]:
-            for one in put:
-                if one.done():
-                    one.result()
+            for layer in put:
+                if layer.done():
+                    layer.result()  # raises
             read(len(plan.layers))
             return [put[plan.layers.index(layer)].result() for layer in layers]
 

@@ -1,4 +1,4 @@
-"""A Ray actor of a build: computes a range of rows for a group of layers and puts it into a partition."""
+"""The Ray actor of a build: computes a range of rows for a group of layers and writes it into a partition."""
 
 import os
 from collections.abc import Sequence
@@ -28,11 +28,11 @@ from mlm_train.tol.storage.local import LocalFolder
 from mlm_train.tol.storage.resolve import reader_at
 from mlm_train.utils.malloc import keep_freed
 
-Sums = list[tuple[float, float]]  # a layer: squared error and squared norm of its numbers
+Sums = list[tuple[float, float]]  # per layer: squared error and squared norm of its values
 
 
 class FilledRows(NamedTuple):
-    """What came of filling some layers of a draft; with all of them, it is the partition."""
+    """The result of filling layers of a draft; `partition` if these are all layers."""
 
     sums: Sums
     partition: Partition | None = None
@@ -40,9 +40,10 @@ class FilledRows(NamedTuple):
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """What every worker of a build knows.
+    """What every worker of a build needs to know.
 
-    model: the folder with FFN-M; table: one to take the rows from; output: the folder or URL to write to.
+    model: folder with FFN-M's weights, or None with `table`, the folder to read rows from. output: address of
+    the storage to write to.
     """
 
     model: str | None
@@ -53,29 +54,29 @@ class WorkerJob:
 
 
 def prepare_process(threads: int) -> None:
-    """Set torch up for a worker; before its first tensor."""
-    # What a chunk needs is the next one's too: asked for again, page by page, it is a fifth of its time.
+    """Set up torch in a worker process, before its first tensor."""
+    # Each chunk needs the same memory: allocating it again, page by page, takes a fifth of the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     keep_freed(every_size=True)
     torch.set_num_threads(threads)
 
 
 class BuildWorker:
-    """Runs in a process of its own; holds the layers of one group at a time.
+    """Runs in its own process; holds the layers of one group at a time.
 
-    `weights`, references of each layer of a group, are of an object that a node's processes share.
+    `weights`: a Ray reference per layer of a group, to an object that a node's processes share.
     """
 
     def __init__(self, job: WorkerJob) -> None:
         prepare_process(job.plan.threads)
         self.job = job
         self._layers: tuple[int, ...] = ()
-        self._numbers: RowSource | None = None
-        self._room: list[Tensor] = []
+        self._source: RowSource | None = None
+        self._buffers: list[Tensor] = []
         self._basis: tuple[TableFile, tuple[int, ...], dict[int, Tensor]] | None = None
 
     def ready(self) -> None:
-        """Returns once the worker runs, and has read what every piece needs."""
+        """Return once the worker runs and has opened its model."""
         if self.job.model is not None:
             _ = self._model
 
@@ -90,7 +91,7 @@ class BuildWorker:
 
     @property
     def _folder(self) -> Path:
-        """The same where it is one: only there a file is filled group by group."""
+        """The output folder; files are filled group by group only in a folder."""
         assert isinstance(self._storage, LocalFolder)
         return self._storage.path
 
@@ -103,34 +104,35 @@ class BuildWorker:
         layout: Layout,
         basis: TableFile | None,
     ) -> FilledRows:
-        """Write these layers of a partition into its draft, which the builder has begun.
+        """Write these layers of a partition into its draft, which the builder has created.
 
-        `basis`: the file with the bases of low-rank layers.
+        `basis`: the file with the bases of low-rank layers, if any.
         """
         plan = self.job.plan
         start, stop = plan.rows(number)
         chunks = chunks_of(start, stop, plan.chunk_rows)
         encoder = _Encoder(layout, layers, self._bases(basis, layout, layers))
-        numbers = self._open(tuple(layers), weights)
+        source = self._open(tuple(layers), weights)
         if list(layers) == layout.layers:
-            header, room = layout.shape.header(stop - start), self._buffers(encoder.bytes)
-            with Stream(self._storage.sink(draft, header), header, room) as stream:
+            header, row_buffers = layout.shape.header(stop - start), self._row_buffers(encoder.bytes)
+            with Stream(self._storage.sink(draft, header), header, row_buffers) as stream:
                 for first, last in chunks:
-                    encoder.encode(numbers, first, last, stream.rows(last - first))
+                    encoder.encode(source, first, last, stream.rows(last - first))
                     stream.put(last - first)
                 digest = stream.finish()
-            whole = Partition(file=plan.file(number), rows=(start, stop), bytes=stream.bytes, sha256=digest)
-            return FilledRows(encoder.sums, whole)
+            file_name, rows = plan.file(number), (start, stop)
+            partition = Partition(file=file_name, rows=rows, bytes=stream.bytes, sha256=digest)
+            return FilledRows(encoder.sums, partition)
         with Draft(self._folder / draft, layout.shape, stop - start) as file:
             for first, last in chunks:
                 out = torch.empty(last - first, encoder.bytes, dtype=torch.uint8)
-                encoder.encode(numbers, first, last, out)
+                encoder.encode(source, first, last, out)
                 file.write(first - start, encoder.edges[0], out)
             file.sync()
         return FilledRows(encoder.sums)
 
     def _bases(self, basis: TableFile | None, layout: Layout, layers: Sequence[int]) -> dict[int, Tensor]:
-        """Those of these layers that have one; kept while the worker fills the same layers."""
+        """The bases of those of these layers that are low-rank; cached for the last layers."""
         ranks = dict(zip(layout.layers, layout.schemes, strict=True))
         cut = tuple(layer for layer in layers if ranks[layer].rank is not None)
         if basis is None or not cut:
@@ -139,22 +141,22 @@ class BuildWorker:
             self._basis = (basis, cut, bases_at(self._storage, basis, cut))
         return self._basis[2]
 
-    def _buffers(self, row_bytes: int) -> list[Tensor]:
-        """For a chunk's rows; kept, since new memory costs a system time."""
-        if not self._room or self._room[0].shape[1] != row_bytes:
-            self._room = []
-            self._room = buffers(self.job.plan.chunk_rows, row_bytes)
-        return self._room
+    def _row_buffers(self, row_bytes: int) -> list[Tensor]:
+        """Buffers for a chunk's rows; reused, since allocating memory takes time."""
+        if not self._buffers or self._buffers[0].shape[1] != row_bytes:
+            self._buffers = []
+            self._buffers = buffers(self.job.plan.chunk_rows, row_bytes)
+        return self._buffers
 
     def spectrum(self, layer: int, weights: list[Any], draft: str) -> TableFile:
-        """Write the spectrum of a layer, over the whole vocabulary, into its draft; what that is.
+        """Write the spectrum of a layer, over the whole vocabulary, into a draft; return its entry.
 
-        Where there is a budget, also what every way to store the layer loses.
+        With a budget, also the predicted errors of all schemes.
         """
-        plan, numbers = self.job.plan, self._open((layer,), weights)
+        plan, source = self.job.plan, self._open((layer,), weights)
         gram, sample = Gram(plan.hidden_size), Sample(plan.vocab_size, plan.hidden_size)
         for first, last in chunks_of(0, plan.vocab_size, plan.chunk_rows):
-            for values in numbers.values(first, last):
+            for values in source.values(first, last):
                 gram.add(values)
                 sample.add(values)
         try:
@@ -167,29 +169,33 @@ class BuildWorker:
         return file_of(spectrum_name(layer), data)
 
     def hash(self, draft: str, number: int) -> Partition:
-        """The partition that a draft is which several workers have filled; the builder gives it its name."""
+        """Flush and hash a draft that several workers have filled; the builder gives it its name."""
         plan = self.job.plan
         return hash_draft(self._folder / draft, plan.file(number), plan.rows(number))
 
     def _open(self, layers: tuple[int, ...], weights: list[Any]) -> RowSource:
-        """The numbers of these layers; the group before is let go."""
-        if layers == self._layers and self._numbers is not None:
-            return self._numbers
+        """The row source of these layers; the previous group is released."""
+        if layers == self._layers and self._source is not None:
+            return self._source
         import ray
 
-        self._numbers = None
+        self._source = None
         job = self.job
         if job.table is not None:
-            self._numbers = StoredRows(job.table, layers)
+            self._source = StoredRows(job.table, layers)
         else:
-            shared = {layer: from_numpy(one) for layer, one in zip(layers, ray.get(weights), strict=True)}
-            self._numbers = ComputedRows(self._model, shared, job.plan.compute, job.device)
+            shared = zip(layers, ray.get(weights), strict=True)
+            by_layer = {layer: from_numpy(arrays) for layer, arrays in shared}
+            self._source = ComputedRows(self._model, by_layer, job.plan.compute, job.device)
         self._layers = layers
-        return self._numbers
+        return self._source
+
+
+PROCESS_TITLE = f"ray::{BuildWorker.__name__}"  # how Ray names a worker's process, followed by its method
 
 
 class _Encoder:
-    """Turns numbers of some neighbouring layers into their bytes of rows, and measures what that loses."""
+    """Encodes neighbouring layers of rows, and sums their errors."""
 
     def __init__(self, layout: Layout, layers: Sequence[int], bases: dict[int, Tensor]) -> None:
         first = layout.layers.index(layers[0])
@@ -202,22 +208,22 @@ class _Encoder:
         self.bytes = self.edges[-1] - self.edges[0]
         self.sums: Sums = [(0.0, 0.0)] * len(layers)
 
-    def encode(self, numbers: RowSource, first: int, last: int, out: Tensor) -> None:
-        """Rows [first, last) into `out`: uint8 [n, bytes of these layers]."""
+    def encode(self, source: RowSource, first: int, last: int, out: Tensor) -> None:
+        """Encode rows [first, last) into `out`: uint8 [n, bytes of these layers]."""
         edges = [edge - self.edges[0] for edge in self.edges]
-        for position, values in enumerate(numbers.values(first, last)):
+        for position, values in enumerate(source.values(first, last)):
             self._encode(position, values, out[:, edges[position] : edges[position + 1]], first)
 
     def _encode(self, position: int, values: Tensor, out: Tensor, first: int) -> None:
         scheme, layer = self.schemes[position], self.layers[position]
         basis = self.bases.get(layer)
-        kept = values if basis is None else values.float() @ projector(basis)
+        projected = values if basis is None else values.float() @ projector(basis)
         try:
-            encode(scheme, kept, out)
+            encode(scheme, projected, out)
         except NotFinite as found:
             raise _not_finite(found, first + found.row, layer) from None
         if basis is None and not scheme.quantised:
-            return  # rounding, whose error is known
+            return  # the rounding error of plain types is not measured
         (field,) = layout([scheme], self.hidden)
         stored, true = decode(field, out, self.hidden).float(), values.float()
         error = (stored if basis is None else stored @ basis) - true

@@ -1,4 +1,4 @@
-"""`mlm-train tol`: token-wise lookups, from the build to a look into them."""
+"""`mlm-train tol`: building, compressing, verifying and inspecting token-wise lookups."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mlm_train.tol.format.index import TolIndex
     from mlm_train.tol.storage.node_folders import NodeFolder
 
-BUILT = "bfloat16"  # what a build stores where nothing is said
+BUILT = "bfloat16"  # default type of a build
 
 HELP = """Token-wise lookups (ToL): FFN-M's output for every token of the vocabulary.
 
@@ -34,9 +34,9 @@ examples:
 
 _BUILD_HELP = """Compute FFN-M for the whole vocabulary on Ray and write it as a ToL folder.
 
-A build that was killed goes on where it stopped: run the same command again. With --ray-address the
-model and the output must lie on storage that every node sees under the same path. The output may also be
-a URL: s3://, gs://, sftp:// and what else fsspec knows, with the credentials that each node has.
+A killed build resumes where it stopped: run the same command again. With --ray-address the model and the
+output must be on storage that every node sees under the same path. The output may also be a URL (s3://,
+gs://, sftp:// or any other that fsspec supports), accessed with each node's own credentials.
 
 examples:
   mlm-train tol build exports/run1 --output tol/run1
@@ -48,7 +48,7 @@ examples:
 
 _COMPRESS_HELP = """Write a table in fewer bytes: fewer bits, low rank, fewer layers, or all of them.
 
-Streams through the table on Ray; one that was killed goes on where it stopped.
+Streams through the table on Ray; a killed compression resumes where it stopped.
 
 examples:
   mlm-train tol compress tol/run1 --output tol/run1-int8 --dtype int8
@@ -56,22 +56,22 @@ examples:
   mlm-train tol compress tol/run1 --output tol/run1-1gb --budget 1GB
   mlm-train tol compress tol/run1 --output tol/run1-1gb --dtype int8 --budget 1GB --drop 11-13"""
 
-_VERIFY_HELP = """Check a ToL folder: coverage, sizes, SHA-256, finite values; with --model also the values.
-At a URL sizes and SHA-256.
+_VERIFY_HELP = """Check a ToL folder: coverage, sizes, SHA-256 and non-finite values; with --model all values.
+At a URL: sizes and SHA-256.
 
-Exit code 2 and one line for each damaged range of rows.
+Damage: exit code 2, and one line per damaged range of rows.
 
 examples:
   mlm-train tol verify tol/run1
   mlm-train tol verify tol/run1 --model exports/run1 --sample 1000"""
 
 
-_ALLOCATE_HELP = """Choose for each layer among fewer bits, low rank and dropping it, by what it costs.
+_ALLOCATE_HELP = """Choose for each layer among fewer bits, low rank and dropping it, by cost in perplexity.
 
-Measures every choice of every layer on text (--samples windows of the training split), finds the best mixes
-for every size, prints them, and measures the one chosen on the validation split beside uniform ways of
-the same size. `tol compress --allocation FILE` then writes the table. One that was killed goes on where it
-stopped measuring choices, batch by batch of the text.
+Measures every option for every layer on text (--samples windows of the training split), finds and prints
+the best mixes for a range of sizes, and measures the chosen one on the validation split, next to uniform
+tables of the same size. `tol compress --allocation FILE` then writes the table. A killed study resumes after
+the last measured batch: run the same command again.
 
 examples:
   mlm-train tol allocate tol/run1 --model exports/run1 --data data/mine --budget 1.5GB --output mix.json
@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument(
         "--compute",
         choices=("auto", "float32", "bfloat16"),
-        help="type of FFN-M's products (default auto: that of the weights)",
+        help="type of FFN-M's matmuls (default auto: that of the weights)",
     )
     build.add_argument("--device", default="cpu", help="where FFN-M runs: cpu or cuda (default %(default)s)")
     add_verify(build, "the model")
@@ -102,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_action(actions, "allocate", "choose how each layer is stored", _ALLOCATE_HELP)
     )
     verify = add_action(actions, "verify", "check a ToL folder", _VERIFY_HELP)
-    verify.add_argument("folder", metavar="DIR|URL", help="where `mlm-train tol build` wrote it")
+    verify.add_argument("folder", metavar="DIR|URL", help="output of `mlm-train tol build`")
     verify.add_argument("--model", metavar="MODEL", help=f"recompute rows with it: {MODEL_KINDS}")
     verify.add_argument("--sample", type=int, metavar="N", help="recompute N random rows (default: all)")
     verify.add_argument("--json", action="store_true", help="write one JSON object instead of a line")
@@ -121,43 +121,45 @@ def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
         help="files, each a range of the vocabulary (default: about 512 MB each, at least 8)",
     )
     parser.add_argument(
-        "--workers", type=int, metavar="N", default=2, help="processes, one a GPU (default %(default)s)"
+        "--workers", type=int, metavar="N", default=2, help="processes, one per GPU (default %(default)s)"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of each (default 1)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads per worker (default 1)")
     parser.add_argument(
-        "--evaluate", metavar="DATA", help="also perplexity on the validation split of this data"
+        "--evaluate", metavar="DATA", help="also report perplexity on the validation split of this data"
     )
     parser.add_argument(
-        "--repair", action="store_true", help="make the damaged partitions of a finished --output again"
+        "--repair", action="store_true", help="rebuild the damaged partitions of a finished --output"
     )
     parser.add_argument("--ray-address", metavar="A", help="use a running Ray cluster, such as auto")
     parser.add_argument(
         "--each-node",
         action="store_true",
-        help="--output is a folder of each node's own: built on this one, then copied to all others",
+        help="--output is a node-local folder: built on this node, then copied to all others",
     )
 
 
 def _add_allocate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", metavar="TOL", help="a table in a plain type, from `tol build`")
     parser.add_argument("--model", metavar="MODEL", required=True, help=f"its model: {MODEL_KINDS}")
-    parser.add_argument("--data", metavar="DIR", required=True, help="folder of `data prepare`")
+    parser.add_argument("--data", metavar="DIR", required=True, help="output of `data prepare`")
     parser.add_argument(
-        "--budget", type=size, metavar="SIZE", help="bytes of the table's files, such as 1.5GB"
+        "--budget", type=size, metavar="SIZE", help="most bytes of the table's files, such as 1.5GB"
     )
-    parser.add_argument("--tolerance", metavar="P%", help="the smallest table whose perplexity grows no more")
+    parser.add_argument(
+        "--tolerance", metavar="P%", help="find the smallest table whose perplexity grows at most this much"
+    )
     parser.add_argument("--output", metavar="FILE", required=True, help="JSON for `compress --allocation`")
     parser.add_argument("--plot", metavar="FILE", help="a PNG of sizes and perplexities")
     parser.add_argument("--samples", type=int, default=64, help="windows to measure on (default %(default)s)")
-    parser.add_argument("--sequence-length", type=int, metavar="N", help="default: the model's longest")
+    parser.add_argument("--sequence-length", type=int, metavar="N", help="default: the model's maximum")
     parser.add_argument(
-        "--micro-batch-size", type=int, default=8, help="windows a pass (default %(default)s)"
+        "--micro-batch-size", type=int, default=8, help="windows per pass (default %(default)s)"
     )
     add_verify(parser, "the table, of --data and --model,", "sizes, of --model full")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0, or 2 when verify finds damage."""
+    """Run the action. Exit code 0, or 2 if `verify` finds damage."""
     if args.action == "inspect":
         return run_inspect(args)
     if args.action == "verify":
@@ -169,13 +171,13 @@ def run(args: argparse.Namespace) -> int:
 
         return allocate(args)
     if args.each_node and args.ray_address is None:
-        raise UserError("--each-node needs --ray-address: the cluster whose nodes get the table")
+        raise UserError("--each-node needs --ray-address: name the cluster whose nodes get the table")
     if args.repair:
         return _repair(args)
     if args.action == "compress" and args.model is not None and args.evaluate is None:
-        raise UserError("--model is of --evaluate: give --evaluate DATA too, or leave --model out")
+        raise UserError("--model belongs to --evaluate: give --evaluate DATA too, or leave --model out")
     build = _compression(args) if args.action == "compress" else _build(args)
-    scorer = _scorer(args, build)  # before the work: its bad input costs nothing then
+    scorer = _scorer(args, build)  # before the build, to reject bad input early
     if (index := build.finished()) is not None:
         print(f"{build.storage} is finished already: {describe(index)}")
     else:
@@ -187,7 +189,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _copy(build: "Build", args: argparse.Namespace) -> None:
-    """With --each-node: to all others."""
+    """With --each-node: copy the table to all other nodes."""
     if not args.each_node:
         return
     from mlm_train.tol.storage.node_folders import NodeFolder
@@ -199,12 +201,12 @@ def _copy(build: "Build", args: argparse.Namespace) -> None:
 
 
 def _storage(args: argparse.Namespace) -> "str | NodeFolder":
-    """Where a table is to go."""
+    """The storage to write a table to."""
     if not args.each_node:
         return str(args.output)
     from mlm_train.tol.storage.node_folders import NodeFolder
 
-    refuse_url_output(args.output, "--each-node gives each node its own")
+    refuse_url_output(args.output, "--each-node writes one on each node")
     return NodeFolder(args.output)
 
 
@@ -217,7 +219,7 @@ def _scorer(args: argparse.Namespace, build: "Build") -> "Scorer | None":
     from mlm_train.tol.format.index_file import read_index
 
     if build.job.model is not None:
-        # The checkpoint that the build has verified: a run that goes on may have a newer one.
+        # The checkpoint that the build has verified: a running training may have a newer one.
         return Scorer(build.job.model, args.evaluate, with_memory=True, verify="sizes")
     if args.model is None:
         raise UserError("--evaluate needs --model: the model that the table was built from")
@@ -227,18 +229,18 @@ def _scorer(args: argparse.Namespace, build: "Build") -> "Scorer | None":
 
 
 def _compared(args: argparse.Namespace, build: "Build", scorer: "Scorer") -> str:
-    """What the table does to perplexity, in one line."""
+    """The change of perplexity by the table, as one line."""
     from mlm_train.tol.serve.source import TolSource
 
     if args.action == "build":
-        before, what = scorer.computed, "FFN-M computed"
+        reference, what = scorer.computed, "FFN-M computed"
     else:
-        before, what = TolSource.open_folder(args.table, scorer.config), str(args.table)
-    exact = scorer.score(before).perplexity
-    found = scorer.score(TolSource.open_folder(str(build.storage), scorer.config))
+        reference, what = TolSource.open_folder(args.table, scorer.config), str(args.table)
+    exact = scorer.score(reference).perplexity
+    score = scorer.score(TolSource.open_folder(str(build.storage), scorer.config))
     return (
-        f"perplexity {exact:.4f} with {what}, {found.perplexity:.4f} with {args.output}: "
-        f"{found.perplexity / exact - 1:+.3%} over {found.tokens:,} tokens"
+        f"perplexity {exact:.4f} with {what}, {score.perplexity:.4f} with {args.output}: "
+        f"{score.perplexity / exact - 1:+.3%} over {score.tokens:,} tokens"
     )
 
 
@@ -248,27 +250,27 @@ def _repair(args: argparse.Namespace) -> int:
     unused = given(args) or given(args, ("partitions", "threads", "evaluate"))
     unused = unused or given(args, ("model",) if args.action == "compress" else ("compute", "verify"))
     if unused:
-        raise UserError(f"--repair makes {args.output} as it was: leave {unused} out")
+        raise UserError(f"--repair rebuilds {args.output} as it was: leave {unused} out")
     model, table = (None, args.table) if args.action == "compress" else (args.model, None)
     device = "cpu" if args.action == "compress" else args.device
     build = Build.like_index(_storage(args), model, table, device)
-    again = build.repair(args.workers, args.ray_address)
-    for partition in again:
-        print(f"made again: {partition.file}, rows [{partition.rows[0]}, {partition.rows[1]})")
-    were = "s were" if len(again) != 1 else " was"
-    print(f"{build.storage}: {len(again)} partition{were} damaged; it is whole")
+    rebuilt = build.repair(args.workers, args.ray_address)
+    for partition in rebuilt:
+        print(f"rebuilt: {partition.file}, rows [{partition.rows[0]}, {partition.rows[1]})")
+    were = "s were" if len(rebuilt) != 1 else " was"
+    print(f"{build.storage}: {len(rebuilt)} partition{were} damaged; the table is intact now")
     _copy(build, args)
     return 0
 
 
 def describe(index: "TolIndex") -> str:
-    """A table in one line."""
+    """Describe a table in one line."""
     how = index.dtype if index.group_size is None else f"{index.dtype} by {index.group_size}"
     if index.rank is not None:
         ranks = [rank for rank in index.rank if rank is not None]
         how += f", rank {min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else f", rank {ranks[0]}"
     known = [error for error in index.errors or () if error is not None]
-    lost = f", relative error {min(known):.2e} to {max(known):.2e} a layer" if known else ""
+    lost = f", relative error {min(known):.2e} to {max(known):.2e} per layer" if known else ""
     layers = f"{len(index.layers)} layer" + "s" * (len(index.layers) != 1)
     if missing := [str(layer) for layer in range(index.num_layers) if layer not in index.layers]:
         lost += f"; dropped, read as 0: layer{'s' * (len(missing) > 1)} {', '.join(missing)}"
@@ -331,6 +333,6 @@ def _verify(args: argparse.Namespace) -> int:
             f"; {report.recomputed} rows recomputed, largest error {report.max_abs_error:.2e} "
             f"({report.max_rel_error:.2e} of the row's largest value)"
         )
-    verdict = f"damaged: {report.cure}" if report.damages else "whole"
+    verdict = f"damaged: {report.fix}" if report.damages else "intact"
     print(f"{args.folder}: {rows} rows in {len(report.index.partitions)} partitions, {verdict}{values}")
     return code

@@ -1,4 +1,4 @@
-"""Command-line words that say how a table's rows are stored; `tol build` and `tol compress` share them."""
+"""Command-line options for how a table's rows are stored, of `tol build` and `tol compress`."""
 
 import argparse
 import re
@@ -7,23 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_train.errors import UserError
-from mlm_train.tol.allocate.mix_file import _check_fits, read_allocation
+from mlm_train.tol.allocate.mix_file import check_fits, read_allocation
 from mlm_train.tol.format.schemes import GROUP, GROUPS, LEVELS, PLAIN_BYTES
 from mlm_train.utils.units import size
 
 if TYPE_CHECKING:
     from mlm_train.tol.format.layout import TableSpec
 
-_WORDS = ("dtype", "group_size", "asymmetric", "drop", "rank", "budget")  # of args
+_OPTIONS = ("dtype", "group_size", "asymmetric", "drop", "rank", "budget")  # in args
 _RANGE = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
 
 
 def add_storage_arguments(parser: argparse.ArgumentParser, default: str | None) -> None:
-    """--dtype and what goes with it."""
-    parser.add_argument(  # its default comes later, in storage_of: what was given can be told from it
+    """Add --dtype and the options that go with it; `default`: of --dtype, for the help."""
+    parser.add_argument(  # table_spec_of sets its default, so that a given one can be told from it
         "--dtype",
         choices=(*PLAIN_BYTES, *LEVELS),
-        help="type of the stored numbers ("
+        help="type of the stored values ("
         + (f"default {default}; " if default else "")
         + "with --budget: the best for each layer)",
     )
@@ -31,53 +31,51 @@ def add_storage_arguments(parser: argparse.ArgumentParser, default: str | None) 
         "--group-size",
         type=int,
         metavar="N",
-        help="int8, int4: numbers that share a scale "
+        help="int8, int4: values that share a scale "
         f"(default {GROUP}; with --budget: the best for each layer)",
     )
-    parser.add_argument(
-        "--asymmetric", action="store_true", help="int8, int4: a zero of its own for each group"
-    )
+    parser.add_argument("--asymmetric", action="store_true", help="int8, int4: also a zero point per group")
     parser.add_argument("--drop", metavar="LAYERS", help="layers to leave out, such as 3,5-7; they read as 0")
     parser.add_argument("--rank", type=int, metavar="R", help="cut every layer to rank R")
     parser.add_argument(
         "--budget",
         type=size,
         metavar="SIZE",
-        help="most bytes of the table's files but its index, such as 3.2GB. Each layer is stored so that the "
-        "sum of squared relative errors is least, over what --dtype and --group-size leave open: "
+        help="most bytes of the table's files without its index, such as 3.2GB. Minimises the sum over "
+        "layers of squared relative errors, over what --dtype and --group-size leave open: "
         f"{', '.join((*PLAIN_BYTES, *LEVELS))}; groups of {', '.join(map(str, GROUPS))}; every rank; the "
-        "whole layer; a dropped one, which a warning names. Errors are predicted (docs/tol.md)",
+        "uncut layer; dropping it, with a warning. Errors are predicted (docs/tol.md)",
     )
     parser.add_argument(
         "--allocation", metavar="FILE", help="layers and schemes from `mlm-train tol allocate`"
     )
 
 
-def given(args: argparse.Namespace, names: Sequence[str] = (*_WORDS, "allocation")) -> str:
-    """The options among `names` that a command line has, for a message; "" for none."""
-    found = (name for name in names if getattr(args, name) is not None and getattr(args, name) is not False)
-    return ", ".join(f"--{name.replace('_', '-')}" for name in found)
+def given(args: argparse.Namespace, names: Sequence[str] = (*_OPTIONS, "allocation")) -> str:
+    """The options among `names` that were given, for a message; "" for none."""
+    used = (name for name in names if getattr(args, name) is not None and getattr(args, name) is not False)
+    return ", ".join(f"--{name.replace('_', '-')}" for name in used)
 
 
 def table_spec_of(
     args: argparse.Namespace, layers: list[int], hidden: int, default: str | None = None
 ) -> "TableSpec":
-    """What the words ask for, of a table with these layers; `default`: the type where none is given.
+    """The TableSpec that the options ask for, of a table with these layers; `default`: type if none is given.
 
-    Raises UserError naming a wrong one.
+    Raises UserError naming a wrong option.
     """
     from mlm_train.tol.format.layout import TableSpec
 
     if args.allocation is not None:
-        if more := given(args, _WORDS):
-            raise UserError(f"--allocation says how every layer is stored: leave {more} out")
+        if more := given(args, _OPTIONS):
+            raise UserError(f"--allocation sets how every layer is stored: leave {more} out")
         return _allocated(Path(args.allocation), layers, hidden)
     dtype = default if args.dtype is None and args.budget is None else args.dtype
     if dtype is None and args.budget is None:
-        raise UserError("give --dtype, --budget or --allocation: how the numbers are to be stored")
+        raise UserError("give --dtype, --budget or --allocation: how the values are to be stored")
     if dtype in PLAIN_BYTES and (args.group_size is not None or args.asymmetric):
-        raise UserError(f"--group-size and --asymmetric are of int8 and int4, not of {dtype}")
-    # A group as wide as a row is the largest there can be; the default is more than a narrow model's row.
+        raise UserError(f"--group-size and --asymmetric are for int8 and int4, not for {dtype}")
+    # No group is wider than a row, but the default may be wider than a narrow model's row.
     for name, most in (("group_size", max(hidden, GROUP)), ("rank", hidden)):
         value = getattr(args, name)
         if value is not None and not 1 <= value <= most:
@@ -102,32 +100,32 @@ def table_spec_of(
 
 
 def _dropped(text: str, layers: list[int]) -> set[int]:
-    found: set[int] = set()
+    dropped: set[int] = set()
     for part in text.split(","):
         match = _RANGE.fullmatch(part.strip())
         if match is None:
             raise UserError(f"--drop {text or repr('')}: give layers such as 3,5-7")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise UserError(f"--drop {text}: {part.strip()} ends before it begins; write {last}-{first}")
-        # The first layer that is not there ends it: a range as long as it likes is not gone through.
+            raise UserError(f"--drop {text}: {part.strip()} ends before it starts; write {last}-{first}")
+        # Stop at the first unknown layer, since the range may be huge.
         unknown = next((layer for layer in range(first, last + 1) if layer not in layers), None)
         if unknown is not None:
-            raise UserError(f"--drop {text}: there is no layer {unknown}; those there are: {layers}")
-        found |= set(range(first, last + 1))
-    return found
+            raise UserError(f"--drop {text}: there is no layer {unknown}; the layers are {layers}")
+        dropped |= set(range(first, last + 1))
+    return dropped
 
 
 def _allocated(file: Path, layers: list[int], hidden: int) -> "TableSpec":
     from mlm_train.tol.format.layout import TableSpec
 
     try:
-        found = read_allocation(file)
-        _check_fits(found, layers, hidden)
+        allocation = read_allocation(file)
+        check_fits(allocation, layers, hidden)
     except OSError as error:
         reason = f"cannot be read: {error.strerror or error}"
     except ValueError as error:
         reason = str(error)
     else:
-        return TableSpec(layers=found.layers, schemes=found.schemes)
+        return TableSpec(layers=allocation.layers, schemes=allocation.schemes)
     raise UserError(f"--allocation {file}: {reason}; write one with `mlm-train tol allocate`")

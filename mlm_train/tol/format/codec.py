@@ -1,10 +1,10 @@
-"""One layer's numbers of a token's row, as bytes: plain floats, or group-wise int8 and int4.
+"""Encoding of one layer of a token's row: plain floats, or group-wise int8 and int4.
 
-A layer of a row holds `width` numbers: its hidden size, or its rank where the table is cut to low rank.
-Integers: value = (code - zero) * scale, a float16 scale for each `group_size` neighbours (the last group
-may be short), an int8 zero where not symmetric. int8 codes are signed; int4 stores two a byte, the low half
-first, code = nibble - 8. An encoded row lays its layers out one after another, each at a multiple of
-ALIGNMENT bytes: scales, zeros, codes.
+A layer of a row holds `width` values: the hidden size, or the layer's rank where it is cut to low rank.
+Integers: value = (code - zero) * scale, with a float16 scale per group of `group_size` neighbouring values
+(the last group may be shorter) and an int8 zero point if not symmetric. int8 codes are signed; int4 packs two
+codes per byte, the low half first, code = nibble - 8. An encoded row holds its layers one after another, each
+at a multiple of ALIGNMENT bytes: scales, zeros, codes.
 """
 
 import torch
@@ -18,14 +18,14 @@ TORCH_DTYPE: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
-# Factors on the range of a group that the search for its scale tries: the best clips a little at four bits.
+# Factors on a group's range that the search for its scale tries: at four bits clipping a little is best.
 _FACTORS = {"int8": (1.0,), "int4": (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)}
 
 
 def encode(scheme: Scheme, values: Tensor, out: Tensor) -> None:
-    """values [n, width] -> one layer of n rows in `out`, uint8 [n, scheme.bytes or more].
+    """Encode values [n, width] as one layer of n rows into `out`, uint8 [n, scheme.bytes or more].
 
-    Raises NotFinite where a number, or a group's scale, is not finite in this type.
+    Raises NotFinite if a value or a group's scale is not finite in this type.
     """
     if not scheme.quantised:
         fields = [values.to(TORCH_DTYPE[scheme.dtype])]
@@ -45,7 +45,7 @@ def encode(scheme: Scheme, values: Tensor, out: Tensor) -> None:
 
 
 def rounded(scheme: Scheme, values: Tensor) -> Tensor:
-    """What `encode`, then `decode` make of values [n, width], in fp32; not finite where encode raises."""
+    """Values [n, width] after `encode` and `decode`, in fp32; not finite where `encode` would raise."""
     if scheme.group_size is None:
         return values.to(TORCH_DTYPE[scheme.dtype]).float()
     scales, zeros, codes = _quantise(scheme, values.float())
@@ -56,12 +56,13 @@ def rounded(scheme: Scheme, values: Tensor) -> Tensor:
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no number is NaN or infinite. Their sum, cheap to have, would be; it may also overflow."""
+    """Whether no value is NaN or infinite."""
+    # The sum is cheap, but may overflow.
     return bool(values.sum().isfinite()) or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
 class NotFinite(UserError):
-    """A row that a type cannot hold; whoever knows its token says it again."""
+    """A row that a type cannot hold; a caller that knows its token raises an error that names it."""
 
     def __init__(self, row: int, dtype: str) -> None:
         super().__init__(f"row {row} is not finite in {dtype}")
@@ -69,7 +70,7 @@ class NotFinite(UserError):
 
 
 def decode(encoding: Encoding, rows: Tensor, hidden: int) -> Tensor:
-    """Encoded rows, uint8 [n, row bytes] -> this layer's numbers, [n, width] in fp32 or their plain type."""
+    """Decode a layer of rows uint8 [n, row bytes] to its values [n, width], in fp32 or the plain type."""
 
     def field(start: int, size: int, dtype: torch.dtype) -> Tensor:
         part, item = rows[:, start : start + size], dtype.itemsize
@@ -92,9 +93,9 @@ def decode(encoding: Encoding, rows: Tensor, hidden: int) -> Tensor:
 
 
 def grouped(values: Tensor, size: int) -> Tensor:
-    """Numbers by groups: [n, width] -> [n, groups, size], zeros after the end.
+    """Split values into groups: [n, width] -> [n, groups, size], zero-padded.
 
-    A group that is wider than the row is the row: no memory for what is beyond it.
+    A size above the width becomes the width, so that padding takes no memory.
     """
     size = min(size, values.shape[1])
     missing = -values.shape[1] % size
@@ -102,21 +103,21 @@ def grouped(values: Tensor, size: int) -> Tensor:
 
 
 def _pack(codes: Tensor) -> Tensor:
-    """int4 codes, int8 [n, width] -> uint8 [n, ceil(width / 2)]."""
+    """Pack int4 codes, int8 [n, width], into uint8 [n, ceil(width / 2)]."""
     nibbles = (torch.nn.functional.pad(codes, (0, codes.shape[1] % 2)) + 8).to(torch.uint8)
     return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
 
 
 def _unpack(packed: Tensor, width: int) -> Tensor:
-    """The reverse of _pack."""
+    """Reverse _pack."""
     nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)[:, :width]
     return nibbles.to(torch.int8) - 8
 
 
 def _quantise(scheme: Scheme, values: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """[n, width] -> scales float16 [n, groups], zeros int8 [n, groups] or None, codes int8 [n, width].
+    """Quantise values [n, width] to scales float16 [n, groups], zeros int8 [n, groups] or None, and codes.
 
-    For each group the factor on its range is taken that leaves the smallest squared error.
+    codes: int8 [n, width]. Each group takes the factor on its range with the smallest squared error.
     """
     assert scheme.group_size is not None
     spread = grouped(values, scheme.group_size)
@@ -136,24 +137,24 @@ def _quantise(scheme: Scheme, values: Tensor) -> tuple[Tensor, Tensor | None, Te
 
 
 def _ranges(scheme: Scheme, spread: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales that clip no number of a group in `spread` [n, groups, size], and what zeros put in the middle.
+    """The scales that clip no value, and the middle of each range, of groups `spread` [n, groups, size].
 
     Each [n, groups, 1].
     """
     lowest, highest = LEVELS[scheme.dtype]
     low, high = spread.amin(-1, keepdim=True), spread.amax(-1, keepdim=True)
     if not scheme.symmetric:
-        low, high = low.clamp_(max=0.0), high.clamp_(min=0.0)  # zero has a code
+        low, high = low.clamp_(max=0.0), high.clamp_(min=0.0)  # zero must have a code
         return (high - low) / (highest - lowest), (low + high) / 2
     if lowest == -highest:
         scales = torch.maximum(high, -low) / highest
-    else:  # one code more on one side: a negative scale gives it to the positive numbers
+    else:  # there is one more negative code: a negative scale gives it to the positive values
         scales = torch.where(high > -low, high, low) / lowest
     return scales, torch.zeros_like(scales)
 
 
 def _rounded(scheme: Scheme, scales: Tensor, middle: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and zeros as they are stored, in fp32."""
+    """Scales and zeros rounded as they are stored, in fp32."""
     scales = scales.to(torch.float16).float()
     if scheme.symmetric:
         return scales, middle
@@ -162,7 +163,7 @@ def _rounded(scheme: Scheme, scales: Tensor, middle: Tensor) -> tuple[Tensor, Te
 
 
 def _inverse(scales: Tensor) -> Tensor:
-    """1 / scale; zero for a group whose scale is zero, so that its codes are."""
+    """1 / scale; 0 where the scale is 0, so that the codes are 0."""
     return torch.where(scales == 0.0, 0.0, 1.0 / scales)
 
 

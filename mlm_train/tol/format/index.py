@@ -1,7 +1,7 @@
-"""A ToL folder on disk: tol.index.json, and partitions that hold one contiguous row a token for all layers.
+"""The index of a ToL folder, tol.index.json; partitions hold one contiguous row per token for all layers.
 
-docs/tol-format.md describes it for readers in any language. Rows leave the model's alpha out. The index is
-written last.
+docs/tol-format.md describes the format for readers in any language. Rows do not include the model's alpha.
+The index is written last.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ from mlm_train.utils.files import is_plain_name
 from mlm_train.utils.records import Record
 
 INDEX = "tol.index.json"
-STATE = "tol.build.json"  # of an unfinished build
-FETCHED = "tol.fetch.json"  # the index of what is being copied, until all of it is there
+STATE = "tol.build.json"  # exists while a build is unfinished
+FETCHED = "tol.fetch.json"  # the index of a table that is being copied, until all its files are there
 BASIS = "basis.safetensors"
-BASIS_ITEM = 2  # bytes of a basis' number, float16
+BASIS_ITEM = 2  # bytes per value of a basis, float16
 REBUILD = "build it again with `mlm-train tol build`"
 
 
@@ -41,7 +41,7 @@ class TableFile(Record):
 
 
 def file_of(name: str, data: bytes) -> TableFile:
-    """A small file with these contents."""
+    """The TableFile of a small file with these contents."""
     return TableFile(file=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
@@ -52,11 +52,10 @@ class Partition(TableFile):
 
 
 class Provenance(Record):
-    """What the table was made from, and how its numbers were computed, so that a part can be made again.
+    """What the table was built from, and how, so that a partition can be rebuilt.
 
-    checkpoint: fingerprint of the model. table: SHA-256 of the index that it was compressed from, if any.
-    compute, chunk_rows, threads: the type of FFN-M's products, how many rows went through them at once, and
-    the threads of a worker.
+    checkpoint: fingerprint of the model. table: SHA-256 of the index of the table that was compressed, or
+    None. compute: type of FFN-M's matmuls. chunk_rows: rows per matmul. threads: per worker.
     """
 
     checkpoint: str
@@ -71,8 +70,8 @@ class Provenance(Record):
 class TolIndex(Record):
     """tol.index.json; its partitions cover the vocabulary once, in order.
 
-    encodings, one a kept layer: None where all layers are of one plain type, in a tensor [rows, layers,
-    hidden]. errors: relative error of each kept layer against what was encoded, where it was measured.
+    encodings: one per kept layer; None if all layers have one plain type, in a tensor [rows, layers, hidden].
+    errors: relative error of each kept layer against the values that were encoded, where measured.
     """
 
     format: Literal["mlm-tol"] = "mlm-tol"
@@ -113,17 +112,17 @@ class TolIndex(Record):
             raise ValueError(f"{len(encodings)} encodings are given for {len(self.layers)} layers")
         spans = sorted(span for encoding in encodings for span in encoding.spans(self.hidden_size))
         if any(stop > start for (_, stop), (start, _) in itertools.pairwise(spans)):
-            raise ValueError("fields of encodings lie over each other")
+            raise ValueError("fields of encodings overlap")
         if spans[-1][1] > self.row_bytes:
             raise ValueError("fields of encodings lie beyond the row")
         for field, value in summary(encodings).items():
             if getattr(self, field) != value:
-                raise ValueError(f"{field} is {getattr(self, field)}, and {value} in encodings")
+                raise ValueError(f"{field} is {getattr(self, field)}, but {value} in encodings")
         ranks = [encoding.rank for encoding in encodings if encoding.rank is not None]
         if any(rank > self.hidden_size for rank in ranks):
             raise ValueError(f"a rank is larger than hidden_size={self.hidden_size}")
         if bool(ranks) != (self.basis is not None):
-            raise ValueError("layers with a rank, and only they, need a basis")
+            raise ValueError("a basis must be there if, and only if, a layer has a rank")
 
     def _check_coverage(self) -> None:
         covered = 0
@@ -131,7 +130,7 @@ class TolIndex(Record):
             start, stop = partition.rows
             if start != covered or stop <= start:
                 raise ValueError(
-                    f"{partition.file} has rows [{start}, {stop}), expected to begin at {covered}"
+                    f"{partition.file} has rows [{start}, {stop}), expected to start at {covered}"
                 )
             covered = stop
         if covered != self.vocab_size:
@@ -139,54 +138,54 @@ class TolIndex(Record):
 
     @property
     def fields(self) -> list[Encoding]:
-        """Where each kept layer lies in a row, plain ones too."""
+        """The encoding of each kept layer, plain ones too."""
         if self.encodings is not None:
             return self.encodings
         return plain_fields(self.dtype, len(self.layers), self.hidden_size)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one token's row."""
+        """Bytes per row."""
         return row_bytes(self.fields, self.hidden_size, self.encodings is None)
 
     @property
     def repair(self) -> str:
-        """The command that makes damaged partitions again."""
-        made = "compress TABLE" if self.source.table else "build MODEL"
-        return f"`mlm-train tol {made} --output DIR --repair`"
+        """The command that rebuilds damaged partitions."""
+        command = "compress TABLE" if self.source.table else "build MODEL"
+        return f"`mlm-train tol {command} --output DIR --repair`"
 
     @property
     def files(self) -> list[TableFile]:
-        """All that belong to it, the index apart."""
+        """All files except the index."""
         return [*([self.basis] if self.basis else []), *self.partitions]
 
     @property
     def bytes(self) -> int:
-        """Bytes of all its files."""
+        """Bytes of all files except the index."""
         return sum(file.bytes for file in self.files)
 
 
 def plain_fields(dtype: str, layers: int, hidden: int) -> list[Encoding]:
-    """The layers of a row that is one tensor [layers, hidden]."""
+    """The encodings of the layers of a row that is one tensor [layers, hidden] of a plain type."""
     size = hidden * PLAIN_BYTES[dtype]
     return [Encoding(dtype=dtype, codes=position * size) for position in range(layers)]
 
 
 def row_bytes(fields: list[Encoding], hidden: int, plain: bool) -> int:
-    """Bytes of a row: to the end of its last layer, and where layers are encoded, of that one's padding."""
+    """Bytes per row: up to the end of the last layer, with its padding unless `plain`."""
     if plain:
         return sum(sum(field.sizes(hidden)) for field in fields)
-    first = [min(field.spans(hidden))[0] for field in fields]
-    return max(start + field.bytes(hidden) for start, field in zip(first, fields, strict=True))
+    starts = [min(field.spans(hidden))[0] for field in fields]
+    return max(start + field.bytes(hidden) for start, field in zip(starts, fields, strict=True))
 
 
 def schemes_of(fields: list[Encoding]) -> list[Scheme]:
-    """The same without places."""
+    """The schemes of encodings, without their offsets."""
     return [Scheme(**field.model_dump(include=set(Scheme.model_fields))) for field in fields]
 
 
 def summary(schemes: list[Encoding] | list[Scheme]) -> dict[str, object]:
-    """The index's dtype, rank and group_size for these layers."""
+    """The index's fields dtype, rank and group_size for these layers."""
     dtypes = {scheme.dtype for scheme in schemes}
     groups = {scheme.group_size for scheme in schemes}
     ranks = [scheme.rank for scheme in schemes]
@@ -198,7 +197,7 @@ def summary(schemes: list[Encoding] | list[Scheme]) -> dict[str, object]:
 
 
 def check_fits(folder: Path, index: TolIndex, config: ModelConfig) -> None:
-    """UserError when a ToL cannot be of a model, by its shape; contents are `tol verify --model`'s matter."""
+    """Raise a UserError if a ToL's shape is not the model's; `tol verify --model` checks its contents."""
     if not config.has_memory:
         raise UserError(f"{folder}: a base model has no FFN-M to look up; leave the ToL out")
     wanted = {
@@ -209,5 +208,5 @@ def check_fits(folder: Path, index: TolIndex, config: ModelConfig) -> None:
     for name, value in wanted.items():
         if getattr(index, name) != value:
             raise UserError(
-                f"{folder} has {name}={getattr(index, name)} and the model {value}: it is of another model"
+                f"{folder} has {name}={getattr(index, name)} and the model {value}: give the table's model"
             )

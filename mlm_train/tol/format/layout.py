@@ -1,4 +1,4 @@
-"""How the rows of a table are stored, and where each layer lies in a row."""
+"""How the rows of a table are stored, and at which offset each layer lies in a row."""
 
 from collections.abc import Sequence
 from typing import Self
@@ -12,11 +12,11 @@ from mlm_train.utils.records import Record
 
 
 class TableSpec(Record):
-    """How rows are to be stored.
+    """How rows are to be stored, as the options ask.
 
-    layers: the kept ones; None keeps all. rank: of every layer; budget: bytes of the whole table, within
-    which each layer gets a rank of its own, and a type and a group size where there is none here. schemes:
-    one for each kept layer, instead of all others.
+    layers: the kept ones; None keeps all. rank: of every layer. budget: bytes of the whole table, within
+    which each layer gets its own rank, and its own type and group size where none is given. schemes: one per
+    kept layer, instead of all other fields.
     """
 
     dtype: Dtype | None = "bfloat16"
@@ -31,26 +31,26 @@ class TableSpec(Record):
     def _check(self) -> Self:
         if self.rank is not None and self.budget is not None:
             raise ValueError("give a rank or a budget")
-        _ = self.scheme(self.rank) if self.budget is None else self.searched  # which check the fields
+        _ = self.scheme(self.rank) if self.budget is None else self.searched  # validates the fields
         return self
 
     def largest(self, layers: int, hidden: int) -> "Layout":
-        """No layer cut, and of the types that are searched the largest: no layout takes more bytes."""
+        """The layout that takes the most bytes: no layer is cut, and the type is the largest searched one."""
         kept = list(range(layers)) if self.layers is None else self.layers
-        whole = [scheme.model_copy(update={"rank": None}) for scheme in self.schemes or ()]
-        if not whole:
-            ways = self.searched if self.budget is not None else [self.scheme(None)]
-            whole = [max(ways, key=lambda way: way.bytes(hidden))] * len(kept)
-        return Layout(hidden_size=hidden, layers=kept, schemes=whole)
+        full_rank = [scheme.model_copy(update={"rank": None}) for scheme in self.schemes or ()]
+        if not full_rank:
+            schemes = self.searched if self.budget is not None else [self.scheme(None)]
+            full_rank = [max(schemes, key=lambda scheme: scheme.bytes(hidden))] * len(kept)
+        return Layout(hidden_size=hidden, layers=kept, schemes=full_rank)
 
     def scheme(self, rank: int | None) -> Scheme:
-        """A layer of that rank."""
+        """The scheme of a layer of that rank."""
         fields = {"dtype": self.dtype, "group_size": self.group_size, "symmetric": self.symmetric}
         return Scheme.model_validate(fields | {"rank": rank})
 
     @property
     def searched(self) -> list[Scheme]:
-        """The types and group sizes that a layer may have within a budget, without ranks."""
+        """The schemes, without ranks, that a layer may get within a budget."""
         quantised = self.group_size is not None or not self.symmetric
         types = [*(() if quantised else PLAIN_BYTES), *LEVELS] if self.dtype is None else [self.dtype]
         given = {"symmetric": self.symmetric}
@@ -62,7 +62,7 @@ class TableSpec(Record):
 
 
 class Layout(Record):
-    """The layers that are stored, each with its scheme; known once ranks are chosen."""
+    """The stored layers, each with its scheme; known once ranks are chosen."""
 
     hidden_size: int
     layers: list[int]
@@ -70,13 +70,13 @@ class Layout(Record):
 
     @classmethod
     def of(cls, spec: TableSpec, layers: int, hidden: int) -> Self:
-        """That of a storage whose ranks are known."""
+        """The layout of a spec without a budget."""
         kept = list(range(layers)) if spec.layers is None else spec.layers
         schemes = spec.schemes or [spec.scheme(spec.rank)] * len(kept)
         return cls(hidden_size=hidden, layers=kept, schemes=schemes)
 
     def bytes_of(self, layers: Sequence[int]) -> int:
-        """Bytes of some neighbouring layers in a row."""
+        """Bytes per row of neighbouring layers."""
         first = self.layers.index(layers[0])
         return self.edges[first + len(layers)] - self.edges[first]
 
@@ -88,19 +88,19 @@ class Layout(Record):
 
     @property
     def fields(self) -> list[Encoding]:
-        """Where each layer lies in a row."""
+        """The encoding of each layer, with its offsets in a row."""
         if self.plain:
             return plain_fields(self.schemes[0].dtype, len(self.schemes), self.hidden_size)
         return layout(self.schemes, self.hidden_size)
 
     @property
     def edges(self) -> list[int]:
-        """Where each layer begins in a row, in bytes, and where the row ends."""
+        """The byte offset of each layer in a row, and the end of the row."""
         return [*(field.spans(self.hidden_size)[0][0] for field in self.fields), self.shape.size]
 
     @property
     def shape(self) -> RowShape:
-        """Of a partition's tensor."""
+        """Name, type and row shape of a partition's tensor."""
         if self.plain:
             return RowShape.plain(self.schemes[0].dtype, len(self.schemes), self.hidden_size)
         return RowShape.packed(row_bytes(self.fields, self.hidden_size, plain=False))

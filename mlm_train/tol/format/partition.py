@@ -1,7 +1,7 @@
-"""A partition's file: safetensors with one tensor of rows, written by ranges, read by a memory map.
+"""A partition's file: safetensors with one tensor of rows, written in ranges and memory-mapped for reading.
 
-Its header is padded so that the rows begin at a multiple of 4096 bytes, which direct reads and large pages
-want. Every layer of a token lies in one contiguous row.
+Its header is padded so that the rows start at a multiple of 4096 bytes, for direct reads and large pages. All
+layers of a token lie in one contiguous row.
 """
 
 import hashlib
@@ -22,38 +22,38 @@ from mlm_train.tol.storage.direct_io import UncachedFile
 from mlm_train.utils.files import listed
 
 ALIGNMENT = 4096
-_HASHED_AT_ONCE = 2**20  # bytes
+_HASH_BLOCK = 2**20  # bytes
 _SAFETENSORS_DTYPE = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 class RowShape(NamedTuple):
-    """How the tensor of a partition is called and shaped: plain numbers, or encoded bytes."""
+    """Name, type and row shape of a partition's tensor: plain values, or encoded bytes."""
 
     tensor: str
-    dtype: str  # in the format's words
+    dtype: str  # as safetensors names it
     shape: tuple[int, ...]  # of one row
-    size: int  # bytes of one row
+    size: int  # bytes per row
 
     @classmethod
     def plain(cls, dtype: str, layers: int, hidden: int) -> Self:
-        """`rows` [rows, kept layers, hidden]."""
+        """The tensor `rows` [rows, kept layers, hidden]."""
         size = layers * hidden * TORCH_DTYPE[dtype].itemsize
         return cls("rows", _SAFETENSORS_DTYPE[dtype], (layers, hidden), size)
 
     @classmethod
     def packed(cls, size: int) -> Self:
-        """`packed` uint8 [rows, row_bytes]."""
+        """The tensor `packed`, uint8 [rows, row_bytes]."""
         return cls("packed", "U8", (size,), size)
 
     @classmethod
     def of(cls, index: TolIndex) -> Self:
-        """That of a table."""
+        """The row shape of a table."""
         if index.encodings is None:
             return cls.plain(index.dtype, len(index.layers), index.hidden_size)
         return cls.packed(index.row_bytes)
 
     def header(self, rows: int) -> bytes:
-        """Length and JSON of a safetensors header, padded with spaces to a multiple of ALIGNMENT."""
+        """The safetensors header (length and JSON) of a partition, padded to a multiple of ALIGNMENT."""
         data = rows * self.size
         entry = {"dtype": self.dtype, "shape": [rows, *self.shape], "data_offsets": [0, data]}
         tree = {"__metadata__": {"format": "pt"}, self.tensor: entry}
@@ -62,15 +62,15 @@ class RowShape(NamedTuple):
         return (total - 8).to_bytes(8, "little") + text.ljust(total - 8)
 
     def file_bytes(self, rows: int) -> int:
-        """Size of a partition's file."""
+        """Bytes of the file of a partition with so many rows."""
         return len(self.header(rows)) + rows * self.size
 
 
 class Draft:
-    """A made draft that is being filled, some layers at a time, every byte once. A context manager.
+    """An existing draft that is filled some layers at a time, every byte once. A context manager.
 
-    Several processes may fill one, each its own bytes: equal rows give equal files. Opening makes no file, so
-    that a worker of a build that was killed, however late it wakes, leaves nothing in the folder.
+    Several processes may fill one, each its own bytes: equal rows give equal files. Opening creates no file,
+    so that a worker of a killed build leaves nothing in the folder, however late it wakes.
     """
 
     def __init__(self, path: Path, shape: RowShape, rows: int) -> None:
@@ -85,35 +85,34 @@ class Draft:
         self._file.close()
 
     def write(self, row: int, column: int, data: Tensor) -> None:
-        """Bytes [column, column + n) of rows from `row` on: uint8 [rows, n]."""
-        lines: np.ndarray = data.numpy()
-        # A page that neighbours share would be written to disk once for each of them.
+        """Write data uint8 [rows, n] to bytes [column, column + n) of the rows from `row` on."""
+        parts: np.ndarray = data.numpy()
+        # Uncached, a page that neighbours share would be written to disk once for each of them.
         cached = bool((self.shape.size | column | data.shape[1]) % ALIGNMENT)
-        for number, line in enumerate(lines, row):
-            self._file.write(line, self.start + number * self.shape.size + column, cached)
+        for number, part in enumerate(parts, row):
+            self._file.write(part, self.start + number * self.shape.size + column, cached)
 
     def sync(self) -> None:
-        """Have what was written here survive a power cut."""
+        """Flush the draft to disk."""
         self._file.sync()
 
 
 def hash_draft(draft: Path, file: str, rows: tuple[int, int]) -> Partition:
-    """A whole draft as the partition `file`: hashed as it lies on disk, where it survives a power cut."""
-    digest, size, view = hashlib.sha256(), 0, memoryview(bytearray(_HASHED_AT_ONCE))
-    with UncachedFile(draft, os.O_RDWR) as whole:
-        whole.sync()
-        while count := whole.read(view, size):
+    """Flush a complete draft to disk and hash it; return it as the partition `file`."""
+    digest, size, view = hashlib.sha256(), 0, memoryview(bytearray(_HASH_BLOCK))
+    with UncachedFile(draft, os.O_RDWR) as opened:
+        opened.sync()
+        while count := opened.read(view, size):
             digest.update(view[:count])
             size += count
     return Partition(file=file, rows=rows, bytes=size, sha256=digest.hexdigest())
 
 
 def map_partition(folder: Path, index: TolIndex, partition: Partition) -> Tensor:
-    """A partition's rows, memory-mapped: uint8 [rows, row bytes].
+    """Memory-map a partition's rows: uint8 [rows, row bytes].
 
-    Raises ValueError saying what is wrong when the file is missing, or its size or header disagree with
-    the index, and UserError where it is a link that leads out of the folder. The bytes themselves are
-    checked by `mlm-train tol verify`, not here.
+    Raises ValueError with the reason if the file is missing or its size or header disagrees with the index,
+    and UserError if it is a link that leads out of the folder. `mlm-train tol verify` checks the contents.
     """
     path = listed(folder, partition.file, INDEX)
     if not path.is_file():
@@ -124,8 +123,8 @@ def map_partition(folder: Path, index: TolIndex, partition: Partition) -> Tensor
     shape, count = RowShape.of(index), partition.rows[1] - partition.rows[0]
     try:
         with safe_open(path, framework="pt") as file:
-            found = file.get_slice(shape.tensor)
-            described = (found.get_dtype(), tuple(found.get_shape()))
+            tensor = file.get_slice(shape.tensor)
+            described = (tensor.get_dtype(), tuple(tensor.get_shape()))
             rows: Tensor = file.get_tensor(shape.tensor)
     except (SafetensorError, OSError, MemoryError) as error:
         raise ValueError(str(error).replace("\n", " ")) from None

@@ -1,7 +1,6 @@
-"""How one layer of a token's row is stored: type, rank, groups, and where its fields lie in the row.
+"""How one layer of a token's row is stored: type, rank, groups, and the offsets of its fields in the row.
 
-codec.py turns numbers into these bytes and back. Here is no torch, so that a command's options are at hand at
-once.
+codec.py encodes and decodes. This module does not import torch, so that command options load fast.
 """
 
 from collections.abc import Sequence
@@ -13,20 +12,20 @@ from mlm_train.utils.records import Record
 
 PlainDtype = Literal["bfloat16", "float16", "float32"]
 Dtype = Literal["bfloat16", "float16", "float32", "int8", "int4"]
-PLAIN_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}  # of a number
+PLAIN_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}  # per value
 LEVELS = {"int8": (-127, 127), "int4": (-8, 7)}  # smallest and largest code
 GROUP = 64
-GROUPS = (8, 16, 24, 32, 48, 64, 96, 128)  # that are tried where a group size is searched for
-_MOST = 2**31 - 1  # of a rank and a group: readers keep them in 32 bits
-ALIGNMENT = 16  # wide loads of a GPU want it
+GROUPS = (8, 16, 24, 32, 48, 64, 96, 128)  # group sizes that a search tries
+_MAX = 2**31 - 1  # rank and group size: readers keep them in 32 bits
+ALIGNMENT = 16  # bytes, for wide GPU loads
 
 
 class Scheme(Record):
-    """How one layer is stored. rank: numbers a row after the cut to low rank; None keeps all."""
+    """How one layer is stored. rank: values per row after the cut to low rank; None: not cut."""
 
     dtype: Dtype
-    rank: int | None = Field(default=None, ge=1, le=_MOST)
-    group_size: int | None = Field(default=None, ge=1, le=_MOST)
+    rank: int | None = Field(default=None, ge=1, le=_MAX)
+    group_size: int | None = Field(default=None, ge=1, le=_MAX)
     symmetric: bool = True
 
     @model_validator(mode="after")
@@ -37,15 +36,15 @@ class Scheme(Record):
 
     @property
     def quantised(self) -> bool:
-        """Whether the numbers are integers."""
+        """Whether the values are stored as integers."""
         return self.dtype in LEVELS
 
     def width(self, hidden: int) -> int:
-        """Numbers of a row in this layer."""
+        """Stored values per row."""
         return hidden if self.rank is None else self.rank
 
     def sizes(self, hidden: int) -> tuple[int, int, int]:
-        """Bytes of a row's scales, zeros and codes."""
+        """Bytes per row of the scales, zeros and codes."""
         width = self.width(hidden)
         if self.group_size is None:
             return 0, 0, width * PLAIN_BYTES[self.dtype]
@@ -53,7 +52,7 @@ class Scheme(Record):
         return 2 * groups, 0 if self.symmetric else groups, width if self.dtype == "int8" else -(-width // 2)
 
     def bytes(self, hidden: int) -> int:
-        """Bytes of this layer in a row, up to where the next one may begin."""
+        """Bytes per row of this layer, with padding."""
         return -(-sum(self.sizes(hidden)) // ALIGNMENT) * ALIGNMENT
 
 
@@ -65,7 +64,7 @@ class Encoding(Scheme):
     codes: int = Field(ge=0)
 
     def spans(self, hidden: int) -> list[tuple[int, int]]:
-        """[start, stop) in bytes of each field that is there."""
+        """The byte range [start, stop) of each present field."""
         starts = (self.scales, self.zeros, self.codes)
         fields = zip(starts, self.sizes(hidden), strict=True)
         return [(start, start + size) for start, size in fields if start is not None]
@@ -74,12 +73,12 @@ class Encoding(Scheme):
     def _check_offsets(self) -> Self:
         wanted = (self.quantised, self.quantised and not self.symmetric)
         if (self.scales is not None, self.zeros is not None) != wanted:
-            raise ValueError("scales are of int8 and int4, zeros of those that are not symmetric")
+            raise ValueError("scales belong to int8 and int4, zeros to those that are not symmetric")
         return self
 
 
 def layout(schemes: Sequence[Scheme], hidden: int) -> list[Encoding]:
-    """The layers of a row one after another."""
+    """Lay out the layers of a row one after another."""
     encodings, start = [], 0
     for scheme in schemes:
         scales, zeros, _ = scheme.sizes(hidden)

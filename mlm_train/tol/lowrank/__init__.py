@@ -1,1 +1,1 @@
-"""Layers of low rank."""
+"""Low-rank layers: spectra, predicted errors, and the choice within a budget."""

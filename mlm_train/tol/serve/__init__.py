@@ -1,1 +1,1 @@
-"""Reading rows."""
+"""Serving a table: reading its rows."""

@@ -1,4 +1,4 @@
-"""A ToL folder, opened for reading: rows as they are stored, and the numbers in them."""
+"""A ToL folder, opened for reading: encoded rows, and the values in them."""
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,11 +22,11 @@ from mlm_train.utils.files import listed, sha256_of
 from mlm_train.utils.progress import ByteProgress
 
 _HASHED_AT_ONCE = 4  # partitions
-BASIS_HEADER = 128  # bytes a layer; more than its entry can need
+BASIS_HEADER = 128  # bytes per layer; more than its entry can need
 
 
 class TableReader:
-    """Rows of the vocabulary, memory-mapped or read whole, uint8 [n, row bytes], and what they mean."""
+    """Reads encoded rows, uint8 [n, row bytes], from partitions in memory or mapped, and decodes them."""
 
     def __init__(self, index: TolIndex, partitions: Sequence[Tensor], bases: dict[int, Tensor]) -> None:
         self.index = index
@@ -37,10 +37,10 @@ class TableReader:
 
     @classmethod
     def open_folder(cls, folder: str | Path, in_memory: bool = False, verify: Check = "sizes") -> Self:
-        """Map a folder's partitions into memory, or with `in_memory` read them whole.
+        """Memory-map a folder's partitions, or with `in_memory` read them into memory.
 
-        `verify`: "full" reads and hashes every partition first. Sizes and headers are compared always, since
-        nothing can be mapped without them, and so is the basis. Raises UserError for what is damaged.
+        `verify`: "full" reads and hashes every partition first. Sizes, headers and the basis are always
+        checked. Raises UserError for a damaged file.
         """
         index = read_index(folder)
         if verify == "full":
@@ -56,16 +56,16 @@ class TableReader:
         return cls(index, partitions, read_bases(folder, index))
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows of ascending ids [n] on the CPU -> uint8 [n, row bytes]."""
+        """Read the rows of ascending ids [n] on the CPU: uint8 [n, row bytes]."""
         owner = torch.searchsorted(self._starts, ids, right=True) - 1
         parts = [
-            self._partitions[number].index_select(0, ids[owner == number] - self._starts[number])
-            for number in owner.unique().tolist()
+            self._partitions[i].index_select(0, ids[owner == i] - self._starts[i])
+            for i in owner.unique().tolist()
         ]
         return torch.cat(parts)
 
     def range(self, first: int, last: int) -> Tensor:
-        """Rows [first, last), which lie in one partition or several."""
+        """Read rows [first, last), of one or several partitions: uint8 [last - first, row bytes]."""
         parts = []
         for partition, rows in zip(self.index.partitions, self._partitions, strict=True):
             start, stop = partition.rows
@@ -74,27 +74,27 @@ class TableReader:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def values(self, rows: Tensor, layer: int) -> Tensor | None:
-        """A layer's numbers in stored rows: [n, hidden], in fp32 or the layer's plain type.
+        """Decode a layer of stored rows: [n, hidden], in fp32 or the layer's plain type.
 
-        None for a layer that is not stored. A low-rank one is multiplied with its basis, in fp32.
+        None for a layer that is not stored. A low-rank layer is multiplied by its basis, in fp32.
         """
         field = self._fields.get(layer)
         if field is None:
             return None
-        numbers = decode(field, rows, self.index.hidden_size)
+        decoded = decode(field, rows, self.index.hidden_size)
         if field.rank is None:
-            return numbers
-        return numbers.float() @ self._bases[layer].to(rows.device)
+            return decoded
+        return decoded.float() @ self._bases[layer].to(rows.device)
 
     def in_basis(self, values: Tensor, layer: int) -> Tensor:
-        """A low-rank layer's numbers [n, hidden] as it stores them, [n, rank]."""
+        """Project values [n, hidden] of a low-rank layer to its stored coordinates [n, rank]."""
         return values.float() @ projector(self._bases[layer])
 
 
 def check_rows(folder: str | Path, ranges: Iterable[tuple[int, int]], threads: int) -> None:
-    """Read the partitions with these rows whole, and compare their SHA-256 with the index's.
+    """Read the partitions of these row ranges in full, and compare their SHA-256 with the index.
 
-    What is made of damaged rows looks as whole as anything. Raises UserError naming the partition.
+    A table made from damaged rows would pass every check. Raises UserError naming the partition.
     """
     index, folder, wanted = read_index(folder), Path(folder), list(ranges)
     needed = [
@@ -107,8 +107,8 @@ def check_rows(folder: str | Path, ranges: Iterable[tuple[int, int]], threads: i
         ByteProgress("check", sum(partition.bytes for partition in needed)) as progress,
         ThreadPoolExecutor(threads) as pool,
     ):
-        found = pool.map(lambda partition: sha256_of(listed(folder, partition.file, INDEX)), needed)
-        for partition, digest in zip(needed, found, strict=True):
+        digests = pool.map(lambda partition: sha256_of(listed(folder, partition.file, INDEX)), needed)
+        for partition, digest in zip(needed, digests, strict=True):
             if digest != partition.sha256:
                 raise _damaged(folder, index, partition, "its SHA-256 is not the index's")
             progress.show(done := done + partition.bytes)
@@ -117,11 +117,11 @@ def check_rows(folder: str | Path, ranges: Iterable[tuple[int, int]], threads: i
 def _damaged(folder: Path, index: TolIndex, partition: Partition, what: str) -> UserError:
     start, stop = partition.rows
     where = f"{folder / partition.file} (rows [{start}, {stop}))"
-    return UserError(f"{where} is damaged: {what}; mend it with {index.repair}")
+    return UserError(f"{where} is damaged: {what}; repair it with {index.repair}")
 
 
 def read_bases(folder: Path, index: TolIndex) -> dict[int, Tensor]:
-    """The bases of low-rank layers, fp32 [rank, hidden] by layer; UserError for a damaged file."""
+    """Read the bases of all low-rank layers: fp32 [rank, hidden] by layer. UserError for a damaged file."""
     if index.basis is None:
         return {}
     listed(folder, index.basis.file, INDEX)
@@ -136,7 +136,7 @@ def read_bases(folder: Path, index: TolIndex) -> dict[int, Tensor]:
 
 
 def bases_at(storage: StorageReader, file: TableFile, layers: Sequence[int]) -> dict[int, Tensor]:
-    """The bases of these layers, fp32 [rank, hidden], out of their file; UserError for a damaged one."""
+    """Read the bases of these layers from their file: fp32 [rank, hidden] by layer. UserError if damaged."""
     data, where = storage.read(file.file), storage.at(file.file)
     if data is None or file_of(file.file, data) != file:
         raise UserError(f"{where} is missing or damaged: its SHA-256 is not the index's; {REBUILD}")
@@ -148,14 +148,14 @@ def bases_at(storage: StorageReader, file: TableFile, layers: Sequence[int]) -> 
 
 
 def projector(basis: Tensor) -> Tensor:
-    """[hidden, rank] that gives the numbers whose product with a basis of orthogonal rows is nearest."""
+    """The least-squares projection [hidden, rank] onto a basis [rank, hidden] with orthogonal rows."""
     return (basis / basis.square().sum(1, keepdim=True)).T
 
 
 def write_bases(storage: Storage, bases: dict[int, Tensor]) -> TableFile:
-    """Write bases [rank, hidden] of the layers that have a rank, as float16.
+    """Write the bases [rank, hidden] of low-rank layers as float16.
 
-    The header takes BASIS_HEADER bytes a layer, whatever its numbers: what a layer adds to a table is known.
+    The header is padded to BASIS_HEADER bytes per layer, so that the bytes a layer adds are known beforehand.
     """
     data = save({basis_name(layer): basis.half().contiguous() for layer, basis in bases.items()})
     start, room = 8 + int.from_bytes(data[:8], "little"), BASIS_HEADER * len(bases) - 8
@@ -167,5 +167,5 @@ def write_bases(storage: Storage, bases: dict[int, Tensor]) -> TableFile:
 
 
 def basis_name(layer: int) -> str:
-    """A basis' tensor."""
+    """The name of a basis's tensor."""
     return f"layer.{layer}"

@@ -1,4 +1,4 @@
-"""The ToL store: a memory source that reads FFN-M's output instead of computing it."""
+"""A memory source that looks FFN-M's output up in a ToL instead of computing it."""
 
 from pathlib import Path
 from typing import Self
@@ -15,7 +15,7 @@ from mlm_train.utils.checks import Check
 
 
 class TolSource:
-    """FFN-M's output by token id, out of a table; see `open_folder`."""
+    """FFN-M's output by token id, read from a table; see `open_folder`."""
 
     def __init__(self, table: TableReader) -> None:
         self.table = table
@@ -24,17 +24,17 @@ class TolSource:
     def open_folder(
         cls, folder: str | Path, config: ModelConfig, in_memory: bool = False, verify: Check = "sizes"
     ) -> Self:
-        """Map a folder's partitions into memory, or with `in_memory` read them whole.
+        """Memory-map a folder's partitions, or with `in_memory` read them into memory.
 
-        A layer that the table dropped reads as zeros. `verify`: see Table.open_folder. Raises UserError when
-        the folder is damaged as far as was looked, or belongs to a model of another shape.
+        A layer that the table dropped reads as zeros. `verify`: see TableReader.open_folder. Raises UserError
+        for detected damage and for a table of a model of another shape.
         """
         check_fits(Path(folder), read_index(folder), config)
         table = TableReader.open_folder(folder, in_memory, verify)
         return cls(table)
 
     def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
-        """Read each distinct id's row once, for all layers; ids [batch, sequence], x0 their embeddings."""
+        """Read each distinct id's row once, for all layers. ids: [batch, sequence]; x0: their embeddings."""
         distinct, inverse = ids.flatten().unique(return_inverse=True)
         rows = self.table.rows(distinct.cpu()).to(x0.device)
 

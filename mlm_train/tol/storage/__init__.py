@@ -1,1 +1,1 @@
-"""Where tables lie: folders, object stores, folders of each node's own."""
+"""Where tables are stored: shared folders, object stores, node-local folders."""

@@ -1,8 +1,8 @@
-"""Where a table goes: a folder, or a URL of any store that fsspec knows. Plain names of files in either.
+"""The storage of a table: a folder, or a URL of any store that fsspec supports. Files have plain names.
 
-A file comes into being as a draft, which workers fill, and the builder alone gives it its name. In a folder a
-draft is a hidden file, made by the builder, filled by one worker or several, and renamed once it is whole and
-flushed. At a URL (object_store.py) it is written from its first byte to its last, by one worker.
+Every file is first a draft: workers fill it, and only the builder gives it its final name. In a folder a
+draft is a hidden file, created by the builder, filled by one or several workers, and renamed once it is
+complete and flushed. At a URL (object_store.py) one worker writes it sequentially.
 """
 
 import contextlib
@@ -20,71 +20,74 @@ from mlm_train.tol.storage.direct_io import Sink
 from mlm_train.utils.files import draft_of
 from mlm_train.utils.units import in_units
 
-DRAFTS = ".*.part"  # glob of files that do not have their name yet
-BLOCK_BYTES = 8 * 2**20  # of one read, or one write, of a file that is read or written in order
+DRAFTS = ".*.part"  # glob of drafts
+BLOCK_BYTES = 8 * 2**20  # of one read or write of a file that is streamed
 
 
 class StorageReader(Protocol):
-    """Files by their plain names, as any process sees them. Methods raise UserError or OSError.
+    """Files by their plain names, as any process of a build sees them. Methods raise UserError or OSError.
 
-    address: what `files_at` makes the same of, in any process.
+    address: `reader_at` opens the same storage from it in any process of the build.
     """
 
     address: str
 
     def at(self, name: str) -> str:
-        """Where a file is, for messages."""
+        """The path or URL of a file, for messages."""
 
     def read(self, name: str) -> bytes | None:
-        """A small file; None where it is not there."""
+        """Read a small file; None if it does not exist."""
 
     def blocks(self, name: str) -> Iterator[bytes]:
-        """A file from start to end, BLOCK_BYTES at most at a time."""
+        """Stream a file from start to end, at most BLOCK_BYTES at a time."""
 
     def sink(self, draft: str, header: bytes = b"") -> Sink:
-        """Fill a draft, from behind `header` on, with which it was begun."""
+        """Open a draft for writing after its `header`, the one it was created with."""
 
 
 class Storage(StorageReader, Protocol):
-    """And what the one process does that holds the place. `held` turns an OSError into a UserError.
+    """A storage as the one process uses it that holds its lock.
 
-    in_order: a file is written from its first byte to its last, by one worker. far: reading one back takes as
-    long as it took to write.
+    in_order: files are written sequentially, each by one worker. remote: reading a file back takes as long
+    as writing it.
     """
 
     in_order: bool
-    far: bool
+    remote: bool
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None where it is not there."""
+        """Bytes of a file; None if it does not exist."""
 
     def write(self, name: str, data: bytes) -> None:
-        """Replace a small file at once: readers see the old one or the new one, whole."""
+        """Replace a small file atomically: readers see the old or the new contents."""
 
     def names(self) -> list[str]:
-        """All that lies there."""
+        """The names of all files."""
 
     def remove(self, name: str) -> None:
-        """Remove a file that may be gone already."""
+        """Remove a file if it exists."""
 
     def free(self) -> int | None:
-        """Bytes of space; None where that is not known."""
+        """Free space in bytes; None if unknown."""
 
     def draft(self, name: str, size: int, header: bytes = b"") -> str:
-        """Begin a file of that size, or of an unknown one (0); what its draft is called."""
+        """Create a draft of `size` bytes (0: unknown) for the file `name`; return the draft's name."""
 
     def name_draft(self, draft: str, name: str, size: int) -> None:
-        """Give a whole draft, of `size` bytes, its name."""
+        """Give a complete draft of `size` bytes its final name."""
 
-    def held(self, doing: str) -> contextlib.AbstractContextManager[None]:
-        """Keep other processes from changing the place; UserError where one does (`doing`, of that one)."""
+    def locked(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        """Lock out other processes, and raise an OSError of the block as a UserError.
+
+        `doing`: what the holder of the lock does, for the UserError where another process has it.
+        """
 
     def served(self) -> contextlib.AbstractContextManager[None]:
-        """Let workers have it, once Ray runs."""
+        """Give workers access while the block runs; Ray must run."""
 
 
 def put(sink: Sink, data: bytes) -> None:
-    """Fill a draft with all of its bytes at once."""
+    """Write all bytes of a draft at once and close it."""
     try:
         sink.append(np.frombuffer(data, np.uint8))
         sink.finish()
@@ -93,21 +96,21 @@ def put(sink: Sink, data: bytes) -> None:
 
 
 def remove_matching(storage: Storage, pattern: str) -> None:
-    """Remove the files of such names (a glob)."""
+    """Remove the files whose names match a glob."""
     for name in storage.names():
         if fnmatch(name, pattern):
             storage.remove(name)
 
 
 def remove_drafts(storage: Storage) -> None:
-    """Remove what killed processes left half written."""
+    """Remove the drafts that killed processes left."""
     remove_matching(storage, DRAFTS)
 
 
 def refuse_used(storage: Storage, note: str) -> None:
-    """UserError where something lies there: nothing is overwritten.
+    """Raise a UserError if the storage holds any file.
 
-    note: the file that is written there first; a process that was killed meanwhile left nothing else.
+    note: the file that is written first; its draft is all that a process killed at that moment can have left.
     """
     storage.remove(writing_name(note))
     if storage.names():
@@ -117,7 +120,7 @@ def refuse_used(storage: Storage, note: str) -> None:
 
 
 def check_space(storage: Storage, needed: int) -> None:
-    """UserError where a place is known to have fewer bytes free."""
+    """Raise a UserError if the storage is known to have fewer than `needed` bytes free."""
     free = storage.free()
     if free is not None and free < needed:
         raise UserError(
@@ -127,10 +130,10 @@ def check_space(storage: Storage, needed: int) -> None:
 
 
 def writing_name(name: str) -> str:
-    """What a small file is called before it takes its name."""
+    """The temporary name of a small file while it is written."""
     return draft_of(Path(name)).name
 
 
 def draft_name(name: str) -> str:
-    """What a draft of a file is called: an attempt has its own, so that two cannot mix."""
+    """A new name for a draft of a file: each attempt has its own, so that two cannot mix."""
     return f".{name}.{os.getpid()}-{secrets.token_hex(4)}.part"

@@ -1,7 +1,7 @@
-"""Files that a table's bytes go to and come from without staying in the system's page cache.
+"""File I/O that bypasses the page cache.
 
-A table may be larger than memory: kept, its pages drive out the weights, and every further page has to be
-made free first. What is written also goes to disk at once, not all of it when it is synced.
+A table may be larger than memory: cached, its pages evict the weights, and every further page must be freed
+first. Written data also goes to disk at once instead of all of it at the final sync.
 """
 
 import errno
@@ -17,23 +17,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 4096  # bytes: what direct writing wants of addresses and lengths, and a page
+BLOCK = 4096  # bytes: alignment that O_DIRECT needs of addresses and lengths; also the page size
 _DONT_CACHE = 0x80  # RWF_DONTCACHE of Linux 6.14, for pwritev and preadv
-_LEAST_DIRECT = 2**20  # bytes of a write: below, the disk waits for the program
-_UNSUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL)  # how an older system, or another file system, refuses
+_MIN_DIRECT = 2**20  # bytes of a direct write; smaller ones leave the disk idle
+_UNSUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL)  # from older kernels and some file systems
 
 
 class UncachedFile:
-    """A file that is there, read and written at given places. A context manager.
+    """An existing file, read or written at given offsets without the page cache. A context manager.
 
-    Not opened for reading where it is written: NFS would then read whole pages, and write other processes'
-    old bytes back with ours.
+    `mode` O_WRONLY for writing: with read access NFS would read whole pages, and write stale bytes of other
+    processes back with ours.
     """
 
     def __init__(self, path: Path, mode: int) -> None:
         self._file = os.open(path, mode)
         self._flags = _DONT_CACHE
-        self._direct: int | None = None  # the same file, for long writes that go by no cache at all
+        self._direct: int | None = None  # the same file, opened with O_DIRECT for long writes
         if mode == os.O_WRONLY:
             try:
                 self._direct = os.open(path, mode | os.O_DIRECT)
@@ -49,41 +49,42 @@ class UncachedFile:
         self.close()
 
     def close(self) -> None:
-        """Without syncing."""
+        """Close the file without syncing it."""
         os.close(self._file)
-        self._end_direct()
+        self._close_direct()
 
     def write(self, data: np.ndarray, at: int, cached: bool = False) -> None:
-        """The bytes of `data`, from `at` on; `cached`: as ordinary files are written."""
+        """Write `data` (uint8) at offset `at`; with `cached` through the page cache."""
         view = data.data
         while view:
             written = 0 if cached else self._write_direct(data, len(data) - len(view), at)
-            written = written or self._tried(os.pwritev, view, at, 0 if cached else self._flags)
+            written = written or self._call(os.pwritev, view, at, 0 if cached else self._flags)
             view, at = view[written:], at + written
 
     def _write_direct(self, data: np.ndarray, start: int, at: int) -> int:
-        """Write whole blocks of data[start:]; how many bytes that were, 0 where it cannot be done."""
+        """Write the whole blocks of data[start:] with O_DIRECT; return the bytes written, 0 if impossible."""
         count = (len(data) - start) // BLOCK * BLOCK
-        if self._direct is None or count < _LEAST_DIRECT or (data.ctypes.data + start | at) % BLOCK:
+        if self._direct is None or count < _MIN_DIRECT or (data.ctypes.data + start | at) % BLOCK:
             return 0
         try:
             return os.pwrite(self._direct, data.data[start : start + count], at)
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise
-        self._end_direct()
+        self._close_direct()
         return 0
 
-    def _end_direct(self) -> None:
+    def _close_direct(self) -> None:
         if self._direct is not None:
             os.close(self._direct)
             self._direct = None
 
     def read(self, view: memoryview, at: int) -> int:
-        """Fill `view` from there; how many bytes there were."""
-        return self._tried(os.preadv, view, at, self._flags)
+        """Read into `view` from offset `at`; return the bytes read, 0 at the end of the file."""
+        return self._call(os.preadv, view, at, self._flags)
 
-    def _tried(self, call: Callable[..., int], view: memoryview, at: int, flags: int) -> int:
+    def _call(self, call: Callable[..., int], view: memoryview, at: int, flags: int) -> int:
+        """Run preadv or pwritev with `flags`, and without them where the system does not support them."""
         try:
             return call(self._file, [view], at, flags)
         except OSError as error:
@@ -93,61 +94,63 @@ class UncachedFile:
         return call(self._file, [view], at)
 
     def sync(self) -> None:
-        """Have what was written here survive a power cut."""
+        """Flush the file to disk."""
         os.fsync(self._file)
 
 
 def buffers(rows: int, size: int, count: int = 2) -> list[Tensor]:
-    """Memory for rows that can be written directly, each uint8 [rows, size]."""
-    room = [torch.empty(rows * size + BLOCK, dtype=torch.uint8) for _ in range(count)]
-    starts = [-one.data_ptr() % BLOCK for one in room]
-    return [one[at : at + rows * size].view(rows, size) for one, at in zip(room, starts, strict=True)]
+    """Allocate `count` buffers uint8 [rows, size], aligned for O_DIRECT."""
+    storages = [torch.empty(rows * size + BLOCK, dtype=torch.uint8) for _ in range(count)]
+    starts = [-storage.data_ptr() % BLOCK for storage in storages]
+    return [
+        storage[at : at + rows * size].view(rows, size) for storage, at in zip(storages, starts, strict=True)
+    ]
 
 
 class Sink(Protocol):
-    """Takes a file's bytes from the first to the last."""
+    """A file that is written sequentially."""
 
     def append(self, data: np.ndarray) -> None:
-        """The next bytes."""
+        """Write the next bytes (uint8)."""
 
     def finish(self) -> None:
-        """Have all of them survive a power cut."""
+        """Make all written bytes durable."""
 
     def close(self) -> None:
-        """Let go of it; what is not finished is worth nothing."""
+        """Release the file; without `finish` before, its contents are undefined."""
 
 
 class FileSink:
-    """A file that is there, from `start` on."""
+    """An existing file, written sequentially from offset `start`."""
 
     def __init__(self, path: Path, start: int = 0) -> None:
         self._file, self._at = UncachedFile(path, os.O_WRONLY), start
 
     def append(self, data: np.ndarray) -> None:
-        """The next bytes."""
+        """Write the next bytes (uint8)."""
         self._file.write(data, self._at)
         self._at += len(data)
 
     def finish(self) -> None:
-        """Have all of them survive a power cut."""
+        """Flush the file to disk."""
         self._file.sync()
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the file."""
         self._file.close()
 
 
 class Stream:
-    """Hashes and writes rows on threads, in their order, while the next ones are made. A context manager.
+    """Hashes and writes rows in background threads while the next ones are computed. A context manager.
 
-    `header`: the bytes before the rows, which the sink has already. `buffers`: two that take turns; one is
-    filled while the other is written.
+    `header`: the bytes before the rows, already in the sink. `buffers`: used in turn, one is filled while
+    another is written.
     """
 
     def __init__(self, sink: Sink, header: bytes, buffers: Sequence[Tensor]) -> None:
         self.bytes = len(header)
         self._sink, self._digest = sink, hashlib.sha256(header)
-        self._buffers: deque[tuple[Tensor, list[Future[None]]]] = deque((one, []) for one in buffers)
+        self._buffers: deque[tuple[Tensor, list[Future[None]]]] = deque((buffer, []) for buffer in buffers)
         self._writer, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def __enter__(self) -> Self:
@@ -159,30 +162,30 @@ class Stream:
         self._sink.close()
 
     def rows(self, count: int) -> Tensor:
-        """Where the next rows are to be put, before `put`: uint8 [count, row bytes]."""
-        buffer, work = self._buffers[0]
-        _wait(work)
+        """The buffer to fill with the next rows before `put`: uint8 [count, row bytes]."""
+        buffer, pending = self._buffers[0]
+        _wait(pending)
         return buffer[:count]
 
     def put(self, count: int) -> None:
-        """What `rows` gave is filled."""
+        """Hash and write the buffer that `rows` returned, now filled."""
         buffer, _ = self._buffers.popleft()
         data = buffer[:count].numpy().reshape(-1)
-        work = [
+        pending = [
             self._writer.submit(self._sink.append, data),
             self._hasher.submit(self._digest.update, data.data),
         ]
-        self._buffers.append((buffer, work))
+        self._buffers.append((buffer, pending))
         self.bytes += len(data)
 
     def finish(self) -> str:
-        """Wait until all is written and synced; the SHA-256 of header and rows."""
-        for _, work in self._buffers:
-            _wait(work)
+        """Wait until all rows are written and durable; return the SHA-256 of header and rows."""
+        for _, pending in self._buffers:
+            _wait(pending)
         self._sink.finish()
         return self._digest.hexdigest()
 
 
-def _wait(work: list[Future[None]]) -> None:
-    for one in work:
-        one.result()
+def _wait(pending: list[Future[None]]) -> None:
+    for future in pending:
+        future.result()

@@ -18,7 +18,7 @@ from mlm_train.utils.run_lock import owned
 class LocalFolder:
     """A folder that all workers see under one path."""
 
-    in_order, far = False, False
+    in_order, remote = False, False
 
     def __init__(self, path: Path) -> None:
         self.path, self.address = path, str(path)
@@ -27,11 +27,11 @@ class LocalFolder:
         return str(self.path)
 
     def at(self, name: str) -> str:
-        """Its path."""
+        """The path of a file."""
         return str(self.path / name)
 
     def read(self, name: str) -> bytes | None:
-        """A file; None where it is not there."""
+        """Read a file; None if it does not exist."""
         try:
             return read_regular(self.path / name, LARGEST)
         except (FileNotFoundError, NotADirectoryError):
@@ -40,11 +40,11 @@ class LocalFolder:
             raise UserError(f"{self.path / name} cannot be read: {error.strerror}") from None
 
     def write(self, name: str, data: bytes) -> None:
-        """Flushed, and renamed."""
+        """Replace a small file atomically and durably."""
         replace_file(self.path / name, data)
 
     def blocks(self, name: str) -> Iterator[bytes]:
-        """A file from start to end; UserError for a link that leads out of the folder."""
+        """Stream a file from start to end; UserError for a link that leads out of the folder."""
         path = listed(self.path, name, "the index")
         try:
             with open_regular(path) as file:
@@ -59,29 +59,29 @@ class LocalFolder:
         return path.stat().st_size if path.is_file() else None
 
     def names(self) -> list[str]:
-        """All that lies there."""
+        """The names of all files."""
         return [path.name for path in self.path.iterdir()]
 
     def remove(self, name: str) -> None:
-        """Remove a file that may be gone already."""
+        """Remove a file if it exists."""
         (self.path / name).unlink(missing_ok=True)
 
     def free(self) -> int | None:
-        """Of its file system."""
+        """Free bytes of its file system."""
         return shutil.disk_usage(self.path).free
 
     def draft(self, name: str, size: int, header: bytes = b"") -> str:
-        """Made here, so that a worker that outlives its builder leaves nothing in the folder."""
+        """Create a draft and return its name; a worker that outlives its builder cannot create one."""
         draft = draft_name(name)
-        self._make(self.path / draft, size, header)
+        self._create(self.path / draft, size, header)
         return draft
 
     @staticmethod
-    def _make(path: Path, size: int, header: bytes) -> None:
-        """Header and space; a full disk says so here.
+    def _create(path: Path, size: int, header: bytes) -> None:
+        """Create a file with its header and reserve its space; a full disk raises here.
 
-        Once, before anybody fills it: where a file system cannot reserve space the C library writes into
-        every block, over what another process may be putting there.
+        Only before anyone writes to it: where a file system cannot reserve space, the C library writes into
+        every block, over what another process may be writing there.
         """
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
@@ -95,27 +95,27 @@ class LocalFolder:
             os.close(file)
 
     def sink(self, draft: str, header: bytes = b"") -> Sink:
-        """Past the page cache."""
+        """Open a draft for writing past the page cache, after its header."""
         return FileSink(self.path / draft, len(header))
 
     def name_draft(self, draft: str, name: str, size: int) -> None:
-        """By a rename."""
+        """Rename a complete draft, durably."""
         (self.path / draft).rename(self.path / name)
         sync(self.path)
 
     def served(self) -> contextlib.AbstractContextManager[None]:
-        """They see it."""
+        """Do nothing: workers see the folder itself."""
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def held(self, doing: str) -> Iterator[None]:
-        """By a lock that goes with the process."""
+    def locked(self, doing: str) -> Iterator[None]:
+        """Hold a file lock, which ends with the process."""
         with writing(self.path), owned(self.path, doing):
             yield
 
 
 def sha256_at(storage: Storage, name: str) -> str:
-    """Hexadecimal SHA-256 of a file, read from start to end."""
+    """The hexadecimal SHA-256 of a file, read from start to end."""
     if isinstance(storage, LocalFolder):
         return sha256_of(storage.path / name)
     digest = hashlib.sha256()
@@ -124,4 +124,4 @@ def sha256_at(storage: Storage, name: str) -> str:
     return digest.hexdigest()
 
 
-LARGEST = 2**32  # bytes of a file that is read whole: the bases of all layers are one
+LARGEST = 2**32  # bytes of a file that is read into memory: the bases of all layers are one file

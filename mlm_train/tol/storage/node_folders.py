@@ -1,8 +1,8 @@
-"""A folder of each node's own: a table is built into the builder's, over Ray, then copied to all other nodes.
+"""Node-local folders: a table is built in the builder's folder, then copied to all other nodes over Ray.
 
-Workers elsewhere do not see the builder's folder. What they write goes to an actor on the builder's node, its
-keeper, a block at a time; the other nodes copy the finished table from it (tools/copy_to_nodes.py), every
-file checked.
+Workers on other nodes do not see the builder's folder. They send what they write to an actor on the builder's
+node, the folder server, a block at a time; the other nodes copy the finished table from it
+(tools/copy_to_nodes.py) and check every file.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from mlm_train.tol.storage.local import LocalFolder
 
 
 class NodeFolder(LocalFolder):
-    """The builder's folder, which only its node sees; names of environment variables in it are replaced."""
+    """The builder's folder, which only its node sees; environment variables in its path are expanded."""
 
     in_order = True
 
@@ -33,12 +33,12 @@ class NodeFolder(LocalFolder):
 
     @contextlib.contextmanager
     def served(self) -> Iterator[None]:
-        """By a keeper on this node, while Ray runs."""
+        """Run a folder server on this node while the block runs; Ray must run."""
         import ray
 
         here = ray.get_runtime_context().get_node_id()
         server = ray.remote(num_cpus=0, max_concurrency=16)(FolderServer)
-        actor = server.options(name=self._server, scheduling_strategy=_on(here)).remote(str(self.path))
+        actor = server.options(name=self._server, scheduling_strategy=on_node(here)).remote(str(self.path))
         ray.get(actor.ready.remote())
         try:
             yield
@@ -47,50 +47,51 @@ class NodeFolder(LocalFolder):
 
 
 def expanded(path: str) -> Path:
-    """A path on this node, absolute; UserError for a variable that is not set here."""
-    found = os.path.expandvars(path)
-    if "$" in found:
+    """An absolute path with this node's environment variables expanded; UserError for one that is not set."""
+    expanded_path = os.path.expandvars(path)
+    if "$" in expanded_path:
         raise UserError(f"{path}: a variable in it is not set on this node ({os.uname().nodename})")
-    return Path(found).absolute()
+    return Path(expanded_path).absolute()
 
 
-def _on(node: str) -> Any:
+def on_node(node: str) -> Any:
+    """The Ray scheduling strategy that pins a task or actor to a node id."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 class FolderServer:
-    """A Ray actor: the files of a folder, for processes of other nodes."""
+    """A Ray actor that reads and writes the files of a folder for processes on other nodes."""
 
     def __init__(self, path: str) -> None:
         self._folder = LocalFolder(Path(path))
 
     def ready(self) -> None:
-        """Returns once it runs."""
+        """Return once the actor runs."""
 
     def read(self, name: str) -> bytes | None:
-        """A small file; None where it is not there."""
+        """Read a small file; None if it does not exist."""
         return self._folder.read(name)
 
     def block(self, name: str, start: int) -> bytes:
-        """At most BLOCK_BYTES of a file, from `start` on; nothing at its end."""
+        """Read at most BLOCK_BYTES of a file from offset `start`; nothing at its end."""
         with open(self._folder.path / name, "rb", buffering=0) as file:
             return os.pread(file.fileno(), BLOCK_BYTES, start)
 
     def put(self, draft: str, start: int, data: np.ndarray) -> None:
-        """Bytes of a draft that the builder has made."""
+        """Write bytes of an existing draft at offset `start`."""
         with contextlib.closing(FileSink(self._folder.path / draft, start)) as sink:
             sink.append(data)
 
     def sync(self, draft: str) -> None:
-        """Have all of a draft survive a power cut."""
+        """Flush a draft to disk."""
         with contextlib.closing(self._folder.sink(draft)) as sink:
             sink.finish()
 
 
 class ServedFolder:
-    """The builder's folder as processes of its build see it, from any node."""
+    """The builder's folder, accessed through its folder server from any node."""
 
     def __init__(self, address: str) -> None:
         import ray
@@ -102,57 +103,57 @@ class ServedFolder:
         return "the builder's folder"
 
     def at(self, name: str) -> str:
-        """For messages."""
+        """The name of a file, for messages."""
         return f"{name} in {self}"
 
     def ask(self, method: str, *args: object) -> Any:
-        """What the keeper answers. Raises what it raised, and UserError where it is gone."""
+        """Call the folder server. Raises its OSError or UserError, and UserError if it is gone."""
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
         try:
             return ray.get(getattr(self._server, method).remote(*args))
         except RayActorError:
-            raise UserError(f"{self} is out of reach: its node or the build is gone; run again") from None
+            raise UserError(f"{self} is unreachable: its node or the build is gone; run again") from None
         except RayTaskError as error:
             raise error.cause if isinstance(error.cause, OSError | UserError) else error from None
 
     def read(self, name: str) -> bytes | None:
-        """A small file; None where it is not there."""
+        """Read a small file; None if it does not exist."""
         data: bytes | None = self.ask("read", name)
         return data
 
     def blocks(self, name: str) -> Iterator[bytes]:
-        """A file from start to end."""
+        """Stream a file from start to end."""
         start = 0
         while block := self.ask("block", name, start):
             yield block
             start += len(block)
 
     def sink(self, draft: str, header: bytes = b"") -> Sink:
-        """A block at a time."""
+        """Open a draft for writing after its header, a block at a time."""
         return ServedSink(self, draft, len(header))
 
 
 class ServedSink:
-    """A draft in the builder's folder, filled in order."""
+    """A draft in the builder's folder, written sequentially through its folder server."""
 
     def __init__(self, storage: ServedFolder, draft: str, start: int) -> None:
         self._storage, self._draft, self._at = storage, draft, start
 
     def append(self, data: np.ndarray) -> None:
-        """The next bytes; one block is under way at a time, so that Ray's store stays small."""
+        """Write the next bytes (uint8); one block is in flight at a time, so that Ray's store stays small."""
         for start in range(0, len(data), BLOCK_BYTES):
             block = data[start : start + BLOCK_BYTES]
             self._storage.ask("put", self._draft, self._at, block)
             self._at += len(block)
 
     def finish(self) -> None:
-        """Have all of them survive a power cut."""
+        """Flush the draft to disk."""
         self._storage.ask("sync", self._draft)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: the folder server closes the file after each write."""
 
 
-SERVED = "keeper:"  # of addresses that only processes of one build understand
+SERVED = "folder-server:"  # prefix of addresses that are valid within one build only

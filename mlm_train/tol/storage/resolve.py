@@ -1,4 +1,4 @@
-"""What a path, a URL or an address within a build means."""
+"""Opening the storage of a path, a URL, or an address within a build."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +23,10 @@ GROUP = "mlm_train.storages"
 
 
 def storage_at(where: str | Path | Storage) -> Storage:
-    """The place that a path or a URL means; one that is given. UserError for a URL that cannot be used."""
+    """Open the storage of a path or URL; return a Storage as it is. UserError for an unusable URL."""
     if not isinstance(where, str | Path):
         return where
-    if where == "":  # as a path it would be the working folder
+    if where == "":  # as a path it would be the working directory
         raise UserError("the folder's name is empty; name a folder or a URL")
     scheme = str(where).partition("://")[0] if is_url(where) else PATH
     return (STORAGES.get(scheme) or _other(scheme))(str(where))
@@ -42,7 +42,7 @@ def _other(scheme: str) -> Callable[[str], Storage]:
 
 
 def reader_at(address: str) -> StorageReader:
-    """What a place's address means, in a process of its build."""
+    """Open a storage by its address, in a process of its build."""
     if not address.startswith(SERVED):
         return storage_at(address)
     from mlm_train.tol.storage.node_folders import ServedFolder

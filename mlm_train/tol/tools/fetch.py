@@ -1,4 +1,4 @@
-"""Copying a table from a URL, or a folder, into a folder: checked while it is written, resumable."""
+"""Copying a table from a URL or folder into a folder: checked while it is written, and resumable."""
 
 import contextlib
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 
 from mlm_train.errors import UserError
 from mlm_train.tol.format.index import FETCHED, INDEX, TableFile, TolIndex
-from mlm_train.tol.format.index_file import index_bytes, is_whole, parse_index
+from mlm_train.tol.format.index_file import index_bytes, is_intact, parse_index
 from mlm_train.tol.storage.base import BLOCK_BYTES, StorageReader, check_space, refuse_used, remove_drafts
 from mlm_train.tol.storage.direct_io import Stream, buffers
 from mlm_train.tol.storage.local import LocalFolder
@@ -18,25 +18,25 @@ from mlm_train.utils.progress import ByteProgress
 
 
 def fetch_tol(source: str | Path, folder: str | Path) -> TolIndex:
-    """Copy a table; its index is the last file. Files that a killed copy left whole are kept.
+    """Copy a table; its index is the last file. Intact files of an interrupted copy are kept.
 
-    A folder that holds the table already is made whole again where it is damaged. Raises UserError for a
-    folder with other contents, too little space, and a source whose bytes are not those of its index.
+    Damaged files of a folder that holds the table already are replaced. Raises UserError for a folder with
+    other contents, too little space, and a source that does not match its index.
     """
     refuse_url(folder)
     origin, target = storage_at(source), LocalFolder(Path(folder).absolute())
     if origin.address == target.address:
-        raise UserError(f"{target} is to be copied to itself; name another folder")
+        raise UserError(f"{target} would be copied to itself; name another folder")
     return copy_table(origin, target)
 
 
 def copy_table(origin: StorageReader, target: LocalFolder) -> TolIndex:
-    """fetch_tol, from any process's view of a place."""
+    """Copy a table as fetch_tol does, between opened storages."""
     data = index_bytes(origin)
     index = parse_index(data, origin.at(INDEX))
-    with target.held("being fetched"):
+    with target.locked("being fetched"):
         _begin(target, data, origin)
-        missing = [file for file in index.files if not is_whole(target, file)]
+        missing = [file for file in index.files if not is_intact(target, file)]
         needed = sum(file.bytes for file in missing)
         check_space(target, needed)
         done = index.bytes - needed
@@ -44,8 +44,8 @@ def copy_table(origin: StorageReader, target: LocalFolder) -> TolIndex:
             for file in missing:
                 if not _copy(origin, target, file, lambda count: progress.show(done + count)):  # noqa: B023
                     raise UserError(
-                        f"{origin.at(file.file)} is damaged: it is not what the index names; make "
-                        f"it again with {index.repair}, then fetch again: whole files are kept"
+                        f"{origin.at(file.file)} is damaged: its SHA-256 differs from the index; repair it "
+                        f"with {index.repair}, then fetch again: intact files are kept"
                     )
                 done += file.bytes
         target.write(INDEX, data)
@@ -54,28 +54,28 @@ def copy_table(origin: StorageReader, target: LocalFolder) -> TolIndex:
 
 
 def _begin(target: LocalFolder, index: bytes, origin: StorageReader) -> None:
-    """Note what is copied; UserError where the folder holds anything else."""
-    there = [data for data in (target.read(INDEX), target.read(FETCHED)) if data is not None]
-    if there and any(data != index for data in there):
+    """Record the index that is copied; UserError if the folder holds anything else."""
+    known = [data for data in (target.read(INDEX), target.read(FETCHED)) if data is not None]
+    if any(data != index for data in known):
         raise UserError(f"{target} holds another table than {origin}; remove it or name a new folder")
-    if not there:
+    if not known:
         refuse_used(target, FETCHED)
         target.write(FETCHED, index)
     remove_drafts(target)
 
 
-def _copy(origin: StorageReader, target: LocalFolder, file: TableFile, shown: Callable[[int], None]) -> bool:
-    """Copy a file, if it is what it should be; `shown` takes the bytes of it that are there."""
+def _copy(origin: StorageReader, target: LocalFolder, file: TableFile, report: Callable[[int], None]) -> bool:
+    """Copy a file; return whether its SHA-256 is right. `report`: called with the bytes copied so far."""
     draft = target.draft(file.file, file.bytes)
     try:
         with Stream(target.sink(draft), b"", buffers(BLOCK_BYTES, 1)) as stream:
             for block in origin.blocks(file.file):
                 if stream.bytes + len(block) > file.bytes:
-                    break  # it grows, and its digest is another
-                room = stream.rows(len(block))
-                room[:, 0] = torch.frombuffer(bytearray(block), dtype=torch.uint8)
+                    break  # larger than the index says: the digest will differ
+                buffer = stream.rows(len(block))
+                buffer[:, 0] = torch.frombuffer(bytearray(block), dtype=torch.uint8)
                 stream.put(len(block))
-                shown(stream.bytes)
+                report(stream.bytes)
             digest = stream.finish()
         if digest == file.sha256:
             target.name_draft(draft, file.file, file.bytes)

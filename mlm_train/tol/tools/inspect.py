@@ -1,4 +1,4 @@
-"""What a table holds: bytes, norms, spectra and likeness of its rows, from one pass over them."""
+"""Statistics of a table: sizes, norms, spectra and similarity of its rows, from one pass over them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,15 +24,16 @@ from mlm_train.utils.progress import ByteProgress
 
 SHARES = (0.9, 0.99, 0.999)  # of a layer's energy
 _BFLOAT16 = 2
-_HUGE = 1e15  # a Gram cannot take their squares
+_HUGE = 1e15  # larger values overflow a Gram in fp32
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of the files, and what else would hold these numbers.
+    """Sizes in bytes, and those of the alternatives.
 
-    bfloat16: the whole table, dropped layers too, in that type. ffn_m: the weights that the table stands
-    for, in bfloat16; None without a model. other: headers, their padding, and the header of the bases.
+    bytes: of the files without the index. row: of a row. other: headers with padding, and the header of the
+    bases. bfloat16: of a table of all layers in that type. ffn_m: of the weights that the table replaces, in
+    bfloat16; None without a model.
     """
 
     bytes: int
@@ -44,7 +45,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Scored:
-    """A token and its norm or cosine; text where a tokenizer is known."""
+    """A token and its norm or cosine; text: None without a tokenizer."""
 
     id: int
     text: str | None
@@ -55,9 +56,9 @@ class Scored:
 class Layer:
     """One stored layer, T [V, h].
 
-    bytes: of its part of all rows, row_bytes each, and of its basis. error: the relative one that the index
-    holds. norms: of rows, "mean", "median" and "max". singular_values: descending, h of them or the layer's
-    rank. ranks: how many of them hold each of SHARES of the energy ||T||². stable_rank: ||T||² / s_1².
+    bytes: of its part of all rows, row_bytes each, and of its basis. error: relative, from the index. norms:
+    "mean", "median" and "max" over rows. singular_values: descending, h of them or the layer's rank. ranks:
+    how many of them hold each of SHARES of the energy ||T||². stable_rank: ||T||² / s_1².
     """
 
     layer: int
@@ -76,10 +77,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Likeness:
-    """Whether tokens t and t + 1 have like rows: where `change` is below 1, storing differences would pay.
+    """Similarity of the rows of tokens t and t + 1; if `change` is below 1, storing differences would pay.
 
     consecutive, random: mean cosine of such pairs, and of all pairs. change: Σ||r_t+1 - r_t||² / Σ||r_t+1||².
-    Rows of zeros have no direction and are left out; None where no pair is left.
+    Rows of zeros have no direction and are left out; None if no pair is left.
     """
 
     consecutive: float | None
@@ -89,7 +90,7 @@ class Likeness:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """A token, and those whose rows have the largest cosine with its own."""
+    """A token, and the tokens whose rows have the largest cosine with its row."""
 
     id: int
     text: str | None
@@ -98,7 +99,7 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Inspection:
-    """All of it. `largest` and `neighbours` are of whole rows: the stored layers one after another."""
+    """The result of inspect_tol. `largest` and `neighbours` are of whole rows: all layers, concatenated."""
 
     table: str
     vocab_size: int
@@ -118,41 +119,41 @@ def inspect_tol(
     neighbours: Sequence[str] = (),
     verify: Check = "sizes",
 ) -> Inspection:
-    """Read a table once, a chunk of rows at a time; beside it a Gram [h, h] of each layer in fp64 is held.
+    """Compute statistics of a table in one pass over its rows; memory: an fp64 Gram [h, h] per layer.
 
     model: one of the table's shape, for the size of FFN-M and the tokenizer in its folder. neighbours:
-    tokens, as ids or as text, whose `top` nearest rows are looked for. verify: what of both is compared with
-    their manifests first. Raises UserError for a damaged table, a model of another shape, an unknown token.
+    tokens, as ids or text, whose `top` nearest rows are searched. verify: how much of both is checked first.
+    Raises UserError for a damaged table, a model of another shape, an unknown token.
     """
     if top < 1:
         raise UserError(f"--top {top}: give at least 1")
     folder = Path(folder)
     table = TableReader.open_folder(folder, verify=verify)
     index = table.index
-    found = None if model is None else find_model(model, verify)
-    if found is not None:
-        check_fits(folder, index, found.config)
-    words = Vocabulary.of(index.vocab_size, found)
-    nearest = _Nearest(table, [words.find(word) for word in neighbours], top)
+    model_folder = None if model is None else find_model(model, verify)
+    if model_folder is not None:
+        check_fits(folder, index, model_folder.config)
+    vocabulary = Vocabulary.of(index.vocab_size, model_folder)
+    nearest = _Nearest(table, [vocabulary.find(token) for token in neighbours], top)
     sums = _stream(table, folder, nearest)
     return Inspection(
         table=str(folder),
         vocab_size=index.vocab_size,
         num_layers=index.num_layers,
         hidden_size=index.hidden_size,
-        sizes=_sizes(index, found),
-        layers=_layers(index, sums, words, top),
-        largest=_largest(sums.norms.square().sum(1).sqrt(), words, top),
+        sizes=_sizes(index, model_folder),
+        layers=_layers(index, sums, vocabulary, top),
+        largest=_largest(sums.norms.square().sum(1).sqrt(), vocabulary, top),
         likeness=sums.pairs.likeness(),
         neighbours=[
-            Neighbours(token, words.text(token), _scored(ids, cosines, words))
-            for token, ids, cosines in nearest.found()
+            Neighbours(token, vocabulary.text(token), _scored(ids, cosines, vocabulary))
+            for token, ids, cosines in nearest.results()
         ],
     )
 
 
 class _Sums:
-    """What is kept of the rows that went by. norms: fp64 [V, kept layers]."""
+    """Statistics accumulated over the rows. norms: fp64 [V, kept layers]."""
 
     def __init__(self, index: TolIndex) -> None:
         kept = len(index.layers)
@@ -170,7 +171,7 @@ def _stream(table: TableReader, folder: Path, nearest: "_Nearest") -> _Sums:
             norms = torch.stack([part.norm(dim=1) for part in parts], dim=1)
             if not (norms < _HUGE).all():
                 what = f"rows [{first}, {last}) have NaN, infinite or huge values (above {_HUGE:.0e})"
-                raise UserError(f"{folder}: {what}; look at it with `mlm-train tol verify`")
+                raise UserError(f"{folder}: {what}; check it with `mlm-train tol verify`")
             for gram, part in zip(sums.grams, parts, strict=True):
                 gram.add(part)
             sums.norms[first:last] = norms
@@ -182,30 +183,30 @@ def _stream(table: TableReader, folder: Path, nearest: "_Nearest") -> _Sums:
 
 
 def _values(table: TableReader, rows: Tensor) -> list[Tensor]:
-    """The stored layers' numbers in rows: fp32 [n, hidden] each."""
-    found = (table.values(rows, layer) for layer in table.index.layers)
-    return [values.float() for values in found if values is not None]
+    """The values of each stored layer in rows: fp32 [n, hidden] each."""
+    decoded = (table.values(rows, layer) for layer in table.index.layers)
+    return [values.float() for values in decoded if values is not None]
 
 
 def _units(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Whole rows at length 1 [n, layers * hidden], and their lengths [n]; rows of zeros stay so."""
+    """Normalised whole rows [n, layers * hidden], and their norms [n]; rows of zeros stay zero."""
     whole = torch.cat(list(parts), dim=1)
     lengths = whole.norm(dim=1)
     return whole.div_(torch.where(lengths == 0, 1.0, lengths).unsqueeze(1)), lengths
 
 
 class _Pairs:
-    """Cosines of consecutive rows, and of all pairs of rows, from chunks in the vocabulary's order."""
+    """Cosines of consecutive rows, and of all pairs of rows, from chunks in order."""
 
     def __init__(self, width: int) -> None:
         self._sum = torch.zeros(width, dtype=torch.float64)  # of unit rows
         self._rows = self._pairs = 0
         self._cosines = self._changes = self._energy = 0.0
-        # The row before the first one: of zeros, so that it makes no pair.
+        # The row before the first one: zeros, which make no pair.
         self._unit, self._length = torch.zeros(1, width), torch.zeros(1)
 
     def add(self, units: Tensor, lengths: Tensor) -> None:
-        """Take in the next rows: units [n, width], lengths [n]."""
+        """Add the next rows: units [n, width], lengths [n]."""
         self._sum += units.sum(0, dtype=torch.float64)
         self._rows += int(lengths.count_nonzero())
         starts = torch.linalg.vecdot(self._unit, units[:1])
@@ -220,7 +221,8 @@ class _Pairs:
         self._unit, self._length = units[-1:].clone(), lengths[-1:]
 
     def likeness(self) -> Likeness:
-        """Of all rows taken in. ||Σu||² of n unit rows is n, and the cosine of each pair twice."""
+        """The similarity over all added rows."""
+        # ||Σu||² of n unit rows is n, plus twice the cosine of each pair.
         others = self._rows * (self._rows - 1)
         return Likeness(
             consecutive=self._cosines / self._pairs if self._pairs else None,
@@ -230,7 +232,7 @@ class _Pairs:
 
 
 class _Nearest:
-    """The best cosines so far with the rows of some tokens; equal ones go to the lower id."""
+    """The `top` best cosines so far with the rows of given tokens; ties go to the lower id."""
 
     def __init__(self, table: TableReader, tokens: Sequence[int], top: int) -> None:
         self._ids = torch.tensor(tokens, dtype=torch.int64)
@@ -240,23 +242,23 @@ class _Nearest:
             unit, length = _units(_values(table, table.range(token, token + 1)))
             if not length:
                 raise UserError(
-                    f"--neighbours: token {token} has a row of zeros, like no other; leave it out"
+                    f"--neighbours: token {token} has a row of zeros, without a direction; leave it out"
                 )
             row.copy_(unit[0])
         self._best = torch.empty(len(tokens), 0)
-        self._of = torch.empty(len(tokens), 0, dtype=torch.int64)
+        self._best_ids = torch.empty(len(tokens), 0, dtype=torch.int64)
 
     def add(self, first: int, units: Tensor) -> None:
         """Compare with rows from `first` on: units [n, width]."""
         ids = torch.arange(first, first + len(units)).expand(len(self._ids), -1)
         cosines = (self._units @ units.T).masked_fill_(ids == self._ids.unsqueeze(1), -torch.inf)
-        cosines, ids = torch.cat([self._best, cosines], dim=1), torch.cat([self._of, ids], dim=1)
+        cosines, ids = torch.cat([self._best, cosines], dim=1), torch.cat([self._best_ids, ids], dim=1)
         order = cosines.argsort(dim=1, descending=True, stable=True)[:, : self._top]
-        self._best, self._of = cosines.gather(1, order), ids.gather(1, order)
+        self._best, self._best_ids = cosines.gather(1, order), ids.gather(1, order)
 
-    def found(self) -> Iterable[tuple[int, list[int], list[float]]]:
-        """Each token, its nearest, and their cosines."""
-        return zip(self._ids.tolist(), self._of.tolist(), self._best.tolist(), strict=True)
+    def results(self) -> Iterable[tuple[int, list[int], list[float]]]:
+        """Each token, its nearest ids, and their cosines."""
+        return zip(self._ids.tolist(), self._best_ids.tolist(), self._best.tolist(), strict=True)
 
 
 def _sizes(index: TolIndex, model: ModelFolder | None) -> Sizes:
@@ -275,11 +277,11 @@ def _basis_bytes(field: Encoding, hidden: int) -> int:
     return (field.rank or 0) * hidden * BASIS_ITEM
 
 
-def _layers(index: TolIndex, sums: _Sums, words: Vocabulary, top: int) -> list[Layer]:
+def _layers(index: TolIndex, sums: _Sums, vocabulary: Vocabulary, top: int) -> list[Layer]:
     hidden, console = index.hidden_size, Console(stderr=True)
     errors = index.errors or [None] * len(index.layers)
     stored = zip(index.layers, index.fields, errors, sums.grams, sums.norms.unbind(1), strict=True)
-    shown = track(
+    tracked = track(
         stored,
         "singular values",
         total=len(index.layers),
@@ -288,7 +290,7 @@ def _layers(index: TolIndex, sums: _Sums, words: Vocabulary, top: int) -> list[L
         disable=not console.is_terminal,
     )
     layers = []
-    for layer, field, error, gram, norms in shown:
+    for layer, field, error, gram, norms in tracked:
         row_bytes = sum(field.sizes(hidden)) if index.encodings is None else field.bytes(hidden)
         values = Spectrum.of(gram).values[: field.width(hidden)]  # beyond a layer's rank there is only noise
         energies = values.square()
@@ -308,7 +310,7 @@ def _layers(index: TolIndex, sums: _Sums, words: Vocabulary, top: int) -> list[L
                     "median": float(norms.quantile(0.5)),
                     "max": float(norms.max()),
                 },
-                largest=_largest(norms, words, top),
+                largest=_largest(norms, vocabulary, top),
                 singular_values=values.tolist(),
                 ranks={
                     f"{100 * share:g}%": int((kept < share * energy).sum()) + 1 if energy else 0
@@ -320,11 +322,11 @@ def _layers(index: TolIndex, sums: _Sums, words: Vocabulary, top: int) -> list[L
     return layers
 
 
-def _largest(norms: Tensor, words: Vocabulary, top: int) -> list[Scored]:
-    """The tokens of largest norm [V]; of equal ones the lower id first."""
+def _largest(norms: Tensor, vocabulary: Vocabulary, top: int) -> list[Scored]:
+    """The tokens of largest norm, norms [V]; ties by ascending id."""
     values, ids = norms.sort(descending=True, stable=True)
-    return _scored(ids[:top].tolist(), values[:top].tolist(), words)
+    return _scored(ids[:top].tolist(), values[:top].tolist(), vocabulary)
 
 
-def _scored(ids: Iterable[int], values: Iterable[float], words: Vocabulary) -> list[Scored]:
-    return [Scored(token, words.text(token), value) for token, value in zip(ids, values, strict=True)]
+def _scored(ids: Iterable[int], values: Iterable[float], vocabulary: Vocabulary) -> list[Scored]:
+    return [Scored(token, vocabulary.text(token), value) for token, value in zip(ids, values, strict=True)]

@@ -1,4 +1,4 @@
-"""Proving a ToL: its files against the index, and its rows against FFN-M."""
+"""Verifying a ToL: its files against the index, and its rows against FFN-M."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from mlm_train.errors import UserError
 from mlm_train.tol.build.row_source import EMBEDDING, ComputedRows, chunks_of, ffn_m_weights
 from mlm_train.tol.format.codec import TORCH_DTYPE, decode, encode, grouped
 from mlm_train.tol.format.index import Partition, TableFile, TolIndex, check_fits
-from mlm_train.tol.format.index_file import index_at, is_whole, read_index
+from mlm_train.tol.format.index_file import index_at, is_intact, read_index
 from mlm_train.tol.format.partition import map_partition
 from mlm_train.tol.format.schemes import Encoding, layout
 from mlm_train.tol.serve.reader import TableReader, read_bases
@@ -25,14 +25,14 @@ from mlm_train.utils.files import sha256_of
 from mlm_train.utils.progress import ByteProgress
 
 CHUNK_ROWS = 512
-# Other thread counts and chunk sizes add numbers in another order, and a sum that rounds otherwise to a
-# product's type goes on into the next product; relative to a row's largest value.
+# Tolerance relative to a row's largest value: other thread counts and chunk sizes sum in another order, and
+# a matmul's output that rounds differently is the next one's input.
 _NOISE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
 
 
 @dataclass(frozen=True)
 class Damage:
-    """Rows [start, stop) of a partition that must not be used."""
+    """Damaged rows [start, stop) of a file."""
 
     file: str
     start: int
@@ -45,7 +45,10 @@ class Damage:
 
 @dataclass
 class VerifyReport:
-    """What was looked at. Errors are those of recomputed rows; relative to a row's largest value."""
+    """The result of verify_tol, with errors of recomputed rows.
+
+    max_rel_error: relative to a row's largest value.
+    """
 
     index: TolIndex
     recomputed: int = 0
@@ -54,68 +57,69 @@ class VerifyReport:
     damages: list[Damage] = field(default_factory=list)
 
     @property
-    def cure(self) -> str:
-        """What makes the table whole again."""
-        if self.index.basis is not None and self.index.basis.file in {one.file for one in self.damages}:
-            return "build it again into a new folder, since no row can be made again without the basis"
-        return f"{self.index.repair} makes it whole"
+    def fix(self) -> str:
+        """How to repair the table."""
+        if self.index.basis is not None and self.index.basis.file in {damage.file for damage in self.damages}:
+            return "build it again into a new folder, since no row can be rebuilt without the basis"
+        return f"repair it with {self.index.repair}"
 
 
 class _Recompute:
-    """FFN-M of the rows to compare; `sample` None compares every row."""
+    """Compares rows with FFN-M; `sample`: ascending ids to compare, None for every row."""
 
     def __init__(
-        self, tensors: FolderTensors, numbers: ComputedRows, table: TableReader, sample: Tensor | None
+        self, tensors: FolderTensors, computed: ComputedRows, table: TableReader, sample: Tensor | None
     ) -> None:
-        self.tensors, self.numbers, self.table, self.sample = tensors, numbers, table, sample
+        self.tensors, self.computed, self.table, self.sample = tensors, computed, table, sample
 
     def ids(self, first: int, last: int) -> Tensor:
-        """The tokens of [first, last) to compare."""
+        """The ids of [first, last) to compare."""
         if self.sample is None:
             return torch.arange(first, last)
         return self.sample[(self.sample >= first) & (self.sample < last)]
 
     def compare(self, rows: Tensor, first: int, last: int, report: VerifyReport) -> Tensor:
-        """Compare stored rows of [first, last) with FFN-M; the tokens that differ too much."""
+        """Compare stored rows [first, last) with FFN-M; return the ids of rows that differ too much."""
         ids = self.ids(first, last)
         if not ids.numel():
             return ids
         x0 = self.tensors.rows(EMBEDDING, first, last)[ids - first].float()
         rows, bad = rows[ids - first], torch.zeros(len(ids), dtype=torch.bool)
         index = self.table.index
-        for layer, encoding, values in zip(index.layers, index.fields, self.numbers.of(x0), strict=True):
+        for layer, encoding, values in zip(index.layers, index.fields, self.computed.of(x0), strict=True):
             true = values.float()
-            found = self.table.values(rows, layer)
-            assert found is not None
-            error, scale = (found.float() - true).abs(), true.abs().amax(-1, keepdim=True)
-            shown = error.where(error.isfinite(), 0.0)
-            report.max_abs_error = max(report.max_abs_error, float(shown.max()))
-            report.max_rel_error = max(report.max_rel_error, float((shown / scale.clamp_min(1e-30)).max()))
+            stored = self.table.values(rows, layer)
+            assert stored is not None
+            error, scale = (stored.float() - true).abs(), true.abs().amax(-1, keepdim=True)
+            finite = error.where(error.isfinite(), 0.0)
+            report.max_abs_error = max(report.max_abs_error, float(finite.max()))
+            report.max_rel_error = max(report.max_rel_error, float((finite / scale.clamp_min(1e-30)).max()))
             bad |= ~self._is_near(encoding, decode(encoding, rows, index.hidden_size).float(), true, layer)
         report.recomputed += ids.numel()
         return ids[bad]
 
     def _is_near(self, field: Encoding, stored: Tensor, true: Tensor, layer: int) -> Tensor:
-        """Which rows hold what their type makes of FFN-M's numbers, as far as arithmetic allows: bool [n]."""
+        """Which rows equal FFN-M's values in their type, up to rounding and summation order: bool [n]."""
         source = self.table.index.source
         noise = _NOISE[source.compute if source.table is None else "bfloat16"]
         if field.rank is not None:
             true = self.table.in_basis(true, layer)
-        room = noise * true.abs().amax(-1, keepdim=True)
+        tolerance = noise * true.abs().amax(-1, keepdim=True)
         error = (stored - true).abs()
         if not field.quantised:
             info = torch.finfo(TORCH_DTYPE[field.dtype])
-            # Rounding is at most half an eps; numbers below the smallest normal one keep fewer digits.
-            limit = 0.505 * info.eps * true.abs() + room + info.smallest_normal * info.eps
+            # Rounding is at most half an eps; values below the smallest normal one keep fewer digits.
+            limit = 0.505 * info.eps * true.abs() + tolerance + info.smallest_normal * info.eps
             return (error <= limit).all(1)
-        # A group may err as much as one that is encoded now does, whichever codes the noise has chosen.
+        # A group's error may be that of encoding it again, whichever codes the noise has chosen.
         assert field.group_size is not None
-        (fresh,) = layout([field], self.table.index.hidden_size)
-        now = torch.empty(len(true), field.bytes(self.table.index.hidden_size), dtype=torch.uint8)
-        encode(field, true, now)
-        expected = decode(fresh, now, self.table.index.hidden_size) - true
-        found, allowed = (grouped(x, field.group_size).norm(dim=-1) for x in (error, expected))
-        return (found <= 1.05 * allowed + room * field.group_size**0.5).all(1)
+        hidden = self.table.index.hidden_size
+        (encoding,) = layout([field], hidden)
+        encoded = torch.empty(len(true), field.bytes(hidden), dtype=torch.uint8)
+        encode(field, true, encoded)
+        expected = decode(encoding, encoded, hidden) - true
+        actual, allowed = (grouped(x, field.group_size).norm(dim=-1) for x in (error, expected))
+        return (actual <= 1.05 * allowed + tolerance * field.group_size**0.5).all(1)
 
 
 def verify_tol(
@@ -123,10 +127,9 @@ def verify_tol(
 ) -> VerifyReport:
     """Check coverage, sizes, SHA-256 and finite values, and with `model` recompute rows from its weights.
 
-    `folder` may be a URL where there is no `model`: everything is read, and nothing kept.
-
-    `sample`: recompute that many rows, drawn with `seed`, instead of all. Damage is reported, not raised;
-    UserError is for an unreadable index and a model that the table was not built from.
+    `folder` may be a URL if there is no `model`: everything is read, nothing is kept. `sample`: recompute
+    that many rows, drawn with `seed`, instead of all. Damage is reported, not raised; raises UserError for
+    an unreadable index and for a model that the table was not built from.
     """
     if is_url(folder):
         return _verify_url(storage_at(folder), model, sample)
@@ -151,17 +154,17 @@ def verify_tol(
     with opened:
         weights = ffn_m_weights(opened.tensors, opened.config, index.layers, index.source.compute)
         by_layer = dict(zip(index.layers, weights, strict=True))
-        numbers = ComputedRows(opened, by_layer, index.source.compute)
-        recompute = None  # without its basis a row of low rank says nothing
+        computed = ComputedRows(opened, by_layer, index.source.compute)
+        recompute = None  # rows of low rank cannot be decoded without the basis
         if _check_basis(LocalFolder(folder), report):
             table = TableReader(index, [], read_bases(folder, index))
-            recompute = _Recompute(opened.tensors, numbers, table, chosen)
+            recompute = _Recompute(opened.tensors, computed, table, chosen)
         _check_partitions(folder, report, recompute)
     return report
 
 
 def _verify_url(storage: Storage, model: str | Path | None, sample: int | None) -> VerifyReport:
-    """Every file's size and SHA-256, which are those of finite values: none else are written."""
+    """Check every file's size and SHA-256; a build writes only finite values."""
     if model is not None or sample is not None:
         option = "--sample" if model is None else "--model"
         raise UserError(
@@ -178,17 +181,17 @@ def _verify_url(storage: Storage, model: str | Path | None, sample: int | None) 
 
 
 def _check_basis(storage: Storage, report: VerifyReport) -> bool:
-    """Whether it is whole, or there is none; its damage is that of all rows."""
+    """Whether the basis is intact, or there is none; a damaged one is reported as damage of all rows."""
     basis = report.index.basis
     return basis is None or _check_file(storage, basis, (0, report.index.vocab_size), report)
 
 
 def _check_file(storage: Storage, file: TableFile, rows: tuple[int, int], report: VerifyReport) -> bool:
-    whole = is_whole(storage, file)
-    if not whole:
-        what = "the file is missing, or its size or SHA-256 is not the index's"
+    intact = is_intact(storage, file)
+    if not intact:
+        what = "the file is missing, or its size or SHA-256 differs from the index"
         report.damages.append(Damage(file.file, *rows, what))
-    return whole
+    return intact
 
 
 def _check_partitions(folder: Path, report: VerifyReport, recompute: _Recompute | None) -> None:
@@ -203,7 +206,7 @@ def _check_partitions(folder: Path, report: VerifyReport, recompute: _Recompute 
 def _check_partition(
     folder: Path, report: VerifyReport, partition: Partition, recompute: _Recompute | None
 ) -> Iterator[int]:
-    """Add a partition's damage to the report; yields the rows passed, for the progress bar."""
+    """Add a partition's damage to the report; yields the row reached, for the progress bar."""
     start, stop = partition.rows
     try:
         rows = map_partition(folder, report.index, partition)
@@ -211,23 +214,23 @@ def _check_partition(
         report.damages.append(Damage(partition.file, start, stop, str(error)))
         return
     if sha256_of(folder / partition.file) != partition.sha256:
-        what = "the file's SHA-256 is not the index's"
+        what = "the file's SHA-256 differs from the index"
         report.damages.append(Damage(partition.file, start, stop, what))
-    infinite, different = [], []
+    non_finite, different = [], []
     for first, last in chunks_of(start, stop, CHUNK_ROWS):
         chunk = rows[first - start : last - start]
-        numbers = [decode(one, chunk, report.index.hidden_size) for one in report.index.fields]
-        bad = torch.stack([(~values.isfinite()).any(1) for values in numbers]).any(0)
-        infinite.append(first + bad.nonzero().flatten())
+        decoded = [decode(field, chunk, report.index.hidden_size) for field in report.index.fields]
+        bad = torch.stack([(~values.isfinite()).any(1) for values in decoded]).any(0)
+        non_finite.append(first + bad.nonzero().flatten())
         if recompute is not None:
             different.append(recompute.compare(chunk, first, last, report))
         yield last
-    for tokens, what in ((infinite, "values are not finite"), (different, "values are not FFN-M's")):
+    for tokens, what in ((non_finite, "non-finite values"), (different, "values are not FFN-M's")):
         report.damages += [Damage(partition.file, *span, what) for span in _spans(tokens)]
 
 
 def _spans(tokens: list[Tensor]) -> list[tuple[int, int]]:
-    """Ascending tokens -> ranges [start, stop) of neighbours."""
+    """Merge ascending token ids into ranges [start, stop)."""
     spans: list[tuple[int, int]] = []
     for token in [int(token) for chunk in tokens for token in chunk]:
         if spans and spans[-1][1] == token:
