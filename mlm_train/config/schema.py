@@ -127,7 +127,9 @@ class SpikeConfig(Section):
         6.0, gt=0, description="standard deviations above the window's mean from which a loss is a spike"
     )
     window: int = Field(100, ge=2, description="steps in the window; no loss is a spike until it is full")
-    skip_steps: int = Field(20, ge=0, description="steps' worth of samples skipped after the spike's own")
+    skip_steps: int = Field(
+        20, ge=0, description="steps' worth of samples skipped after the spike, beside those up to it"
+    )
     max_rollbacks: int = Field(3, ge=1, description="rollbacks per run; the next spike ends it")
 
 

@@ -156,7 +156,10 @@ def test_mistakes_get_one_clear_line(override: str, words: str) -> None:
             ["parallel.pipeline_schedule=zbv", "parallel.pipeline=3"],
             "makes 6 stages of 4 layers; at most 2 fits",
         ),
-        (["train.activation_checkpointing=[full, none, none]"], "needs one value for all stages, or a list of 2"),
+        (
+            ["train.activation_checkpointing=[full, none, none]"],
+            "needs one value for all stages, or a list of 2",
+        ),
         (
             ["train.activation_checkpointing=some"],
             "train.activation_checkpointing='some': input should be 'none', 'selective' or 'full'",

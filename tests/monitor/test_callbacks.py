@@ -106,7 +106,7 @@ def test_a_skipped_step_and_a_resumed_run(
     with monkeypatch.context() as patch:
         spoil(patch, {2}.__contains__)
         mlm_train("pretrain", *pretrain(data, run, *more, "train.steps=3"))
-    assert hooks(run)[3:6] == ["before 2", "skipped 2: gradient not", "after 2"]
+    assert hooks(run)[3:6] == ["before 2", "skipped 2: non-finite g", "after 2"]
     mlm_train("pretrain", *pretrain(data, run, *more, "train.steps=4"))
     assert hooks(run)[-7:-4] == ["start after 3", "before 4", "after 4"]
 

@@ -158,7 +158,7 @@ def wandb_records(path: Path) -> Iterator[bytes]:
 
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="the package is here")
 def test_wandb_without_the_package(data: Path, tmp_path: Path) -> None:
-    line = "monitor.writers: wandb needs the package of that name: pip install 'mlm-train[wandb]'"
+    line = "monitor.writers: wandb needs the wandb package: pip install 'mlm-train[wandb]'"
     words = (*TINY, f"data.path={data}", f"train.output={tmp_path / 'run'}", "monitor.writers=[wandb]")
     assert line in refused("pretrain", "configs/micro.yaml", *words)
     assert not (tmp_path / "run").exists()

@@ -108,7 +108,7 @@ def test_where_all_checkpoints_are_damaged_nothing_starts_over(
     runtime.stop()
     shutil.rmtree(checkpoints / "step-00000001")
     (checkpoints / "step-00000002").rename(checkpoints / "damaged-step-00000002")
-    assert "are damaged: put a whole one there" in refused(*pretrain(data, run, "train.steps=4"))
+    assert "are damaged: restore an intact one" in refused(*pretrain(data, run, "train.steps=4"))
 
 
 def test_ranks_that_find_damage_end_the_launch_with_one_line(

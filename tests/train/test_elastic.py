@@ -101,7 +101,7 @@ def test_a_machine_leaves_and_comes_back(unbroken: Path, data: Path, tmp_path: P
 
 def test_what_does_not_go_together_is_refused(data: Path, tmp_path: Path) -> None:
     launch = ("launch", "--nproc", 1, *words(data, tmp_path / "run"))
-    assert "--nodes 2:1: the second number is the larger one" in refused(*launch, "--nodes", "2:1")
+    assert "--nodes 2:1: the second number must be the larger one" in refused(*launch, "--nodes", "2:1")
     assert "--nodes and --rendezvous HOST:PORT" in refused(*launch, "--nodes", "1:2")
     assert "--max-restarts -1: give 0 or more" in refused(*launch, "--max-restarts", -1)
-    assert "started again by Slurm" in refused(*launch, "--slurm", "--max-restarts", 2)
+    assert "restarted by Slurm" in refused(*launch, "--slurm", "--max-restarts", 2)

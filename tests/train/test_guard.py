@@ -56,9 +56,7 @@ def test_skipped_steps_are_counted_and_leave_the_last_good_checkpoint(
     assert (progress["skipped"], progress["optimizer_steps"], progress["samples"]) == (3, 5, 64)
     assert list(scalars(run, "train/skipped_steps").values()) == [0, 0, 1, 2, 2, 2, 2, 3]
     log = (run / "train.log").read_text()
-    assert (
-        "step 4 SKIPPED, weights are as before (2 skipped in all): gradient not finite; gradient of " in log
-    )
+    assert "step 4 SKIPPED, weights unchanged (2 skipped so far): non-finite gradient; gradient of " in log
     assert json.loads((run / "heartbeat.json").read_text())["state"] == "finished"
 
 
@@ -112,7 +110,9 @@ def test_a_spike_takes_the_run_back_and_past_its_samples(
         bad_labels(patch, 15 * 8)  # step 16
         mlm_train(*words(data, run, *SPIKE))
     log = (run / "train.log").read_text()
-    assert "loss spike at step 16: back to step-00000010 (rollback 1), on with sample 144" in log
+    assert (
+        "loss spike at step 16: rolled back to step-00000010 (rollback 1), continuing with sample 144" in log
+    )
     progress = open_checkpoint(run / "checkpoints" / "step-00000024").progress.model_dump()
     assert (progress["rollbacks"], progress["samples"]) == (1, 144 + 14 * 8)
     # The same by hand: from that checkpoint on, with later samples.

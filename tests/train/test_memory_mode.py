@@ -122,7 +122,7 @@ def test_a_run_decides_says_so_and_keeps_it(data: Path, tmp_path: Path) -> None:
     assert decided.memory is not None and decided.memory.mode != "auto"
     assert yaml.safe_load((run / "config.yaml").read_text())["memory"]["mode"] == "auto"
     again = finished("launch", "--nproc", 2, *words)
-    assert f"memory.mode=auto -> {decided.memory.mode}, as in the checkpoint" in again
+    assert f"memory.mode=auto keeps the checkpoint's {decided.memory.mode}" in again
     assert _saved(run).memory == decided.memory
     other = finished("pretrain", *words, "train.steps=5", "schedule.total_steps=4", "memory.mode=table")
     assert "memory.mode=table: about" in other and "MiB a rank" in other

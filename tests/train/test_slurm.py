@@ -72,7 +72,7 @@ def test_advice_for_what_slurm_says() -> None:
         "allocation failure: Requested node configuration is not available": "--nodes 2 --gpus-per-node 8: ",
         "allocation failure: Invalid generic resource (gres) specification": "--nodes 2 --gpus-per-node 8: ",
         "Job violates accounting/QOS policy (job submit limit)": "--account us: ",
-        "Job submission disabled": "look at `sinfo`",
+        "Job submission disabled": "check `sinfo`",
     }
     job = SlurmJob("a.yaml", (), nodes=2, processes=8, gpus=8, account="us")
     for reason, advice in said.items():
