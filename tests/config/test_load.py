@@ -1,4 +1,4 @@
-"""Configs: presets against the paper, overrides, and one clear line for every mistake."""
+"""Configs: presets against the paper, overrides, and a one-line error for every mistake."""
 
 from pathlib import Path
 

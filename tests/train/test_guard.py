@@ -1,4 +1,4 @@
-"""Steps that are not finite are skipped and counted; a loss spike takes a run back, and past its cause."""
+"""Non-finite steps are skipped and counted; a loss spike rolls a run back and skips its samples."""
 
 import json
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def saved(run: Path) -> list[int]:
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, which: Callable[[int], bool]) -> None:
-    """Gradients of those steps, counted from 1, are NaN."""
+    """Make the gradients of the chosen steps, counted from 1, NaN."""
     honest, calls = Engine.nonfinite, iter(range(1, 1000))
 
     def broken(engine: Engine) -> list[str]:
@@ -84,7 +84,7 @@ def mlm_train_ends_with_two(*command: str) -> None:
 
 
 def bad_labels(monkeypatch: pytest.MonkeyPatch, *cursors: int) -> None:
-    """The steps that begin with these samples have labels that say nothing."""
+    """Give the steps that start with these samples useless labels."""
     honest = loop.step_batches
 
     def broken(samples: Any, cursor: int, *arguments: Any) -> list[MicroBatch]:
@@ -115,7 +115,7 @@ def test_a_spike_takes_the_run_back_and_past_its_samples(
     )
     progress = open_checkpoint(run / "checkpoints" / "step-00000024").progress.model_dump()
     assert (progress["rollbacks"], progress["samples"]) == (1, 144 + 14 * 8)
-    # The same by hand: from that checkpoint on, with later samples.
+    # The same by hand: resume from that checkpoint with later samples.
     mlm_train(*words(data, other, *SPIKE, "train.stop_after=10"))
     folder = other / "checkpoints" / "step-00000010"
     manifest = open_checkpoint(folder).model_dump()

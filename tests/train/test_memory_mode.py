@@ -1,4 +1,4 @@
-"""memory.mode: what a run says of it, what it decides by itself, and that it stays decided."""
+"""memory.mode: what a run logs, what auto chooses, and that a resumed run keeps the choice."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from tests.commands import ROOT, TINY, finished, refused
 
 CONFIG = str(ROOT / "configs" / "micro.yaml")
 GIB = 2.0**30
-# FFN-M is what counts; lookups and links cost next to nothing.
+# FFN-M dominates; lookups and links cost next to nothing.
 SPEEDS = Speeds(1e-4, 1e-5, 3e-4, 3e-5, 1e-8, 1e-9, 1e12, 1e12)
 TEXT = Distinct(micro_batch=500, step=3000, all_ranks=4000)
 
@@ -31,7 +31,7 @@ TEXT = Distinct(micro_batch=500, step=3000, all_ranks=4000)
 def chosen(
     *words: str, world: int = 1, text: Distinct = TEXT, speeds: Speeds = SPEEDS, budget: float = GIB
 ) -> MemoryChoice:
-    """What auto decides for micro at 8 micro-batches of 2 x 256 tokens a rank."""
+    """What auto chooses for micro at 8 micro-batches of 2 x 256 tokens per rank."""
     more = (
         "train.micro_batch_size=2",
         f"train.global_batch_size={16 * world}",
@@ -43,7 +43,7 @@ def chosen(
 
 
 def mode(choice: MemoryChoice) -> tuple[str, int | None, bool]:
-    """What it decided."""
+    """The chosen mode, table_layers and shared."""
     assert choice.config.memory is not None
     memory = choice.config.memory
     return memory.mode, memory.table_layers, memory.shared

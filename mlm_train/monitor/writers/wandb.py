@@ -56,7 +56,7 @@ class WandbWriter:
         self.run = self._start(step)
 
     def close(self) -> None:
-        """Wait until everything is sent, or on disk when offline."""
+        """Finish the W&B run, and wait for its upload when online."""
         self.run.finish()
 
 
