@@ -1,4 +1,4 @@
-"""One part of each kind that a user can add without a change to mlm_train; docs/extending.md shows them."""
+"""One example of each kind of part that users can add to mlm_train; docs/extending.md shows them."""
 
 import argparse
 import csv
@@ -34,7 +34,7 @@ class RowByRow:
         self.blocks = blocks
 
     def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
-        """x0 [batch, sequence, hidden]."""
+        """ids: [batch, sequence]; x0: [batch, sequence, hidden]."""
 
         def read(layer: int) -> Tensor:
             return torch.cat([self.blocks[layer].ffn_m_of_micro_batch(row) for row in x0.split(1)])
@@ -42,24 +42,24 @@ class RowByRow:
         return read
 
     def evaluations(self, tokens: int, distinct: int) -> int:
-        """At every position."""
+        """FFN-M evaluations of a micro-batch: one per layer and position."""
         return len(self.blocks) * tokens
 
 
 class SendRecv(Channel):
-    """A transport: the step's distinct rows go from the first stage to each other one, and back."""
+    """A transport: the first stage sends the step's distinct rows to the others and gets gradients back."""
 
     relays = False
 
     def __post_init__(self) -> None:
         self.first, *self.others = dist.get_process_group_ranks(self.group)
-        self.owns = dist.get_rank() == self.first
+        self.is_first = dist.get_rank() == self.first
         self.anchor = torch.zeros(1, device=self.device, requires_grad=True)
 
     def begin(self, ids: Tensor) -> Tensor:
-        """ids [micro-batches * batch, sequence] -> where each one's row is."""
+        """ids: [micro-batches * batch, sequence] -> index of each position's row, of the same shape."""
         distinct, index = ids.unique(return_inverse=True)
-        if self.owns:
+        if self.is_first:
             self.embedded = self.model.rows(distinct)
             self.rows = self.embedded.detach().clone()
             for other in self.others:
@@ -71,12 +71,12 @@ class SendRecv(Channel):
         return index
 
     def x0(self, ids: Tensor, index: Tensor) -> Tensor:
-        """Of a micro-batch; its gradient adds up in the table."""
+        """x0 of a micro-batch; its gradient is added to the table."""
         return Lookup.apply(self.tensor.local(index, 1), self.rows, self.table, self.anchor)
 
     def finish(self) -> None:
-        """The other stages' tables come back."""
-        if not self.owns:
+        """Sum the gradient tables of all stages on the first one, and run its backward pass."""
+        if not self.is_first:
             dist.send(self.table, self.first, group=self.group)
             return
         for other in self.others:
@@ -87,18 +87,18 @@ class SendRecv(Channel):
         self.embedded.backward(table)
 
     def bytes_per_step(self, distinct: int, tokens: int) -> int:
-        """Rows and their gradients in fp32."""
+        """Bytes sent: rows and their gradients in fp32."""
         return 2 * 4 * distinct * self.model.config.hidden_size * len(self.others)
 
 
 class PlainAdamW(Engine):
-    """An engine: AdamW with whole gradients on every rank, for data parallelism alone."""
+    """An engine: AdamW with whole gradients on every rank, for data parallelism only."""
 
     def __init__(self, model: nn.Module, config: Config, runtime: Runtime) -> None:
         super().__init__(model, config, runtime)
         if runtime.topology.tensor * runtime.topology.pipeline > 1:
             raise UserError(
-                "parallel.engine=tests.extensions:PlainAdamW takes data parallelism alone: set "
+                "parallel.engine=tests.extensions:PlainAdamW supports data parallelism only: set "
                 "parallel.tensor=1 and parallel.pipeline=1"
             )
         self.world, options = runtime.topology.world, config.optimizer
@@ -107,7 +107,7 @@ class PlainAdamW(Engine):
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
-        """The average over the ranks, once a step."""
+        """Average gradients over the ranks, once per step."""
         yield
         for parameter in self.model.parameters():
             assert parameter.grad is not None
@@ -115,7 +115,7 @@ class PlainAdamW(Engine):
             parameter.grad /= self.world
 
     def step(self, lr: float) -> float:
-        """The norm before clipping; infinite where nothing was updated."""
+        """Update the weights; the gradient norm before clipping, infinite if the update was skipped."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.clip or torch.inf))
@@ -131,45 +131,45 @@ class Scratch(LocalFolder):
 
     def __init__(self, url: str) -> None:
         super().__init__(Path(os.environ["SCRATCH"]) / url.removeprefix("scratch://"))
-        self.address = url  # workers make it again, each by its own node's variable
+        self.address = url  # workers recreate it with their own node's variable
 
 
 class CountRows:
-    """A command: a module, or a class, with these three."""
+    """A command: a module or class with these three names."""
 
-    HELP = "Say how many rows a ToL has.\n\nexample:\n  mlm-train count-rows tol/mine"
+    HELP = "Print the number of rows of a ToL.\n\nexample:\n  mlm-train count-rows tol/mine"
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Of the command."""
+        """Add the command's arguments."""
         parser.add_argument("table", help="folder or URL of a ToL")
 
     @staticmethod
     def run(args: argparse.Namespace) -> int:
-        """The exit code."""
+        """Run the command; return the exit code."""
         print(f"{index_at(storage_at(args.table)).vocab_size} rows")
         return 0
 
 
 class LowestLoss(Callback):
-    """A callback: the lowest training loss so far, as a metric, and in a line at the end."""
+    """A callback: the lowest training loss so far, as a metric, and in a log line at the end."""
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.lowest = float("inf")
 
     def after_step(self, report: StepReport) -> None:
-        """On every rank; the loss is the same on all of them, and only the leading one writes."""
+        """Called on every rank with the same loss; only rank 0 writes."""
         self.lowest = min(self.lowest, report.result.loss)
         self.context.writers.scalars({"train/lowest_loss": self.lowest}, report.progress.step)
 
     def on_train_end(self) -> None:
-        """Before the log is closed."""
+        """Called before the log is closed."""
         self.context.say(f"lowest loss {self.lowest:.4f}")
 
 
 class CsvWriter:
-    """A metrics writer: train.output/metrics.csv, a value a line."""
+    """A metrics writer: train.output/metrics.csv, one value per line."""
 
     def __init__(self, config: Config, first_step: int) -> None:
         self.path = Path(config.train.output) / "metrics.csv"
@@ -177,16 +177,16 @@ class CsvWriter:
         self.purge(first_step)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """A line each."""
+        """Append one line per value."""
         with open(self.path, "a", newline="") as file:
             csv.writer(file).writerows((step, tag, value) for tag, value in values.items())
 
     def purge(self, step: int) -> None:
-        """Without the lines of that step and later ones."""
+        """Remove the lines of that step and later ones."""
         with open(self.path, newline="") as file:
             kept = [row for row in csv.reader(file) if int(row[0]) < step]
         with open(self.path, "w", newline="") as file:
             csv.writer(file).writerows(kept)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing is open."""

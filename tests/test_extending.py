@@ -1,4 +1,4 @@
-"""A part of each kind, added from outside (tests/extensions.py) and really used; names that mean nothing."""
+"""A user's part of each kind (tests/extensions.py) in real use, and errors for unknown names."""
 
 import csv
 import os
@@ -26,7 +26,7 @@ def pretrain(data: Path, run: Path, *more: str) -> list[str]:
 
 
 def package(folder: Path, name: str, *points: str) -> Path:
-    """An installed package that adds entry points: lines, with groups in brackets."""
+    """Install a package with entry points; points: lines of entry_points.txt, with groups in brackets."""
     info = folder / f"{name}-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
@@ -35,12 +35,12 @@ def package(folder: Path, name: str, *points: str) -> Path:
 
 
 def path_of(*folders: Path) -> str:
-    """PYTHONPATH."""
+    """A PYTHONPATH of the folders and the repository."""
     return os.pathsep.join(map(str, (*folders, ROOT)))
 
 
 def test_config_knows_the_names_of_every_registry() -> None:
-    """It lists them itself, since it must not import torch."""
+    """The config has its own list of names, since it must not import torch."""
     assert tuple(MODES) == choices.MEMORY_MODES
     assert tuple(TRANSPORTS) == choices.X0_TRANSPORTS
     assert tuple(ENGINES) == choices.ENGINES
@@ -48,7 +48,7 @@ def test_config_knows_the_names_of_every_registry() -> None:
 
 
 def test_the_docs_show_what_is_tried_here() -> None:
-    """To the letter, imports included."""
+    """The code blocks are identical to tests/extensions.py, imports included."""
     blocks = re.findall(r"```python\n(.*?)\n```", (ROOT / "docs/extending.md").read_text(), re.S)
     source = Path(extensions.__file__).read_text()
     assert blocks and all(block in source for block in blocks)
@@ -94,8 +94,8 @@ def test_a_callback_and_a_writer(data: Path, tmp_path: Path) -> None:
     rows = list(csv.reader((run / "metrics.csv").read_text().splitlines()))
     lowest = [(int(step), float(value)) for step, tag, value in rows if tag == "train/lowest_loss"]
     assert [step for step, _ in lowest] == [1, 2, 3]
-    said = (run / "train.log").read_text().splitlines()
-    assert said[-1].endswith(f"lowest loss {lowest[-1][1]:.4f}")
+    lines = (run / "train.log").read_text().splitlines()
+    assert lines[-1].endswith(f"lowest loss {lowest[-1][1]:.4f}")
     assert not (run / "tensorboard").exists()
 
 

@@ -1,4 +1,4 @@
-"""Typed configuration: the schema, and YAML with dotted overrides."""
+"""Typed configuration: the schema, and its reader of YAML with dotted overrides."""
 
 from mlm_train.config.load import changed_fields, dump_config, load_config
 from mlm_train.config.model import ModelConfig

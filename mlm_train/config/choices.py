@@ -1,7 +1,7 @@
-"""Names of the parts that a config chooses, where there is more than one of a kind.
+"""Names of the interchangeable parts that a config chooses from.
 
-Each kind has its registry, a plain dict, at its home; config does not import it, since most of them import
-torch. tests/test_extending.py compares them. Beside these names a class of one's own may be named as
+Each kind has a registry, a plain dict, in its own package. config does not import the registries, since most
+of them import torch; tests/test_extending.py compares the names. A user's class is named
 "package.module:Name" (utils/extensions.py; docs/extending.md).
 """
 
@@ -15,16 +15,16 @@ X0_TRANSPORTS = ("broadcast", "relay", "replicate")  # parallel/pipeline/x0.py: 
 ENGINES = ("deepspeed",)  # parallel/engine/__init__.py: ENGINES
 WRITERS = ("tensorboard", "jsonl", "wandb")  # monitor/writers/__init__.py: WRITERS
 
-_OWN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+_CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 def is_own(name: str) -> bool:
-    """Whether a name is written as that of a user's class."""
-    return _OWN.fullmatch(name) is not None
+    """Whether a name has the form of a user's class, package.module:Name."""
+    return _CLASS.fullmatch(name) is not None
 
 
 def one_of(*names: str) -> AfterValidator:
-    """Takes one of the names, or that of a user's class."""
+    """A validator that accepts one of the names, or the name of a user's class."""
 
     def check(name: str) -> str:
         if name not in names and not is_own(name):

@@ -1,4 +1,4 @@
-"""YAML plus dotted overrides -> Config, with errors that name the field, the value and the fix."""
+"""Read YAML and dotted overrides into a Config, with errors that name the field, the value and the fix."""
 
 import difflib
 import re
@@ -15,16 +15,16 @@ from mlm_train.config.yaml_text import DEEPEST, LONGEST, yaml_text, yaml_value
 from mlm_train.errors import UserError
 from mlm_train.utils.records import read_regular
 
-_CREDENTIALS = re.compile(r"://[^/\s]*@")  # of a URL
-# Beside a config.yaml that this program wrote: of a run, a copy of one, and an import.
+_CREDENTIALS = re.compile(r"://[^/\s]*@")  # user name or password in a URL
+# One of these lies beside a config.yaml that this program wrote: in a run, a copy of one, or an import.
 _OURS = ("train.log", "checkpoints", "export.manifest.json")
-_SHOWN = 200  # characters of a value that a message repeats
+_SHOWN = 200  # most characters of a value that a message repeats
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a YAML file and apply overrides such as `train.steps=20` (values are YAML).
 
-    A config.yaml that a run or an import wrote may have a field's former name. Raises UserError for a missing
+    A config.yaml written by a run or an import may use former field names. Raises UserError for a missing
     file, bad YAML, an unknown key, a former name elsewhere, or a value out of range.
     """
     path = Path(path)
@@ -38,7 +38,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
-    """Validate a nested mapping; pydantic's findings become one clear line."""
+    """Validate a nested mapping. Raises UserError with one line for pydantic's first finding."""
     _refuse_credentials(tree, "")
     _refuse_unknown(tree, Config, "")
     try:
@@ -92,10 +92,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml_value(text)
     except ValueError as error:
         raise UserError(f"override {given}: the value is not YAML: {error}") from None
-    alone = value
+    tree_of_override = value
     for part in reversed(parts):
-        alone = {part: alone}
-    refuse_old_names(alone, f"override {given}")
+        tree_of_override = {part: tree_of_override}
+    refuse_old_names(tree_of_override, f"override {given}")
     node = tree
     for part in parts[:-1]:
         child = node.get(part)
@@ -108,16 +108,19 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _refuse_credentials(value: Any, name: str) -> None:
-    """UserError naming a field, not its value: the run's folder, checkpoints and logs would keep it."""
+    """Raise UserError for a URL with credentials: the run's folder, checkpoints and logs would keep them.
+
+    The message names the field and does not repeat the value.
+    """
     if isinstance(value, str) and _CREDENTIALS.search(value):
-        raise UserError(f"{name} holds a URL with a user name or password: name a folder of this machine")
+        raise UserError(f"{name} holds a URL with a user name or password: give a folder on this machine")
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         _refuse_credentials(item, f"{name}.{key}" if name else str(key))
 
 
 def section_of(annotation: Any) -> type[Section] | None:
-    """The Section inside a field's annotation, `Section | None` and `list[Section]` included."""
+    """The Section in a field's annotation, also in `Section | None` and `list[Section]`; else None."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return next(filter(None, map(section_of, typing.get_args(annotation))), None)
@@ -144,7 +147,7 @@ def _refuse_unknown(tree: dict[str, Any], section: type[Section], prefix: str) -
 
 
 def _nearest(key: str, section: type[Section], prefix: str) -> str:
-    """What the user may have meant: a key here, or one of that name in another section."""
+    """A hint: the most similar key of this section, or of another one."""
     near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)
     if near:
         return f"did you mean {prefix}{near[0]}?"
@@ -168,6 +171,5 @@ def _one_line(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"config: {where} is missing; set it in the YAML or as {where}=..."
     text = first["msg"].removeprefix("Value error, ")
-    # Nothing after the `=`, or `null`, is no value to repeat.
     given = " has no value" if first["input"] is None else f"={_shown(first['input'])}"
     return f"{where}{given}: {text[0].lower()}{text[1:]}"

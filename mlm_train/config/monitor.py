@@ -1,4 +1,4 @@
-"""Config section `monitor`: what is seen of a run."""
+"""Config section `monitor`: logs, metrics and callbacks of a run."""
 
 from pydantic import Field
 
@@ -7,7 +7,7 @@ from mlm_train.config.section import Section
 
 
 class MonitorConfig(Section):
-    """What is seen."""
+    """Logs, metrics and callbacks."""
 
     writers: list[Writer] = Field(
         ["tensorboard"],
@@ -16,18 +16,18 @@ class MonitorConfig(Section):
         "of yours: package.module:Name (docs/extending.md)",
     )
     callbacks: list[CallbackName] = Field(
-        [], description="classes of yours that look on while a run trains: package.module:Name"
+        [], description="callback classes of yours: package.module:Name (docs/extending.md)"
     )
     log_interval: int = Field(1, ge=1, description="steps between log lines and metrics")
     straggler_interval: int = Field(
-        50, ge=1, description="steps over which ranks are compared, to say which are slow"
+        50, ge=1, description="steps over which ranks are compared, to find slow ones"
     )
     straggler_ratio: float = Field(
-        1.5, gt=1, description="a rank is slow that takes so many times its stage's median"
+        1.5, gt=1, description="a rank counts as slow from this many times its stage's median time"
     )
     peak_tflops: float | None = Field(
         None,
         gt=0,
-        description="arithmetic peak of one rank, 1e12 FLOP/s, that MFU is measured against beside a product "
-        "measured at the start (default: the datasheet's, of accelerators that are known)",
+        description="peak of one rank, 1e12 FLOP/s, for speed/mfu_datasheet (default: the datasheet's, for "
+        "accelerators that are known); speed/mfu_measured uses a matmul timed at the start",
     )

@@ -1,4 +1,4 @@
-"""Config section `parallel`, and what it asks of the model."""
+"""Config section `parallel`, and its checks against the model."""
 
 from typing import Annotated, Literal
 
@@ -10,19 +10,19 @@ from mlm_train.config.section import Section, blame
 
 Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "zbv", "interleaved_zero_bubble", "dualpipe_v"]
 INTERLEAVED = ("interleaved_1f1b", "interleaved_zero_bubble")
-V_SHAPED = ("zbv", "dualpipe_v")  # a rank holds stage r and, counted from the end, stage r
-ZERO_BUBBLE = ("zbv", "interleaved_zero_bubble", "dualpipe_v")  # weight gradients computed apart
+V_SHAPED = ("zbv", "dualpipe_v")  # rank r holds stage r and the r-th stage from the end
+ZERO_BUBBLE = ("zbv", "interleaved_zero_bubble", "dualpipe_v")  # weight gradients are computed separately
 
 
 class ParallelConfig(Section):
     """How the ranks share the work. The data-parallel size is world / (tensor * pipeline)."""
 
-    tensor: int = Field(1, ge=1, description="ranks that share each layer")
+    tensor: int = Field(1, ge=1, description="tensor-parallel size: ranks that share each layer")
     sequence: bool = Field(
         False,
-        description="sequence parallelism: norms, residual and x0 cut along the sequence",
+        description="sequence parallelism: norms, residual and x0 are sharded along the sequence",
     )
-    pipeline: int = Field(1, ge=1, description="ranks that share the layers, one after the other")
+    pipeline: int = Field(1, ge=1, description="pipeline-parallel size: ranks that hold consecutive layers")
     virtual_stages: int | None = Field(
         None, ge=2, description="stages per pipeline rank; zbv and dualpipe_v have 2"
     )
@@ -32,13 +32,14 @@ class ParallelConfig(Section):
         "interleaved_zero_bubble, dualpipe_v",
     )
     layers_per_stage: list[Annotated[int, Field(ge=1)]] | None = Field(
-        None, description="layers per stage; default: balanced by cost, the head counted"
+        None, description="layers per stage; default: balanced by cost, including the output head"
     )
     x0_transport: X0Transport | None = Field(
         None,
-        description="how x0 reaches the pipeline's stages: the step's distinct rows once (default), "
-        "beside the hidden state (default of zero-bubble schedules but with memory.mode=table), or an "
-        "embedding on every stage. Or a class of yours: package.module:Name (docs/extending.md)",
+        description="how x0 reaches the pipeline's stages. broadcast (default): the step's distinct rows, "
+        "once. relay: passed on beside the hidden state (default with zero-bubble schedules, except with "
+        "memory.mode=table). replicate: an embedding on every stage. Or a class of yours: "
+        "package.module:Name (docs/extending.md)",
     )
     engine: Engine = Field(
         "deepspeed",
@@ -47,20 +48,20 @@ class ParallelConfig(Section):
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1,
-        description="ZeRO, what the data-parallel ranks shard instead of copying: 0 nothing, 1 optimizer "
+        description="ZeRO, what the data-parallel ranks shard instead of replicating: 0 nothing, 1 optimizer "
         "states, 2 gradients too, 3 weights too (without a pipeline)",
     )
-    context: int = Field(1, exclude=True, description="only 1: there is no context parallelism")
-    timeout: float = Field(600.0, gt=0, le=86400, description="longest wait of a collective, seconds")
+    context: int = Field(1, exclude=True, description="must be 1: there is no context parallelism")
+    timeout: float = Field(600.0, gt=0, le=86400, description="timeout of a collective, seconds")
 
     @property
     def order(self) -> Schedule:
-        """The schedule, or its default."""
+        """The pipeline schedule, default applied."""
         return self.pipeline_schedule or "1f1b"
 
     @property
     def stages_per_rank(self) -> int:
-        """Stages a pipeline rank holds."""
+        """Stages per pipeline rank."""
         return 2 if self.order in V_SHAPED else self.virtual_stages or 1
 
     @property
@@ -70,12 +71,12 @@ class ParallelConfig(Section):
 
     @property
     def crossings(self) -> int:
-        """Boundaries between stages that lie between ranks: the turn of a V does not."""
+        """Stage boundaries that lie between two ranks; the turn of a V does not."""
         return self.stages - 1 - (self.order in V_SHAPED)
 
 
 def check_parallel(parallel: ParallelConfig, model: ModelConfig, sequence_length: int) -> None:
-    """Refuse a layout that does not fit the model; the world size comes in parallel/mesh/topology.py."""
+    """Raise UserError for a layout that does not fit the model; mesh/topology.py checks the world size."""
     if parallel.context != 1:
         blame(
             "parallel.context",
@@ -94,7 +95,7 @@ def check_parallel(parallel: ParallelConfig, model: ModelConfig, sequence_length
         blame(
             "parallel.zero_stage",
             parallel.zero_stage,
-            f"does not go with parallel.pipeline={parallel.pipeline} (every micro-batch would gather all "
+            f"is incompatible with parallel.pipeline={parallel.pipeline} (every micro-batch would gather all "
             "weights twice, gradients would stay whole, and a tied head would find no weight): set "
             "parallel.zero_stage=2, or parallel.pipeline=1",
         )

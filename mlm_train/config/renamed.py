@@ -1,11 +1,11 @@
-"""Fields that had another name: what runs wrote under it is read, what people write is refused by name."""
+"""Former field names: accepted in files that this program wrote, rejected with the new name elsewhere."""
 
 from collections.abc import Callable
 from typing import Any
 
 from mlm_train.errors import UserError
 
-# Dotted name, as it was -> as it is. A field stays in its section; a section brings its fields along.
+# Former dotted name -> current one. A field stays in its section; a renamed section keeps its fields.
 RENAMED: dict[str, str] = {
     "parallel.schedule": "parallel.pipeline_schedule",
     "parallel.zero": "parallel.zero_stage",
@@ -29,20 +29,20 @@ RENAMED: dict[str, str] = {
     "monitor.log_every": "monitor.log_interval",
     "monitor.stragglers_every": "monitor.straggler_interval",
 }
-# Old name -> what its value is called today, for a field of RENAMED whose values changed too.
+# Former name -> conversion of its value, for fields of RENAMED whose values changed too.
 VALUES: dict[str, Callable[[Any], Any]] = {
     "monitor.tensorboard": lambda on: ["tensorboard"] if on else [],
 }
 
 
 def with_new_names(tree: dict[str, Any], source: str) -> dict[str, Any]:
-    """A config that some version of this program wrote, under today's names. Changes nothing in `tree`.
+    """A copy of a config written by some version of this program, with former names replaced.
 
-    source: where it stands, for the UserError where a field is there under both names.
+    source: where the config stands. Raises UserError if a field is given under both names.
     """
     tree = _copied(tree)
     for old, new in RENAMED.items():
-        section, before, after = _place(tree, old, new)
+        section, before, after = _lookup(tree, old, new)
         if before not in section:
             continue
         if after in section:
@@ -53,15 +53,15 @@ def with_new_names(tree: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def refuse_old_names(tree: dict[str, Any], source: str) -> None:
-    """UserError naming the new name of a field that stands in `tree` under its old one."""
+    """Raise UserError with the current name of a field that `tree` gives under its former one."""
     for old, new in RENAMED.items():
-        section, before, _ = _place(tree, old, new)
+        section, before, _ = _lookup(tree, old, new)
         if before in section:
             _refuse(source, old)
 
 
-def _place(tree: dict[str, Any], old: str, new: str) -> tuple[dict[str, Any], str, str]:
-    """The section of a field, an empty one where it is not there, and the field's two names in it."""
+def _lookup(tree: dict[str, Any], old: str, new: str) -> tuple[dict[str, Any], str, str]:
+    """The section of a field (empty if missing), and the field's former and current name in it."""
     *sections, before = old.split(".")
     node: Any = tree
     for name in sections:
@@ -70,7 +70,7 @@ def _place(tree: dict[str, Any], old: str, new: str) -> tuple[dict[str, Any], st
 
 
 def _copied(tree: dict[str, Any]) -> dict[str, Any]:
-    """With sections of its own; what is no section is shared."""
+    """A copy of the sections; other values are shared."""
     return {key: _copied(value) if isinstance(value, dict) else value for key, value in tree.items()}
 
 

@@ -1,4 +1,4 @@
-"""The typed schema of a run: one YAML, nine sections. Units stand in the descriptions."""
+"""The typed schema of a run: one YAML file of nine sections. Descriptions give the units."""
 
 from typing import Annotated, Literal, Self
 
@@ -15,23 +15,23 @@ from mlm_train.utils.checks import Check
 
 
 class BlendSource(Section):
-    """One of several sources."""
+    """One source of a blend."""
 
     path: str = Field(description="folder written by `mlm-train data prepare`")
-    weight: float = Field(gt=0, description="share of the tokens trained on, relative to the others'")
+    weight: float = Field(gt=0, description="share of the tokens trained on, relative to the other weights")
 
 
 class DataConfig(Section):
-    """What is read."""
+    """Training data."""
 
     path: str | None = Field(None, description="folder written by `mlm-train data prepare`")
     blend: Annotated[list[BlendSource], Field(min_length=1)] | None = Field(
-        None, description="in its place: several such folders of one tokenizer, with weights by tokens"
+        None, description="instead of path: several such folders with one tokenizer, weighted by tokens"
     )
     sequence_length: int = Field(2048, ge=1, le=2**31, description="tokens per sequence")
     separate_documents: bool = Field(
         False,
-        description="tokens attend within their own document alone, whose positions begin with 0; a sequence "
+        description="tokens attend only within their own document, whose positions start at 0; a sequence "
         "may hold several documents",
     )
     verify: Check = Field(
@@ -41,13 +41,13 @@ class DataConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _one_way(self) -> Self:
+    def _path_or_blend(self) -> Self:
         if self.path is None and self.blend is None:
             raise UserError(
                 "config: data.path is missing; set it in the YAML or as data.path=..., or give data.blend"
             )
         if self.path is not None and self.blend is not None:
-            fix = "give either this or data.blend; on the command line data.path=null takes it away"
+            fix = "give either this or data.blend; data.path=null on the command line removes it"
             blame("data.path", self.path, fix)
         return self
 
@@ -57,38 +57,40 @@ class MemoryConfig(Section):
 
     mode: MemoryMode = Field(
         "auto",
-        description="per_token: at every position, as the paper does. unique: once per distinct token of a "
-        "micro-batch; table: of a step (exactly the same gradients). auto: what costs least here, measured "
-        "at the start of a run. Or a class of yours: package.module:Name (docs/extending.md)",
+        description="per_token: at every position, as in the paper. unique: once per distinct token of a "
+        "micro-batch. table: once per distinct token of a step. All give the same gradients. auto: the "
+        "fastest one, measured at the start of a run. Or a class of yours: package.module:Name "
+        "(docs/extending.md)",
     )
     budget_gib: float | None = Field(
         None,
         gt=0,
-        description="with mode=auto: what a rank's tables and kept activations may take; layers beyond it "
-        "are computed as with mode=unique (default: a quarter of the memory that is free at the start)",
+        description="with mode=auto: GiB per rank for tables and kept activations; layers beyond it are "
+        "computed as with mode=unique (default: a quarter of the memory that is free at the start)",
     )
     shared: bool = Field(
-        False, description="with mode=table: the data-parallel ranks compute each other's rows, each once"
+        False,
+        description="with mode=table: data-parallel ranks split the rows, so that each is computed once",
     )
     table_layers: int | None = Field(
         None,
         ge=1,
-        description="with mode=table: layers of a rank that have a table, the first ones; the others are "
+        description="with mode=table: the first so many layers of a rank have a table; the others are "
         "computed as with mode=unique (default: all)",
     )
     kept_layers: int | None = Field(
         None,
         ge=1,
-        description="with mode=table: layers of a rank, the first ones, that keep FFN-M's activations of the "
-        "step's distinct tokens until its end; the others compute them again (default: none)",
+        description="with mode=table: the first so many layers of a rank keep FFN-M's activations of the "
+        "step's distinct tokens until its end; the others recompute them (default: none)",
     )
 
     def tabled(self, layers: int) -> int:
-        """Of so many layers of a rank, those that have a table."""
+        """How many of a rank's `layers` layers have a table."""
         return min(layers, self.table_layers or layers) if self.mode == "table" else 0
 
     def kept(self, layers: int) -> int:
-        """Of so many layers of a rank, those whose table keeps its activations."""
+        """How many of a rank's `layers` layers keep their table's activations."""
         return min(self.tabled(layers), self.kept_layers or 0)
 
 
@@ -96,13 +98,15 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Section):
-    """AdamW with global clipping."""
+    """AdamW with clipping of the global gradient norm."""
 
     lr: float = Field(1e-4, gt=0, description="peak learning rate")
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="decay of the two moments")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled decay; none on norms")
-    decay_embeddings: bool = Field(True, description="whether embedding and head decay too")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay; not applied to norms")
+    decay_embeddings: bool = Field(
+        True, description="whether weight decay applies to the embedding and the output head too"
+    )
     max_grad_norm: float = Field(
         1.0, ge=0, description="the global gradient norm is clipped to this; 0: no clipping"
     )
@@ -112,19 +116,19 @@ class BatchSizeWarmup(Section):
     """Global batch size that grows from `start` by `increment` over the first `samples` sequences."""
 
     start: int = Field(ge=1, description="first global batch size, sequences")
-    increment: int = Field(ge=1, description="growth per stage, sequences")
+    increment: int = Field(ge=1, description="growth at a time, sequences")
     samples: int = Field(ge=1, description="sequences after which train.global_batch_size is reached")
 
 
 class SpikeConfig(Section):
-    """When the loss jumps up: back to the newest checkpoint, and past the samples that caused it."""
+    """Detection of loss spikes: roll back to the newest checkpoint and skip the samples around the spike."""
 
     sigmas: float = Field(
-        6.0, gt=0, description="a spike lies so many standard deviations above the mean of the window"
+        6.0, gt=0, description="standard deviations above the window's mean from which a loss is a spike"
     )
-    window: int = Field(100, ge=2, description="steps looked back on; none is a spike before")
+    window: int = Field(100, ge=2, description="steps in the window; no loss is a spike until it is full")
     skip_steps: int = Field(
-        20, ge=0, description="steps' worth of samples passed over after the spike's own, and all before them"
+        20, ge=0, description="steps' worth of samples skipped after the spike, beside those up to it"
     )
     max_rollbacks: int = Field(3, ge=1, description="rollbacks per run; the next spike ends it")
 
@@ -133,41 +137,37 @@ ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
 class TrainConfig(Section):
-    """How long, how much at once, in which precision."""
+    """Length, batch size, precision and safeguards of a run."""
 
     output: str = Field(description="folder of the run: config, checkpoints, TensorBoard, log")
     steps: int = Field(ge=1, description="optimizer steps")
     global_batch_size: int = Field(ge=1, le=2**31, description="sequences per step, over all ranks")
     micro_batch_size: int = Field(ge=1, le=2**31, description="sequences per forward pass, per rank")
-    batch_size_warmup: BatchSizeWarmup | None = Field(
-        None, description="optional growth of the global batch size"
-    )
+    batch_size_warmup: BatchSizeWarmup | None = Field(None, description="batch size warmup; default: none")
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: autocast of the compute; weights and gradients stay fp32"
+        "fp32", description="bf16: autocast; weights and gradients stay fp32"
     )
     activation_checkpointing: ActivationCheckpointing | list[ActivationCheckpointing] = Field(
         "none",
-        description="activations recomputed in the backward pass; selective: attention between its "
-        "products, full: whole layers, FFN-M apart. A list has one per pipeline stage",
+        description="activations recomputed in the backward pass. selective: attention between its two "
+        "matmuls; full: whole layers, and FFN-M on its own. A list has one entry per pipeline stage",
     )
     compile: bool = Field(
         False,
-        description="torch.compile of the layers, one graph for all of them; the first step waits for it",
+        description="torch.compile the layers, one graph for all of them; the first step waits for it",
     )
-    seed: int = Field(1234, ge=0, lt=2**63, description="of the initial weights and of the sample order")
-    deterministic: bool = Field(
-        False, description="kernels that give the same bits again on CUDA too; slower (docs/run.md)"
-    )
+    seed: int = Field(1234, ge=0, lt=2**63, description="seed of the initial weights and the sample order")
+    deterministic: bool = Field(False, description="deterministic kernels on CUDA too; slower (docs/run.md)")
     z_loss: float = Field(1e-6, ge=0, description="weight of the mean squared log-sum-exp")
     loss_chunk_size: int | None = Field(
         None,
         ge=1,
-        description="tokens whose logits exist at a time; default: as many as take 256 MiB in fp32, half of "
-        "it in bf16",
+        description="tokens per chunk of logits in the loss; default: as many as take 256 MiB in fp32, half "
+        "of it in bf16",
     )
     eval_interval: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
     eval_samples: int = Field(64, ge=1, description="validation sequences per evaluation, spread evenly")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where it is")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA if available")
     watchdog_timeout: float | None = Field(
         None,
         ge=0,
@@ -177,12 +177,12 @@ class TrainConfig(Section):
     max_skipped_steps: int = Field(
         3,
         ge=1,
-        description="steps in a row that may be skipped, because loss or gradient is not finite, until the "
-        "run ends",
+        description="consecutive steps with non-finite loss or gradient (skipped, weights unchanged) that "
+        "end the run",
     )
-    spike: SpikeConfig | None = Field(None, description="optional rollback when the loss jumps up")
+    spike: SpikeConfig | None = Field(None, description="rollback at loss spikes; default: none")
     stop_after: int | None = Field(
-        None, ge=1, description="end cleanly after this many steps of this launch, with a checkpoint"
+        None, ge=1, description="end cleanly, with a checkpoint, after this many steps of this launch"
     )
 
     def activation_checkpointing_of(self, stage: int) -> ActivationCheckpointing:
@@ -192,37 +192,38 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """What survives."""
+    """Saving and resuming."""
 
     interval: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
     keep_latest_k: int = Field(2, ge=1, description="newest checkpoints kept")
     keep_interval: int = Field(
-        0, ge=0, description="checkpoints of steps that are multiples of it are kept too; 0: none of them"
+        0, ge=0, description="also keep checkpoints of steps that are multiples of it; 0: none"
     )
     keep_best_k: int = Field(
         0,
         ge=0,
-        description="so many checkpoints of the lowest validation loss are kept too; RUN/best names one",
+        description="also keep this many checkpoints of the lowest validation loss; RUN/best names one",
     )
-    async_save: bool = Field(True, description="train on while a checkpoint is written from a copy")
+    async_save: bool = Field(True, description="continue training while a checkpoint is written from a copy")
     resume: bool = Field(True, description="continue from the newest checkpoint of train.output")
     fall_back: bool = Field(
         True,
-        description="set a damaged newest checkpoint aside, and continue from the newest whole one; false: "
+        description="rename a damaged newest checkpoint, and continue from the newest intact one; false: "
         "refuse to start",
     )
     warm_start: str | None = Field(
-        None, description="checkpoint or export whose weights (nothing else) a new run starts from"
+        None,
+        description="checkpoint or export from which a new run takes its initial weights, and nothing else",
     )
     verify: Check = Field(
         "full",
         description="what of a checkpoint, or of warm_start's export, is compared with its manifest before "
-        "it is loaded: full (every byte, by one rank), sizes, or none",
+        "loading: full (every byte, by one rank), sizes, or none",
     )
     accept_data: str | None = Field(
         None,
         pattern="^sha256:[0-9a-f]{12,64}$",
-        description="fingerprint of other data, as the refusal prints it, on which a checkpoint may go on",
+        description="fingerprint of other data, as printed by the error, with which a checkpoint may resume",
     )
 
 
@@ -241,7 +242,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
-        """Everything that involves two fields; the world size comes in parallel/mesh/topology.py."""
+        """Checks that involve several sections; parallel/mesh/topology.py checks the world size."""
         self._check_memory()
         check_schedule(self.schedule, self.optimizer.lr, self.train.steps)
         self._check_batch()
@@ -257,32 +258,32 @@ class Config(Section):
         self._check_activation_checkpointing()
         self._check_compile()
         if self.train.watchdog_timeout is not None and self.train.watchdog_timeout >= self.parallel.timeout:
-            fix = f"must be below parallel.timeout={self.parallel.timeout}, which ends a collective by itself"
+            fix = f"must be below parallel.timeout={self.parallel.timeout}, the timeout of a collective"
             blame("train.watchdog_timeout", self.train.watchdog_timeout, fix)
         return self
 
     @property
     def schedule_steps(self) -> int:
-        """Steps of the whole schedule, however many of them are run."""
+        """Steps of the whole schedule, which may differ from train.steps."""
         return self.schedule.total_steps or self.train.steps
 
     @property
     def tables(self) -> bool:
-        """Whether FFN-M's rows of a step are computed before its micro-batches."""
+        """Whether FFN-M's rows of a step are computed before its micro-batches (memory.mode=table)."""
         return self.memory is not None and self.memory.mode == "table"
 
     @property
     def transport(self) -> str:
-        """How x0 reaches the pipeline's stages: parallel.x0_transport, or what the rest asks for."""
+        """How x0 reaches the pipeline's stages: parallel.x0_transport, default applied."""
         relays = self.parallel.order in ZERO_BUBBLE and not self.tables
         return self.parallel.x0_transport or ("relay" if relays else "broadcast")
 
     @property
     def reduces_each_pass(self) -> bool:
-        """Whether ZeRO reduces a pass's gradients as it comes, and keeps a part of them.
+        """Whether ZeRO reduces gradients in every backward pass and keeps only its shard.
 
-        A pipeline, and tables, bring gradients from outside the passes of micro-batches (x0, tied head,
-        FFN-M): there all are reduced at a step's end.
+        With a pipeline or tables, some gradients come from outside the micro-batches' passes (x0, tied head,
+        FFN-M), so all gradients are reduced at the end of the step.
         """
         return self.parallel.zero_stage >= 2 and self.parallel.pipeline == 1 and not self.tables
 
@@ -292,44 +293,44 @@ class Config(Section):
             return
         if self.tables:
             if transport != "broadcast":
-                fix = "does not go with memory.mode=table, which needs the step's rows: use broadcast"
+                fix = "is incompatible with memory.mode=table, which needs the step's rows: use broadcast"
                 blame("parallel.x0_transport", transport, fix)
         elif schedule in ZERO_BUBBLE and transport != "relay":
             blame(
                 "parallel.x0_transport",
                 transport,
-                f"does not go with parallel.pipeline_schedule={schedule}, which computes weight gradients "
-                "apart and reaches only what hangs on a stage's input: use relay, or memory.mode=table",
+                f"is incompatible with parallel.pipeline_schedule={schedule}, which computes weight "
+                "gradients separately, from a stage's input alone: use relay, or memory.mode=table",
             )
 
     def _check_activation_checkpointing(self) -> None:
         chosen, parallel = self.train.activation_checkpointing, self.parallel
         if isinstance(chosen, list) and len(chosen) != parallel.stages:
-            fix = f"needs one for all stages, or a list of {parallel.stages}"
+            fix = f"needs one value for all stages, or a list of {parallel.stages}"
             blame("train.activation_checkpointing", chosen, fix)
         if parallel.order in ZERO_BUBBLE and "full" in (chosen, *chosen):
             blame(
                 "train.activation_checkpointing",
                 chosen,
-                f"with parallel.pipeline_schedule={parallel.order} each weight of a layer would run its "
-                "forward again: use selective, or parallel.pipeline_schedule=1f1b",
+                f"with parallel.pipeline_schedule={parallel.order} a layer's forward would be recomputed for "
+                "each of its weights: use selective, or parallel.pipeline_schedule=1f1b",
             )
 
     def _check_compile(self) -> None:
-        """What was tried and does not pay, or does not run: torch 2.13, DeepSpeed 0.19."""
+        """Reject what does not run or does not pay with torch 2.13 and DeepSpeed 0.19."""
         if not self.train.compile:
             return
         if self.parallel.pipeline > 1 and self.parallel.order in ZERO_BUBBLE:
             fix = (
-                f"does not go with parallel.pipeline_schedule={self.parallel.order}: a compiled layer's "
-                "backward is one piece, weight gradients cannot be computed apart: use 1f1b, gpipe or "
+                f"is incompatible with parallel.pipeline_schedule={self.parallel.order}, which computes "
+                "weight gradients separately; a compiled layer's backward is one graph: use 1f1b, gpipe or "
                 "interleaved_1f1b"
             )
             blame("train.compile", True, fix)
         if self.parallel.zero_stage == 3:
             fix = (
-                "does not go with parallel.zero_stage=3: weights are gathered at each product, which cuts a "
-                "compiled layer into pieces: set parallel.zero_stage=2, or leave train.compile out"
+                "is incompatible with parallel.zero_stage=3: gathering weights at each matmul breaks a "
+                "compiled layer's graph: set parallel.zero_stage=2, or leave train.compile out"
             )
             blame("train.compile", True, fix)
 
@@ -341,7 +342,7 @@ class Config(Section):
         if self.memory is None:
             return
         if self.memory.mode != "auto" and self.memory.budget_gib is not None:
-            fix = f"has an effect with memory.mode=auto, not {self.memory.mode}"
+            fix = f"has an effect only with memory.mode=auto, not {self.memory.mode}"
             blame("memory.budget_gib", self.memory.budget_gib, fix)
         if self.memory.mode != "table":
             for field in ("shared", "table_layers", "kept_layers"):
@@ -350,13 +351,14 @@ class Config(Section):
             return
         if self.parallel.zero_stage == 3:
             fix = (
-                "does not go with parallel.zero_stage=3, whose weights are there in a layer's forward alone: "
+                "is incompatible with parallel.zero_stage=3, which has weights only during a layer's "
+                "forward: use unique, or parallel.zero_stage=1"
             )
-            blame("memory.mode", "table", fix + "use unique, or parallel.zero_stage=1")
+            blame("memory.mode", "table", fix)
         if self.memory.table_layers is not None and self.parallel.order in ZERO_BUBBLE:
             fix = (
-                f"does not go with parallel.pipeline_schedule={self.parallel.order}, where layers without a "
-                "table need relay: leave it out"
+                f"is incompatible with parallel.pipeline_schedule={self.parallel.order}, where layers "
+                "without a table need relay: leave it out"
             )
             blame("memory.table_layers", self.memory.table_layers, fix)
 
@@ -364,11 +366,11 @@ class Config(Section):
         checkpoint, eval_interval = self.checkpoint, self.train.eval_interval
         interval, kept, best = checkpoint.interval, checkpoint.keep_interval, checkpoint.keep_best_k
         if kept and (interval == 0 or kept % interval):
-            fix = f"needs a multiple of checkpoint.interval={interval}: there is no checkpoint of other steps"
+            fix = f"must be a multiple of checkpoint.interval={interval}: other steps have no checkpoint"
             blame("checkpoint.keep_interval", kept, fix)
         if best and (interval == 0 or eval_interval == 0 or interval % eval_interval):
             fix = (
-                f"needs a validation of each checkpoint: train.eval_interval={eval_interval} must divide "
+                f"needs a validation for each checkpoint: train.eval_interval={eval_interval} must divide "
                 f"checkpoint.interval={interval}"
             )
             blame("checkpoint.keep_best_k", best, fix)

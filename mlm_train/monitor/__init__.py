@@ -1,1 +1,1 @@
-"""What a user sees of a run: log lines, TensorBoard, throughput, memory."""
+"""Monitoring of a run: log lines, metrics, throughput, memory."""

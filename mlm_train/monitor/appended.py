@@ -1,6 +1,6 @@
-"""A file that a full disk does not break.
+"""An append-only file that survives a full disk.
 
-A disk that is full for a while must not end a run over a log line: what it does not take waits in memory.
+A temporarily full disk must not end a run over a log line: what cannot be written waits in memory.
 """
 
 import contextlib
@@ -11,15 +11,15 @@ from mlm_train.utils.files import append_regular
 
 
 class Appended:
-    """A file that grows by whole pieces; what could not be written goes with the next one."""
+    """A file that grows by whole records; a record that could not be written is retried with the next one."""
 
     def __init__(self, path: Path) -> None:
         self.file = append_regular(path)
         self.waiting = bytearray()
 
-    def add(self, piece: bytes) -> None:
-        """Write it, after what waits; a part that a full disk took is taken back."""
-        self.waiting += piece
+    def add(self, record: bytes) -> None:
+        """Write waiting records and this one; a partial write on a full disk is undone."""
+        self.waiting += record
         end = os.fstat(self.file.fileno()).st_size
         try:
             block = memoryview(bytes(self.waiting))
@@ -32,6 +32,6 @@ class Appended:
             self.waiting.clear()
 
     def close(self) -> None:
-        """A last try, and the end."""
+        """Try once more to write waiting records, then close."""
         self.add(b"")
         self.file.close()

@@ -1,4 +1,4 @@
-"""The callbacks of a run: ours, then the user's."""
+"""The callbacks of a run: the built-in ones, then the user's."""
 
 from mlm_train.monitor.callback import Callback, Callbacks, Context
 from mlm_train.monitor.heartbeat import Heartbeat
@@ -10,6 +10,6 @@ OURS = (Heartbeat, Stragglers, Monitor)
 
 
 def build_callbacks(context: Context) -> Callbacks:
-    """Those that every run has, and the classes of config field monitor.callbacks; every rank calls it."""
+    """The built-in callbacks and those of config field monitor.callbacks. Every rank calls it."""
     theirs = [find("monitor.callbacks", name, {}, Callback) for name in context.config.monitor.callbacks]
     return Callbacks(kind(context) for kind in (*OURS, *theirs))

@@ -1,23 +1,23 @@
-"""Callbacks: what looks on while a run trains. The monitor is made of them, and a user adds more.
+"""Callbacks: observers of a run. Heartbeat, stragglers and monitor are callbacks; users can add more.
 
-A callback is made as `Class(context)` on every rank, and every rank calls every hook of it, in the order of
-the list: heartbeat, stragglers, monitor, then those of config field monitor.callbacks.
+A callback is created as `Class(context)` on every rank, and every rank calls all its hooks, in this order:
+heartbeat, stragglers, monitor, then those of config field monitor.callbacks.
 
 | hook | when, on every rank |
 |---|---|
-| on_train_start | before the first step of a launch; the model is built and loaded |
-| before_step | before a step's data are taken |
-| on_fault | a step was skipped (before its after_step), or a loss spike has taken the run back |
-| after_step | after every step, a skipped one too |
+| on_train_start | before the first step of a launch, with the model built and loaded |
+| before_step | before a step's batches are read |
+| on_fault | after a skipped step (before its after_step), or after a rollback from a loss spike |
+| after_step | after every step, including skipped ones |
 | before_evaluation, after_evaluation | around each validation |
-| after_save | once a checkpoint is on disk |
-| on_train_end | last of all, whatever has ended the run |
+| after_save | when a checkpoint is on disk |
+| on_train_end | at the end, whatever ended the run |
 
-Reports hold the same values on every rank. All ranks come to a hook at the same step, so a callback may use
-collectives in it, but in two: after_save comes when a rank's own thread has seen the commit, and on_train_end
-on a rank that fails comes there alone. What prints or writes does so on rank 0 (`context.runtime.is_rank_0`);
-`context.say` and `context.writers` are silent elsewhere by themselves. Our own callbacks use no collective.
-An exception in a hook ends the run, as one in a step does.
+Reports hold the same values on every rank. All ranks reach a hook at the same step, so a callback may use
+collectives, except in two hooks: after_save is called when a rank's own thread has seen the commit, and
+on_train_end is called alone on a rank that fails. Print and write on rank 0 only
+(`context.runtime.is_rank_0`); `context.say` and `context.writers` do nothing on other ranks. The built-in
+callbacks use no collectives. An exception in a hook ends the run, like one in a step.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +32,7 @@ from mlm_train.parallel.runtime import Runtime
 
 @dataclass(frozen=True)
 class Context:
-    """What a callback is made with. `hosts`: each rank's machine."""
+    """What a callback is created with. hosts: host name by rank."""
 
     config: Config
     runtime: Runtime
@@ -42,43 +42,43 @@ class Context:
 
     @property
     def say(self) -> Callable[[str], None]:
-        """Takes a line for the terminal and train.log; silent on ranks that do not lead."""
+        """Logs a line to the terminal and train.log; does nothing on other ranks than 0."""
         return self.log.say
 
 
 class Callback:
-    """Hooks of a run that do nothing; see the module for when each is called, and where."""
+    """Base class whose hooks do nothing; the module's docstring lists when and where each is called."""
 
     def __init__(self, context: Context) -> None:
         self.context, self.config = context, context.config
 
     def on_train_start(self, progress: Progress) -> None:
-        """progress: how far the run is, of a new one nothing."""
+        """progress: of the resumed checkpoint; zero for a new run."""
 
     def before_step(self, progress: Progress) -> None:
         """progress: before the step."""
 
     def after_step(self, report: StepReport) -> None:
-        """What a step did."""
+        """report: the result of a step."""
 
     def before_evaluation(self, progress: Progress) -> None:
-        """progress: whose weights are validated."""
+        """progress: at the validated weights."""
 
     def after_evaluation(self, report: Evaluation) -> None:
-        """A validation's losses."""
+        """report: losses of a validation."""
 
     def after_save(self, saved: Saved) -> None:
-        """A checkpoint that is on disk."""
+        """saved: a checkpoint that is on disk."""
 
     def on_fault(self, fault: SkippedStep | Rollback) -> None:
-        """What went wrong, and what the run did about it."""
+        """fault: a skipped step, or a rollback."""
 
     def on_train_end(self) -> None:
-        """Close what on_train_start opened, if it came to that."""
+        """Close what on_train_start opened; it may not have been called."""
 
 
 class Callbacks(Callback):
-    """Several as one, each called in order."""
+    """Several callbacks as one, called in order."""
 
     def __init__(self, callbacks: Iterable[Callback]) -> None:
         self.callbacks = list(callbacks)
@@ -112,5 +112,5 @@ class Callbacks(Callback):
             callback.on_fault(fault)
 
     def on_train_end(self) -> None:
-        """Each of them, whatever one of them raises; the first such failure is raised after all."""
+        """Call all of them, even if some raise; then raise the first exception."""
         each([callback.on_train_end for callback in self.callbacks])

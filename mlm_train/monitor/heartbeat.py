@@ -1,4 +1,4 @@
-"""A small file that says how a run is, for programs that watch many."""
+"""heartbeat.json: the state of a run, for programs that watch many runs."""
 
 import json
 import math
@@ -13,13 +13,13 @@ from mlm_train.monitor.report import Progress, StepReport
 from mlm_train.monitor.time_left import TimeLeft
 from mlm_train.utils.run_lock import SlurmAttempt
 
-EVERY = 1.0  # seconds between writes, at least
+INTERVAL = 1.0  # least seconds between writes
 
 
 class HeartbeatFile:
-    """Writes heartbeat.json, whole at any time: what was finished last, and when.
+    """Writes heartbeat.json, atomically: the latest finished step, and its time.
 
-    It is old where the run stands still. Never flushed to disk, never a reason to fail.
+    An old time means that the run hangs. Write errors are ignored.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,23 +29,23 @@ class HeartbeatFile:
             self.values["job"] = str(attempt)
 
     def beat(self, state: str, **values: Any) -> None:
-        """Add to what it says; written at once where `state` has changed."""
-        now = time.monotonic()  # the time of day may be set back by an hour
+        """Update its values; a change of `state` is written at once."""
+        now = time.monotonic()  # wall time may be set back
         changed = self.values.get("state") != state
         self.values |= {"state": state, "time": time.time()} | values
         if not changed and now < self.next:
             return
-        self.next = now + EVERY
+        self.next = now + INTERVAL
         draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
             draft.write_text(json.dumps(self.values) + "\n", encoding="utf-8")
             draft.replace(self.path)
-        except OSError:  # a full disk: the next one may fit
+        except OSError:  # a full disk: retry at the next beat
             self.next = now
 
 
 class Heartbeat(Callback):
-    """Keeps heartbeat.json of a run, on the leading rank."""
+    """Writes heartbeat.json of a run, on rank 0."""
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

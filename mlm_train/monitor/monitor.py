@@ -1,4 +1,4 @@
-"""The monitor of a run: turns reports into log lines, metrics and a progress bar."""
+"""The monitor of a run: log lines, metrics and a progress bar."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from mlm_train.monitor.time_left import TimeLeft
 
 
 class Monitor(Callback):
-    """Shows a run, on the leading rank. A disk that takes no more costs what is shown, and never the run."""
+    """Logs a run on rank 0. A full disk costs log lines and metrics, never the run."""
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -26,7 +26,7 @@ class Monitor(Callback):
         self.bar: Bar | None = None
 
     def on_train_start(self, progress: Progress) -> None:
-        """A progress bar where there is a terminal."""
+        """Show a progress bar if there is a terminal."""
         console = self.context.log.console
         if self.context.runtime.is_rank_0 and console.is_terminal:
             columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -35,7 +35,7 @@ class Monitor(Callback):
             self.bar.start()
 
     def after_step(self, report: StepReport) -> None:
-        """Bar at once, line and metrics every monitor.log_interval steps."""
+        """Update the bar; log the line and metrics every monitor.log_interval steps and at the last one."""
         step, last = report.progress.step, self.config.train.steps
         left = self.time_left.after(report)
         self._show_step(step)
@@ -45,7 +45,7 @@ class Monitor(Callback):
         self.context.say(
             f"step {step}/{last} | loss {values['train/loss']:.4f} | ppl {values['train/perplexity']:.2f} | "
             f"lr {report.lr:.2e} | grad {values['train/grad_norm']:.3f} | "
-            f"{values['speed/tokens_per_second']:.0f} tok/s | mfu {self._mfu_words(values)} | "
+            f"{values['speed/tokens_per_second']:.0f} tok/s | mfu {self._mfu_text(values)} | "
             f"distinct {values['data/distinct_ratio_step']:.3f} | {values['speed/step_seconds']:.2f} s | "
             f"{_epochs(report.consumed)}left {_clock(left)}"
         )
@@ -56,15 +56,15 @@ class Monitor(Callback):
             self.bar.update(self.task, completed=step)
 
     def on_fault(self, fault: SkippedStep | Rollback) -> None:
-        """Says so; what writers hold of steps that will be done again is void."""
+        """Log it; after a rollback, discard metrics of the steps that will be repeated."""
         step = fault.progress.step
         if isinstance(fault, SkippedStep):
-            skipped = f"{fault.progress.skipped} skipped in all"
-            self.context.say(f"step {step} SKIPPED, weights are as before ({skipped}): {fault.reason}")
+            skipped = f"{fault.progress.skipped} skipped so far"
+            self.context.say(f"step {step} SKIPPED, weights unchanged ({skipped}): {fault.reason}")
             return
         self.context.say(
-            f"loss spike at step {step}: back to {fault.checkpoint} (rollback {fault.back.rollbacks}), "
-            f"on with sample {fault.back.samples}"
+            f"loss spike at step {step}: rolled back to {fault.checkpoint} "
+            f"(rollback {fault.back.rollbacks}), continuing with sample {fault.back.samples}"
         )
         self._show_step(fault.back.step)
         self.context.writers.purge(fault.back.step + 1)
@@ -106,11 +106,11 @@ class Monitor(Callback):
             values["data/ffn_m_ratio"] = ffn_m_ratio
         return by_source | mfu | values
 
-    def _mfu_words(self, values: Mapping[str, float]) -> str:
+    def _mfu_text(self, values: Mapping[str, float]) -> str:
         return ", ".join(f"{values[f'speed/mfu_{name}']:.1%} of {name}" for name in self.peaks)
 
     def after_evaluation(self, report: Evaluation) -> None:
-        """Validation loss; of a blend each source's too."""
+        """Log the validation loss; for a blend, also that of each source."""
         sources = report.by_source if len(self.config.data.blend or ()) > 1 else {}
         losses = ", ".join(f"{name} {loss:.4f} of {number}" for name, (loss, number) in sources.items())
         self.context.say(
@@ -124,26 +124,26 @@ class Monitor(Callback):
         self.context.writers.scalars(values, report.progress.step)
 
     def after_save(self, saved: Saved) -> None:
-        """A checkpoint that is on disk."""
-        stood = f", training stood still for {saved.stall:.2f} s"
-        self.context.say(f"checkpoint {saved.folder} committed in {saved.seconds:.1f} s{stood}")
+        """Log a checkpoint that is on disk."""
+        blocked = f"training blocked for {saved.stall:.2f} s"
+        self.context.say(f"checkpoint {saved.folder} committed in {saved.seconds:.1f} s, {blocked}")
 
     def on_train_end(self) -> None:
-        """Leave the terminal as it was."""
+        """Remove the progress bar."""
         if self.bar is not None:
             self.bar.stop()
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where it would overflow."""
+    """exp(loss), or infinity if it would overflow."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def _epochs(consumed: Mapping[str, Consumed]) -> str:
-    """Of a blend: how often each source has been gone through."""
+    """For a blend: the epochs consumed of each source; else empty."""
     if len(consumed) == 1:
         return ""
-    return "epochs " + ", ".join(f"{name} {some.epochs:.3g}" for name, some in consumed.items()) + " | "
+    return "epochs " + ", ".join(f"{name} {source.epochs:.3g}" for name, source in consumed.items()) + " | "
 
 
 def _clock(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""What the loop tells callbacks: plain values, no formatting."""
+"""Reports of the training loop to callbacks: plain values without formatting."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -10,9 +10,9 @@ from mlm_train.data.samples import Consumed
 
 @dataclass(frozen=True)
 class Rewarm:
-    """A straight line of the learning rate from one schedule to another, over `steps` steps.
+    """A linear transition of the learning rate from one schedule to another.
 
-    It begins with step `step` (0, 1, ...) at the rate `lr`, and ends where the schedule is `steps` later.
+    It starts at step `step` (0, 1, ...) with the rate `lr` and reaches the new schedule `steps` steps later.
     """
 
     step: int
@@ -22,10 +22,10 @@ class Rewarm:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. `samples` is the global data cursor, whatever the layout was.
+    """Progress of a run. `samples` is the global data cursor, independent of the layout.
 
-    skipped: steps that changed nothing, because a loss or gradient was not finite. rollbacks: returns to an
-    older checkpoint because of a loss spike. rewarm: the latest one, if there was any.
+    skipped: steps skipped because of a non-finite loss or gradient. rollbacks: returns to a checkpoint
+    because of a loss spike. rewarm: the latest one, if any.
     """
 
     step: int = 0
@@ -36,7 +36,7 @@ class Progress:
     rewarm: Rewarm | None = None
 
     def after(self, samples: int, tokens: int, skipped: bool = False) -> "Progress":
-        """The progress one step later."""
+        """The progress after one more step."""
         return replace(
             self,
             step=self.step + 1,
@@ -46,12 +46,12 @@ class Progress:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For a manifest."""
+        """As a dict, for a manifest."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Progress":
-        """From a manifest, which knows more, or of an older version less."""
+        """From a manifest, which may have other fields too, or lack some if it is old."""
         known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         if known.get("rewarm") is not None:
             known["rewarm"] = Rewarm(**known["rewarm"])
@@ -59,7 +59,7 @@ class Progress:
 
 
 class Step(Protocol):
-    """What a step did (train/step.py: StepResult)."""
+    """The result of a step (train/step.py: StepResult)."""
 
     @property
     def loss(self) -> float: ...
@@ -87,9 +87,9 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class StepReport:
-    """One finished step. Seconds are wall time; `batch` counts sequences.
+    """One finished step. Seconds are wall time; `batch` is the global batch size, sequences.
 
-    consumed: by source, what the run has taken so far.
+    consumed: by source, the data consumed by the run so far.
     """
 
     progress: Progress
@@ -101,13 +101,13 @@ class StepReport:
 
     @property
     def seconds(self) -> float:
-        """Of the whole step, the wait for its data included."""
+        """Seconds of the step, including the wait for its data."""
         return self.result.seconds + self.data_seconds
 
 
 @dataclass(frozen=True)
 class SkippedStep:
-    """A step whose loss or gradient was not finite: it has changed nothing. reason: what, and where."""
+    """A step with a non-finite loss or gradient: weights are unchanged. reason: the value and its origin."""
 
     progress: Progress  # after the step
     reason: str
@@ -115,16 +115,16 @@ class SkippedStep:
 
 @dataclass(frozen=True)
 class Rollback:
-    """A loss spike took the run back to a checkpoint, and on with later samples."""
+    """A rollback to a checkpoint because of a loss spike; the run continues with later samples."""
 
     progress: Progress  # at the spike
-    back: Progress  # where the run goes on
+    back: Progress  # from which the run continues
     checkpoint: str  # name of its folder
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation on the fixed validation samples. by_source: loss and samples of each that has some."""
+    """One evaluation on the fixed validation samples. by_source: loss and number of samples by source."""
 
     progress: Progress
     loss: float
@@ -138,5 +138,5 @@ class Saved:
     """A checkpoint that is on disk."""
 
     folder: Path
-    seconds: float  # from the beginning of the copy to the commit
-    stall: float  # how long training stood still for it
+    seconds: float  # from the start of the copy to the commit
+    stall: float  # seconds that training was blocked

@@ -1,4 +1,4 @@
-"""Memory in use, and the arithmetic peak that MFU divides by."""
+"""Memory in use, and the peak FLOP/s that MFU is relative to."""
 
 import re
 import resource
@@ -8,14 +8,14 @@ import torch
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory used so far: allocator peak on CUDA, resident set of the process on CPU."""
+    """Peak memory so far, bytes: of the allocator on CUDA, resident set size of the process on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-# Dense products without sparsity of one accelerator, 1e12 FLOP/s in bf16 and fp32: its maker's datasheet.
-# What stands in the device's name -> peaks; the longest that fits.
+# Datasheet peaks of dense matmuls without sparsity: words of the device's name -> 1e12 FLOP/s in bf16, fp32.
+# The longest matching key counts.
 DATASHEETS = {
     "A100": (312.0, 19.5),
     "H100": (989.4, 67.0),  # SXM
@@ -32,17 +32,17 @@ DATASHEETS = {
 
 
 def datasheet_peak_flops(name: str, precision: str) -> float | None:
-    """FLOP/s that the datasheet of a device of that name gives; None where no datasheet is known."""
+    """Datasheet FLOP/s of a device by its name; None if unknown."""
     words = re.split(r"[\s-]+", name)
-    found = [key for key in DATASHEETS if set(key.split()) <= set(words)]
-    return 1e12 * DATASHEETS[max(found, key=len)][precision != "bf16"] if found else None
+    matching = [key for key in DATASHEETS if set(key.split()) <= set(words)]
+    return 1e12 * DATASHEETS[max(matching, key=len)][precision != "bf16"] if matching else None
 
 
 def peak_flops(device: torch.device, precision: str, given: float | None) -> dict[str, float]:
-    """What MFU is measured against, by name, FLOP/s of one rank.
+    """The peaks that MFU is relative to, by name, FLOP/s of one rank.
 
-    `datasheet`: `given` (1e12 FLOP/s, config field monitor.peak_tflops) or the device's, where known;
-    `measured`: a large product's, here and now.
+    datasheet: `given` (1e12 FLOP/s, config field monitor.peak_tflops), else the device's if known.
+    measured: that of a large matmul on this device.
     """
     sheet = None if given is None else given * 1e12
     if sheet is None and device.type == "cuda":
@@ -52,18 +52,18 @@ def peak_flops(device: torch.device, precision: str, given: float | None) -> dic
 
 
 def measured_peak_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s of square matrix products in the compute dtype on this rank: the best of four rounds.
+    """FLOP/s of square matmuls in the compute dtype on this rank: the best of four rounds.
 
-    A device gets large products, several a round, so that neither launch nor wait counts.
+    A GPU gets large matmuls, several per round, to hide launch and synchronisation.
     """
-    size, products = (8192, 10) if device.type == "cuda" else (1024, 1)
+    size, matmuls = (8192, 10) if device.type == "cuda" else (1024, 1)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a = torch.ones(size, size, device=device, dtype=dtype)  # no random numbers: the run owns them
+    a = torch.ones(size, size, device=device, dtype=dtype)  # not random: the run's generator must not advance
     best = float("inf")
     for _ in range(4):
         started = time.perf_counter()
-        for _ in range(products):
+        for _ in range(matmuls):
             product = a @ a
         product[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - started)
-    return products * 2 * size**3 / best
+    return matmuls * 2 * size**3 / best

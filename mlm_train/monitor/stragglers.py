@@ -1,4 +1,4 @@
-"""Which ranks are slow: by the time each spends on its own, since together all take the slowest one's."""
+"""Find slow ranks, by the time that each spends on its own work rather than waiting for others."""
 
 import statistics
 from collections.abc import Sequence
@@ -9,32 +9,32 @@ from mlm_train.monitor.report import StepReport
 
 
 class Pace(NamedTuple):
-    """A rank over some steps: seconds a step, and times those of its neighbours in the same stage."""
+    """A rank's seconds per step, and their ratio to the median of its stage."""
 
     rank: int
     host: str
     stage: int
-    forward: float  # in its forward passes
-    waited: float  # for its data
-    ratio: float  # of both together
+    forward: float  # seconds per step in forward passes
+    waited: float  # seconds per step waiting for data
+    ratio: float  # of their sum to the median
 
     def __str__(self) -> str:
         data = f", data {self.waited:.3g} s" if self.waited > 0.1 * self.forward else ""
         return (
             f"rank {self.rank} ({self.host}, stage {self.stage}) {self.ratio:.2f} x its stage's median: "
-            f"forward {self.forward:.3g} s{data} a step"
+            f"forward {self.forward:.3g} s{data} per step"
         )
 
 
 class Stragglers(Callback):
-    """Compares ranks every monitor.straggler_interval steps, and names those that make the others wait."""
+    """Compares ranks every monitor.straggler_interval steps and logs the slow ones."""
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.topology, self.hosts = context.runtime.topology, context.hosts
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self.steps, world = 0, self.topology.world
         self.forward, self.waited = [0.0] * world, [0.0] * world
 
@@ -50,30 +50,30 @@ class Stragglers(Callback):
                 self.context.say(f"slow over the last {monitor.straggler_interval} steps: {pace}")
 
     def add(self, forward: Sequence[float], waited: Sequence[float]) -> None:
-        """A step's seconds by rank."""
+        """Add a step's seconds by rank."""
         self.steps += 1
         self.forward = [sum(pair) for pair in zip(self.forward, forward, strict=True)]
         self.waited = [sum(pair) for pair in zip(self.waited, waited, strict=True)]
 
     def take(self) -> list[Pace]:
-        """All ranks since the last call, the slowest first; empty where each is alone in its stage."""
+        """Paces since the last call, slowest rank first; empty if each stage has one rank."""
         steps, world, stages = max(self.steps, 1), self.topology.world, self.topology.pipeline
-        share = world // stages  # ranks of one stage are neighbours (parallel/mesh/topology.py)
+        width = world // stages  # ranks of one stage are adjacent (parallel/mesh/topology.py)
         paces = []
-        for first in range(0, world, share) if share > 1 else ():
-            ranks = range(first, first + share)
+        for first in range(0, world, width) if width > 1 else ():
+            ranks = range(first, first + width)
             own = [self.forward[rank] + self.waited[rank] for rank in ranks]
-            usual = max(statistics.median_low(own), 1e-9)
+            median = max(statistics.median_low(own), 1e-9)
             paces += [
                 Pace(
                     rank,
                     self.hosts[rank],
-                    rank // share,
+                    rank // width,
                     self.forward[rank] / steps,
                     self.waited[rank] / steps,
-                    seconds / usual,
+                    seconds / median,
                 )
                 for rank, seconds in zip(ranks, own, strict=True)
             ]
-        self._begin()
+        self._reset()
         return sorted(paces, key=lambda pace: -pace.ratio)

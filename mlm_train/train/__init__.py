@@ -1,1 +1,1 @@
-"""The training run: setup, step, loop, state."""
+"""The training run: checks, setup, step and loop."""

@@ -1,4 +1,4 @@
-"""Which samples a rank trains on: a share of each global batch, whatever the data-parallel size."""
+"""The micro-batches of a rank: its shard of each global batch, for any data-parallel size."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,16 +23,16 @@ class MicroBatch(NamedTuple):
     labels: Tensor
 
 
-Key = tuple[int, int]  # a step's: the cursor, and how many samples it takes
+Key = tuple[int, int]  # of a step: its first sample, and its number of samples
 
 
 def step_batches(
     samples: "Samples", cursor: int, global_batch: int, micro_batch: int, topology: Topology
 ) -> list[MicroBatch]:
-    """This rank's micro-batches of the step that takes samples cursor .. cursor+global_batch-1.
+    """This rank's micro-batches of the step that consumes samples cursor .. cursor + global_batch - 1.
 
-    Micro-batches are dealt to the ranks in turn, so the step's set of samples depends on the cursor
-    alone.
+    Micro-batches are dealt to the data-parallel ranks in turn, so the step's samples depend only on the
+    cursor.
     """
     stride = micro_batch * topology.data
     first = cursor + topology.data_rank * micro_batch
@@ -43,50 +43,53 @@ def step_batches(
 
 
 def pinned(batches: list[MicroBatch], device: torch.device) -> list[MicroBatch]:
-    """In memory that a GPU copies from while it computes; on a CPU as they are."""
+    """The batches in pinned memory, for asynchronous copies to a GPU; unchanged on a CPU."""
     if device.type != "cuda":
         return batches
-    with torch.cuda.device(device):  # a thread's own default is the first GPU
+    with torch.cuda.device(device):  # a new thread's default device is the first GPU
         return [MicroBatch(*(tensor.pin_memory() for tensor in batch)) for batch in batches]
 
 
 class Prefetcher:
-    """What will be needed next, made by a thread while the present is worked on.
+    """Reads the next step's batches in a background thread while the current step runs.
 
-    The order is the caller's: `take(key)` is make(key) whatever was made ahead, which is thrown away
-    where it was another. One call of `make` runs at a time, so it may keep state (a sample order).
+    `take(key)` always returns make(key); batches prefetched for another key are dropped. Only one call of
+    `make` runs at a time, so `make` may keep state (a sample order).
     """
 
     def __init__(self, make: Callable[[Key], list[MicroBatch]]) -> None:
         self.make, self.thread = make, ThreadPoolExecutor(1, f"{AWAITED}-data")
         self.key: Key | None = None
-        self.coming: Future[list[MicroBatch]] | None = None
+        self.pending: Future[list[MicroBatch]] | None = None
 
     def take(self, key: Key, then: Key | None) -> list[MicroBatch]:
-        """make(key), and begin make(then): None where nothing will follow. Errors of make(key) are raised."""
-        if self.coming is None or key != self.key:
-            self.coming = self.thread.submit(self.make, key)
-        found = self.coming.result()
-        self.key, self.coming = then, None if then is None else self.thread.submit(self.make, then)
-        return found
+        """Return make(key), and start make(then) in the background unless `then` is None.
+
+        Raises what make(key) raises.
+        """
+        if self.pending is None or key != self.key:
+            self.pending = self.thread.submit(self.make, key)
+        batches = self.pending.result()
+        self.key, self.pending = then, None if then is None else self.thread.submit(self.make, then)
+        return batches
 
 
 def evaluation_batches(
     samples: "Samples", count: int, micro_batch: int, topology: Topology
 ) -> tuple[list[MicroBatch], list[int]]:
-    """This rank's share of `count` samples spread evenly over a split, always the same ones.
+    """This rank's micro-batches of `count` fixed samples spread evenly over a split.
 
-    Each micro-batch is of one source, whose number is in the second list. Every rank gets as many, all of
-    one shape; what is missing is padded with label -100.
+    Each micro-batch is from one source, whose index is in the second list. Every rank gets the same number of
+    micro-batches, all of the same shape, padded with label -100.
     """
     source_of = samples.sources_of(count)
-    parts: list[tuple[int, np.ndarray]] = []
+    shards: list[tuple[int, np.ndarray]] = []  # source, indices of its samples
     for source in np.unique(source_of).tolist():
         mine = np.flatnonzero(source_of == source)
-        parts += [(source, mine[start : start + micro_batch]) for start in range(0, len(mine), micro_batch)]
-    parts += [(0, np.empty(0, dtype=np.int64))] * (-len(parts) % topology.data)
+        shards += [(source, mine[start : start + micro_batch]) for start in range(0, len(mine), micro_batch)]
+    shards += [(0, np.empty(0, dtype=np.int64))] * (-len(shards) % topology.data)
     batches, sources = [], []
-    for source, present in parts[topology.data_rank :: topology.data]:
+    for source, present in shards[topology.data_rank :: topology.data]:
         ids = torch.zeros(micro_batch, samples.sequence_length, dtype=torch.int64)
         labels = torch.full_like(ids, IGNORED)
         if len(present):

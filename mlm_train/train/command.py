@@ -4,9 +4,9 @@ import argparse
 
 from mlm_train.config import Config, dump_config, load_config
 
-HELP = """Train a model. One process by itself; every rank of a torchrun when started by it.
-A run continues from the newest checkpoint in train.output by itself. To go on after its last step, raise
-train.steps, with schedule.total_steps or schedule.rewarm_steps to say what becomes of the learning rate.
+HELP = """Train a model: as a single process, or as one rank when started by torchrun.
+A run resumes from the newest checkpoint in train.output automatically. To continue after its last step, raise
+train.steps, and set schedule.total_steps or schedule.rewarm_steps to choose the learning rate from there.
 
 examples:
   mlm-train pretrain configs/micro.yaml
@@ -16,29 +16,31 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Add the command's arguments."""
     add_config_arguments(parser)
     parser.add_argument(
-        "--dry-run", action="store_true", help="print shapes, parameters and memory per rank, then end"
+        "--dry-run", action="store_true", help="print shapes, parameters and memory per rank, then exit"
     )
-    parser.add_argument("--world", type=int, help="with --dry-run: processes to plan for")
+    parser.add_argument("--world", type=int, help="with --dry-run: number of processes to plan for")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """A config file and dotted overrides."""
+    """Add arguments for a config file and dotted overrides."""
     parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to it")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="overrides of config fields"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check everything, then train."""
+    """Check everything, then train. Returns the exit code."""
     from mlm_train.train.signals import end_with_agent
 
     end_with_agent()  # before imports that take seconds
     from mlm_train.parallel.launch.environment import check_environment
     from mlm_train.parallel.runtime import local_world_size, world_size
 
-    # Until the ranks have met each finds the same, and says it: the first to end may have the others ended.
+    # Before the process group exists every rank reports bad input itself: the first exit may end the others.
     check_environment()
     config = load_config(args.config, args.overrides)
     if args.dry_run:

@@ -1,4 +1,4 @@
-"""Where a loss or a gradient that is not finite comes from: a second look, by all ranks together."""
+"""Find the origin of a non-finite loss or gradient, on all ranks."""
 
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -14,61 +14,61 @@ from mlm_train.utils.nonfinite import nonfinite
 
 
 class Sighting(NamedTuple):
-    """What a rank has seen. Nearest to the cause is the lowest `depth`: weights, layers, gradients."""
+    """A non-finite value found by a rank. The lowest depth is nearest to the cause."""
 
-    depth: int
+    depth: int  # weights, then layers, then gradients
     what: str
     rank: int
     host: str
 
     @property
     def where(self) -> str:
-        """The rank in words."""
+        """The rank and its host, for messages."""
         return f"rank {self.rank} ({self.host})"
 
 
 def locate(
     model: Transformer, evaluate: Callable[[], object], gradients: Sequence[str], runtime: Runtime
 ) -> str:
-    """Names layer or weight and rank; every rank calls it, after a step that was not finite.
+    """Name the weight, layer or gradient, and the ranks, where non-finite values of a step started.
 
-    evaluate: runs the step's forward pass again. gradients: parameters whose gradient on this rank was not
-    finite in the step, in the model's order.
+    Every rank calls it after the step. evaluate: repeats the step's forward pass. gradients: names of the
+    parameters whose gradient on this rank was non-finite, in the model's order.
     """
     seen: list[tuple[int, str]] = [(0, f"weight {name}") for name in _bad_weights(model)[:1]]
     with _watching(model) as outputs:
         evaluate()
     if outputs:
         seen.append(min(outputs.items()))
-    if gradients:  # a backward pass comes from the end, so the last one was the first
+    if gradients:  # the backward pass starts at the end of the model: the last one was first
         more = f" and {len(gradients) - 1} more" if len(gradients) > 1 else ""
-        what = f"gradient of {gradients[-1]}{more} (the forward pass again is finite)"
+        what = f"gradient of {gradients[-1]}{more} (the repeated forward pass is finite)"
         seen.append((_depth_of_gradient(gradients[-1], model.config.num_hidden_layers), what))
     rank, host = runtime.topology.rank, socket.gethostname()
     mine = [Sighting(depth, what, rank, host) for depth, what in seen]
-    found = [sighting for rank in runtime.gather(lambda: mine) for sighting in rank]
-    if not found:
-        return "the same samples again are finite everywhere: a passing fault, or a sum over ranks"
-    first = min(found)
-    alike = [sighting.where for sighting in found if sighting[:2] == first[:2]]
-    return f"{first.what} on {', '.join(alike[:4])}" + (f" and {len(alike) - 4} more" if alike[4:] else "")
+    sightings = [sighting for of_rank in runtime.gather(lambda: mine) for sighting in of_rank]
+    if not sightings:
+        return "the same samples give finite values now: a transient fault, or a sum over ranks"
+    first = min(sightings)
+    where = [sighting.where for sighting in sightings if sighting[:2] == first[:2]]
+    return f"{first.what} on {', '.join(where[:4])}" + (f" and {len(where) - 4} more" if where[4:] else "")
 
 
 def _depth_of_gradient(name: str, layers: int) -> int:
-    """Beyond all of the forward pass, the nearer to the model's end the nearer to the cause."""
+    """Deeper than the whole forward pass; lower for parameters nearer to the model's end."""
     if name.startswith("embed_tokens"):
         return 2 * layers + 4
     return layers + 3 + (layers - int(name.split(".")[1]) if name.startswith("layers.") else 0)
 
 
 def _bad_weights(model: Transformer) -> list[str]:
-    """Parameters that hold infinity or NaN in what this rank has of them."""
+    """Names of the parameters whose shard on this rank holds infinity or NaN."""
     return nonfinite({name: getattr(w, "ds_tensor", w).detach() for name, w in model.named_parameters()})
 
 
 @contextmanager
 def _watching(model: Transformer) -> Iterator[dict[int, str]]:
-    """Depth -> name of what gives a value that is not finite in the body's forward passes."""
+    """Collect depth -> name of the modules with non-finite outputs in the body's forward passes."""
     seen: dict[int, str] = {}
 
     def look(depth: int, name: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""`mlm-train launch`: pretrain on several processes of this machine, of several, or as a Slurm job."""
+"""`mlm-train launch`: pretrain on several processes of one or more machines, or as a Slurm job."""
 
 import argparse
 
@@ -8,7 +8,7 @@ from mlm_train.train.command import add_config_arguments
 
 HELP = """Start pretrain on several processes (torchrun's agent, with sensible settings).
 Everything is checked before the first process starts. With --slurm a job is submitted instead; it
-checkpoints before its time limit, and goes back into the queue (docs/slurm.md).
+saves a checkpoint before its time limit and requeues itself (docs/slurm.md).
 
 examples:
   mlm-train launch --nproc 2 configs/micro.yaml train.steps=100
@@ -16,35 +16,37 @@ examples:
   mlm-train launch --slurm configs/memory-1b.yaml --nodes 4 --gpus-per-node 8 --render
   mlm-train launch --nproc 8 --nodes 4 --rendezvous node1:29500 CONFIG    (the same on all four)
   mlm-train launch --nproc 8 --nodes 2:4 --max-restarts 10 --rendezvous node1:29500 CONFIG
-                                              (goes on with those of the four that are there)"""
+                                              (runs on as many of the four as are available)"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
-    parser.add_argument("--nproc", type=int, help="processes a machine, one a GPU or CPU share")
+    """Add the command's arguments."""
+    parser.add_argument("--nproc", type=int, help="processes per machine: one per GPU on GPUs")
     parser.add_argument(
-        "--nodes", type=_counts, default=(1, 1), metavar="N|MIN:MAX", help="machines (default 1)"
+        "--nodes", type=_counts, default=(1, 1), metavar="N|MIN:MAX", help="number of machines (default 1)"
     )
     parser.add_argument(
         "--max-restarts",
         type=int,
         metavar="R",
-        help="start all ranks again, from the newest checkpoint, where one fails or hangs "
+        help="restart all ranks from the newest checkpoint when one fails or hangs, at most R times "
         "(default 0, with MIN:MAX 3)",
     )
-    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="where several machines meet: one of them")
+    parser.add_argument(
+        "--rendezvous", metavar="HOST:PORT", help="with several machines: one of them, and a free port on it"
+    )
     add_config_arguments(parser)
     slurm = parser.add_argument_group("as a Slurm job")
     slurm.add_argument("--slurm", action="store_true", help="submit slurm/pretrain.sbatch")
-    slurm.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs a node, and processes")
-    slurm.add_argument("--partition", help="default: the cluster's, or SBATCH_PARTITION")
-    slurm.add_argument("--account", help="default: yours, or SBATCH_ACCOUNT")
-    slurm.add_argument("--time", help="limit of the job, such as 04:00:00; default: the partition's")
+    slurm.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs per node, each with one process")
+    slurm.add_argument("--partition", help="default: SBATCH_PARTITION, or the cluster's")
+    slurm.add_argument("--account", help="default: SBATCH_ACCOUNT, or your own")
+    slurm.add_argument("--time", help="time limit, such as 04:00:00; default: the partition's")
     slurm.add_argument("--render", action="store_true", help="print the sbatch command and submit nothing")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check, then run the ranks or submit the job; their exit code."""
+    """Check everything, then run the ranks or submit the job. Returns their exit code."""
     _check_counts(args)
     from mlm_train.parallel.mesh.topology import Topology
     from mlm_train.train.preflight import preflight
@@ -80,25 +82,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _counts(text: str) -> tuple[int, int]:
-    """`N` or `MIN:MAX`."""
+    """Parse `N` or `MIN:MAX`."""
     fewest, _, most = text.partition(":")
     return int(fewest), int(most or fewest)
 
 
 def _check_counts(args: argparse.Namespace) -> None:
-    """Refuse what does not go together."""
+    """Raise UserError for options out of range or in conflict."""
     fewest, most = args.nodes
     for name, value in (("nproc", args.nproc), ("nodes", fewest), ("gpus-per-node", args.gpus_per_node)):
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: give at least 1")
     if most < fewest:
-        raise UserError(f"--nodes {fewest}:{most}: the second number is the larger one")
+        raise UserError(f"--nodes {fewest}:{most}: the second number must be the larger one")
     if args.max_restarts is not None and args.max_restarts < 0:
         raise UserError(f"--max-restarts {args.max_restarts}: give 0 or more")
     if args.slurm:
         if fewest != most or args.max_restarts:
             raise UserError(
-                "--nodes MIN:MAX and --max-restarts: a Slurm job is started again by Slurm; leave out"
+                "--nodes MIN:MAX and --max-restarts: a Slurm job is restarted by Slurm; leave them out"
             )
         if (args.nproc is None) == (args.gpus_per_node is None):
             raise UserError("--slurm needs --gpus-per-node, or --nproc for processes on CPUs")
@@ -106,9 +108,9 @@ def _check_counts(args: argparse.Namespace) -> None:
             raise UserError("--rendezvous: a Slurm job chooses its own; leave it out")
         return
     if args.nproc is None:
-        raise UserError("--nproc is missing: give the processes of this machine")
+        raise UserError("--nproc is missing: give the number of processes on this machine")
     if (most > 1) != (args.rendezvous is not None):
-        raise UserError("--nodes and --rendezvous HOST:PORT go together, where several machines train")
+        raise UserError("--nodes and --rendezvous HOST:PORT go together: give both for several machines")
     for name in ("gpus_per_node", "partition", "account", "time", "render"):
         if getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')} has an effect only with --slurm")

@@ -1,4 +1,4 @@
-"""The main loop: what is seen of a run is made of callbacks (monitor/callback.py)."""
+"""The training loop. Logs and metrics are callbacks (monitor/callback.py)."""
 
 import math
 import time
@@ -13,9 +13,9 @@ from mlm_train.train.signals import EXIT_CODE
 
 
 def train(run: Run) -> int:
-    """Train to train.steps (or stop_after), evaluating and saving on the way.
+    """Train up to train.steps (or stop_after), with validations and checkpoints.
 
-    Returns the exit code: 0, or that of a signal which ended the run early, after a checkpoint.
+    Returns the exit code: 0, or that of a signal that ended the run early, after a checkpoint.
     """
     config, progress, marker = run.config, run.progress, run.runtime.marker
     first = progress.step
@@ -48,9 +48,9 @@ def train(run: Run) -> int:
         validation = None
         if _due(progress.step, config.train.eval_interval, config.train.steps):
             validation = evaluate(run, progress)
-        # After a skipped step the newest checkpoint stays: what spoils the steps may be in the weights.
-        every = config.checkpoint.interval if result.fault is None else 0
-        if result.asked or _due(progress.step, every, last):
+        # Nothing is saved after a skipped step: the cause may lie in the weights.
+        interval = config.checkpoint.interval if result.fault is None else 0
+        if result.asked or _due(progress.step, interval, last):
             save(run, progress, validation)
         run.saver.poll()
         if result.asked and progress.step < last:
@@ -63,13 +63,13 @@ def train(run: Run) -> int:
     return 0
 
 
-def _due(step: int, every: int, last: int) -> bool:
-    """Every so many steps, and at the last one."""
-    return step == last or (every > 0 and step % every == 0)
+def _due(step: int, interval: int, last: int) -> bool:
+    """Whether a step is a multiple of `interval` (0: never) or the last one."""
+    return step == last or (interval > 0 and step % interval == 0)
 
 
 def evaluate(run: Run, progress: Progress) -> Validation | None:
-    """Loss on the fixed validation samples, on every rank, told to callbacks; None where not finite."""
+    """Validate on the fixed samples and notify callbacks, on every rank; None if the loss is non-finite."""
     run.runtime.marker.enter(f"validation after step {progress.step}")
     run.callbacks.before_evaluation(progress)
     started = time.perf_counter()
@@ -78,16 +78,14 @@ def evaluate(run: Run, progress: Progress) -> Validation | None:
     batches, sources = evaluation_batches(run.validation, count, train.micro_batch_size, run.runtime.topology)
     names = run.data.names
     loss, losses = run.trainer.evaluate_by_source(batches, sources, len(names))
-    numbers = [taken.samples for taken in run.validation.consumed(count)]
-    by_source = {
-        name: (mean, number) for name, mean, number in zip(names, losses, numbers, strict=True) if number
-    }
+    sizes = [consumed.samples for consumed in run.validation.consumed(count)]
+    by_source = {name: (mean, size) for name, mean, size in zip(names, losses, sizes, strict=True) if size}
     seconds = time.perf_counter() - started
     run.callbacks.after_evaluation(Evaluation(progress, loss, count, seconds, by_source))
     return Validation(loss=loss, samples=count) if math.isfinite(loss) else None
 
 
 def save(run: Run, progress: Progress, validation: Validation | None = None) -> None:
-    """Begin a checkpoint; said only once it is on disk. validation: of this step, where it had one."""
+    """Start a checkpoint, logged once it is on disk. validation: the result at this step, if any."""
     run.runtime.marker.enter(f"checkpoint of step {progress.step}", patient=True)
     run.saver.save(progress.as_dict(), validation)

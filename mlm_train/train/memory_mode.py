@@ -1,4 +1,4 @@
-"""memory.mode=auto, decided at the start of a run from its own text, its layout and this machine."""
+"""Choose the mode of memory.mode=auto at the start of a run, from its data, layout and hardware."""
 
 from dataclasses import replace
 
@@ -16,32 +16,32 @@ from mlm_train.plan.speeds import measure_speeds
 from mlm_train.train.batches import step_batches
 from mlm_train.train.preflight import Resumed
 
-FREE_SHARE = 0.25  # of a rank's memory that tables may take, if memory.budget_gib does not say
+FREE_SHARE = 0.25  # of a rank's free memory: the default of memory.budget_gib
 
 
 def decide_mode(
     config: Config, runtime: Runtime, samples: Samples, resumed: Resumed | None
 ) -> tuple[Config, str]:
-    """The config with a decided memory.mode, and a line that says so and why; every rank calls it.
+    """The config with a definite memory.mode, and a log line with the reason. Every rank calls it.
 
-    A resumed run of the same layout keeps what it had decided: its numbers stay the same to the bit.
+    A run resumed in the same layout keeps the checkpoint's choice, so that its numbers stay bitwise equal.
     """
     if config.memory is None:
         return config, ""
     if config.memory.mode != "auto":
         return config, _described(config, runtime, samples)
     if resumed is not None and (kept := _kept(config, config_of(resumed.manifest))):
-        return kept, f"memory.mode=auto -> {kept.memory.mode if kept.memory else ''}, as in the checkpoint"
+        return kept, f"memory.mode=auto keeps the checkpoint's {kept.memory.mode if kept.memory else ''}"
     speeds = measure_speeds(config, runtime)
     budget = min(runtime.gather(lambda: _budget(config, runtime.device)))
-    # One rank's text decides for all: they must agree.
+    # Rank 0's samples decide for all ranks: they must agree.
     distinct = runtime.broadcast(lambda: expected_distinct(config, runtime.topology, samples))
     choice = choose(config, runtime.topology, distinct, speeds, budget)
     return choice.config, choice.reason
 
 
 def expected_distinct(config: Config, topology: Topology, samples: Samples) -> Distinct:
-    """Distinct ids of the first step's micro-batches, of a data-parallel rank's step, of the whole step."""
+    """Distinct ids of the first step: per micro-batch, per data-parallel rank, and over all ranks."""
     size, micro_batch = config.train.global_batch_size, config.train.micro_batch_size
     alone = replace(topology, rank=0, world=topology.tensor * topology.pipeline)
     whole = step_batches(samples, 0, size, micro_batch, alone)
@@ -49,17 +49,18 @@ def expected_distinct(config: Config, topology: Topology, samples: Samples) -> D
 
 
 def _described(config: Config, runtime: Runtime, samples: Samples) -> str:
-    """What was asked for, and what its tables take."""
+    """A log line with the given mode, and the size of its tables."""
     assert config.memory is not None
     if config.memory.mode != "table":
         return f"memory.mode={config.memory.mode}"
     distinct = runtime.broadcast(lambda: expected_distinct(config, runtime.topology, samples))
     size = table_bytes(config, runtime.topology, distinct) / 2**20
-    return f"memory.mode=table: about {distinct.step:,.0f} distinct ids a step, tables {size:,.0f} MiB a rank"
+    ids = f"about {distinct.step:,.0f} distinct ids per step"
+    return f"memory.mode=table: {ids}, tables {size:,.0f} MiB per rank"
 
 
 def _kept(config: Config, old: Config) -> Config | None:
-    """The checkpoint's decision, where it was made for the same work."""
+    """The config with the checkpoint's choice; None if model, layout or batch differ."""
     same = config.model == old.model and config.parallel == old.parallel
     same = same and config.train.micro_batch_size == old.train.micro_batch_size
     same = same and config.train.global_batch_size == old.train.global_batch_size
@@ -72,7 +73,7 @@ def _kept(config: Config, old: Config) -> Config | None:
 
 
 def _budget(config: Config, device: torch.device) -> float:
-    """Bytes that this rank's tables may take."""
+    """Bytes available for this rank's tables."""
     assert config.memory is not None
     if config.memory.budget_gib is not None:
         return config.memory.budget_gib * 2**30

@@ -1,4 +1,4 @@
-"""Everything that can be refused before a process group, a model or a folder exists."""
+"""Checks before a process group, a model or a folder is created."""
 
 import os
 from pathlib import Path
@@ -22,39 +22,39 @@ from mlm_train.parallel.engine.base import Engine
 from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.parallel.pipeline.x0 import TRANSPORTS
 from mlm_train.parallel.runtime import check_compiler, check_device, check_torch
-from mlm_train.train.schedule import go_on
+from mlm_train.train.schedule import resumed_progress
 from mlm_train.utils.checks import Check
 from mlm_train.utils.extensions import find
 
-LOG = "train.log"  # the first file of a run: it marks the folder as ours
+LOG = "train.log"  # the first file of a run: marks a folder as a run
 
 
 class Resumed(NamedTuple):
-    """The checkpoint a run goes on from."""
+    """The checkpoint from which a run resumes."""
 
     folder: Path
     manifest: Manifest
-    damaged: tuple[tuple[Path, str], ...] = ()  # newer ones and what is wrong with them
+    damaged: tuple[tuple[Path, str], ...] = ()  # newer checkpoints, and why each is damaged
 
     @property
     def progress(self) -> Progress:
-        """Where the run was."""
+        """Progress of the run at the checkpoint."""
         return Progress.from_dict(self.manifest.progress.model_dump())
 
     @property
     def config(self) -> Config:
-        """Of the run that wrote it."""
+        """Config of the run that wrote the checkpoint."""
         return config_of(self.manifest)
 
     def completes(self, config: Config) -> bool:
-        """Whether the run has done all its steps."""
+        """Whether the run has already done train.steps."""
         return self.progress.step >= config.train.steps
 
     def set_damaged_aside(self) -> list[str]:
-        """Rename them, and say so in lines. Only for the process that holds the run's lock."""
+        """Rename damaged checkpoints; a log line for each. Only for the process that holds the run's lock."""
         return [
             f"checkpoint {folder.name} is damaged ({fault}): kept as {set_aside(folder).name}; "
-            f"going on from {self.folder.name}"
+            f"resuming from {self.folder.name}"
             for folder, fault in self.damaged
         ]
 
@@ -62,8 +62,8 @@ class Resumed(NamedTuple):
 def preflight(config: Config, world: int, local_world: int | None) -> Blend:
     """Check layout, devices, data, output folder, and the checkpoint to resume or start from.
 
-    `local_world`: ranks on this machine; None where it only submits the run. Returns the opened data.
-    Raises UserError; nothing has been written or allocated then.
+    local_world: ranks on this machine; None if it only submits the run. Returns the opened data.
+    Raises UserError before anything is written or allocated.
     """
     Topology.of(config.parallel, world).check_batch(config)
     check_parts(config)
@@ -74,20 +74,22 @@ def preflight(config: Config, world: int, local_world: int | None) -> Blend:
     data = Blend.open(config.data)
     if data.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"model.vocab_size={config.model.vocab_size} is smaller than the {data.vocab_size} ids of "
+            f"model.vocab_size={config.model.vocab_size} is smaller than the {data.vocab_size} token ids of "
             f"{data}: set model.vocab_size={data.vocab_size}"
         )
     for split in ("train", "validation"):
         data.samples(split, config.data.sequence_length, None)
     check_output(config)
-    at_once = _at_once(config)
-    if find_checkpoint(config, data, at_once) is None and config.checkpoint.warm_start is not None:
+    if (
+        find_checkpoint(config, data, _quick_check(config)) is None
+        and config.checkpoint.warm_start is not None
+    ):
         warm_start_source(config)
     return data
 
 
 def check_parts(config: Config) -> None:
-    """UserError where a class of the user's own, or a package that a part needs, cannot be had."""
+    """Raise UserError if a user's class, or a package that a part needs, is missing."""
     if config.memory is not None and config.memory.mode != "auto":
         find("memory.mode", config.memory.mode, MODES)
     find("parallel.x0_transport", config.transport, TRANSPORTS)
@@ -101,64 +103,66 @@ def check_parts(config: Config) -> None:
 
 
 def check_output(config: Config) -> None:
-    """UserError where train.output cannot take the run; asked again by who has locked the folder."""
+    """Raise UserError if train.output cannot hold the run; repeated once the folder is locked."""
     output = Path(config.train.output)
     if not output.exists():
         return
     if not output.is_dir():
-        raise UserError(f"train.output={output} is a file: name a folder")
+        raise UserError(f"train.output={output} is a file: give a folder")
     names = set(os.listdir(output))
     if (output / "checkpoints").is_dir():
-        os.listdir(output / "checkpoints")  # fails where it may not be read: glob would take it for empty
+        os.listdir(output / "checkpoints")  # raises if unreadable, which glob would treat as empty
     if names and LOG not in names:
         raise UserError(
-            f"train.output={output} holds other files and is no run ({LOG} is missing): name a new folder"
+            f"train.output={output} holds other files and is not a run ({LOG} is missing): give a new folder"
         )
     if names and not config.checkpoint.resume:
         raise UserError(
             f"train.output={output} holds a run and checkpoint.resume=false: nothing is overwritten; "
-            "name another folder"
+            "give another folder"
         )
 
 
-def _at_once(config: Config) -> Check:
-    """What every rank compares: reading everything is left to one of them, later."""
+def _quick_check(config: Config) -> Check:
+    """What every rank verifies; a full read is left to rank 0, later."""
     return "none" if config.checkpoint.verify == "none" else "sizes"
 
 
 def find_checkpoint(config: Config, data: Blend, verify: Check | None = None) -> Resumed | None:
-    """The newest whole checkpoint of the run's folder, verified as far as `verify` says and fitting.
+    """The newest intact checkpoint of the run's folder; None if there is none yet. Read-only.
 
-    verify: checkpoint.verify where it is None.
-    None where the run has saved none yet. Changes nothing on disk.
+    verify: how thoroughly to verify it (default: checkpoint.verify). Raises UserError if it does not fit the
+    config or the data.
     """
     if not config.checkpoint.resume:
         return None
-    found = newest_of(config, verify)
-    if found is not None:
-        check_fits(found.folder, found.manifest, config, data.fingerprint)
-        check_steps(found.folder, found.manifest, config)
-        if not found.completes(config):
-            go_on(found.progress, found.config, config)
-            run, before = Path(config.train.output), found.config.checkpoint
-            refuse_deletions(run, committed(found.folder.parent), Keep.of(before), Keep.of(config.checkpoint))
-    return found
+    newest = newest_of(config, verify)
+    if newest is not None:
+        check_fits(newest.folder, newest.manifest, config, data.fingerprint)
+        check_steps(newest.folder, newest.manifest, config)
+        if not newest.completes(config):
+            resumed_progress(newest.progress, newest.config, config)
+            run, before = Path(config.train.output), newest.config.checkpoint
+            refuse_deletions(
+                run, committed(newest.folder.parent), Keep.of(before), Keep.of(config.checkpoint)
+            )
+    return newest
 
 
 def newest_of(config: Config, verify: Check | None = None) -> Resumed | None:
-    """The newest checkpoint of a run, damage looked past where checkpoint.fall_back allows that.
+    """The newest checkpoint of a run, or the newest intact one with checkpoint.fall_back.
 
-    None where there is none yet. Raises UserError where it is damaged, or with fall_back all are.
+    None if there is none yet. Raises UserError if it is damaged; with fall_back, if all of them are.
     """
     root, verify = Path(config.train.output) / "checkpoints", verify or config.checkpoint.verify
     if config.checkpoint.fall_back:
-        return _newest_whole(root, verify)
+        return _newest_intact(root, verify)
     folders = step_folders(root)  # one without a manifest is damaged too
     return Resumed(folders[-1], open_checkpoint(folders[-1], verify)) if folders else None
 
 
-def _newest_whole(root: Path, verify: Check) -> Resumed | None:
-    """Damage is looked past; what is merely of another model or version is not."""
+def _newest_intact(root: Path, verify: Check) -> Resumed | None:
+    """The newest checkpoint that is not damaged. One of another model or version is an error as it is."""
     damaged: list[tuple[Path, str]] = []
     for folder in reversed(step_folders(root)):
         try:
@@ -168,14 +172,17 @@ def _newest_whole(root: Path, verify: Check) -> Resumed | None:
     if damaged or any(root.glob(f"{DAMAGED}*")):
         example = f" ({damaged[0][1]})" if damaged else ""
         raise UserError(
-            f"all checkpoints in {root} are damaged{example}: put a whole one there, or name another "
+            f"all checkpoints in {root} are damaged{example}: restore an intact one, or give another "
             "train.output to start over"
         )
     return None
 
 
 def warm_start_source(config: Config) -> Path:
-    """The folder of checkpoint.warm_start, a checkpoint or an export of the same model."""
+    """The folder of checkpoint.warm_start: a checkpoint or an export of the same model.
+
+    Raises UserError if it is missing, damaged or of another model.
+    """
     path = Path(config.checkpoint.warm_start or "")
     if (path / "config.json").is_file():
         written = read_config(path)
@@ -184,5 +191,5 @@ def warm_start_source(config: Config) -> Path:
             tensors.check(written)
         return path
     folder = resolve(path)
-    check_same_model(folder, config_of(open_checkpoint(folder, _at_once(config))).model, config.model)
+    check_same_model(folder, config_of(open_checkpoint(folder, _quick_check(config))).model, config.model)
     return folder

@@ -1,4 +1,4 @@
-"""Builds a run from its config, and takes it down again."""
+"""Build a run from its config, and close it at the end."""
 
 import shutil
 import socket
@@ -30,7 +30,7 @@ from mlm_train.parallel.engine import make_engine
 from mlm_train.parallel.health.watchdog import watched
 from mlm_train.train.memory_mode import decide_mode
 from mlm_train.train.preflight import LOG, Resumed, check_output, find_checkpoint, warm_start_source
-from mlm_train.train.schedule import go_on
+from mlm_train.train.schedule import resumed_progress
 from mlm_train.train.signals import Signals
 from mlm_train.train.step import Trainer
 from mlm_train.utils.files import write_text, writing
@@ -54,17 +54,16 @@ class Run:
     saver: Saver
 
     def consumed(self, progress: Progress) -> dict[str, Consumed]:
-        """What the run has taken from each source, by name."""
+        """What the run has consumed of each data source, by name."""
         return dict(zip(self.data.names, self.samples.consumed(progress.samples), strict=True))
 
 
 @contextmanager
 def opened_run(config: Config, data: Blend) -> Iterator[Run | None]:
-    """A run on all ranks, its output folder locked by the leading one until the end; None where it is done.
+    """A run on all ranks, its output folder locked by rank 0 until the end; None if it is already done.
 
-    Every rank listens to signals before any of them has claimed the folder, and until its last checkpoint
-    is written. The process groups are left only after a clean end: a rank that fails must not wait for
-    the others.
+    Every rank handles signals from before the folder is locked until the last checkpoint is written. Process
+    groups are destroyed only after a clean end: a rank that fails must not wait for the others.
     """
     runtime, signals = processes.start(config), Signals()
     with watched(config, runtime.topology, runtime.marker), signals.listening(), ExitStack() as stack:
@@ -73,16 +72,16 @@ def opened_run(config: Config, data: Blend) -> Iterator[Run | None]:
             output = Path(config.train.output)
             with writing(output):
                 stack.enter_context(owned(output, "being trained"))
-                check_output(config)  # another command may have filled it since the preflight
+                check_output(config)  # another command may have written there since the preflight
                 if config.data.verify == "full":
                     data.verify()
-                found = find_checkpoint(config, data)
-                aside = [] if found is None else found.set_damaged_aside()
-                if found is None or not found.completes(config):
+                newest = find_checkpoint(config, data)
+                lines = [] if newest is None else newest.set_damaged_aside()
+                if newest is None or not newest.completes(config):
                     _describe_run(output, config, data)
-                if found is None and config.checkpoint.warm_start is not None:
-                    aside += _carry(warm_start_source(config), output, data)
-            return found, aside
+                if newest is None and config.checkpoint.warm_start is not None:
+                    lines += _copy_hf_files(warm_start_source(config), output, data)
+            return newest, lines
 
         resumed, lines = runtime.broadcast(claim)
         if resumed is not None and resumed.completes(config):
@@ -92,7 +91,7 @@ def opened_run(config: Config, data: Blend) -> Iterator[Run | None]:
         else:
             run = _build(config, runtime, signals, data, resumed)
             for end in (run.log.close, run.writers.close, run.callbacks.on_train_end, run.saver.leave):
-                stack.callback(end)  # the last one first
+                stack.callback(end)  # they run last to first
             run.callbacks.on_train_start(run.progress)
             for line in lines:
                 run.log.say(line)
@@ -102,7 +101,7 @@ def opened_run(config: Config, data: Blend) -> Iterator[Run | None]:
 
 
 def _describe_run(output: Path, config: Config, data: Blend) -> None:
-    """The run's folder explains itself: log, resolved config, tokenizer; leftovers of a kill go."""
+    """Write log, resolved config and tokenizer; remove partial checkpoints of a killed run."""
     (output / LOG).touch()
     write_text(output / "config.yaml", dump_config(config))
     shutil.copyfile(data.tokenizer, output / data.tokenizer.name)
@@ -110,37 +109,35 @@ def _describe_run(output: Path, config: Config, data: Blend) -> None:
 
 
 def _say_done(config: Config, resumed: Resumed, lines: Sequence[str]) -> None:
-    """On the terminal alone: the run's folder stays as it is."""
+    """Print that nothing is left to do; the run's folder stays unchanged."""
     steps = config.train.steps
-    done = (
-        f"{config.train.output} has done its train.steps={steps}: nothing to do; ask for more steps to go on"
-    )
+    done = f"{config.train.output} has done train.steps={steps}: nothing to do; raise train.steps to continue"
     for line in (*lines, done):
         print(f"mlm-train: {line}", file=sys.stderr, flush=True)
 
 
-def _carry(source: Path, output: Path, data: Blend) -> list[str]:
-    """What lies beside the weights that the run starts from is the run's too; says what is not."""
+def _copy_hf_files(source: Path, output: Path, data: Blend) -> list[str]:
+    """Copy the files beside the weights of a warm start into the run; a log line for what is left out."""
     home = source if (source / "config.json").is_file() else source.absolute().parent.parent
     left = carry_over(home, output, data.tokenizer, data.eod_id)
-    return [f"not carried from {home}, which has not the data's tokenizer: {', '.join(left)}"] if left else []
+    return [f"not copied from {home}, whose tokenizer is not the data's: {', '.join(left)}"] if left else []
 
 
 def _build(
     config: Config, runtime: processes.Runtime, signals: Signals, data: Blend, resumed: Resumed | None
 ) -> Run:
-    """Allocate model and optimizer, load what is to be loaded. Every rank calls it."""
+    """Allocate model and optimizer, and load weights or training state. Every rank calls it."""
     length, seed = config.data.sequence_length, config.train.seed
     samples = data.samples("train", length, seed)
     config, mode = decide_mode(config, runtime, samples, resumed)
     model = build_model(config, runtime, data.eod_id)
     if resumed is None:
-        _first_weights(model, config, runtime)
+        _init_weights(model, config, runtime)
     engine = make_engine(model, config, runtime)
     progress = Progress()
     if resumed is not None:
         load_training_state(resumed.folder, resumed.manifest, engine)
-        progress, _ = go_on(resumed.progress, resumed.config, config)
+        progress, _ = resumed_progress(resumed.progress, resumed.config, config)
     executor = build_executor(model, config, runtime, engine.entry)
     log, writers = Log(Path(config.train.output) if runtime.is_rank_0 else None), Writers()
     runtime.broadcast(lambda: writers.open(config, progress.step + 1))
@@ -165,8 +162,8 @@ def _build(
     return run
 
 
-def _first_weights(model: Transformer, config: Config, runtime: processes.Runtime) -> None:
-    """Fresh weights, or those of checkpoint.warm_start."""
+def _init_weights(model: Transformer, config: Config, runtime: processes.Runtime) -> None:
+    """Initialise the weights, or load those of checkpoint.warm_start."""
     if config.checkpoint.warm_start is None:
         initialise(model, config.model, config.train.seed)
         return
@@ -185,7 +182,7 @@ def _say_start(run: Run, resumed: Resumed | None) -> None:
         start = f"resumed from {resumed.folder} at step {run.progress.step}"
         for field, (old, new) in changed_fields(resumed.config, run.config).items():
             run.log.say(f"changed since that checkpoint: {field} {old} -> {new}")
-        _, line = go_on(resumed.progress, resumed.config, run.config)
+        _, line = resumed_progress(resumed.progress, resumed.config, run.config)
         if line is not None:
             run.log.say(line)
     run.log.say(f"{start} | {topology.world} processes on {device}")

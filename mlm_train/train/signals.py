@@ -1,7 +1,7 @@
-"""Signals that ask a run to end: heard at once, obeyed after the step, by all ranks alike.
+"""Signals that ask a run to end: noted at once, obeyed after the step, on all ranks alike.
 
-SIGUSR1 is a scheduler's warning before the time limit, SIGTERM ends a job. A rank only notes them; which
-step is the last is agreed on in the sum that a step's metrics need anyway (train/step.py).
+SIGUSR1 is a scheduler's warning before the time limit; SIGTERM ends a job. A rank only notes them; the ranks
+agree on the last step in the all-reduce of the step's metrics (train/step.py).
 """
 
 import ctypes
@@ -17,41 +17,41 @@ from contextlib import contextmanager
 from mlm_train.errors import START_AGAIN
 from mlm_train.utils.signals import ECHO_SECONDS
 
-# The first one counts where several came: a warned job is to be started again, however it ends then.
+# If several arrived, the first one listed counts: a warned job is to be restarted in any case.
 EXIT_CODE = {signal.SIGUSR1: START_AGAIN, signal.SIGTERM: 128 + signal.SIGTERM}
 PARENT_DEATH = 1  # PR_SET_PDEATHSIG of Linux's prctl(2)
 
 
 def end_with_agent() -> None:
-    """Get SIGTERM once torchrun's agent, which started this rank, is gone. Linux only.
+    """Have Linux send this rank SIGTERM when torchrun's agent, its parent, dies.
 
-    Nobody would watch the ranks any more, and they would keep the run's folder locked to the last step.
+    Without the agent nobody watches the ranks, which would keep the run's folder locked to the last step.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PARENT_DEATH, int(signal.SIGTERM))
 
 
 class Signals:
-    """What this rank has heard."""
+    """Signals received by this rank."""
 
     def __init__(self) -> None:
         self.since: dict[int, float] = {}  # number -> time.monotonic() of its first arrival
 
     def heard(self) -> list[float]:
-        """1.0 or 0.0 for each signal of EXIT_CODE; `agreed` reads their sums over all ranks."""
+        """1.0 or 0.0 by signal of EXIT_CODE: whether it arrived. `agreed` takes the sums over all ranks."""
         return [float(number in self.since) for number in EXIT_CODE]
 
     @staticmethod
     def agreed(sums: Sequence[float]) -> signal.Signals | None:
-        """The signal that some rank has heard."""
+        """The signal that some rank has received, from the sums of `heard`; None if there is none."""
         return next((number for number, count in zip(EXIT_CODE, sums, strict=True) if count), None)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Note signals in the body, which the main thread runs; a second SIGTERM ends the process at once.
+        """Note signals in the body, run by the main thread; a second SIGTERM ends the process at once.
 
-        A thread reads them from Python's wake-up socket, so that one also counts while the main thread
-        waits inside a library for a peer that never comes.
+        A thread reads them from Python's wake-up socket, so that they are also noted while the main thread is
+        blocked inside a library.
         """
         inbox, outbox = socket.socketpair()
         outbox.setblocking(False)

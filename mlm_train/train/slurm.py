@@ -1,4 +1,4 @@
-"""A run as a Slurm job: the sbatch command, tried before it is submitted."""
+"""A run as a Slurm job: its sbatch command, tested before it is submitted."""
 
 import os
 import re
@@ -19,51 +19,51 @@ LOGS = Path("slurm-logs")
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """What a user asks for; None: what the cluster gives."""
+    """The requested job; None stands for the cluster's default."""
 
     config: str
     overrides: tuple[str, ...]
     nodes: int
-    processes: int  # a node
-    gpus: int | None = None  # a node
+    processes: int  # per node
+    gpus: int | None = None  # per node
     partition: str | None = None
     account: str | None = None
     time: str | None = None
 
     @property
     def name(self) -> str:
-        """The config's, as squeue and the log show it."""
+        """The job's name in squeue and the log, after the config."""
         return f"mlm-{Path(self.config).stem}"
 
     def options(self) -> list[str]:
-        """sbatch's options, all but those that `slurm/pretrain.sbatch` holds itself."""
-        wanted = {
+        """sbatch's options, beside those in `slurm/pretrain.sbatch`."""
+        values = {
             "job-name": self.name,
             "nodes": self.nodes,
             "gpus-per-node": self.gpus,
             "partition": self.partition,
             "account": self.account,
             "time": self.time,
-            "chdir": Path.cwd(),  # where the config's relative paths start
-            "output": LOGS / "%x-%j.log",  # beneath it: a % of an absolute path would be taken for a pattern
+            "chdir": Path.cwd(),  # the base of the config's relative paths
+            "output": LOGS / "%x-%j.log",  # relative: a % in an absolute path would be read as a pattern
             "export": "ALL",
         }
-        return [f"--{name}={value}" for name, value in wanted.items() if value is not None]
+        return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the script reads, beside sbatch's own environment: --export would cut values at commas."""
+        """Environment variables of the script; --export would split values at commas."""
         return {"MLM_ROOT": str(ROOT), "MLM_PYTHON": sys.executable, "MLM_NPROC": str(self.processes)}
 
     def command(self, *more: str) -> list[str]:
-        """The sbatch command; it wants `environment`."""
+        """The sbatch command, to be run with `environment`."""
         return ["sbatch", *more, *self.options(), str(SCRIPT), self.config, *self.overrides]
 
 
 def submit(job: SlurmJob, render: bool = False) -> int:
-    """Try the job, submit it, and say how to watch and stop it; `render`: only print the command.
+    """Test and submit the job, and print how to watch and stop it; `render`: only print the command.
 
-    Raises UserError with sbatch's reason.
+    Returns the exit code. Raises UserError with sbatch's reason.
     """
     if not SCRIPT.is_file():
         raise UserError(f"{SCRIPT} is missing: run mlm-train from a clone, which holds the job scripts")
@@ -84,20 +84,20 @@ def submit(job: SlurmJob, render: bool = False) -> int:
 
 
 def _sbatch(command: Sequence[str], job: SlurmJob) -> str:
-    """Its standard output; UserError with its reason and what to change."""
+    """Run sbatch and return its output. Raises UserError with its reason and what to change."""
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | job.environment)
     if done.returncode == 0:
         return done.stdout
     lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
     reason = re.sub(r"^(sbatch: error: |allocation failure: |sbatch: )+", "", lines[-1])
-    raise UserError(f"sbatch refuses the job: {reason}; {_advice(' '.join(lines), job)}")
+    raise UserError(f"sbatch rejected the job: {reason}; {_advice(' '.join(lines), job)}")
 
 
 def _advice(reason: str, job: SlurmJob) -> str:
-    """What to change, for the reasons that Slurm gives most."""
+    """What to change, for Slurm's most frequent reasons."""
     lower = reason.lower()
     if "partition" in lower and "account" not in lower:
-        return f"--partition {job.partition or 'NAME'}: `sinfo -s` lists those there are"
+        return f"--partition {job.partition or 'NAME'}: `sinfo -s` lists the partitions"
     if "account" in lower:
         return f"--account {job.account or 'NAME'}: `sacctmgr show associations user=$USER` lists yours"
     if "time" in lower:
@@ -105,4 +105,4 @@ def _advice(reason: str, job: SlurmJob) -> str:
     if "node" in lower or "gres" in lower:
         asked = f"--nodes {job.nodes}" + (f" --gpus-per-node {job.gpus}" if job.gpus else "")
         return f"{asked}: `sinfo -o '%P %D %G'` shows nodes and GPUs of each partition"
-    return "look at `sinfo` and at --render's command"
+    return "check `sinfo` and the command that --render prints"

@@ -1,4 +1,4 @@
-"""One optimizer step and one evaluation, on this rank's share of the batch."""
+"""One optimizer step and one evaluation on this rank's micro-batches."""
 
 import math
 import time
@@ -23,20 +23,20 @@ from mlm_train.train.signals import Signals
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did, summed or averaged over all data-parallel ranks."""
+    """The result of a step, summed or averaged over all data-parallel ranks."""
 
-    loss: float  # mean cross-entropy over valid labels, z-loss left out
-    grad_norm: float  # before clipping; infinite where the step was skipped
-    tokens: int  # positions of the step
-    distinct_micro: float  # distinct ids of a micro-batch / its tokens
-    distinct_step: float  # distinct ids of a rank's step / its tokens
-    ffn_m_evaluations: float  # of FFN-M, all layers together / tokens; what is computed again left out
+    loss: float  # mean cross-entropy over valid labels, without z-loss
+    grad_norm: float  # before clipping; infinite if the step was skipped
+    tokens: int  # positions in the step
+    distinct_micro: float  # distinct ids per token of a micro-batch
+    distinct_step: float  # distinct ids per token of a rank's step
+    ffn_m_evaluations: float  # per token, over all layers; without recomputation
     seconds: float
-    asked: Signal | None  # what asks the run to end here, on some rank; the same on every one
-    waited: list[float]  # seconds that each rank waited for its data
-    forward: list[float]  # seconds of each rank's forward passes, waiting for other ranks left out
-    peak_memory: list[float]  # bytes that each rank has used at most so far
-    fault: str | None  # what was not finite, and where: the step has changed nothing then
+    asked: Signal | None  # the signal that some rank received to end the run; equal on all ranks
+    waited: list[float]  # seconds per rank, waiting for data
+    forward: list[float]  # seconds per rank in forward passes, without waiting for other ranks
+    peak_memory: list[float]  # bytes per rank so far
+    fault: str | None  # the non-finite value and its origin, if the step was skipped
 
 
 class Trainer:
@@ -47,31 +47,32 @@ class Trainer:
     ) -> None:
         self.engine, self.executor, self.runtime = engine, executor, runtime
         self.signals = signals or Signals()
-        self.spoilt: list[str] = []  # parameters whose gradient here was not finite in the latest step
+        self.nonfinite: list[str] = []  # parameters with a non-finite gradient on this rank, latest step
 
     def backward(self, batches: Sequence[MicroBatch]) -> tuple[Tensor, float]:
-        """Accumulate gradients of DP/N * sum(CE + z * lse^2); this data-parallel rank's CE, and N.
+        """Accumulate gradients of DP/N * sum(CE + z * lse^2); return this rank's sum of CE, and N.
 
-        N counts the valid labels of the whole step over all ranks, so masks of any shape give one
-        process's gradients; the factor DP undoes the engine's average over data parallel.
+        N is the number of valid labels of the step over all ranks, so that gradients equal those of one
+        process for any mask; the factor DP undoes the engine's average over data parallel.
         """
         self.runtime.marker.at("count of labels")
         mine = sum(count_labels(batch.labels) for batch in batches)
         labels = self._sum_over_ranks(torch.tensor(float(mine), dtype=torch.float64)).item()
         with self.engine.accumulating():
             total = self.executor.backward(batches, self.runtime.topology.data / max(labels, 1.0))
-            self.spoilt = self.engine.nonfinite()
+            self.nonfinite = self.engine.nonfinite()
             if not total.isfinite():
                 self.engine.spoil()
         return total, labels
 
     def step(self, batches: Sequence[MicroBatch], lr: float, waited: float = 0.0) -> StepResult:
-        """Train on this rank's micro-batches of one global batch, for which it waited so many seconds.
+        """Train on this rank's micro-batches of one global batch.
 
-        Raises UserError where the loss was not finite, and yet the weights have changed.
+        waited: seconds spent waiting for them. Raises UserError if the loss is non-finite although the
+        weights have changed.
         """
         started, marker = time.perf_counter(), self.runtime.marker
-        marker.forwards.read()  # an evaluation's
+        marker.forwards.read()  # discard an evaluation's seconds
         total, labels = self.backward(batches)
         marker.at("optimizer step")
         grad_norm = self.engine.step(lr)
@@ -79,7 +80,7 @@ class Trainer:
         micro = sum(batch.ids.unique().numel() for batch in batches)
         whole = torch.cat([batch.ids.flatten() for batch in batches])
         source = self.executor.source
-        # Each stage evaluates its layers; the ranks that share a layer do so together.
+        # Each stage counts its own layers; tensor-parallel ranks share one evaluation.
         evaluates = source is not None and self.runtime.topology.tensor_rank == 0
         mine = source.evaluations(whole.numel(), micro) if source and evaluates else 0
         counts = (whole.numel(), micro, whole.unique().numel())
@@ -93,8 +94,8 @@ class Trainer:
             fault = self._fault(loss, batches)
         elif not math.isfinite(loss):
             raise SharedUserError(
-                f"the loss is {loss}, but no gradient, so the weights have changed: start again, from the "
-                "newest of the committed checkpoints, which are kept"
+                f"the loss is {loss} although all gradients are finite, so the weights have changed: "
+                "restart, to resume from the newest committed checkpoint"
             )
         return StepResult(
             loss=loss / max(labels, 1.0),
@@ -112,12 +113,14 @@ class Trainer:
         )
 
     def _fault(self, loss: float, batches: Sequence[MicroBatch]) -> str:
-        """What was not finite in the step, and where."""
-        self.runtime.marker.at("search for what is not finite")
-        what = "gradient not finite" if math.isfinite(loss) else f"loss {loss}"
+        """Describe the non-finite value of the step, and its origin."""
+        self.runtime.marker.at("search for non-finite values")
+        what = "non-finite gradient" if math.isfinite(loss) else f"loss {loss}"
         model = self.engine.model
         assert isinstance(model, Transformer)
-        return f"{what}; {locate(model, lambda: self.executor.evaluate(batches), self.spoilt, self.runtime)}"
+        return (
+            f"{what}; {locate(model, lambda: self.executor.evaluate(batches), self.nonfinite, self.runtime)}"
+        )
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:
         """Mean cross-entropy over the valid labels of all ranks' batches."""
@@ -126,22 +129,24 @@ class Trainer:
     def evaluate_by_source(
         self, batches: Sequence[MicroBatch], sources: Sequence[int], number: int
     ) -> tuple[float, list[float]]:
-        """The same, and the mean of each of `number` sources, NaN where it has no label.
+        """The same, and the mean of each of `number` sources (NaN without labels).
 
-        sources: the one of each micro-batch.
+        sources: the source index of each micro-batch.
         """
         sums = torch.zeros(2, number, dtype=torch.float64)  # cross-entropy, labels
         labels = torch.tensor([count_labels(batch.labels) for batch in batches], dtype=torch.float64)
-        found = torch.stack([self.executor.evaluate(batches).cpu(), labels])
-        sums.index_add_(1, torch.tensor(sources), found)
+        per_batch = torch.stack([self.executor.evaluate(batches).cpu(), labels])
+        sums.index_add_(1, torch.tensor(sources), per_batch)
         losses, counts = self._sum_over_ranks(sums)
         return float(losses.sum()) / max(float(counts.sum()), 1.0), (losses / counts).tolist()
 
     def _over_all(
         self, shared: Sequence[float], own: Sequence[float], each: Sequence[float]
     ) -> tuple[list[float], list[float], list[list[float]]]:
-        """One sum over all ranks: of `shared`, which the ranks of a replica know alike, once a replica; of
-        `own`, which each rank has itself; and every rank's value of each in `each`, unsummed.
+        """One all-reduce over all ranks, of three kinds of values.
+
+        shared: equal on the ranks of a replica, summed once per replica. own: summed over all ranks. each:
+        not summed; returned as one list over the ranks per value.
         """
         topology = self.runtime.topology
         once = shared if topology.is_replica_rank_0 else [0.0] * len(shared)
@@ -153,5 +158,5 @@ class Trainer:
         return sums[0].tolist(), sums[1].tolist(), sums[2].view_as(table).tolist()
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        """Sums over data parallel, on the CPU as the values are."""
+        """Sum over the data-parallel ranks; values and result are on the CPU."""
         return self.runtime.sum_over_data(values.to(self.runtime.device)).cpu()

@@ -105,7 +105,7 @@ def test_training_goes_on_and_leaves_no_trace_in_the_copy(
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.state.items())
     assert not torch.equal(later.state["weight/lm_head.weight"], found["weight/lm_head.weight"])
     log = (tmp_path / "run" / "train.log").read_text()
-    assert "step-00000001 committed in" in log and "training stood still for" in log
+    assert "step-00000001 committed in" in log and "training blocked for" in log
 
 
 def test_a_save_may_fail_and_the_next_one_succeed(

@@ -1,4 +1,4 @@
-"""Configs: presets against the paper, overrides, and one clear line for every mistake."""
+"""Configs: presets against the paper, overrides, and a one-line error for every mistake."""
 
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def test_base_has_no_ffn_m_to_execute() -> None:
         ("data.sequence_length=100000", "longer than model.max_position_embeddings"),
         (
             "data.blend=[{path: a, weight: 1}]",
-            "give either this or data.blend; on the command line data.path",
+            "give either this or data.blend; data.path=null on the command line",
         ),
         ("data.blend=[{path: a, wieght: 1}]", "data.blend.0.wieght; did you mean data.blend.0.weight?"),
         ("data.blend=[{path: a, weight: 0}]", "data.blend.0.weight=0: input should be greater than 0"),
@@ -140,7 +140,7 @@ def test_mistakes_get_one_clear_line(override: str, words: str) -> None:
         (["parallel.virtual_stages=2"], "parallel.virtual_stages=2: has an effect only with"),
         (["parallel.layers_per_stage=[1, 2]"], "needs 2 numbers that add up to"),
         (["parallel.layers_per_stage=[4, 0]"], "parallel.layers_per_stage.1=0"),
-        (["parallel.zero_stage=3"], "parallel.zero_stage=3: does not go with parallel.pipeline=2"),
+        (["parallel.zero_stage=3"], "parallel.zero_stage=3: is incompatible with parallel.pipeline=2"),
         (["parallel.zero_stage=3"], "set parallel.zero_stage=2, or parallel.pipeline=1"),
         (["parallel.pipeline_schedule=zbv", "parallel.x0_transport=broadcast"], "use relay"),
         (
@@ -156,7 +156,10 @@ def test_mistakes_get_one_clear_line(override: str, words: str) -> None:
             ["parallel.pipeline_schedule=zbv", "parallel.pipeline=3"],
             "makes 6 stages of 4 layers; at most 2 fits",
         ),
-        (["train.activation_checkpointing=[full, none, none]"], "needs one for all stages, or a list of 2"),
+        (
+            ["train.activation_checkpointing=[full, none, none]"],
+            "needs one value for all stages, or a list of 2",
+        ),
         (
             ["train.activation_checkpointing=some"],
             "train.activation_checkpointing='some': input should be 'none', 'selective' or 'full'",
@@ -167,7 +170,7 @@ def test_mistakes_get_one_clear_line(override: str, words: str) -> None:
         ),
         (
             ["parallel.pipeline_schedule=zbv", "train.compile=true"],
-            "train.compile=True: does not go with parallel",
+            "train.compile=True: is incompatible with parallel",
         ),
         (["parallel.x0_transport=pigeon"], "parallel.x0_transport='pigeon'"),
     ],

@@ -1,4 +1,4 @@
-"""One reader of YAML for files and overrides: plain values, bounded, one line for whatever is wrong."""
+"""The YAML reader of files and overrides: plain values, bounded size, one-line errors."""
 
 import time
 from collections.abc import Callable
@@ -40,8 +40,8 @@ HOSTILE = (
     ],
 )  # fmt: skip
 def test_values_are_those_of_the_core_schema(text: str, value: object) -> None:
-    found = yaml_value(text)
-    assert found == value and type(found) is type(value)
+    parsed = yaml_value(text)
+    assert parsed == value and type(parsed) is type(value)
     if isinstance(value, str):
         assert yaml_value(yaml_text({"a": value}))["a"] == value
 
@@ -91,7 +91,7 @@ def test_depth_is_bounded_where_it_says() -> None:
     ],
 )  # fmt: skip
 def test_overrides_that_cannot_be(override: str, tmp_path: Path) -> None:
-    """The last one's newline is text: the value is refused for what else is wrong."""
+    """Every error is one printable line, also where a value contains a newline."""
     words = ["pretrain", MICRO, f"data.path={tmp_path / 'none'}", override]
     line = refused(*words)
     assert line.isprintable() and len(line) < 1000

@@ -1,4 +1,4 @@
-"""Callbacks: which hooks are called when, on which ranks, and that ours need no process group."""
+"""Callbacks: when and on which ranks hooks are called; the built-in ones need no process group."""
 
 import math
 from pathlib import Path
@@ -23,7 +23,7 @@ from tests.train.test_guard import SPIKE, bad_labels, spoil
 
 
 class Diary(Callback):
-    """Each rank notes its hooks in train.output/diary-RANK."""
+    """Each rank records its hook calls in train.output/diary-RANK."""
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -64,7 +64,7 @@ class Diary(Callback):
 
 
 class Stumbling(Diary):
-    """Fails in the middle of a run, and again at its end."""
+    """Raises in after_step and in on_train_end."""
 
     def after_step(self, report: StepReport) -> None:
         raise ValueError("the third stair is missing")
@@ -81,7 +81,7 @@ def pretrain(data: Path, run: Path, *more: str) -> list[str]:
 
 
 def hooks(run: Path, rank: int = 0) -> list[str]:
-    """The diary, without losses."""
+    """The recorded calls of a rank, without losses."""
     lines = (run / f"diary-{rank}").read_text().splitlines()
     return [line.rsplit(" ", 1)[0] if line.startswith(("after", "validation")) else line for line in lines]
 
@@ -106,7 +106,7 @@ def test_a_skipped_step_and_a_resumed_run(
     with monkeypatch.context() as patch:
         spoil(patch, {2}.__contains__)
         mlm_train("pretrain", *pretrain(data, run, *more, "train.steps=3"))
-    assert hooks(run)[3:6] == ["before 2", "skipped 2: gradient not", "after 2"]
+    assert hooks(run)[3:6] == ["before 2", "skipped 2: non-finite g", "after 2"]
     mlm_train("pretrain", *pretrain(data, run, *more, "train.steps=4"))
     assert hooks(run)[-7:-4] == ["start after 3", "before 4", "after 4"]
 
@@ -115,9 +115,9 @@ def test_a_loss_spike(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     run = tmp_path / "run"
     bad_labels(monkeypatch, 15 * 8)
     mlm_train("pretrain", *pretrain(data, run, *SPIKE))
-    found = [line for line in hooks(run) if not line.startswith("saved")]  # which comes when it is on disk
-    at = found.index("16 back to step-00000010, step 10")
-    assert found[at - 1] == "after 16" and found[at + 1] == "before 11"
+    calls = [line for line in hooks(run) if not line.startswith("saved")]  # those come at any time
+    at = calls.index("16 back to step-00000010, step 10")
+    assert calls[at - 1] == "after 16" and calls[at + 1] == "before 11"
 
 
 def test_a_failure_in_a_hook_ends_the_run_and_the_other_callbacks_end_too(data: Path, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_failure_in_a_hook_ends_the_run_and_the_other_callbacks_end_too(data: 
 
 
 def reports(output: Path) -> list[tuple[str, object]]:
-    """Each hook with an argument, as in a short run of two ranks."""
+    """(hook, argument) pairs as in a short run of two ranks."""
     progress = Progress(step=1, samples=8, tokens=256)
     result = StepResult(
         loss=6.0, grad_norm=math.inf, tokens=256, distinct_micro=0.5, distinct_step=0.4,
@@ -152,9 +152,9 @@ def reports(output: Path) -> list[tuple[str, object]]:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_our_callbacks_use_no_collective_and_only_the_leading_rank_writes(rank: int, tmp_path: Path) -> None:
-    """There are two ranks here and no process group: a collective would raise."""
-    processes.stop()  # of an earlier test in this process
+def test_built_in_callbacks_use_no_collective_and_only_rank_0_writes(rank: int, tmp_path: Path) -> None:
+    """Two ranks without a process group: a collective would raise."""
+    processes.stop()  # process groups of an earlier test
     assert not torch.distributed.is_initialized()
     words = [
         "data.path=none",
@@ -183,7 +183,7 @@ def test_our_callbacks_use_no_collective_and_only_the_leading_rank_writes(rank: 
 
 
 def test_the_list_has_every_hook() -> None:
-    """One that it forgot would do nothing, in silence."""
+    """Callbacks overrides all hooks: a forgotten one would silently do nothing."""
     assert {name for name in vars(Callback) if not name.startswith("_")} == {
         name for name in vars(Callbacks) if not name.startswith("_")
     }

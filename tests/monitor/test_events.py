@@ -1,4 +1,4 @@
-"""A disk that takes nothing for a while: no line and no scalar is lost, none is there in part."""
+"""A temporarily full disk: no line or scalar is lost, and none is written in part."""
 
 import resource
 import signal
@@ -11,7 +11,7 @@ from tests.commands import scalars
 
 
 class Full:
-    """Files of this process end at so many bytes, as on a full disk."""
+    """Limits files of this process to `size` bytes, like a full disk."""
 
     def __init__(self, size: int) -> None:
         self.size = size

@@ -1,10 +1,11 @@
-"""Metrics of a run, read back: TensorBoard's own reader, JSON lines, Weights & Biases offline."""
+"""Metrics of a run, read back with TensorBoard's reader, as JSON lines, and from Weights & Biases offline."""
 
 import json
 import math
 import re
 import struct
 import sys
+import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +25,7 @@ def config_of(output: Path, *writers: str) -> Config:
 
 
 def opened(output: Path, writer: str, first_step: int) -> MetricsWriter:
-    """As a launch on one process does."""
+    """Open a writer as a launch on one process does."""
     writers = Writers()
     writers.open(config_of(output, writer), first_step)
     return writers
@@ -38,7 +39,7 @@ def jsonl(run: Path, tag: str) -> dict[int, float | None]:
 def test_a_step_that_is_done_again_is_read_once(
     writer: str, read: Callable[[Path, str], dict[int, float]], tmp_path: Path
 ) -> None:
-    """After a crash the next launch does steps again; after a loss spike this one does."""
+    """The next launch repeats steps after a crash; the same launch does after a loss spike."""
     first = opened(tmp_path, writer, 1)
     for step in (1, 2, 3, 4):
         first.scalars({"train/loss": 10.0 - step}, step)
@@ -111,7 +112,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer.scalars({"train/loss": 6.5}, 3)
     writer.close()
     first, second = sorted(
-        map(wandb_run, run.glob("wandb/offline-run-*/*.wandb")), key=lambda one: one["name"]
+        map(wandb_run, run.glob("wandb/offline-run-*/*.wandb")), key=lambda record: record["name"]
     )
     assert first["name"] == "mine from step 1" and second["name"] == "mine from step 3"
     assert {first["group"], second["group"]} == {"mine"} and first["project"] == "mlm_train"
@@ -123,7 +124,16 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wandb_run(path: Path) -> dict:
-    """What W&B has noted offline, by its own protocol."""
+    """What W&B recorded offline, once it is complete: W&B's service may still write after `finish`."""
+    deadline = time.monotonic() + 60
+    while "exit" not in (found := wandb_values(path)):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+    return found
+
+
+def wandb_values(path: Path) -> dict:
+    """The records so far, decoded by W&B's own protocol."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     found: dict = {"steps": {}}
@@ -135,6 +145,8 @@ def wandb_run(path: Path) -> dict:
             for item in run.config.update:
                 if item.key == "model":
                     found["vocab_size"] = json.loads(item.value_json)["vocab_size"]
+        if record.HasField("exit"):
+            found["exit"] = record.exit.exit_code
         if record.HasField("history"):
             items = {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
             step = int(items.get("_step", record.history.step.num))
@@ -143,29 +155,31 @@ def wandb_run(path: Path) -> dict:
 
 
 def wandb_records(path: Path) -> Iterator[bytes]:
-    """LevelDB's log format, after a header of 7 bytes: CRC, length, whole (1), first, middle, last (4)."""
-    data, at, whole = path.read_bytes(), 7, b""
+    """LevelDB log records after a header of 7 bytes: CRC, length, kind (1 full, 2 first, 4 last)."""
+    data, at, parts = path.read_bytes(), 7, b""
     while at + 7 <= len(data):
         if 2**15 - at % 2**15 < 7:  # a block's end
             at += 2**15 - at % 2**15
         _, length, kind = struct.unpack_from("<IHB", data, at)
-        whole += data[at + 7 : at + 7 + length]
+        if at + 7 + length > len(data):  # still being written
+            return
+        parts += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
-            yield whole
-            whole = b""
+            yield parts
+            parts = b""
 
 
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="the package is here")
 def test_wandb_without_the_package(data: Path, tmp_path: Path) -> None:
-    line = "monitor.writers: wandb needs the package of that name: pip install 'mlm-train[wandb]'"
+    line = "monitor.writers: wandb needs the wandb package: pip install 'mlm-train[wandb]'"
     words = (*TINY, f"data.path={data}", f"train.output={tmp_path / 'run'}", "monitor.writers=[wandb]")
     assert line in refused("pretrain", "configs/micro.yaml", *words)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_named_wandb_is_not_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """W&B makes one where it runs."""
+    """W&B creates a folder named wandb in the working directory."""
     (tmp_path / "wandb").mkdir()
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     with monkeypatch.context() as patch:
@@ -178,6 +192,6 @@ def test_wandb_without_an_account_is_one_line(data: Path, tmp_path: Path) -> Non
     pytest.importorskip("wandb")
     words = (*TINY, f"data.path={data}", f"train.output={tmp_path / 'run'}", "monitor.writers=[wandb]")
     process = start("pretrain", "configs/micro.yaml", *words, WANDB_MODE="online", WANDB_API_KEY="short")
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 2, said
-    assert re.fullmatch(r"mlm-train: monitor.writers: wandb: .*; run `wandb login`, .*\n", said), said
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, output
+    assert re.fullmatch(r"mlm-train: monitor.writers: wandb: .*; run `wandb login`, .*\n", output), output

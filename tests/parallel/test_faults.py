@@ -61,7 +61,7 @@ def test_skipped_on_all_ranks_alike_and_named(
     elif layout in KEEP_NO_GRADIENTS:
         assert "the same samples again are finite everywhere" in fault, fault
     elif kind == "gradient":
-        assert fault.startswith("gradient not finite; gradient of "), fault
+        assert fault.startswith("non-finite gradient; gradient of "), fault
         assert f"layers.{layer}.self_attn.o_proj.weight" in fault and f" on rank {rank} (" in fault, fault
     else:  # all gradients of the replica are non-finite
         assert fault.startswith("loss nan; gradient of lm_head.weight and "), fault

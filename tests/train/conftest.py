@@ -1,4 +1,4 @@
-"""What the tests of bad input share."""
+"""Fixtures of the training tests."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.train.short_runs import pretrain
 
 @pytest.fixture
 def no_groups_left() -> Iterator[None]:
-    """A refused run in this process must not disturb the next."""
+    """Destroy process groups that a rejected run in this process left."""
     yield
     runtime.stop()
 

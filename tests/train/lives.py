@@ -1,4 +1,4 @@
-"""A trainer's data without a model, to be killed: it reads ahead, notes its samples, commits its place."""
+"""A trainer's data loading without a model, to be killed: prefetches, records samples, saves its progress."""
 
 import json
 import time
@@ -18,10 +18,10 @@ LENGTH, SEED, GLOBAL_BATCH, STEPS, COMMIT_EVERY = 32, 11, 12, 240, 5
 def live(
     blend: list[dict], world: int, micro_batch: int, notes: Path, checkpoint: Path, most: int | None = None
 ) -> None:
-    """Go on from the checkpoint with `world` data-parallel ranks, all in this process, to the last step.
+    """Resume from the checkpoint with `world` data-parallel ranks, all in this process, up to the last step.
 
-    A line a step in `notes`: the first sample's number, digests in the order of ranks. After `most` steps it
-    waits to be killed: whoever does that may be late where the machine is busy.
+    Appends a line per step to `notes`: the first sample's index, and digests in the order of ranks. After
+    `most` steps it waits to be killed, since the kill may come late on a busy machine.
     """
     samples = Blend.open(DataConfig(blend=blend)).samples("train", LENGTH, SEED)
     progress = Progress()

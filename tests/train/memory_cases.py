@@ -1,4 +1,4 @@
-"""What the ranks of the memory test run: a step, of which one rank has taken half a GiB more before it."""
+"""Run by the ranks of the memory test: a step, before which one rank has allocated half a GiB more."""
 
 import resource
 
@@ -19,7 +19,7 @@ TAKEN = 2**29  # bytes
 
 
 def run(guilty: int) -> list[tuple[float, float, list[float], list[float]]]:
-    """Of each rank: the peak in GiB and its rank as TensorBoard gets them, all peaks, and what ranks say."""
+    """By rank: peak in GiB and its rank as in TensorBoard, all peaks in bytes, and the ranks' own figures."""
     config = tiny_config(dict(MODELS["base"]), train={"micro_batch_size": 1}, monitor={"peak_tflops": 1.0})
     runtime = processes.start(config)
     trainer = make_trainer(config, runtime)

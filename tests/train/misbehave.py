@@ -13,25 +13,25 @@ from mlm_train.cli import main
 from mlm_train.model.transformer import Transformer
 from mlm_train.train import loop
 
-FATAL_CALL = {"data": 3, "forward": 19}  # counted from 1; with 8 micro-batches a step: step 3, number 2
+FATAL_CALL = {"data": 3, "forward": 19}  # counted from 1; with 8 micro-batches per step: step 3, number 2
 SLOW_SECONDS = 1.5
 
 
 def sleep_for_ever() -> None:
-    """Until the process is ended."""
+    """Sleep until the process is killed."""
     while True:
         time.sleep(3600)
 
 
 def fail() -> None:
-    """A mistake in somebody's model."""
+    """Raise, like a bug in a model."""
     raise ValueError("the third stair is missing")
 
 
 def disturbed(
     function: Callable[..., Any], fatal: int, disturbance: Callable[[], None]
 ) -> Callable[..., Any]:
-    """`function`, with a disturbance before one of its calls; 0: before each."""
+    """`function` with a disturbance before call number `fatal`; 0: before every call."""
     calls = 0
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:

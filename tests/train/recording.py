@@ -1,6 +1,6 @@
-"""`mlm-train` that notes what it trains on: `python -m tests.train.recording FILE pretrain ...`.
+"""`mlm-train` that records its samples: `python -m tests.train.recording FILE pretrain ...`.
 
-Each rank appends a line a step to FILE.RANK: the step's task, and a digest of every sample.
+Each rank appends a line per step to FILE.RANK: the step's task, and a digest of every sample.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from mlm_train.train.step import StepResult, Trainer
 
 
 def digests(ids: Tensor, labels: Tensor) -> list[str]:
-    """One a sample, of all its ids and labels."""
+    """One digest per sample, of all its ids and labels."""
     rows = zip(ids.numpy(), labels.numpy(), strict=True)
     return [hashlib.sha256(a.tobytes() + b.tobytes()).hexdigest()[:16] for a, b in rows]
 
@@ -30,7 +30,7 @@ def _noted(self: Trainer, batches: Sequence[MicroBatch], lr: float, waited: floa
     with open(f"{sys.argv[1]}.{os.environ['RANK']}", "a", encoding="utf-8") as file:
         task = self.runtime.marker.mark.task
         file.write(json.dumps([task, [digest for batch in batches for digest in digests(*batch)]]) + "\n")
-    time.sleep(0.1)  # the models are tiny, and a kill has to come in time
+    time.sleep(0.1)  # tiny models are fast, and a kill has to come in time
     return _step(self, batches, lr, waited)
 
 

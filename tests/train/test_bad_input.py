@@ -1,4 +1,4 @@
-"""Every mistake a user can make before or at the start of training: one line, exit 2, nothing lost."""
+"""Bad input before or at the start of training: one line, exit code 2, nothing lost."""
 
 import json
 import os
@@ -75,7 +75,7 @@ print(json.dumps([refused(*words) for words in json.load(sys.stdin)]))
 
 
 def test_places_without_rights(data: Path, trained: Path, tmp_path: Path) -> None:
-    """As a user whom the rights of files bind; root is made one by taking two capabilities."""
+    """Run as a user bound by file permissions; root drops two capabilities for that."""
     copy, closed = Path(shutil.copytree(data, tmp_path / "data")), tmp_path / "closed"
     run = copy_of(trained, tmp_path)
     closed.mkdir()

@@ -1,4 +1,4 @@
-"""Batches made ahead are the ones that would have been made in time."""
+"""Prefetched batches equal those read on demand."""
 
 import threading
 
@@ -26,7 +26,7 @@ def test_order_is_the_callers_whatever_was_made_ahead() -> None:
     plan: list[tuple[tuple[int, int], tuple[int, int] | None]] = [
         ((0, 4), (4, 4)),
         ((4, 4), (8, 4)),
-        ((8, 6), (14, 6)),  # not what was said: made anew
+        ((8, 6), (14, 6)),  # another key than announced: read again
         ((14, 6), None),
         ((20, 6), None),
     ]

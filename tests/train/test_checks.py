@@ -1,4 +1,4 @@
-"""full, sizes, none: what a run and `data inspect` compare of data and checkpoints before they use them."""
+"""full, sizes, none: how runs and `data inspect` verify data and checkpoints before use."""
 
 import shutil
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from tests.commands import TINY, mlm_train, refused
 
 @pytest.fixture(autouse=True)
 def no_groups_left() -> Iterator[None]:
-    """A run in this process must not disturb the next."""
+    """Destroy process groups that a run in this process left."""
     yield
     runtime.stop()
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged: the newest whole one is taken, and nothing is lost or written over."""
+"""Damaged checkpoints: the newest intact one is used, and nothing is lost or overwritten."""
 
 import json
 import re
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("no_groups_left")
 
 
 def damaged(run: Path, how: str) -> str:
-    """Damage the newest checkpoint's largest file; its name."""
+    """Damage the newest checkpoint's largest file and return its name."""
     folder = run / "checkpoints" / "step-00000002"
     victim = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     contents = bytearray(victim.read_bytes())
@@ -64,7 +64,7 @@ def test_damaged_checkpoint(trained: Path, data: Path, tmp_path: Path, how: str,
 
 @pytest.mark.parametrize("seal", [True, False], ids=["digit", "no checksum"])
 def test_a_changed_manifest_is_damage(trained: Path, data: Path, tmp_path: Path, seal: bool) -> None:
-    """One digit of it would be another place in the data."""
+    """One changed digit would move the position in the data."""
     run = copy_of(trained, tmp_path)
     path = run / "checkpoints" / "step-00000002" / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -75,8 +75,8 @@ def test_a_changed_manifest_is_damage(trained: Path, data: Path, tmp_path: Path,
     path.write_text(json.dumps(manifest))
     assert "manifest.json is damaged: its checksum differs" in refused("checkpoint", "verify", run)
     config = load_config(CONFIG, pretrain(data, run, "train.steps=4")[2:])
-    found = find_checkpoint(config, Blend.open(config.data))
-    assert found is not None and found.folder.name == "step-00000001" and len(found.damaged) == 1
+    newest = find_checkpoint(config, Blend.open(config.data))
+    assert newest is not None and newest.folder.name == "step-00000001" and len(newest.damaged) == 1
 
 
 def test_a_manifest_that_is_gone_is_damage_where_nothing_may_fall_back(
@@ -108,7 +108,7 @@ def test_where_all_checkpoints_are_damaged_nothing_starts_over(
     runtime.stop()
     shutil.rmtree(checkpoints / "step-00000001")
     (checkpoints / "step-00000002").rename(checkpoints / "damaged-step-00000002")
-    assert "are damaged: put a whole one there" in refused(*pretrain(data, run, "train.steps=4"))
+    assert "are damaged: restore an intact one" in refused(*pretrain(data, run, "train.steps=4"))
 
 
 def test_ranks_that_find_damage_end_the_launch_with_one_line(

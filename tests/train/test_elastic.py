@@ -1,4 +1,4 @@
-"""Ranks that fail are started again by their agents, on as many machines as are left."""
+"""Agents restart failed ranks, on as many machines as are left."""
 
 import os
 import signal
@@ -26,12 +26,12 @@ def words(data: Path, run: Path, *more: str) -> list[str]:
 
 
 def ranks_of(launch: "subprocess.Popen[str]") -> list[psutil.Process]:
-    found = psutil.Process(launch.pid).children(recursive=True)
-    return [process for process in found if "pretrain" in process.cmdline()]
+    children = psutil.Process(launch.pid).children(recursive=True)
+    return [process for process in children if "pretrain" in process.cmdline()]
 
 
 def is_asked_to_end(process: psutil.Process) -> bool:
-    """Whether SIGTERM waits for a suspended process."""
+    """Whether SIGTERM is pending for a suspended process."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     pending = int(status.partition("ShdPnd:\t")[2].partition("\n")[0], 16)
     return bool(pending & 1 << signal.SIGTERM - 1)
@@ -66,26 +66,26 @@ def test_killed_ranks_start_again_and_a_warned_run_does_not(
 
 
 def test_a_machine_leaves_and_comes_back(unbroken: Path, data: Path, tmp_path: Path) -> None:
-    """Two agents, one rank each: the second one is killed with its rank, and started once more."""
+    """Two agents with one rank each: the second one is killed with its rank, and started again."""
     run = tmp_path / "run"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meet = f"127.0.0.1:{free.getsockname()[1]}"
     command = ("launch", "--nproc", 1, "--nodes", "1:2", "--max-restarts", 3, "--rendezvous", meet)
     first = start(*command, *words(data, run))
-    while not listening(psutil.Process(first.pid)):  # the one that may not be lost
+    while not listening(psutil.Process(first.pid)):  # it hosts the rendezvous
         time.sleep(0.05)
     second = start(*command, *words(data, run))
     wait_for("step-00000005 committed", run, first, second)
     assert "| 2 processes on" in run.joinpath("train.log").read_text()
     for rank in ranks_of(second):
-        rank.suspend()  # it must not outlive its agent and end well
+        rank.suspend()  # it must not outlive its agent and exit cleanly
         os.kill(second.pid, signal.SIGKILL)
         rank.kill()
     second.communicate()
     wait_for("| 1 processes on", run, first)
     (alone,) = ranks_of(first)
-    alone.suspend()  # or it would be done before the other is here
+    alone.suspend()  # or it would finish before the other one joins
     second = start(*command, *words(data, run))
     while not is_asked_to_end(alone):
         assert second.poll() is None, second.communicate()[0]
@@ -95,13 +95,13 @@ def test_a_machine_leaves_and_comes_back(unbroken: Path, data: Path, tmp_path: P
     assert (first.returncode, second.returncode) == (0, 0), outputs
     log = run.joinpath("train.log").read_text()
     assert log.count("| 2 processes on") == 2
-    assert "stopped by SIGTERM after step" in log, "ranks that are well save before they make room"
+    assert "stopped by SIGTERM after step" in log, "healthy ranks save before they restart"
     same_losses(run, unbroken, tolerance=1e-4)
 
 
-def test_what_does_not_go_together_is_refused(data: Path, tmp_path: Path) -> None:
+def test_conflicting_options_are_rejected(data: Path, tmp_path: Path) -> None:
     launch = ("launch", "--nproc", 1, *words(data, tmp_path / "run"))
-    assert "--nodes 2:1: the second number is the larger one" in refused(*launch, "--nodes", "2:1")
+    assert "--nodes 2:1: the second number must be the larger one" in refused(*launch, "--nodes", "2:1")
     assert "--nodes and --rendezvous HOST:PORT" in refused(*launch, "--nodes", "1:2")
     assert "--max-restarts -1: give 0 or more" in refused(*launch, "--max-restarts", -1)
-    assert "started again by Slurm" in refused(*launch, "--slurm", "--max-restarts", 2)
+    assert "restarted by Slurm" in refused(*launch, "--slurm", "--max-restarts", 2)

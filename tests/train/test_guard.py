@@ -1,4 +1,4 @@
-"""Steps that are not finite are skipped and counted; a loss spike takes a run back, and past its cause."""
+"""Non-finite steps are skipped and counted; a loss spike rolls a run back and skips its samples."""
 
 import json
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def saved(run: Path) -> list[int]:
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, which: Callable[[int], bool]) -> None:
-    """Gradients of those steps, counted from 1, are NaN."""
+    """Make the gradients of the chosen steps, counted from 1, NaN."""
     honest, calls = Engine.nonfinite, iter(range(1, 1000))
 
     def broken(engine: Engine) -> list[str]:
@@ -56,9 +56,7 @@ def test_skipped_steps_are_counted_and_leave_the_last_good_checkpoint(
     assert (progress["skipped"], progress["optimizer_steps"], progress["samples"]) == (3, 5, 64)
     assert list(scalars(run, "train/skipped_steps").values()) == [0, 0, 1, 2, 2, 2, 2, 3]
     log = (run / "train.log").read_text()
-    assert (
-        "step 4 SKIPPED, weights are as before (2 skipped in all): gradient not finite; gradient of " in log
-    )
+    assert "step 4 SKIPPED, weights unchanged (2 skipped so far): non-finite gradient; gradient of " in log
     assert json.loads((run / "heartbeat.json").read_text())["state"] == "finished"
 
 
@@ -86,7 +84,7 @@ def mlm_train_ends_with_two(*command: str) -> None:
 
 
 def bad_labels(monkeypatch: pytest.MonkeyPatch, *cursors: int) -> None:
-    """The steps that begin with these samples have labels that say nothing."""
+    """Give the steps that start with these samples useless labels."""
     honest = loop.step_batches
 
     def broken(samples: Any, cursor: int, *arguments: Any) -> list[MicroBatch]:
@@ -112,10 +110,12 @@ def test_a_spike_takes_the_run_back_and_past_its_samples(
         bad_labels(patch, 15 * 8)  # step 16
         mlm_train(*words(data, run, *SPIKE))
     log = (run / "train.log").read_text()
-    assert "loss spike at step 16: back to step-00000010 (rollback 1), on with sample 144" in log
+    assert (
+        "loss spike at step 16: rolled back to step-00000010 (rollback 1), continuing with sample 144" in log
+    )
     progress = open_checkpoint(run / "checkpoints" / "step-00000024").progress.model_dump()
     assert (progress["rollbacks"], progress["samples"]) == (1, 144 + 14 * 8)
-    # The same by hand: from that checkpoint on, with later samples.
+    # The same by hand: resume from that checkpoint with later samples.
     mlm_train(*words(data, other, *SPIKE, "train.stop_after=10"))
     folder = other / "checkpoints" / "step-00000010"
     manifest = open_checkpoint(folder).model_dump()

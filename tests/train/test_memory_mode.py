@@ -1,4 +1,4 @@
-"""memory.mode: what a run says of it, what it decides by itself, and that it stays decided."""
+"""memory.mode: what a run logs, what auto chooses, and that a resumed run keeps the choice."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from tests.commands import ROOT, TINY, finished, refused
 
 CONFIG = str(ROOT / "configs" / "micro.yaml")
 GIB = 2.0**30
-# FFN-M is what counts; lookups and links cost next to nothing.
+# FFN-M dominates; lookups and links cost next to nothing.
 SPEEDS = Speeds(1e-4, 1e-5, 3e-4, 3e-5, 1e-8, 1e-9, 1e12, 1e12)
 TEXT = Distinct(micro_batch=500, step=3000, all_ranks=4000)
 
@@ -31,7 +31,7 @@ TEXT = Distinct(micro_batch=500, step=3000, all_ranks=4000)
 def chosen(
     *words: str, world: int = 1, text: Distinct = TEXT, speeds: Speeds = SPEEDS, budget: float = GIB
 ) -> MemoryChoice:
-    """What auto decides for micro at 8 micro-batches of 2 x 256 tokens a rank."""
+    """What auto chooses for micro at 8 micro-batches of 2 x 256 tokens per rank."""
     more = (
         "train.micro_batch_size=2",
         f"train.global_batch_size={16 * world}",
@@ -43,7 +43,7 @@ def chosen(
 
 
 def mode(choice: MemoryChoice) -> tuple[str, int | None, bool]:
-    """What it decided."""
+    """The chosen mode, table_layers and shared."""
     assert choice.config.memory is not None
     memory = choice.config.memory
     return memory.mode, memory.table_layers, memory.shared
@@ -122,7 +122,7 @@ def test_a_run_decides_says_so_and_keeps_it(data: Path, tmp_path: Path) -> None:
     assert decided.memory is not None and decided.memory.mode != "auto"
     assert yaml.safe_load((run / "config.yaml").read_text())["memory"]["mode"] == "auto"
     again = finished("launch", "--nproc", 2, *words)
-    assert f"memory.mode=auto -> {decided.memory.mode}, as in the checkpoint" in again
+    assert f"memory.mode=auto keeps the checkpoint's {decided.memory.mode}" in again
     assert _saved(run).memory == decided.memory
     other = finished("pretrain", *words, "train.steps=5", "schedule.total_steps=4", "memory.mode=table")
     assert "memory.mode=table: about" in other and "MiB a rank" in other
@@ -140,7 +140,7 @@ def _saved(run: Path) -> Config:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("memory.mode=table", "parallel.zero_stage=3"), "does not go with parallel.zero_stage=3"),
+        (("memory.mode=table", "parallel.zero_stage=3"), "is incompatible with parallel.zero_stage=3"),
         (("memory.mode=table", "parallel.pipeline=2", "parallel.x0_transport=relay"), "use broadcast"),
         (
             (
@@ -149,9 +149,9 @@ def _saved(run: Path) -> Config:
                 "parallel.pipeline=2",
                 "parallel.pipeline_schedule=zbv",
             ),
-            "does not go with parallel.pipeline_schedule=zbv",
+            "is incompatible with parallel.pipeline_schedule=zbv",
         ),
-        (("memory.mode=unique", "memory.budget_gib=1"), "has an effect with memory.mode=auto"),
+        (("memory.mode=unique", "memory.budget_gib=1"), "has an effect only with memory.mode=auto"),
         (("memory.budget_gib=0",), "greater than 0"),
     ],
 )

@@ -1,7 +1,7 @@
-"""A run written before fields were renamed goes on; a person who writes a former name hears the new one.
+"""A run written under former field names resumes; elsewhere a former name is an error with the current one.
 
-old_run holds the data and the run, as the version before wrote them: NEW with four steps on two processes, by
-the former names.
+old_run holds data and a run written by the version before the renaming: NEW with four steps on two processes,
+under the former names.
 """
 
 import json
@@ -46,13 +46,13 @@ def paths(run: Path) -> list[str]:
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """The old run, to go on with."""
+    """A copy of the old run, to resume."""
     return Path(shutil.copytree(OLD / "run", tmp_path / "old"))
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All steps at once, by the new names."""
+    """All steps in one run, under the current names."""
     run = tmp_path_factory.mktemp("unbroken") / "run"
     finished("launch", "--nproc", 2, CONFIG, *NEW, *paths(run))
     return run
@@ -73,7 +73,7 @@ def value_of(tree: Any, name: str) -> Any:
 
 
 def continues(run: Path, unbroken: Path) -> None:
-    """Loss, norm and validation of the steps after the old checkpoint are the unbroken run's."""
+    """Loss, norm and validation after the old checkpoint equal those of the unbroken run."""
     for tag in ("train/loss", "train/grad_norm", "train/global_batch", "validation/loss"):
         values, expected = scalars(run, tag), scalars(unbroken, tag)
         assert values.keys() == {6, 8} and expected.keys() == {2, 4, 6, 8}, tag
@@ -82,7 +82,7 @@ def continues(run: Path, unbroken: Path) -> None:
 
 
 def test_the_old_run_says_what_the_new_names_say() -> None:
-    """As a run's file and a checkpoint's manifest; both have each field of the table, not at its default."""
+    """In a run's file and a checkpoint's manifest; both have every renamed field at a non-default value."""
     config = load_config(CONFIG, [*NEW, *WRITTEN])
     assert load_config(OLD / "run" / "config.yaml") == config
     manifest = open_checkpoint(OLD / "run" / CHECKPOINT)
@@ -109,7 +109,7 @@ def test_an_old_checkpoint_is_gone_on_with(old: Path, unbroken: Path) -> None:
 
 
 def test_an_old_runs_own_config_starts_it(old: Path, unbroken: Path) -> None:
-    """In another layout too; the run's config has the new names then."""
+    """In another layout too; the run's config then has the current names."""
     alone = ("parallel.pipeline=1", "parallel.pipeline_schedule=null", "train.activation_checkpointing=none")
     mlm_train("pretrain", old / "config.yaml", *paths(old), *alone)
     runtime.stop()
@@ -145,7 +145,7 @@ def test_an_old_checkpoint_is_exported_evaluated_and_started_from(
 
 @pytest.mark.parametrize("name", RENAMED)
 def test_a_former_name_is_answered_with_the_new_one(name: str, tmp_path: Path) -> None:
-    """As an override, in a file, beside the new one; a run's file with both is refused too."""
+    """As an override, in a file, and beside the current name; also a run's file with both names."""
     new, file, run = RENAMED[name], tmp_path / "config.yaml", tmp_path / "run"
     answer = f"{name} was renamed: write {new}"
     assert name.rpartition(".")[0] == new.rpartition(".")[0], "a field stays in its section"
@@ -171,7 +171,7 @@ def test_a_former_name_is_answered_with_the_new_one(name: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", RENAMED)
 def test_a_written_config_is_read_by_its_former_names(name: str) -> None:
-    """Null too, which is a value; what was read stays as it was."""
+    """Null is a value too; the tree that was read is not modified."""
     for value in (7, None, {"start": 1}):
         tree = nested(name, value) | {"odd": 5}
         before = json.dumps(tree)
@@ -198,7 +198,7 @@ def test_a_former_name_inside_an_overrides_value(override: str, new: str) -> Non
 
 @pytest.mark.parametrize("beside", ["train.log", "checkpoints", "export.manifest.json"])
 def test_what_was_written_is_known_by_what_lies_beside_it(beside: str, tmp_path: Path) -> None:
-    """A run, a copy of its config and checkpoints, an import; a copy of the config alone is a person's."""
+    """A run, a copy of its config and checkpoints, an import; a lone copy of the config is a user's file."""
     file = Path(shutil.copyfile(OLD / "run" / "config.yaml", tmp_path / "config.yaml"))
     with pytest.raises(UserError, match="was renamed"):
         load_config(file)

@@ -1,4 +1,4 @@
-"""Ranks that something else than `launch` or torchrun starts: what is wrong is said, by every one of them."""
+"""Ranks started by another launcher: every one of them reports what is wrong."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ WHOLE = {
     "RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "29511",
 }  # fmt: skip
-# What is changed of a whole environment (None: missing), and the variable that the line must name.
+# Changes of a complete environment (None: missing), and the variable that the line must name.
 WRONG: list[tuple[dict[str, str | None], str]] = [
     ({"MASTER_ADDR": None}, "MASTER_ADDR"),
     ({"MASTER_PORT": None}, "MASTER_PORT"),
@@ -58,7 +58,7 @@ def test_an_environment_that_is_no_ranks(
 def test_bad_input_is_said_by_every_rank(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
 ) -> None:
-    """The first to end has its agent end the others, which may not have come to say it."""
+    """The first exit makes its agent end the others, which may not have reported it yet."""
     for name, value in (WHOLE | {"RANK": str(rank), "LOCAL_RANK": str(rank)}).items():
         monkeypatch.setenv(name, value)
     assert "train.global_batch_size=9" in refused(

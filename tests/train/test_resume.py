@@ -1,4 +1,4 @@
-"""A run that is stopped, moved to another number of processes, or killed, goes on as if unbroken."""
+"""A run that is stopped, moved to another number of processes, or killed, resumes as if unbroken."""
 
 import os
 import re
@@ -28,7 +28,7 @@ def words(data: Path, output: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All steps on two processes."""
+    """All steps in one run on two processes."""
     run = tmp_path_factory.mktemp("runs") / "unbroken"
     output = finished("launch", "--nproc", 2, *words(data, run))
     assert f"step {STEPS}/{STEPS} | loss" in output and "left 0:00:00" in output
@@ -51,7 +51,7 @@ PP2_DP2 = (4, PP2[1])
 
 
 def zero(stage: int, layout: tuple[int, tuple[str, ...]]) -> tuple[int, tuple[str, ...]]:
-    """A layout with another ZeRO stage."""
+    """A layout with the given ZeRO stage."""
     return layout[0], (*layout[1], f"parallel.zero_stage={stage}")
 
 
@@ -63,8 +63,8 @@ TP2_SEQUENCE = (
     2,
     ("parallel.tensor=2", TABLE, "parallel.sequence=true", "train.activation_checkpointing=full"),
 )
-# A run goes through these, LEG steps in each, and comes back to where it began: every value of every axis
-# (TP, PP, virtual stages, DP, ZeRO, sequence parallel, x0's transport, head) is entered and left.
+# A run goes through these, LEG steps in each, and returns to the first one: every value of every axis (TP,
+# PP, virtual stages, DP, ZeRO, sequence parallelism, x0 transport, head) is entered and left.
 ROUNDS = {
     "untied": {
         "DP2": DP2,
@@ -101,7 +101,7 @@ def unbroken_tied(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_resumes_in_any_layout(
     unbroken: Path, unbroken_tied: Path, data: Path, tmp_path: Path, head: str
 ) -> None:
-    """Weights and optimizer: the losses of the steps after each move are the unbroken run's."""
+    """Weights and optimizer state: losses after each move equal the unbroken run's."""
     run = tmp_path / "moved"
     tied = f"model.tie_word_embeddings={str(head == 'tied').lower()}"
     other = unbroken_tied if head == "tied" else unbroken
@@ -121,7 +121,7 @@ def test_resumes_in_any_layout(
 
 
 def test_every_layout_starts_from_the_same_weights(data: Path, tmp_path: Path) -> None:
-    """Initialisation and export know no layout: the files are equal to the bit."""
+    """Initialisation and export do not depend on the layout: the files are bitwise equal."""
     odd = ("model.intermediate_size=45", "optimizer.lr=1e-30", "schedule.min_lr=0", "train.steps=1")
     exports = []
     for number, (world, layout) in enumerate((ALONE, EVERY_AXIS, ZERO_3)):
@@ -159,7 +159,7 @@ def test_a_killed_rank_costs_only_the_work_since_the_last_checkpoint(
     os.kill(ranks[1].pid, signal.SIGKILL)
     output, _ = launch.communicate(timeout=120)
     assert launch.returncode == 1 and "rank 1 failed first: killed by SIGKILL" in output
-    assert len(scalars(run, "train/loss")) < STEPS, "it was killed too late to show anything"
+    assert len(scalars(run, "train/loss")) < STEPS, "it was killed too late to test anything"
     output = finished("launch", "--nproc", 2, *words(data, run))
     assert "resumed from" in output
     same_losses(run, unbroken, tolerance=0.0)

@@ -1,4 +1,4 @@
-"""The learning rate of a run that goes on under another schedule: never another one without a word."""
+"""The learning rate of a run resumed under another schedule never changes silently."""
 
 import json
 import math
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("no_groups_left")
 
 
 def pretrain(data: Path, run: Path, *more: str) -> list[str]:
-    """Six steps of a cosine, every one of them saved."""
+    """Six steps of a cosine schedule, with a checkpoint at each."""
     return [
         "pretrain", CONFIG, *TINY, f"data.path={data}", f"train.output={run}", f"train.steps={STEPS}",
         f"optimizer.lr={PEAK}", f"schedule.min_lr={LEAST}", "checkpoint.interval=1", "memory.mode=unique",
@@ -25,7 +25,7 @@ def pretrain(data: Path, run: Path, *more: str) -> list[str]:
 
 
 def cosine(step: int, total: int, peak: float = PEAK, warmup: int = WARMUP) -> float:
-    """The rate of step 0, 1, ... by the definition."""
+    """The rate of step 0, 1, ... by definition."""
     if step < warmup:
         return peak * (step + 1) / warmup
     share = min(1.0, (step - warmup) / (total - warmup))
@@ -43,15 +43,15 @@ def done(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(done: Path, tmp_path: Path) -> Path:
-    """The same, to go on with."""
+    """A copy of it, to resume."""
     return Path(shutil.copytree(done, tmp_path / "run"))
 
 
 def rates(run: Path) -> list[float]:
-    """Of all steps."""
-    found = scalars(run, "train/lr")
-    assert list(found) == list(range(1, len(found) + 1))
-    return list(found.values())
+    """Learning rates of all steps."""
+    by_step = scalars(run, "train/lr")
+    assert list(by_step) == list(range(1, len(by_step) + 1))
+    return list(by_step.values())
 
 
 def said(rate: float) -> str:
@@ -106,11 +106,11 @@ def test_a_rewarm_goes_straight_to_the_new_schedule_and_is_resumed(run: Path, da
     longer = ("train.steps=12",)
     mlm_train(*pretrain(data, run, *longer, "schedule.rewarm_steps=4", "train.stop_after=2"))
     runtime.stop()
-    mlm_train(*pretrain(data, run, *longer, "train.stop_after=1"))  # it is not named any more
+    mlm_train(*pretrain(data, run, *longer, "train.stop_after=1"))  # rewarm_steps is not given any more
     runtime.stop()
-    mlm_train(*pretrain(data, run, *longer, "schedule.rewarm_steps=4"))  # it is not begun again
+    mlm_train(*pretrain(data, run, *longer, "schedule.rewarm_steps=4"))  # it does not start again
     goal = cosine(10, 12)
-    line = [LEAST + (goal - LEAST) * place / 4 for place in range(4)]
+    line = [LEAST + (goal - LEAST) * step / 4 for step in range(4)]
     expected = [cosine(step, 6) for step in range(6)] + line + [goal, cosine(11, 12)]
     assert rates(run) == pytest.approx(expected)
     kept = json.loads((run / "checkpoints" / "step-00000012" / "manifest.json").read_text())
@@ -119,7 +119,7 @@ def test_a_rewarm_goes_straight_to_the_new_schedule_and_is_resumed(run: Path, da
 
 
 def test_a_rewarm_is_left_for_another(run: Path, data: Path) -> None:
-    """What is changed on the way is a jump again, from the rate on the line."""
+    """A change during the rewarm is a jump again, from the rewarm's rate."""
     first = ("train.steps=12", "schedule.rewarm_steps=4", "train.stop_after=2")
     mlm_train(*pretrain(data, run, *first))
     runtime.stop()

@@ -1,4 +1,4 @@
-"""Learning rate and batch-size warm-up at their corners."""
+"""Edge cases of the learning rate and of batch size warmup."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def test_no_warmup_starts_at_the_peak() -> None:
     assert learning_rate(config("schedule.warmup_steps=0"), 0) == pytest.approx(1.0)
 
 
-def test_ramp_visits_each_size_for_equally_many_samples() -> None:
+def test_batch_size_warmup_takes_equally_many_samples_at_each_size() -> None:
     c = config("train.batch_size_warmup={start: 8, increment: 8, samples: 96}").train
     sizes, samples = [], 0
     while samples < 200:

@@ -1,4 +1,4 @@
-"""A run that is asked to end checkpoints after its step, on all ranks alike, and goes on as if unbroken."""
+"""A run stopped by a signal checkpoints after its step, on all ranks alike, and resumes as if unbroken."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ PP2 = ("parallel.pipeline=2", "train.micro_batch_size=1")
 
 
 def stopped_at(run: Path, name: str) -> int:
-    """The step after which the run says that it stopped; its newest checkpoint is of that step."""
+    """The step after which the run logged its stop; its newest checkpoint is of that step."""
     line = next(
         line for line in reversed((run / "train.log").read_text().splitlines()) if "stopped by" in line
     )
@@ -62,7 +62,7 @@ def test_one_process_ends_after_its_step_and_goes_on(unbroken: Path, data: Path,
 
 
 def test_ranks_agree_on_the_last_step(unbroken: Path, data: Path, tmp_path: Path) -> None:
-    """Told by the agent, and then one rank alone, which leads nothing."""
+    """The signal comes from the agent, then to rank 1 alone."""
     run = tmp_path / "run"
     launch = start("launch", "--nproc", 2, *words(data, run, *PP2))
     wait_for("step 3/", run, launch)
@@ -82,7 +82,7 @@ def test_ranks_agree_on_the_last_step(unbroken: Path, data: Path, tmp_path: Path
     assert launch.returncode == 128 + signal.SIGTERM and "Traceback" not in output, output
     second = stopped_at(run, "SIGTERM")
     assert first < second < STEPS
-    # The agent is killed: the ranks save, end, and give the folder free.
+    # The agent is killed: the ranks save, exit, and release the folder.
     launch = start("launch", "--nproc", 2, *words(data, run, *PP2))
     wait_for(f"step {second + 2}/", run, launch)
     launch.kill()
@@ -104,16 +104,16 @@ def test_a_signal_while_the_run_is_set_up_ends_it_after_its_first_step(data: Pat
 
 
 def test_a_second_sigterm_ends_at_once(data: Path, tmp_path: Path) -> None:
-    """A step that never ends: the first one waits for it."""
+    """In a step that never ends: the first SIGTERM waits for it."""
     run = tmp_path / "run"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.train.misbehave", "sleep-in-data", "0", "pretrain", *words(data, run)],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | place,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,4 +1,4 @@
-"""`mlm-train launch --slurm` where there is no Slurm; tests/slurm has a real one."""
+"""`mlm-train launch --slurm` without a Slurm; tests/slurm uses a real one."""
 
 import shlex
 import sys
@@ -13,7 +13,7 @@ JOB = ("launch", "--slurm", "configs/micro.yaml", *TINY)
 
 
 def test_the_command_is_shown(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    place = (f"data.path={data}", f"train.output={tmp_path / 'run'}", "train.global_batch_size=64")
+    overrides = (f"data.path={data}", f"train.output={tmp_path / 'run'}", "train.global_batch_size=64")
     options = (
         "--nodes",
         4,
@@ -26,9 +26,9 @@ def test_the_command_is_shown(data: Path, tmp_path: Path, capsys: pytest.Capture
         "--time",
         "04:00:00",
     )
-    mlm_train(*JOB, *place, *options, "--render")
+    mlm_train(*JOB, *overrides, *options, "--render")
     words = shlex.split(capsys.readouterr().out)
-    assert words[0] == "env" and words[4] == "sbatch" and words[-1] == place[-1]
+    assert words[0] == "env" and words[4] == "sbatch" and words[-1] == overrides[-1]
     for option in ("--nodes=4", "--gpus-per-node=8", "--partition=gpu", "--account=us", "--time=04:00:00"):
         assert option in words
     script = next(number for number, word in enumerate(words) if word.endswith("slurm/pretrain.sbatch"))
@@ -64,16 +64,16 @@ def test_bad_input(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_advice_for_what_slurm_says() -> None:
-    """Slurm 22.05's own words; tests/slurm has a real one say some of them."""
-    said = {
+    """Messages of Slurm 22.05; tests/slurm provokes some of them."""
+    advice_for = {
         "allocation failure: Invalid partition name specified": "--partition NAME: `sinfo -s`",
         "allocation failure: Invalid account or account/partition combination specified": "--account us: ",
         "allocation failure: Requested time limit is invalid (missing or exceeds some limit)": "--time HH:MM",
         "allocation failure: Requested node configuration is not available": "--nodes 2 --gpus-per-node 8: ",
         "allocation failure: Invalid generic resource (gres) specification": "--nodes 2 --gpus-per-node 8: ",
         "Job violates accounting/QOS policy (job submit limit)": "--account us: ",
-        "Job submission disabled": "look at `sinfo`",
+        "Job submission disabled": "check `sinfo`",
     }
     job = SlurmJob("a.yaml", (), nodes=2, processes=8, gpus=8, account="us")
-    for reason, advice in said.items():
+    for reason, advice in advice_for.items():
         assert _advice(f"sbatch: error: {reason}", job).startswith(advice), reason

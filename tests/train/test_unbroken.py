@@ -1,4 +1,4 @@
-"""The samples of a run, one by one, whatever kills it and on however many ranks it goes on."""
+"""Every sample of a run is trained on once, wherever it is killed and on however many ranks it resumes."""
 
 import json
 import os
@@ -27,7 +27,7 @@ RESUMED_ON = ((1, 1), (2, 1), (3, 2), (4, 3), (6, 2), (12, 1), (1, 12), (2, 3)) 
 
 @pytest.fixture(scope="module")
 def blend(data: Path, corpus: Path) -> list[dict]:
-    """Two sources of one tokenizer; the small one is gone through several times."""
+    """Two sources with one tokenizer; the small one is repeated for several epochs."""
     small = corpus.parent / "small"
     model = data / "tokenizer.model"
     text = corpus / "validation.jsonl"
@@ -37,19 +37,19 @@ def blend(data: Path, corpus: Path) -> list[dict]:
 
 
 def expected(blend: list[dict], length: int, seed: int, count: int) -> list[str]:
-    """Digests of the first samples, read in one go."""
+    """Digests of the first `count` samples, read at once."""
     samples = Blend.open(DataConfig(blend=blend)).samples("train", length, seed)
     return digests(*samples.batch(0, count))
 
 
 def notes_of(path: Path) -> list:
-    """Lines of notes; what a kill cut off at the end is left out."""
+    """Lines of notes, without a last one truncated by a kill."""
     lines = path.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def test_killed_twenty_times_at_random_and_resumed_at_other_sizes(blend: list[dict], tmp_path: Path) -> None:
-    """SIGKILL at any moment; each life has another data-parallel size and micro-batch."""
+    """SIGKILL at any moment; each launch has another data-parallel size and micro-batch."""
     processes = forkserver()
     checkpoint = tmp_path / "progress.json"
     chance = random.Random(2)
@@ -72,7 +72,7 @@ def test_killed_twenty_times_at_random_and_resumed_at_other_sizes(blend: list[di
         assert process.exitcode == (-signal.SIGKILL if life < KILLS else 0), life
         seen.append(notes_of(notes))
     whole = expected(blend, lives.LENGTH, lives.SEED, lives.STEPS * lives.GLOBAL_BATCH)
-    assert len(set(starts)) > KILLS // 2, "most lives must have begun somewhere else"
+    assert len(set(starts)) > KILLS // 2, "most launches must have started somewhere else"
     for start, life_notes in zip(starts, seen, strict=True):
         for number, (first, found) in enumerate(life_notes):
             assert first == start + number * lives.GLOBAL_BATCH  # unbroken from the checkpoint on
@@ -96,7 +96,7 @@ def launch(world: int, notes: Path, words: list[str]) -> "subprocess.Popen[str]"
 
 
 def kill_a_rank(run: "subprocess.Popen[str]", notes: Path, step: int) -> None:
-    """SIGKILL once rank 0 has begun this many steps."""
+    """SIGKILL a rank once rank 0 has started this many steps."""
     own = Path(f"{notes}.0")
     while not own.is_file() or len(notes_of(own)) < step:
         assert run.poll() is None, run.communicate()[0][-4000:]
@@ -137,9 +137,12 @@ def test_the_trainer_takes_the_same_samples_in_every_life(blend: list[dict], tmp
             if len(shares) == world:
                 assert together == right, (life, task)
                 done.add(task)
-            assert together <= right, (life, task)  # of the step it was killed in, some ranks' part
+            assert together <= right, (
+                life,
+                task,
+            )  # of the step in which it was killed, only some ranks' samples
     assert done == {f"step {step + 1}" for step in range(steps)}
-    taken = [scalars(tmp_path / "run", f"data/samples/{name}") for name in ("data", "small")]
-    assert [sum(pair) for pair in zip(*(one.values() for one in taken), strict=True)] == [
+    consumed = [scalars(tmp_path / "run", f"data/samples/{name}") for name in ("data", "small")]
+    assert [sum(pair) for pair in zip(*(by_step.values() for by_step in consumed), strict=True)] == [
         size * (step + 1) for step in range(steps)
     ]

@@ -1,4 +1,4 @@
-"""What an evaluation says of each source of a blend, and which rank's memory is said to be the most."""
+"""Validation losses of each source of a blend, and the reported peak memory and its rank."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ STILL = ("optimizer.lr=1e-30", "schedule.min_lr=0")
 
 @pytest.fixture(scope="module")
 def blend(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The corpus, and this project's own pages, with one tokenizer."""
+    """The corpus and two pages of this project's docs, with one tokenizer."""
     root = tmp_path_factory.mktemp("blend")
     prepare = ("data", "prepare", "--input", ROOT / "docs" / "run.md")
     options = ("--tokenizer", data / "tokenizer.model", "--validation", ROOT / "docs" / "data.md")
@@ -48,7 +48,7 @@ def run(blend: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 def expected(run: Path, blend: dict[str, Path]) -> dict[str, float]:
-    """Each source's loss by its own: whole logits of its windows, evenly over its validation split."""
+    """Each source's loss computed on its own: whole logits of windows spread evenly over its split."""
     model = load_model(run)
     found = {}
     for name, path in blend.items():
@@ -78,7 +78,7 @@ def test_each_source_has_its_own_loss(run: Path, blend: dict[str, Path]) -> None
 
 
 def test_ranks_together_find_the_same_losses(run: Path, blend: dict[str, Path], tmp_path: Path) -> None:
-    """Two stages of two data-parallel ranks: micro-batches that are left over, and padded ones."""
+    """Two stages of two data-parallel ranks, with incomplete and padded micro-batches."""
     other = tmp_path / "other"
     layout = ("parallel.pipeline=2", "train.steps=1", "schedule.warmup_steps=0", *STILL)
     warm = f"checkpoint.warm_start={run}"
@@ -90,7 +90,7 @@ def test_ranks_together_find_the_same_losses(run: Path, blend: dict[str, Path], 
 
 
 def test_the_most_memory_is_that_of_the_rank_that_has_it() -> None:
-    """Rank 1 of two has taken more; both know it, and so does what TensorBoard gets."""
+    """Rank 1 of two has allocated more; both ranks and TensorBoard show it."""
     for most, rank, peaks, own in run_on_ranks("tests.train.memory_cases:run", 2, guilty=1):
         assert rank == 1 and peaks.index(max(peaks)) == 1
         assert most == pytest.approx(max(peaks) / 2**30)

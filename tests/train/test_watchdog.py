@@ -17,7 +17,7 @@ import pytest
 from tests.commands import ROOT, TINY, finished, scalars, start
 from tests.train.misbehave import SLOW_SECONDS
 
-LIMIT = 5.0  # seconds without progress; below it a loaded test machine would look hung
+LIMIT = 5.0  # seconds without progress; with less, a loaded test machine would look hung
 MISBEHAVE = ("-m", "tests.train.misbehave")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 PP2 = ("parallel.pipeline=2", "model.num_hidden_layers=4")
@@ -43,7 +43,7 @@ def python(arguments: Sequence[str], **environment: str) -> "subprocess.Popen[st
 
 
 def without_agent(arguments: Sequence[str]) -> tuple[list[int], list[str]]:
-    """Two ranks that no launcher ends: exit codes and outputs."""
+    """Run two ranks that no launcher ends; their exit codes and outputs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -58,7 +58,7 @@ def without_agent(arguments: Sequence[str]) -> tuple[list[int], list[str]]:
 
 
 def ranks_of(launch: "subprocess.Popen[str]", run: Path) -> dict[int, psutil.Process]:
-    """The rank processes, once a checkpoint is committed."""
+    """The processes by rank, once a checkpoint is committed."""
     while not (run / "checkpoints" / "latest").is_file():
         assert launch.poll() is None, launch.communicate()[0]
         time.sleep(0.05)
@@ -68,7 +68,7 @@ def ranks_of(launch: "subprocess.Popen[str]", run: Path) -> dict[int, psutil.Pro
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    """No process of a test outlives it."""
+    """No rank process outlives its test."""
     yield
     left = [p for p in psutil.Process().children(recursive=True) if "pretrain" in p.cmdline()]
     assert not psutil.wait_procs(left, timeout=5)[1]

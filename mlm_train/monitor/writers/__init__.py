@@ -1,7 +1,7 @@
-"""Where a run's metrics go: TensorBoard, a file of JSON lines, Weights & Biases, or a class of one's own.
+"""Metrics writers: TensorBoard, JSON lines, Weights & Biases, or a user's class.
 
-Metrics are scalars by tag and step, written on the leading rank alone. A run that is resumed, or rolled back
-after a loss spike, goes on from an earlier step: what was written of that step and of later ones is void.
+Metrics are scalars by tag and step, written on rank 0 only. A run that is resumed, or rolled back after a
+loss spike, continues from an earlier step: metrics written before of that step and later ones are void.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,23 +15,23 @@ from mlm_train.utils.extensions import find
 
 
 class MetricsWriter(Protocol):
-    """What takes metrics. Made as `Writer(config, first_step)`.
+    """Writes metrics. Created as `Writer(config, first_step)`.
 
-    first_step: the first step that this launch will do (1, 2, ...); earlier launches' metrics of it and of
-    later steps are void.
+    first_step: the first step of this launch (1, 2, ...); metrics of it and later steps written by earlier
+    launches are void.
     """
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Values by tag, such as "train/loss"; they may be infinite or NaN. Steps come in order."""
+        """Write values by tag, such as "train/loss"; they may be infinite or NaN. Steps come in order."""
 
     def purge(self, step: int) -> None:
-        """The run goes on with `step` again: what was written of it and of later ones is void."""
+        """The run repeats `step`: metrics of it and later steps are void."""
 
     def close(self) -> None:
-        """The end: flush."""
+        """Flush and close."""
 
 
-# Names of config field monitor.writers (config/choices.py lists them too).
+# Names in config field monitor.writers (also listed in config/choices.py).
 WRITERS: dict[str, Callable[[Config, int], MetricsWriter]] = {
     "tensorboard": TensorBoardWriter,
     "jsonl": JsonLinesWriter,
@@ -40,41 +40,41 @@ WRITERS: dict[str, Callable[[Config, int], MetricsWriter]] = {
 
 
 class Writers:
-    """The writers that a run has chosen (config field monitor.writers), as one; none until opened."""
+    """The writers of config field monitor.writers, as one; none until opened."""
 
     def __init__(self) -> None:
-        self.open_ones: list[MetricsWriter] = []
+        self.writers: list[MetricsWriter] = []
 
     def open(self, config: Config, first_step: int) -> None:
-        """On the leading rank. Raises UserError for one that cannot be had here."""
+        """Open them, on rank 0. Raises UserError for one that is not available."""
         for name in config.monitor.writers:
-            self.open_ones.append(find("monitor.writers", name, WRITERS)(config, first_step))
+            self.writers.append(find("monitor.writers", name, WRITERS)(config, first_step))
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """To each of them."""
-        for writer in self.open_ones:
+        """Write to each of them."""
+        for writer in self.writers:
             writer.scalars(values, step)
 
     def purge(self, step: int) -> None:
-        """In each of them."""
-        for writer in self.open_ones:
+        """Purge each of them."""
+        for writer in self.writers:
             writer.purge(step)
 
     def close(self) -> None:
-        """All of them, whatever one of them raises; the first such failure is raised after all."""
-        each([writer.close for writer in self.open_ones])
-        self.open_ones.clear()
+        """Close all of them, even if some raise; then raise the first exception."""
+        each([writer.close for writer in self.writers])
+        self.writers.clear()
 
 
-def each(endings: Sequence[Callable[[], None]]) -> None:
-    """Call all of them; then raise what the first one raised that failed.
+def each(calls: Sequence[Callable[[], None]]) -> None:
+    """Call all of them, even if some raise; then raise the first exception.
 
-    Not an ExitStack, which takes from a failure the one that it came after: what has ended the run.
+    An ExitStack would replace an exception's context, which tells what ended the run.
     """
     failures = []
-    for end in endings:
+    for call in calls:
         try:
-            end()
+            call()
         except Exception as error:
             failures.append(error)
     if failures:

@@ -1,4 +1,4 @@
-"""TensorBoard's events, below train.output/tensorboard."""
+"""TensorBoard event files in train.output/tensorboard."""
 
 import contextlib
 import io
@@ -13,18 +13,18 @@ from mlm_train.monitor.appended import Appended
 
 
 class TensorBoardWriter:
-    """A file of events for each launch, and for each rollback.
+    """Writes one event file per launch and per rollback.
 
-    It begins with the first step that will be done, from which on TensorBoard drops what older files hold:
-    steps after a crash were not committed, and are not shown twice.
+    A file starts with its first step, from which on TensorBoard drops events of older files, so that steps
+    repeated after a crash are not shown twice.
     """
 
     def __init__(self, config: Config, first_step: int) -> None:
         self.folder = Path(config.train.output) / "tensorboard"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.file = self._begun(first_step)
+        self.file = self._open(first_step)
 
-    def _begun(self, first_step: int) -> Appended:
+    def _open(self, first_step: int) -> Appended:
         from tensorboard.compat.proto.event_pb2 import SessionLog
 
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
@@ -34,26 +34,26 @@ class TensorBoardWriter:
         return file
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Values by tag."""
+        """Write values by tag."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        found = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        self.file.add(_record(step=step, summary=Summary(value=found)))
+        entries = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self.file.add(_record(step=step, summary=Summary(value=entries)))
 
     def purge(self, step: int) -> None:
-        """Go on in a file of its own."""
+        """Continue in a new file."""
         before = self.file
-        with contextlib.suppress(OSError):  # of a full disk: the old file does
-            self.file = self._begun(step)
+        with contextlib.suppress(OSError):  # a full disk: keep the old file
+            self.file = self._open(step)
             before.close()
 
     def close(self) -> None:
-        """A last try to write what waits."""
+        """Try once more to write waiting events, then close."""
         self.file.close()
 
 
 def _record(**fields: object) -> bytes:
-    """An event, framed as TensorBoard's files have it."""
+    """An event in the framing of TensorBoard's files."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 

@@ -1,4 +1,4 @@
-"""Weights & Biases. Needs the extra: pip install 'mlm-train[wandb]'; with WANDB_MODE=offline no account."""
+"""Weights & Biases. Needs pip install 'mlm-train[wandb]'; WANDB_MODE=offline needs no account."""
 
 import importlib.util
 import os
@@ -9,14 +9,14 @@ from typing import Any
 from mlm_train.config import Config
 from mlm_train.errors import UserError
 
-PROJECT = "mlm_train"  # unless WANDB_PROJECT says otherwise
+PROJECT = "mlm_train"  # default of WANDB_PROJECT
 
 
 class WandbWriter:
-    """A W&B run for each launch, and for each rollback, in one group: the run's folder.
+    """Writes one W&B run per launch and per rollback, in a group named after the run's folder.
 
-    W&B takes no step twice. A W&B run is named after its first step: from that step on it replaces the older
-    ones of its group. Its files lie below train.output/wandb.
+    W&B rejects repeated steps. Each W&B run is named after its first step, from which on it replaces the
+    older ones of its group. Files lie in train.output/wandb.
     """
 
     def __init__(self, config: Config, first_step: int) -> None:
@@ -25,9 +25,9 @@ class WandbWriter:
 
         self.wandb: Any = wandb
         self.config = config
-        self.run = self._begun(first_step)
+        self.run = self._start(first_step)
 
-    def _begun(self, first_step: int) -> Any:
+    def _start(self, first_step: int) -> Any:
         output = Path(self.config.train.output).absolute()
         try:
             return self.wandb.init(
@@ -37,7 +37,7 @@ class WandbWriter:
                 dir=output,
                 config=self.config.model_dump(mode="json"),
                 reinit="create_new",
-                # The log is ours, and so is the terminal.
+                # The trainer logs and uses the terminal itself.
                 settings=self.wandb.Settings(console="off", silent=True, disable_git=True),
             )
         except self.wandb.Error as error:
@@ -47,23 +47,21 @@ class WandbWriter:
             ) from None
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Values by tag; those of one step add up."""
+        """Log values by tag; several calls for one step are merged."""
         self.run.log(dict(values), step=step)
 
     def purge(self, step: int) -> None:
-        """Go on in a W&B run of its own."""
+        """Continue in a new W&B run."""
         self.run.finish()
-        self.run = self._begun(step)
+        self.run = self._start(step)
 
     def close(self) -> None:
-        """Wait until all of it is sent, or offline on disk."""
+        """Finish the W&B run, and wait for its upload when online."""
         self.run.finish()
 
 
 def check_wandb() -> None:
-    """UserError where the package is missing."""
+    """Raise UserError if the package is missing."""
     spec = importlib.util.find_spec("wandb")
-    if spec is None or spec.origin is None:  # a folder of that name, which W&B itself makes, is no package
-        raise UserError(
-            "monitor.writers: wandb needs the package of that name: pip install 'mlm-train[wandb]'"
-        )
+    if spec is None or spec.origin is None:  # W&B creates a folder of that name, which is not the package
+        raise UserError("monitor.writers: wandb needs the wandb package: pip install 'mlm-train[wandb]'")
