@@ -11,20 +11,21 @@ from pydantic import ConfigDict, Field
 
 from mlm_train.errors import UserError
 from mlm_train.utils.files import listed, sha256_of
-from mlm_train.utils.records import SEAL, Record, json_value, read_regular, record_of, seal_of, write_sealed
+from mlm_train.utils.records import (
+    SEAL,
+    Count,
+    FileRecord,
+    Record,
+    json_value,
+    read_regular,
+    record_of,
+    seal_of,
+    write_sealed,
+)
 
 MANIFEST = "manifest.json"
 FORMAT = "mlm-checkpoint"
 VERSION = 2  # version 1 had no checksum of the manifest
-Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
-
-
-class FileEntry(Record):
-    """A file beside the manifest."""
-
-    file: str
-    bytes: Count
-    sha256: str
 
 
 class Rewarmed(Record):
@@ -80,7 +81,7 @@ class Manifest(Record):
     data: TrainedOn
     config: dict[str, Any]  # of the run, for config.load.parse_config
     world: Annotated[Count, Field(ge=1)]
-    files: Annotated[list[FileEntry], Field(min_length=1)]
+    files: Annotated[list[FileRecord], Field(min_length=1)]
 
 
 class Damaged(UserError):
@@ -122,7 +123,7 @@ def read_manifest(folder: Path) -> Manifest:
     return record_of(Manifest, tree, path, fix)
 
 
-def verify_files(folder: Path, entries: Sequence[FileEntry], hashes: bool = True) -> None:
+def verify_files(folder: Path, entries: Sequence[FileRecord], hashes: bool = True) -> None:
     """Check presence, size and (with `hashes`) content of files; Damaged names the first bad one.
 
     A file that no entry names is rejected too: its tensors would be read with the others.
@@ -145,7 +146,7 @@ def verify_files(folder: Path, entries: Sequence[FileEntry], hashes: bool = True
         )
 
 
-def size_fault(path: Path, entry: FileEntry) -> str | None:
+def size_fault(path: Path, entry: FileRecord) -> str | None:
     """What is wrong with a file by its presence and size alone, naming it; None: nothing."""
     if not path.is_file():
         return f"{path} is missing"

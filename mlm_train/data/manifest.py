@@ -6,17 +6,9 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from mlm_train.utils.records import Record
+from mlm_train.utils.records import FileRecord, Record
 
 UNSEALED = 1  # version of manifests without their own checksum
-
-
-class FileRecord(Record):
-    """A file beside the manifest. bytes: its exact size."""
-
-    file: str
-    bytes: NonNegativeInt
-    sha256: str
 
 
 class TokenizerRecord(Record):

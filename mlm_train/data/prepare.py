@@ -13,7 +13,7 @@ import numpy as np
 from mlm_train.data.documents import SPLITS, Document, Inputs, find_sources, listing
 from mlm_train.data.encode import encode_in_order
 from mlm_train.data.fraction import text_fraction
-from mlm_train.data.manifest import DataManifest, FileRecord, SplitRecord, TokenizerRecord, fingerprint_of
+from mlm_train.data.manifest import DataManifest, SplitRecord, TokenizerRecord, fingerprint_of
 from mlm_train.data.prepared import write_manifest
 from mlm_train.data.tokenizer import Tokenizer, tokenizer_file, tokenizer_of
 from mlm_train.data.tokenizer_backends import FILE_OF_KIND
@@ -21,6 +21,7 @@ from mlm_train.data.tokenizer_trial import try_tokenizer
 from mlm_train.data.train_tokenizer import train_sentencepiece
 from mlm_train.errors import UserError
 from mlm_train.utils.files import new_folder, sha256_of
+from mlm_train.utils.records import FileRecord
 
 DEFAULT_VALIDATION_FRACTION = 0.02
 BATCH_CHARACTERS = 1 << 18

@@ -14,12 +14,20 @@ import os
 from pathlib import Path
 
 from mlm_train.data.checks import check_documents, check_sizes, check_tokenizer
-from mlm_train.data.manifest import AGAIN, UNSEALED, DataManifest, FileRecord, fingerprint_of
+from mlm_train.data.manifest import AGAIN, UNSEALED, DataManifest, fingerprint_of
 from mlm_train.data.token_stream import TokenStream
 from mlm_train.errors import UserError
 from mlm_train.utils.checks import Check
 from mlm_train.utils.files import listed, open_regular, sha256_of
-from mlm_train.utils.records import SEAL, json_value, read_regular, record_of, seal_of, write_sealed
+from mlm_train.utils.records import (
+    SEAL,
+    FileRecord,
+    json_value,
+    read_regular,
+    record_of,
+    seal_of,
+    write_sealed,
+)
 
 MANIFEST = "manifest.json"
 

@@ -8,9 +8,9 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mlm_train.errors import UserError
 from mlm_train.utils.files import open_regular, write_json
@@ -26,6 +26,17 @@ class Record(BaseModel):
     """A JSON object with known fields; unknown fields are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+
+
+class FileRecord(Record):
+    """A file that a manifest or an index lists: its name, its size, its SHA-256 in hexadecimal."""
+
+    file: str
+    bytes: Count
+    sha256: str
 
 
 def read_regular(path: Path, most: int = LARGEST) -> bytes:

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from mlm_train.checkpoint import save as saving
 from mlm_train.checkpoint import saver as saver_module
 from mlm_train.checkpoint.load import open_checkpoint
-from mlm_train.checkpoint.manifest import FileEntry
 from mlm_train.checkpoint.save import Snapshot, take_snapshot, write_checkpoint
 from mlm_train.checkpoint.tensors import read_tensors
 from mlm_train.config import Config, load_config
@@ -22,6 +21,7 @@ from mlm_train.train.batches import step_batches
 from mlm_train.train.loop import save, train
 from mlm_train.train.preflight import preflight
 from mlm_train.train.setup import Run, opened_run
+from mlm_train.utils.records import FileRecord
 from tests.commands import TINY, mlm_train, refused
 
 CONFIG = "configs/micro.yaml"
@@ -49,7 +49,7 @@ def config_of(data: Path, run: Path, *more: str) -> Config:
     return load_config(CONFIG, words(data, run, *more))
 
 
-def checksums(run: Path) -> dict[str, list[FileEntry]]:
+def checksums(run: Path) -> dict[str, list[FileRecord]]:
     """Checkpoint name -> its manifest's files; all contents are verified."""
     return {folder.name: open_checkpoint(folder).files for folder in (run / "checkpoints").glob("step-*")}
 

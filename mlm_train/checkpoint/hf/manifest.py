@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-from mlm_train.checkpoint.manifest import FileEntry, size_fault
+from mlm_train.checkpoint.manifest import size_fault
 from mlm_train.errors import UserError
 from mlm_train.utils.checks import Check
 from mlm_train.utils.files import listed, sha256_of
-from mlm_train.utils.records import SEAL, Record, read_json, record_of, seal_of, write_sealed
+from mlm_train.utils.records import SEAL, FileRecord, Record, read_json, record_of, seal_of, write_sealed
 
 MANIFEST = "export.manifest.json"
 FIX = f"export or copy it again; if you changed it yourself, delete {MANIFEST}"
@@ -25,7 +25,7 @@ class ExportManifest(Record):
 
     format: Literal["mlm-export"] = "mlm-export"
     version: Literal[1] = 1
-    files: list[FileEntry]
+    files: list[FileRecord]
 
 
 def write_manifest(folder: Path) -> None:
@@ -33,7 +33,7 @@ def write_manifest(folder: Path) -> None:
     files = sorted(path for path in folder.iterdir() if path.is_file())
     hashes = digests(files)
     entries = [
-        FileEntry(file=path.name, bytes=path.stat().st_size, sha256=hashes[path.name]) for path in files
+        FileRecord(file=path.name, bytes=path.stat().st_size, sha256=hashes[path.name]) for path in files
     ]
     write_sealed(folder / MANIFEST, ExportManifest(files=entries).model_dump(mode="json"))
 

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from mlm_train.checkpoint.hf.folder import FolderTensors, open_weights
-from mlm_train.checkpoint.manifest import Count, FileEntry
 from mlm_train.checkpoint.shards import DTYPES, OFFSETS
 from mlm_train.errors import UserError
-from mlm_train.utils.records import Record, parse_json, record_of
+from mlm_train.utils.records import Count, FileRecord, Record, parse_json, record_of
 
 WEIGHT = "weight/"  # prefix of weights; the optimizer's moments have others
 _FIX = "use an older one"
@@ -80,7 +79,7 @@ class _Joined:
         return result
 
 
-def open_joined(folder: Path, files: Sequence[FileEntry]) -> FolderTensors:
+def open_joined(folder: Path, files: Sequence[FileRecord]) -> FolderTensors:
     """The weights of a checkpoint by export name. files: its manifest's, already verified.
 
     Raises UserError for a file that is not safetensors and for a tensor with missing parts.

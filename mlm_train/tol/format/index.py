@@ -15,7 +15,7 @@ from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.tol.format.schemes import PLAIN_BYTES, Dtype, Encoding, PlainDtype, Scheme
 from mlm_train.utils.files import is_plain_name
-from mlm_train.utils.records import Record
+from mlm_train.utils.records import FileRecord, Record
 
 INDEX = "tol.index.json"
 STATE = "tol.build.json"  # exists while a build is unfinished
@@ -25,12 +25,8 @@ BASIS_ITEM = 2  # bytes per value of a basis, float16
 REBUILD = "build it again with `mlm-train tol build`"
 
 
-class TableFile(Record):
-    """A file of the folder, `bytes` bytes in all."""
-
-    file: str
-    bytes: int = Field(ge=0, lt=2**63)
-    sha256: str
+class TableFile(FileRecord):
+    """A file in the folder of a table."""
 
     @field_validator("file")
     @classmethod
