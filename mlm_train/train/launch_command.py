@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default 0, with MIN:MAX 3)",
     )
     parser.add_argument(
-        "--rendezvous", metavar="HOST:PORT", help="with several machines: HOST is one of them, PORT is free on it"
+        "--rendezvous", metavar="HOST:PORT", help="with several machines: one of them and a free port of it"
     )
     add_config_arguments(parser)
     slurm = parser.add_argument_group("as a Slurm job")
