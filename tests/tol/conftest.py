@@ -93,7 +93,7 @@ def url_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(tmp_path_factory.mktemp("url") / "model", random_model(vocab_size=2003))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def url_reference(url_model: Path, ray: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The table that every low-rank build of `url_model` must equal: in a folder, by groups of layers."""
     folder = tmp_path_factory.mktemp("reference") / "tol"
