@@ -21,7 +21,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--nproc", type=int, help="processes per machine: one per GPU on GPUs")
+    parser.add_argument("--nproc", type=int, help="processes per machine (on GPUs: one per GPU)")
     parser.add_argument(
         "--nodes", type=_counts, default=(1, 1), metavar="N|MIN:MAX", help="number of machines (default 1)"
     )
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default 0, with MIN:MAX 3)",
     )
     parser.add_argument(
-        "--rendezvous", metavar="HOST:PORT", help="with several machines: one of them, and a free port on it"
+        "--rendezvous", metavar="HOST:PORT", help="with several machines: one of them and a free port of it"
     )
     add_config_arguments(parser)
     slurm = parser.add_argument_group("as a Slurm job")

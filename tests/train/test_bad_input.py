@@ -163,7 +163,7 @@ def test_checkpoint_of_other_data(trained: Path, data: Path, corpus: Path, tmp_p
     wrong = "checkpoint.accept_data=sha256:0123456789ab"
     assert refused(*pretrain(other, trained, "train.steps=4", wrong)) == line
     assert "should match pattern" in refused(*pretrain(other, trained, "checkpoint.accept_data=abcdef"))
-    # The line says what to add; the checkpoints that follow are of the new data.
+    # The line names the override; the checkpoints that follow are of the new data.
     run = copy_of(trained, tmp_path)
     accept = line.split()[-1]
     mlm_train(*pretrain(other, run, "train.steps=3", accept))
@@ -257,9 +257,9 @@ def test_two_runs_on_one_folder(data: Path, tmp_path: Path) -> None:
         before = (run / "config.yaml").read_bytes()
         assert "being trained by another process" in refused(*pretrain(data, run, "optimizer.lr=0.5"))
         launch = start("launch", "--nproc", 2, *pretrain(data, run, "optimizer.lr=0.5")[1:])
-        said, _ = launch.communicate(timeout=120)
-        lines = [line for line in said.splitlines() if "being trained by another process" in line]
-        assert launch.returncode == 2 and len(lines) == 1 and "Traceback" not in said, said
+        output, _ = launch.communicate(timeout=120)
+        lines = [line for line in output.splitlines() if "being trained by another process" in line]
+        assert launch.returncode == 2 and len(lines) == 1 and "Traceback" not in output, output
         assert (run / "config.yaml").read_bytes() == before and first.poll() is None
     finally:
         first.kill()

@@ -125,7 +125,7 @@ def test_a_run_decides_says_so_and_keeps_it(data: Path, tmp_path: Path) -> None:
     assert f"memory.mode=auto keeps the checkpoint's {decided.memory.mode}" in again
     assert _saved(run).memory == decided.memory
     other = finished("pretrain", *words, "train.steps=5", "schedule.total_steps=4", "memory.mode=table")
-    assert "memory.mode=table: about" in other and "MiB a rank" in other
+    assert "memory.mode=table: about" in other and "MiB per rank" in other
     assert "memory.mode" in other
 
 
@@ -138,7 +138,7 @@ def _saved(run: Path) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("memory.mode=table", "parallel.zero_stage=3"), "is incompatible with parallel.zero_stage=3"),
         (("memory.mode=table", "parallel.pipeline=2", "parallel.x0_transport=relay"), "use broadcast"),
@@ -155,6 +155,6 @@ def _saved(run: Path) -> Config:
         (("memory.budget_gib=0",), "greater than 0"),
     ],
 )
-def test_what_does_not_go_together_is_refused(words: tuple[str, ...], said: str) -> None:
+def test_what_does_not_go_together_is_refused(words: tuple[str, ...], message: str) -> None:
     line = refused("pretrain", CONFIG, *words, "--dry-run", "--world", 2)
-    assert said in line
+    assert message in line

@@ -101,9 +101,9 @@ def test_the_old_run_says_what_the_new_names_say() -> None:
 
 
 def test_an_old_checkpoint_is_gone_on_with(old: Path, unbroken: Path) -> None:
-    said = finished("launch", "--nproc", 2, CONFIG, *NEW, *paths(old))
-    assert "resumed from" in said and f"at step {DONE}" in said
-    changed = set(re.findall(r"changed since that checkpoint: (\S+)", said))
+    output = finished("launch", "--nproc", 2, CONFIG, *NEW, *paths(old))
+    assert "resumed from" in output and f"at step {DONE}" in output
+    changed = set(re.findall(r"changed since that checkpoint: (\S+)", output))
     assert changed == {"data.path", "train.output", "train.steps"}
     continues(old, unbroken)
 

@@ -54,14 +54,15 @@ def rates(run: Path) -> list[float]:
     return list(by_step.values())
 
 
-def said(rate: float) -> str:
+def logged(rate: float) -> str:
+    """A rate as in log lines and errors."""
     return f"{rate:.3g}"
 
 
 def test_a_rate_that_would_jump_is_refused_with_both_rates_and_the_ways_out(run: Path, data: Path) -> None:
     before = snapshot(run)
     line = refused(*pretrain(data, run, "train.steps=12"))
-    assert said(LEAST) in line and said(cosine(6, 12)) in line and "train.steps" in line
+    assert logged(LEAST) in line and logged(cosine(6, 12)) in line and "train.steps" in line
     assert "schedule.total_steps=6" in line and "schedule.rewarm_steps=" in line
     # In the middle of a run, and whatever of the schedule makes it jump.
     for folder in (run / "checkpoints").glob("step-*6"):
@@ -74,13 +75,13 @@ def test_a_rate_that_would_jump_is_refused_with_both_rates_and_the_ways_out(run:
         ("schedule.warmup_steps=4", cosine(5, 6, warmup=4)),
     ):
         line = refused(*pretrain(data, run, change))
-        assert said(cosine(5, 6)) in line and said(new) in line, line
+        assert logged(cosine(5, 6)) in line and logged(new) in line, line
         assert change.partition("=")[0] in line
     assert "schedule.min_lr" in refused(*pretrain(data, run, "schedule.min_lr=0"))
     line = refused(*pretrain(data, run, "schedule.kind=wsd", "schedule.decay_steps=1"))
-    assert said(PEAK) in line and "schedule.kind" in line
+    assert logged(PEAK) in line and "schedule.kind" in line
     launch = refused("launch", "--nproc", 1, *pretrain(data, run, "train.steps=12")[1:])
-    assert said(cosine(5, 12)) in launch
+    assert logged(cosine(5, 12)) in launch
     assert snapshot(run) == before
 
 
@@ -124,7 +125,7 @@ def test_a_rewarm_is_left_for_another(run: Path, data: Path) -> None:
     mlm_train(*pretrain(data, run, *first))
     runtime.stop()
     here = LEAST + (cosine(10, 12) - LEAST) * 2 / 4
-    assert said(here) in refused(*pretrain(data, run, "train.steps=20"))
+    assert logged(here) in refused(*pretrain(data, run, "train.steps=20"))
     runtime.stop()
     mlm_train(*pretrain(data, run, "train.steps=20", "schedule.rewarm_steps=2", "train.stop_after=3"))
     goal = cosine(10, 20)
@@ -141,7 +142,7 @@ def test_no_steps_of_rewarm_jump_at_once(run: Path, data: Path) -> None:
 
 
 def test_another_peak_is_the_users_word(done: Path, run: Path, data: Path, tmp_path: Path) -> None:
-    """It is no accident: said in the log with both rates; still no cover for another length."""
+    """A changed optimizer.lr is intended: the log has both rates. It does not excuse another length."""
     for folder in run.glob("checkpoints/step-*6"):
         shutil.rmtree(folder)
     rewarmed = Path(shutil.copytree(run, tmp_path / "rewarmed"))
@@ -158,7 +159,7 @@ def test_another_peak_is_the_users_word(done: Path, run: Path, data: Path, tmp_p
 
 
 def test_a_change_that_does_not_show_yet_goes_on(data: Path, tmp_path: Path) -> None:
-    """Warm-up and the stable part of wsd know nothing of the end."""
+    """Warmup and the stable part of wsd do not depend on the schedule's length."""
     wsd = ("schedule.kind=wsd", "schedule.decay_steps=2", "train.steps=6")
     run = tmp_path / "run"
     mlm_train(*pretrain(data, run, *wsd, "train.stop_after=3"))
@@ -167,7 +168,7 @@ def test_a_change_that_does_not_show_yet_goes_on(data: Path, tmp_path: Path) -> 
     runtime.stop()
     assert rates(run)[3:] == pytest.approx([PEAK] * 5)
     line = refused(*pretrain(data, run, *wsd, "train.steps=12"))  # at step 8 of 9 it decays
-    assert said((PEAK + LEAST) / 2) in line and said(PEAK) in line
+    assert logged((PEAK + LEAST) / 2) in line and logged(PEAK) in line
     assert "schedule.total_steps=9" in line
 
 
