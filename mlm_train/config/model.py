@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from mlm_train.config.section import Section, blame
+from mlm_train.config.section import Section, reject
 
 # Far beyond any model, and small enough that the product of two fits in 63 bits.
 LARGEST = 2**24  # elements of a width
@@ -66,27 +66,27 @@ class ModelConfig(Section):
         if self.num_key_value_heads is None:
             self._fill("num_key_value_heads", self.num_attention_heads)
         if self.num_attention_heads % self.kv_heads:
-            blame(
+            reject(
                 "model.num_key_value_heads",
                 self.num_key_value_heads,
                 f"must divide model.num_attention_heads={self.num_attention_heads}",
             )
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
-                blame(
+                reject(
                     "model.num_attention_heads",
                     self.num_attention_heads,
                     f"must divide model.hidden_size={self.hidden_size}, or set model.head_dim",
                 )
             self._fill("head_dim", self.hidden_size // self.num_attention_heads)
         if self.attention_head_dim % 2:
-            blame("model.head_dim", self.head_dim, "must be even: rotary embedding rotates pairs")
+            reject("model.head_dim", self.head_dim, "must be even: rotary embedding rotates pairs")
         self._derive_flex()
         self._derive_scale()
         # Derived values obey the fields' own limits, so that a dumped config can be read back.
         for name, most in (("head_dim", MOST_HEADS), ("compute_intermediate_size", LARGEST)):
             if (getattr(self, name) or 0) > most:
-                blame(
+                reject(
                     "model.hidden_size", self.hidden_size, f"makes {name} {getattr(self, name)}, over {most}"
                 )
         return self
@@ -96,21 +96,21 @@ class ModelConfig(Section):
         if self.kind != "flex":
             for name in names:
                 if getattr(self, name) is not None:
-                    blame(f"model.{name}", getattr(self, name), "has an effect only with model.kind=flex")
+                    reject(f"model.{name}", getattr(self, name), "has an effect only with model.kind=flex")
             return
         if self.compute_form is None:
             self._fill("compute_form", "swiglu")
         if self.compute_input is None:
             self._fill("compute_input", "layer")
         if self.flex_beta is None and self.compute_intermediate_size is None:
-            blame("model.flex_beta", None, "set it to 1, 2 or 3 (or set model.compute_intermediate_size)")
+            reject("model.flex_beta", None, "set it to 1, 2 or 3 (or set model.compute_intermediate_size)")
         if self.flex_beta is not None:
             matrices = 3 if self.compute_form == "swiglu" else 2
             size = round(self.flex_beta * self.hidden_size / matrices)
             if self.compute_intermediate_size is None:
                 self._fill("compute_intermediate_size", size)
             elif self.compute_intermediate_size != size:
-                blame(
+                reject(
                     "model.compute_intermediate_size",
                     self.compute_intermediate_size,
                     f"disagrees with model.flex_beta={self.flex_beta}, which gives {size}: leave one out",
@@ -119,13 +119,13 @@ class ModelConfig(Section):
     def _derive_scale(self) -> None:
         if self.kind == "base":
             if self.memory_scale is not None:
-                blame("model.memory_scale", self.memory_scale, "has no effect with model.kind=base")
+                reject("model.memory_scale", self.memory_scale, "has no effect with model.kind=base")
             return
         scale = 1.0 if self.memory_scale is None else self.memory_scale
         if not isinstance(scale, list):
             scale = [float(scale)] * self.num_hidden_layers
         if len(scale) != self.num_hidden_layers:
-            blame(
+            reject(
                 "model.memory_scale",
                 scale,
                 f"needs one number, or {self.num_hidden_layers} of them (model.num_hidden_layers)",

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from mlm_train.config.choices import Engine, X0Transport
 from mlm_train.config.model import ModelConfig
-from mlm_train.config.section import Section, blame
+from mlm_train.config.section import Section, reject
 
 Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "zbv", "interleaved_zero_bubble", "dualpipe_v"]
 INTERLEAVED = ("interleaved_1f1b", "interleaved_zero_bubble")
@@ -78,7 +78,7 @@ class ParallelConfig(Section):
 def check_parallel(parallel: ParallelConfig, model: ModelConfig, sequence_length: int) -> None:
     """Raise UserError for a layout that does not fit the model; mesh/topology.py checks the world size."""
     if parallel.context != 1:
-        blame(
+        reject(
             "parallel.context",
             parallel.context,
             "context parallelism is not part of mlm_train; "
@@ -89,10 +89,10 @@ def check_parallel(parallel: ParallelConfig, model: ModelConfig, sequence_length
         for name in ("virtual_stages", "pipeline_schedule", "layers_per_stage", "x0_transport"):
             if getattr(parallel, name) is not None:
                 value = getattr(parallel, name)
-                blame(f"parallel.{name}", value, "has an effect only with parallel.pipeline above 1")
+                reject(f"parallel.{name}", value, "has an effect only with parallel.pipeline above 1")
         return
     if parallel.zero_stage == 3:
-        blame(
+        reject(
             "parallel.zero_stage",
             parallel.zero_stage,
             f"is incompatible with parallel.pipeline={parallel.pipeline} (every micro-batch would gather all "
@@ -107,7 +107,7 @@ def _check_tensor(parallel: ParallelConfig, model: ModelConfig, sequence_length:
     tensor, heads, kv_heads = parallel.tensor, model.num_attention_heads, model.kv_heads
     if heads % tensor or kv_heads % tensor:
         fitting = [str(n) for n in range(1, kv_heads + 1) if kv_heads % n == 0 and heads % n == 0]
-        blame(
+        reject(
             "parallel.tensor",
             tensor,
             f"must divide {heads} attention and {kv_heads} key-value heads: {', '.join(fitting)} do",
@@ -115,10 +115,10 @@ def _check_tensor(parallel: ParallelConfig, model: ModelConfig, sequence_length:
     if not parallel.sequence:
         return
     if tensor == 1:
-        blame("parallel.sequence", True, "has an effect only with parallel.tensor above 1")
+        reject("parallel.sequence", True, "has an effect only with parallel.tensor above 1")
     if sequence_length % tensor:
         nearest = max(tensor, round(sequence_length / tensor) * tensor)
-        blame(
+        reject(
             "data.sequence_length",
             sequence_length,
             f"must be a multiple of parallel.tensor={tensor} with parallel.sequence=true; "
@@ -129,18 +129,18 @@ def _check_tensor(parallel: ParallelConfig, model: ModelConfig, sequence_length:
 def _check_schedule(parallel: ParallelConfig, model: ModelConfig) -> None:
     schedule, transport = parallel.order, parallel.x0_transport
     if transport is not None and not model.has_memory:
-        blame("parallel.x0_transport", transport, "has no effect with model.kind=base")
+        reject("parallel.x0_transport", transport, "has no effect with model.kind=base")
     if schedule in V_SHAPED:
         if parallel.virtual_stages not in (None, 2):
-            blame(
+            reject(
                 "parallel.virtual_stages",
                 parallel.virtual_stages,
                 f"parallel.pipeline_schedule={schedule} has 2",
             )
     elif schedule in INTERLEAVED and parallel.virtual_stages is None:
-        blame("parallel.pipeline_schedule", schedule, "needs parallel.virtual_stages, 2 or more")
+        reject("parallel.pipeline_schedule", schedule, "needs parallel.virtual_stages, 2 or more")
     elif schedule not in INTERLEAVED and parallel.virtual_stages is not None:
-        blame(
+        reject(
             "parallel.virtual_stages",
             parallel.virtual_stages,
             f"has an effect only with parallel.pipeline_schedule={' or '.join(INTERLEAVED)}",
@@ -154,10 +154,10 @@ def _check_stages(parallel: ParallelConfig, model: ModelConfig) -> None:
         fix = f"at most {layers // each} fits"
         if layers // each < 2:
             fix = "take a schedule with fewer stages per rank, or more layers"
-        blame("parallel.pipeline", parallel.pipeline, f"makes {stages} stages of {layers} layers; {fix}")
+        reject("parallel.pipeline", parallel.pipeline, f"makes {stages} stages of {layers} layers; {fix}")
     split = parallel.layers_per_stage
     if split is not None and (len(split) != stages or sum(split) != layers):
-        blame(
+        reject(
             "parallel.layers_per_stage",
             split,
             f"needs {stages} numbers that add up to model.num_hidden_layers={layers}",

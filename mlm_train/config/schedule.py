@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from mlm_train.config.section import Section, blame
+from mlm_train.config.section import Section, reject
 
 
 class ScheduleConfig(Section):
@@ -37,15 +37,15 @@ def check_schedule(schedule: ScheduleConfig, peak: float, steps: int) -> None:
     peak: optimizer.lr; steps: train.steps.
     """
     if schedule.min_lr > peak:
-        blame("schedule.min_lr", schedule.min_lr, f"is above optimizer.lr={peak}")
+        reject("schedule.min_lr", schedule.min_lr, f"is above optimizer.lr={peak}")
     if schedule.kind == "cosine" and schedule.decay_steps is not None:
-        blame("schedule.decay_steps", schedule.decay_steps, "has an effect only with schedule.kind=wsd")
+        reject("schedule.decay_steps", schedule.decay_steps, "has an effect only with schedule.kind=wsd")
     if schedule.kind == "wsd" and schedule.decay_steps is None:
-        blame("schedule.decay_steps", None, "schedule.kind=wsd needs it: the steps of the final decay")
+        reject("schedule.decay_steps", None, "schedule.kind=wsd needs it: the steps of the final decay")
     total = schedule.total_steps or steps
     if schedule.warmup_steps + (schedule.decay_steps or 0) > total:
         given = f"train.steps={steps}" if schedule.total_steps is None else f"schedule.total_steps={total}"
-        blame(
+        reject(
             "schedule.warmup_steps",
             schedule.warmup_steps,
             f"warmup and decay are longer than {given}",

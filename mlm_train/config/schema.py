@@ -9,7 +9,7 @@ from mlm_train.config.model import ModelConfig
 from mlm_train.config.monitor import MonitorConfig
 from mlm_train.config.parallel import ZERO_BUBBLE, ParallelConfig, check_parallel
 from mlm_train.config.schedule import ScheduleConfig, check_schedule
-from mlm_train.config.section import Section, blame
+from mlm_train.config.section import Section, reject
 from mlm_train.errors import UserError
 from mlm_train.utils.checks import Check
 
@@ -48,7 +48,7 @@ class DataConfig(Section):
             )
         if self.path is not None and self.blend is not None:
             fix = "give either this or data.blend; data.path=null on the command line removes it"
-            blame("data.path", self.path, fix)
+            reject("data.path", self.path, fix)
         return self
 
 
@@ -248,7 +248,7 @@ class Config(Section):
         self._check_batch()
         self._check_keep()
         if self.data.sequence_length > self.model.max_position_embeddings:
-            blame(
+            reject(
                 "data.sequence_length",
                 self.data.sequence_length,
                 f"is longer than model.max_position_embeddings={self.model.max_position_embeddings}",
@@ -259,7 +259,7 @@ class Config(Section):
         self._check_compile()
         if self.train.watchdog_timeout is not None and self.train.watchdog_timeout >= self.parallel.timeout:
             fix = f"must be below parallel.timeout={self.parallel.timeout}, the timeout of a collective"
-            blame("train.watchdog_timeout", self.train.watchdog_timeout, fix)
+            reject("train.watchdog_timeout", self.train.watchdog_timeout, fix)
         return self
 
     @property
@@ -294,9 +294,9 @@ class Config(Section):
         if self.tables:
             if transport != "broadcast":
                 fix = "is incompatible with memory.mode=table, which needs the step's rows: use broadcast"
-                blame("parallel.x0_transport", transport, fix)
+                reject("parallel.x0_transport", transport, fix)
         elif schedule in ZERO_BUBBLE and transport != "relay":
-            blame(
+            reject(
                 "parallel.x0_transport",
                 transport,
                 f"is incompatible with parallel.pipeline_schedule={schedule}, which computes weight "
@@ -307,9 +307,9 @@ class Config(Section):
         chosen, parallel = self.train.activation_checkpointing, self.parallel
         if isinstance(chosen, list) and len(chosen) != parallel.stages:
             fix = f"needs one value for all stages, or a list of {parallel.stages}"
-            blame("train.activation_checkpointing", chosen, fix)
+            reject("train.activation_checkpointing", chosen, fix)
         if parallel.order in ZERO_BUBBLE and "full" in (chosen, *chosen):
-            blame(
+            reject(
                 "train.activation_checkpointing",
                 chosen,
                 f"with parallel.pipeline_schedule={parallel.order} a layer's forward would be recomputed for "
@@ -326,59 +326,59 @@ class Config(Section):
                 "weight gradients separately; a compiled layer's backward is one graph: use 1f1b, gpipe or "
                 "interleaved_1f1b"
             )
-            blame("train.compile", True, fix)
+            reject("train.compile", True, fix)
         if self.parallel.zero_stage == 3:
             fix = (
                 "is incompatible with parallel.zero_stage=3: gathering weights at each matmul breaks a "
                 "compiled layer's graph: set parallel.zero_stage=2, or leave train.compile out"
             )
-            blame("train.compile", True, fix)
+            reject("train.compile", True, fix)
 
     def _check_memory(self) -> None:
         if self.model.has_memory and self.memory is None:
             self._fill("memory", MemoryConfig())
         if not self.model.has_memory and self.memory is not None:
-            blame("memory.mode", self.memory.mode, "has no effect with model.kind=base; leave it out")
+            reject("memory.mode", self.memory.mode, "has no effect with model.kind=base; leave it out")
         if self.memory is None:
             return
         if self.memory.mode != "auto" and self.memory.budget_gib is not None:
             fix = f"has an effect only with memory.mode=auto, not {self.memory.mode}"
-            blame("memory.budget_gib", self.memory.budget_gib, fix)
+            reject("memory.budget_gib", self.memory.budget_gib, fix)
         if self.memory.mode != "table":
             for field in ("shared", "table_layers", "kept_layers"):
                 if value := getattr(self.memory, field):
-                    blame(f"memory.{field}", value, f"has no effect with memory.mode={self.memory.mode}")
+                    reject(f"memory.{field}", value, f"has no effect with memory.mode={self.memory.mode}")
             return
         if self.parallel.zero_stage == 3:
             fix = (
                 "is incompatible with parallel.zero_stage=3, which has weights only during a layer's "
                 "forward: use unique, or parallel.zero_stage=1"
             )
-            blame("memory.mode", "table", fix)
+            reject("memory.mode", "table", fix)
         if self.memory.table_layers is not None and self.parallel.order in ZERO_BUBBLE:
             fix = (
                 f"is incompatible with parallel.pipeline_schedule={self.parallel.order}, where layers "
                 "without a table need relay: leave it out"
             )
-            blame("memory.table_layers", self.memory.table_layers, fix)
+            reject("memory.table_layers", self.memory.table_layers, fix)
 
     def _check_keep(self) -> None:
         checkpoint, eval_interval = self.checkpoint, self.train.eval_interval
         interval, kept, best = checkpoint.interval, checkpoint.keep_interval, checkpoint.keep_best_k
         if kept and (interval == 0 or kept % interval):
             fix = f"must be a multiple of checkpoint.interval={interval}: other steps have no checkpoint"
-            blame("checkpoint.keep_interval", kept, fix)
+            reject("checkpoint.keep_interval", kept, fix)
         if best and (interval == 0 or eval_interval == 0 or interval % eval_interval):
             fix = (
                 f"needs a validation for each checkpoint: train.eval_interval={eval_interval} must divide "
                 f"checkpoint.interval={interval}"
             )
-            blame("checkpoint.keep_best_k", best, fix)
+            reject("checkpoint.keep_best_k", best, fix)
 
     def _check_batch(self) -> None:
         train, warmup = self.train, self.train.batch_size_warmup
         if train.global_batch_size % train.micro_batch_size:
-            blame(
+            reject(
                 "train.global_batch_size",
                 train.global_batch_size,
                 f"must be a multiple of train.micro_batch_size={train.micro_batch_size}",
@@ -386,13 +386,13 @@ class Config(Section):
         if warmup is None:
             return
         if warmup.start >= train.global_batch_size:
-            blame(
+            reject(
                 "train.batch_size_warmup.start",
                 warmup.start,
                 f"must be below train.global_batch_size={train.global_batch_size}",
             )
         if (train.global_batch_size - warmup.start) % warmup.increment:
-            blame(
+            reject(
                 "train.batch_size_warmup.increment",
                 warmup.increment,
                 f"must divide global_batch_size - start = {train.global_batch_size - warmup.start}",

@@ -33,6 +33,6 @@ class Section(BaseModel):
         object.__setattr__(self, name, value)
 
 
-def blame(field: str, value: Any, fix: str) -> NoReturn:
+def reject(field: str, value: Any, fix: str) -> NoReturn:
     """Raise UserError for a field: the message names the field, the value and the fix."""
     raise UserError(f"{field}={value!r}: {fix}" if value is not None else f"{field}: {fix}")

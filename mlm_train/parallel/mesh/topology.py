@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from mlm_train.config import Config, ParallelConfig, TrainConfig
 from mlm_train.config.parallel import INTERLEAVED
-from mlm_train.config.section import blame
+from mlm_train.config.section import reject
 from mlm_train.errors import UserError
 
 
@@ -80,7 +80,7 @@ class Topology:
         for name, value in sizes.items():
             if value % unit:
                 nearest = max(unit, round(value / unit) * unit)
-                blame(
+                reject(
                     name,
                     value,
                     f"must be a multiple of train.micro_batch_size={train.micro_batch_size} x "
@@ -101,7 +101,7 @@ class Topology:
                 continue
             near = sorted(range(1, 2 * size // unit + 2 * self.pipeline), key=lambda n: abs(n - size // unit))
             nearest = next(n for n in near if supports(schedule, n, self.pipeline)) * unit
-            blame(
+            reject(
                 "train.global_batch_size" if size == train.global_batch_size else "train.batch_size_warmup",
                 size,
                 f"gives {size // unit} micro-batches, which parallel.pipeline_schedule={schedule} cannot "
