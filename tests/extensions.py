@@ -3,6 +3,8 @@
 import argparse
 import csv
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ from mlm_train.model.block import MemoryBlock
 from mlm_train.model.source import MemoryReader
 from mlm_train.monitor.callback import Callback, Context
 from mlm_train.monitor.report import StepReport
+from mlm_train.monitor.writers.jsonl import read_metrics
 from mlm_train.parallel.engine.base import Engine, parameter_groups
 from mlm_train.parallel.pipeline.x0 import Channel
 from mlm_train.parallel.runtime import Runtime
@@ -34,7 +37,7 @@ class RowByRow:
         self.blocks = blocks
 
     def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
-        """ids: [batch, sequence]; x0: [batch, sequence, hidden]."""
+        """ids: [batch, sequence]; x0 and what the reader returns: [batch, local positions, hidden]."""
 
         def read(layer: int) -> Tensor:
             return torch.cat([self.blocks[layer].ffn_m_of_micro_batch(row) for row in x0.split(1)])
@@ -42,7 +45,7 @@ class RowByRow:
         return read
 
     def evaluations(self, tokens: int, distinct: int) -> int:
-        """FFN-M evaluations of a micro-batch: one per layer and position."""
+        """FFN-M evaluations of a step on this rank: one per layer and position."""
         return len(self.blocks) * tokens
 
 
@@ -152,7 +155,7 @@ class CountRows:
 
 
 class LowestLoss(Callback):
-    """A callback: the lowest training loss so far, as a metric, and in a log line at the end."""
+    """A callback: the lowest training loss of this launch, as a metric, and in a log line at the end."""
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -190,3 +193,12 @@ class CsvWriter:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def losses_and_norms(config: Path, run: Path, *overrides: str, processes: int = 1) -> list[float | None]:
+    """Losses, then gradient norms, of the steps of a new run."""
+    command = ["launch", "--nproc", str(processes)] if processes > 1 else ["pretrain"]
+    words = [*command, config, f"train.output={run}", "monitor.writers=[jsonl]", *overrides]
+    subprocess.run([sys.executable, "-m", "mlm_train", *map(str, words)], check=True)
+    metrics = read_metrics(run)
+    return [*metrics["train/loss"].values(), *metrics["train/grad_norm"].values()]

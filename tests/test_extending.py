@@ -63,6 +63,21 @@ def test_a_memory_mode(data: Path, tmp_path: Path) -> None:
     assert "memory.mode=tests.extensions:RowByRow" in (tmp_path / "run/train.log").read_text()
 
 
+def test_a_memory_mode_as_the_page_tests_it(data: Path, tmp_path: Path) -> None:
+    """The page's config and function, in the layouts that it names."""
+    config = tmp_path / "tiny.yaml"
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.S)
+    config.write_text(text.replace("tiny/data", str(data)))
+    expected = extensions.losses_and_norms(config, tmp_path / "per_token", "memory.mode=per_token")
+    assert len(expected) == 8
+    for layout in (["parallel.pipeline=2"], ["parallel.tensor=2", "parallel.sequence=true"]):
+        mode, run = "memory.mode=tests.extensions:RowByRow", tmp_path / layout[0]
+        own = extensions.losses_and_norms(config, run, mode, *layout, processes=2)
+        assert own == pytest.approx(expected, rel=1e-5)
+    doubled = extensions.losses_and_norms(config, tmp_path / "doubled", "memory.mode=tests.doubled:Doubled")
+    assert doubled[0] == expected[0] and doubled != pytest.approx(expected, rel=1e-4)
+
+
 def test_a_transport_between_two_stages_of_two_tensor_ranks(data: Path, tmp_path: Path) -> None:
     layout = ("parallel.pipeline=2", "parallel.tensor=2", "parallel.sequence=true")
     own = (*layout, "parallel.x0_transport=tests.extensions:SendRecv")
