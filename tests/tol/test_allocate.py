@@ -267,7 +267,7 @@ def test_data_with_more_ids_than_the_model(data: Path, refusing: tuple[Path, Pat
         ("tol", "allocate", table, "--data", data, "--budget", "1MB", "--output", tmp_path / "mix.json"),
         ("tol", "compress", table, *evaluated),
     ):
-        assert f"{data} has 512 ids and {model} knows 300: prepare" in refused(*arguments, "--model", model)
+        assert f"{data} has 512 ids, but {model} has 300: prepare" in refused(*arguments, "--model", model)
     assert not (tmp_path / "out").exists() and not (tmp_path / "mix.json").exists()
 
 

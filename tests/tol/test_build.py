@@ -307,7 +307,7 @@ def test_the_same_command_again(
         assert digests(output) == before
         lost = output / read_index(output).partitions[1].file
         lost.unlink()
-        assert f"{lost} is missing or damaged" in refused(*arguments)
+        assert f"{lost}, of a finished table, is missing or damaged: repair" in refused(*arguments)
         mlm_train(*arguments[:5], "--repair")
         assert digests(output) == before
         shutil.rmtree(output)
