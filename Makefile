@@ -19,8 +19,9 @@ help:  ## this list
 	$(PYTHON) tools/install.py requirements.txt
 	@touch $@
 
-.venv/dev.stamp: .venv/runtime.stamp requirements-dev.txt
+.venv/dev.stamp: .venv/runtime.stamp requirements-dev.txt requirements-wandb.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target .venv/wandb -r requirements-wandb.txt
 	@touch $@
 
 quickstart: .venv/runtime.stamp  ## the whole road on four CPU processes, in minutes

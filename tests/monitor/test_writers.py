@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import struct
 import sys
@@ -17,6 +18,21 @@ from mlm_train.errors import UserError
 from mlm_train.monitor.writers import MetricsWriter, Writers
 from mlm_train.monitor.writers.jsonl import NAME, read_metrics
 from tests.commands import TINY, mlm_train, refused, scalars, start
+
+# Not among the other packages: megatron-core imports it wherever it is found, in every process of a run.
+WANDB = Path(sys.prefix, "wandb")
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Weights & Biases can be imported, here and in the processes that are started."""
+    if not WANDB.is_dir():
+        pytest.skip("needs wandb: make .venv/dev.stamp")
+    monkeypatch.setattr("sys.path", [*sys.path, str(WANDB)])
+    monkeypatch.setenv("PYTHONPATH", str(WANDB), prepend=os.pathsep)
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
+        del sys.modules[name]
 
 
 def config_of(output: Path, *writers: str) -> Config:
@@ -99,8 +115,7 @@ def test_none_at_all(data: Path, tmp_path: Path) -> None:
     assert {path.name for path in run.iterdir()} & {"tensorboard", NAME, "wandb"} == set()
 
 
-def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+def test_wandb_offline(wandb: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = tmp_path / "mine"
     run.mkdir()
@@ -188,8 +203,7 @@ def test_a_folder_named_wandb_is_not_the_package(tmp_path: Path, monkeypatch: py
             opened(tmp_path, "wandb", 1)
 
 
-def test_wandb_without_an_account_is_one_line(data: Path, tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
+def test_wandb_without_an_account_is_one_line(wandb: None, data: Path, tmp_path: Path) -> None:
     words = (*TINY, f"data.path={data}", f"train.output={tmp_path / 'run'}", "monitor.writers=[wandb]")
     process = start("pretrain", "configs/micro.yaml", *words, WANDB_MODE="online", WANDB_API_KEY="short")
     output, _ = process.communicate(timeout=300)
