@@ -62,7 +62,7 @@ def test_evaluate_gives_the_runs_own_validation_loss(
     assert 1 < computed["bigram"] < computed["unigram"] < 512
     few = output_of(capsys, *paths, "--samples", 3)
     assert few["windows"] == 3 and few["tokens"] == 96
-    for option, value in (("samples", 0), ("samples", -3), ("micro-batch", 0), ("sequence-length", 0)):
+    for option, value in (("samples", 0), ("samples", -3), ("micro-batch-size", 0), ("sequence-length", 0)):
         assert f"--{option} {value}: give at least 1" in refused(*paths, f"--{option}={value}")
     assert "max_position_embeddings=64" in refused(*paths, "--sequence-length", 4096)
     # All windows here, ten of them in the run: near each other, and exact where the run takes all.
