@@ -121,7 +121,7 @@ def test_another_tokenizer_takes_nothing_along(
         "schedule.warmup_steps=0",
     )  # fmt: skip
     log = (run / "train.log").read_text()
-    assert "not carried" in log and all(name in log for name in BESIDE)
+    assert "not copied" in log and all(name in log for name in BESIDE)
     mlm_train("export", run, "--output", tmp_path / "export")
     assert not {*BESIDE} & {file.name for file in (tmp_path / "export").iterdir()}
     config = tree(tmp_path / "export" / "config.json")
