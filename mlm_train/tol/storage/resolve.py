@@ -6,7 +6,8 @@ from pathlib import Path
 from mlm_train.errors import UserError
 from mlm_train.tol.storage.base import Storage, StorageReader
 from mlm_train.tol.storage.local import LocalFolder
-from mlm_train.tol.storage.node_folders import SERVED
+from mlm_train.tol.storage.node_folders import SERVED, ServedFolder
+from mlm_train.tol.storage.object_store import ObjectStorage
 from mlm_train.tol.storage.urls import is_url
 from mlm_train.utils.extensions import added, load
 
@@ -36,8 +37,6 @@ def _other(scheme: str) -> Callable[[str], Storage]:
     if (point := added(GROUP, STORAGES).get(scheme)) is not None:
         make: Callable[[str], Storage] = load(point)
         return make
-    from mlm_train.tol.storage.object_store import ObjectStorage
-
     return ObjectStorage
 
 
@@ -45,6 +44,4 @@ def reader_at(address: str) -> StorageReader:
     """Open a storage by its address, in a process of its build."""
     if not address.startswith(SERVED):
         return storage_at(address)
-    from mlm_train.tol.storage.node_folders import ServedFolder
-
     return ServedFolder(address)
