@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.commands import ROOT
 
 COMMANDS = ("import", "prepare", "build")
-MOMENTS = 2  # of each: the start of Python and its libraries takes the time
+MOMENTS = 1  # of each: the start of Python and its libraries takes the time
 
 
 def test_signals_at_random_moments(tmp_path: Path) -> None:

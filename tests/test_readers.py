@@ -227,8 +227,8 @@ def test_notes_that_are_damaged_are_as_none(tmp_path: Path, fifo: Fifo) -> None:
         fifo(path)
     assert _recorded(folder) is None and notes.read() is None
     _path(folder).unlink()
-    _record(folder, SlurmAttempt("7", 2))
-    assert _recorded(folder) == SlurmAttempt("7", 2)
+    _record(folder, SlurmAttempt(job="7", restart=2))
+    assert _recorded(folder) == SlurmAttempt(job="7", restart=2)
     notes.path.unlink()
     sums = Sums(np.array([[0.5]]), np.array([[0.25]]), 3)
     notes.write(sums)

@@ -6,13 +6,12 @@ at once and commits nothing more; the newer one waits for the lock.
 """
 
 import contextlib
-import json
 import os
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 from pydantic import Field
 
@@ -25,17 +24,18 @@ STARTED_AGAIN = "MLM_STARTED_AGAIN"  # set where an agent may restart the ranks
 PATIENCE_SECONDS = 120.0  # a shared file system takes 90 s to release the locks of a lost machine
 
 
-class SlurmAttempt(NamedTuple):
-    """A Slurm job and how often it has been restarted."""
+class SlurmAttempt(Record):
+    """A Slurm job and how often it has been restarted; also the file beside a folder."""
 
     job: str
-    restart: int
+    restart: Annotated[int, Field(strict=True, ge=0)]
 
     @classmethod
     def here(cls) -> "SlurmAttempt | None":
         """This process's attempt; None outside Slurm."""
         job = os.environ.get("SLURM_JOB_ID")
-        return None if job is None else cls(job, int(os.environ.get("SLURM_RESTART_COUNT") or 0))
+        restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        return None if job is None else cls(job=job, restart=restart)
 
     @classmethod
     def suffix(cls) -> str:
@@ -49,13 +49,6 @@ class SlurmAttempt(NamedTuple):
 
     def __str__(self) -> str:
         return f"restart {self.restart} of job {self.job}"
-
-
-class _AttemptRecord(Record):
-    """The file beside a folder: a SlurmAttempt."""
-
-    job: str
-    restart: Annotated[int, Field(strict=True, ge=0)]
 
 
 @contextlib.contextmanager
@@ -100,15 +93,13 @@ def _path(folder: Path) -> Path:
 
 def _record(folder: Path, attempt: SlurmAttempt) -> None:
     _path(folder).parent.mkdir(parents=True, exist_ok=True)
-    write_text(_path(folder), json.dumps(attempt._asdict()))
+    write_text(_path(folder), attempt.model_dump_json())
 
 
 def _recorded(folder: Path) -> SlurmAttempt | None:
     """The attempt that took the folder last; None where there is none, or it cannot be read now."""
     try:
-        return SlurmAttempt(
-            **_AttemptRecord.model_validate(json_value(read_regular(_path(folder)))).model_dump()
-        )
+        return SlurmAttempt.model_validate(json_value(read_regular(_path(folder))))
     except (OSError, ValueError, UserError):
         return None
 

@@ -49,13 +49,13 @@ class Owner(Record):
     @classmethod
     def here(cls) -> "Owner":
         """This process, with a new id."""
-        job, restart = SlurmAttempt.here() or (None, 0)
+        attempt = SlurmAttempt.here()
         return cls(
             id=secrets.token_hex(8),
             host=socket.gethostname(),
             pid=os.getpid(),
-            job=job,
-            restart=restart,
+            job=attempt.job if attempt else None,
+            restart=attempt.restart if attempt else 0,
             time=time.time(),
         )
 
