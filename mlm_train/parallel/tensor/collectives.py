@@ -83,7 +83,7 @@ class TensorGroup(Positions):
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """x [..., n * size, hidden] -> this rank's [..., n, hidden] of the sum over ranks."""
         shards = x.unflatten(-2, (self.size, -1)).movedim(-3, 0).contiguous()
-        out = torch.empty_like(shards[0])
+        out = x.new_empty(shards.shape[1:])  # empty_like would keep odd strides of a dimension of size 1
         dist.reduce_scatter_tensor(out, shards.flatten(0, 1), group=self.handle)
         return out
 
