@@ -127,9 +127,13 @@ def scalars(run: Path, tag: str) -> dict[int, float]:
 
 
 def same_losses(run: Path, other: Path, tolerance: float = 2e-5) -> None:
-    """Assert that two runs have the same values at every step, in training and validation."""
-    for tag in ("train/loss", "train/grad_norm", "validation/loss"):
+    """Assert that two runs have the same values at every step, in training and validation.
+
+    Gradient norms to 50 * tolerance: a token whose hidden state is nearly zero multiplies rounding that much,
+    and which text has one depends on the Python whose sources the tests train on.
+    """
+    for tag, factor in (("train/loss", 1), ("train/grad_norm", 50), ("validation/loss", 1)):
         values, expected = scalars(run, tag), scalars(other, tag)
         assert values.keys() == expected.keys(), (tag, values)
         for step, value in expected.items():
-            assert values[step] == pytest.approx(value, rel=tolerance), (tag, step)
+            assert values[step] == pytest.approx(value, rel=factor * tolerance), (tag, step)

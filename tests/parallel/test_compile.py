@@ -10,6 +10,12 @@ CASES: dict[str, dict] = {
         "micro_batch": 4,
         "parallel": {"tensor": 2, "sequence": True},
     },
+    "tensor parallel": {
+        "model": {"kind": "memory", "num_hidden_layers": 1},
+        "mode": "per_token",
+        "micro_batch": 4,
+        "parallel": {"tensor": 2},
+    },
     "pipeline": {
         "model": {"kind": "flex", "flex_beta": 2, "num_hidden_layers": 3},
         "mode": "unique",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
 from mlm_train.model.logical import Part
@@ -68,21 +69,30 @@ class TensorGroup(Positions):
         """This rank's positions along `dim`; all of them without sequence parallelism."""
         return x.chunk(self.size, dim)[self.rank] if self.sequence else x
 
+    # In a compiled graph collectives are functional: there torch 2.11 drops the gradient of one in place.
+
     def all_reduce(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """The sum or maximum over the ranks, a new tensor without gradient."""
+        if torch.compiler.is_compiling():
+            return functional.all_reduce(x, "max" if op == dist.ReduceOp.MAX else "sum", self.handle)
         x = x.clone(memory_format=torch.contiguous_format)  # all_reduce writes in place
         dist.all_reduce(x, op=op, group=self.handle)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
         """x [..., n, hidden] -> [..., n * size, hidden], in the order of ranks."""
-        out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=self.handle)
+        if torch.compiler.is_compiling():
+            out = functional.all_gather_tensor(x.contiguous(), 0, self.handle)
+        else:
+            out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+            dist.all_gather_into_tensor(out, x.contiguous(), group=self.handle)
         return out.unflatten(0, (self.size, -1)).movedim(0, -3).flatten(-3, -2)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """x [..., n * size, hidden] -> this rank's [..., n, hidden] of the sum over ranks."""
         shards = x.unflatten(-2, (self.size, -1)).movedim(-3, 0).contiguous()
+        if torch.compiler.is_compiling():
+            return functional.reduce_scatter_tensor(shards.flatten(0, 1), "sum", 0, self.handle)
         out = x.new_empty(shards.shape[1:])  # empty_like would keep odd strides of a dimension of size 1
         dist.reduce_scatter_tensor(out, shards.flatten(0, 1), group=self.handle)
         return out
