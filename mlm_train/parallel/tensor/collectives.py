@@ -8,7 +8,7 @@ holds its positions there: they are all-gathered before the former and reduce-sc
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from mlm_train.model.logical import Part
 from mlm_train.model.source import Positions
+
+REDUCE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,12 @@ class TensorGroup(Positions):
 
     # In a compiled graph collectives are functional: there torch 2.11 drops the gradient of one in place.
 
-    def all_reduce(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    def all_reduce(self, x: Tensor, op: Literal["sum", "max"] = "sum") -> Tensor:
         """The sum or maximum over the ranks, a new tensor without gradient."""
         if torch.compiler.is_compiling():
-            return functional.all_reduce(x, "max" if op == dist.ReduceOp.MAX else "sum", self.handle)
+            return functional.all_reduce(x, op, self.handle)
         x = x.clone(memory_format=torch.contiguous_format)  # all_reduce writes in place
-        dist.all_reduce(x, op=op, group=self.handle)
+        dist.all_reduce(x, REDUCE_OPS[op], group=self.handle)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -169,7 +168,7 @@ class ParallelVocabRange(VocabRange):
 
     def maximum(self, x: Tensor) -> Tensor:
         """Elementwise maximum over the group."""
-        return self.group.all_reduce(x, dist.ReduceOp.MAX)
+        return self.group.all_reduce(x, "max")
 
     def total(self, x: Tensor) -> Tensor:
         """Elementwise sum over the group."""
