@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.commands import ROOT
 
-COMMANDS = ("import", "prepare", "build")
+COMMANDS = ("import", "prepare")
 MOMENTS = 1  # of each: the start of Python and its libraries takes the time
 
 

@@ -111,7 +111,7 @@ def _write_small(small: Path) -> None:
     (small / "allocation.json").write_text(json.dumps(allocation))
     save_file({"tokens": torch.arange(12).view(2, 6)}, small / "tokens.safetensors")
     (small / "report.json").write_text(json.dumps({"machine": {}, "rows": [1, {"a": 2.5}], "ratios": {}}))
-    _record(small / "run", SlurmAttempt("7", 2))
+    _record(small / "run", SlurmAttempt(job="7", restart=2))
     Notes(small / "mix.json", ["about"]).write(Sums(np.ones((2, 3)), np.zeros((2, 3)), 4))
     (small / OWNER).write_text(json.dumps(Owner.here().model_dump()))
 

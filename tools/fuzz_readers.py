@@ -220,7 +220,7 @@ def _small(folder: Path) -> str:
     owner = _read(LocalFolder(folder))  # type: ignore[arg-type]
     attempt = _recorded(folder / "run")
     if attempt is not None:
-        attempt.follows(SlurmAttempt("1", 1))
+        attempt.follows(SlurmAttempt(job="1", restart=1))
     if owner is not None:
         Owner.here().follows(owner)
     return ""

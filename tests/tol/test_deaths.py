@@ -92,6 +92,7 @@ def drafts(worker: psutil.Process) -> list[Path]:
     return []
 
 
+@pytest.mark.long
 def test_four_deaths_over_one_partition(source: Path, unbroken: Path, tmp_path: Path) -> None:
     """The second partition kills every worker that fills it: it is retried after all others."""
     output, done, started = tmp_path / "tol", list[int](), time.monotonic()
