@@ -62,6 +62,7 @@ def test_the_time_of_day_jumps_by_an_hour(by: int, data: Path, tmp_path: Path) -
         *TINY,
         f"data.path={data}",
         "train.watchdog_timeout=20",
+        "memory.mode=table",
     )
     usual = tmp_path / "usual"
     more = ("train.steps=60", "checkpoint.interval=20", "train.eval_interval=0")

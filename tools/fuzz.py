@@ -10,7 +10,7 @@ process of its own. Bad outcomes are
 
   traceback   an exception instead of a line for the user, or more than one line
   code        an exit code other than 0, 2 or 130
-  time        more than 10 s, twice, or a process that died
+  time        more than 10 s, or a process that died, twice
   result      accepted with another result, although a checksum covers the file and was not recomputed
 
 The results of a changed plain config, tokenizer or text are not compared, since these are valid inputs.

@@ -71,14 +71,18 @@ def _serve(fuzz: Cases, end: Connection, other: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, taken + ROOM))
     with contextlib.suppress(EOFError):
         while True:
-            end.send(tuple(fuzz.run(end.recv())))
+            number = end.recv()
+            try:
+                end.send(tuple(fuzz.run(number)))
+            except Exception as error:  # not the reader's: `Cases.run` reports those
+                end.send(f"{type(error).__name__}: {error}")
 
 
 def outcomes(fuzz: Cases, cases: int, processes: int) -> Iterator[Outcome]:
     """Run all cases. Yields their outcomes as they end."""
     waiting = iter(range(cases))
     workers: list[Worker] = []
-    late_once: set[int] = set()
+    tried: set[int] = set()  # the machine may have been busy, or a process too full after many cases
 
     def feed(worker: Worker | None) -> None:
         if worker is not None and worker.done >= CASES_PER_PROCESS:
@@ -101,32 +105,26 @@ def outcomes(fuzz: Cases, cases: int, processes: int) -> Iterator[Outcome]:
         ready = wait([worker.end for worker in workers], timeout=0.2)
         for worker in list(workers):
             assert worker.number is not None
-            late = time.monotonic() - worker.since > LIMIT
             if worker.end in ready:
                 try:
-                    outcome = Outcome(*worker.end.recv())
+                    found = worker.end.recv()
                 except (EOFError, OSError):
                     worker.process.join()
-                    outcome = fuzz.lost(
-                        worker.number, f"its process died: exit code {worker.process.exitcode}"
-                    )
-                else:
-                    yield outcome
+                    found = f"its process died: exit code {worker.process.exitcode}"
+                if not isinstance(found, str):
+                    yield Outcome(*found)
                     feed(worker)
                     continue
-            elif late and worker.number not in late_once:  # the machine may have been busy
-                late_once.add(worker.number)
-                workers.remove(worker)
-                worker.kill()
-                again = Worker(fuzz)
-                workers.append(again)
-                again.give(worker.number)
-                continue
-            elif late:
-                outcome = fuzz.lost(worker.number, f"no result in {LIMIT:.0f} s")
+            elif time.monotonic() - worker.since > LIMIT:
+                found = f"no result in {LIMIT:.0f} s"
             else:
                 continue
             workers.remove(worker)
             worker.kill()
-            yield outcome
-            feed(None)
+            if worker.number in tried:
+                yield fuzz.lost(worker.number, found)
+                feed(None)
+            else:
+                tried.add(worker.number)
+                workers.append(again := Worker(fuzz))
+                again.give(worker.number)
