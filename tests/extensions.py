@@ -5,7 +5,7 @@ import csv
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -97,8 +97,10 @@ class SendRecv(Channel):
 class PlainAdamW(Engine):
     """An engine: AdamW with whole gradients on every rank, for data parallelism only."""
 
-    def __init__(self, model: nn.Module, config: Config, runtime: Runtime) -> None:
-        super().__init__(model, config, runtime)
+    def __init__(
+        self, model: nn.Module, config: Config, runtime: Runtime, roots: Sequence[nn.Module]
+    ) -> None:
+        super().__init__(model, config, runtime, roots)
         if runtime.topology.tensor * runtime.topology.pipeline > 1:
             raise UserError(
                 "parallel.engine=tests.extensions:PlainAdamW supports data parallelism only: set "

@@ -22,7 +22,7 @@ from mlm_train.checkpoint.reading.logical_folder import load_model
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.tokenizer import tokenizer_of
 from mlm_train.errors import UserError
-from mlm_train.model.logical import named_pieces
+from mlm_train.model.logical import named_pieces, targets
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime
 from mlm_train.parallel.health.thread_stacks import flight_record, write_evidence
@@ -140,7 +140,7 @@ def test_no_reader_unpickles(run: Path, data: Path, tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Path("seen")))
     assert unpickled
     unpickled.clear()
-    load_weights(checkpoint, Transformer(config_of(open_checkpoint(checkpoint)).model))
+    load_weights(checkpoint, targets(Transformer(config_of(open_checkpoint(checkpoint)).model)))
     load_model(export)
     TolSource.open_folder(table, model.config)
     assert len(PreparedData.open(data).split("train").tokens)

@@ -23,7 +23,7 @@ from mlm_train.data.documents import find_sources
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.tokenizer import Tokenizer, tokenizer_of
 from mlm_train.evaluate.logits import _read_tokens
-from mlm_train.model.logical import named_pieces
+from mlm_train.model.logical import named_pieces, targets
 from mlm_train.model.transformer import Transformer
 from mlm_train.tol.allocate.mix_file import read_allocation
 from mlm_train.tol.allocate.sensitivity import Notes
@@ -135,7 +135,7 @@ def _checkpoint(folder: Path) -> str:
     command("checkpoint", "verify", checkpoint)
     manifest = open_checkpoint(checkpoint)
     model = Transformer(config_of(manifest).model)
-    load_weights(checkpoint, model)
+    load_weights(checkpoint, targets(model))
     with open_model(checkpoint) as opened:
         joined = opened.load()
     assert _of_model(joined) == _of_model(model), "two readers of a checkpoint disagree"

@@ -4,7 +4,7 @@ from typing import Any
 
 from mlm_train.config import Config
 from mlm_train.config.load import parse_config
-from mlm_train.model.logical import initialise
+from mlm_train.model.initial import initialise
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_executor, build_model

@@ -15,13 +15,12 @@ from mlm_train.checkpoint.hf.config import config_json
 from mlm_train.config import Config, ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.model.block import Block, MemoryBlock
-from mlm_train.model.logical import draw, initialise
+from mlm_train.model.initial import draw, initialise
 from mlm_train.model.loss import count_labels
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
-from mlm_train.parallel.build import autocast_of, build_executor, build_model
+from mlm_train.parallel.build import autocast_of, build_engine, build_executor, build_model
 from mlm_train.parallel.engine.base import parameter_groups
-from mlm_train.parallel.engine.deepspeed_zero import DeepSpeedEngine
 from mlm_train.parallel.pipeline.single_stage import SingleStageExecutor
 from mlm_train.train.batches import MicroBatch
 from mlm_train.train.step import Trainer
@@ -96,8 +95,8 @@ class TrainerRunner:
             remove_ffn(self.model)
         initialise(self.model, config.model, config.train.seed)
         self.lr = config.optimizer.lr
-        self.engine = DeepSpeedEngine(self.model, config, runtime)
-        executor = build_executor(self.model, config, runtime, self.engine.entry)
+        executor = build_executor(self.model, config, runtime)
+        self.engine = build_engine(self.model, executor, config, runtime)
         assert isinstance(executor, SingleStageExecutor)
         self.executor = executor
         self.trainer = Trainer(self.engine, executor, runtime)
@@ -105,8 +104,7 @@ class TrainerRunner:
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """The engine's optimizer."""
-        optimizer: torch.optim.Optimizer = self.engine.zero.optimizer
-        return optimizer
+        return self.engine.optimizer
 
     def begin(self, batches: Sequence[MicroBatch]) -> None:
         """Enter the engine's accumulation and the executor's step, as Trainer.backward does."""

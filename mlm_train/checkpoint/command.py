@@ -152,8 +152,7 @@ def _row(folder: Path, manifests: "Manifests") -> dict[str, Any]:
     row |= {
         "tokens": manifest.progress.tokens,
         "bytes": sum(entry.bytes for entry in manifest.files),
-        "layout": f"{manifest.world} ranks, TP{parallel.tensor} PP{parallel.pipeline} "
-        f"ZeRO-{parallel.zero_stage}",
+        "layout": f"{manifest.world} ranks, TP{parallel.tensor} PP{parallel.pipeline} {parallel.engine_name}",
     }
     return row | {"fault": None}
 

@@ -66,14 +66,14 @@ def export_checkpoint(source: Path, output: Path, dtype: str, verify: Check = "f
     from mlm_train.checkpoint.hf.files import carried, special_tokens
     from mlm_train.checkpoint.hf.folder import write_folder
     from mlm_train.checkpoint.load import config_of, load_weights, open_checkpoint
-    from mlm_train.model.logical import named_pieces
+    from mlm_train.model.logical import named_pieces, targets
     from mlm_train.model.transformer import Transformer
 
     folder = resolve(source)
     manifest = open_checkpoint(folder, verify)
     config = config_of(manifest).model
     model = Transformer(config)
-    load_weights(folder, model)
+    load_weights(folder, targets(model))
     run_folder = folder.absolute().parent.parent
     write_folder(
         output,

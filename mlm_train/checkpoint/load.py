@@ -1,9 +1,10 @@
 """Read a checkpoint: verify it, check that it fits the config, load it into model and optimizer."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mlm_train.checkpoint.manifest import MANIFEST, Manifest, read_manifest, verify_files
 from mlm_train.checkpoint.tensors import LogicalPart, read_tensors
@@ -12,7 +13,7 @@ from mlm_train.config.load import parse_config
 from mlm_train.config.renamed import with_new_names
 from mlm_train.data.order import ORDER
 from mlm_train.errors import UserError
-from mlm_train.model.logical import pieces
+from mlm_train.model.logical import Target
 from mlm_train.parallel.engine.base import Engine
 from mlm_train.parallel.engine.optimizer_state import STATE, finish_scatter, scatter_state
 from mlm_train.utils.checks import Check
@@ -107,11 +108,10 @@ def _read_whole(folder: Path, key: str, engine: Engine) -> dict[str, Tensor]:
     return whole
 
 
-def load_weights(folder: Path, model: nn.Module) -> None:
-    """Load a model's weights, or this rank's shard of them, from a checkpoint, without process groups."""
-    parameters = dict(model.named_parameters())
+def load_weights(folder: Path, held: Iterable[Target]) -> None:
+    """Load weights from a checkpoint into pieces of a model, without process groups."""
     wanted: dict[str, Tensor] = {}
-    for piece in pieces(model):
-        target = piece.of(parameters[piece.parameter].detach()).fill_(float("nan"))
-        wanted[f"weight/{piece.name}"] = LogicalPart.of(piece, target)
+    for target in held:
+        view = target.view.fill_(float("nan"))
+        wanted[f"weight/{target.piece.name}"] = LogicalPart.of(target.piece, view)
     read_tensors(folder, wanted, alone=True)

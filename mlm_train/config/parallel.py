@@ -43,13 +43,36 @@ class ParallelConfig(Section):
     )
     engine: Engine = Field(
         "deepspeed",
-        description="what reduces gradients and steps the optimizer: deepspeed (AdamW, ZeRO), or a class of "
-        "yours: package.module:Name (docs/extending.md)",
+        description="what reduces gradients and steps the optimizer: deepspeed (AdamW, ZeRO), fsdp (AdamW, "
+        "torch's FSDP2: weights, gradients and moments sharded over data parallel), or a class of yours: "
+        "package.module:Name (docs/extending.md)",
     )
-    zero_stage: Literal[0, 1, 2, 3] = Field(
-        1,
-        description="ZeRO, what the data-parallel ranks shard instead of replicating: 0 nothing, 1 optimizer "
-        "states, 2 gradients too, 3 weights too (without a pipeline)",
+    zero_stage: Literal[0, 1, 2, 3] | None = Field(
+        None,
+        description="with engine=deepspeed: ZeRO, what the data-parallel ranks shard instead of replicating: "
+        "0 nothing, 1 optimizer states, 2 gradients too, 3 weights too (without a pipeline); default 1",
+    )
+    shard: int | None = Field(
+        None,
+        ge=1,
+        description="with engine=fsdp: data-parallel ranks that share one copy of the sharded state; "
+        "default: all, or what parallel.replicate leaves",
+    )
+    replicate: int | None = Field(
+        None,
+        ge=1,
+        description="with engine=fsdp: copies of the sharded state (HSDP); default: 1, or what "
+        "parallel.shard leaves",
+    )
+    reduce_dtype: Literal["fp32", "bf16"] | None = Field(
+        None,
+        description="with engine=fsdp and train.precision=bf16: how gradients are summed over data parallel; "
+        "default fp32",
+    )
+    reduce_each_micro_batch: bool = Field(
+        False,
+        description="with engine=fsdp, without a pipeline: reduce gradients after each micro-batch, so that "
+        "no rank holds them whole; default: once per step",
     )
     context: int = Field(1, exclude=True, description="must be 1: there is no context parallelism")
     timeout: float = Field(600.0, gt=0, le=86400, description="timeout of a collective, seconds")
@@ -58,6 +81,30 @@ class ParallelConfig(Section):
     def order(self) -> Schedule:
         """The pipeline schedule, default applied."""
         return self.pipeline_schedule or "1f1b"
+
+    @property
+    def zero(self) -> int:
+        """The stage of ZeRO, default applied; 0 with another engine than DeepSpeed."""
+        if self.engine != "deepspeed":
+            return 0
+        return 1 if self.zero_stage is None else self.zero_stage
+
+    @property
+    def engine_name(self) -> str:
+        """The engine, for a reader: with the stage of ZeRO."""
+        return f"ZeRO-{self.zero}" if self.engine == "deepspeed" else self.engine
+
+    def sharding(self, data: int) -> tuple[int, int]:
+        """(replicate, shard) of `data` data-parallel ranks. Raises UserError where they do not fit."""
+        shard = self.shard or (data if self.replicate is None else data // self.replicate)
+        replicate = self.replicate or data // max(shard, 1)
+        if replicate * shard != data:
+            name = "shard" if self.shard is not None else "replicate"
+            fitting = ", ".join(str(size) for size in range(1, data + 1) if data % size == 0)
+            other = f" with parallel.replicate={replicate}" if name == "shard" and self.replicate else ""
+            fix = f"does not fit {data} data-parallel processes{other}: {fitting} divide them"
+            reject(f"parallel.{name}", getattr(self, name), fix)
+        return replicate, shard
 
     @property
     def stages_per_rank(self) -> int:
@@ -84,6 +131,7 @@ def check_parallel(parallel: ParallelConfig, model: ModelConfig, sequence_length
             "context parallelism is not part of mlm_train; "
             "use parallel.tensor with parallel.sequence for long sequences",
         )
+    _check_engine(parallel)
     _check_tensor(parallel, model, sequence_length)
     if parallel.pipeline == 1:
         for name in ("virtual_stages", "pipeline_schedule", "layers_per_stage", "x0_transport"):
@@ -91,7 +139,7 @@ def check_parallel(parallel: ParallelConfig, model: ModelConfig, sequence_length
                 value = getattr(parallel, name)
                 reject(f"parallel.{name}", value, "has an effect only with parallel.pipeline above 1")
         return
-    if parallel.zero_stage == 3:
+    if parallel.zero == 3:
         reject(
             "parallel.zero_stage",
             parallel.zero_stage,
@@ -101,6 +149,21 @@ def check_parallel(parallel: ParallelConfig, model: ModelConfig, sequence_length
         )
     _check_schedule(parallel, model)
     _check_stages(parallel, model)
+
+
+OF_FSDP = ("shard", "replicate", "reduce_dtype", "reduce_each_micro_batch")
+
+
+def _check_engine(parallel: ParallelConfig) -> None:
+    fields = {"zero_stage": "deepspeed"} | dict.fromkeys(OF_FSDP, "fsdp")
+    for name, engine in fields.items():
+        value = getattr(parallel, name)
+        if value not in (None, False) and parallel.engine != engine:
+            fix = f"has an effect only with parallel.engine={engine}, not {parallel.engine}: leave it out"
+            reject(f"parallel.{name}", value, fix)
+    if parallel.reduce_each_micro_batch and parallel.pipeline > 1:
+        fix = f"has no effect with parallel.pipeline={parallel.pipeline}: gradients are reduced once per step"
+        reject("parallel.reduce_each_micro_batch", True, fix)
 
 
 def _check_tensor(parallel: ParallelConfig, model: ModelConfig, sequence_length: int) -> None:

@@ -285,7 +285,7 @@ class Config(Section):
         With a pipeline or tables, some gradients come from outside the micro-batches' passes (x0, tied head,
         FFN-M), so all gradients are reduced at the end of the step.
         """
-        return self.parallel.zero_stage >= 2 and self.parallel.pipeline == 1 and not self.tables
+        return self.parallel.zero >= 2 and self.parallel.pipeline == 1 and not self.tables
 
     def _check_transport(self) -> None:
         transport, schedule = self.parallel.x0_transport, self.parallel.order
@@ -327,7 +327,7 @@ class Config(Section):
                 "interleaved_1f1b"
             )
             reject("train.compile", True, fix)
-        if self.parallel.zero_stage == 3:
+        if self.parallel.zero == 3:
             fix = (
                 "is incompatible with parallel.zero_stage=3: gathering weights at each matmul breaks a "
                 "compiled layer's graph: set parallel.zero_stage=2, or leave train.compile out"
@@ -349,7 +349,7 @@ class Config(Section):
                 if value := getattr(self.memory, field):
                     reject(f"memory.{field}", value, f"has no effect with memory.mode={self.memory.mode}")
             return
-        if self.parallel.zero_stage == 3:
+        if self.parallel.zero == 3:
             fix = (
                 "is incompatible with parallel.zero_stage=3, which has weights only during a layer's "
                 "forward: use unique, or parallel.zero_stage=1"

@@ -32,7 +32,7 @@ class SourceOptions:
     positions: those of a micro-batch on this rank. For tables, precision: the autocast under which they are
     computed, outside the micro-batches; share: which rows this rank computes; tables: how many layers, the
     first ones, have a table (default: all), while "unique" computes the others; kept: how many of those, the
-    first ones, keep their activations.
+    first ones, keep their activations. device: default, the weights'.
     """
 
     positions: Positions = field(default_factory=Positions)
@@ -40,6 +40,7 @@ class SourceOptions:
     share: RowSharing | None = None
     tables: int | None = None
     kept: int = 0
+    device: torch.device | None = None
 
 
 Blocks = Mapping[int, MemoryBlock]  # by layer, on this rank
@@ -58,7 +59,8 @@ def _table(blocks: Blocks, options: SourceOptions) -> TrainingSource:
     tabled, others = dict(list(blocks.items())[:count]), dict(list(blocks.items())[count:])
     other_layers = UniqueSource(others, options.positions) if others else None
     positions, precision, share = options.positions, options.precision, options.share
-    return TableSource(tabled, positions, precision, share, other_layers, options.kept)
+    kept, device = options.kept, options.device
+    return TableSource(tabled, positions, precision, share, other_layers, kept, device)
 
 
 # Names of config field memory.mode (config/choices.py lists them too).

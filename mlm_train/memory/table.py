@@ -57,13 +57,15 @@ class TableSource:
         share: RowSharing | None = None,
         other_layers: UniqueSource | None = None,
         kept_layers: int = 0,
+        device: torch.device | None = None,
     ) -> None:
         self.blocks, self.positions = blocks, positions or Positions()
         self.other_layers = other_layers
         self.share = share or RowSharing()
         self.precision = precision or torch.autocast("cpu", enabled=False)
         self.anchors = {
-            layer: nn.Parameter(block.memory_layernorm.weight.new_zeros(1)) for layer, block in blocks.items()
+            layer: nn.Parameter(torch.zeros(1, device=device or block.memory_layernorm.weight.device))
+            for layer, block in blocks.items()
         }
         self.kept_layers = set(list(blocks)[:kept_layers])
         self.tables: dict[int, Tensor] = {}

@@ -5,15 +5,11 @@ them, with padding). Initialisation, checkpoints, exports and parity tests use t
 their export names (`model.layers.0.self_attn.q_proj.weight`).
 """
 
-import hashlib
-import math
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-
-from mlm_train.config import ModelConfig
 
 
 class Part(NamedTuple):
@@ -54,6 +50,28 @@ class Piece(NamedTuple):
         lengths = (span.stop - span.start for span in self.local)
         return logical[tuple(slice(o, o + n) for o, n in zip(self.offset, lengths, strict=True))]
 
+    def within(self, start: int, stop: int) -> "Piece | None":
+        """What of the piece is in rows [start, stop) of the parameter, with indices in those rows alone."""
+        rows = self.local[0]
+        low, high = max(rows.start, start), min(rows.stop, stop)
+        if low >= high:
+            return None
+        local = (slice(low - start, high - start), *self.local[1:])
+        offset = (self.offset[0] + low - rows.start, *self.offset[1:])
+        return self._replace(local=local, offset=offset)
+
+
+class Target(NamedTuple):
+    """A tensor to read a piece into: a parameter, a shard of one, or a tensor of its shape."""
+
+    piece: Piece
+    tensor: Tensor
+
+    @property
+    def view(self) -> Tensor:
+        """The piece's elements."""
+        return self.piece.of(self.tensor)
+
 
 def pieces(model: nn.Module) -> Iterator[Piece]:
     """Yield every piece of a logical tensor that a Transformer holds, in the order of its parameters."""
@@ -81,32 +99,14 @@ def _export_name(name: str) -> str:
     return name if name.startswith("lm_head") else f"model.{name}"
 
 
+def targets(model: nn.Module) -> Iterator[Target]:
+    """Yield every piece of a Transformer with the parameter that holds it."""
+    parameters = dict(model.named_parameters())
+    for piece in pieces(model):
+        yield Target(piece, parameters[piece.parameter].detach())
+
+
 def named_pieces(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the export name of every weight, with a view of the piece that a Transformer holds."""
-    parameters = dict(model.named_parameters())
-    for piece in pieces(model):
-        yield piece.name, piece.of(parameters[piece.parameter].detach())
-
-
-def draw(config: ModelConfig, seed: int, name: str, shape: torch.Size) -> Tensor:
-    """The initial value of a logical tensor; it depends on seed and name only, never on the layout.
-
-    Norms are 1; weights that write to the residual stream have std / sqrt(2 * layers).
-    """
-    if name.endswith("norm.weight"):
-        return torch.ones(shape)
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    std = config.init_std
-    if name.endswith(("o_proj.weight", "down_proj.weight")):
-        std /= math.sqrt(2 * config.num_hidden_layers)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
-
-
-@torch.no_grad()
-def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Initialise a Transformer's weights in place, tensor by tensor; padding is not written."""
-    parameters = dict(model.named_parameters())
-    for piece in pieces(model):
-        whole = draw(config, seed, piece.name, piece.shape)
-        piece.of(parameters[piece.parameter]).copy_(piece.cut(whole))
+    for target in targets(model):
+        yield target.piece.name, target.view

@@ -59,6 +59,15 @@ class Transformer(nn.Module):
             return MemoryBlock(self.config, layer, self.with_memory)
         return BaseBlock(self.config, layer)
 
+    def part(self, layers: Iterable[int], heads: bool) -> "Transformer":
+        """Some of the layers, and norm and head if `heads`, as a model that shares this one's modules."""
+        part = Transformer(self.config, self.with_memory, (), embeds=False, heads=False)
+        part.separator, part.embed_tokens = self.separator, self.embed_tokens
+        part.layers = nn.ModuleDict({str(layer): self.layers[str(layer)] for layer in layers})
+        if heads:
+            part.norm, part.lm_head = self.norm, self.lm_head
+        return part
+
     def block(self, layer: int) -> Block:
         """A layer by its number in the whole model."""
         block = self.layers[str(layer)]
@@ -84,10 +93,9 @@ class Transformer(nn.Module):
         x: Tensor,
         read: MemoryReader | None,
         ids: Tensor,
-        layers: Iterable[int] | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """Run the residual stream x [batch, local positions, hidden] through `layers` (default: all here).
+        """Run the residual stream x [batch, local positions, hidden] through the layers.
 
         ids int64 [batch, sequence]: those of all positions, also under sequence parallelism.
         """
@@ -96,8 +104,8 @@ class Transformer(nn.Module):
         else:
             start = cache.length if cache is not None else 0
             geometry = single_document(self.config, start, ids.shape[1], x.device)
-        for layer in self.layers if layers is None else map(str, layers):
-            x = self.layers[layer](x, geometry, read, cache)
+        for layer in self.layers.values():
+            x = layer(x, geometry, read, cache)
         return x
 
     def hidden(
@@ -106,16 +114,18 @@ class Transformer(nn.Module):
         source: MemorySource | None = None,
         cache: KeyValueCache | None = None,
         x0: Tensor | None = None,
+        x: Tensor | None = None,
     ) -> Tensor:
         """ids int64 [batch, sequence] -> the normed last hidden state [batch, sequence, hidden].
 
-        `x0`: the embeddings of ids, where the caller has them.
+        `x0`: the embeddings of ids, where the caller has them; `x`: the residual stream, where these are not
+        the first layers. Without the final norm the last hidden state is returned as it is.
         """
-        x0 = self.embed(ids) if x0 is None else x0
+        if x is None:
+            x = x0 = self.embed(ids) if x0 is None else x0
         read = source.open(ids, x0) if source is not None else None
-        x = self.run_layers(x0, read, ids, cache=cache)
-        assert self.norm is not None
-        return self.norm(x)
+        x = self.run_layers(x, read, ids, cache)
+        return x if self.norm is None else self.norm(x)
 
     @property
     def head_weight(self) -> Tensor:
@@ -135,11 +145,14 @@ class Transformer(nn.Module):
         cache: KeyValueCache | None = None,
         loss: Callable[[Tensor, Tensor], Any] | None = None,
         x0: Tensor | None = None,
+        x: Tensor | None = None,
     ) -> Any:
-        """ids int64 [batch, sequence] -> logits [batch, sequence, vocabulary].
+        """ids int64 [batch, sequence] -> logits [batch, sequence, vocabulary]; hidden without a head.
 
         With `loss`: loss(normed hidden [batch, sequence, hidden], head weight [vocabulary, hidden]).
-        `x0`: as in `hidden`.
+        `x0`, `x`: as in `hidden`.
         """
-        hidden = self.hidden(ids, source, cache, x0)
+        hidden = self.hidden(ids, source, cache, x0, x)
+        if self.norm is None:
+            return hidden
         return self.head(hidden) if loss is None else loss(hidden, self.head_weight)

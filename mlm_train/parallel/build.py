@@ -5,13 +5,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mlm_train.config import Config
 from mlm_train.memory import SourceOptions, TableSource, TrainingSource, make_source
 from mlm_train.model.loss import VocabRange, head_loss
 from mlm_train.model.transformer import Transformer
 from mlm_train.model.unfilled import unfilled
+from mlm_train.parallel.engine import Engine, make_engine
 from mlm_train.parallel.ffn_m.shares import DataParallelSharing
 from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.parallel.pipeline.executor import PipelineExecutor
@@ -53,7 +54,7 @@ def shapes_of(config: Config, topology: Topology, group: TensorGroup) -> Transfo
 
 
 def build_model(config: Config, runtime: Runtime, eod_id: int | None = None) -> Transformer:
-    """This rank's shard of the model on its device, all zeros, as padding must be; fill it next.
+    """This rank's shard of the model on its device, all zeros, as padding must be; without storage for FSDP.
 
     eod_id: the id that ends a document; required by data.separate_documents.
     """
@@ -62,10 +63,11 @@ def build_model(config: Config, runtime: Runtime, eod_id: int | None = None) -> 
     if config.data.separate_documents:
         assert eod_id is not None
         model.separator = eod_id
-    model.to_empty(device=runtime.device)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
+    if config.parallel.engine != "fsdp" or runtime.topology.data == 1:  # FSDP gives each rank its rows
+        model.to_empty(device=runtime.device)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
     mark_for_clipping(model, group)
     if model.embed_tokens is not None and runtime.topology.pipeline_rank > 0:
         # A copy (tied head, or `replicate`): only the first stage's counts in the gradient norm.
@@ -103,10 +105,8 @@ def autocast_of(config: Config, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.train.precision == "bf16")
 
 
-def build_executor(
-    model: Transformer, config: Config, runtime: Runtime, entry: nn.Module | None = None
-) -> Executor:
-    """The executor of this layout. `entry`: the module to call instead of the model (Engine.entry)."""
+def build_executor(model: Transformer, config: Config, runtime: Runtime) -> Executor:
+    """The executor of this layout."""
     group = tensor_group(config, runtime)
     for span in my_spans(config, runtime.topology):
         for layer in span.layers:
@@ -127,7 +127,14 @@ def build_executor(
         sum_norms = _nothing
     # Rows of x0 are embedded once per step, unless gradients are reduced in each pass.
     rows = None if config.reduces_each_pass else _channel(model, config, runtime, group, source)
-    return SingleStageExecutor(config, runtime, entry or model, source, rows, loss, precision, sum_norms)
+    return SingleStageExecutor(config, runtime, model, source, rows, loss, precision, sum_norms)
+
+
+def build_engine(model: Transformer, executor: Executor, config: Config, runtime: Runtime) -> Engine:
+    """The engine that updates the model's weights, attached to the executor; fill them next."""
+    engine = make_engine(model, config, runtime, executor.roots)
+    executor.attach(engine.entry, engine.before_pass)
+    return engine
 
 
 def _source(
@@ -139,7 +146,8 @@ def _source(
         return None
     share = DataParallelSharing(runtime.groups.data) if memory.shared else None
     blocks = model.memory_blocks()
-    options = SourceOptions(group, precision, share, memory.table_layers, memory.kept_layers or 0)
+    kept, device = memory.kept_layers or 0, runtime.device
+    options = SourceOptions(group, precision, share, memory.table_layers, kept, device)
     return make_source(memory.mode, blocks, options)
 
 

@@ -25,7 +25,7 @@ def print_plan(config: Config, topology: Topology, console: Console) -> None:
     console.print(_shapes(config))
     console.print(_run(config, topology))
     memory = rank_memory(config, topology)
-    table = Table(f"memory per rank, ZeRO-{config.parallel.zero_stage}", "GiB", title_justify="left")
+    table = Table(f"memory per rank, {config.parallel.engine_name}", "GiB", title_justify="left")
     estimated = ("buckets", "tables", "activations")
     for name, size in zip(memory._fields, memory, strict=True):
         table.add_row(name + " (estimate)" * (name in estimated), f"{size / 2**30:.3f}")

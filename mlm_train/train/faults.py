@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mlm_train.model.transformer import Transformer
+from mlm_train.parallel.mesh.sharded import local
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.utils.nonfinite import nonfinite
 
@@ -63,7 +64,8 @@ def _depth_of_gradient(name: str, layers: int) -> int:
 
 def _bad_weights(model: Transformer) -> list[str]:
     """Names of the parameters whose shard on this rank holds infinity or NaN."""
-    return nonfinite({name: getattr(w, "ds_tensor", w).detach() for name, w in model.named_parameters()})
+    shards = {name: local(getattr(w, "ds_tensor", w)) for name, w in model.named_parameters()}
+    return nonfinite({name: shard.detach() for name, shard in shards.items()})
 
 
 @contextmanager

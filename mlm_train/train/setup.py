@@ -3,30 +3,30 @@
 import shutil
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlm_train.checkpoint.folders import remove_partials
 from mlm_train.checkpoint.hf.files import carry_over
-from mlm_train.checkpoint.hf.folder import fill_model, verify_folder
+from mlm_train.checkpoint.hf.folder import open_tensors, verify_folder
 from mlm_train.checkpoint.load import load_training_state, load_weights, open_checkpoint
 from mlm_train.checkpoint.saver import Saver
 from mlm_train.config import Config, changed_fields, dump_config
 from mlm_train.data.blend import Blend
 from mlm_train.data.order import ORDER
 from mlm_train.data.samples import Consumed, Samples
-from mlm_train.model.logical import initialise
-from mlm_train.model.transformer import Transformer
+from mlm_train.model.initial import fill_initial
+from mlm_train.model.logical import Target
 from mlm_train.monitor.build import build_callbacks
 from mlm_train.monitor.callback import Callbacks, Context
 from mlm_train.monitor.log import Log
 from mlm_train.monitor.report import Progress
 from mlm_train.monitor.writers import Writers
 from mlm_train.parallel import runtime as processes
-from mlm_train.parallel.build import build_executor, build_model
-from mlm_train.parallel.engine import make_engine
+from mlm_train.parallel.build import build_engine, build_executor, build_model
+from mlm_train.parallel.engine import Engine
 from mlm_train.parallel.health.watchdog import watched
 from mlm_train.train.memory_mode import decide_mode
 from mlm_train.train.preflight import LOG, Resumed, check_output, find_checkpoint, warm_start_source
@@ -131,14 +131,14 @@ def _build(
     samples = data.samples("train", length, seed)
     config, mode = decide_mode(config, runtime, samples, resumed)
     model = build_model(config, runtime, data.eod_id)
-    if resumed is None:
-        _init_weights(model, config, runtime)
-    engine = make_engine(model, config, runtime)
+    executor = build_executor(model, config, runtime)
+    engine = build_engine(model, executor, config, runtime)
     progress = Progress()
-    if resumed is not None:
+    if resumed is None:
+        _init_weights(engine, config, runtime)
+    else:
         load_training_state(resumed.folder, resumed.manifest, engine)
         progress, _ = resumed_progress(resumed.progress, resumed.config, config)
-    executor = build_executor(model, config, runtime, engine.entry)
     log, writers = Log(Path(config.train.output) if runtime.is_rank_0 else None), Writers()
     runtime.broadcast(lambda: writers.open(config, progress.step + 1))
     context = Context(config, runtime, runtime.gather(socket.gethostname), log, writers)
@@ -162,17 +162,26 @@ def _build(
     return run
 
 
-def _init_weights(model: Transformer, config: Config, runtime: processes.Runtime) -> None:
+def _init_weights(engine: Engine, config: Config, runtime: processes.Runtime) -> None:
     """Initialise the weights, or load those of checkpoint.warm_start."""
     if config.checkpoint.warm_start is None:
-        initialise(model, config.model, config.train.seed)
+        engine.fill(lambda held: fill_initial(held, config.model, config.train.seed))
+        engine.refresh_model()
         return
     folder = warm_start_source(config)
     is_export = (folder / "config.json").is_file()
     check, compare = config.checkpoint.verify, verify_folder if is_export else open_checkpoint
     runtime.broadcast(lambda: compare(folder, check))
-    fill = fill_model if is_export else load_weights
-    runtime.gather(lambda: fill(folder, model))
+
+    def load(held: Iterable[Target]) -> None:
+        if is_export:
+            with open_tensors(folder) as tensors:
+                tensors.fill(held, config.model)
+        else:
+            load_weights(folder, held)
+
+    runtime.gather(lambda: engine.fill(load))
+    engine.refresh_model()
 
 
 def _say_start(run: Run, resumed: Resumed | None) -> None:

@@ -8,7 +8,7 @@ import torch
 from mlm_train.memory import PerTokenSource
 from mlm_train.memory.rows import Lookup
 from mlm_train.memory.table import TableSource
-from mlm_train.model.logical import initialise
+from mlm_train.model.initial import initialise
 from mlm_train.model.source import Positions
 from mlm_train.model.transformer import Transformer
 from tests.parallel.layouts import MODELS

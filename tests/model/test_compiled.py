@@ -7,7 +7,7 @@ from torch._dynamo.utils import counters
 from mlm_train.config.schema import ActivationCheckpointing
 from mlm_train.memory import make_source
 from mlm_train.memory.table import TableSource
-from mlm_train.model.logical import initialise
+from mlm_train.model.initial import initialise
 from mlm_train.model.transformer import Transformer
 from tests.parallel.layouts import MODELS
 from tests.parallel.reference import relative_error, sharpen, tiny_config

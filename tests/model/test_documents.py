@@ -6,7 +6,7 @@ import torch
 from mlm_train.config.schema import ActivationCheckpointing
 from mlm_train.memory import make_source
 from mlm_train.model.geometry import separate_documents
-from mlm_train.model.logical import initialise
+from mlm_train.model.initial import initialise
 from mlm_train.model.transformer import Transformer
 from tests.parallel.layouts import MODELS
 from tests.parallel.reference import EOD, relative_error, sharpen, tiny_config

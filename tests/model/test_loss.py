@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlm_train.config.load import parse_config
 from mlm_train.model import loss as loss_module
-from mlm_train.model.logical import initialise
+from mlm_train.model.initial import initialise
 from mlm_train.model.loss import IGNORED, VocabRange, default_chunk, head_loss, loss_sums
 from mlm_train.model.transformer import Transformer
 

@@ -6,7 +6,8 @@ import torch
 from mlm_train.config import ModelConfig
 from mlm_train.memory import make_source
 from mlm_train.model.counts import count_parameters, train_flops_per_token
-from mlm_train.model.logical import draw, initialise, named_pieces
+from mlm_train.model.initial import draw, initialise
+from mlm_train.model.logical import named_pieces
 from mlm_train.model.loss import loss_sums
 from mlm_train.model.transformer import Transformer
 

@@ -5,7 +5,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from mlm_train.memory import make_source
-from mlm_train.model.logical import initialise
+from mlm_train.model.initial import initialise
 from mlm_train.model.transformer import Transformer
 from tests.parallel.layouts import MODELS
 from tests.parallel.reference import tiny_config

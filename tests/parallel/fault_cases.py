@@ -6,9 +6,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
+from mlm_train.parallel.mesh.sharded import local
 from mlm_train.train.step import Trainer
 from tests.parallel.parity_cases import make_trainer, my_batches, whole_weights
 from tests.parallel.reference import tiny_config
@@ -28,7 +30,7 @@ def spoil_once(model: Transformer, layer: str) -> Callable[[], None]:
 def spoil_weight(model: Transformer, layer: str) -> Callable[[], None]:
     """Set a weight to infinity, as after a flipped bit."""
     weight: Any = model.layers[layer].get_parameter("self_attn.o_proj.weight")
-    held = getattr(weight, "ds_tensor", weight).data.view(-1)
+    held = local(getattr(weight, "ds_tensor", weight)).data.view(-1)
     before = held[1].clone()
     held[1] = torch.inf
     return lambda: held[1:2].copy_(before)
@@ -36,8 +38,15 @@ def spoil_weight(model: Transformer, layer: str) -> Callable[[], None]:
 
 def spoil_gradient(model: Transformer, layer: str) -> Callable[[], None]:
     """Make a weight's gradient NaN."""
-    weight = model.layers[layer].get_parameter("self_attn.o_proj.weight")
-    return weight.register_hook(lambda gradient: gradient * torch.nan).remove
+    projection = model.layers[layer].get_submodule("self_attn.o_proj")
+    if isinstance(projection.weight, DTensor):  # FSDP's passes have another parameter in its place
+
+        def spoil(_: object, __: object, out: Tensor) -> None:
+            if out.requires_grad:
+                out.register_hook(lambda gradient: gradient * torch.nan)
+
+        return projection.register_forward_hook(spoil).remove
+    return projection.get_parameter("weight").register_hook(lambda gradient: gradient * torch.nan).remove
 
 
 KINDS = {"forward": spoil_forward, "once": spoil_once, "weight": spoil_weight, "gradient": spoil_gradient}

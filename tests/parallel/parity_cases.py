@@ -1,6 +1,6 @@
 """What the ranks of the parity test run: cases against the one-process reference."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from unittest.mock import patch
 
@@ -12,14 +12,16 @@ from torch.distributed.pipelining import Schedule1F1B
 from mlm_train.config import Config
 from mlm_train.memory import TableSource, make_source
 from mlm_train.memory.rows import add_rows
-from mlm_train.model.logical import Piece, initialise, named_pieces, pieces
+from mlm_train.model.initial import initialise
+from mlm_train.model.logical import Piece, Target, named_pieces
 from mlm_train.model.loss import count_labels, loss_sums
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
-from mlm_train.parallel.build import build_executor, build_model
-from mlm_train.parallel.engine import make_engine
+from mlm_train.parallel.build import build_engine, build_executor, build_model
 from mlm_train.parallel.engine.base import Engine
+from mlm_train.parallel.engine.fsdp import FsdpEngine
 from mlm_train.parallel.ffn_m.shares import DataParallelSharing
+from mlm_train.parallel.mesh.sharded import local
 from mlm_train.parallel.pipeline import executor as pipeline
 from mlm_train.parallel.pipeline import x0
 from mlm_train.train.batches import MicroBatch
@@ -101,16 +103,25 @@ def make_trainer(config: Config, runtime: processes.Runtime) -> Trainer:
     """A new trainer of a config, with sharpened weights."""
     whole = dict(named_pieces(_network(config)))
     network = build_model(config, runtime, EOD)
-    with torch.no_grad():
-        parameters = dict(network.named_parameters())
-        for piece in pieces(network):
-            piece.of(parameters[piece.parameter]).copy_(piece.cut(whole[piece.name]))
-    engine = make_engine(network, config, runtime)
-    return Trainer(engine, build_executor(network, config, runtime, engine.entry), runtime)
+    executor = build_executor(network, config, runtime)
+    engine = build_engine(network, executor, config, runtime)
+
+    def fill(held: Iterable[Target]) -> None:
+        for target in held:
+            target.view.copy_(target.piece.cut(whole[target.piece.name]))
+
+    engine.fill(fill)
+    engine.refresh_model()
+    return Trainer(engine, executor, runtime)
 
 
 def whole_weights(engine: Engine) -> dict[str, Tensor]:
-    """The model's own weights (not the optimizer's copy) by parameter, gathered under ZeRO-3."""
+    """The model's own weights (not the optimizer's copy) by parameter, gathered under ZeRO-3.
+
+    Under FSDP a rank's rows of them.
+    """
+    if isinstance(engine, FsdpEngine):
+        return {name: shard.detach().clone() for name, shard in engine.shards.items()}
     from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters(list(engine.model.parameters()), enabled=engine.stage == 3):
@@ -118,7 +129,10 @@ def whole_weights(engine: Engine) -> dict[str, Tensor]:
 
 
 def whole_gradients(engine: Engine) -> dict[str, Tensor]:
-    """The averaged gradients by parameter, gathered from the ranks that hold them."""
+    """The averaged gradients by parameter, gathered from the ranks that hold them; of its rows under FSDP."""
+    if isinstance(engine, FsdpEngine):
+        gradients = {name: engine.parameters[name].grad for name in engine.shards}
+        return {name: local(gradient).clone() for name, gradient in gradients.items()}
     from deepspeed.utils import safe_get_full_grad
 
     read = (lambda parameter: parameter.grad) if engine.stage == 0 else safe_get_full_grad
@@ -154,7 +168,11 @@ def _first_gradients(trainer: Trainer, batches: list[MicroBatch], reference: dic
     trainer.backward(batches)
     engine = trainer.engine
     mine = assembled(engine.pieces, whole_gradients(engine))
-    engine.zero.optimizer.zero_grad()
+    if isinstance(engine, FsdpEngine):
+        for parameter in engine.parameters.values():
+            parameter.grad = None
+    else:
+        engine.zero.optimizer.zero_grad()
     return relative_error(mine, reference)
 
 

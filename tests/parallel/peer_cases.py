@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from mlm_train.checkpoint.hf.folder import write_folder
 from mlm_train.config import Config, ModelConfig
-from mlm_train.model.logical import initialise, named_pieces, pieces
+from mlm_train.model.initial import initialise
+from mlm_train.model.logical import named_pieces, pieces
 from mlm_train.model.loss import IGNORED, LossSums, count_labels
 from mlm_train.model.rope import rotary_angles, rotate
 from mlm_train.model.transformer import Transformer

@@ -6,7 +6,8 @@ from torch import Tensor
 from mlm_train.config import Config
 from mlm_train.config.load import parse_config
 from mlm_train.memory import make_source
-from mlm_train.model.logical import initialise, pieces
+from mlm_train.model.initial import initialise
+from mlm_train.model.logical import pieces
 from mlm_train.model.loss import IGNORED
 from mlm_train.model.source import MemorySource
 from mlm_train.model.transformer import Transformer
@@ -82,9 +83,9 @@ def train_reference(config: Config, steps: int, dtype: torch.dtype = torch.float
     initialise(model, config.model, config.train.seed)
     sharpen(model)
     source = make_source("per_token", model.memory_blocks()) if config.model.has_memory else None
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.optimizer), betas=config.optimizer.betas, eps=config.optimizer.eps
-    )
+    options = config.optimizer
+    groups = parameter_groups(model, options)
+    optimizer = torch.optim.AdamW(groups, betas=options.betas, eps=options.eps)
     losses, norms, first = [], [], {}
     for step in range(steps):
         ids, labels = global_batch(step, config.train.global_batch_size)

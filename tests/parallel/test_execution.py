@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mlm_train.config.schema import ActivationCheckpointing
-from mlm_train.model.logical import initialise
+from mlm_train.model.initial import initialise
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_executor, build_model
 from mlm_train.parallel.pipeline.single_stage import SingleStageExecutor

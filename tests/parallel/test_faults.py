@@ -25,8 +25,19 @@ LAYOUTS = {
         "parallel": {"pipeline": 2, "pipeline_schedule": "zbv"},
         "model": BASE | {"num_hidden_layers": 4},
     },
+    "FSDP DP4": {"parallel": {"engine": "fsdp"}, "model": MEMORY},
+    "FSDP PP2 DP2": {
+        "parallel": {"engine": "fsdp", "pipeline": 2},
+        "model": MEMORY,
+        "memory": {"mode": "table"},
+    },
 }
-KEEP_NO_GRADIENTS = ("ZeRO-2 DP4", "ZeRO-3 DP4")  # gradients are reduced in each pass
+KEEP_NO_GRADIENTS = (
+    "ZeRO-2 DP4",
+    "ZeRO-3 DP4",
+    "FSDP DP4",
+    "FSDP PP2 DP2",
+)  # gradients are reduced in each pass
 KINDS = ("gradient", "forward", "weight", "once")
 CASES = [
     (layout, kind, number)

@@ -102,6 +102,8 @@ def test_bf16_is_no_further_from_fp32_than_one_process() -> None:
         SEQUENCE,
         {"pipeline": 2, "zero_stage": 2},
         {"zero_stage": 3},
+        {"engine": "fsdp"},
+        {"engine": "fsdp", "reduce_dtype": "bf16"},
     ):
         modes = [
             mode

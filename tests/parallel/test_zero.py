@@ -1,4 +1,4 @@
-"""ZeRO: bytes per rank of each stage, the gradient norm without clipping and of a non-finite step."""
+"""Engines: bytes per rank, the gradient norm without clipping and of a non-finite step."""
 
 import math
 
@@ -10,7 +10,8 @@ STAGES = [0, 1, 2, 3]
 
 
 def test_each_stage_holds_the_planned_bytes() -> None:
-    counted = run_on_ranks("tests.parallel.zero_cases:count_bytes", 2, stages=STAGES)
+    engines = [{"zero_stage": stage} for stage in STAGES]
+    counted = run_on_ranks("tests.parallel.zero_cases:count_bytes", 2, engines=engines)
     whole = counted[0]["held"]["weights"]
     tensor = 2 * 4 * 48 * 32  # the largest tensor: where two ranks split it, both hold it whole
     for stage, bytes_ in zip(STAGES, counted, strict=True):
@@ -24,6 +25,18 @@ def test_each_stage_holds_the_planned_bytes() -> None:
     assert [p["weights"] / whole for p in planned] == pytest.approx([1, 1, 1, 0.5], rel=0.01)
     assert [p["gradients"] / whole for p in planned] == pytest.approx([1, 1, 0.5, 0.5], rel=0.01)
     assert [p["optimizer"] / whole for p in planned] == pytest.approx([2, 1.5, 1.5, 1.5], rel=0.01)
+
+
+def test_fsdp_holds_the_planned_bytes() -> None:
+    """Half of all but the embedding's; whole gradients unless each pass reduces them."""
+    engines = [{"engine": "fsdp"}, {"engine": "fsdp", "reduce_each_micro_batch": True}]
+    counted = run_on_ranks("tests.parallel.zero_cases:count_bytes", 2, engines=engines)
+    for bytes_ in counted:
+        held, planned = bytes_["held"], bytes_["planned"]
+        print(held, planned)
+        for part in ("weights", "gradients", "optimizer"):
+            assert held[part] == pytest.approx(planned[part], rel=0.02), part
+    assert counted[1]["held"]["gradients"] < 0.7 * counted[0]["held"]["gradients"]
 
 
 def test_every_stage_reports_the_norm_without_clipping() -> None:

@@ -5,22 +5,25 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from mlm_train.config import Config
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.engine.base import Engine
+from mlm_train.parallel.engine.fsdp import FsdpEngine
+from mlm_train.parallel.mesh.sharded import local
 from mlm_train.plan.memory import rank_memory
 from tests.parallel.parity_cases import make_trainer, my_batches, run_cases
 from tests.parallel.reference import tiny_config
 
 
-def count_bytes(stages: list[int]) -> list[dict[str, dict[str, int]]]:
-    """Per stage: bytes on this rank between two micro-batches of a second step, and the planned bytes."""
-    return [_count(stage) for stage in stages]
+def count_bytes(engines: list[dict]) -> list[dict[str, dict[str, int]]]:
+    """Per engine: bytes on this rank between two micro-batches of a second step, and the planned bytes."""
+    return [_count(parallel) for parallel in engines]
 
 
-def _count(stage: int) -> dict[str, dict[str, int]]:
-    config = tiny_config({"kind": "memory", "tie_word_embeddings": True}, parallel={"zero_stage": stage})
+def _count(parallel: dict) -> dict[str, dict[str, int]]:
+    config = tiny_config({"kind": "memory", "tie_word_embeddings": True}, parallel=parallel)
     runtime = processes.start(config)
     trainer = make_trainer(config, runtime)
     trainer.step(my_batches(runtime, 0, config), 1e-3)
@@ -35,6 +38,8 @@ def _count(stage: int) -> dict[str, dict[str, int]]:
 
 def _held(engine: Engine) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer on this rank."""
+    if isinstance(engine, FsdpEngine):
+        return _held_by_fsdp(engine)
     zero, parameters = engine.zero.optimizer, list(engine.model.parameters())
     weights = [parameter.data for parameter in parameters]
     gradients = [parameter.grad for parameter in parameters]
@@ -50,6 +55,27 @@ def _held(engine: Engine) -> dict[str, int]:
         "weights": _bytes(weights),
         "gradients": _bytes(gradients),
         "optimizer": _bytes(value for value in state if value.dim()),
+    }
+
+
+def _held_by_fsdp(engine: FsdpEngine) -> dict[str, int]:
+    """The same under FSDP, whose whole gradients are in its own parameters."""
+    gradients = [parameter.grad for parameter in engine.parameters.values()]
+    groups = [
+        group
+        for module in engine.model.modules()
+        if isinstance(module, FSDPModule)
+        for group in module._get_fsdp_state()._fsdp_param_groups
+    ]
+    for parameter in (parameter for group in groups for parameter in group.fsdp_params):
+        gradients.append(parameter.unsharded_accumulated_grad)
+        if hasattr(parameter, "_unsharded_param"):
+            gradients.append(parameter._unsharded_param.grad)
+    state = [value for entry in engine.optimizer.state.values() for value in entry.values() if value.dim()]
+    return {
+        "weights": _bytes(engine.shards.values()),
+        "gradients": _bytes(None if g is None else local(g) for g in gradients),
+        "optimizer": _bytes(state),
     }
 
 
@@ -81,11 +107,11 @@ def run_counting_copies_twice(cases: list[dict]) -> list[dict[str, float]]:
     """The cases with a mutation: a copy of the embedding on a later stage is as good as the first."""
     honest = Engine.__init__
 
-    def careless(self: Engine, model: Any, config: Config, runtime: processes.Runtime) -> None:
+    def careless(self: Engine, model: Any, config: Config, runtime: processes.Runtime, roots: Any) -> None:
         if runtime.topology.pipeline_rank > 0:
             model.embed_tokens.weight.ds_pipe_replicated = False
             model.embed_tokens.weight.model_parallel = True
-        honest(self, model, config, runtime)
+        honest(self, model, config, runtime, roots)
 
     with patch.object(Engine, "__init__", careless):
         return run_cases(cases)

@@ -17,7 +17,7 @@ from mlm_train.checkpoint.hf.config import config_json, read_config
 from mlm_train.checkpoint.hf.files import NO_TOKENS, SpecialTokens, set_add_bos
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
-from mlm_train.model.logical import named_pieces, pieces
+from mlm_train.model.logical import Target, named_pieces, targets
 from mlm_train.model.transformer import Transformer
 from mlm_train.model.unfilled import unfilled
 from mlm_train.utils.checks import Check
@@ -196,16 +196,14 @@ class FolderTensors:
         if surplus:
             raise UserError(f"{self.path}: tensor {surplus[0]} does not belong to a {config.kind} model")
 
-    @torch.no_grad()
-    def fill(self, model: Transformer) -> None:
-        """Copy the tensors into a model's parameters, whatever their dtype and device.
+    def fill(self, held: Iterable[Target], config: ModelConfig, with_memory: bool = True) -> None:
+        """Copy tensors into pieces of a model, whatever their dtype and device.
 
         Raises UserError naming the first tensor that does not fit the model's config.
         """
-        self.check(model.config, model.with_memory)
-        parameters = dict(model.named_parameters())
-        for piece in pieces(model):
-            piece.of(parameters[piece.parameter]).copy_(piece.cut(self.tensor(piece.name)))
+        self.check(config, with_memory)
+        for target in held:
+            target.view.copy_(target.piece.cut(self.tensor(target.piece.name)))
 
 
 def open_tensors(path: str | Path) -> FolderTensors:
@@ -272,7 +270,7 @@ def _other_weights(path: Path) -> str:
 def fill_model(path: str | Path, model: Transformer) -> None:
     """Load an export's weights into a model; see FolderTensors.fill."""
     with open_tensors(path) as tensors:
-        tensors.fill(model)
+        tensors.fill(targets(model), model.config, model.with_memory)
 
 
 def fingerprint(path: str | Path, known: Mapping[str, str] | None = None) -> str:

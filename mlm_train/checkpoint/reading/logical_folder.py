@@ -27,6 +27,7 @@ from mlm_train.checkpoint.hf.folder import (
 from mlm_train.checkpoint.manifest import Manifest, verify_files
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
+from mlm_train.model.logical import targets
 from mlm_train.model.transformer import Transformer
 from mlm_train.model.unfilled import unfilled
 from mlm_train.utils.arguments import MODEL_KINDS
@@ -123,7 +124,7 @@ class OpenedModel(ModelFolder):
         with unfilled():
             model = Transformer(self.config, with_memory)
         model.to(dtype).to_empty(device="cpu").requires_grad_(False)
-        self.tensors.fill(model)
+        self.tensors.fill(targets(model), model.config, model.with_memory)
         return model.eval()
 
     @cached_property

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mlm_train.config import Config, OptimizerConfig
-from mlm_train.model.logical import pieces
+from mlm_train.model.logical import Target, pieces, targets
 from mlm_train.parallel.engine.flat import Flat, cut_evenly
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.utils.nonfinite import nonfinite
@@ -18,9 +18,14 @@ from mlm_train.utils.nonfinite import nonfinite
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """AdamW parameter groups: no decay of norms, nor of embedding and head without decay_embeddings."""
+    return grouped(model.named_parameters(), config)
+
+
+def grouped(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
+    """The same of parameters with the model's names."""
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         is_embedding = name.startswith(("embed_tokens", "lm_head"))
         decays = parameter.dim() > 1 and (config.decay_embeddings or not is_embedding)
         (decay if decays else no_decay).append(parameter)
@@ -32,16 +37,19 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
 
 class Engine(ABC):
-    """The optimizer with data parallelism, equal on all ranks. Created as `Class(model, config, runtime)`.
+    """The optimizer with data parallelism, equal on all ranks: `Class(model, config, runtime, roots)`.
 
-    `entry`: the module to call instead of the model. `optimizer`: an AdamW, whose state ("step", "exp_avg",
-    "exp_avg_sq") is saved in checkpoints. `pieces` and `shapes` describe the model's parameters before the
-    engine shards them.
+    `roots`: the modules that a step calls, the model or its pipeline stages. `entry`: the module to call
+    instead of the model. `optimizer`: an AdamW, whose state ("step", "exp_avg",
+    "exp_avg_sq") is saved in checkpoints. `pieces` and `shapes` describe the tensors of `flats`: those of the
+    model's parameters before the engine shards them, unless it keeps a rank's rows of them as tensors.
     """
 
     optimizer: torch.optim.Optimizer
 
-    def __init__(self, model: nn.Module, config: Config, runtime: Runtime) -> None:
+    def __init__(
+        self, model: nn.Module, config: Config, runtime: Runtime, roots: Sequence[nn.Module]
+    ) -> None:
         self.model, self.clip = model, config.optimizer.max_grad_norm
         self.entry = model
         self.pieces = list(pieces(model))
@@ -57,6 +65,17 @@ class Engine(ABC):
 
         The norm is infinite, on every rank, where it was non-finite and nothing was updated.
         """
+
+    def before_pass(self, last: bool) -> None:  # noqa: B027 (empty where nothing is reduced in passes)
+        """Called before each micro-batch's forward without a pipeline; `last`: the step's last one."""
+
+    def targets(self) -> Iterator[Target]:
+        """Yield this rank's pieces of the weights with the tensors that hold them."""
+        return targets(self.model)
+
+    def fill(self, fill: Callable[[Iterable[Target]], None]) -> None:
+        """Have `fill` write the weights of this rank; `refresh_model` follows on all ranks."""
+        fill(self.targets())
 
     def nonfinite(self) -> list[str]:
         """Names of parameters whose gradient on this rank, before averaging, holds infinity or NaN.

@@ -7,7 +7,7 @@ global label count); it reduces, clips and steps.
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from mlm_train.config import Config
+from mlm_train.model.logical import Target
 from mlm_train.parallel.engine.base import Engine, parameter_groups
 from mlm_train.parallel.engine.flat import Flat, cut_anywhere, cut_evenly
+from mlm_train.parallel.engine.optimizer_state import scatter_state
 from mlm_train.parallel.mesh.groups import deepspeed_mpu
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.utils.library_noise import silenced
@@ -65,10 +67,12 @@ class DeepSpeedEngine(Engine):
     With stage 3 the model's parameters hold this rank's shard only, flattened.
     """
 
-    def __init__(self, model: nn.Module, config: Config, runtime: Runtime) -> None:
-        super().__init__(model, config, runtime)
+    def __init__(
+        self, model: nn.Module, config: Config, runtime: Runtime, roots: Sequence[nn.Module]
+    ) -> None:
+        super().__init__(model, config, runtime, roots)
         deepspeed = _load_deepspeed(runtime.device)
-        self.stage = config.parallel.zero_stage
+        self.stage = config.parallel.zero
         self.reduces_each_pass = config.reduces_each_pass
         self.mpu = deepspeed_mpu(runtime.groups, runtime.topology)
         self.single = runtime.topology.data == 1
@@ -148,6 +152,13 @@ class DeepSpeedEngine(Engine):
         from deepspeed.runtime.utils import clip_grad_norm_
 
         return float(clip_grad_norm_(self.model.parameters(), self.clip or math.inf, mpu=self.mpu))
+
+    def fill(self, fill: Callable[[Iterable[Target]], None]) -> None:
+        """Have `fill` write the weights of this rank: into tensors in host memory, then into ZeRO's."""
+        with torch.no_grad():
+            whole = {name: torch.zeros(shape) for name, shape in self.shapes.items()}
+            fill(Target(piece, whole[piece.parameter]) for piece in self.pieces)
+        scatter_state(self, "weight", whole)
 
     def flats(self) -> Iterator[Flat]:
         """Yield ZeRO's partitions; in stage 0, which has none, one flat tensor per parameter."""

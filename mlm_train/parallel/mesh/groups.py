@@ -3,9 +3,14 @@
 No other module of the package asks megatron-core for one.
 """
 
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from mlm_train.parallel.mesh.topology import Topology
 
@@ -27,12 +32,35 @@ class ProcessGroups:
     embedding: Any
     control: Any = None
 
+    def data_mesh(self, device: torch.device, replicate: int) -> DeviceMesh:
+        """The data-parallel ranks as FSDP takes them: [shard], or with `replicate` > 1 [replicate, shard].
+
+        Neighbouring ranks, on one node, share a copy. Every rank calls it.
+        """
+        if replicate == 1:
+            return DeviceMesh.from_group(self.data, device.type)
+        mine = dist.get_process_group_ranks(self.data)
+        of_all: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(of_all, mine, group=self.control)
+        mesh, groups = torch.empty(0), []
+        for ranks in sorted({tuple(ranks) for ranks in of_all}):
+            grid = torch.tensor(ranks).view(replicate, -1)
+            copies = [dist.new_group(column.tolist()) for column in grid.T]  # every rank creates every group
+            shards = [dist.new_group(row.tolist()) for row in grid]
+            if list(ranks) == mine:
+                row, column = (grid == dist.get_rank()).nonzero()[0].tolist()
+                mesh, groups = grid, [copies[column], shards[row]]
+        return DeviceMesh.from_group(groups, device.type, mesh=mesh, mesh_dim_names=("replicate", "shard"))
+
 
 def create_groups(topology: Topology) -> ProcessGroups:
     """Create the groups of a layout over all ranks; every rank calls it.
 
-    Groups of another layout that this process holds are destroyed first.
+    Groups of another layout that this process holds are destroyed first. One rank needs no megatron-core.
     """
+    if topology.world == 1:
+        alone = dist.group.WORLD
+        return ProcessGroups(alone, alone, alone, alone, alone)
     from megatron.core import parallel_state as state
 
     if state.model_parallel_is_initialized():
@@ -52,10 +80,9 @@ def create_groups(topology: Topology) -> ProcessGroups:
 
 def destroy_groups() -> None:
     """Destroy the groups, if there are any."""
-    from megatron.core import parallel_state
-
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    state = sys.modules.get("megatron.core.parallel_state")
+    if state is not None and state.model_parallel_is_initialized():
+        state.destroy_model_parallel()
 
 
 def deepspeed_mpu(groups: ProcessGroups, topology: Topology) -> SimpleNamespace:

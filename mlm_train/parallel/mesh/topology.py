@@ -30,6 +30,7 @@ class Topology:
                 f"{world} processes cannot hold parallel.tensor={parallel.tensor} x "
                 f"parallel.pipeline={parallel.pipeline}: start {f'{fewer} or ' if fewer else ''}{more}"
             )
+        parallel.sharding(world // model_ranks)
         return cls(world, rank, parallel.tensor, parallel.pipeline)
 
     @property

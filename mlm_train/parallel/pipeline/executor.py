@@ -4,7 +4,7 @@ A stage's shapes are given and never inferred (inference would run an extra forw
 is computed and scaled inside the last stage, with the gradients of the head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,7 +54,8 @@ class Stage(nn.Module):
         precision: torch.autocast,
     ) -> None:
         super().__init__()
-        self.model, self.span, self.channel, self.source = model, span, channel, source
+        self.part, self.span = model.part(span.layers, heads=span.last), span
+        self.channel, self.source = channel, source
         self.loss, self.precision = loss, precision
         all_tabled = isinstance(source, TableSource) and source.other_layers is None
         self.needs_x0 = source is not None and not all_tabled  # FFN-M is computed from a micro-batch's x0
@@ -70,6 +71,10 @@ class Stage(nn.Module):
         received: ids on the first stage, hidden [, x0] on others. ids, labels, index int64 [batch, sequence].
         number: int64 [batch], the micro-batch's number, repeated since torch splits all keywords alike.
         """
+
+        def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            return self.loss(hidden, weight, labels, self.scale)
+
         with self.precision:
             if self.span.first:
                 x = x0 = self.channel.x0(ids, index)
@@ -78,14 +83,10 @@ class Stage(nn.Module):
                 x0 = received[1] if self.channel.relays else None  # type: ignore[assignment]
                 if x0 is None and self.needs_x0:
                     x0 = self.channel.x0(ids, index)
-            read = self.source.open(ids, x0) if self.source is not None else None
-            x = self.model.run_layers(x, read, ids, self.span.layers)
-            if not self.span.last:
-                return (x, x0) if self.channel.relays else x
-            assert self.model.norm is not None
-            objective, cross_entropy = self.loss(
-                self.model.norm(x), self.model.head_weight, labels, self.scale
-            )
+            out = self.part(ids, self.source, loss=head, x0=x0, x=x)
+        if not self.span.last:
+            return (out, x0) if self.channel.relays else out
+        objective, cross_entropy = out
         self.sums.index_add_(0, number[:1], cross_entropy.double().view(1))
         return objective.view(1)
 
@@ -109,6 +110,13 @@ class PipelineExecutor:
         self.spans = my_spans(config, runtime.topology)
         self.stages = [Stage(model, span, channel, source, loss, precision) for span in self.spans]
         self.schedules: dict[int, Any] = {}
+
+    @property
+    def roots(self) -> Sequence[nn.Module]:
+        return self.stages
+
+    def attach(self, entry: nn.Module, before_pass: Callable[[bool], None]) -> None:
+        """Stages are called by torch's schedules, which tell FSDP the last pass themselves."""
 
     def _schedule(self, micro_batches: int) -> Any:
         """The schedule for a number of micro-batches; batch size warmup needs several.

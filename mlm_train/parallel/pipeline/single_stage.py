@@ -26,6 +26,15 @@ class Executor(Protocol):
         """The memory source that executes FFN-M; None where the model has none."""
         ...
 
+    @property
+    def roots(self) -> Sequence[nn.Module]:
+        """The modules that a step calls, one per stage of the pipeline on this rank."""
+        ...
+
+    def attach(self, entry: nn.Module, before_pass: Callable[[bool], None]) -> None:
+        """Take what an engine wants called: see Engine."""
+        ...
+
     def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
         """Accumulate the gradients of scale * sum(CE + z * lse^2); return the summed CE, fp64 scalar."""
         ...
@@ -39,6 +48,7 @@ class Prepared(NamedTuple):
     """A micro-batch of a step, on the device; `rows`: indices of its positions into the rows of x0."""
 
     number: int
+    last: bool  # of the step
     ids: Tensor
     labels: Tensor
     rows: Tensor
@@ -47,26 +57,33 @@ class Prepared(NamedTuple):
 class SingleStageExecutor:
     """All layers on this rank: one micro-batch after the other.
 
-    `entry`: the module to call, the Transformer or its wrapper; `channel`: where x0 comes from, None for the
-    model's embedding at each call.
+    `model`: the Transformer; `channel`: where x0 comes from, None for the model's embedding at each call.
     """
 
     def __init__(
         self,
         config: Config,
         runtime: Runtime,
-        entry: nn.Module,
+        model: nn.Module,
         source: TrainingSource | None,
         channel: X0Channel | None,
         loss: Loss,
         precision: torch.autocast,
         after_backward: Callable[[], None],
     ) -> None:
-        self.entry, self.source, self.channel = entry, source, channel
+        self.entry, self.source, self.channel = model, source, channel
+        self.before_pass: Callable[[bool], None] = _nothing
         self.loss, self.after_backward = loss, after_backward
         self.precision, self.device, self.marker = precision, runtime.device, runtime.marker
-        self.gathers = config.parallel.zero_stage == 3
+        self.gathers = config.parallel.zero == 3
         self.usual = runtime.topology.micro_batches(config.train)
+
+    @property
+    def roots(self) -> Sequence[nn.Module]:
+        return [self.entry]
+
+    def attach(self, entry: nn.Module, before_pass: Callable[[bool], None]) -> None:
+        self.entry, self.before_pass = entry, before_pass
 
     def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
         """Run one micro-batch after the other; gradients accumulate in fp32."""
@@ -91,6 +108,7 @@ class SingleStageExecutor:
     def run(self, micro_batch: Prepared, scale: float) -> Tensor:
         """Run forward and backward of a micro-batch of the step; return its summed CE."""
         self.marker.at("forward", None, micro_batch.number)
+        self.before_pass(micro_batch.last)
         with self.marker.forwards.running():
             objective, cross_entropy = self._loss(micro_batch, scale)
         self.marker.at("backward", None, micro_batch.number)
@@ -128,11 +146,12 @@ class SingleStageExecutor:
         if self.channel is not None:
             self.marker.at("x0")
             index = list(self.channel.begin(torch.cat(ids)).split([len(batch) for batch in ids]))
-        return [Prepared(*parts) for parts in zip(range(len(ids)), ids, labels, index, strict=True)]
+        parts = enumerate(zip(ids, labels, index, strict=True))
+        return [Prepared(number, number == len(ids) - 1, *part) for number, part in parts]
 
     def _loss(self, micro_batch: Prepared, scale: float) -> tuple[Tensor, Tensor]:
         """Objective and summed CE. The head is applied inside the model's forward, as all its weights are."""
-        _, ids, labels, rows = micro_batch
+        _, _, ids, labels, rows = micro_batch
 
         def loss(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
             return self.loss(hidden, weight, labels, scale)
@@ -140,3 +159,7 @@ class SingleStageExecutor:
         with self.precision:
             x0 = self.channel.x0(ids, rows) if self.channel is not None else None
             return self.entry(ids, self.source, loss=loss, x0=x0)
+
+
+def _nothing(_: bool) -> None:
+    """Before a pass of an engine that wants nothing done."""

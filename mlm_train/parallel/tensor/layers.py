@@ -17,6 +17,7 @@ from mlm_train.model.linear import FusedLinear
 from mlm_train.model.logical import Part
 from mlm_train.model.loss import VocabRange
 from mlm_train.model.transformer import Transformer
+from mlm_train.parallel.mesh.sharded import local
 from mlm_train.parallel.tensor.collectives import TensorGroup
 
 
@@ -141,7 +142,7 @@ def sum_replicated(model: nn.Module, group: TensorGroup) -> None:
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     summed = group.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
     for gradient, total in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(total.view_as(gradient))

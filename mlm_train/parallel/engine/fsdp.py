@@ -1,0 +1,208 @@
+"""The FSDP engine: torch's fully_shard (FSDP2), and AdamW on each rank's own rows.
+
+A block is one unit of sharding. What is left of a stage, final norm and head, is another: its root, whose
+forward runs first. Not sharded are the embedding, which is read outside of any forward, and FFN-M where
+tables are made of it before the micro-batches. With one data-parallel rank this is a plain AdamW.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from mlm_train.config import Config
+from mlm_train.model.block import Block
+from mlm_train.model.logical import Piece, Target
+from mlm_train.parallel.engine.base import Engine, grouped
+from mlm_train.parallel.engine.flat import Flat, cut_evenly
+from mlm_train.parallel.mesh.sharded import local
+from mlm_train.parallel.mesh.topology import Topology
+from mlm_train.parallel.pipeline.stages import my_spans
+from mlm_train.parallel.runtime import Runtime
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def whole_parameters(model: nn.Module, config: Config, topology: Topology) -> set[str]:
+    """Names of the parameters that every data-parallel rank holds whole."""
+    layers = [layer for span in my_spans(config, topology) for layer in span.layers]
+    tabled = layers[: config.memory.tabled(len(layers))] if config.memory is not None else []
+    prefixes = ("embed_tokens.", *(f"layers.{layer}.memory_" for layer in tabled))
+    return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+
+
+class FsdpEngine(Engine):
+    """AdamW under FSDP2: weights, gradients and moments are sharded over data parallel, by rows."""
+
+    def __init__(
+        self, model: nn.Module, config: Config, runtime: Runtime, roots: Sequence[nn.Module]
+    ) -> None:
+        super().__init__(model, config, runtime, roots)
+        self.topology, self.data_group = runtime.topology, runtime.groups.data
+        # Whether this rank counts a parameter in the gradient norm, if it alone held it (build_model).
+        self.counted = {name for name, parameter in model.named_parameters() if _is_counted(parameter)}
+        self.reduces_each = config.parallel.reduce_each_micro_batch
+        _, self.shard_size = config.parallel.sharding(self.topology.data)
+        self.shard_rank = self.topology.data_rank % self.shard_size
+        self.sharded_roots: list[FSDPModule] = []
+        if self.topology.data > 1:
+            self._shard(config, runtime, roots)
+        # FSDP puts other parameters in their place during a pass.
+        self.parameters = dict(model.named_parameters())
+        self.sharded = {name for name, p in self.parameters.items() if isinstance(p, DTensor)}
+        self.pieces = [held for piece in self.pieces if (held := self._held(piece)) is not None]
+        shards = {name: nn.Parameter(local(p.detach())) for name, p in self.parameters.items()}
+        self.shards = {name: shard for name, shard in shards.items() if shard.numel()}
+        self.shapes = {name: shard.shape for name, shard in self.shards.items()}
+        self.spoiled = False
+        options = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            grouped(self.shards.items(), options),
+            lr=options.lr,
+            betas=options.betas,
+            eps=options.eps,
+            fused=True,  # one pass over weights, gradients and moments
+        )
+
+    def _shard(self, config: Config, runtime: Runtime, roots: Sequence[nn.Module]) -> None:
+        """Wrap blocks and roots; then give the parameters storage, zeros, of this rank's rows alone."""
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        if config.train.precision == "bf16":
+            reduce_dtype = DTYPES[config.parallel.reduce_dtype or "fp32"]
+            policy = replace(policy, param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype)
+        mesh = runtime.groups.data_mesh(runtime.device, self.topology.data // self.shard_size)
+        whole = whole_parameters(self.model, config, self.topology)
+        mine = {parameter for name, parameter in self.model.named_parameters() if name not in whole}
+        for root in roots:
+            ignored = {parameter for parameter in root.parameters() if parameter not in mine}
+            for module in (*(m for m in root.modules() if isinstance(m, Block)), root):
+                fully_shard(
+                    module,
+                    mesh=mesh,
+                    # Under a pipeline torch keeps a stage's weights until the step's last backward pass.
+                    reshard_after_forward=self.topology.pipeline == 1,
+                    mp_policy=policy,
+                    ignored_params=ignored,
+                )
+            root.to_empty(device=runtime.device)
+            assert isinstance(root, FSDPModule)
+            self.sharded_roots.append(root)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                local(parameter).zero_()
+
+    def _held(self, piece: Piece) -> Piece | None:
+        """What of a piece is in this rank's shard; FSDP shards rows as torch.chunk does."""
+        if piece.parameter not in self.sharded:
+            return piece
+        rows = self.shapes[piece.parameter][0]
+        size = -(-rows // self.shard_size)
+        return piece.within(size * self.shard_rank, size * (self.shard_rank + 1))
+
+    def targets(self) -> Iterator[Target]:
+        return (Target(piece, self.shards[piece.parameter].detach()) for piece in self.pieces)
+
+    def before_pass(self, last: bool) -> None:
+        """Reduce gradients in the backward pass of a step's last micro-batch, or of each."""
+        for root in self.sharded_roots:
+            root.set_requires_gradient_sync(last or self.reduces_each)
+            root.set_is_last_backward(last)
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Accumulate gradients of the passes inside; at the end, average their sum over data parallel.
+
+        Those of sharded parameters are averaged in the step's last backward pass already.
+        """
+        yield
+        if self.topology.data > 1:
+            whole = [p for name, p in self.parameters.items() if name not in self.sharded]
+            _average(whole, self.data_group, self.topology.data)
+
+    def step(self, lr: float) -> float:
+        """Clip, update, drop the gradients; return the whole model's gradient norm before clipping.
+
+        The norm is infinite, on every rank, where it was non-finite and nothing was updated.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        gradients = {}
+        for name, shard in self.shards.items():
+            gradient = self.parameters[name].grad
+            gradients[name] = torch.zeros_like(shard) if gradient is None else local(gradient)
+            shard.grad = gradients[name]
+        norm = self._norm(gradients)
+        if math.isfinite(norm):
+            if self.clip and norm > self.clip:
+                torch._foreach_mul_(list(gradients.values()), self.clip / norm)
+            self.optimizer.step()
+        self.spoiled = False
+        for parameter in (*self.parameters.values(), *self.shards.values()):
+            parameter.grad = None
+        return norm if math.isfinite(norm) else math.inf
+
+    def _norm(self, gradients: dict[str, Tensor]) -> float:
+        """The norm of the whole gradient: squares of each number once, summed over all ranks."""
+        rank = self.topology.data_rank  # a shard is counted by the first of its copies
+        mine = [
+            gradient
+            for name, gradient in gradients.items()
+            if name in self.counted and rank < (self.shard_size if name in self.sharded else 1)
+        ]
+        total = torch.zeros((), dtype=torch.float64, device=next(iter(gradients.values())).device)
+        if mine:
+            total += torch.stack(torch._foreach_norm(mine)).double().square().sum()
+        if self.spoiled:
+            total += math.nan
+        dist.all_reduce(total)
+        return math.sqrt(value) if math.isfinite(value := total.item()) else math.inf
+
+    def nonfinite(self) -> list[str]:
+        """Names of parameters whose gradient here is non-finite, of those not reduced yet."""
+        return [] if self.sharded else super().nonfinite()
+
+    def spoil(self) -> None:
+        """Have the next step skip the update on all ranks."""
+        self.spoiled = True
+
+    def flats(self) -> Iterator[Flat]:
+        """Yield one flat tensor per shard of a parameter."""
+        for name, shard in self.shards.items():
+            members = {name: cut_evenly(0, shard.numel(), shard.numel())}
+            yield Flat(shard.detach().view(-1), shard, None, members)
+
+    def refresh_model(self) -> None:
+        """Drop weights that were gathered before the shards were written to."""
+        for root in self.sharded_roots:
+            for module in root.modules():  # type: ignore[attr-defined]
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+
+def _is_counted(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is neither another stage's nor another tensor-parallel rank's (build_model)."""
+    if getattr(parameter, "ds_pipe_replicated", False):
+        return False
+    tensor_sharded = getattr(parameter, "tensor_model_parallel", False)
+    return bool(tensor_sharded or getattr(parameter, "model_parallel", True))
+
+
+def _average(parameters: Iterable[nn.Parameter], group: object, ranks: int) -> None:
+    """Average the gradients of whole parameters over a group, in one all-reduce."""
+    gradients = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        gradients.append(parameter.grad)
+    if not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(ranks)
+    dist.all_reduce(flat, group=group)
+    for gradient, average in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(average.view_as(gradient))
