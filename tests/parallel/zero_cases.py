@@ -61,11 +61,11 @@ def _held(engine: Engine) -> dict[str, int]:
 def _held_by_fsdp(engine: FsdpEngine) -> dict[str, int]:
     """The same under FSDP, whose whole gradients are in its own parameters."""
     gradients = [parameter.grad for parameter in engine.parameters.values()]
+    states = [m._get_fsdp_state() for m in engine.model.modules() if isinstance(m, FSDPModule)]
     groups = [
-        group
-        for module in engine.model.modules()
-        if isinstance(module, FSDPModule)
-        for group in module._get_fsdp_state()._fsdp_param_groups
+        group  # torch 2.11 has one per module
+        for state in states
+        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
     ]
     for parameter in (parameter for group in groups for parameter in group.fsdp_params):
         gradients.append(parameter.unsharded_accumulated_grad)
