@@ -107,6 +107,25 @@ def test_killed_builder_resumes_to_the_same_bytes(
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def test_a_ray_that_cannot_start() -> None:
+    """Here since it may open too few files; a busy machine gives the same line."""
+    code = (
+        "import resource\nimport ray\nfrom mlm_train.tol.build.ray_cluster import ray_cluster\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        "with ray_cluster(1):\n    pass"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "UserError: Ray did not start on this machine: " in last, done.stderr
+    assert last.endswith("run the same command again, or name a running Ray by --ray-address")
+
+
 def test_unfinished_builds(tables: dict[str, Path], exported: Path, tmp_path: Path) -> None:
     """A damaged committed partition is rebuilt; another plan, or another model, is rejected."""
     output = tmp_path / "tol"

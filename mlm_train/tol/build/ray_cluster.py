@@ -55,20 +55,33 @@ def ray_cluster(workers: int, address: str | None = None, shared_bytes: int = 0)
             _shutdown()
         return
     with _scratch() as scratch:
+        local = {
+            "address": "local",  # ignores RAY_ADDRESS
+            "num_cpus": workers,
+            "include_dashboard": False,
+            "object_store_memory": _MIN_STORE + shared_bytes * 5 // 4,
+            "_temp_dir": scratch,
+        }
         try:
-            with held(), _on_loopback(), _sigterm_kept():
-                ray.init(
-                    address="local",  # ignores RAY_ADDRESS
-                    num_cpus=workers,
-                    include_dashboard=False,
-                    object_store_memory=_MIN_STORE + shared_bytes * 5 // 4,
-                    _temp_dir=scratch,
-                    **quiet,
-                )
+            _start(local | quiet)
             _silence_logs()
             yield
         finally:
             _shutdown()
+
+
+def _start(options: dict[str, Any]) -> None:
+    """Start a local Ray. Raises UserError where it does not start, as on a machine that is very busy."""
+    import ray
+
+    try:
+        with held(), _on_loopback(), _sigterm_kept():
+            ray.init(**options)
+    except Exception as error:
+        raise UserError(
+            f"Ray did not start on this machine: {first_line(error)}; it may be too busy, or `ulimit -n` too "
+            "low: run the same command again, or name a running Ray by --ray-address"
+        ) from error
 
 
 @contextmanager
