@@ -107,11 +107,12 @@ def test_killed_builder_resumes_to_the_same_bytes(
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.long
 def test_a_ray_that_cannot_start() -> None:
     """Here since it may open too few files; a busy machine gives the same line."""
     code = (
         "import resource\nimport ray\nfrom mlm_train.tol.build.ray_cluster import ray_cluster\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30))\n"
         "with ray_cluster(1):\n    pass"
     )
     done = subprocess.run(

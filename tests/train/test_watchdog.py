@@ -81,7 +81,7 @@ def test_a_stage_that_never_ends_is_named_and_every_rank_ends_itself(data: Path,
     assert codes == [75, 75], report
     assert report.count("watchdog: no progress for 5 s") == 1 and "Traceback" not in report
     assert re.search(r"stuck: +rank 1 \(.*, stage 1\): step 3, forward of micro-batch 2, for \d+ s", report)
-    assert "sleep_for_ever, called from mlm_train/parallel/pipeline/executor.py" in report
+    assert "sleep_for_ever, called from mlm_train/model/transformer.py" in report
     waiting = (
         r"waiting: rank 0 for \d+ s, stage 0: step 3, receive gradient of micro-batch 2, in send/recv at"
     )

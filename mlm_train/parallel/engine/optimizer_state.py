@@ -23,10 +23,15 @@ def _state_of(engine: Engine, flat: Flat) -> dict[str, Any]:
     """AdamW's state of a flat tensor; zeros before the first step."""
     state: dict[str, Any] = engine.optimizer.state[flat.owner]
     if "exp_avg" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["step"] = _steps(flat, 0)
         state["exp_avg"] = torch.zeros_like(flat.owner)
         state["exp_avg_sq"] = torch.zeros_like(flat.owner)
     return state
+
+
+def _steps(flat: Flat, steps: int) -> Tensor:
+    """AdamW's number of updates, where its fused kernel reads it: on the weights' device."""
+    return torch.tensor(float(steps), device=flat.owner.device)
 
 
 def _values(engine: Engine, flat: Flat, key: str) -> Tensor:
@@ -93,7 +98,7 @@ def scatter_state(engine: Engine, key: str, whole: dict[str, Tensor]) -> None:
 def finish_scatter(engine: Engine, steps: int) -> None:
     """Set AdamW's number of updates, and copy its weights into the model."""
     for flat in engine.flats():
-        _state_of(engine, flat)["step"] = torch.tensor(float(steps))
+        _state_of(engine, flat)["step"] = _steps(flat, steps)
     engine.refresh_model()
 
 
