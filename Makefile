@@ -39,7 +39,7 @@ test: check  ## style, types and all tests
 test-fast: check  ## style, types and the tests that start no process: minutes
 	$(PYTEST) -n logical --maxprocesses 8 --fast
 
-test-long: .venv/dev.stamp  ## what takes an hour: 30,000 damaged files, signals at 100 moments of each command
+test-long: .venv/dev.stamp  ## what takes hours: all parity cases, many kills, 30,000 damaged files, signals at 100 moments
 	$(PYTEST) -rs -m long tests
 	$(BIN)/python tools/interrupts.py --moments 100
 
