@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.commands import ROOT
 
-COMMANDS = ("import", "prepare")
+COMMANDS = ("import", "prepare", "build")
 MOMENTS = 1  # of each: the start of Python and its libraries takes the time
 
 
+@pytest.mark.long
 def test_signals_at_random_moments(tmp_path: Path) -> None:
     found, seed = tmp_path / "found.json", random.randrange(2**32)
     print("seed", seed)

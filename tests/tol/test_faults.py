@@ -113,6 +113,7 @@ def progress(folder: Path) -> int:
     return len(state.spectra) + 4 * (state.layout is not None) + len(state.done)
 
 
+@pytest.mark.long
 def test_every_worker_is_killed_in_turn(source: Path, unbroken: dict[str, Path], tmp_path: Path) -> None:
     """Three while they compute spectra and six while they fill partitions, replacements among them."""
     output = tmp_path / "tol"
