@@ -100,18 +100,19 @@ def load_training_state(folder: Path, manifest: Manifest, engine: Engine) -> Non
 def _read_whole(folder: Path, key: str, engine: Engine) -> dict[str, Tensor]:
     """Read one of STATE: parameter name -> whole fp32 tensor in host memory, with zero padding."""
     whole = {name: torch.zeros(shape, dtype=torch.float32) for name, shape in engine.shapes.items()}
-    wanted: dict[str, Tensor] = {}
-    for piece in engine.pieces:
-        target = piece.of(whole[piece.parameter]).fill_(float("nan"))
-        wanted[f"{key}/{piece.name}"] = LogicalPart.of(piece, target)
-    read_tensors(folder, wanted)
+    read_pieces(folder, key, (Target(piece, whole[piece.parameter]) for piece in engine.pieces))
     return whole
+
+
+def read_pieces(folder: Path, key: str, held: Iterable[Target], alone: bool = False) -> None:
+    """Read one of STATE into pieces of a model; `alone`: without process groups."""
+    wanted: dict[str, Tensor] = {}
+    for target in held:
+        view = target.view.fill_(float("nan"))
+        wanted[f"{key}/{target.piece.name}"] = LogicalPart.of(target.piece, view)
+    read_tensors(folder, wanted, alone)
 
 
 def load_weights(folder: Path, held: Iterable[Target]) -> None:
     """Load weights from a checkpoint into pieces of a model, without process groups."""
-    wanted: dict[str, Tensor] = {}
-    for target in held:
-        view = target.view.fill_(float("nan"))
-        wanted[f"weight/{target.piece.name}"] = LogicalPart.of(target.piece, view)
-    read_tensors(folder, wanted, alone=True)
+    read_pieces(folder, "weight", held, alone=True)

@@ -28,5 +28,5 @@ def test_resumes_in_the_other_engine(data: Path, tmp_path: Path) -> None:
         train_on_ranks(world, *words(data, run, *layout, f"train.stop_after={LEG}"))
         losses = scalars(run, "train/loss")
         assert len(losses) == (leg + 1) * LEG, name
-    same_losses(run, other)
+    same_losses(run, other, norms=1e-3)
     assert len(expected) == len(losses)

@@ -6,7 +6,7 @@ tables are made of it before the micro-batches. With one data-parallel rank this
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ from mlm_train.model.block import Block
 from mlm_train.model.logical import Piece, Target
 from mlm_train.parallel.engine.base import Engine, grouped
 from mlm_train.parallel.engine.flat import Flat, cut_evenly
-from mlm_train.parallel.mesh.sharded import local
+from mlm_train.parallel.mesh.sharded import local, reduce_gradients
 from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.parallel.pipeline.stages import my_spans
 from mlm_train.parallel.runtime import Runtime
@@ -76,7 +76,7 @@ class FsdpEngine(Engine):
         if config.train.precision == "bf16":
             reduce_dtype = DTYPES[config.parallel.reduce_dtype or "fp32"]
             policy = replace(policy, param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype)
-        mesh = runtime.groups.data_mesh(runtime.device, self.topology.data // self.shard_size)
+        mesh = runtime.groups.data_mesh(runtime.device, self.topology, self.topology.data // self.shard_size)
         whole = whole_parameters(self.model, config, self.topology)
         mine = {parameter for name, parameter in self.model.named_parameters() if name not in whole}
         for root in roots:
@@ -123,7 +123,13 @@ class FsdpEngine(Engine):
         yield
         if self.topology.data > 1:
             whole = [p for name, p in self.parameters.items() if name not in self.sharded]
-            _average(whole, self.data_group, self.topology.data)
+            reduce_gradients(whole, self._average)
+
+    def _average(self, gradients: Tensor) -> Tensor:
+        """The mean of a tensor over data parallel; writes into it."""
+        gradients /= self.topology.data
+        dist.all_reduce(gradients, group=self.data_group)
+        return gradients
 
     def step(self, lr: float) -> float:
         """Clip, update, drop the gradients; return the whole model's gradient norm before clipping.
@@ -191,18 +197,3 @@ def _is_counted(parameter: nn.Parameter) -> bool:
         return False
     tensor_sharded = getattr(parameter, "tensor_model_parallel", False)
     return bool(tensor_sharded or getattr(parameter, "model_parallel", True))
-
-
-def _average(parameters: Iterable[nn.Parameter], group: object, ranks: int) -> None:
-    """Average the gradients of whole parameters over a group, in one all-reduce."""
-    gradients = []
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        gradients.append(parameter.grad)
-    if not gradients:
-        return
-    flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(ranks)
-    dist.all_reduce(flat, group=group)
-    for gradient, average in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(average.view_as(gradient))

@@ -32,23 +32,20 @@ class ProcessGroups:
     embedding: Any
     control: Any = None
 
-    def data_mesh(self, device: torch.device, replicate: int) -> DeviceMesh:
+    def data_mesh(self, device: torch.device, topology: Topology, replicate: int) -> DeviceMesh:
         """The data-parallel ranks as FSDP takes them: [shard], or with `replicate` > 1 [replicate, shard].
 
         Neighbouring ranks, on one node, share a copy. Every rank calls it.
         """
         if replicate == 1:
             return DeviceMesh.from_group(self.data, device.type)
-        mine = dist.get_process_group_ranks(self.data)
-        of_all: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(of_all, mine, group=self.control)
         mesh, groups = torch.empty(0), []
-        for ranks in sorted({tuple(ranks) for ranks in of_all}):
-            grid = torch.tensor(ranks).view(replicate, -1)
+        world = torch.arange(topology.world).view(topology.pipeline, topology.data, topology.tensor)
+        for ranks in world.movedim(1, -1).reshape(-1, topology.data):
+            grid = ranks.view(replicate, -1)
             copies = [dist.new_group(column.tolist()) for column in grid.T]  # every rank creates every group
             shards = [dist.new_group(row.tolist()) for row in grid]
-            if list(ranks) == mine:
-                row, column = (grid == dist.get_rank()).nonzero()[0].tolist()
+            for row, column in (grid == topology.rank).nonzero().tolist():
                 mesh, groups = grid, [copies[column], shards[row]]
         return DeviceMesh.from_group(groups, device.type, mesh=mesh, mesh_dim_names=("replicate", "shard"))
 

@@ -17,7 +17,7 @@ from mlm_train.model.linear import FusedLinear
 from mlm_train.model.logical import Part
 from mlm_train.model.loss import VocabRange
 from mlm_train.model.transformer import Transformer
-from mlm_train.parallel.mesh.sharded import local
+from mlm_train.parallel.mesh.sharded import reduce_gradients
 from mlm_train.parallel.tensor.collectives import TensorGroup
 
 
@@ -136,16 +136,8 @@ def _replicated(model: nn.Module) -> list[nn.Parameter]:
 
 def sum_replicated(model: nn.Module, group: TensorGroup) -> None:
     """Under sequence parallelism, all-reduce the norms' gradients of local positions, once per step."""
-    parameters = _replicated(model) if group.shards > 1 else []
-    if not parameters:
-        return
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    summed = group.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
-    for gradient, total in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(total.view_as(gradient))
+    if group.shards > 1:
+        reduce_gradients(_replicated(model), group.all_reduce)
 
 
 def sum_replicated_each_pass(model: nn.Module, group: TensorGroup) -> None:
