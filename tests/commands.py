@@ -129,7 +129,7 @@ def scalars(run: Path, tag: str) -> dict[int, float]:
 def same_losses(run: Path, other: Path, tolerance: float = 2e-5, norms: float | None = None) -> None:
     """Assert that two runs have the same values at every step, in training and validation.
 
-    `norms`: the tolerance of gradient norms, for runs in several layouts: a token whose hidden state is almost
+    `norms`: the tolerance of gradient norms, for runs in several layouts: a token with a hidden state near
     zero multiplies rounding; which text has one depends on the Python whose sources the tests train on.
     """
     for tag in ("train/loss", "train/grad_norm", "validation/loss"):

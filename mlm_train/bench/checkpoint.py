@@ -25,7 +25,7 @@ from mlm_train.checkpoint.saver import Saver
 from mlm_train.config import Config
 from mlm_train.errors import UserError
 from mlm_train.monitor.report import Saved
-from mlm_train.parallel.engine import make_engine
+from mlm_train.parallel.build import build_engine
 from mlm_train.train.batches import MicroBatch
 from mlm_train.train.step import Trainer
 from mlm_train.utils.files import sync
@@ -98,7 +98,7 @@ class _Benchmark:
         config = step_config(model, None, LENGTH, 1, 1, {"output": str(folder)})
         self.config: Config = config
         network, executor, self.runtime = build(config)
-        self.engine = make_engine(network, config, self.runtime)
+        self.engine = build_engine(network, executor, config, self.runtime)
         self.trainer = Trainer(self.engine, executor, self.runtime)
         ids = torch.randint(
             config.model.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(SEED)

@@ -58,13 +58,13 @@ def _fill_normal(out: np.ndarray, key: np.ndarray, start: int) -> None:
         np.log(_uniform(bits >> np.uint64(32)), out=block)
         block *= -2.0
         np.sqrt(block, out=block)
-        angle = _uniform(bits & np.uint64(2**32 - 1))
+        angle = _uniform(bits)
         angle *= np.float32(2 * math.pi)
         block *= np.cos(angle, out=angle)
 
 
 def _uniform(bits: np.ndarray) -> np.ndarray:
-    """32 random bits in 64 -> fp32 in (0, 1]."""
+    """The lower 32 of 64 random bits -> fp32 in (0, 1]."""
     values = bits.astype(np.uint32).astype(np.float32)
     values += 1.0
     values *= np.float32(2.0**-32)

@@ -136,6 +136,7 @@ def _build(
     progress = Progress()
     if resumed is None:
         _init_weights(engine, config, runtime)
+        engine.refresh_model()
     else:
         load_training_state(resumed.folder, resumed.manifest, engine)
         progress, _ = resumed_progress(resumed.progress, resumed.config, config)
@@ -166,7 +167,6 @@ def _init_weights(engine: Engine, config: Config, runtime: processes.Runtime) ->
     """Initialise the weights, or load those of checkpoint.warm_start."""
     if config.checkpoint.warm_start is None:
         engine.fill(lambda held: fill_initial(held, config.model, config.train.seed))
-        engine.refresh_model()
         return
     folder = warm_start_source(config)
     is_export = (folder / "config.json").is_file()
@@ -181,7 +181,6 @@ def _init_weights(engine: Engine, config: Config, runtime: processes.Runtime) ->
             load_weights(folder, held)
 
     runtime.gather(lambda: engine.fill(load))
-    engine.refresh_model()
 
 
 def _say_start(run: Run, resumed: Resumed | None) -> None:

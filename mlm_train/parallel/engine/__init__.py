@@ -18,13 +18,11 @@ ENGINES: dict[str, type[Engine]] = {"deepspeed": DeepSpeedEngine, "fsdp": FsdpEn
 __all__ = ["ENGINES", "Engine", "make_engine"]
 
 
-def make_engine(
-    model: nn.Module, config: Config, runtime: Runtime, roots: Sequence[nn.Module] | None = None
-) -> Engine:
+def make_engine(model: nn.Module, config: Config, runtime: Runtime, roots: Sequence[nn.Module]) -> Engine:
     """Create the engine of config field parallel.engine for this rank's shard of the model.
 
-    roots: the modules that a step calls (Executor.roots); default: the model.
+    roots: the modules that a step calls (Executor.roots).
     """
     kind = find("parallel.engine", config.parallel.engine, ENGINES, Engine)
-    engine: Engine = kind(model, config, runtime, [model] if roots is None else roots)
+    engine: Engine = kind(model, config, runtime, roots)
     return engine
