@@ -136,7 +136,8 @@ class _Benchmark:
         section = self.config.checkpoint.model_copy(update={"async_save": async_save})
         config = self.config.model_copy(update={"checkpoint": section})
         committed: list[Saved] = []
-        saver = Saver(self.engine, self.runtime, config, {"fingerprint": ""}, committed.append, print)
+        data = {"fingerprint": "", "eod_id": 0}
+        saver = Saver(self.engine, self.runtime, config, data, committed.append, print)
         self.number += 1
         saver.save({"step": self.number, "samples": 0, "tokens": 0})
         steps = []
