@@ -59,7 +59,7 @@ class SendRecv(Channel):
         self.is_first = dist.get_rank() == self.first
         self.anchor = torch.zeros(1, device=self.device, requires_grad=True)
 
-    def begin(self, ids: Tensor) -> Tensor:
+    def begin(self, ids: Tensor, passes: int) -> Tensor:
         """ids: [micro-batches * batch, sequence] -> index of each position's row, of the same shape."""
         distinct, index = ids.unique(return_inverse=True)
         if self.is_first:

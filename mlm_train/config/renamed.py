@@ -9,6 +9,7 @@ from mlm_train.errors import UserError
 RENAMED: dict[str, str] = {
     "parallel.schedule": "parallel.pipeline_schedule",
     "parallel.zero": "parallel.zero_stage",
+    "memory.shared": "memory.placement",
     "optimizer.clip": "optimizer.max_grad_norm",
     "train.global_batch": "train.global_batch_size",
     "train.micro_batch": "train.micro_batch_size",
@@ -31,6 +32,7 @@ RENAMED: dict[str, str] = {
 }
 # Former name -> conversion of its value, for fields of RENAMED whose values changed too.
 VALUES: dict[str, Callable[[Any], Any]] = {
+    "memory.shared": lambda shared: "shared" if shared else None,
     "monitor.tensorboard": lambda on: ["tensorboard"] if on else [],
 }
 

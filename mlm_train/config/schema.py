@@ -52,6 +52,9 @@ class DataConfig(Section):
         return self
 
 
+Placement = Literal["replicated", "shared", "owned"]
+
+
 class MemoryConfig(Section):
     """How FFN-M is executed in training."""
 
@@ -68,9 +71,17 @@ class MemoryConfig(Section):
         description="with mode=auto: GiB per rank for tables and kept activations; layers beyond it are "
         "computed as with mode=unique (default: a quarter of the memory that is free at the start)",
     )
-    shared: bool = Field(
-        False,
-        description="with mode=table: data-parallel ranks split the rows, so that each is computed once",
+    placement: Placement | None = Field(
+        None,
+        description="with mode=table: which ranks compute FFN-M's rows. replicated (default): each those of "
+        "its own tokens. shared: the data-parallel ranks split the rows, so that each is computed once. "
+        "owned (engine=fsdp): each layer's FFN-M lies on few ranks of its stage, and rows travel instead of "
+        "weights and gradients",
+    )
+    gradient_rows: Literal["fp32", "bf16"] | None = Field(
+        None,
+        description="with placement=owned and train.precision=bf16: in which the gradients of rows travel to "
+        "their owners; default fp32",
     )
     table_layers: int | None = Field(
         None,
@@ -84,6 +95,16 @@ class MemoryConfig(Section):
         description="with mode=table: the first so many layers of a rank keep FFN-M's activations of the "
         "step's distinct tokens until its end; the others recompute them (default: none)",
     )
+
+    @property
+    def shared(self) -> bool:
+        """Whether the data-parallel ranks compute rows for each other."""
+        return self.placement == "shared"
+
+    @property
+    def owned(self) -> bool:
+        """Whether FFN-M's tabled layers lie on few ranks each."""
+        return self.placement == "owned"
 
     def tabled(self, layers: int) -> int:
         """How many of a rank's `layers` layers have a table."""
@@ -345,7 +366,7 @@ class Config(Section):
             fix = f"has an effect only with memory.mode=auto, not {self.memory.mode}"
             reject("memory.budget_gib", self.memory.budget_gib, fix)
         if self.memory.mode != "table":
-            for field in ("shared", "table_layers", "kept_layers"):
+            for field in ("placement", "table_layers", "kept_layers"):
                 if value := getattr(self.memory, field):
                     reject(f"memory.{field}", value, f"has no effect with memory.mode={self.memory.mode}")
             return
@@ -355,12 +376,23 @@ class Config(Section):
                 "forward: use unique, or parallel.zero_stage=1"
             )
             reject("memory.mode", "table", fix)
+        self._check_owned(self.memory)
         if self.memory.table_layers is not None and self.parallel.order in ZERO_BUBBLE:
             fix = (
                 f"is incompatible with parallel.pipeline_schedule={self.parallel.order}, where layers "
                 "without a table need relay: leave it out"
             )
             reject("memory.table_layers", self.memory.table_layers, fix)
+
+    def _check_owned(self, memory: MemoryConfig) -> None:
+        if memory.owned and self.parallel.engine != "fsdp":
+            fix = (
+                f"is incompatible with parallel.engine={self.parallel.engine}: set parallel.engine=fsdp, or "
+            )
+            reject("memory.placement", memory.placement, fix + "memory.placement=shared")
+        if memory.gradient_rows == "bf16" and not (memory.owned and self.train.precision == "bf16"):
+            fix = "has an effect only with memory.placement=owned and train.precision=bf16"
+            reject("memory.gradient_rows", memory.gradient_rows, fix)
 
     def _check_keep(self) -> None:
         checkpoint, eval_interval = self.checkpoint, self.train.eval_interval

@@ -1,5 +1,6 @@
 """Row lookups, and their backward: sums into rows of a table."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,19 +26,30 @@ def add_rows(table: Tensor, index: Tensor, values: Tensor) -> None:
 class Lookup(torch.autograd.Function):
     """rows[index], in the dtype of `gradient`; the backward adds into `gradient` and gives the anchor zeros.
 
+    `done` is called at the backward's end.
+
     The anchor, shape [1], requires a gradient, so that autograd runs the backward. Zero-bubble schedules run
     it only if it leads to a parameter of the stage: the anchors of FFN-M's tables are parameters, one per
     layer, in no optimizer and no checkpoint.
     """
 
     @staticmethod
-    def forward(ctx: Any, index: Tensor, rows: Tensor, gradient: Tensor, anchor: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        index: Tensor,
+        rows: Tensor,
+        gradient: Tensor,
+        anchor: Tensor,
+        done: Callable[[], None] | None = None,
+    ) -> Tensor:
         ctx.save_for_backward(index)
-        ctx.gradient = gradient
+        ctx.gradient, ctx.done = gradient, done
         return rows[index].to(gradient.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, Tensor, None]:
         (index,) = ctx.saved_tensors
         add_rows(ctx.gradient, index.reshape(-1), grad.reshape(-1, grad.shape[-1]))
-        return None, None, None, grad.new_zeros(1)
+        if ctx.done is not None:
+            ctx.done()
+        return None, None, None, grad.new_zeros(1), None

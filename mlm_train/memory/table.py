@@ -8,19 +8,15 @@ the sum over positions is taken before a linear map instead of after it.
 """
 
 from collections.abc import Mapping
-from math import ceil
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlm_train.memory.rows import Lookup
+from mlm_train.memory.step_rows import StepRows
 from mlm_train.memory.unique import UniqueSource
 from mlm_train.model.block import MemoryBlock
-from mlm_train.model.linear import compute_dtype
 from mlm_train.model.source import MemoryReader, Positions
-
-BLOCK_ROWS = 4096  # at most; matmuls of fewer than about 1,500 rows run at half the speed on a CPU
 
 
 class RowSharing:
@@ -43,11 +39,13 @@ class RowSharing:
 
 
 class TableSource:
-    """A memory source of one step's rows: begin, any number of micro-batches, finish.
+    """A memory source of one step's rows: request, begin, any number of micro-batches, finish.
 
     `other_layers`: the source of layers without a table. `kept_layers`: how many layers, the first ones, keep
     their activations from begin to finish; the others recompute them there.
     """
+
+    tensor_sliced = True  # tensor-parallel ranks share each evaluation
 
     def __init__(
         self,
@@ -70,55 +68,31 @@ class TableSource:
         self.kept_layers = set(list(blocks)[:kept_layers])
         self.tables: dict[int, Tensor] = {}
         self.gradients: dict[int, Tensor] = {}
-        self.kept_outputs: dict[int, list[Tensor]] = {}  # of kept layers, with their graphs
-        self.computed_rows = 0  # per table of the latest step, on this rank
+
+    def request(self, ids: Tensor, distinct: Tensor, passes: int) -> Tensor:
+        """Before a step: the ids whose x0 `begin` needs, int64 [any number].
+
+        ids int64 [..., sequence] of all positions; distinct: those, sorted; passes: micro-batches.
+        """
+        return self.share.begin(distinct)
 
     def begin(self, ids: Tensor, rows: Tensor) -> None:
         """Compute the tables of a step. ids int64 [distinct]: the step's distinct ids on this rank, sorted.
 
-        rows: embeddings of share.begin(ids), fp32 [share, hidden]. Under no_grad lookups have no gradients.
+        rows: embeddings of `request`'s ids, fp32 [share, hidden]. Under no_grad lookups have no gradients.
         """
         training = torch.is_grad_enabled()
-        self.ids, self.computed_rows = ids, len(rows)
-        # At least one block: without rows the weights still need zero gradients, as on other ranks.
-        self.rows = [block_rows.detach().requires_grad_(training) for block_rows in _blocks(rows)]
+        self.ids, self.rows = ids, StepRows(rows, self.positions, self.precision)
         for layer, block in self.blocks.items():
-            if training and layer in self.kept_layers:
-                table = self._table_with_graph(layer, block)
-            else:
-                table = self._table(block)
+            keeps = training and layer in self.kept_layers
+            table = self.rows.table_with_graph(block) if keeps else self.rows.table(block)
             self.tables[layer] = self.share.spread(table)
             self.gradients[layer] = rows.new_zeros(len(ids) if training else 0, rows.shape[1])
-
-    @torch.no_grad()
-    def _table(self, block: MemoryBlock) -> Tensor:
-        """A layer's table [share, hidden], in the dtype of FFN-M's matmuls."""
-        return torch.cat([self._gather(self._ffn_m(block, rows), len(rows)) for rows in self.rows])
-
-    def _table_with_graph(self, layer: int, block: MemoryBlock) -> Tensor:
-        """The same; the graph is kept for `finish`."""
-        self.kept_outputs[layer] = [self._forward(block, rows) for rows in self.rows]
-        with self.precision:
-            dtype = compute_dtype(self.rows[0])
-        return torch.cat([memory.detach().to(dtype) for memory in self.kept_outputs[layer]])
-
-    def _forward(self, block: MemoryBlock, rows: Tensor) -> Tensor:
-        """FFN-M of a block of rows, with a graph; fp32, for the sum of gradients over ranks."""
-        return self._gather(self._ffn_m(block, rows).to(rows.dtype), len(rows))
-
-    def _ffn_m(self, block: MemoryBlock, rows: Tensor) -> Tensor:
-        """FFN-M of rows, or of this rank's part of them where positions are split over ranks."""
-        rows = F.pad(rows, (0, 0, 0, -len(rows) % self.positions.shards))
-        with self.precision:
-            return block.ffn_m(self.positions.local(rows, 0))
-
-    def _gather(self, memory: Tensor, count: int) -> Tensor:
-        return self.positions.gather(memory)[:count]
 
     def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
         """ids int64 [batch, sequence], of this step's; x0 is used for layers without a table only."""
         index = torch.searchsorted(self.ids, self.positions.local(ids, 1).contiguous())
-        read_other: MemoryReader = _no_layer if self.other_layers is None else self.other_layers.open(ids, x0)
+        read_other: MemoryReader = no_layer if self.other_layers is None else self.other_layers.open(ids, x0)
 
         def read(layer: int) -> Tensor:
             if layer not in self.tables:
@@ -133,7 +107,7 @@ class TableSource:
         For layers without a table, tokens: positions; distinct: distinct ids, summed over micro-batches.
         """
         others = 0 if self.other_layers is None else self.other_layers.evaluations(tokens, distinct)
-        return len(self.blocks) * self.computed_rows + others
+        return len(self.blocks) * self.rows.count + others
 
     def finish(self) -> Tensor:
         """Run FFN-M's backward, once per layer; the gradient of `begin`'s rows, fp32 [share, hidden].
@@ -142,18 +116,10 @@ class TableSource:
         """
         self.tables.clear()
         for layer, block in self.blocks.items():
-            gradients = _blocks(self.share.collect(self.gradients.pop(layer)))
-            recomputed = (self._forward(block, rows) for rows in self.rows)  # one graph at a time
-            for memory, gradient in zip(self.kept_outputs.pop(layer, recomputed), gradients, strict=True):
-                memory.backward(gradient)
-        blocks, self.rows = self.rows, []
-        return torch.cat([torch.zeros_like(rows) if rows.grad is None else rows.grad for rows in blocks])
+            self.rows.backward(block, self.share.collect(self.gradients.pop(layer)))
+        return self.rows.take_gradient()
 
 
-def _blocks(rows: Tensor) -> tuple[Tensor, ...]:
-    """Split rows into blocks of equal size, since a small one would run at half the speed; at least one."""
-    return rows.tensor_split(max(1, ceil(len(rows) / BLOCK_ROWS)))
-
-
-def _no_layer(layer: int) -> Tensor:
+def no_layer(layer: int) -> Tensor:
+    """Reads nothing, where every layer has a table."""
     raise KeyError(f"no table of layer {layer}")

@@ -8,17 +8,20 @@ import torch
 from torch import Tensor
 
 from mlm_train.config import Config
-from mlm_train.memory import SourceOptions, TableSource, TrainingSource, make_source
+from mlm_train.memory import SourceOptions, TableSource, TrainingSource, UniqueSource, make_source
 from mlm_train.model.loss import VocabRange, head_loss
 from mlm_train.model.transformer import Transformer
 from mlm_train.model.unfilled import unfilled
 from mlm_train.parallel.engine import Engine, make_engine
+from mlm_train.parallel.engine.fsdp import DTYPES
+from mlm_train.parallel.ffn_m.embedding import OwnedRows, RowEmbedding
+from mlm_train.parallel.ffn_m.owned import OwnedTables, Placement, keep_owned
 from mlm_train.parallel.ffn_m.shares import DataParallelSharing
 from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.parallel.pipeline.executor import PipelineExecutor
 from mlm_train.parallel.pipeline.single_stage import Executor, Loss, SingleStageExecutor
-from mlm_train.parallel.pipeline.stages import most_layers, my_spans
-from mlm_train.parallel.pipeline.x0 import TRANSPORTS, LocalEmbedding, X0Channel
+from mlm_train.parallel.pipeline.stages import most_layers, my_spans, owners_of, owns_embedding
+from mlm_train.parallel.pipeline.x0 import TRANSPORTS, LocalEmbedding, LocalRows, X0Channel
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.parallel.tensor.collectives import TensorGroup
 from mlm_train.parallel.tensor.layers import (
@@ -41,6 +44,7 @@ def shapes_of(config: Config, topology: Topology, group: TensorGroup) -> Transfo
     """This rank's shard of the model, without storage: its layers, sharded over `group`."""
     spans = my_spans(config, topology)
     replicated = config.transport == "replicate"
+    owners = owners_of(config, topology)
     with unfilled():
         model = Transformer(
             config.model,
@@ -48,8 +52,13 @@ def shapes_of(config: Config, topology: Topology, group: TensorGroup) -> Transfo
             embeds=spans[0].first or replicated,
             heads=spans[-1].last,
         )
+        owned = keep_owned(model, owners, topology.stage_rank, config.train.precision == "bf16")
         if group.size > 1:
-            shard(model, group)
+            shard(model, group, owned)
+        if spans[0].first and owns_embedding(config, topology):
+            size, hidden = config.model.vocab_size, config.model.hidden_size
+            rows = RowEmbedding(size, hidden, topology.stage_rank, topology.stage_ranks)
+            model.embed_tokens = rows  # type: ignore[assignment]
     return model
 
 
@@ -147,8 +156,42 @@ def _source(
     share = DataParallelSharing(runtime.groups.data) if memory.shared else None
     blocks = model.memory_blocks()
     kept, device = memory.kept_layers or 0, runtime.device
+    if (placement := _placement(config, runtime)) is not None:
+        tabled = {layer: blocks.pop(layer) for layer in placement.owners.layers}
+        others = UniqueSource(blocks, group) if blocks else None
+        return OwnedTables(tabled, group, precision, placement, others, kept, device)
     options = SourceOptions(group, precision, share, memory.table_layers, kept, device)
     return make_source(memory.mode, blocks, options)
+
+
+def _placement(config: Config, runtime: Runtime) -> Placement | None:
+    """Where the owned FFN-M of this rank's stage is; None without."""
+    topology, groups, memory = runtime.topology, runtime.groups, config.memory
+    owners = owners_of(config, topology)
+    if owners is None or memory is None:
+        return None
+    stages = [owners_of(config, rank) for rank in topology.along_pipeline()]
+    return Placement(
+        owners,
+        [owners for owners in stages if owners is not None],
+        topology.stage_rank,
+        groups.stage,
+        groups.stage_cpu,
+        every_row=not owns_embedding(config, topology),
+        gradient_dtype=DTYPES[memory.gradient_rows or "fp32"],
+    )
+
+
+def _rows_of(
+    model: Transformer, config: Config, runtime: Runtime, group: TensorGroup
+) -> LocalRows | OwnedRows | None:
+    """Where this rank gets the rows of a step's ids; None where it embeds none."""
+    if isinstance(model.embed_tokens, RowEmbedding):
+        groups, memory = runtime.groups, config.memory
+        gradient_rows = (memory.gradient_rows if memory is not None else None) or "fp32"
+        dtypes = DTYPES[config.train.precision], DTYPES[gradient_rows]
+        return OwnedRows(model.embed_tokens, groups.stage, groups.stage_cpu, group, *dtypes)
+    return LocalRows(model, group) if model.embed_tokens is not None else None
 
 
 def _channel(
@@ -166,6 +209,9 @@ def _channel(
         config.parallel.crossings,
         source if isinstance(source, TableSource) else None,
         config.memory is not None and config.memory.tabled(most) == most,
+        _rows_of(model, config, runtime, group),
+        owns_embedding(config, runtime.topology)
+        and (isinstance(source, OwnedTables) or not isinstance(source, TableSource)),
     )
     return channel
 

@@ -202,7 +202,7 @@ def start(config: Config) -> Runtime:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    return Runtime(topology, device, create_groups(topology), ProgressMarker(device))
+    return Runtime(topology, device, create_groups(topology, device), ProgressMarker(device))
 
 
 def _loopback() -> str | None:

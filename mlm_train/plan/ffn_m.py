@@ -15,7 +15,7 @@ from torch import Tensor
 from mlm_train.config import Config
 from mlm_train.config.load import parse_config
 from mlm_train.errors import UserError
-from mlm_train.memory.table import BLOCK_ROWS
+from mlm_train.memory.step_rows import BLOCK_ROWS
 from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.parallel.pipeline.stages import most_layers
 from mlm_train.plan.activations import compute_bytes
@@ -242,7 +242,7 @@ def _candidates(config: Config, topology: Topology, distinct: Distinct, budget: 
     if fitting >= 1:
         left = budget - fitting * table_bytes_per_layer(config, MARGIN * distinct.step)
         for shared in (False, True) if topology.data > 1 else (False,):
-            section: dict[str, object] = {"mode": "table", "shared": shared}
+            section: dict[str, object] = {"mode": "table", "placement": "shared" if shared else None}
             rows = MARGIN * _own_rows(topology, distinct, shared)
             kept = int(min(left / kept_bytes_per_layer(config, rows), layers))
             if fitting < layers:

@@ -1,7 +1,7 @@
 """Memory of a rank, by formula.
 
 Weights, gradients and optimizer are exact except for padding (a few elements per tensor). Buckets are an
-estimate of ZeRO's temporary buffers, or of the weights that FSDP has gathered; tables of the distinct ids
+estimate of ZeRO's temporary buffers, or of whole copies of weights under FSDP; tables of the distinct ids
 in a step of text; activations are estimated in plan/activations.py.
 """
 
@@ -11,8 +11,10 @@ from typing import NamedTuple
 from mlm_train.config import Config
 from mlm_train.parallel.build import shapes_of
 from mlm_train.parallel.engine.deepspeed_zero import BUCKET
-from mlm_train.parallel.engine.fsdp import whole_parameters
+from mlm_train.parallel.engine.fsdp import EMBEDDING, whole_parameters
+from mlm_train.parallel.mesh.sharded import owned_parameters
 from mlm_train.parallel.mesh.topology import Topology
+from mlm_train.parallel.pipeline.stages import owners_of
 from mlm_train.parallel.tensor.collectives import TensorGroup
 from mlm_train.plan.activations import activation_bytes
 from mlm_train.plan.ffn_m import expected_by_law, table_bytes
@@ -48,9 +50,17 @@ def rank_memory(config: Config, topology: Topology) -> RankMemory:
 class RankSize(NamedTuple):
     """Parameters of a rank, with the padding of tensor parallelism."""
 
-    elements: int
-    whole: int  # those that FSDP does not shard
-    block: int  # the largest block's of those that it does
+    sharded: int  # over data parallel, where the engine shards
+    block: int  # of those, the largest block's
+    copied: int  # those of which every data-parallel rank has a whole copy
+    rows: int  # of the embedding, where its rows are owned
+    owned: int  # of FFN-M, where layers are owned: those that the rank updates
+    held: int  # and those of which it has a copy
+
+    @property
+    def elements(self) -> int:
+        """Those of a rank without any sharding over data parallel."""
+        return self.sharded + self.copied
 
 
 def state_bytes(config: Config, size: RankSize, topology: Topology) -> tuple[int, int, int, int]:
@@ -72,33 +82,55 @@ def state_bytes(config: Config, size: RankSize, topology: Topology) -> tuple[int
 
 
 def fsdp_bytes(config: Config, size: RankSize, topology: Topology) -> tuple[int, int, int, int]:
-    """The same under FSDP. Buckets are the gathered weights: of two blocks, with a pipeline of all."""
+    """The same under FSDP. Buckets are whole copies of weights: those gathered, of two blocks or with a
+    pipeline of all; and those of FFN-M and a tied embedding, which always are.
+    """
     parallel, bf16 = config.parallel, config.train.precision == "bf16"
+    computed = BF16 if bf16 else FP32
+    # A single owner's fp32 weights are its copy.
+    own_copies = computed * size.held if bf16 or size.held > size.owned else 0
     if topology.data == 1:
-        return FP32 * size.elements, FP32 * size.elements, 2 * FP32 * size.elements, 0
+        mine = size.elements + size.owned
+        return FP32 * mine, FP32 * (size.elements + size.held), 2 * FP32 * mine, own_copies
     _, ranks = parallel.sharding(topology.data)
-    sharded = size.elements - size.whole
-    mine = size.whole - (-sharded // ranks)
-    gathered = sharded if topology.pipeline > 1 else min(2 * size.block, sharded)
-    gradients = mine if parallel.reduce_each_micro_batch else size.elements
+    shard = -(-size.sharded // ranks)
+    mine = shard + -(-size.copied // topology.data) + size.rows + size.owned
+    gathered = size.sharded if topology.pipeline > 1 else min(2 * size.block, size.sharded)
     reduced = BF16 if bf16 and parallel.reduce_dtype == "bf16" else FP32
+    gradients = reduced * (shard if parallel.reduce_each_micro_batch else size.sharded)
     return (
         FP32 * mine,
-        reduced * gradients,
+        gradients + FP32 * (size.copied + size.rows + size.held),
         2 * FP32 * mine,
-        (BF16 if bf16 else FP32) * gathered,
+        computed * gathered + FP32 * size.copied + own_copies,
     )
 
 
 def rank_size(config: Config, topology: Topology) -> RankSize:
     """The size of the largest rank."""
-    sizes = []
-    for rank in topology.along_pipeline():
-        model = shapes_of(config, rank, TensorGroup(topology.tensor, 0))
-        whole = whole_parameters(model, config, rank)
-        blocks: dict[str, int] = defaultdict(int)
-        for name, parameter in model.named_parameters():
-            blocks["" if name in whole else ".".join(name.split(".")[:2])] += parameter.numel()
-        unsharded = blocks.pop("", 0)
-        sizes.append(RankSize(unsharded + sum(blocks.values()), unsharded, max(blocks.values())))
-    return max(sizes)
+    return max(_size(config, rank) for rank in topology.along_pipeline())
+
+
+def _size(config: Config, topology: Topology) -> RankSize:
+    model = shapes_of(config, topology, TensorGroup(topology.tensor, 0))
+    parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    owned_names = owned_parameters(model).keys()
+    copied_names = whole_parameters(model, config, topology)
+    blocks: dict[str, int] = defaultdict(int)
+    for name, elements in parameters.items():
+        if name not in owned_names and name not in copied_names:
+            blocks[".".join(name.split(".")[:2])] += elements
+    copied = sum(parameters[name] for name in copied_names)
+    rows = parameters[EMBEDDING] if EMBEDDING in owned_names else 0
+    owned, held = _owned(config, topology)
+    return RankSize(sum(blocks.values()), max(blocks.values()), copied, rows, owned, held)
+
+
+def _owned(config: Config, topology: Topology) -> tuple[int, int]:
+    """Elements of the FFN-M that a rank updates, and of which it has a copy, at most."""
+    owners = owners_of(config, topology)
+    if owners is None:
+        return 0, 0
+    layer = config.model.hidden_size * (3 * config.model.intermediate_size + 1)
+    most = max(len(owners.held(rank)) for rank in range(owners.ranks))
+    return -(-len(owners.layers) * layer // owners.ranks), most * layer

@@ -80,8 +80,9 @@ class Trainer:
         micro = sum(batch.ids.unique().numel() for batch in batches)
         whole = torch.cat([batch.ids.flatten() for batch in batches])
         source = self.executor.source
-        # Each stage counts its own layers; tensor-parallel ranks share one evaluation.
-        evaluates = source is not None and self.runtime.topology.tensor_rank == 0
+        # Each stage counts its own layers; tensor-parallel ranks share an evaluation of layers not owned.
+        sliced = getattr(source, "tensor_sliced", True)
+        evaluates = source is not None and (self.runtime.topology.tensor_rank == 0 or not sliced)
         mine = source.evaluations(whole.numel(), micro) if source and evaluates else 0
         counts = (whole.numel(), micro, whole.unique().numel())
         (loss, tokens, micro, distinct), (*heard, evaluations), (waits, forwards, peaks) = self._over_all(

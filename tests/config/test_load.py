@@ -75,7 +75,7 @@ def test_base_has_no_ffn_m_to_execute() -> None:
         ("model.memory_scale=[1, 1]", "needs one number, or 4"),
         ("model.memory_scale=.inf", "finite"),
         ("memory.mode=lookup", "memory.mode='lookup'"),
-        ("memory.shared=true", "memory.shared=True: has no effect with memory.mode=auto"),
+        ("memory.placement=shared", "memory.placement='shared': has no effect with memory.mode=auto"),
         ("memory.table_layers=1", "has no effect with memory.mode=auto"),
         ("memory.kept_layers=1", "has no effect with memory.mode=auto"),
         ("data.sequence_length=100000", "longer than model.max_position_embeddings"),

@@ -41,7 +41,7 @@ LAYOUTS = {
         2, ("train.precision=bf16", "train.activation_checkpointing=full", "train.deterministic=true", UNIQUE)
     ),
     "DP2, shared tables": (
-        2, ("train.precision=bf16", "train.deterministic=true", TABLE, "memory.shared=true")
+        2, ("train.precision=bf16", "train.deterministic=true", TABLE, "memory.placement=shared")
     ),
     "TP2 SP x PP2, ZeRO-2": (
         4,

@@ -18,7 +18,7 @@ from tests.parallel.reference import global_batch, relative_error, sharpen, tiny
 @pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model["kind"] != "base"])
 @pytest.mark.parametrize(("rows", "kept"), [(7, 0), (2048, 0), (7, 1), (2048, 99)])
 def test_gradients_equal_per_token(name: str, rows: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlm_train.memory.table.BLOCK_ROWS", rows)
+    monkeypatch.setattr("mlm_train.memory.step_rows.BLOCK_ROWS", rows)
     config = tiny_config(dict(MODELS[name]))
     model = Transformer(config.model).double()
     initialise(model, config.model, 1)
@@ -35,7 +35,7 @@ def test_gradients_equal_per_token(name: str, rows: int, kept: int, monkeypatch:
     distinct, index = torch.cat(batches).unique(return_inverse=True)
     embedded = model.rows(distinct)
     source.begin(distinct, embedded)
-    assert len(source.kept_outputs) == min(kept, len(source.blocks))
+    assert len(source.rows.kept) == min(kept, len(source.blocks))
     gradient, anchor = torch.zeros_like(embedded), torch.zeros(1, requires_grad=True)
     for ids, rows_of_ids in zip(batches, index.split(4), strict=True):
         x0 = Lookup.apply(rows_of_ids, embedded.detach(), gradient, anchor)

@@ -23,11 +23,14 @@ MODES: dict[str, Case] = {
     "per_token": {"mode": "per_token"},
     "unique": {"mode": "unique"},
     "table": {"mode": "table"},
-    "table shared": {"mode": "table", "shared": True},
+    "table shared": {"mode": "table", "placement": "shared"},
+    "table owned": {"mode": "table", "placement": "owned"},
+    "table of a layer owned": {"mode": "table", "table_layers": 1, "placement": "owned"},
     "table kept": {"mode": "table", "kept_layers": 1},
     "table of a layer": {"mode": "table", "table_layers": 1},
-    "table of a layer shared": {"mode": "table", "table_layers": 1, "shared": True},
+    "table of a layer shared": {"mode": "table", "table_layers": 1, "placement": "shared"},
 }
+BF16_MODES = {"table owned, bf16 gradient rows": MODES["table owned"] | {"gradient_rows": "bf16"}}
 # Sizes that neither 2 nor 4 divides, which pads vocabulary, FFN, FFN-C and FFN-M.
 ODD = {"vocab_size": 97, "intermediate_size": 45}
 

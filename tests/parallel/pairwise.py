@@ -16,7 +16,7 @@ from tests.parallel.layouts import LAYOUTS as ALL_LAYOUTS
 from tests.parallel.layouts import MODELS, MODES, Case, Layout, shaped
 from tests.parallel.reference import tiny_config
 
-POOL, TRIES = 4000, 400
+POOL, TRIES = 4000, 1000
 Choice = tuple[tuple[str, Any], ...]
 
 # TP4 and PP4 are in the product only (matrix.py).
@@ -25,25 +25,51 @@ LAYOUTS = [layout for layout in ALL_LAYOUTS if layout.tensor < 4 and layout.pipe
 TOGETHER: list[dict[str, Any]] = [
     {"sequence": True, "mode": "unique", "schedule": "zbv", "model": "memory tied alpha"},
     {"sequence": True, "transport": "replicate", "model": "memory tied alpha"},
-    {"sequence": True, "zero": 2, "layout": Layout(2, 1, 2), "mode": "unique"},
-    {"sequence": True, "zero": 3, "layout": Layout(2, 1, 2), "recompute": "full"},
-    {"zero": 0, "schedule": "zbv", "layout": Layout(1, 2, 2, virtual=2)},
+    {"sequence": True, "engine": "ZeRO-2", "layout": Layout(2, 1, 2), "mode": "unique"},
+    {"sequence": True, "engine": "ZeRO-3", "layout": Layout(2, 1, 2), "recompute": "full"},
+    {"engine": "ZeRO-0", "schedule": "zbv", "layout": Layout(1, 2, 2, virtual=2)},
     {
-        "zero": 2,
+        "engine": "ZeRO-2",
         "schedule": "interleaved_zero_bubble",
         "layout": Layout(1, 2, 2, virtual=2),
         "mode": "unique",
     },
     {"deterministic": True, "transport": "broadcast", "sequence": True},
     {"sequence": True, "mode": "table", "schedule": "zbv", "model": "memory tied alpha"},
-    {"sequence": True, "mode": "table shared", "zero": 2, "layout": Layout(2, 1, 2), "deterministic": True},
+    {
+        "sequence": True,
+        "mode": "table shared",
+        "engine": "ZeRO-2",
+        "layout": Layout(2, 1, 2),
+        "deterministic": True,
+    },
     {"mode": "table shared", "schedule": "dualpipe_v", "layout": Layout(1, 2, 2, virtual=2)},
-    {"mode": "table of a layer shared", "transport": "broadcast", "layout": Layout(1, 2, 2), "zero": 2},
+    {
+        "mode": "table of a layer shared",
+        "transport": "broadcast",
+        "layout": Layout(1, 2, 2),
+        "engine": "ZeRO-2",
+    },
     # Stages of which some have layers without a table and others have none.
     {"mode": "table of a layer shared", "layout": Layout(1, 2, 2), "stages": "longest first"},
     {"mode": "table of a layer shared", "layout": Layout(1, 2, 2), "stages": "longest last"},
     {"mode": "table of a layer", "layout": Layout(1, 2, 1), "stages": "longest first"},
+    # Owners of layers: of the ranks' own positions, on unequal stages, with a tied embedding.
+    {"mode": "table owned", "sequence": True, "layout": Layout(2, 2, 2), "model": "memory"},
+    {"mode": "table owned", "sequence": True, "layout": Layout(2, 1, 2), "model": "memory tied alpha"},
+    {"mode": "table owned", "sequence": False, "layout": Layout(2, 1, 2), "model": "flex linear post tied"},
+    {"mode": "table of a layer owned", "layout": Layout(1, 2, 2), "stages": "longest first"},
+    {"mode": "table owned", "schedule": "zbv", "layout": Layout(1, 2, 2, virtual=2)},
+    {"mode": "table owned", "layout": Layout(1, 1, 4), "deterministic": True, "model": "flex"},
 ]
+
+
+ENGINES = ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "fsdp")
+
+
+def engine_of(name: str) -> Case:
+    """An engine's fields of config section parallel."""
+    return {"engine": "fsdp"} if name == "fsdp" else {"zero_stage": int(name[-1])}
 
 
 def _axes(layout: Layout, model: str) -> dict[str, tuple[Any, ...]]:
@@ -58,7 +84,7 @@ def _axes(layout: Layout, model: str) -> dict[str, tuple[Any, ...]]:
         "stages": (None, "longest first", "longest last") if pipeline else (None,),
         "sequence": (False, True) if tensor else (False,),
         "odd": (False, True) if tensor else (False,),
-        "zero": (0, 1, 2, 3),
+        "engine": ENGINES,
         "recompute": ("none", "selective", "full"),
         "chunk": (None, 5),
         "deterministic": (False, True),
@@ -70,7 +96,7 @@ def case_of(choice: Choice) -> Case:
     """The case of a choice, for tests/parallel/parity_cases.py."""
     c = dict(choice)
     layout: Layout = c["layout"]
-    parallel: Case = {"tensor": layout.tensor, "pipeline": layout.pipeline, "zero_stage": c["zero"]}
+    parallel: Case = {"tensor": layout.tensor, "pipeline": layout.pipeline, **engine_of(c["engine"])}
     for key, name in (("schedule", "pipeline_schedule"), ("transport", "x0_transport")):
         if c[key] is not None:
             parallel[name] = c[key]
@@ -181,7 +207,7 @@ def pairwise() -> dict[Layout, dict[str, Case]]:
 
 def _label(key: str, value: Any) -> str:
     """A choice's name in docs/parity.md."""
-    named = {"zero": f"ZeRO-{value}", "chunk": f"loss chunk {value}", "recompute": f"checkpointing {value}"}
+    named = {"chunk": f"loss chunk {value}", "recompute": f"checkpointing {value}"}
     named |= {
         "deterministic": "deterministic",
         "micro_batches": f"{value} micro-batches",

@@ -19,15 +19,17 @@ from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.build import build_engine, build_executor, build_model
 from mlm_train.parallel.engine.base import Engine
-from mlm_train.parallel.engine.fsdp import FsdpEngine
+from mlm_train.parallel.engine.copies import Copies
+from mlm_train.parallel.engine.fsdp import EMBEDDING, FsdpEngine
+from mlm_train.parallel.ffn_m.owned import RowGroup
 from mlm_train.parallel.ffn_m.shares import DataParallelSharing
 from mlm_train.parallel.mesh.sharded import local
 from mlm_train.parallel.pipeline import executor as pipeline
-from mlm_train.parallel.pipeline import x0
+from mlm_train.parallel.pipeline.x0 import LocalRows
 from mlm_train.train.batches import MicroBatch
 from mlm_train.train.schedule import learning_rate
 from mlm_train.train.step import Trainer
-from tests.parallel.layouts import MODES
+from tests.parallel.layouts import BF16_MODES, MODES
 from tests.parallel.reference import (
     EOD,
     global_batch,
@@ -121,7 +123,7 @@ def whole_weights(engine: Engine) -> dict[str, Tensor]:
     Under FSDP a rank's rows of them.
     """
     if isinstance(engine, FsdpEngine):
-        return {name: shard.detach().clone() for name, shard in engine.shards.items()}
+        return {name: _as_stored(engine, name, shard.detach()) for name, shard in engine.shards.items()}
     from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters(list(engine.model.parameters()), enabled=engine.stage == 3):
@@ -131,12 +133,21 @@ def whole_weights(engine: Engine) -> dict[str, Tensor]:
 def whole_gradients(engine: Engine) -> dict[str, Tensor]:
     """The averaged gradients by parameter, gathered from the ranks that hold them; of its rows under FSDP."""
     if isinstance(engine, FsdpEngine):
-        gradients = {name: engine.parameters[name].grad for name in engine.shards}
-        return {name: local(gradient).clone() for name, gradient in gradients.items()}
+        found = {name: engine.shards[name] for name in engine.rows} | {
+            name: parameter for name, parameter in engine.parameters.items() if name not in engine.rows
+        }
+        return {name: _as_stored(engine, name, local(found[name].grad)) for name in engine.shards}
     from deepspeed.utils import safe_get_full_grad
 
     read = (lambda parameter: parameter.grad) if engine.stage == 0 else safe_get_full_grad
     return {name: read(parameter).clone() for name, parameter in engine.model.named_parameters()}
+
+
+def _as_stored(engine: FsdpEngine, name: str, rows: Tensor) -> Tensor:
+    """A copy of a rank's rows, in the order of a checkpoint."""
+    if engine.order is not None and name == EMBEDDING:
+        return engine.order.to_checkpoint(rows)
+    return rows.clone()
 
 
 def assembled(local: list[Piece], values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -169,7 +180,7 @@ def _first_gradients(trainer: Trainer, batches: list[MicroBatch], reference: dic
     engine = trainer.engine
     mine = assembled(engine.pieces, whole_gradients(engine))
     if isinstance(engine, FsdpEngine):
-        for parameter in engine.parameters.values():
+        for parameter in (*engine.parameters.values(), *engine.rows.values()):
             parameter.grad = None
     else:
         engine.zero.optimizer.zero_grad()
@@ -188,7 +199,8 @@ def run_bf16_cases(
         runtime = processes.start(config)
         reference = train_reference(config, 1)["gradients"]
         for mode in modes:
-            trainer = make_trainer(tiny_config(model, memory=MODES[mode], **sections), runtime)
+            memory = (MODES | BF16_MODES)[mode]
+            trainer = make_trainer(tiny_config(model, memory=memory, **sections), runtime)
             batches = my_batches(runtime, 0, config)
             distances[mode].append(_first_gradients(trainer, batches, reference))
         distances["alone"].append(_alone_bf16(config, reference))
@@ -204,15 +216,6 @@ def _alone_bf16(config: Config, reference: dict) -> float:
     sums = loss_sums(logits, labels)
     ((sums.cross_entropy + config.train.z_loss * sums.z) / count_labels(labels)).backward()
     return relative_error(logical_gradients(network), reference)
-
-
-class _WithoutReduction(x0.Broadcast):
-    """Broadcast that does not sum the gradients over the positions' ranks."""
-
-    def finish(self) -> None:
-        dist.reduce(self.table, self.source, group=self.group)
-        if self.owns and self.embedded is not None:
-            self.embedded.backward(self.table)
 
 
 _sum_over_ranks = Trainer._sum_over_ranks
@@ -244,17 +247,45 @@ def _collect_own(self: DataParallelSharing, rows: Tensor) -> Tensor:
     return _collect(self, torch.zeros_like(rows).index_copy(0, own, rows[own]))
 
 
+_gradients = RowGroup.gradients
+
+
+def _gradients_of_own(self: RowGroup) -> list[tuple[int, Tensor]]:
+    """Gradients of owned rows from this rank's own lookups alone."""
+    self.work.wait()
+    rank = self.placement.rank
+    own = slice(sum(self.sent[:rank]), sum(self.sent[: rank + 1]))
+    alone = torch.zeros_like(self.home)
+    alone[own] = self.home[own]
+    self.home = alone
+    return _gradients(self)
+
+
+_reduce = Copies.reduce
+
+
+def _reduce_alone(self: Copies, scale: float) -> None:
+    """Gradients of copies without those of the other holders."""
+    joins, self.joins = self.joins, False
+    _reduce(self, scale)
+    self.joins = joins
+
+
 MISTAKES: dict[str, Callable[[], Any]] = {
     "labels counted on each rank alone": lambda: patch.object(Trainer, "_sum_over_ranks", _count_alone),
     "norms not summed over positions": lambda: patch("mlm_train.parallel.build.sum_replicated"),
     "norms not summed in each pass": lambda: patch("mlm_train.parallel.build.sum_replicated_each_pass"),
     "tied heads not summed": lambda: patch.object(pipeline.PipelineExecutor, "_sum_tied", lambda self: None),
-    "rows of x0 not summed over positions": lambda: patch.dict(x0.TRANSPORTS, broadcast=_WithoutReduction),
+    "rows of x0 not summed over positions": lambda: patch.object(
+        LocalRows, "give_back", lambda self, gradient: self.embedded.backward(gradient)
+    ),
     "gradients scaled by the schedule": lambda: patch.dict(
         pipeline.SCHEDULES, {"1f1b": lambda *args, scale_grads, **rest: Schedule1F1B(*args, **rest)}
     ),
     "lookups without anchors": lambda: patch("mlm_train.memory.TableSource", _without_anchors),
     "gradients of shared rows not sent": lambda: patch.object(DataParallelSharing, "collect", _collect_own),
+    "gradients of owned rows not sent": lambda: patch.object(RowGroup, "gradients", _gradients_of_own),
+    "gradients of a layer's owners not summed": lambda: patch.object(Copies, "reduce", _reduce_alone),
 }
 
 

@@ -30,8 +30,8 @@ def _count(mode: str) -> list[dict[str, int]]:
     ids = torch.randint(0, VOCABULARY, (3, 64, 64), generator=generator).amin(0)  # low ids are frequent
     mine = ids.chunk(runtime.topology.data)[runtime.topology.data_rank]
     with Traffic() as traffic, FlopCounterMode(display=False) as flops:
-        executor.channel.begin(mine)
-        counts = {"rows": sum(map(len, table.rows)), "distinct": ids.unique().numel()}
+        executor.channel.begin(mine, 1)
+        counts = {"rows": table.rows.count, "distinct": ids.unique().numel()}
         executor.channel.finish()
     counts |= {"flops": flops.get_total_flops(), "sent": traffic.by_operation["alltoall_base_"]}
     if isinstance(table.share, DataParallelSharing):

@@ -24,8 +24,8 @@ one plain fp32 process. The loss of an evaluation before the first step is compa
 
 Cases are a product of the axes that concern x0 (kind, transport, mode of FFN-M, tied heads, micro-batches) in
 most layouts; all cases together contain every pair of choices that the config accepts, of all axes: layout,
-model, mode, transport, schedule, sequence parallelism, ZeRO stage, activation checkpointing, sizes that the
-tensor ranks do not divide, loss chunks, micro-batch count, stages of unequal length.
+model, mode and placement, transport, schedule, sequence parallelism, engine, activation checkpointing, sizes
+that the tensor ranks do not divide, loss chunks, micro-batch count, stages of unequal length.
 tests/parallel/test_parity.py lists the pairs that the config rejects.
 
 """

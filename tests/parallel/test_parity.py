@@ -5,8 +5,8 @@ import pytest
 from mlm_train.config.parallel import INTERLEAVED, ZERO_BUBBLE
 from tests.parallel.layouts import MODES
 from tests.parallel.matrix import LAYOUTS, Layout, cases_of, further, pairs_of_choices
+from tests.parallel.pairwise import ENGINES, case_of, pairs_of, pairwise, pool, together
 from tests.parallel.pairwise import LAYOUTS as MIXED
-from tests.parallel.pairwise import case_of, pairs_of, pairwise, pool, together
 from tests.parallel.table import failures, run_layout
 from tests.ranks import run_on_ranks
 from tests.zero_bubble import runs_here, skip_the_rest
@@ -63,6 +63,7 @@ def test_the_matrix_covers_every_value_of_every_axis() -> None:
         "divided": (True, False),
         "uneven": (True, False),
         "zero_stage": (0, 2),
+        "engine": ("fsdp",),
     }.items():
         for value in values:
             assert (axis, value) in covered, (axis, value)
@@ -76,12 +77,14 @@ def test_all_pairs_of_choices_are_compared_or_rejected() -> None:
     covered = set().union(*(pairs_of(choice) for choice in choices if case_of(choice) in selected))
     assert set().union(*map(pairs_of, candidates)) <= covered
     schedules = ("gpipe", "1f1b", "interleaved_1f1b", *ZERO_BUBBLE)
-    expected = {(("schedule", schedule), ("zero", 3)) for schedule in schedules}
-    expected |= {(("transport", name), ("zero", 3)) for name in ("broadcast", "relay", "replicate")}
-    expected |= {(("stages", which), ("zero", 3)) for which in ("longest first", "longest last")}
+    expected = {(("schedule", schedule), ("engine", "ZeRO-3")) for schedule in schedules}
+    expected |= {(("transport", name), ("engine", "ZeRO-3")) for name in ("broadcast", "relay", "replicate")}
+    expected |= {(("stages", which), ("engine", "ZeRO-3")) for which in ("longest first", "longest last")}
     tables = [mode for mode in MODES if "table" in mode]
-    expected |= {(("mode", mode), ("zero", 3)) for mode in tables}
+    expected |= {(("mode", mode), ("engine", "ZeRO-3")) for mode in tables}
     expected |= {(("mode", mode), ("transport", name)) for mode in tables for name in ("relay", "replicate")}
+    owned = [mode for mode in MODES if "owned" in mode]
+    expected |= {(("mode", mode), ("engine", name)) for mode in owned for name in ENGINES if name != "fsdp"}
     for schedule in ZERO_BUBBLE:
         expected.add((("schedule", schedule), ("recompute", "full")))
         expected.add((("transport", "replicate"), ("schedule", schedule)))
@@ -91,7 +94,7 @@ def test_all_pairs_of_choices_are_compared_or_rejected() -> None:
     assert {pair for pair in rejected if pair[0][0] != "layout"} == expected
     pipelines = {layout for layout in MIXED if layout.pipeline > 1}
     assert {pair for pair in rejected if pair[0][0] == "layout"} == {
-        (("layout", layout), ("zero", 3)) for layout in pipelines
+        (("layout", layout), ("engine", "ZeRO-3")) for layout in pipelines
     }
 
 
@@ -108,8 +111,12 @@ def test_bf16_is_no_further_from_fp32_than_one_process() -> None:
         modes = [
             mode
             for mode in MODES
-            if "layer" not in mode and (parallel.get("zero_stage") != 3 or "table" not in mode)
+            if "layer" not in mode
+            and (parallel.get("zero_stage") != 3 or "table" not in mode)
+            and ("engine" in parallel or "owned" not in mode)
         ]
+        if "engine" in parallel:
+            modes.append("table owned, bf16 gradient rows")
         distance = run_on_ranks(
             "tests.parallel.parity_cases:run_bf16_cases",
             2,
@@ -135,10 +142,14 @@ MISTAKES: dict[str, dict] = {
     "gradients scaled by the schedule": {"pipeline": 2},
     "lookups without anchors": {"pipeline": 2, "pipeline_schedule": "zbv"},
     "gradients of shared rows not sent": {},
+    "gradients of owned rows not sent": {"engine": "fsdp"},
+    "gradients of a layer's owners not summed": {"engine": "fsdp"},
 }
 MISTAKEN_MODES = {
     "lookups without anchors": "table",
     "gradients of shared rows not sent": "table shared",
+    "gradients of owned rows not sent": "table owned",
+    "gradients of a layer's owners not summed": "table owned",
 }
 
 
@@ -147,7 +158,8 @@ def test_the_suite_detects_mistakes() -> None:
     cases = {}
     runnable = {name: case for name, case in MISTAKES.items() if runs_here(case.get("pipeline_schedule"))}
     for mistake, parallel in runnable.items():
-        model = {"kind": "memory", "tie_word_embeddings": "tied" in mistake, "num_hidden_layers": 4}
+        layers = 3 if "owners" in mistake else 4  # fewer than ranks: each has several
+        model = {"kind": "memory", "tie_word_embeddings": "tied" in mistake, "num_hidden_layers": layers}
         mode = MISTAKEN_MODES.get(mistake, "unique")
         cases[mistake] = {"model": model, "mode": mode, "micro_batch": 2, "parallel": parallel}
     errors = run_on_ranks("tests.parallel.parity_cases:run_mistaken", 4, cases=cases)

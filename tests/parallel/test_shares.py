@@ -2,7 +2,7 @@
 
 import torch
 
-from mlm_train.parallel.ffn_m.shares import owners
+from mlm_train.parallel.ffn_m.owners import units_of
 from tests.ranks import run_on_ranks
 
 
@@ -36,8 +36,8 @@ def test_tensor_ranks_sum_rows_once_per_step() -> None:
     assert found["table 1"] - step["table"] / 2 == (1 + 3 * layers) * found["distinct"] * row
 
 
-def test_owners_are_spread_evenly_whatever_the_ids() -> None:
+def test_units_are_spread_evenly_whatever_the_ids() -> None:
     for ids in (torch.arange(30_000), torch.arange(0, 240_000, 8), torch.arange(120_000, 130_000)):
         for ranks in (2, 3, 8, 64):
-            counts = owners(ids, ranks).bincount(minlength=ranks)
+            counts = units_of(ids, ranks).bincount(minlength=ranks)
             assert counts.max() < 1.25 * len(ids) / ranks, (ranks, counts)

@@ -60,7 +60,7 @@ def _held(engine: Engine) -> dict[str, int]:
 
 def _held_by_fsdp(engine: FsdpEngine) -> dict[str, int]:
     """The same under FSDP, whose whole gradients are in its own parameters."""
-    gradients = [parameter.grad for parameter in engine.parameters.values()]
+    gradients = [parameter.grad for parameter in (*engine.parameters.values(), *engine.rows.values())]
     states = [m._get_fsdp_state() for m in engine.model.modules() if isinstance(m, FSDPModule)]
     groups = [
         group  # torch 2.11 has one per module

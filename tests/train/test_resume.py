@@ -38,7 +38,7 @@ def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 TABLE = "memory.mode=table"
 ALONE = (1, (TABLE,))
 DP2 = (2, ())
-SHARED = (2, (TABLE, "memory.shared=true"))
+SHARED = (2, (TABLE, "memory.placement=shared"))
 TP2 = (2, ("parallel.tensor=2",))
 PP2 = (2, ("parallel.pipeline=2", "train.micro_batch_size=1"))
 PP2_REPLICATED = (2, (*PP2[1], "parallel.x0_transport=replicate", "parallel.pipeline_schedule=gpipe"))

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
+from mlm_train.parallel.ffn_m.embedding import RowOrder
+
 
 class Run(NamedTuple):
     """Elements [start, start + length) of a parameter are at `position` in a rank's flat tensor."""
@@ -22,6 +24,7 @@ class Flat(NamedTuple):
     owner: Tensor
     group: Any  # of the ranks that hold the other shards; None: this rank holds all
     members: dict[str, Callable[[int], Run]]  # parameter name -> function from rank of the group to its run
+    order: RowOrder | None = None  # of its rows, where checkpoints have another one
 
     @property
     def rank(self) -> int:

@@ -1,12 +1,13 @@
 """The FSDP engine: torch's fully_shard (FSDP2), and AdamW on each rank's own rows.
 
 A block is one unit of sharding. What is left of a stage, final norm and head, is another: its root, whose
-forward runs first. Not sharded are the embedding, which is read outside of any forward, and FFN-M where
-tables are made of it before the micro-batches. With one data-parallel rank this is a plain AdamW.
+forward runs first. Not among them are weights that are read outside of any forward: those whose rows other
+ranks own, FFN-M of which tables are made before the micro-batches, a tied embedding. Of the latter two each
+rank holds copies and updates a part (copies.py). With one data-parallel rank this is a plain AdamW.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -20,21 +21,26 @@ from mlm_train.config import Config
 from mlm_train.model.block import Block
 from mlm_train.model.logical import Piece, Target
 from mlm_train.parallel.engine.base import Engine, grouped
+from mlm_train.parallel.engine.copies import Copies, Copy
 from mlm_train.parallel.engine.flat import Flat, cut_evenly
-from mlm_train.parallel.mesh.sharded import local, reduce_gradients
+from mlm_train.parallel.ffn_m.embedding import RowEmbedding, RowOrder
+from mlm_train.parallel.ffn_m.owners import rows_of
+from mlm_train.parallel.mesh.sharded import local, owned_parameters
 from mlm_train.parallel.mesh.topology import Topology
-from mlm_train.parallel.pipeline.stages import my_spans
+from mlm_train.parallel.pipeline.stages import my_spans, owners_of
 from mlm_train.parallel.runtime import Runtime
 
+EMBEDDING = "embed_tokens.weight"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def whole_parameters(model: nn.Module, config: Config, topology: Topology) -> set[str]:
-    """Names of the parameters that every data-parallel rank holds whole."""
+    """Names of the parameters of which every data-parallel rank holds a whole copy."""
     layers = [layer for span in my_spans(config, topology) for layer in span.layers]
     tabled = layers[: config.memory.tabled(len(layers))] if config.memory is not None else []
     prefixes = ("embed_tokens.", *(f"layers.{layer}.memory_" for layer in tabled))
-    return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+    names = {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+    return names - owned_parameters(model).keys()
 
 
 class FsdpEngine(Engine):
@@ -56,10 +62,20 @@ class FsdpEngine(Engine):
         # FSDP puts other parameters in their place during a pass.
         self.parameters = dict(model.named_parameters())
         self.sharded = {name for name, p in self.parameters.items() if isinstance(p, DTensor)}
+        self.copies = list(self._copies(config, runtime))
+        self.rows = {name: rows for copies in self.copies for name, rows in copies.rows.items()}
         self.pieces = [held for piece in self.pieces if (held := self._held(piece)) is not None]
-        shards = {name: nn.Parameter(local(p.detach())) for name, p in self.parameters.items()}
+        shards = {
+            name: self.rows[name] if name in self.rows else nn.Parameter(local(parameter.detach()))
+            for name, parameter in self.parameters.items()
+        }
         self.shards = {name: shard for name, shard in shards.items() if shard.numel()}
         self.shapes = {name: shard.shape for name, shard in self.shards.items()}
+        embedding = getattr(model, "embed_tokens", None)
+        self.order = (
+            RowOrder(embedding, runtime.groups.stage) if isinstance(embedding, RowEmbedding) else None
+        )
+        self.filled: Tensor | None = None  # the embedding's rows as they are stored, before refresh_model
         self.spoiled = False
         options = config.optimizer
         self.optimizer = torch.optim.AdamW(
@@ -77,8 +93,8 @@ class FsdpEngine(Engine):
             reduce_dtype = DTYPES[config.parallel.reduce_dtype or "fp32"]
             policy = replace(policy, param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype)
         mesh = runtime.groups.data_mesh(runtime.device, self.topology, self.topology.data // self.shard_size)
-        whole = whole_parameters(self.model, config, self.topology)
-        mine = {parameter for name, parameter in self.model.named_parameters() if name not in whole}
+        others = whole_parameters(self.model, config, self.topology) | owned_parameters(self.model).keys()
+        mine = {parameter for name, parameter in self.model.named_parameters() if name not in others}
         for root in roots:
             ignored = {parameter for parameter in root.parameters() if parameter not in mine}
             for module in (*(m for m in root.modules() if isinstance(m, Block)), root):
@@ -97,8 +113,31 @@ class FsdpEngine(Engine):
             for parameter in self.model.parameters():
                 local(parameter).zero_()
 
+    def _copies(self, config: Config, runtime: Runtime) -> Iterator[Copies]:
+        """Yield the weights that data-parallel ranks hold whole, and the FFN-M owned here."""
+        topology, ranks = self.topology, self.topology.data
+        if ranks > 1 and (whole := whole_parameters(self.model, config, topology)):
+            copies = {
+                name: Copy(p, {r: (r * len(p) // ranks, (r + 1) * len(p) // ranks) for r in range(ranks)})
+                for name, p in self.parameters.items()
+                if name in whole
+            }
+            yield Copies(copies, topology.data_rank, ranks, self.data_group, True, torch.float32)
+        if (owners := owners_of(config, topology)) is not None:
+            copies = {}
+            for name, parameter in owned_parameters(self.model).items():
+                if name.startswith("layers."):
+                    shares = owners.shares(int(name.split(".")[1]))
+                    rows = {share.rank: rows_of(share, owners.ranks, len(parameter)) for share in shares}
+                    copies[name] = Copy(parameter, rows)
+            group, dtype = runtime.groups.stage, DTYPES[config.train.precision]
+            yield Copies(copies, topology.stage_rank, owners.ranks, group, owners.divided > 0, dtype)
+
     def _held(self, piece: Piece) -> Piece | None:
         """What of a piece is in this rank's shard; FSDP shards rows as torch.chunk does."""
+        for copies in self.copies:
+            if piece.parameter in copies.copies:
+                return piece.within(*copies.copies[piece.parameter].rows[copies.rank])
         if piece.parameter not in self.sharded:
             return piece
         rows = self.shapes[piece.parameter][0]
@@ -107,6 +146,17 @@ class FsdpEngine(Engine):
 
     def targets(self) -> Iterator[Target]:
         return (Target(piece, self.shards[piece.parameter].detach()) for piece in self.pieces)
+
+    def fill(self, fill: Callable[[Iterable[Target]], None]) -> None:
+        """Have `fill` write the weights of this rank; the embedding's rows get in order in refresh_model."""
+        if self.order is not None:
+            self.filled = torch.zeros_like(self.shards[EMBEDDING]).detach()
+        fill(
+            Target(piece, self.filled)
+            if self.filled is not None and piece.parameter == EMBEDDING
+            else Target(piece, self.shards[piece.parameter].detach())
+            for piece in self.pieces
+        )
 
     def before_pass(self, last: bool) -> None:
         """Reduce gradients in the backward pass of a step's last micro-batch, or of each."""
@@ -121,15 +171,10 @@ class FsdpEngine(Engine):
         Those of sharded parameters are averaged in the step's last backward pass already.
         """
         yield
-        if self.topology.data > 1:
-            whole = [p for name, p in self.parameters.items() if name not in self.sharded]
-            reduce_gradients(whole, self._average)
-
-    def _average(self, gradients: Tensor) -> Tensor:
-        """The mean of a tensor over data parallel; writes into it."""
-        gradients /= self.topology.data
-        dist.all_reduce(gradients, group=self.data_group)
-        return gradients
+        for copies in self.copies:
+            copies.reduce(1 / self.topology.data)
+        if self.order is not None and (gradient := self.parameters[EMBEDDING].grad) is not None:
+            gradient /= self.topology.data
 
     def step(self, lr: float) -> float:
         """Clip, update, drop the gradients; return the whole model's gradient norm before clipping.
@@ -140,7 +185,7 @@ class FsdpEngine(Engine):
             group["lr"] = lr
         gradients = {}
         for name, shard in self.shards.items():
-            gradient = self.parameters[name].grad
+            gradient = shard.grad if name in self.rows else self.parameters[name].grad
             gradients[name] = torch.zeros_like(shard) if gradient is None else local(gradient)
             shard.grad = gradients[name]
         norm = self._norm(gradients)
@@ -148,6 +193,7 @@ class FsdpEngine(Engine):
             if self.clip and norm > self.clip:
                 torch._foreach_mul_(list(gradients.values()), self.clip / norm)
             self.optimizer.step()
+            self._publish()
         self.spoiled = False
         for parameter in (*self.parameters.values(), *self.shards.values()):
             parameter.grad = None
@@ -159,7 +205,7 @@ class FsdpEngine(Engine):
         mine = [
             gradient
             for name, gradient in gradients.items()
-            if name in self.counted and rank < (self.shard_size if name in self.sharded else 1)
+            if name in self.counted and (name not in self.sharded or rank < self.shard_size)
         ]
         total = torch.zeros((), dtype=torch.float64, device=next(iter(gradients.values())).device)
         if mine:
@@ -181,14 +227,24 @@ class FsdpEngine(Engine):
         """Yield one flat tensor per shard of a parameter."""
         for name, shard in self.shards.items():
             members = {name: cut_evenly(0, shard.numel(), shard.numel())}
-            yield Flat(shard.detach().view(-1), shard, None, members)
+            order = self.order if name == EMBEDDING else None
+            yield Flat(shard.detach().view(-1), shard, None, members, order)
 
     def refresh_model(self) -> None:
-        """Drop weights that were gathered before the shards were written to."""
+        """Drop weights that were gathered before the shards were written to, and update copies."""
+        if self.filled is not None and self.order is not None:
+            self.shards[EMBEDDING].detach().copy_(self.order.from_checkpoint(self.filled))
+            self.filled = None
+        self._publish()
         for root in self.sharded_roots:
             for module in root.modules():  # type: ignore[attr-defined]
                 if isinstance(module, FSDPModule):
                     module.reshard()
+
+    def _publish(self) -> None:
+        """Bring the updated rows of copies to all that hold them."""
+        for copies in self.copies:
+            copies.publish()
 
 
 def _is_counted(parameter: nn.Parameter) -> bool:

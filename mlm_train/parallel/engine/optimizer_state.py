@@ -51,7 +51,9 @@ def gather_state(engine: Engine) -> dict[str, dict[str, Tensor]]:
         for key in STATE:
             for name in mine:
                 whole[key][name] = torch.empty(engine.shapes[name], dtype=torch.float32)
-            for start, gathered in _gathered(_values(engine, flat, key), flat):
+            values = _values(engine, flat, key)
+            values = values if flat.order is None else flat.order.to_checkpoint(values)
+            for start, gathered in _gathered(values, flat):
                 for name in mine:
                     _copy_block(whole[key][name].view(-1), flat.members[name], start, gathered)
     return whole
@@ -91,7 +93,10 @@ def scatter_state(engine: Engine, key: str, whole: dict[str, Tensor]) -> None:
         values = _values(engine, flat, key)
         for name, run_of in flat.members.items():
             start, length, position = run_of(flat.rank)
-            values[position : position + length] = whole[name].view(-1)[start : start + length]
+            read = whole[name].view(-1)[start : start + length]
+            values[position : position + length] = (
+                read if flat.order is None else flat.order.from_checkpoint(read)
+            )
 
 
 @torch.no_grad()

@@ -12,13 +12,8 @@ from torch import Tensor
 
 from mlm_train.memory import RowSharing
 from mlm_train.memory.rows import add_rows
-
-PRIME = 2654435761  # Knuth's multiplicative hash: ids of similar frequency go to different ranks
-
-
-def owners(ids: Tensor, ranks: int) -> Tensor:
-    """The rank that computes the rows of each id."""
-    return (ids * PRIME % 2**32 >> 8) % ranks
+from mlm_train.parallel.ffn_m.owners import units_of
+from mlm_train.parallel.mesh.exchange import exchange
 
 
 class DataParallelSharing(RowSharing):
@@ -29,7 +24,7 @@ class DataParallelSharing(RowSharing):
         self.size = dist.get_world_size(group)
 
     def begin(self, ids: Tensor) -> Tensor:
-        owner = owners(ids, self.size)
+        owner = units_of(ids, self.size)
         # Ids in the order of their owners, so that the requests to a rank are contiguous.
         self.order = owner.argsort(stable=True)
         self.requested = owner.bincount(minlength=self.size)  # rows per owner
@@ -62,6 +57,4 @@ class DataParallelSharing(RowSharing):
 
     def _exchange(self, rows: Tensor, sent: Tensor, received: Tensor) -> Tensor:
         """All-to-all of rows [sum(sent), ...] -> [sum(received), ...]; sent, received: int64 [ranks]."""
-        output = rows.new_empty(int(received.sum()), *rows.shape[1:])
-        dist.all_to_all_single(output, rows, received.tolist(), sent.tolist(), group=self.group)
-        return output
+        return exchange(rows, sent.tolist(), received.tolist(), self.group)[0]

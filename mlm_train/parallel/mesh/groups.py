@@ -20,8 +20,9 @@ class ProcessGroups:
     """This rank's group along each axis, as torch.distributed's collectives take them.
 
     tensor: ranks that shard each layer. data: ranks with the same weights and other samples. pipeline: the
-    stages of one replica. model: tensor x pipeline, the ranks of one replica. embedding: first and last
-    stage, for a tied head; None in between. control: all ranks, for small messages of one thread; None is
+    stages of one replica. model: tensor x pipeline, the ranks of one replica. stage: data x tensor, the
+    ranks of a pipeline stage; stage_cpu: the same for tensors on the CPU. embedding: first and last stage,
+    for a tied head; None in between. control: all ranks, for small messages of one thread; None is
     torch's default group.
     """
 
@@ -30,6 +31,8 @@ class ProcessGroups:
     pipeline: Any
     model: Any
     embedding: Any
+    stage: Any = None
+    stage_cpu: Any = None
     control: Any = None
 
     def data_mesh(self, device: torch.device, topology: Topology, replicate: int) -> DeviceMesh:
@@ -50,14 +53,14 @@ class ProcessGroups:
         return DeviceMesh.from_group(groups, device.type, mesh=mesh, mesh_dim_names=("replicate", "shard"))
 
 
-def create_groups(topology: Topology) -> ProcessGroups:
+def create_groups(topology: Topology, device: torch.device) -> ProcessGroups:
     """Create the groups of a layout over all ranks; every rank calls it.
 
     Groups of another layout that this process holds are destroyed first. One rank needs no megatron-core.
     """
     if topology.world == 1:
         alone = dist.group.WORLD
-        return ProcessGroups(alone, alone, alone, alone, alone)
+        return ProcessGroups(alone, alone, alone, alone, alone, alone, alone)
     from megatron.core import parallel_state as state
 
     if state.model_parallel_is_initialized():
@@ -66,13 +69,23 @@ def create_groups(topology: Topology) -> ProcessGroups:
             state.destroy_model_parallel()
     if not state.model_parallel_is_initialized():
         state.initialize_model_parallel(topology.tensor, topology.pipeline)
+    stage = state.get_tensor_and_data_parallel_group()
     return ProcessGroups(
         tensor=state.get_tensor_model_parallel_group(),
         data=state.get_data_parallel_group(),
         pipeline=state.get_pipeline_model_parallel_group(),
         model=state.get_model_parallel_group(),
         embedding=state.get_embedding_group(check_initialized=False),
+        stage=stage,
+        stage_cpu=stage if device.type == "cpu" else _cpu_stage(topology),
     )
+
+
+def _cpu_stage(topology: Topology) -> Any:
+    """This rank's stage, for tensors on the CPU."""
+    ranks = torch.arange(topology.world).view(topology.pipeline, -1).tolist()
+    groups = [dist.new_group(stage, backend="gloo") for stage in ranks]  # every rank creates every group
+    return groups[topology.pipeline_rank]
 
 
 def destroy_groups() -> None:

@@ -12,6 +12,16 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def owned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of modules marked `owned`: other ranks of the stage hold other ones, or other rows."""
+    return {
+        f"{prefix}.{name}": parameter
+        for prefix, module in model.named_modules()
+        if getattr(module, "owned", False)
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+
+
 def reduce_gradients(parameters: Sequence[nn.Parameter], reduce: Callable[[Tensor], Tensor]) -> None:
     """Replace gradients by `reduce` of them all, flattened into one tensor; a missing one counts as zeros."""
     if not parameters:

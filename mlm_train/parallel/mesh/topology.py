@@ -49,9 +49,19 @@ class Topology:
         return self.rank // self.tensor % self.data
 
     @property
+    def stage_ranks(self) -> int:
+        """Ranks of a pipeline stage: data x tensor."""
+        return self.tensor * self.data
+
+    @property
+    def stage_rank(self) -> int:
+        """Rank among those of the stage."""
+        return self.rank % self.stage_ranks
+
+    @property
     def pipeline_rank(self) -> int:
         """Rank in the pipeline group."""
-        return self.rank // (self.tensor * self.data)
+        return self.rank // self.stage_ranks
 
     @property
     def is_replica_rank_0(self) -> bool:

@@ -161,7 +161,7 @@ class PipelineExecutor:
         self.runtime.marker.at("x0")
         device = self.runtime.device
         ids, labels = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
-        index = self.channel.begin(ids) if self.model.config.has_memory or self._first else ids
+        index = self.channel.begin(ids, len(batches)) if self.model.config.has_memory or self._first else ids
         sums = torch.zeros(len(batches), dtype=torch.float64, device=device)
         for stage in self.stages:
             stage.train(training)

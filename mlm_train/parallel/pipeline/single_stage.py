@@ -145,7 +145,7 @@ class SingleStageExecutor:
         index = ids
         if self.channel is not None:
             self.marker.at("x0")
-            index = list(self.channel.begin(torch.cat(ids)).split([len(batch) for batch in ids]))
+            index = list(self.channel.begin(torch.cat(ids), len(ids)).split([len(batch) for batch in ids]))
         parts = enumerate(zip(ids, labels, index, strict=True))
         return [Prepared(number, number == len(ids) - 1, *part) for number, part in parts]
 

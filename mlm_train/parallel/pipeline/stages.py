@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from mlm_train.config import Config, ModelConfig
 from mlm_train.config.parallel import V_SHAPED
 from mlm_train.model.counts import count_parameters
+from mlm_train.parallel.ffn_m.owners import Owners
 from mlm_train.parallel.mesh.topology import Topology
 
 
@@ -73,3 +74,21 @@ def my_spans(config: Config, topology: Topology) -> list[StageSpan]:
     if config.parallel.order in V_SHAPED:
         return [spans[rank], spans[-1 - rank]]
     return spans[rank :: topology.pipeline]
+
+
+def owners_of(config: Config, topology: Topology) -> Owners | None:
+    """The owners of FFN-M on this rank's stage (memory.placement=owned); None where a stage has one rank."""
+    if config.memory is None or not config.memory.owned or topology.stage_ranks == 1:
+        return None
+    layers = [layer for span in my_spans(config, topology) for layer in span.layers]
+    return Owners(layers[: config.memory.tabled(len(layers))], topology.stage_ranks)
+
+
+def owns_embedding(config: Config, topology: Topology) -> bool:
+    """Whether the first stage's ranks own the embedding by rows.
+
+    A tied head needs the whole weight, and so does each stage with parallel.x0_transport=replicate, or a
+    transport of the user's.
+    """
+    by_rows = config.transport in ("broadcast", "relay") and not config.model.tie_word_embeddings
+    return config.parallel.engine == "fsdp" and topology.data > 1 and by_rows

@@ -2,7 +2,8 @@
 
 Three transports implement one interface. `broadcast`: the step's distinct rows are broadcast once; each stage
 looks x0 up and sums its gradient in a table of the same shape; one reduce returns it. `relay`: x0 is passed
-with the hidden state from stage to stage. `replicate`: every stage has a copy of the embedding.
+with the hidden state from stage to stage. `replicate`: every stage has a copy of the embedding. The first
+stage has the embedding's rows itself, or gets the step's from the ranks that own them (ffn_m/embedding.py).
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch import Tensor
 from mlm_train.memory import TableSource
 from mlm_train.memory.rows import Lookup
 from mlm_train.model.transformer import Transformer
+from mlm_train.parallel.ffn_m.embedding import OwnedRows
+from mlm_train.parallel.ffn_m.owned import OwnedTables
 from mlm_train.parallel.tensor.collectives import TensorGroup
 
 
@@ -23,8 +26,11 @@ class X0Channel(Protocol):
 
     relays: bool
 
-    def begin(self, ids: Tensor) -> Tensor:
-        """Before a step: ids int64 [micro-batches * batch, sequence] -> an index of the same shape."""
+    def begin(self, ids: Tensor, passes: int) -> Tensor:
+        """Before a step: ids int64 [passes * batch, sequence] -> an index of the same rows, for `x0`.
+
+        passes: micro-batches.
+        """
         ...
 
     def x0(self, ids: Tensor, index: Tensor) -> Tensor:
@@ -44,13 +50,38 @@ class X0Channel(Protocol):
         ...
 
 
+class LocalRows:
+    """x0 of a step's ids from this rank's own embedding."""
+
+    def __init__(self, model: Transformer, tensor: TensorGroup) -> None:
+        self.model, self.tensor = model, tensor
+
+    def fetch(self, own: Tensor, common: Tensor) -> Tensor:
+        """x0 of own ids, then of common ones, fp32 [ids, hidden]; both equal on all tensor-parallel ranks."""
+        self.own = len(own)
+        self.embedded = self.model.rows(torch.cat((own, common)))
+        return self.embedded.detach().clone()
+
+    def give_back(self, gradient: Tensor) -> None:
+        """Add the gradient of `fetch`'s rows, of the same shape, to the embedding's.
+
+        That of own rows has a part on each tensor-parallel rank, and under sequence parallelism all has.
+        """
+        if self.tensor.shards > 1:
+            gradient = self.tensor.all_reduce(gradient)
+        elif self.tensor.size > 1 and self.own:
+            gradient = torch.cat((self.tensor.all_reduce(gradient[: self.own]), gradient[self.own :]))
+        self.embedded.backward(gradient)
+
+
 @dataclass
 class Channel:
     """The common part of transports: this rank's model, groups and device.
 
     `boundaries`: the number of boundaries between stages on different ranks, virtual stages included;
     `tables`: the memory source that needs the step's rows, if FFN-M has tables; `all_layers_tabled`: whether
-    every layer of every stage has a table, since all stages must send and receive the same rows.
+    every layer of every stage has a table, since all stages must send and receive the same rows; `rows_of`:
+    where the first stage gets the step's rows; `local`: whether only those of this rank's own positions.
     """
 
     model: Transformer
@@ -60,57 +91,74 @@ class Channel:
     boundaries: int
     tables: TableSource | None = None
     all_layers_tabled: bool = False
+    rows_of: LocalRows | OwnedRows | None = None
+    local: bool = False
 
     def __post_init__(self) -> None:
-        """Initialise a transport."""
+        self.owns = dist.get_rank(self.group) == 0
+        self.anchor = torch.zeros(1, device=self.device, requires_grad=True)
+        self.rows, self.table = torch.empty(0), torch.empty(0)  # x0 of a step's ids, and its gradient
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether x0 on the first stage is looked up in rows that other ranks own."""
+        return self.owns and isinstance(self.rows_of, OwnedRows)
+
+    def _distinct(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The distinct ids of all positions, or of those on this rank, and their index for `_lookup`."""
+        return (self.tensor.local(ids, 1) if self.local else ids).unique(return_inverse=True)
+
+    def _lookup(self, index: Tensor) -> Tensor:
+        """Rows of `self.rows` by index; the backward adds into `self.table`."""
+        index = index if self.local else self.tensor.local(index, 1)
+        return Lookup.apply(index, self.rows, self.table, self.anchor)
 
 
 class Broadcast(Channel):
     """The rows of the step's distinct ids are broadcast once over the pipeline group.
 
-    With tables the rows that they are computed from are broadcast. With memory.shared those are rows of other
-    ids, and the rows of this rank's own ids stay on the first stage, unless some layers have no table.
+    With tables the rows that they are computed from are broadcast. If those are rows of other ids
+    (memory.placement), those of its own ids stay on the first stage, unless some layers have no table.
     """
 
     relays = False
 
-    def __post_init__(self) -> None:
-        self.source = dist.get_global_rank(self.group, 0)
-        self.owns = dist.get_rank(self.group) == 0
-        self.anchor = torch.zeros(1, device=self.device, requires_grad=True)
-
-    def begin(self, ids: Tensor) -> Tensor:
-        distinct, index = ids.unique(return_inverse=True)
-        shared = self.tables.share.begin(distinct) if self.tables else distinct
-        self.shared = len(shared)
-        wanted = shared if shared is distinct else torch.cat((shared, distinct))
-        if shared is not distinct:
-            index = index + len(shared)
-        sent = len(shared) if self.all_layers_tabled else len(wanted)
+    def begin(self, ids: Tensor, passes: int) -> Tensor:
+        distinct, index = self._distinct(ids)
+        needed = self.tables.request(ids, distinct, passes) if self.tables else distinct
+        self.needed, none = len(needed), distinct[:0]
+        common = distinct if needed is distinct else torch.cat((needed, distinct))
+        if needed is not distinct:
+            index = index + len(needed)
+        self.sent = len(needed) if self.all_layers_tabled else len(common)
         if self.owns:
-            self.embedded = self.model.rows(wanted)
-            rows = self.embedded.detach().clone()
+            assert self.rows_of is not None
+            self.rows = self.rows_of.fetch(
+                *((needed, distinct) if isinstance(self.tables, OwnedTables) else (none, common))
+            )
         else:
-            rows = torch.empty(sent, self.model.config.hidden_size, device=self.device)
-        dist.broadcast(rows[:sent], self.source, group=self.group)
-        self.sent = sent
-        self.rows = rows
+            self.rows = torch.empty(self.sent, self.model.config.hidden_size, device=self.device)
+        dist.broadcast(self.rows[: self.sent], self.source, group=self.group)
         self.table = torch.zeros_like(self.rows)
         if self.tables:
-            self.tables.begin(distinct, self.rows[: self.shared])
+            self.tables.begin(distinct, self.rows[: self.needed])
         return index
 
+    @property
+    def source(self) -> int:
+        """The rank of the first stage."""
+        return dist.get_global_rank(self.group, 0)
+
     def x0(self, ids: Tensor, index: Tensor) -> Tensor:
-        return Lookup.apply(self.tensor.local(index, 1), self.rows, self.table, self.anchor)
+        return self._lookup(index)
 
     def finish(self) -> None:
         if self.tables:
-            self.table[: self.shared] += self.tables.finish()
+            self.table[: self.needed] += self.tables.finish()
         dist.reduce(self.table[: self.sent], self.source, group=self.group)
         if self.owns:
-            # Under sequence parallelism each rank has the gradients of its local positions.
-            table = self.tensor.all_reduce(self.table) if self.tensor.shards > 1 else self.table
-            self.embedded.backward(table)
+            assert self.rows_of is not None
+            self.rows_of.give_back(self.table)
 
     def bytes_per_step(self, distinct: int, tokens: int) -> int:
         others = dist.get_world_size(self.group) - 1
@@ -122,14 +170,23 @@ class Relay(Channel):
 
     relays = True
 
-    def begin(self, ids: Tensor) -> Tensor:
-        return ids
+    def begin(self, ids: Tensor, passes: int) -> Tensor:
+        if not self.looks_up:
+            return ids
+        distinct, index = self._distinct(ids)
+        assert self.rows_of is not None
+        self.rows = self.rows_of.fetch(distinct[:0], distinct)
+        self.table = torch.zeros_like(self.rows)
+        return index
 
     def x0(self, ids: Tensor, index: Tensor) -> Tensor:
-        return self.model.embed(ids)  # called on the first stage only
+        # Called on the first stage only.
+        return self._lookup(index) if self.looks_up else self.model.embed(ids)
 
     def finish(self) -> None:
-        pass
+        if self.looks_up:
+            assert self.rows_of is not None
+            self.rows_of.give_back(self.table)
 
     def bytes_per_step(self, distinct: int, tokens: int) -> int:
         # Crosses every boundary between stages; a rank with virtual stages has several.
@@ -147,7 +204,7 @@ class Replicate(Channel):
 
     relays = False
 
-    def begin(self, ids: Tensor) -> Tensor:
+    def begin(self, ids: Tensor, passes: int) -> Tensor:
         return ids
 
     def x0(self, ids: Tensor, index: Tensor) -> Tensor:

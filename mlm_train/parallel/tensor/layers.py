@@ -5,7 +5,7 @@ does not change. Dimensions that the group's size does not divide are padded wit
 is exact: a padded FFN key gives 0 and gets no gradient, padded vocabulary entries are masked out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from mlm_train.model.linear import FusedLinear
 from mlm_train.model.logical import Part
 from mlm_train.model.loss import VocabRange
 from mlm_train.model.transformer import Transformer
-from mlm_train.parallel.mesh.sharded import reduce_gradients
+from mlm_train.parallel.mesh.sharded import owned_parameters, reduce_gradients
 from mlm_train.parallel.tensor.collectives import TensorGroup
 
 
@@ -91,10 +91,15 @@ class VocabEmbedding(nn.Module):
 SHARDED = (ColumnLinear, RowLinear, VocabEmbedding)
 
 
-def shard(model: Transformer, group: TensorGroup) -> None:
-    """Replace the layers to shard, in place; new weights are empty (initialise or load them next)."""
+def shard(model: Transformer, group: TensorGroup, whole: Collection[nn.Module] = ()) -> None:
+    """Replace the layers to shard, in place; new weights are empty (initialise or load them next).
+
+    whole: modules that stay as they are.
+    """
     config = model.config
     for module in list(model.modules()):
+        if module in whole:
+            continue
         if isinstance(module, Attention):
             module.heads //= group.size
             module.kv_heads //= group.size
@@ -131,6 +136,7 @@ def mark_for_clipping(model: nn.Module, group: TensorGroup) -> None:
 def _replicated(model: nn.Module) -> list[nn.Parameter]:
     """Weights that every rank of a tensor group holds: the norms'."""
     sharded = {id(module.weight) for module in model.modules() if isinstance(module, SHARDED)}
+    sharded |= {id(parameter) for parameter in owned_parameters(model).values()}
     return [parameter for parameter in model.parameters() if id(parameter) not in sharded]
 
 

@@ -1,0 +1,124 @@
+"""The embedding, owned by rows over the ranks of the first stage: rows go out, gradient rows come home.
+
+A rank has the rows of the ids rank, rank + ranks, ...: frequent tokens have low ids in most vocabularies, so
+that each rank serves as many. Checkpoints hold consecutive rows.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlm_train.memory.rows import add_rows
+from mlm_train.model.logical import Part
+from mlm_train.parallel.mesh.exchange import counts_of, exchange, gather_ids, inverse
+from mlm_train.parallel.tensor.collectives import TensorGroup
+
+
+class RowEmbedding(nn.Module):
+    """This rank's rows of the embedding; x0 of a step's ids comes from `OwnedRows`."""
+
+    owned = True
+
+    def __init__(self, vocab_size: int, hidden_size: int, rank: int, ranks: int) -> None:
+        super().__init__()
+        self.vocab_size, self.rank, self.ranks = vocab_size, rank, ranks
+        self.weight = nn.Parameter(torch.empty(-(-vocab_size // ranks), hidden_size))
+
+    def logical_parts(self) -> list[Part]:
+        """The rows of this rank in a checkpoint (see RowOrder)."""
+        start, stop = self.stored
+        return [Part(None, 0, 0, stop - start, start, self.vocab_size)]
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """[start, stop) of the ids whose rows this rank reads and writes in checkpoints."""
+        size = len(self.weight)
+        return min(self.rank * size, self.vocab_size), min((self.rank + 1) * size, self.vocab_size)
+
+
+class RowOrder:
+    """Between a rank's own rows and those that it stores in checkpoints; every rank of `group` calls it."""
+
+    def __init__(self, embedding: RowEmbedding, group: Any) -> None:
+        self.group, self.rows, ranks = group, len(embedding.weight), embedding.ranks
+        own = torch.arange(embedding.rank, embedding.vocab_size, ranks)
+        stored = torch.arange(*embedding.stored)
+        self.own, self.stored = len(own), len(stored)
+        self.kept_by = counts_of(own // self.rows, ranks)
+        self.owned_by = counts_of(stored % ranks, ranks)
+        self.order = (stored % ranks).argsort(stable=True)
+
+    def to_checkpoint(self, own: Tensor) -> Tensor:
+        """Own rows [rows, hidden], or flat, -> rows to store, of the same shape; padding is zero."""
+        rows = own.view(self.rows, -1)
+        out = torch.zeros_like(rows)
+        out[self.order] = exchange(rows[: self.own], self.kept_by, self.owned_by, self.group)[0]
+        return out.view_as(own)
+
+    def from_checkpoint(self, stored: Tensor) -> Tensor:
+        """The inverse."""
+        rows = stored.view(self.rows, -1)
+        out = torch.zeros_like(rows)
+        out[: self.own] = exchange(rows[self.order], self.owned_by, self.kept_by, self.group)[0]
+        return out.view_as(stored)
+
+
+class OwnedRows:
+    """x0 of a step's ids from the ranks that own the rows, and the way home of its gradient.
+
+    dtype, gradient_dtype: in which they travel.
+    """
+
+    def __init__(
+        self,
+        embedding: RowEmbedding,
+        group: Any,
+        cpu_group: Any,
+        tensor: TensorGroup,
+        dtype: torch.dtype,
+        gradient_dtype: torch.dtype,
+    ) -> None:
+        self.embedding, self.group, self.cpu_group, self.tensor = embedding, group, cpu_group, tensor
+        self.dtype, self.gradient_dtype = dtype, gradient_dtype
+        self.splits = tensor.size // tensor.shards  # tensor-parallel ranks with the same common ids
+
+    def fetch(self, own: Tensor, common: Tensor) -> Tensor:
+        """x0 of own ids, then of those that the tensor-parallel ranks have in common: fp32 [ids, hidden].
+
+        own, common: int64 [any number]. Under sequence parallelism there are none in common: `common` is own.
+        """
+        device, ranks = common.device, self.embedding.ranks
+        self.own, self.each = len(own), -(-len(common) // self.splits)
+        self.mine = common[self.tensor.rank * self.each :][: self.each] if self.splits > 1 else common
+        wanted, self.where = torch.cat((own, self.mine)).unique(return_inverse=True)
+        by_rank = gather_ids(wanted, self.cpu_group)
+        owner = by_rank[self.embedding.rank] % ranks
+        self.order = owner.argsort(stable=True)
+        self.received = counts_of(owner, ranks)
+        served = [ids[ids % ranks == self.embedding.rank] // ranks for ids in by_rank]
+        self.sent, self.index = list(map(len, served)), torch.cat(served).to(device)
+        rows = self.embedding.weight.detach()[self.index].to(self.dtype)
+        arrived = exchange(rows, self.sent, self.received, self.group)[0]
+        self.order = self.order.to(device)
+        rows = arrived[inverse(self.order)[self.where]].float()
+        return rows if self.splits == 1 else self._with_all(rows, len(common))
+
+    def _with_all(self, rows: Tensor, count: int) -> Tensor:
+        """Own rows, then those that the tensor-parallel ranks have fetched of the common ids."""
+        part = rows.new_zeros(self.each, rows.shape[1])
+        part[: len(self.mine)] = rows[self.own :]
+        return torch.cat((rows[: self.own], self.tensor.all_gather(part)[:count]))
+
+    def give_back(self, gradient: Tensor) -> None:
+        """Add the gradient of `fetch`'s rows, fp32 of the same shape, to the owners' rows."""
+        if self.splits > 1:  # equal on the tensor-parallel ranks
+            common = gradient[self.own :][self.tensor.rank * self.each :][: self.each]
+            gradient = torch.cat((gradient[: self.own], common))
+        wanted = gradient.new_zeros(len(self.order), gradient.shape[1])
+        add_rows(wanted, self.where, gradient)
+        outgoing = wanted[self.order].to(self.gradient_dtype)
+        home = exchange(outgoing, self.received, self.sent, self.group)[0]
+        weight = self.embedding.weight
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        add_rows(weight.grad, self.index, home)

@@ -1,0 +1,345 @@
+"""FFN-M owned by few ranks of a stage: ids go out, rows come back, gradient rows go home.
+
+An owner computes its layers' rows for the distinct ids of all ranks of the stage, so FFN-M's weights are
+never gathered, and their gradients are summed among a layer's owners alone. Rows travel in one all-to-all
+per group of layers: a group's gradient rows leave while the layers below are still in their backward pass.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlm_train.memory.rows import Lookup, add_rows
+from mlm_train.memory.step_rows import StepRows
+from mlm_train.memory.table import TableSource, no_layer
+from mlm_train.memory.unique import UniqueSource
+from mlm_train.model.block import MemoryBlock
+from mlm_train.model.linear import compute_dtype
+from mlm_train.model.source import MemoryReader, Positions
+from mlm_train.model.transformer import Transformer
+from mlm_train.parallel.ffn_m.owners import Owners, units_of
+from mlm_train.parallel.mesh.exchange import counts_of, exchange, gather_ids, inverse
+from mlm_train.parallel.tensor.collectives import TensorGroup
+
+GROUP_BYTES = 64 * 2**20  # of rows in an exchange, where there are several
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a stage's owned layers are.
+
+    owners: of the layers of this pipeline rank; all_stages: of every pipeline rank's, since x0 of the same
+    rows goes to all of them. rank, group: this rank among the stage's, and their group; cpu_group: theirs for
+    ids. every_row: whether a rank gets x0 of all rows of the step, not only of those that it computes.
+    gradient_dtype: in which gradient rows travel.
+    """
+
+    owners: Owners
+    all_stages: Sequence[Owners]
+    rank: int
+    group: Any
+    cpu_group: Any
+    every_row: bool = False
+    gradient_dtype: torch.dtype = torch.float32
+
+    def computes(self, ids: Tensor) -> Tensor:
+        """Which ids' x0 this rank needs for the rows that it computes on any stage: bool [ids]."""
+        units = units_of(ids, self.owners.ranks)
+        needed = torch.full(ids.shape, self.every_row)
+        for owners in self.all_stages:
+            for layer in owners.held(self.rank):
+                needed |= owners.rank_of(layer, units) == self.rank
+        return needed
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The ids of a step that each rank of the stage asks for, on the CPU, and what follows of them."""
+
+    by_rank: list[Tensor]  # int64, sorted, distinct
+    needed: Tensor  # sorted: those whose x0 this rank needs
+
+    @classmethod
+    def of(cls, ids: Tensor, placement: Placement) -> "Asked":
+        """Gather the ids of all ranks. ids int64 [any number]: those that this rank asks for."""
+        by_rank = gather_ids(ids, placement.cpu_group)
+        union = torch.cat(by_rank).unique()
+        return cls(by_rank, union[placement.computes(union)])
+
+    def computed(self, layer: int, placement: Placement) -> Tensor:
+        """The rows of a layer that this rank computes: indices into `needed`."""
+        units = units_of(self.needed, placement.owners.ranks)
+        return (placement.owners.rank_of(layer, units) == placement.rank).nonzero().flatten()
+
+
+def keep_owned(model: Transformer, owners: Owners | None, rank: int, bf16: bool) -> list[nn.Module]:
+    """Remove the FFN-M that other ranks own; the modules of this rank's, in bf16 if asked for."""
+    owned: list[nn.Module] = []
+    if owners is None:
+        return owned
+    for layer in owners.layers:
+        block = model.memory_blocks()[layer]
+        if layer in owners.held(rank):
+            owned += [*block.memory_layernorm.modules(), *block.memory_mlp.modules()]
+        else:
+            del block.memory_layernorm, block.memory_mlp
+    for module in owned:
+        module.owned = True  # type: ignore[assignment]
+        if bf16:
+            module.bfloat16()
+    return owned
+
+
+class RowGroup:
+    """The rows of some layers in one exchange of a step.
+
+    Rows travel from owner to asker, in the order (layer, id); a buffer of received rows is ordered by owner
+    first. `places` [layers, ids]: where in it each row asked for is.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        asked: Asked,
+        placement: Placement,
+        tensor: TensorGroup,
+        device: torch.device,
+    ) -> None:
+        self.layers, self.placement, self.tensor, self.device = layers, placement, tensor, device
+        owners, rank = placement.owners, placement.rank
+        held = set(owners.held(rank))
+        self.held = [layer for layer in layers if layer in held]
+        mine = asked.by_rank[rank]
+        units = units_of(mine, owners.ranks)
+        owner = torch.stack([owners.rank_of(layer, units) for layer in layers]).flatten()
+        order = owner.argsort(stable=True)
+        self.received = counts_of(owner, owners.ranks)
+        self.places = inverse(order).view(len(layers), -1).to(device)
+        self.order = order.to(device)
+        self._serve(asked)
+        self.rows, self.gradient = torch.empty(0), torch.empty(0)
+        self.work: Any = None
+        self.reads = 0  # lookups whose backward is still to come
+
+    def _serve(self, asked: Asked) -> None:
+        """`index`: of the rows to send, in the rows computed here of the held layers, one after the other."""
+        owners, rank = self.placement.owners, self.placement.rank
+        everyone = torch.cat(asked.by_rank)
+        asker = torch.arange(owners.ranks).repeat_interleave(
+            torch.tensor([len(ids) for ids in asked.by_rank])
+        )
+        units = units_of(everyone, owners.ranks)
+        indices, askers, self.sizes = [torch.empty(0, dtype=torch.int64)], [asker[:0]], list[int]()
+        for layer in self.held:
+            computed = asked.needed[asked.computed(layer, self.placement)]
+            served = owners.rank_of(layer, units) == rank
+            indices.append(torch.searchsorted(computed, everyone[served]) + sum(self.sizes))
+            askers.append(asker[served])
+            self.sizes.append(len(computed))
+        order = torch.cat(askers).argsort(stable=True)
+        self.index = torch.cat(indices)[order].to(self.device)
+        self.sent = counts_of(torch.cat(askers), owners.ranks)
+
+    def send(self, tables: Sequence[Tensor], dtype: torch.dtype, hidden: int, passes: int) -> None:
+        """Send rows of the held layers' tables, and have this rank's come. passes: 0 without gradients."""
+        table = torch.cat([torch.empty(0, hidden, dtype=dtype, device=self.device), *tables])
+        self.outgoing = table[self.index]  # kept until it has left
+        self.rows, self.work = exchange(
+            self.outgoing, self.sent, self.received, self.placement.group, wait=False
+        )
+        self.reads = passes * len(self.layers)
+        self.training, self.ready = passes > 0, False
+
+    def arrive(self) -> None:
+        """Wait for the rows, before the first lookup."""
+        if self.ready:
+            return
+        self.work.wait()
+        self.work, self.outgoing, self.ready = None, torch.empty(0), True
+        if self.splits > 1:  # each tensor-parallel rank has received some of the ids: all need all of them
+            self.rows = self.tensor.all_gather(self.rows[self.places.flatten()])
+        self.gradient = self.rows.new_zeros(
+            self.rows.shape if self.training else (0, self.rows.shape[1]), dtype=torch.float32
+        )
+
+    @property
+    def splits(self) -> int:
+        """Tensor-parallel ranks that ask for parts of the same rows."""
+        return self.tensor.size // self.tensor.shards
+
+    def places_of(self, layer: int) -> Tensor:
+        """Where in `rows` the layer's row of each id is, int64 [ids]; after `arrive`."""
+        at = self.layers.index(layer)
+        if self.splits == 1:
+            return self.places[at]
+        each = self.places.shape[1]
+        first = torch.arange(self.splits, device=self.device) * self.places.numel() + at * each
+        return (first[:, None] + torch.arange(each, device=self.device)).flatten()
+
+    def send_home(self) -> None:
+        """Send the gradients of this rank's rows to the owners, who get them by `gradients`."""
+        gradient = self.gradient
+        if self.splits > 1:
+            own = gradient.chunk(self.splits)[self.tensor.rank]
+            gradient = own[self.order]
+        self.outgoing = gradient.to(self.placement.gradient_dtype)
+        self.gradient, self.rows = torch.empty(0), torch.empty(0)
+        self.home, self.work = exchange(
+            self.outgoing, self.received, self.sent, self.placement.group, wait=False
+        )
+
+    def gradients(self) -> list[tuple[int, Tensor]]:
+        """The held layers' gradients of the rows computed here, summed over the ranks, fp32."""
+        self.work.wait()
+        self.work, self.outgoing = None, torch.empty(0)
+        total = torch.zeros(sum(self.sizes), self.home.shape[1], device=self.device)
+        add_rows(total, self.index, self.home)
+        self.home = torch.empty(0)
+        return list(zip(self.held, total.split(self.sizes), strict=True))
+
+
+class OwnedTables(TableSource):
+    """A memory source of one step's rows, computed by their owners. blocks: of the layers with a table;
+    those that this rank does not own have no FFN-M.
+    """
+
+    tensor_sliced = False
+
+    def __init__(
+        self,
+        blocks: Mapping[int, MemoryBlock],
+        tensor: TensorGroup,
+        precision: torch.autocast,
+        placement: Placement,
+        other_layers: UniqueSource | None,
+        kept_layers: int,
+        device: torch.device,
+    ) -> None:
+        super().__init__(blocks, tensor, precision, None, other_layers, 0, device)
+        self.tensor, self.placement, self.device = tensor, placement, device
+        self.held = placement.owners.held(placement.rank)
+        self.kept_layers = set(self.held[:kept_layers])
+        self.groups: list[RowGroup] = []
+        self.rows_of: dict[int, StepRows] = {}
+        self.passes, self.computed, self.needed, self.hidden = 0, 0, 0, 0
+        self.parts: list[tuple[Tensor, StepRows]] = []
+        self.group_of: dict[int, RowGroup] = {}
+        self.to_send: list[RowGroup] = []
+
+    def request(self, ids: Tensor, distinct: Tensor, passes: int) -> Tensor:
+        """Tell the owners the step's ids; those whose x0 this rank needs for the rows that it computes."""
+        split = self.positions.shards > 1
+        self.ids = self.positions.local(ids, 1).unique() if split else distinct
+        each = -(-len(self.ids) // (self.tensor.size // self.tensor.shards))
+        mine = self.ids if split else self.ids[self.tensor.rank * each :][:each]
+        if not split and len(mine) < each:  # all tensor-parallel ranks ask for as many
+            mine = torch.cat((mine, self.ids[-1:].expand(each - len(mine))))
+        self.asked, self.passes = Asked.of(mine, self.placement), passes
+        return self.asked.needed.to(self.device)
+
+    def begin(self, ids: Tensor, rows: Tensor) -> None:
+        """Compute the rows of the layers owned here, and send them. rows: x0 of `request`'s ids, fp32."""
+        with self.precision:
+            dtype = compute_dtype(rows)
+        self.needed, self.hidden = rows.shape
+        for group in self.groups:
+            group.arrive()  # layers of alpha 0 read nothing in an evaluation
+        self.parts, self.rows_of, whole = [], {}, None
+        for layer in self.held:
+            if layer not in self.placement.owners.layers[: self.placement.owners.whole]:
+                self.rows_of[layer] = self._rows(rows, self.asked.computed(layer, self.placement))
+            else:
+                whole = whole or self._rows(rows, torch.arange(len(rows)))
+                self.rows_of[layer] = whole
+        self.computed = sum(self.rows_of[layer].count for layer in self.held)
+        training = torch.is_grad_enabled()
+        self.groups = []
+        for layers in self._grouped(dtype.itemsize * rows.shape[1]):
+            group = RowGroup(layers, self.asked, self.placement, self.tensor, self.device)
+            tables = [self._table(layer, training) for layer in group.held]
+            group.send(tables, dtype, rows.shape[1], self.passes if training else 0)
+            self.groups.append(group)
+        self.group_of = {layer: group for group in self.groups for layer in group.layers}
+        self.to_send = list(self.groups) if training else []
+
+    def _rows(self, rows: Tensor, index: Tensor) -> StepRows:
+        index = index.to(self.device)
+        step_rows = StepRows(rows[index], Positions(), self.precision)
+        self.parts.append((index, step_rows))
+        return step_rows
+
+    def _table(self, layer: int, training: bool) -> Tensor:
+        rows, block = self.rows_of[layer], self.blocks[layer]
+        return rows.table_with_graph(block) if training and layer in self.kept_layers else rows.table(block)
+
+    def _grouped(self, row_bytes: int) -> list[list[int]]:
+        """The layers of each exchange, equal on all ranks: rounds of owners, fused while small."""
+        rounds = self.placement.owners.rounds()
+        mean = sum(map(len, self.asked.by_rank)) / self.placement.owners.ranks
+        total = mean * len(self.blocks) * row_bytes
+        exchanges = min(len(rounds), max(1, ceil(total / GROUP_BYTES)))
+        bounds = [len(rounds) * i // exchanges for i in range(exchanges + 1)]
+        return [[layer for layers in rounds[low:high] for layer in layers] for low, high in pairwise(bounds)]
+
+    def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
+        """ids int64 [batch, sequence], of this step's; x0 is used for layers without a table only."""
+        index = torch.searchsorted(self.ids, self.positions.local(ids, 1).contiguous())
+        read_other: MemoryReader = no_layer if self.other_layers is None else self.other_layers.open(ids, x0)
+
+        def read(layer: int) -> Tensor:
+            if layer not in self.blocks:
+                return read_other(layer)
+            group = self.group_of[layer]
+            group.arrive()
+            at, done = group.places_of(layer)[index], partial(self._done, group)
+            memory: Tensor = Lookup.apply(at, group.rows, group.gradient, self.anchors[layer], done)
+            return memory
+
+        return read
+
+    def evaluations(self, tokens: int, distinct: int) -> int:
+        """FFN-M evaluations of the latest step on this rank alone, rows times layers."""
+        others = 0
+        if self.other_layers is not None and self.tensor.rank == 0:
+            others = self.other_layers.evaluations(tokens, distinct)
+        return self.computed + others
+
+    def _done(self, group: RowGroup) -> None:
+        """After a lookup's backward: send a group's gradients once it is the last; deepest layers first."""
+        group.reads -= 1
+        while self.to_send and self.to_send[-1].reads == 0:
+            self.to_send.pop().send_home()
+
+    def finish(self) -> Tensor:
+        """Run FFN-M's backward of the layers owned here; the gradient of `begin`'s rows, this rank's part."""
+        while self.to_send:
+            group = self.to_send.pop()
+            group.arrive()
+            group.send_home()
+        for group in reversed(self.groups):
+            for layer, gradient in group.gradients():
+                block = self.blocks[layer]
+                self.rows_of[layer].backward(block, gradient, partial(_collect, block))
+        total = torch.zeros(self.needed, self.hidden, device=self.device)
+        for index, rows in self.parts:
+            total.index_add_(0, index, rows.take_gradient())
+        self.rows_of, self.parts = {}, []
+        return total
+
+
+def _collect(block: MemoryBlock) -> None:
+    """Add gradients of bf16 weights into fp32 sums, `main_grad`, as Megatron-LM does."""
+    for module in (block.memory_layernorm, block.memory_mlp):
+        for parameter in module.parameters():
+            if parameter.dtype == torch.float32 or parameter.grad is None:
+                continue
+            total = getattr(parameter, "main_grad", None)
+            gradient = parameter.grad.float()
+            parameter.main_grad = gradient if total is None else total.add_(gradient)  # type: ignore[attr-defined]
+            parameter.grad = None

@@ -1,0 +1,50 @@
+"""Rows and their ids between the ranks of a group."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gather_ids(ids: Tensor, group: Any) -> list[Tensor]:
+    """The ids of every rank of a group on the CPU, int64, by rank. ids int64 [any number]."""
+    ranks = dist.get_world_size(group)
+    if ranks == 1:
+        return [ids.cpu()]
+    count = torch.tensor([len(ids)])
+    counts = torch.empty(ranks, dtype=torch.int64)
+    dist.all_gather_into_tensor(counts, count, group=group)
+    longest = int(counts.max())
+    padded = torch.zeros(longest, dtype=torch.int32)
+    padded[: len(ids)] = ids
+    gathered = torch.empty(ranks * longest, dtype=torch.int32)
+    dist.all_gather_into_tensor(gathered, padded, group=group)
+    rows = gathered.view(ranks, longest).long()
+    return [row[:count] for row, count in zip(rows, counts.tolist(), strict=True)]
+
+
+def exchange(
+    rows: Tensor, sent: Sequence[int], received: Sequence[int], group: Any, wait: bool = True
+) -> tuple[Tensor, Any]:
+    """All-to-all of rows [sum(sent), ...] -> [sum(received), ...], and the work to wait for without `wait`.
+
+    sent, received: rows for and from each rank.
+    """
+    output = rows.new_empty(sum(received), *rows.shape[1:])
+    work = dist.all_to_all_single(output, rows, list(received), list(sent), group=group, async_op=not wait)
+    return output, work
+
+
+def counts_of(ranks_of_rows: Tensor, ranks: int) -> list[int]:
+    """Rows of each rank. ranks_of_rows int64 [rows]."""
+    counts: list[int] = ranks_of_rows.bincount(minlength=ranks).tolist()
+    return counts
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The inverse of a permutation, int64 [n]."""
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
+    return places
