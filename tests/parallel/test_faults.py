@@ -31,12 +31,18 @@ LAYOUTS = {
         "model": MEMORY,
         "memory": {"mode": "table"},
     },
+    "FSDP DP4, owned": {
+        "parallel": {"engine": "fsdp"},
+        "model": MEMORY | {"num_hidden_layers": 5},
+        "memory": {"mode": "table", "placement": "owned"},
+    },
 }
 KEEP_NO_GRADIENTS = (
     "ZeRO-2 DP4",
     "ZeRO-3 DP4",
     "FSDP DP4",
     "FSDP PP2 DP2",
+    "FSDP DP4, owned",
 )  # gradients are reduced in each pass
 KINDS = ("gradient", "forward", "weight", "once")
 CASES = [
