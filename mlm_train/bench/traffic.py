@@ -3,7 +3,8 @@
 Convention, payload bytes summed over the n ranks of a group: a send counts its tensor's bytes (the receive
 counts nothing); a broadcast or a reduce counts tensor x (n - 1); an all-reduce, which is a reduce and a
 broadcast, counts 2 x tensor x (n - 1); an all-to-all counts what each rank sends to the others, an all-gather
-each rank's tensor x (n - 1), a reduce-scatter what of each rank's tensor is for the others. This is the minimum that crosses, whatever tree or ring the backend chooses; headers are not counted.
+each rank's tensor x (n - 1), a reduce-scatter what of each rank's tensor is for the others. This is the
+minimum that crosses, whatever tree or ring the backend chooses; headers are not counted.
 """
 
 from collections import Counter
@@ -24,7 +25,8 @@ class Traffic(TorchDispatchMode):
     """Counts this rank's traffic within `with Traffic() as traffic:`; the total is `bytes` summed over ranks.
 
     What differs by rank (a send, an all-to-all, an all-gather, a reduce-scatter) counts on the sender; other
-    collectives on the first rank of their group. An operation without a convention raises NotImplementedError, so that nothing crosses uncounted.
+    collectives on the first rank of their group. An operation without a convention raises
+    NotImplementedError, so that nothing crosses uncounted.
     """
 
     def __init__(self) -> None:
