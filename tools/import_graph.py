@@ -28,7 +28,7 @@ LAYERS = (
     ("parallel.launch", "starting the processes of a run, on one machine or many"),
     ("parallel.runtime", "a rank's view of the others, and the loop's few collectives"),
     ("parallel.tensor", "tensor parallelism"),
-    ("parallel.ffn_m", "FFN-M over data-parallel ranks"),
+    ("parallel.ffn_m", "FFN-M and the embedding over the ranks of a stage"),
     ("parallel.pipeline", "pipeline parallelism, and how x0 reaches every stage"),
     ("parallel.engine", "data parallelism and the optimizer"),
     ("parallel.build", "building a rank's model shard and its executor"),

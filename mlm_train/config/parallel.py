@@ -74,8 +74,19 @@ class ParallelConfig(Section):
         description="with engine=fsdp, without a pipeline: reduce gradients after each micro-batch, so that "
         "no rank holds them whole; default: once per step",
     )
+    reshard_after_forward: bool = Field(
+        True,
+        description="with engine=fsdp, without a pipeline: whether a block's gathered weights are freed "
+        "after its forward pass and gathered again for its backward pass. false: faster, and each "
+        "rank holds all weights from forward to backward",
+    )
     context: int = Field(1, exclude=True, description="must be 1: there is no context parallelism")
     timeout: float = Field(600.0, gt=0, le=86400, description="timeout of a collective, seconds")
+
+    @property
+    def reshards(self) -> bool:
+        """Whether FSDP frees gathered weights between forward and backward; torch's pipelines keep them."""
+        return self.reshard_after_forward and self.pipeline == 1
 
     @property
     def order(self) -> Schedule:
@@ -151,19 +162,22 @@ def check_parallel(parallel: ParallelConfig, model: ModelConfig, sequence_length
     _check_stages(parallel, model)
 
 
-OF_FSDP = ("shard", "replicate", "reduce_dtype", "reduce_each_micro_batch")
+OF_FSDP = ("shard", "replicate", "reduce_dtype", "reduce_each_micro_batch", "reshard_after_forward")
 
 
 def _check_engine(parallel: ParallelConfig) -> None:
     fields = {"zero_stage": "deepspeed"} | dict.fromkeys(OF_FSDP, "fsdp")
     for name, engine in fields.items():
-        value = getattr(parallel, name)
-        if value not in (None, False) and parallel.engine != engine:
+        value, default = getattr(parallel, name), ParallelConfig.model_fields[name].default
+        if value != default and parallel.engine != engine:
             fix = f"has an effect only with parallel.engine={engine}, not {parallel.engine}: leave it out"
             reject(f"parallel.{name}", value, fix)
     if parallel.reduce_each_micro_batch and parallel.pipeline > 1:
         fix = f"has no effect with parallel.pipeline={parallel.pipeline}: gradients are reduced once per step"
         reject("parallel.reduce_each_micro_batch", True, fix)
+    if not parallel.reshard_after_forward and parallel.pipeline > 1:
+        fix = f"has no effect with parallel.pipeline={parallel.pipeline}: torch keeps a stage's weights"
+        reject("parallel.reshard_after_forward", False, fix)
 
 
 def _check_tensor(parallel: ParallelConfig, model: ModelConfig, sequence_length: int) -> None:

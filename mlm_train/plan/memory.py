@@ -82,8 +82,8 @@ def state_bytes(config: Config, size: RankSize, topology: Topology) -> tuple[int
 
 
 def fsdp_bytes(config: Config, size: RankSize, topology: Topology) -> tuple[int, int, int, int]:
-    """The same under FSDP. Buckets are whole copies of weights: those gathered, of two blocks or with a
-    pipeline of all; and those of FFN-M and a tied embedding, which always are.
+    """The same under FSDP. Buckets are whole copies of weights: those gathered, of two blocks or of
+    all that are kept until the backward pass; and those of FFN-M and a tied embedding, which are never freed.
     """
     parallel, bf16 = config.parallel, config.train.precision == "bf16"
     computed = BF16 if bf16 else FP32
@@ -95,7 +95,7 @@ def fsdp_bytes(config: Config, size: RankSize, topology: Topology) -> tuple[int,
     _, ranks = parallel.sharding(topology.data)
     shard = -(-size.sharded // ranks)
     mine = shard + -(-size.copied // topology.data) + size.rows + size.owned
-    gathered = size.sharded if topology.pipeline > 1 else min(2 * size.block, size.sharded)
+    gathered = min(2 * size.block, size.sharded) if parallel.reshards else size.sharded
     reduced = BF16 if bf16 and parallel.reduce_dtype == "bf16" else FP32
     gradients = reduced * (shard if parallel.reduce_each_micro_batch else size.sharded)
     return (

@@ -101,8 +101,7 @@ class FsdpEngine(Engine):
                 fully_shard(
                     module,
                     mesh=mesh,
-                    # Under a pipeline torch keeps a stage's weights until the step's last backward pass.
-                    reshard_after_forward=self.topology.pipeline == 1,
+                    reshard_after_forward=config.parallel.reshards,
                     mp_policy=policy,
                     ignored_params=ignored,
                 )
