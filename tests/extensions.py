@@ -59,9 +59,9 @@ class SendRecv(Channel):
         self.is_first = dist.get_rank() == self.first
         self.anchor = torch.zeros(1, device=self.device, requires_grad=True)
 
-    def begin(self, ids: Tensor, passes: int) -> Tensor:
-        """ids: [micro-batches * batch, sequence] -> index of each position's row, of the same shape."""
-        distinct, index = ids.unique(return_inverse=True)
+    def begin(self, plan: Tensor) -> Tensor:
+        """The step's ids [micro-batches * batch, sequence] -> index of each position's row, of that shape."""
+        distinct, index = plan.to(self.device).unique(return_inverse=True)
         if self.is_first:
             self.embedded = self.model.rows(distinct)
             self.rows = self.embedded.detach().clone()

@@ -8,6 +8,8 @@ the sum over positions is taken before a linear map instead of after it.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +27,14 @@ class RowSharing:
     parallel/ffn_m/shares.py has the subclass that splits the rows of all data-parallel ranks over them.
     """
 
-    def begin(self, ids: Tensor) -> Tensor:
-        """The step's distinct ids here, int64 [distinct], sorted -> the ids to compute here [share]."""
-        return ids
+    def plan(self, ids: Tensor) -> tuple[Tensor, Any]:
+        """The step's distinct ids here, int64 [distinct], sorted -> those to compute here [share], and what
+        `begin` takes. On the CPU.
+        """
+        return ids, None
+
+    def begin(self, plan: Any) -> None:
+        """Before the step's rows are spread."""
 
     def spread(self, rows: Tensor) -> Tensor:
         """Rows computed here [share, hidden] -> rows of this rank's own ids [distinct, hidden]."""
@@ -38,8 +45,21 @@ class RowSharing:
         return rows
 
 
+@dataclass(frozen=True)
+class TablePlan:
+    """A step's tables, planned on the CPU.
+
+    ids: the step's distinct ids on this rank, sorted; needed: those whose x0 `begin` takes; sharing: of
+    RowSharing.
+    """
+
+    ids: Tensor
+    needed: Tensor
+    sharing: Any = None
+
+
 class TableSource:
-    """A memory source of one step's rows: request, begin, any number of micro-batches, finish.
+    """A memory source of one step's rows: plan, begin, any number of micro-batches, finish.
 
     `other_layers`: the source of layers without a table. `kept_layers`: how many layers, the first ones, keep
     their activations from begin to finish; the others recompute them there.
@@ -69,20 +89,21 @@ class TableSource:
         self.tables: dict[int, Tensor] = {}
         self.gradients: dict[int, Tensor] = {}
 
-    def request(self, ids: Tensor, distinct: Tensor, passes: int) -> Tensor:
-        """Before a step: the ids whose x0 `begin` needs, int64 [any number].
-
-        ids int64 [..., sequence] of all positions; distinct: those, sorted; passes: micro-batches.
+    def plan(self, ids: Tensor, distinct: Tensor, passes: int) -> TablePlan:
+        """Plan a step, on the CPU. ids int64 [..., sequence], of all positions; distinct: those, sorted;
+        passes: micro-batches.
         """
-        return self.share.begin(distinct)
+        return TablePlan(distinct, *self.share.plan(distinct))
 
-    def begin(self, ids: Tensor, rows: Tensor) -> None:
-        """Compute the tables of a step. ids int64 [distinct]: the step's distinct ids on this rank, sorted.
+    def begin(self, plan: TablePlan, rows: Tensor) -> None:
+        """Compute the tables of a step. rows: x0 of the needed ids, fp32 [share, hidden].
 
-        rows: embeddings of `request`'s ids, fp32 [share, hidden]. Under no_grad lookups have no gradients.
+        Under no_grad lookups have no gradients.
         """
         training = torch.is_grad_enabled()
-        self.ids, self.rows = ids, StepRows(rows, self.positions, self.precision)
+        self.ids = ids = plan.ids.to(rows.device, non_blocking=True)
+        self.share.begin(plan.sharing)
+        self.rows = StepRows(rows, self.positions, self.precision)
         for layer, block in self.blocks.items():
             keeps = training and layer in self.kept_layers
             table = self.rows.table_with_graph(block) if keeps else self.rows.table(block)

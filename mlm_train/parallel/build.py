@@ -153,13 +153,18 @@ def _source(
     memory = config.memory
     if memory is None:
         return None
-    share = DataParallelSharing(runtime.groups.data) if memory.shared else None
+    share = (
+        DataParallelSharing(runtime.groups.data, runtime.groups.data_cpu, runtime.device)
+        if memory.shared
+        else None
+    )
     blocks = model.memory_blocks()
     kept, device = memory.kept_layers or 0, runtime.device
     if (placement := _placement(config, runtime)) is not None:
         tabled = {layer: blocks.pop(layer) for layer in placement.owners.layers}
         others = UniqueSource(blocks, group) if blocks else None
-        return OwnedTables(tabled, group, precision, placement, others, kept, device)
+        row_bytes = config.model.hidden_size * DTYPES[config.train.precision].itemsize
+        return OwnedTables(tabled, group, precision, placement, others, kept, device, row_bytes)
     options = SourceOptions(group, precision, share, memory.table_layers, kept, device)
     return make_source(memory.mode, blocks, options)
 
@@ -185,13 +190,15 @@ def _placement(config: Config, runtime: Runtime) -> Placement | None:
 def _rows_of(
     model: Transformer, config: Config, runtime: Runtime, group: TensorGroup
 ) -> LocalRows | OwnedRows | None:
-    """Where this rank gets the rows of a step's ids; None where it embeds none."""
+    """Where the first stage gets the rows of a step's ids; None on others."""
+    if runtime.topology.pipeline_rank > 0:
+        return None
     if isinstance(model.embed_tokens, RowEmbedding):
         groups, memory = runtime.groups, config.memory
         gradient_rows = (memory.gradient_rows if memory is not None else None) or "fp32"
         dtypes = DTYPES[config.train.precision], DTYPES[gradient_rows]
         return OwnedRows(model.embed_tokens, groups.stage, groups.stage_cpu, group, *dtypes)
-    return LocalRows(model, group) if model.embed_tokens is not None else None
+    return LocalRows(model, group, runtime.device) if model.embed_tokens is not None else None
 
 
 def _channel(

@@ -34,7 +34,7 @@ def test_gradients_equal_per_token(name: str, rows: int, kept: int, monkeypatch:
     source = TableSource(model.memory_blocks(), Positions(), contextlib.nullcontext(), kept_layers=kept)  # type: ignore[arg-type]
     distinct, index = torch.cat(batches).unique(return_inverse=True)
     embedded = model.rows(distinct)
-    source.begin(distinct, embedded)
+    source.begin(source.plan(distinct, distinct, 3), embedded)
     assert len(source.rows.kept) == min(kept, len(source.blocks))
     gradient, anchor = torch.zeros_like(embedded), torch.zeros(1, requires_grad=True)
     for ids, rows_of_ids in zip(batches, index.split(4), strict=True):

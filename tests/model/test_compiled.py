@@ -21,7 +21,7 @@ def step(model: Transformer, mode: str | None, ids: torch.Tensor, weights: torch
     if isinstance(source, TableSource):
         distinct = ids.unique()
         rows = model.rows(distinct)
-        source.begin(distinct, rows)
+        source.begin(source.plan(distinct, distinct, 1), rows)
     logits = model(ids, source)
     (logits * weights).sum().backward()
     if isinstance(source, TableSource) and rows is not None:

@@ -19,6 +19,7 @@ from mlm_train.model.unfilled import unfilled
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.engine.optimizer_state import STATE
 from mlm_train.parallel.ffn_m.owned import OwnedTables
+from mlm_train.parallel.mesh.exchange import gather_ids
 from mlm_train.plan.owned import RowBytes, owned_traffic
 from tests.parallel.layouts import MODES
 from tests.parallel.parity_cases import make_trainer, my_batches
@@ -44,7 +45,8 @@ def _count(mode: str) -> list[dict[str, Any]]:
     ids = torch.randint(0, VOCABULARY, (3, 64, 64), generator=generator).amin(0)  # low ids are frequent
     mine = ids.chunk(runtime.topology.data)[runtime.topology.data_rank]
     with Traffic() as traffic, FlopCounterMode(display=False) as flops:
-        executor.channel.begin(mine, 1)
+        plan = executor.channel.plan(mine, 1)
+        executor.channel.begin(plan)
         executor.channel.finish()
     rows = traffic.calls["alltoall_base_"]
     with traffic:
@@ -59,7 +61,7 @@ def _count(mode: str) -> list[dict[str, Any]]:
     }
     if isinstance(executor.source, OwnedTables):
         hidden, wide = config.model.hidden_size, config.model.intermediate_size
-        asked = executor.source.asked.by_rank
+        asked = gather_ids(plan.tables.ids, runtime.groups.stage_cpu)
         weights = [(hidden, 1), (2 * wide, hidden), (hidden, wide)]
         owners = executor.source.placement.owners
         formula = owned_traffic(asked, runtime.topology.rank, owners, hidden, weights, RowBytes(4, 4))

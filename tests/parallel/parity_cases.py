@@ -242,8 +242,8 @@ _collect = DataParallelSharing.collect
 def _collect_own(self: DataParallelSharing, rows: Tensor) -> Tensor:
     """Collect the gradients of rows that this rank computed itself, zeros for those of the others."""
     rank = dist.get_rank(self.group)
-    start = int(self.requested[:rank].sum())
-    own = self.order[start : start + int(self.requested[rank])]
+    start = sum(self.requested[:rank])
+    own = self.order[start : start + self.requested[rank]]
     return _collect(self, torch.zeros_like(rows).index_copy(0, own, rows[own]))
 
 
@@ -254,7 +254,8 @@ def _gradients_of_own(self: RowGroup) -> list[tuple[int, Tensor]]:
     """Gradients of owned rows from this rank's own lookups alone."""
     self.work.wait()
     rank = self.placement.rank
-    own = slice(sum(self.sent[:rank]), sum(self.sent[: rank + 1]))
+    sent = self.messages.sent
+    own = slice(sum(sent[:rank]), sum(sent[: rank + 1]))
     alone = torch.zeros_like(self.home)
     alone[own] = self.home[own]
     self.home = alone

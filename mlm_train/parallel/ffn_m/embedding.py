@@ -4,6 +4,7 @@ A rank has the rows of the ids rank, rank + ranks, ...: frequent tokens have low
 that each rank serves as many. Checkpoints hold consecutive rows.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,6 +65,24 @@ class RowOrder:
         return out.view_as(stored)
 
 
+@dataclass(frozen=True)
+class RowsPlan:
+    """Who sends which rows of the embedding to whom in a step, on the CPU.
+
+    own, common: how many ids are asked for, and `mine` of the common ones; where: of them, in the distinct
+    ones; order: of these by owner; received, sent: rows per rank; index: of the rows to send, in this rank's.
+    """
+
+    own: int
+    mine: int
+    common: int
+    where: Tensor
+    order: Tensor
+    received: list[int]
+    sent: list[int]
+    index: Tensor
+
+
 class OwnedRows:
     """x0 of a step's ids from the ranks that own the rows, and the way home of its gradient.
 
@@ -83,42 +102,53 @@ class OwnedRows:
         self.dtype, self.gradient_dtype = dtype, gradient_dtype
         self.splits = tensor.size // tensor.shards  # tensor-parallel ranks with the same common ids
 
-    def fetch(self, own: Tensor, common: Tensor) -> Tensor:
-        """x0 of own ids, then of those that the tensor-parallel ranks have in common: fp32 [ids, hidden].
+    def plan(self, own: Tensor, common: Tensor) -> RowsPlan:
+        """Plan the fetch of own ids, and of those that the tensor-parallel ranks have in common.
 
-        own, common: int64 [any number]. Under sequence parallelism there are none in common: `common` is own.
+        own, common: int64 [any number], on the CPU. Under sequence parallelism `common` is this rank's.
         """
-        device, ranks = common.device, self.embedding.ranks
-        self.own, self.each = len(own), -(-len(common) // self.splits)
-        self.mine = common[self.tensor.rank * self.each :][: self.each] if self.splits > 1 else common
-        wanted, self.where = torch.cat((own, self.mine)).unique(return_inverse=True)
+        ranks, me = self.embedding.ranks, self.embedding.rank
+        each = -(-len(common) // self.splits)
+        mine = common[self.tensor.rank * each :][:each] if self.splits > 1 else common
+        wanted, where = torch.cat((own, mine)).unique(return_inverse=True)
         by_rank = gather_ids(wanted, self.cpu_group)
-        owner = by_rank[self.embedding.rank] % ranks
-        self.order = owner.argsort(stable=True)
-        self.received = counts_of(owner, ranks)
-        served = [ids[ids % ranks == self.embedding.rank] // ranks for ids in by_rank]
-        self.sent, self.index = list(map(len, served)), torch.cat(served).to(device)
-        rows = self.embedding.weight.detach()[self.index].to(self.dtype)
-        arrived = exchange(rows, self.sent, self.received, self.group)[0]
-        self.order = self.order.to(device)
+        owner = wanted % ranks
+        order = owner.argsort(stable=True)
+        served = [ids[ids % ranks == me] // ranks for ids in by_rank]
+        return RowsPlan(
+            len(own), len(mine), len(common), where, order, counts_of(owner, ranks),
+            list(map(len, served)), torch.cat(served),
+        )  # fmt: skip
+
+    def fetch(self, plan: RowsPlan) -> Tensor:
+        """x0 of the plan's own ids, then of the common ones: fp32 [ids, hidden]."""
+        weight = self.embedding.weight.detach()
+        self.counts = plan
+        self.where, self.order, self.index = (
+            tensor.to(weight.device, non_blocking=True) for tensor in (plan.where, plan.order, plan.index)
+        )
+        rows = weight[self.index].to(self.dtype)
+        arrived, _ = exchange(rows, plan.sent, plan.received, self.group)
         rows = arrived[inverse(self.order)[self.where]].float()
-        return rows if self.splits == 1 else self._with_all(rows, len(common))
+        return rows if self.splits == 1 else self._with_all(rows, plan.common)
 
     def _with_all(self, rows: Tensor, count: int) -> Tensor:
         """Own rows, then those that the tensor-parallel ranks have fetched of the common ids."""
-        part = rows.new_zeros(self.each, rows.shape[1])
-        part[: len(self.mine)] = rows[self.own :]
-        return torch.cat((rows[: self.own], self.tensor.all_gather(part)[:count]))
+        own = self.counts.own
+        part = rows.new_zeros(-(-count // self.splits), rows.shape[1])
+        part[: self.counts.mine] = rows[own:]
+        return torch.cat((rows[:own], self.tensor.all_gather(part)[:count]))
 
     def give_back(self, gradient: Tensor) -> None:
         """Add the gradient of `fetch`'s rows, fp32 of the same shape, to the owners' rows."""
         if self.splits > 1:  # equal on the tensor-parallel ranks
-            common = gradient[self.own :][self.tensor.rank * self.each :][: self.each]
-            gradient = torch.cat((gradient[: self.own], common))
+            own, each = self.counts.own, -(-self.counts.common // self.splits)
+            common = gradient[own:][self.tensor.rank * each :][:each]
+            gradient = torch.cat((gradient[:own], common))
         wanted = gradient.new_zeros(len(self.order), gradient.shape[1])
         add_rows(wanted, self.where, gradient)
         outgoing = wanted[self.order].to(self.gradient_dtype)
-        home = exchange(outgoing, self.received, self.sent, self.group)[0]
+        home, _ = exchange(outgoing, self.counts.received, self.counts.sent, self.group)
         weight = self.embedding.weight
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         add_rows(weight.grad, self.index, home)

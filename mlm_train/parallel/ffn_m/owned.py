@@ -6,7 +6,7 @@ per group of layers: a group's gradient rows leave while the layers below are st
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from math import ceil
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mlm_train.memory.rows import Lookup, add_rows
 from mlm_train.memory.step_rows import StepRows
-from mlm_train.memory.table import TableSource, no_layer
+from mlm_train.memory.table import TablePlan, TableSource, no_layer
 from mlm_train.memory.unique import UniqueSource
 from mlm_train.model.block import MemoryBlock
 from mlm_train.model.linear import compute_dtype
@@ -96,62 +96,70 @@ def keep_owned(model: Transformer, owners: Owners | None, rank: int, bf16: bool)
     return owned
 
 
-class RowGroup:
-    """The rows of some layers in one exchange of a step.
+@dataclass(frozen=True)
+class Messages:
+    """Which rows of some layers travel in one exchange of a step, on the CPU.
 
-    Rows travel from owner to asker, in the order (layer, id); a buffer of received rows is ordered by owner
-    first. `places` [layers, ids]: where in it each row asked for is.
+    Rows go in the order (layer, id) from each owner to each asker; received ones are ordered by owner first.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[int],
-        asked: Asked,
-        placement: Placement,
-        tensor: TensorGroup,
-        device: torch.device,
-    ) -> None:
-        self.layers, self.placement, self.tensor, self.device = layers, placement, tensor, device
-        owners, rank = placement.owners, placement.rank
-        held = set(owners.held(rank))
-        self.held = [layer for layer in layers if layer in held]
-        mine = asked.by_rank[rank]
-        units = units_of(mine, owners.ranks)
-        owner = torch.stack([owners.rank_of(layer, units) for layer in layers]).flatten()
-        order = owner.argsort(stable=True)
-        self.received = counts_of(owner, owners.ranks)
-        self.places = inverse(order).view(len(layers), -1).to(device)
-        self.order = order.to(device)
-        self._serve(asked)
-        self.rows, self.gradient = torch.empty(0), torch.empty(0)
-        self.work: Any = None
-        self.reads = 0  # lookups whose backward is still to come
+    layers: Sequence[int]
+    held: Sequence[int]  # those of which this rank owns something
+    order: Tensor  # of the rows asked for, [layers * ids], as they arrive
+    received: list[int]  # rows per owner
+    index: Tensor  # of the rows to send, in those computed here of the held layers, one after the other
+    sizes: list[int]  # rows computed here, by held layer
+    sent: list[int]  # rows per asker
 
-    def _serve(self, asked: Asked) -> None:
-        """`index`: of the rows to send, in the rows computed here of the held layers, one after the other."""
-        owners, rank = self.placement.owners, self.placement.rank
+    @classmethod
+    def of(cls, layers: Sequence[int], asked: Asked, placement: Placement) -> "Messages":
+        """The messages of some layers."""
+        owners, rank = placement.owners, placement.rank
+        units = units_of(asked.by_rank[rank], owners.ranks)
+        owner = torch.stack([owners.rank_of(layer, units) for layer in layers]).flatten()
+        held = [layer for layer in layers if layer in owners.held(rank)]
         everyone = torch.cat(asked.by_rank)
         asker = torch.arange(owners.ranks).repeat_interleave(
             torch.tensor([len(ids) for ids in asked.by_rank])
         )
         units = units_of(everyone, owners.ranks)
-        indices, askers, self.sizes = [torch.empty(0, dtype=torch.int64)], [asker[:0]], list[int]()
-        for layer in self.held:
-            computed = asked.needed[asked.computed(layer, self.placement)]
+        indices, askers, sizes = [torch.empty(0, dtype=torch.int64)], [asker[:0]], list[int]()
+        for layer in held:
+            computed = asked.needed[asked.computed(layer, placement)]
             served = owners.rank_of(layer, units) == rank
-            indices.append(torch.searchsorted(computed, everyone[served]) + sum(self.sizes))
+            indices.append(torch.searchsorted(computed, everyone[served]) + sum(sizes))
             askers.append(asker[served])
-            self.sizes.append(len(computed))
-        order = torch.cat(askers).argsort(stable=True)
-        self.index = torch.cat(indices)[order].to(self.device)
-        self.sent = counts_of(torch.cat(askers), owners.ranks)
+            sizes.append(len(computed))
+        by_asker = torch.cat(askers).argsort(stable=True)
+        index, sent = torch.cat(indices)[by_asker], counts_of(torch.cat(askers), owners.ranks)
+        received = counts_of(owner, owners.ranks)
+        return cls(layers, held, owner.argsort(stable=True), received, index, sizes, sent)
+
+
+class RowGroup:
+    """The rows of some layers in one exchange of a step, and their gradients.
+
+    `places` [layers, ids]: where in the received rows each row asked for is.
+    """
+
+    def __init__(
+        self, messages: Messages, placement: Placement, tensor: TensorGroup, device: torch.device
+    ) -> None:
+        self.messages, self.placement, self.tensor, self.device = messages, placement, tensor, device
+        self.layers = messages.layers
+        self.order = messages.order.to(device, non_blocking=True)
+        self.index = messages.index.to(device, non_blocking=True)
+        self.places = inverse(self.order).view(len(self.layers), -1)
+        self.rows, self.gradient = torch.empty(0), torch.empty(0)
+        self.work: Any = None
+        self.reads = 0  # lookups whose backward is still to come
 
     def send(self, tables: Sequence[Tensor], dtype: torch.dtype, hidden: int, passes: int) -> None:
         """Send rows of the held layers' tables, and have this rank's come. passes: 0 without gradients."""
         table = torch.cat([torch.empty(0, hidden, dtype=dtype, device=self.device), *tables])
         self.outgoing = table[self.index]  # kept until it has left
         self.rows, self.work = exchange(
-            self.outgoing, self.sent, self.received, self.placement.group, wait=False
+            self.outgoing, self.messages.sent, self.messages.received, self.placement.group, wait=False
         )
         self.reads = passes * len(self.layers)
         self.training, self.ready = passes > 0, False
@@ -191,22 +199,35 @@ class RowGroup:
         self.outgoing = gradient.to(self.placement.gradient_dtype)
         self.gradient, self.rows = torch.empty(0), torch.empty(0)
         self.home, self.work = exchange(
-            self.outgoing, self.received, self.sent, self.placement.group, wait=False
+            self.outgoing, self.messages.received, self.messages.sent, self.placement.group, wait=False
         )
 
     def gradients(self) -> list[tuple[int, Tensor]]:
         """The held layers' gradients of the rows computed here, summed over the ranks, fp32."""
         self.work.wait()
         self.work, self.outgoing = None, torch.empty(0)
-        total = torch.zeros(sum(self.sizes), self.home.shape[1], device=self.device)
+        sizes = self.messages.sizes
+        total = torch.zeros(sum(sizes), self.home.shape[1], device=self.device)
         add_rows(total, self.index, self.home)
         self.home = torch.empty(0)
-        return list(zip(self.held, total.split(self.sizes), strict=True))
+        return list(zip(self.messages.held, total.split(sizes), strict=True))
+
+
+@dataclass(frozen=True)
+class OwnedPlan(TablePlan):
+    """A step's owned rows, on the CPU. messages: of each exchange; computed: by layer, which of the needed
+    ids' rows this rank computes; passes: micro-batches.
+    """
+
+    messages: Sequence[Messages] = ()
+    computed: Mapping[int, Tensor] = field(default_factory=dict)
+    passes: int = 0
 
 
 class OwnedTables(TableSource):
-    """A memory source of one step's rows, computed by their owners. blocks: of the layers with a table;
-    those that this rank does not own have no FFN-M.
+    """A memory source of one step's rows, computed by their owners.
+
+    blocks: of the layers with a table; those not owned here have no FFN-M. row_bytes: of one row.
     """
 
     tensor_sliced = False
@@ -220,6 +241,7 @@ class OwnedTables(TableSource):
         other_layers: UniqueSource | None,
         kept_layers: int,
         device: torch.device,
+        row_bytes: int,
     ) -> None:
         super().__init__(blocks, tensor, precision, None, other_layers, 0, device)
         self.tensor, self.placement, self.device = tensor, placement, device
@@ -227,49 +249,53 @@ class OwnedTables(TableSource):
         self.kept_layers = set(self.held[:kept_layers])
         self.groups: list[RowGroup] = []
         self.rows_of: dict[int, StepRows] = {}
-        self.passes, self.computed, self.needed, self.hidden = 0, 0, 0, 0
+        self.computed, self.needed, self.hidden = 0, 0, 0
+        self.row_bytes = row_bytes
         self.parts: list[tuple[Tensor, StepRows]] = []
         self.group_of: dict[int, RowGroup] = {}
         self.to_send: list[RowGroup] = []
 
-    def request(self, ids: Tensor, distinct: Tensor, passes: int) -> Tensor:
-        """Tell the owners the step's ids; those whose x0 this rank needs for the rows that it computes."""
+    def plan(self, ids: Tensor, distinct: Tensor, passes: int) -> OwnedPlan:
+        """Tell the owners the step's ids, and plan what follows of those of all ranks."""
         split = self.positions.shards > 1
-        self.ids = self.positions.local(ids, 1).unique() if split else distinct
-        each = -(-len(self.ids) // (self.tensor.size // self.tensor.shards))
-        mine = self.ids if split else self.ids[self.tensor.rank * each :][:each]
-        if not split and len(mine) < each:  # all tensor-parallel ranks ask for as many
-            mine = torch.cat((mine, self.ids[-1:].expand(each - len(mine))))
-        self.asked, self.passes = Asked.of(mine, self.placement), passes
-        return self.asked.needed.to(self.device)
+        mine = here = self.positions.local(ids, 1).unique() if split else distinct
+        if not split:  # the tensor-parallel ranks ask for as many each
+            each = -(-len(here) // self.tensor.size)
+            mine = here[self.tensor.rank * each :][:each]
+            mine = torch.cat((mine, here[-1:].expand(each - len(mine))))
+        asked = Asked.of(mine, self.placement)
+        messages = [Messages.of(layers, asked, self.placement) for layers in self._grouped(asked)]
+        computed = {layer: asked.computed(layer, self.placement) for layer in self.held}
+        return OwnedPlan(here, asked.needed, None, messages, computed, passes)
 
-    def begin(self, ids: Tensor, rows: Tensor) -> None:
-        """Compute the rows of the layers owned here, and send them. rows: x0 of `request`'s ids, fp32."""
+    def begin(self, plan: OwnedPlan, rows: Tensor) -> None:  # type: ignore[override]
+        """Compute the rows of the layers owned here, and send them. rows: x0 of the needed ids, fp32."""
         with self.precision:
             dtype = compute_dtype(rows)
+        self.ids = plan.ids.to(self.device, non_blocking=True)
         self.needed, self.hidden = rows.shape
         for group in self.groups:
             group.arrive()  # layers of alpha 0 read nothing in an evaluation
         self.parts, self.rows_of, whole = [], {}, None
         for layer in self.held:
             if layer not in self.placement.owners.layers[: self.placement.owners.whole]:
-                self.rows_of[layer] = self._rows(rows, self.asked.computed(layer, self.placement))
+                self.rows_of[layer] = self._rows(rows, plan.computed[layer])
             else:
-                whole = whole or self._rows(rows, torch.arange(len(rows)))
+                whole = whole or self._rows(rows, plan.computed[layer])
                 self.rows_of[layer] = whole
         self.computed = sum(self.rows_of[layer].count for layer in self.held)
         training = torch.is_grad_enabled()
         self.groups = []
-        for layers in self._grouped(dtype.itemsize * rows.shape[1]):
-            group = RowGroup(layers, self.asked, self.placement, self.tensor, self.device)
-            tables = [self._table(layer, training) for layer in group.held]
-            group.send(tables, dtype, rows.shape[1], self.passes if training else 0)
+        for messages in plan.messages:
+            group = RowGroup(messages, self.placement, self.tensor, self.device)
+            tables = [self._table(layer, training) for layer in messages.held]
+            group.send(tables, dtype, rows.shape[1], plan.passes if training else 0)
             self.groups.append(group)
         self.group_of = {layer: group for group in self.groups for layer in group.layers}
         self.to_send = list(self.groups) if training else []
 
     def _rows(self, rows: Tensor, index: Tensor) -> StepRows:
-        index = index.to(self.device)
+        index = index.to(self.device, non_blocking=True)
         step_rows = StepRows(rows[index], Positions(), self.precision)
         self.parts.append((index, step_rows))
         return step_rows
@@ -278,11 +304,11 @@ class OwnedTables(TableSource):
         rows, block = self.rows_of[layer], self.blocks[layer]
         return rows.table_with_graph(block) if training and layer in self.kept_layers else rows.table(block)
 
-    def _grouped(self, row_bytes: int) -> list[list[int]]:
+    def _grouped(self, asked: Asked) -> list[list[int]]:
         """The layers of each exchange, equal on all ranks: rounds of owners, fused while small."""
         rounds = self.placement.owners.rounds()
-        mean = sum(map(len, self.asked.by_rank)) / self.placement.owners.ranks
-        total = mean * len(self.blocks) * row_bytes
+        mean = sum(map(len, asked.by_rank)) / self.placement.owners.ranks
+        total = mean * len(self.blocks) * self.row_bytes
         exchanges = min(len(rounds), max(1, ceil(total / GROUP_BYTES)))
         bounds = [len(rounds) * i // exchanges for i in range(exchanges + 1)]
         return [[layer for layers in rounds[low:high] for layer in layers] for low, high in pairwise(bounds)]

@@ -4,6 +4,7 @@ The union of the ranks' distinct ids is split by a hash of the id, so FFN-M's wo
 group grows. Rows and their gradients are exchanged by all-to-all, once per step and layer in each direction.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,34 +14,50 @@ from torch import Tensor
 from mlm_train.memory import RowSharing
 from mlm_train.memory.rows import add_rows
 from mlm_train.parallel.ffn_m.owners import units_of
-from mlm_train.parallel.mesh.exchange import exchange
+from mlm_train.parallel.mesh.exchange import counts_of, exchange, gather_ids
+
+
+@dataclass(frozen=True)
+class SharePlan:
+    """Who computes which rows of a step, on the CPU.
+
+    order: of this rank's ids by their owner; requested, served: rows per owner, and per asking rank; index:
+    of the rows to send, among those computed here, which are `share`.
+    """
+
+    order: Tensor
+    requested: list[int]
+    served: list[int]
+    index: Tensor
+    share: int
 
 
 class DataParallelSharing(RowSharing):
-    """Computes a part of the step's rows of a data-parallel group."""
+    """Computes a part of the step's rows of a data-parallel group. cpu_group: the same ranks, for ids."""
 
-    def __init__(self, group: Any) -> None:
-        self.group = group
-        self.size = dist.get_world_size(group)
+    def __init__(self, group: Any, cpu_group: Any, device: torch.device) -> None:
+        self.group, self.cpu_group, self.device = group, cpu_group, device
+        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
 
-    def begin(self, ids: Tensor) -> Tensor:
+    def plan(self, ids: Tensor) -> tuple[Tensor, SharePlan]:
         owner = units_of(ids, self.size)
-        # Ids in the order of their owners, so that the requests to a rank are contiguous.
-        self.order = owner.argsort(stable=True)
-        self.requested = owner.bincount(minlength=self.size)  # rows per owner
-        self.served = torch.empty_like(self.requested)  # rows per requesting rank
-        dist.all_to_all_single(self.served, self.requested, group=self.group)
-        requests = self._exchange(ids[self.order], self.requested, self.served)
-        computed, self.index = requests.unique(return_inverse=True)
-        self.share = len(computed)
-        return computed
+        asked = [ids[units_of(ids, self.size) == self.rank] for ids in gather_ids(ids, self.cpu_group)]
+        computed, index = torch.cat(asked).unique(return_inverse=True)
+        order, served = owner.argsort(stable=True), list(map(len, asked))
+        return computed, SharePlan(order, counts_of(owner, self.size), served, index, len(computed))
+
+    def begin(self, plan: SharePlan) -> None:
+        self.requested, self.served, self.share = plan.requested, plan.served, plan.share
+        self.order, self.index = (
+            tensor.to(self.device, non_blocking=True) for tensor in (plan.order, plan.index)
+        )
 
     def spread(self, rows: Tensor) -> Tensor:
-        received = self._exchange(rows[self.index], self.served, self.requested)
+        received, _ = exchange(rows[self.index], self.served, self.requested, self.group)
         return torch.empty_like(received).index_copy_(0, self.order, received)
 
     def collect(self, rows: Tensor) -> Tensor:
-        received = self._exchange(rows[self.order], self.requested, self.served)
+        received, _ = exchange(rows[self.order], self.requested, self.served, self.group)
         total = rows.new_zeros(self.share, rows.shape[1])
         add_rows(total, self.index, received)
         return total
@@ -48,13 +65,7 @@ class DataParallelSharing(RowSharing):
     def bytes_per_step(self, layers: int, hidden: int, element: int) -> int:
         """Payload bytes that this rank sends in the training step started last, by formula.
 
-        Counts and ids once, then rows (`element` bytes per number) and fp32 gradient rows of each layer.
-        Convention: bench/traffic.py.
+        Rows (`element` bytes per number) and fp32 gradient rows of each layer. Convention: bench/traffic.py.
         """
-        rank = dist.get_rank(self.group)
-        requested, served = (int(counts.sum() - counts[rank]) for counts in (self.requested, self.served))
-        return 8 * (self.size - 1 + requested) + layers * hidden * (element * served + 4 * requested)
-
-    def _exchange(self, rows: Tensor, sent: Tensor, received: Tensor) -> Tensor:
-        """All-to-all of rows [sum(sent), ...] -> [sum(received), ...]; sent, received: int64 [ranks]."""
-        return exchange(rows, sent.tolist(), received.tolist(), self.group)[0]
+        requested, served = (sum(counts) - counts[self.rank] for counts in (self.requested, self.served))
+        return layers * hidden * (element * served + 4 * requested)

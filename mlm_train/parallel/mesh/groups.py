@@ -6,7 +6,7 @@ No other module of the package asks megatron-core for one.
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ class ProcessGroups:
 
     tensor: ranks that shard each layer. data: ranks with the same weights and other samples. pipeline: the
     stages of one replica. model: tensor x pipeline, the ranks of one replica. stage: data x tensor, the
-    ranks of a pipeline stage; stage_cpu: the same for tensors on the CPU. embedding: first and last stage,
+    ranks of a pipeline stage; stage_cpu, data_cpu: for tensors on the CPU. embedding: first and last stage,
     for a tied head; None in between. control: all ranks, for small messages of one thread; None is
     torch's default group.
     """
@@ -33,6 +33,7 @@ class ProcessGroups:
     embedding: Any
     stage: Any = None
     stage_cpu: Any = None
+    data_cpu: Any = None
     control: Any = None
 
     def data_mesh(self, device: torch.device, topology: Topology, replicate: int) -> DeviceMesh:
@@ -60,7 +61,7 @@ def create_groups(topology: Topology, device: torch.device) -> ProcessGroups:
     """
     if topology.world == 1:
         alone = dist.group.WORLD
-        return ProcessGroups(alone, alone, alone, alone, alone, alone, alone)
+        return ProcessGroups(alone, alone, alone, alone, alone, alone, alone, alone)
     from megatron.core import parallel_state as state
 
     if state.model_parallel_is_initialized():
@@ -69,23 +70,29 @@ def create_groups(topology: Topology, device: torch.device) -> ProcessGroups:
             state.destroy_model_parallel()
     if not state.model_parallel_is_initialized():
         state.initialize_model_parallel(topology.tensor, topology.pipeline)
+    data = state.get_data_parallel_group()
     stage = state.get_tensor_and_data_parallel_group()
     return ProcessGroups(
         tensor=state.get_tensor_model_parallel_group(),
-        data=state.get_data_parallel_group(),
+        data=data,
         pipeline=state.get_pipeline_model_parallel_group(),
         model=state.get_model_parallel_group(),
         embedding=state.get_embedding_group(check_initialized=False),
         stage=stage,
-        stage_cpu=stage if device.type == "cpu" else _cpu_stage(topology),
+        stage_cpu=stage if device.type == "cpu" else _on_cpu(topology, axes="stage"),
+        data_cpu=data if device.type == "cpu" else _on_cpu(topology, axes="data"),
     )
 
 
-def _cpu_stage(topology: Topology) -> Any:
-    """This rank's stage, for tensors on the CPU."""
-    ranks = torch.arange(topology.world).view(topology.pipeline, -1).tolist()
-    groups = [dist.new_group(stage, backend="gloo") for stage in ranks]  # every rank creates every group
-    return groups[topology.pipeline_rank]
+def _on_cpu(topology: Topology, axes: Literal["stage", "data"]) -> Any:
+    """This rank's stage or data-parallel group, for tensors on the CPU."""
+    world = torch.arange(topology.world).view(topology.pipeline, topology.data, topology.tensor)
+    lists = world.flatten(1) if axes == "stage" else world.movedim(1, -1).flatten(0, 1)
+    groups: dict[int, Any] = {}
+    for ranks in lists.tolist():  # every rank creates every group
+        group = dist.new_group(ranks, backend="gloo")
+        groups |= dict.fromkeys(ranks, group)
+    return groups[topology.rank]
 
 
 def destroy_groups() -> None:

@@ -160,8 +160,11 @@ class PipelineExecutor:
         """Run the schedule; each micro-batch's summed CE, fp64 [micro-batches], on every pipeline rank."""
         self.runtime.marker.at("x0")
         device = self.runtime.device
-        ids, labels = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
-        index = self.channel.begin(ids, len(batches)) if self.model.config.has_memory or self._first else ids
+        on_host = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+        ids, labels = (part.to(device, non_blocking=True) for part in on_host)
+        index = ids
+        if self.model.config.has_memory or self._first:
+            index = self.channel.begin(self.channel.plan(on_host[0], len(batches)))
         sums = torch.zeros(len(batches), dtype=torch.float64, device=device)
         for stage in self.stages:
             stage.train(training)

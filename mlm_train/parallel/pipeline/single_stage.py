@@ -15,7 +15,7 @@ from mlm_train.parallel.runtime import Runtime
 # (hidden, normed [..., hidden]; head weight [local vocabulary, hidden]; labels [...]; scale) -> scalars:
 # the objective scale * sum(CE + z * lse^2), the root of a backward pass, and the sum of CE, detached.
 Loss = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-Batch = tuple[Tensor, Tensor]  # ids and labels, int64 [batch, sequence]
+Batch = tuple[Tensor, Tensor]  # ids and labels on the CPU, int64 [batch, sequence]
 
 
 class Executor(Protocol):
@@ -145,7 +145,8 @@ class SingleStageExecutor:
         index = ids
         if self.channel is not None:
             self.marker.at("x0")
-            index = list(self.channel.begin(torch.cat(ids), len(ids)).split([len(batch) for batch in ids]))
+            plan = self.channel.plan(torch.cat([batch[0] for batch in batches]), len(batches))
+            index = list(self.channel.begin(plan).split([len(batch) for batch in ids]))
         parts = enumerate(zip(ids, labels, index, strict=True))
         return [Prepared(number, number == len(ids) - 1, *part) for number, part in parts]
 

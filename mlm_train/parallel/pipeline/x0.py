@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mlm_train.memory import TableSource
 from mlm_train.memory.rows import Lookup
+from mlm_train.memory.table import TablePlan
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel.ffn_m.embedding import OwnedRows
 from mlm_train.parallel.ffn_m.owned import OwnedTables
@@ -26,11 +27,12 @@ class X0Channel(Protocol):
 
     relays: bool
 
-    def begin(self, ids: Tensor, passes: int) -> Tensor:
-        """Before a step: ids int64 [passes * batch, sequence] -> an index of the same rows, for `x0`.
+    def plan(self, ids: Tensor, passes: int) -> Any:
+        """What `begin` takes. ids int64 [passes * batch, sequence], on the CPU; passes: micro-batches."""
+        ...
 
-        passes: micro-batches.
-        """
+    def begin(self, plan: Any) -> Tensor:
+        """Before a step: an index of the same rows as the ids, on the device, for `x0`."""
         ...
 
     def x0(self, ids: Tensor, index: Tensor) -> Tensor:
@@ -53,13 +55,17 @@ class X0Channel(Protocol):
 class LocalRows:
     """x0 of a step's ids from this rank's own embedding."""
 
-    def __init__(self, model: Transformer, tensor: TensorGroup) -> None:
-        self.model, self.tensor = model, tensor
+    def __init__(self, model: Transformer, tensor: TensorGroup, device: torch.device) -> None:
+        self.model, self.tensor, self.device = model, tensor, device
 
-    def fetch(self, own: Tensor, common: Tensor) -> Tensor:
-        """x0 of own ids, then of common ones, fp32 [ids, hidden]; both equal on all tensor-parallel ranks."""
-        self.own = len(own)
-        self.embedded = self.model.rows(torch.cat((own, common)))
+    def plan(self, own: Tensor, common: Tensor) -> tuple[int, Tensor]:
+        """Of own ids, then common ones; both equal on all tensor-parallel ranks."""
+        return len(own), torch.cat((own, common))
+
+    def fetch(self, plan: tuple[int, Tensor]) -> Tensor:
+        """x0 of the plan's ids, fp32 [ids, hidden]."""
+        self.own, ids = plan
+        self.embedded = self.model.rows(ids.to(self.device, non_blocking=True))
         return self.embedded.detach().clone()
 
     def give_back(self, gradient: Tensor) -> None:
@@ -104,6 +110,10 @@ class Channel:
         """Whether x0 on the first stage is looked up in rows that other ranks own."""
         return self.owns and isinstance(self.rows_of, OwnedRows)
 
+    def plan(self, ids: Tensor, passes: int) -> Any:
+        """The ids, for transports that need no more."""
+        return ids
+
     def _distinct(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The distinct ids of all positions, or of those on this rank, and their index for `_lookup`."""
         return (self.tensor.local(ids, 1) if self.local else ids).unique(return_inverse=True)
@@ -112,6 +122,19 @@ class Channel:
         """Rows of `self.rows` by index; the backward adds into `self.table`."""
         index = index if self.local else self.tensor.local(index, 1)
         return Lookup.apply(index, self.rows, self.table, self.anchor)
+
+
+@dataclass(frozen=True)
+class BroadcastPlan:
+    """A step's rows of x0. index: of positions in them; needed: how many, the first ones, tables are computed
+    from; sent: how many, the first ones, go to the other stages; tables, rows: the plans of their sources.
+    """
+
+    index: Tensor
+    needed: int
+    sent: int
+    tables: TablePlan | None
+    rows: Any
 
 
 class Broadcast(Channel):
@@ -123,26 +146,31 @@ class Broadcast(Channel):
 
     relays = False
 
-    def begin(self, ids: Tensor, passes: int) -> Tensor:
+    def plan(self, ids: Tensor, passes: int) -> BroadcastPlan:
         distinct, index = self._distinct(ids)
-        needed = self.tables.request(ids, distinct, passes) if self.tables else distinct
-        self.needed, none = len(needed), distinct[:0]
-        common = distinct if needed is distinct else torch.cat((needed, distinct))
+        tables = self.tables.plan(ids, distinct, passes) if self.tables else None
+        needed, none = distinct if tables is None else tables.needed, distinct[:0]
+        common = distinct
         if needed is not distinct:
-            index = index + len(needed)
-        self.sent = len(needed) if self.all_layers_tabled else len(common)
-        if self.owns:
-            assert self.rows_of is not None
-            self.rows = self.rows_of.fetch(
-                *((needed, distinct) if isinstance(self.tables, OwnedTables) else (none, common))
-            )
+            common, index = torch.cat((needed, distinct)), index + len(needed)
+        sent = len(needed) if self.all_layers_tabled else len(common)
+        rows = None
+        if self.rows_of is not None:
+            owned = isinstance(self.tables, OwnedTables)  # then each rank needs rows of its own
+            rows = self.rows_of.plan(needed, distinct) if owned else self.rows_of.plan(none, common)
+        return BroadcastPlan(index, len(needed), sent, tables, rows)
+
+    def begin(self, plan: BroadcastPlan) -> Tensor:
+        self.needed, self.sent = plan.needed, plan.sent
+        if self.rows_of is not None:
+            self.rows = self.rows_of.fetch(plan.rows)
         else:
             self.rows = torch.empty(self.sent, self.model.config.hidden_size, device=self.device)
         dist.broadcast(self.rows[: self.sent], self.source, group=self.group)
         self.table = torch.zeros_like(self.rows)
-        if self.tables:
-            self.tables.begin(distinct, self.rows[: self.needed])
-        return index
+        if self.tables and plan.tables is not None:
+            self.tables.begin(plan.tables, self.rows[: self.needed])
+        return plan.index.to(self.device, non_blocking=True)
 
     @property
     def source(self) -> int:
@@ -156,8 +184,7 @@ class Broadcast(Channel):
         if self.tables:
             self.table[: self.needed] += self.tables.finish()
         dist.reduce(self.table[: self.sent], self.source, group=self.group)
-        if self.owns:
-            assert self.rows_of is not None
+        if self.rows_of is not None:
             self.rows_of.give_back(self.table)
 
     def bytes_per_step(self, distinct: int, tokens: int) -> int:
@@ -170,22 +197,25 @@ class Relay(Channel):
 
     relays = True
 
-    def begin(self, ids: Tensor, passes: int) -> Tensor:
-        if not self.looks_up:
-            return ids
+    def plan(self, ids: Tensor, passes: int) -> tuple[Tensor, Any]:
+        if not self.looks_up or self.rows_of is None:
+            return ids, None
         distinct, index = self._distinct(ids)
-        assert self.rows_of is not None
-        self.rows = self.rows_of.fetch(distinct[:0], distinct)
-        self.table = torch.zeros_like(self.rows)
-        return index
+        return index, self.rows_of.plan(distinct[:0], distinct)
+
+    def begin(self, plan: tuple[Tensor, Any]) -> Tensor:
+        index, rows = plan
+        if rows is not None and self.rows_of is not None:
+            self.rows = self.rows_of.fetch(rows)
+            self.table = torch.zeros_like(self.rows)
+        return index.to(self.device, non_blocking=True)
 
     def x0(self, ids: Tensor, index: Tensor) -> Tensor:
         # Called on the first stage only.
         return self._lookup(index) if self.looks_up else self.model.embed(ids)
 
     def finish(self) -> None:
-        if self.looks_up:
-            assert self.rows_of is not None
+        if self.looks_up and self.rows_of is not None:
             self.rows_of.give_back(self.table)
 
     def bytes_per_step(self, distinct: int, tokens: int) -> int:
@@ -204,8 +234,8 @@ class Replicate(Channel):
 
     relays = False
 
-    def begin(self, ids: Tensor, passes: int) -> Tensor:
-        return ids
+    def begin(self, plan: Tensor) -> Tensor:
+        return plan.to(self.device, non_blocking=True)
 
     def x0(self, ids: Tensor, index: Tensor) -> Tensor:
         return self.model.embed(ids)
