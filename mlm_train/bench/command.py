@@ -42,6 +42,15 @@ examples:
   mlm-train bench auto
   mlm-train bench auto --runs 9 --json auto.json"""
 
+_SCALE_HELP = """Count what a rank sends and holds in a training step of worlds that are not there.
+
+The trainer's own step runs as one rank of 8 to 4096, with torch's fake process group and fake tensors:
+bytes are counted at the collectives' arguments and compared with the formulas of docs/scale.md. The ids of
+all ranks come from --data. Nothing is timed.
+
+examples:
+  mlm-train bench scale --data runs/data --json scale.json
+  mlm-train bench scale --data runs/data --shapes 7b"""
 _X0_HELP = """Count and time the three transports of x0 to the stages of a pipeline.
 
 For each number of stages that many gloo processes train a small memory model: real steps, forward and
@@ -107,6 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_train(actions)
     _add_x0(actions)
+    _add_scale(actions)
     _add_profile(actions)
     auto = add_action(actions, "auto", "compare memory.mode=auto with every mode", _AUTO_HELP)
     auto.add_argument("--runs", type=int, metavar="N", default=7, help="timed steps per mode (default 7)")
@@ -252,6 +262,18 @@ def _add_x0(actions: "Actions") -> None:
     x0.add_argument("--worker", help=argparse.SUPPRESS)  # for the ranks
 
 
+def _add_scale(actions: "Actions") -> None:
+    text = "count a step of 1B, 7B and 70B models in worlds of up to 4096 ranks"
+    scale = add_action(actions, "scale", text, _SCALE_HELP)
+    scale.add_argument("--data", metavar="DIR", help="folder of `data prepare`, best of a large vocabulary")
+    scale.add_argument("--shapes", nargs="+", metavar="NAME", help="1b, 7b, 70b (default: all)")
+    scale.add_argument(
+        "--tokens", type=int, metavar="N", default=4 * 2**20, help="tokens per step, all ranks (default 4M)"
+    )
+    scale.add_argument("--json", metavar="FILE", help="write the figures to a JSON file")
+    scale.add_argument("--worker", help=argparse.SUPPRESS)  # for one world
+
+
 def run(args: argparse.Namespace) -> int:
     """Run a benchmark. Returns 0, or 1 if a count differs from its formula or two methods' results differ."""
     if args.action == "train":
@@ -275,6 +297,8 @@ def run(args: argparse.Namespace) -> int:
         from mlm_train.bench.tol import bench_tol
 
         return bench_tol(args)
+    if args.action == "scale":
+        return _run_scale(args)
     if args.action == "profile":
         from mlm_train.bench.profile import bench_profile
 
@@ -288,6 +312,19 @@ def run(args: argparse.Namespace) -> int:
     from mlm_train.bench.x0 import bench_x0
 
     return bench_x0(args.stages, args.runs, args.pipeline_schedule, args.data, args.json)
+
+
+def _run_scale(args: argparse.Namespace) -> int:
+    """Returns 0, or 1 where bytes differ from their formula."""
+    if args.worker:
+        from mlm_train.bench.scale_world import work
+
+        return work(args.worker)
+    if args.data is None:
+        raise UserError("bench scale needs --data DIR, a folder of `mlm-train data prepare`")
+    from mlm_train.bench.scale import bench_scale
+
+    return bench_scale(args.data, args.shapes, args.tokens, args.json)
 
 
 def _run_train(args: argparse.Namespace) -> int:

@@ -77,8 +77,8 @@ class ParallelConfig(Section):
     reshard_after_forward: bool = Field(
         True,
         description="with engine=fsdp, without a pipeline: whether a block's gathered weights are freed "
-        "after its forward pass and gathered again for its backward pass. false: faster, and each "
-        "rank holds all weights from forward to backward",
+        "after each forward and backward pass. false: they are gathered once per step, and each rank holds "
+        "all of them until the step's end",
     )
     context: int = Field(1, exclude=True, description="must be 1: there is no context parallelism")
     timeout: float = Field(600.0, gt=0, le=86400, description="timeout of a collective, seconds")

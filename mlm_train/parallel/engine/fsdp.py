@@ -53,7 +53,7 @@ class FsdpEngine(Engine):
         self.topology, self.data_group = runtime.topology, runtime.groups.data
         # Whether this rank counts a parameter in the gradient norm, if it alone held it (build_model).
         self.counted = {name for name, parameter in model.named_parameters() if _is_counted(parameter)}
-        self.reduces_each = config.parallel.reduce_each_micro_batch
+        self.reduces_each, self.reshards = config.parallel.reduce_each_micro_batch, config.parallel.reshards
         _, self.shard_size = config.parallel.sharding(self.topology.data)
         self.shard_rank = self.topology.data_rank % self.shard_size
         self.sharded_roots: list[FSDPModule] = []
@@ -162,6 +162,7 @@ class FsdpEngine(Engine):
         for root in self.sharded_roots:
             root.set_requires_gradient_sync(last or self.reduces_each)
             root.set_is_last_backward(last)
+            root.set_reshard_after_backward(last or self.reshards)
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:

@@ -69,7 +69,7 @@ def create_groups(topology: Topology, device: torch.device) -> ProcessGroups:
         if sizes != (topology.tensor, topology.pipeline):
             state.destroy_model_parallel()
     if not state.model_parallel_is_initialized():
-        state.initialize_model_parallel(topology.tensor, topology.pipeline)
+        state.initialize_model_parallel(topology.tensor, topology.pipeline, create_gloo_process_groups=False)
     data = state.get_data_parallel_group()
     stage = state.get_tensor_and_data_parallel_group()
     return ProcessGroups(

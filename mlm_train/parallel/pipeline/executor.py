@@ -41,6 +41,11 @@ SCHEDULES: dict[str, Any] = {
 }
 
 
+def sent_dtype(precision: torch.autocast) -> torch.dtype:
+    """The dtype of the residual stream between stages."""
+    return precision.fast_dtype if precision._enabled else torch.float32
+
+
 class Stage(nn.Module):
     """A span of the model's layers as the module of a pipeline stage."""
 
@@ -56,7 +61,7 @@ class Stage(nn.Module):
         super().__init__()
         self.part, self.span = model.part(span.layers, heads=span.last), span
         self.channel, self.source = channel, source
-        self.loss, self.precision = loss, precision
+        self.loss, self.precision, self.sent_dtype = loss, precision, sent_dtype(precision)
         all_tabled = isinstance(source, TableSource) and source.other_layers is None
         self.needs_x0 = source is not None and not all_tabled  # FFN-M is computed from a micro-batch's x0
         self.scale = 1.0
@@ -79,13 +84,15 @@ class Stage(nn.Module):
             if self.span.first:
                 x = x0 = self.channel.x0(ids, index)
             else:
-                x = received[0]
-                x0 = received[1] if self.channel.relays else None  # type: ignore[assignment]
+                # In bf16 stages send that, but add up the residual stream in fp32.
+                x, *rest = (tensor.float() for tensor in received)
+                x0 = rest[0] if self.channel.relays else None  # type: ignore[assignment]
                 if x0 is None and self.needs_x0:
                     x0 = self.channel.x0(ids, index)
             out = self.part(ids, self.source, loss=head, x0=x0, x=x)
         if not self.span.last:
-            return (out, x0) if self.channel.relays else out
+            out = out.to(self.sent_dtype)
+            return (out, x0.to(self.sent_dtype)) if self.channel.relays else out
         objective, cross_entropy = out
         self.sums.index_add_(0, number[:1], cross_entropy.double().view(1))
         return objective.view(1)
@@ -141,7 +148,7 @@ class PipelineExecutor:
         batch, length = config.train.micro_batch_size, config.data.sequence_length
         ids = torch.zeros(batch, length, dtype=torch.int64, device=self.runtime.device)
         here = (batch, length // self.tensor.shards, config.model.hidden_size)
-        hidden = torch.empty(here, device=self.runtime.device)
+        hidden = torch.empty(here, dtype=stage.sent_dtype, device=self.runtime.device)
         carried = tuple(
             torch.empty_like(hidden).requires_grad_() for _ in range(2 if self.channel.relays else 1)
         )

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
+from mlm_train.model.linear import compute_dtype
 from mlm_train.model.logical import Part
 from mlm_train.model.source import Positions
 
@@ -45,7 +46,11 @@ class TensorGroup(Positions):
         return -(-total // self.size)
 
     def enter(self, x: Tensor) -> Tensor:
-        """Before a column-parallel matmul: x [..., local positions, hidden] -> [..., positions, hidden]."""
+        """Before a column-parallel matmul: x [..., local positions, hidden] -> [..., positions, hidden].
+
+        In the dtype of the matmul, so that bf16 travels.
+        """
+        x = x.to(compute_dtype(x))
         return self.gather(x) if self.sequence else _LinearMap.apply(x, _identity, self.all_reduce)
 
     def leave(self, x: Tensor) -> Tensor:
