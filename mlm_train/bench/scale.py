@@ -15,6 +15,7 @@ from rich.table import Table
 
 from mlm_train.bench import report
 from mlm_train.bench.scale_presets import SEQUENCE, SHAPES, WORLDS, World
+from mlm_train.bench.scale_time import ASSUMED, Times, fsdp_times, owned_times
 from mlm_train.data.prepared import PreparedData
 from mlm_train.errors import UserError
 
@@ -46,10 +47,17 @@ def bench_scale(data: str, shapes: Sequence[str] | None, tokens: int, json_file:
             raise UserError(f"{world.name}: its process ended with code {outcome}")
         found.append((world, outcome))
     rows, ratios = _rows(found), _ratios(found)
-    show(found, ratios)
+    predicted = _predicted(found, folder.vocab_size, tokens)
+    rows += [
+        report.row(f"{name}.predicted.{part}", [value], "s (arithmetic)")
+        for name, times in predicted.items()
+        for part, value in times._asdict().items()
+    ]
+    show(found, ratios, predicted)
     notes = [
         f"{tokens:,} tokens per step, vocabulary {folder.vocab_size:,}, data {folder.fingerprint[:12]}",
         "nothing here was timed on a network: bytes are counted at the collectives' arguments",
+        f"predicted seconds are arithmetic: {ASSUMED}, nothing overlaps",
     ]
     if json_file is not None:
         report.write_report(Path(json_file), machine, rows, ratios, notes)
@@ -139,7 +147,23 @@ def _ratios(found: Sequence[tuple[World, Counted]]) -> dict[str, float]:
     return ratios
 
 
-def show(found: Sequence[tuple[World, Counted]], ratios: dict[str, float]) -> None:
+def _predicted(found: Sequence[tuple[World, Counted]], vocabulary: int, tokens: int) -> dict[str, Times]:
+    """Step times by world, with owned FFN-M and with FSDP alone."""
+    times = {}
+    for world, counted in found:
+        if world.placement is None:
+            continue
+        config = world.config(vocabulary, tokens, _sequence(world))
+        stage = world.tensor * world.data
+        times[f"{world.name}.owned"] = owned_times(config, counted, world.ranks, stage)
+        dense = dense_bytes(world, counted, 1)
+        times[f"{world.name}.fsdp_alone"] = fsdp_times(config, counted, world.ranks, dense)
+    return times
+
+
+def show(
+    found: Sequence[tuple[World, Counted]], ratios: dict[str, float], predicted: dict[str, Times]
+) -> None:
     """Print the tables."""
     table = Table(title="per rank and step: GB sent for FFN-M, of 8 bytes per parameter; GiB of fp32 state")
     for heading in (
@@ -171,5 +195,12 @@ def show(found: Sequence[tuple[World, Counted]], ratios: dict[str, float]) -> No
         )
     console = Console(width=110, soft_wrap=True)
     console.print(table, soft_wrap=False)
+    table = Table(title="predicted seconds per step, arithmetic: nothing was run, nothing overlaps")
+    for heading in ("world", "compute", "tensor parallel", "network", "latency", "total"):
+        table.add_column(heading, justify="left" if heading == "world" else "right")
+    for name, times in predicted.items():
+        table.add_row(name, *(f"{value:.2f}" for value in (*times, times.total)))
+    console.print(table, soft_wrap=False)
+    console.print(f"assumed: {ASSUMED}")
     for name, value in ratios.items():
         console.print(f"{name} = {value:.4g}")

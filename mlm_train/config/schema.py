@@ -183,8 +183,8 @@ class TrainConfig(Section):
     loss_chunk_size: int | None = Field(
         None,
         ge=1,
-        description="tokens per chunk of logits in the loss; default: as many as take 256 MiB in fp32, half "
-        "of it in bf16",
+        description="tokens per chunk of logits in the loss; default: as many as take 256 MiB in fp32 on a "
+        "CPU and 2 GiB on a GPU, half of it in bf16",
     )
     eval_interval: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
     eval_samples: int = Field(64, ge=1, description="validation sequences per evaluation, spread evenly")
@@ -194,6 +194,11 @@ class TrainConfig(Section):
         ge=0,
         description="seconds without progress after which a run is reported as hung and ended; "
         "default: half of parallel.timeout; 0: never",
+    )
+    gc_interval: int = Field(
+        50,
+        ge=0,
+        description="steps between garbage collections of Python, on all ranks at once; 0: whenever it likes",
     )
     max_skipped_steps: int = Field(
         3,

@@ -17,10 +17,11 @@ from mlm_train.model.linear import compute_dtype
 
 IGNORED = -100
 FP32 = 4
-CHUNK_BYTES = 2**28  # of a chunk's logits, if they were in fp32
+# Bytes of a chunk's logits, if they were in fp32: a GPU needs large matmuls, a CPU's cache small ones.
+CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 2**28, 2**31
 BLOCK_BYTES = 2**23  # of the rows of a chunk whose softmax is computed at a time
-# Vocabulary rows whose weight gradient is one matmul: its bf16 result is small enough to stay in cache.
-GRADIENT_ROWS = 2**11
+# Vocabulary rows whose weight gradient is one matmul: on a CPU its bf16 result is to stay in the cache.
+CPU_GRADIENT_ROWS, GPU_GRADIENT_ROWS = 2**11, 2**15
 _RowFunction = Callable[..., Tensor]
 
 
@@ -69,9 +70,10 @@ class VocabRange:
         return x
 
 
-def default_chunk(rows: int) -> int:
-    """Tokens whose logits over `rows` ids fill CHUNK_BYTES in fp32; at least one."""
-    return max(1, CHUNK_BYTES // (FP32 * rows))
+def default_chunk(rows: int, device: torch.device) -> int:
+    """Tokens whose logits over `rows` ids fill the device's chunk in fp32; at least one."""
+    size = CPU_CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
+    return max(1, size // (FP32 * rows))
 
 
 def head_loss(
@@ -108,7 +110,7 @@ def head_loss(
             scale,
             z_loss,
             vocabulary,
-            chunk or default_chunk(weight.shape[0]),
+            chunk or default_chunk(weight.shape[0], weight.device),
             wanted and hidden.requires_grad,
             wanted and weight.requires_grad,
             compiles,
@@ -214,9 +216,8 @@ class _ChunkedHead:
         if self.weight_gradient is None:
             return
         add = Tensor.copy_ if start == 0 else compiled(_add) if self.settings.compiles else _add
-        blocks = zip(
-            self.weight_gradient.split(GRADIENT_ROWS), gradient.split(GRADIENT_ROWS, dim=1), strict=True
-        )
+        rows = CPU_GRADIENT_ROWS if gradient.device.type == "cpu" else GPU_GRADIENT_ROWS
+        blocks = zip(self.weight_gradient.split(rows), gradient.split(rows, dim=1), strict=True)
         for total, block in blocks:  # no bf16 matmul accumulates into fp32; in blocks its result is small
             add(total, block.t() @ hidden)
 

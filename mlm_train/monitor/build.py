@@ -1,12 +1,13 @@
 """The callbacks of a run: the built-in ones, then the user's."""
 
 from mlm_train.monitor.callback import Callback, Callbacks, Context
+from mlm_train.monitor.garbage import GarbageCollection
 from mlm_train.monitor.heartbeat import Heartbeat
 from mlm_train.monitor.monitor import Monitor
 from mlm_train.monitor.stragglers import Stragglers
 from mlm_train.utils.extensions import find
 
-OURS = (Heartbeat, Stragglers, Monitor)
+OURS = (Heartbeat, Stragglers, Monitor, GarbageCollection)
 
 
 def build_callbacks(context: Context) -> Callbacks:

@@ -59,9 +59,9 @@ class Runtime:
         return self.topology.rank == 0
 
     def sum_over_data(self, values: Tensor) -> Tensor:
-        """The sum of a small tensor over data parallel, on every rank."""
+        """The sum of a small tensor on the CPU over data parallel, on every rank."""
         values = values.clone()
-        dist.all_reduce(values, group=self.groups.data)
+        dist.all_reduce(values, group=self.groups.data_cpu)
         return values
 
     def sum_over_all(self, values: Tensor) -> Tensor:
@@ -192,6 +192,8 @@ def start(config: Config) -> Runtime:
     device = pick_device(config.train.device)
     if device.type == "cpu":
         keep_freed()
+    else:  # read at the first allocation: buffers of other sizes in each step would fragment fixed segments
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=config.parallel.timeout)
     if not dist.is_initialized():

@@ -1,5 +1,7 @@
 """Estimate of the activation memory that autograd keeps on a rank between forward and backward passes."""
 
+import torch
+
 from mlm_train.config import Config
 from mlm_train.config.parallel import INTERLEAVED
 from mlm_train.config.schema import ActivationCheckpointing
@@ -95,7 +97,7 @@ def _head_bytes(config: Config, count: float) -> float:
     """
     model, tokens = config.model, _tokens(config)
     words = -(-model.vocab_size // config.parallel.tensor)
-    chunk = min(config.train.loss_chunk_size or default_chunk(words), tokens)
+    chunk = min(config.train.loss_chunk_size or default_chunk(words, _device(config)), tokens)
     element = compute_bytes(config)
     copied = model.hidden_size if element < FP32 else 0
     return words * element * (chunk + copied) + count * FP32 * (words + tokens) * model.hidden_size
@@ -119,3 +121,9 @@ def _received_bytes(config: Config, topology: Topology, spans: list[StageSpan]) 
     if model.has_memory and config.transport == "broadcast":
         rows = 2 * min(model.vocab_size, count * _tokens(config)) * model.hidden_size
     return FP32 * (buffers + rows)
+
+
+def _device(config: Config) -> torch.device:
+    """The kind of device that a run here would use."""
+    on_cpu = config.train.device == "cpu" or not torch.cuda.is_available()
+    return torch.device("cpu" if on_cpu else "cuda")

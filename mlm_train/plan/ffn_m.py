@@ -126,13 +126,34 @@ def table_bytes(config: Config, topology: Topology, distinct: Distinct) -> float
         return 0.0
     layers = most_layers(config, topology)
     tables = config.memory.tabled(layers) * table_bytes_per_layer(config, distinct.step)
-    rows = _own_rows(topology, distinct, config.memory.shared)
-    return tables + config.memory.kept(layers) * kept_bytes_per_layer(config, rows)
+    return tables + _kept(config, topology) * kept_bytes_per_layer(
+        config, _kept_rows(config, topology, distinct)
+    )
 
 
-def _own_rows(topology: Topology, distinct: Distinct, shared: bool) -> float:
-    """Number of a table's rows that this rank computes."""
-    return distinct.all_ranks / topology.data if shared else distinct.step
+def _own_rows(config: Config, topology: Topology, distinct: Distinct) -> float:
+    """Number of a table's rows that this rank computes, on average over its layers.
+
+    An owner computes rows of whole FFN-Ms: as many times fewer, where tensor-parallel ranks share one.
+    """
+    assert config.memory is not None
+    alone = config.memory.placement in (None, "replicated")
+    return distinct.step if alone else distinct.all_ranks / topology.data
+
+
+def _kept(config: Config, topology: Topology) -> int:
+    """Layers of this rank whose tables keep activations."""
+    assert config.memory is not None
+    layers = most_layers(config, topology)
+    most = ceil(layers / topology.stage_ranks) if config.memory.owned else layers
+    return min(config.memory.kept(layers), most)
+
+
+def _kept_rows(config: Config, topology: Topology, distinct: Distinct) -> float:
+    """Rows of whose FFN-M activations are kept, per layer that keeps them, in units of this rank's slice."""
+    assert config.memory is not None
+    owned = config.memory.owned
+    return distinct.all_ranks * topology.tensor if owned else _own_rows(config, topology, distinct)
 
 
 def seconds(config: Config, topology: Topology, distinct: Distinct, speeds: Speeds) -> float:
@@ -140,8 +161,11 @@ def seconds(config: Config, topology: Topology, distinct: Distinct, speeds: Spee
     assert config.memory is not None
     layers, mode = most_layers(config, topology), config.memory.mode
     tabled = config.memory.tabled(layers)
-    kept = config.memory.kept(layers)
-    total = kept * _table_layer(config, topology, distinct, speeds, kept=True)
+    kept = _kept(config, topology)
+    if config.memory.owned:  # on every rank
+        kept = min(tabled, kept * topology.stage_ranks)
+    total = _weight_seconds(config, topology, speeds)
+    total += kept * _table_layer(config, topology, distinct, speeds, kept=True)
     total += (tabled - kept) * _table_layer(config, topology, distinct, speeds, kept=False)
     if tabled < layers:
         total += (layers - tabled) * _layer(config, topology, distinct, speeds, mode == "per_token")
@@ -177,11 +201,12 @@ def _layer(config: Config, topology: Topology, distinct: Distinct, speeds: Speed
 
 
 def _table_layer(config: Config, topology: Topology, distinct: Distinct, speeds: Speeds, kept: bool) -> float:
-    """Seconds of a layer's table, its lookups and its backward; if shared, with the exchange of rows."""
+    """Seconds of a layer's table, its lookups and its backward, and of the exchange of rows between ranks."""
     assert config.memory is not None
-    rows, exchange = _own_rows(topology, distinct, config.memory.shared), 0.0
-    if config.memory.shared:
-        others = (topology.data - 1) / topology.data
+    rows, exchange = _own_rows(config, topology, distinct), 0.0
+    if config.memory.placement in ("shared", "owned"):
+        ranks = topology.stage_ranks if config.memory.owned else topology.data
+        others = (ranks - 1) / ranks
         exchange = others * table_bytes_per_layer(config, distinct.step) / speeds.data_link
     calls = ceil(rows / BLOCK_ROWS)
     lookups = topology.micro_batches(config.train) * _positions(config) * speeds.lookup
@@ -189,6 +214,22 @@ def _table_layer(config: Config, topology: Topology, distinct: Distinct, speeds:
     if not kept:
         own += speeds.forward(rows, calls) + 0.5 * _all_reduce_seconds(config, rows, speeds)
     return own + exchange + lookups * _bubble(config, topology)
+
+
+def _weight_seconds(config: Config, topology: Topology, speeds: Speeds) -> float:
+    """Sums of FFN-M's gradients over data parallel, and gathers of its weights, by which placements differ.
+
+    Only with engine=fsdp, the one that has owned layers: with another all modes have the same.
+    """
+    memory = config.memory
+    if memory is None or config.parallel.engine != "fsdp" or topology.data == 1:
+        return 0.0
+    layers, model = most_layers(config, topology), config.model
+    bytes_of_layer = 3 * model.hidden_size * model.intermediate_size * (FP32 + compute_bytes(config))
+    dense = (layers - memory.tabled(layers) if memory.owned else layers) * bytes_of_layer / topology.tensor
+    # A layer's owners have sums and gathers among themselves, a rank those of one layer or two.
+    divided = memory.owned and memory.tabled(layers) % topology.stage_ranks != 0
+    return (dense + divided * bytes_of_layer) * (topology.data - 1) / topology.data / speeds.data_link
 
 
 def choose(
@@ -216,7 +257,8 @@ def choose(
 def _name(config: Config) -> str:
     """A candidate's name in the ranking."""
     assert config.memory is not None
-    return config.memory.mode + (" shared" if config.memory.shared else "")
+    placement = config.memory.placement
+    return config.memory.mode + (f" {placement}" if placement not in (None, "replicated") else "")
 
 
 def _settings(config: Config) -> str:
@@ -241,9 +283,13 @@ def _candidates(config: Config, topology: Topology, distinct: Distinct, budget: 
     sections: list[dict[str, object]] = [{"mode": "per_token"}, {"mode": "unique"}]
     if fitting >= 1:
         left = budget - fitting * table_bytes_per_layer(config, MARGIN * distinct.step)
-        for shared in (False, True) if topology.data > 1 else (False,):
-            section: dict[str, object] = {"mode": "table", "placement": "shared" if shared else None}
-            rows = MARGIN * _own_rows(topology, distinct, shared)
+        for placement in _placements(config, topology):
+            section: dict[str, object] = {"mode": "table", "placement": placement}
+            try:
+                candidate = with_memory(config, section)
+            except UserError:
+                continue
+            rows = MARGIN * _kept_rows(candidate, topology, distinct)
             kept = int(min(left / kept_bytes_per_layer(config, rows), layers))
             if fitting < layers:
                 section["table_layers"] = fitting
@@ -257,6 +303,12 @@ def _candidates(config: Config, topology: Topology, distinct: Distinct, budget: 
         except UserError:  # not possible with this layout
             continue
     return candidates
+
+
+def _placements(config: Config, topology: Topology) -> list[str | None]:
+    """Values of memory.placement that this layout has a use for; None: the default."""
+    owned = config.parallel.engine == "fsdp" and topology.data > 1
+    return [None, *(["shared"] if topology.data > 1 else []), *(["owned"] if owned else [])]
 
 
 def _recomputes_layers(config: Config) -> bool:

@@ -47,7 +47,6 @@ class Trainer:
     ) -> None:
         self.engine, self.executor, self.runtime = engine, executor, runtime
         self.signals = signals or Signals()
-        self.nonfinite: list[str] = []  # parameters with a non-finite gradient on this rank, latest step
 
     def backward(self, batches: Sequence[MicroBatch]) -> tuple[Tensor, float]:
         """Accumulate gradients of DP/N * sum(CE + z * lse^2); return this rank's sum of CE, and N.
@@ -57,12 +56,10 @@ class Trainer:
         """
         self.runtime.marker.at("count of labels")
         mine = sum(count_labels(batch.labels) for batch in batches)
-        labels = self._sum_over_ranks(torch.tensor(float(mine), dtype=torch.float64)).item()
+        labels = float(self._sum_over_ranks(torch.tensor(float(mine), dtype=torch.float64)))
         with self.engine.accumulating():
             total = self.executor.backward(batches, self.runtime.topology.data / max(labels, 1.0))
-            self.nonfinite = self.engine.nonfinite()
-            if not total.isfinite():
-                self.engine.spoil()
+            self.engine.inspect(total)
         return total, labels
 
     def step(self, batches: Sequence[MicroBatch], lr: float, waited: float = 0.0) -> StepResult:
@@ -75,7 +72,7 @@ class Trainer:
         marker.forwards.read()  # discard an evaluation's seconds
         total, labels = self.backward(batches)
         marker.at("optimizer step")
-        grad_norm = self.engine.step(lr)
+        norm = self.engine.step(lr)
         marker.at("metrics")
         micro = sum(batch.ids.unique().numel() for batch in batches)
         whole = torch.cat([batch.ids.flatten() for batch in batches])
@@ -85,11 +82,13 @@ class Trainer:
         evaluates = source is not None and (self.runtime.topology.tensor_rank == 0 or not sliced)
         mine = source.evaluations(whole.numel(), micro) if source and evaluates else 0
         counts = (whole.numel(), micro, whole.unique().numel())
-        (loss, tokens, micro, distinct), (*heard, evaluations), (waits, forwards, peaks) = self._over_all(
-            [total.item(), *map(float, counts)],
-            [*self.signals.heard(), mine],
+        # Norms are equal on all ranks. This is the step's one wait for the device.
+        (loss, tokens, micro, distinct), (*heard, evaluations, grad_norm), each = self._over_all(
+            [total, *map(float, counts)],
+            [*self.signals.heard(), mine, norm if self.runtime.is_rank_0 else 0.0],
             (waited, marker.forwards.read(), float(peak_memory_bytes(self.runtime.device))),
         )
+        waits, forwards, peaks = each
         fault = None
         if not math.isfinite(grad_norm):
             fault = self._fault(loss, batches)
@@ -117,11 +116,9 @@ class Trainer:
         """Describe the non-finite value of the step, and its origin."""
         self.runtime.marker.at("search for non-finite values")
         what = "non-finite gradient" if math.isfinite(loss) else f"loss {loss}"
-        model = self.engine.model
+        model, nonfinite = self.engine.model, self.engine.nonfinite()
         assert isinstance(model, Transformer)
-        return (
-            f"{what}; {locate(model, lambda: self.executor.evaluate(batches), self.nonfinite, self.runtime)}"
-        )
+        return f"{what}; {locate(model, lambda: self.executor.evaluate(batches), nonfinite, self.runtime)}"
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:
         """Mean cross-entropy over the valid labels of all ranks' batches."""
@@ -142,22 +139,28 @@ class Trainer:
         return float(losses.sum()) / max(float(counts.sum()), 1.0), (losses / counts).tolist()
 
     def _over_all(
-        self, shared: Sequence[float], own: Sequence[float], each: Sequence[float]
+        self, shared: Sequence[float | Tensor], own: Sequence[float | Tensor], each: Sequence[float]
     ) -> tuple[list[float], list[float], list[list[float]]]:
         """One all-reduce over all ranks, of three kinds of values.
 
         shared: equal on the ranks of a replica, summed once per replica. own: summed over all ranks. each:
-        not summed; returned as one list over the ranks per value.
+        not summed; returned as one list over the ranks per value. Tensors are scalars on the device.
         """
         topology = self.runtime.topology
         once = shared if topology.is_replica_rank_0 else [0.0] * len(shared)
         table = torch.zeros(len(each), topology.world, dtype=torch.float64)
         table[:, topology.rank] = torch.tensor(each, dtype=torch.float64)
-        values = torch.cat([torch.tensor([*once, *own], dtype=torch.float64), table.flatten()])
+        summed = [*once, *own]
+        known = [0.0 if isinstance(value, Tensor) else value for value in summed]
+        values = torch.cat([torch.tensor(known, dtype=torch.float64), table.flatten()])
+        values = values.to(self.runtime.device, non_blocking=True)
+        for position, value in enumerate(summed):
+            if isinstance(value, Tensor):
+                values[position] = value
         sizes = [len(shared), len(own), table.numel()]
-        sums = self.runtime.sum_over_all(values.to(self.runtime.device)).cpu().split(sizes)
+        sums = self.runtime.sum_over_all(values).cpu().split(sizes)
         return sums[0].tolist(), sums[1].tolist(), sums[2].view_as(table).tolist()
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sum over the data-parallel ranks; values and result are on the CPU."""
-        return self.runtime.sum_over_data(values.to(self.runtime.device)).cpu()
+        return self.runtime.sum_over_data(values)

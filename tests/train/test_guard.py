@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from mlm_train.checkpoint.folders import committed
 from mlm_train.checkpoint.load import open_checkpoint
@@ -33,14 +34,14 @@ def saved(run: Path) -> list[int]:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, which: Callable[[int], bool]) -> None:
     """Make the gradients of the chosen steps, counted from 1, NaN."""
-    honest, calls = Engine.nonfinite, iter(range(1, 1000))
+    honest, calls = Engine.inspect, iter(range(1, 1000))
 
-    def broken(engine: Engine) -> list[str]:
+    def broken(engine: Engine, loss: Tensor) -> None:
         if which(next(calls)):
             engine.spoil()
-        return honest(engine)
+        honest(engine, loss)
 
-    monkeypatch.setattr(Engine, "nonfinite", broken)
+    monkeypatch.setattr(Engine, "inspect", broken)
 
 
 def test_skipped_steps_are_counted_and_leave_the_last_good_checkpoint(

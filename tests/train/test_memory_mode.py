@@ -66,6 +66,18 @@ def test_ranks_share_their_rows_where_the_link_is_fast() -> None:
     assert mode(chosen(world=4, speeds=slow)) == ("table", None, False)
 
 
+def test_fsdp_owns_ffn_m_where_its_weights_cost_more_than_its_rows() -> None:
+    link = SPEEDS._replace(data_link=1e8)
+    choice = chosen("parallel.engine=fsdp", world=4, speeds=link)
+    assert choice.config.memory is not None and choice.config.memory.placement == "owned"
+    assert "chose table owned" in choice.reason and "table shared" in choice.reason
+    assert "table owned" not in chosen(world=4, speeds=link).reason
+    slow = SPEEDS._replace(data_link=2e7)  # 3,000 rows of a layer outweigh its 200,000 weights
+    other = chosen("parallel.engine=fsdp", world=4, speeds=slow)
+    assert other.config.memory is not None and other.config.memory.placement is None
+    assert "table owned" in other.reason
+
+
 def test_what_does_not_fit_the_budget_is_computed_by_micro_batch_and_said() -> None:
     config = chosen().config
     layers = config.model.num_hidden_layers

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mlm_train.config import Config, OptimizerConfig
 from mlm_train.model.logical import Target, pieces, targets
@@ -54,16 +54,18 @@ class Engine(ABC):
         self.entry = model
         self.pieces = list(pieces(model))
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.found: list[str] = []
 
     @abstractmethod
     def accumulating(self) -> AbstractContextManager[None]:
         """Accumulate gradients of the passes inside; at the end, average their sum over data parallel."""
 
     @abstractmethod
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> float | Tensor:
         """Clip, update, drop the gradients; return the whole model's gradient norm before clipping.
 
-        The norm is infinite, on every rank, where it was non-finite and nothing was updated.
+        The norm is infinite, on every rank, where it was non-finite and nothing was updated. It may be a
+        scalar on the device, so that nothing waits for it here.
         """
 
     def before_pass(self, last: bool) -> None:  # noqa: B027 (empty where nothing is reduced in passes)
@@ -77,12 +79,21 @@ class Engine(ABC):
         """Have `fill` write the weights of this rank; `refresh_model` follows on all ranks."""
         fill(self.targets())
 
+    def inspect(self, loss: Tensor) -> None:
+        """After a step's passes, before gradients are averaged: note non-finite ones of this rank.
+
+        loss: this rank's sum, a scalar; with a non-finite one no rank updates.
+        """
+        self.found = nonfinite({n: p.grad for n, p in self.model.named_parameters() if p.grad is not None})
+        if not loss.isfinite():
+            self.spoil()
+
     def nonfinite(self) -> list[str]:
-        """Names of parameters whose gradient on this rank, before averaging, holds infinity or NaN.
+        """Names of parameters whose gradient on this rank, before averaging, was non-finite in this step.
 
         Empty where gradients are reduced in each pass: this rank's own ones are not available then.
         """
-        return nonfinite({name: p.grad for name, p in self.model.named_parameters() if p.grad is not None})
+        return self.found
 
     def spoil(self) -> None:
         """Set this rank's gradients to NaN, so that the next step skips the update on all ranks."""

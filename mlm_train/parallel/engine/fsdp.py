@@ -76,7 +76,8 @@ class FsdpEngine(Engine):
             RowOrder(embedding, runtime.groups.stage) if isinstance(embedding, RowEmbedding) else None
         )
         self.filled: Tensor | None = None  # the embedding's rows as they are stored, before refresh_model
-        self.spoiled = False
+        self.norms: dict[str, Tensor] = {}  # of each gradient of the latest step
+        self.loss: Tensor | None = None
         options = config.optimizer
         self.optimizer = torch.optim.AdamW(
             grouped(self.shards.items(), options),
@@ -176,10 +177,11 @@ class FsdpEngine(Engine):
         if self.order is not None and (gradient := self.parameters[EMBEDDING].grad) is not None:
             gradient /= self.topology.data
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> Tensor:
         """Clip, update, drop the gradients; return the whole model's gradient norm before clipping.
 
-        The norm is infinite, on every rank, where it was non-finite and nothing was updated.
+        The norm is infinite, on every rank, where it was non-finite and nothing was updated. Nothing waits
+        for the device here: AdamW's kernel reads there by how much to clip and whether to update.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -189,39 +191,50 @@ class FsdpEngine(Engine):
             gradients[name] = torch.zeros_like(shard) if gradient is None else local(gradient)
             shard.grad = gradients[name]
         norm = self._norm(gradients)
-        if math.isfinite(norm):
-            if self.clip and norm > self.clip:
-                torch._foreach_mul_(list(gradients.values()), self.clip / norm)
-            self.optimizer.step()
-            self._publish()
-        self.spoiled = False
+        finite = norm.isfinite()
+        # Attributes of torch's gradient scaler, which fused optimizers know.
+        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = self._divisor(norm, finite)  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self._publish()
         for parameter in (*self.parameters.values(), *self.shards.values()):
             parameter.grad = None
-        return norm if math.isfinite(norm) else math.inf
+        return norm.where(finite, math.inf)
 
-    def _norm(self, gradients: dict[str, Tensor]) -> float:
-        """The norm of the whole gradient: squares of each number once, summed over all ranks."""
+    def _divisor(self, norm: Tensor, finite: Tensor) -> Tensor:
+        """What gradients are divided by to be clipped, fp32 scalar."""
+        if not self.clip:
+            return torch.ones_like(norm, dtype=torch.float32)
+        return (norm / self.clip).clamp(min=1.0).where(finite, 1.0).float()
+
+    def _norm(self, gradients: dict[str, Tensor]) -> Tensor:
+        """The norm of the whole gradient: squares of each number once, summed over all ranks; fp64 scalar."""
         rank = self.topology.data_rank  # a shard is counted by the first of its copies
+        self.norms = dict(zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True))
         mine = [
-            gradient
-            for name, gradient in gradients.items()
+            norm
+            for name, norm in self.norms.items()
             if name in self.counted and (name not in self.sharded or rank < self.shard_size)
         ]
         total = torch.zeros((), dtype=torch.float64, device=next(iter(gradients.values())).device)
         if mine:
-            total += torch.stack(torch._foreach_norm(mine)).double().square().sum()
-        if self.spoiled:
-            total += math.nan
+            total += torch.stack(mine).double().square().sum()
+        if self.loss is not None:  # a non-finite loss spoils the step on all ranks
+            total += torch.zeros_like(total).where(self.loss.isfinite(), math.nan)
         dist.all_reduce(total)
-        return math.sqrt(value) if math.isfinite(value := total.item()) else math.inf
+        return total.sqrt()
+
+    def inspect(self, loss: Tensor) -> None:
+        """Note a step's loss, which is looked at with the norm."""
+        self.loss = loss
 
     def nonfinite(self) -> list[str]:
-        """Names of parameters whose gradient here is non-finite, of those not reduced yet."""
-        return [] if self.sharded else super().nonfinite()
+        """Names of parameters whose gradient here was non-finite; empty where others have added to them."""
+        return [] if self.sharded else [name for name, norm in self.norms.items() if not norm.isfinite()]
 
     def spoil(self) -> None:
         """Have the next step skip the update on all ranks."""
-        self.spoiled = True
+        self.loss = torch.full((), math.nan)
 
     def flats(self) -> Iterator[Flat]:
         """Yield one flat tensor per shard of a parameter."""

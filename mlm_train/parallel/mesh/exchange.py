@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+ROWS = 256
+
 
 def gather_ids(ids: Tensor, group: Any) -> list[Tensor]:
     """The ids of every rank of a group on the CPU, int64, by rank. ids int64 [any number]."""
@@ -32,7 +34,9 @@ def exchange(
 
     sent, received: rows for and from each rank.
     """
-    output = rows.new_empty(sum(received), *rows.shape[1:])
+    count = sum(received)
+    # In steps of ROWS, so that an allocator finds buffers of the same size again: counts differ by step.
+    output = rows.new_empty(-(-count // ROWS) * ROWS, *rows.shape[1:])[:count]
     work = dist.all_to_all_single(output, rows, list(received), list(sent), group=group, async_op=not wait)
     return output, work
 
