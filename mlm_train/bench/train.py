@@ -71,9 +71,9 @@ class BenchPlan:
     sizes: list[int]  # tokens per step, other than the preset's own
     validated: list[str]
 
-    def alone(self, variant: Variant) -> "BenchPlan":
-        """The plan of one of the variants."""
-        return replace(self, variants=[variant])
+    def at_once(self, device: str) -> "list[BenchPlan]":
+        """Its parts, of variants that are alive at the same time: a GPU holds one."""
+        return [self] if device == "cpu" else [replace(self, variants=[each]) for each in self.variants]
 
 
 def bench_train(options: Options) -> int:
@@ -83,8 +83,7 @@ def bench_train(options: Options) -> int:
     machine = report.machine(options.device)
     notes: list[str] = []
     records: dict[str, VariantFigures] = {}
-    together = [plan] if options.device == "cpu" else [plan.alone(variant) for variant in plan.variants]
-    for part in together:
+    for part in plan.at_once(options.device):
         with ExitStack() as stack:
             variants = Variants.start(part, options, stack, notes)
             records |= variants.measure(options.runs, min(options.passes, options.runs))
@@ -168,9 +167,11 @@ def _check_memory(preset: Preset, variants: Sequence[Variant], options: Options)
     else:
         free, _ = torch.get_device_module(options.device).mem_get_info()
     if needed > free:
-        fix = "choose some with --variants" if on_cpu else "choose a smaller one"
+        need, fix = f"{count} variants need", "choose some with --variants"
+        if not on_cpu:
+            need, fix = "a variant needs", "choose a smaller one"
         raise UserError(
-            f"--preset {preset.name}: {count} variants at a time need about {needed / 2**30:.1f} GiB, but "
+            f"--preset {preset.name}: {need} about {needed / 2**30:.1f} GiB, but "
             f"{free / 2**30:.1f} are free; {fix}"
         )
 

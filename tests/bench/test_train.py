@@ -54,6 +54,9 @@ def test_all_variants_agree_and_are_reported(
     precision: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: None
 ) -> None:
     monkeypatch.setattr(train, "VariantProcess", Here)
+    if precision == "bf16":  # one after another, as on a GPU
+        at_once = train.BenchPlan.at_once
+        monkeypatch.setattr(train.BenchPlan, "at_once", lambda plan, device: at_once(plan, "cuda"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     file = tmp_path / "train.json"
     assert train.bench_train(train.Options("tiny", str(data), precision, 4, EAGER, json=str(file))) == 0
