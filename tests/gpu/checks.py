@@ -45,7 +45,7 @@ CHECKS = {
     "fsdp": Check("tests.gpu.ranks:fsdp", "steps under FSDP, rows shared and owned", sharded=True),
     "fsdp-bf16": Check("tests.gpu.ranks:fsdp_bf16", "gradients under FSDP in bf16", sharded=True),
     "zero": Check("tests.gpu.ranks:zero", "steps under DeepSpeed's ZeRO", sharded=True),
-    "sync": Check("tests.gpu.sync:step", "a step that never waits for the device"),
+    "sync": Check("tests.gpu.sync:step", "passes and update that never wait for the device"),
     "tol-rows": Check("tests.gpu.tol:rows", "FFN-M of the vocabulary, as a ToL build computes it"),
     "tol-build": Check("tests.gpu.tol:build", "a ToL built by Ray's workers, and generation from it"),
     "generation": Check("tests.gpu.tol:generation", "generation with FFN-M computed"),

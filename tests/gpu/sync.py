@@ -1,4 +1,4 @@
-"""A step in torch's sync debug mode: it should queue work on the device and never wait for it."""
+"""A step in torch's sync debug mode: it should queue work on the device, and wait for its results alone."""
 
 import traceback
 from collections.abc import Callable
@@ -19,7 +19,10 @@ PACKAGE = Path(mlm_train.__file__).parent
 
 
 def step(device: str) -> Figures:
-    """Backward passes and the update of a second step; the first one allocates and chooses kernels."""
+    """Backward passes and the update of a second step; the first one allocates and chooses kernels.
+
+    What a step does afterwards, reading its results, waits by nature.
+    """
     module = torch.get_device_module(device)
     if not hasattr(module, "set_sync_debug_mode"):
         raise NotPossible(f"{device} has no sync debug mode")
@@ -32,7 +35,7 @@ def step(device: str) -> Figures:
     module.synchronize()
     module.set_sync_debug_mode("error")
     try:
-        unsynchronised(lambda: trainer.step(batches, 1e-3))
+        unsynchronised(lambda: (trainer.backward(batches), trainer.engine.step(1e-3)))
     finally:
         module.set_sync_debug_mode("default")
     return {}
