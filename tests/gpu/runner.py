@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
 import torch
+import torch.distributed as dist
 
 from tests.gpu.checks import Check, Figures, NotPossible, ranks_on
 from tests.ranks import run_on_ranks
@@ -103,11 +104,18 @@ def perform(function: str, device: str) -> Figures:
     try:
         figures: Figures = getattr(importlib.import_module(module), name)(device)
     except NotPossible as error:
-        return {"not_possible": str(error)}
+        return _together({"not_possible": str(error)})
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in NEEDED:
             raise
-        return {"not_possible": f"{error.name} is not installed"}
+        return _together({"not_possible": f"{error.name} is not installed"})
+    return figures
+
+
+def _together(figures: Figures) -> Figures:
+    """The same, once all ranks are here: those still connecting to one that has left would fail."""
+    if dist.is_initialized():
+        dist.barrier()
     return figures
 
 
