@@ -10,7 +10,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 TEST_WORKERS ?= $(shell echo $$(($(CORES) < 8 ? $(CORES) + 1 : 8)))
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: quickstart test test-fast test-long test-slurm check parity performance clean help
+.PHONY: quickstart test test-fast test-long test-slurm test-gpu check parity performance clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -45,6 +45,11 @@ test-long: .venv/dev.stamp  ## what takes hours: all parity cases, many kills, 3
 
 test-slurm: .venv/dev.stamp  ## jobs on a real Slurm of four nodes on this machine (as root)
 	$(PYTEST) -rs tests/slurm
+
+# A machine with GPUs has its own torch: nothing is installed.
+GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),python3)
+test-gpu:  ## all CHECKS of docs/gpu.md, or those named, on the GPUs of this machine
+	$(GPU_PYTHON) -m tests.gpu --device cuda $(CHECKS)
 
 parity: .venv/dev.stamp  ## compare every parallel layout with one process, write docs/parity.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.parallel.table

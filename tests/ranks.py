@@ -20,24 +20,27 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-from tests.commands import mlm_train
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def forkserver() -> ForkServerContext:
-    """How processes begin that need a part of it: a test process has one server, for all its tests."""
+def forkserver(preload: str = "tests.preload") -> ForkServerContext:
+    """How processes begin that need a part of it: a test process has one server, for all its tests.
+
+    preload: the module that the server imports, if it has not started yet.
+    """
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["tests.preload"])
+    processes.set_forkserver_preload([preload])
     return processes
 
 
-def run_on_ranks(target: str, world: int, timeout: float = 600, **arguments: Any) -> Any:
+def run_on_ranks(
+    target: str, world: int, timeout: float = 600, preload: str = "tests.preload", **arguments: Any
+) -> Any:
     """`target` is "module:function"; it gets the arguments, rank 0's result comes back (through JSON).
 
     Any rank's failure fails the test with that rank's own traceback, and ends the others.
     """
-    processes = forkserver()
+    processes = forkserver(preload)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -72,6 +75,7 @@ def train_on_ranks(world: int, *words: object) -> None:
 
 def _pretrain(words: list[str]) -> None:
     from mlm_train.parallel import runtime
+    from tests.commands import mlm_train
 
     mlm_train("pretrain", *words)
     runtime.stop()

@@ -13,6 +13,7 @@ from mlm_train.config.renamed import RENAMED
 from mlm_train.config.schema import Config
 from mlm_train.config.section import Section
 from tests.commands import ROOT
+from tests.gpu.__main__ import parser as suite_parser
 from tests.parsers import options, parsers
 from tools.import_graph import LAYERS
 
@@ -89,7 +90,7 @@ def check_command(words: list[str], line: str) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=named)
 def test_options_are_there(document: Path) -> None:
-    known = FOREIGN.union(*map(options, parsers().values()), pytest_options())
+    known = FOREIGN.union(*map(options, (*parsers().values(), suite_parser())), pytest_options())
     for line in code(document):
         if "mlm-train" in line or "--" not in line:
             continue

@@ -22,15 +22,18 @@ examples:
 _TRAIN_HELP = """Measure speed, memory and FLOPs of a training step: base, memory, flex, transformers' Llama.
 
 Each variant has its own process; one at a time runs one micro-batch, alternating. Presets: a (12 layers,
-hidden 768, 16,384 tokens per step), b (8 layers, hidden 1,024, 65,536 tokens per step), tiny (for tests). All
-variants use the same text, and those of one kind the same weights; exit code 1 if losses or gradients of one
-kind differ. All processes exist at the same time: preset a needs about 20 GiB, or fewer --variants.
+hidden 768, 16,384 tokens per step), b (8 layers, hidden 1,024, 65,536 tokens per step), 1b (for a GPU: the
+paper's 1B shape, sequences of 8,192, vocabulary 128,256), tiny (for tests). All variants use the same text,
+and those of one kind the same weights; exit code 1 if losses or gradients of one kind differ. On a CPU all
+processes exist at the same time: preset a needs about 20 GiB, or fewer --variants. On a GPU they run one
+after another, memory is that of torch's allocator, and the engine is fsdp, which needs torch alone.
 
 examples:
   mlm-train data collect --source /usr/share/doc/linux-doc-6.1/html --output runs/bench/text
   mlm-train data prepare --input runs/bench/text --output runs/bench/data --tokenizer train:32768
   mlm-train bench train --data runs/bench/data --preset a --json train.a.json --plot train.a.png
-  mlm-train bench train --data runs/bench/data --preset b --variants base memory.table noffn --runs 4"""
+  mlm-train bench train --data runs/bench/data --preset b --variants base memory.table noffn --runs 4
+  mlm-train bench train --data data/mine --preset 1b --device cuda --compile --json train.1b.json"""
 
 _AUTO_HELP = """Compare the choice of memory.mode=auto with every measured mode, on six small shapes.
 
@@ -212,10 +215,11 @@ def _add_profile(actions: "Actions") -> None:
 
 def _add_train(actions: "Actions") -> None:
     train = add_action(actions, "train", "measure a training step of every kind and mode", _TRAIN_HELP)
-    train.add_argument("--preset", metavar="NAME", default="a", help="a, b or tiny (default a)")
+    train.add_argument("--preset", metavar="NAME", default="a", help="a, b, 1b or tiny (default a)")
     train.add_argument(
         "--data", metavar="DIR", help="folder of `data prepare`, with the preset's vocabulary size"
     )
+    train.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     train.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="default bf16")
     train.add_argument(
         "--runs", type=int, metavar="N", default=8, help="timed micro-batches per variant (default 8)"
@@ -348,6 +352,7 @@ def _run_train(args: argparse.Namespace) -> int:
         "steps_of",
         "validate",
         "compile",
+        "device",
         "json",
         "plot",
     )

@@ -27,12 +27,15 @@ def row(name: str, values: Sequence[float], unit: str) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """The machine of a measurement. load_at_start: the load average of the last minute."""
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """The machine of a measurement. load_at_start: the load average of the last minute.
+
+    device: its type; other than a CPU it is named.
+    """
     import psutil
     import torch
 
-    return {
+    found = {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
@@ -42,13 +45,17 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+    if device != "cpu":
+        found["device"] = torch.get_device_module(device).get_device_name()
+    return found
 
 
 def describe(machine: dict[str, Any]) -> str:
     """The result of machine() in one line."""
     threads = machine["threads_per_process"]
+    device = f"{machine['device']}; " if "device" in machine else ""
     return (
-        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
+        f"{device}{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
         f"{threads} thread{'' if threads == 1 else 's'} per process, "
         f"load {machine['load_at_start']} at start; "
         f"Python {machine['python']}, torch {machine['torch']}"

@@ -1,7 +1,8 @@
 """`bench train`: speed, memory and FLOPs of a step of every variant of training, and of transformers' Llama.
 
-Each variant has its own process, all alive at the same time. One at a time runs one micro-batch, alternating,
-so that other load on the machine affects all of them alike.
+Each variant has its own process. On a CPU all are alive at the same time, and one at a time runs one
+micro-batch, alternating, so that other load on the machine affects all of them alike. A GPU holds one variant
+at a time, and nobody else's load.
 """
 
 import json
@@ -53,6 +54,7 @@ class Options:
     steps_of: Sequence[int] | None = None
     validate: Sequence[str] | None = None
     compile: bool = False
+    device: str = "cpu"
     tokens: int | None = None  # per step; None: the preset's
     passes: int = 3  # timed begins, finishes and whole steps; micro-batches are spread over them
     json: str | None = None
@@ -69,21 +71,29 @@ class BenchPlan:
     sizes: list[int]  # tokens per step, other than the preset's own
     validated: list[str]
 
+    def at_once(self, device: str) -> "list[BenchPlan]":
+        """Its parts, of variants that are alive at the same time: a GPU holds one."""
+        return [self] if device == "cpu" else [replace(self, variants=[each]) for each in self.variants]
+
 
 def bench_train(options: Options) -> int:
     """Measure, print and write the report. Returns 1 if variants of one function disagree, else 0."""
     plan = _checked(options)
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-    machine = report.machine()
+    machine = report.machine(options.device)
     notes: list[str] = []
-    with ExitStack() as stack:
-        variants = Variants.start(plan, options, stack, notes)
-        records = variants.measure(options.runs, min(options.passes, options.runs))
+    records: dict[str, VariantFigures] = {}
+    for part in plan.at_once(options.device):
+        with ExitStack() as stack:
+            variants = Variants.start(part, options, stack, notes)
+            records |= variants.measure(options.runs, min(options.passes, options.runs))
     distinct = _distinct(plan)
     micro = distinct.pop(plan.preset.micro_tokens)
-    peak = measured_peak_flops(torch.device("cpu"), options.precision)
+    peak = measured_peak_flops(torch.device(options.device), options.precision)
     measured = TrainFigures(plan.preset, options.precision, options.data, records, micro, distinct, peak)
     notes += train_show.notes(measured, options.runs, plan.data.fingerprint)
+    if options.device != "cpu":
+        notes.append(train_show.ON_A_DEVICE)
     faults = disagreements(measured)
     rows, ratios = rows_of(measured), ratios_of(measured)
     tree = {"machine": machine, "rows": rows, "ratios": ratios, "notes": notes}
@@ -100,6 +110,8 @@ def _checked(options: Options) -> BenchPlan:
     if options.preset not in PRESETS:
         raise UserError(f"--preset {options.preset}: choose from {', '.join(PRESETS)}")
     preset = PRESETS[options.preset]
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
     if options.tokens is not None:
         preset = replace(preset, tokens=options.tokens)
     for name in ("runs", "passes"):
@@ -140,16 +152,27 @@ def _checked_data(folder: str, preset: Preset, tokens: int) -> PreparedData:
 
 
 def _check_memory(preset: Preset, variants: Sequence[Variant], options: Options) -> None:
-    """Raise UserError where memory does not suffice: all processes hold weights and gradients, one runs."""
+    """Raise UserError where memory does not suffice: all processes hold weights and gradients, one runs.
+
+    On a GPU there is one process.
+    """
+    on_cpu = options.device == "cpu"
+    count = len(variants) if on_cpu else 1
     config = make_config(preset, Variant.named("base"), options.data, options.precision, preset.tokens)
     weights = 4 * count_parameters(config.model).stored
-    needed = len(variants) * (2 * weights + PROCESS_BYTES) + 2 * weights
+    needed = count * (2 * weights + PROCESS_BYTES) + 2 * weights
     needed += LOGITS * 4 * preset.micro_tokens * preset.vocabulary
-    free = psutil.virtual_memory().available
+    if on_cpu:
+        free = psutil.virtual_memory().available
+    else:
+        free, _ = torch.get_device_module(options.device).mem_get_info()
     if needed > free:
+        need, fix = f"{count} variants need", "choose some with --variants"
+        if not on_cpu:
+            need, fix = "a variant needs", "choose a smaller one"
         raise UserError(
-            f"--preset {preset.name}: {len(variants)} variants need about {needed / 2**30:.1f} GiB, but "
-            f"{free / 2**30:.1f} are free; choose some with --variants"
+            f"--preset {preset.name}: {need} about {needed / 2**30:.1f} GiB, but "
+            f"{free / 2**30:.1f} are free; {fix}"
         )
 
 
@@ -234,6 +257,7 @@ class Variants:
             "tokens": plan.preset.tokens,
             "data": options.data,
             "precision": options.precision,
+            "device": options.device,
         }
         processes = []
         for variant in plan.variants:

@@ -44,6 +44,8 @@ PRESETS = {
     for preset in (
         Preset("a", 12, 768, 12, 2048, 32768, 1024, 2, 16384, _SIZES, ALL, ("base", "memory.table")),
         Preset("b", 8, 1024, 16, 2736, 32768, 1024, 2, 65536, _SIZES, SHARED, ("memory.table",)),
+        # For a GPU: the paper's 1B shape and vocabulary (configs/base-1b.yaml), long sequences.
+        Preset("1b", 24, 2048, 32, 5464, 128256, 8192, 1, 65536, (65536, 262144), SHARED, ("memory.table",)),
         # For tests: takes seconds, and its figures mean nothing.
         Preset("tiny", 2, 48, 4, 128, 512, 32, 2, 256, (128, 256, 512), ALL, ("base", "memory.table")),
     )
@@ -84,7 +86,9 @@ class Variant:
         return "base" if self.family == "hf" else f"{self.family}{self.beta or ''}"
 
 
-def make_config(preset: Preset, variant: Variant, data: str, precision: str, tokens: int) -> Config:
+def make_config(
+    preset: Preset, variant: Variant, data: str, precision: str, tokens: int, device: str = "cpu"
+) -> Config:
     """The config of a training run with `tokens` per step; base for transformers' variants.
 
     All except noffn have the same number of parameters: memory's FFN-M is as large as base's FFN, flex's is
@@ -111,13 +115,14 @@ def make_config(preset: Preset, variant: Variant, data: str, precision: str, tok
         "global_batch_size": tokens // preset.sequence,
         "precision": precision,
         "seed": SEED,
-        "device": "cpu",
+        "device": device,
         "compile": variant.compiled and variant.family != "hf",
     }
     tree: dict[str, Any] = {
         "model": model,
         "data": {"path": data, "sequence_length": preset.sequence},
-        "parallel": {"zero_stage": 0},  # nothing to shard in one process: plain gradients, as in transformers
+        # Nothing to shard in one process: plain gradients, as in transformers. FSDP needs torch alone.
+        "parallel": {"zero_stage": 0} if device == "cpu" else {"engine": "fsdp"},
         "train": train,
     }
     if variant.mode is not None:

@@ -146,7 +146,8 @@ class LlamaRunner:
             raise UserError("transformers is not installed (requirements-dev.txt has it)") from None
         keep_freed()  # as runtime.start does for ours
         tree = config_json(config.model) | {"use_cache": False}
-        self.model = LlamaForCausalLM(LlamaConfig.from_dict(tree)).train()
+        self.device = processes.pick_device(config.train.device)
+        self.model = LlamaForCausalLM(LlamaConfig.from_dict(tree)).train().to(self.device)
         with torch.no_grad():
             for name, weight in self.model.named_parameters():
                 weight.copy_(draw(config.model, config.train.seed, name, weight.shape))
@@ -157,13 +158,13 @@ class LlamaRunner:
             groups, lr=options.lr, betas=options.betas, eps=options.eps
         )
         self.entry: Callable[..., Any] = torch.compile(self.model) if variant.compiled else self.model
-        self.precision = autocast_of(config, torch.device("cpu"))
+        self.precision = autocast_of(config, self.device)
 
     def begin(self, batches: Sequence[MicroBatch]) -> None:
         """Count the labels of the step, by which transformers' own trainer divides a micro-batch's loss."""
-        self.batches = batches
+        self.batches = [MicroBatch(*(part.to(self.device) for part in batch)) for batch in batches]
         # A tensor: torch.compile would recompile for each new number.
-        self.labels = torch.tensor(sum(count_labels(batch.labels) for batch in batches))
+        self.labels = torch.tensor(sum(count_labels(batch.labels) for batch in batches), device=self.device)
 
     def run(self, number: int) -> float:
         """Run a micro-batch."""

@@ -111,6 +111,11 @@ before the model, after a step of a tiny one. tables: FFN-M's, their gradients a
 as noffn: the time of the same model without any FFN. matmuls at peak: the time of the formula's FLOPs at the
 speed of square matrix multiplications of size 1,024 on this machine."""
 
+ON_A_DEVICE = (
+    "memory is that of tensors on the device, as torch's allocator counts them; variants were measured one "
+    "after another; square matrix multiplications of size 8,192"
+)
+
 
 def notes(measured: TrainFigures, runs: int, fingerprint: str) -> list[str]:
     """Remarks on the figures, in plain text."""

@@ -4,26 +4,25 @@ Each variant has its own process, so that memory peaks are its own; the coordina
 time. Orders and answers are JSON, one per line.
 """
 
-import gc
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
 import torch
 
+from mlm_train.bench.memory_in_use import memory_in_use
 from mlm_train.bench.train_presets import PRESETS, SEED, Preset, Variant, make_config
 from mlm_train.bench.train_runners import StepRunner, build_runner
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
 from mlm_train.errors import UserError
 from mlm_train.parallel.mesh.topology import Topology
+from mlm_train.parallel.runtime import pick_device
 from mlm_train.train.batches import MicroBatch, step_batches
 from mlm_train.utils.malloc import give_back
 
@@ -63,9 +62,12 @@ class VariantWorker:
         self.preset = replace(PRESETS[order["preset"]], tokens=order["tokens"])
         self.variant = Variant.named(order["variant"])
         self.precision, self.data = order["precision"], order["data"]
+        self.device = pick_device(order["device"])
+        self.memory = memory_in_use(self.device)
+        self.synchronize = torch.get_device_module(self.device).synchronize
         self.samples = Samples(PreparedData.open(self.data).split("train"), self.preset.sequence, SEED)
         self._load_libraries()
-        runtime = _resident()
+        runtime = self.memory.now()
         self.runner = self._build(self.preset)
         self.weights = list(self.runner.model.parameters())
         self.built: dict[str, Any] = {
@@ -75,7 +77,8 @@ class VariantWorker:
         }
 
     def _build(self, preset: Preset) -> StepRunner:
-        config = make_config(preset, self.variant, self.data, self.precision, preset.tokens)
+        kind = self.device.type
+        config = make_config(preset, self.variant, self.data, self.precision, preset.tokens, kind)
         return build_runner(self.variant, config)
 
     def _load_libraries(self) -> None:
@@ -128,8 +131,10 @@ class VariantWorker:
 
     def _timed(self, work: Callable[[], Any]) -> dict[str, Any]:
         """Run `work`; wall seconds and CPU seconds of all threads, and its result as loss."""
+        self.synchronize()  # a device works on after its kernels are launched
         started, busy = time.perf_counter(), time.process_time()
         result = work()
+        self.synchronize()
         answer = {"seconds": time.perf_counter() - started, "processor": time.process_time() - busy}
         return answer | ({} if result is None else {"loss": result})
 
@@ -169,25 +174,23 @@ class VariantWorker:
     def _memory(self, order: dict[str, Any]) -> dict[str, Any]:
         """Peak memory of a step, before and with the optimizer, whose state exists since `update`.
 
-        The peak resident set is reset first; begin has the ids of the whole step.
+        The peak is reset first; begin has the ids of the whole step.
         """
         batches = self._batches(order["tokens"])
         state = [value for states in self.runner.optimizer.state.values() for value in states.values()]
         optimizer = sum(value.nbytes for value in state if isinstance(value, torch.Tensor))
-        gc.collect()
-        give_back()
-        _reset_peak()
+        self.memory.reset_peak()
         self.runner.begin(batches)
         tables = sum(tensor.untyped_storage().nbytes() for tensor in self.runner.step_tensors())
         for number in range(min(MEASURED, len(batches))):
             self.runner.run(number)
         self.runner.finish()
-        peak = _peak()
+        peak = self.memory.peak()
         gradients = sum(weight.grad.nbytes for weight in self.weights if weight.grad is not None)
         self.runner.update()
         return {
             "peak": peak,
-            "peak_with_update": _peak(),
+            "peak_with_update": self.memory.peak(),
             "gradients": gradients,
             "optimizer": optimizer,
             "tables": tables,
@@ -197,28 +200,3 @@ class VariantWorker:
 def _does_not_compile(error: Exception) -> UserError:
     lines = str(error).strip().splitlines() or [""]
     return UserError(f"does not compile: {type(error).__name__}: {lines[0]}")
-
-
-def _resident() -> int:
-    gc.collect()
-    give_back()
-    resident: int = psutil.Process().memory_info().rss
-    return resident
-
-
-def _reset_peak() -> None:
-    """Reset the peak resident set, on Linux only; elsewhere it is the process's peak, an upper bound."""
-    reset = Path("/proc/self/clear_refs")
-    if reset.exists():
-        reset.write_text("5", encoding="ascii")
-
-
-def _peak() -> int:
-    """Peak resident set since _reset_peak, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

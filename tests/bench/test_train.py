@@ -16,6 +16,7 @@ from mlm_train.bench.train_worker import VariantWorker
 from mlm_train.model.counts import count_parameters, train_flops_per_token
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel import runtime
+from mlm_train.train.batches import MicroBatch
 from tests.commands import finished, refused
 
 TINY = PRESETS["tiny"]
@@ -53,6 +54,9 @@ def test_all_variants_agree_and_are_reported(
     precision: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: None
 ) -> None:
     monkeypatch.setattr(train, "VariantProcess", Here)
+    if precision == "bf16":  # one after another, as on a GPU
+        at_once = train.BenchPlan.at_once
+        monkeypatch.setattr(train.BenchPlan, "at_once", lambda plan, device: at_once(plan, "cuda"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     file = tmp_path / "train.json"
     assert train.bench_train(train.Options("tiny", str(data), precision, 4, EAGER, json=str(file))) == 0
@@ -114,6 +118,23 @@ def test_noffn_is_a_base_whose_ffn_adds_nothing(groups: None) -> None:
             if "down_proj" in name:
                 weight.zero_()
         assert torch.equal(noffn(ids), base(ids))
+
+
+def test_the_engine_of_a_gpu_takes_the_same_step(groups: None) -> None:
+    """FSDP, which needs torch alone; here on the CPU."""
+    ids = torch.arange(4 * TINY.sequence).view(4, -1) % TINY.vocabulary
+    batches = [MicroBatch(part, part) for part in ids.split(TINY.micro_batch)]
+    variant, taken = Variant.named("memory.table"), []
+    for device in ("cpu", "cuda"):
+        config = make_config(TINY, variant, "none", "fp32", 4 * TINY.sequence, device)
+        config = config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})})
+        runner = build_runner(variant, config)
+        loss = runner.whole(batches)
+        runner.update()
+        taken.append((config.parallel.engine, loss, next(runner.model.parameters()).detach().clone()))
+    (zero, loss, weight), (fsdp, other_loss, other_weight) = taken
+    assert (zero, fsdp, loss) == ("deepspeed", "fsdp", pytest.approx(other_loss))
+    torch.testing.assert_close(weight, other_weight)
 
 
 def test_shapes_have_the_same_total() -> None:
@@ -223,9 +244,11 @@ def test_a_difference_is_found() -> None:
 
 def test_bad_input(data: Path, tmp_path: Path) -> None:
     words = ("bench", "train", "--data", data, "--preset")
-    assert "choose from a, b, tiny" in refused(*words, "c")
+    assert "choose from a, b, 1b, tiny" in refused(*words, "c")
     assert "vocabulary of 512" in refused(*words, "a") and "train:32768" in refused(*words, "a")
     assert "needs --data" in refused("bench", "train")
+    if not torch.cuda.is_available():
+        assert "no CUDA device here; use --device cpu" in refused(*words, "tiny", "--device", "cuda")
     assert "holds no prepared data" in refused("bench", "train", "--data", tmp_path, "--preset", "tiny")
     assert "--runs 0: give at least 1" in refused(*words, "tiny", "--runs", 0)
     assert "--passes 0: give at least 1" in refused(*words, "tiny", "--passes", 0)

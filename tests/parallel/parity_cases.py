@@ -151,9 +151,9 @@ def _as_stored(engine: FsdpEngine, name: str, rows: Tensor) -> Tensor:
 
 
 def assembled(local: list[Piece], values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Whole logical tensors, on every rank, from the pieces that the ranks hold in their parameters."""
+    """Whole logical tensors, on every rank's CPU, from the pieces that the ranks hold in their parameters."""
     mine = [
-        (piece.name, piece.shape, piece.offset, piece.of(values[piece.parameter]).contiguous())
+        (piece.name, piece.shape, piece.offset, piece.of(values[piece.parameter]).contiguous().cpu())
         for piece in local
     ]
     gathered: list = [None] * dist.get_world_size()
@@ -188,19 +188,22 @@ def _first_gradients(trainer: Trainer, batches: list[MicroBatch], reference: dic
 
 
 def run_bf16_cases(
-    model: dict, modes: list[str], micro_batch: int, seeds: int, parallel: dict
+    model: dict, modes: list[str], micro_batch: int, seeds: int, parallel: dict, device: str = "auto"
 ) -> dict[str, float]:
-    """Median error of bf16 gradients: of each mode in this layout, and of one process alone."""
+    """Median error of bf16 gradients: of each mode in this layout, and of one process alone on a CPU.
+
+    modes: of MODES or BF16_MODES; of a base model "none".
+    """
     distances: dict[str, list[float]] = {name: [] for name in [*modes, "alone"]}
     for seed in range(seeds):
         train = {"micro_batch_size": micro_batch, "precision": "bf16", "seed": seed, "loss_chunk_size": 13}
-        sections = {"train": train, "parallel": parallel}
-        config = tiny_config(model, memory=MODES[modes[0]], **sections)
+        sections = {"train": train | {"device": device}, "parallel": parallel}
+        config = tiny_config(model, **sections)
         runtime = processes.start(config)
         reference = train_reference(config, 1)["gradients"]
         for mode in modes:
-            memory = (MODES | BF16_MODES)[mode]
-            trainer = make_trainer(tiny_config(model, memory=memory, **sections), runtime)
+            memory = {} if mode == "none" else {"memory": (MODES | BF16_MODES)[mode]}
+            trainer = make_trainer(tiny_config(model, **memory, **sections), runtime)
             batches = my_batches(runtime, 0, config)
             distances[mode].append(_first_gradients(trainer, batches, reference))
         distances["alone"].append(_alone_bf16(config, reference))

@@ -15,6 +15,8 @@ from mlm_train.parallel.engine.base import parameter_groups
 from mlm_train.train.schedule import learning_rate
 
 VOCABULARY, LENGTH, GLOBAL_BATCH = 96, 24, 8
+# Of relative errors in fp32 (parity_cases.py).
+LIMITS = {"loss": 1e-5, "norm": 1e-5, "gradients": 1e-5, "weights": 1e-4}
 EOD = 2  # ends a document in cases that separate documents; about half of the rows contain one
 
 
@@ -109,7 +111,7 @@ def train_reference(config: Config, steps: int, dtype: torch.dtype = torch.float
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     parameters = dict(model.named_parameters())
     weights = {piece.name: piece.of(parameters[piece.parameter].detach()) for piece in pieces(model)}
     return {"losses": losses, "norms": norms, "gradients": first, "weights": weights}

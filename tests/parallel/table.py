@@ -8,6 +8,7 @@ import torch
 
 from tests.parallel.layouts import Case
 from tests.parallel.matrix import LAYOUTS, Layout, cases_of
+from tests.parallel.reference import LIMITS
 from tests.ranks import ROOT, run_on_ranks
 from tests.zero_bubble import runs_here
 
@@ -29,7 +30,6 @@ that the tensor ranks do not divide, loss chunks, micro-batch count, stages of u
 tests/parallel/test_parity.py lists the pairs that the config rejects.
 
 """
-LIMITS = {"loss": 1e-5, "norm": 1e-5, "gradients": 1e-5, "weights": 1e-4}
 FIGURES = ("loss", "norm", "gradients", "weights", "alone")
 
 
