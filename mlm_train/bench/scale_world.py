@@ -265,7 +265,7 @@ def _groups(module: FSDPModule) -> list[Any]:
 
 
 def _state(engine: FsdpEngine) -> dict[str, int]:
-    """Bytes of fp32 weights and moments on this rank, by part of the model, and of whole copies of weights."""
+    """Bytes of fp32 weights and moments on this rank, by part of the model, and of whole copies."""
     parts: Counter[str] = Counter()
     owned_names = {name for copies in engine.copies for name in copies.copies}
     for name, shard in engine.shards.items():
