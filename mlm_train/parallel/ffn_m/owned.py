@@ -62,20 +62,26 @@ class Placement:
 class Asked:
     """The ids of a step that each rank of the stage asks for, on the CPU, and what follows of them."""
 
-    by_rank: list[Tensor]  # int64, sorted, distinct
+    by_rank: list[Tensor]  # int64, sorted
+    everyone: Tensor  # the same in one, and of each id its unit and the rank that asks for it
+    units: Tensor
+    asker: Tensor
     needed: Tensor  # sorted: those whose x0 this rank needs
+    computed: dict[int, Tensor]  # by layer held here, of which of those it computes rows: indices
 
     @classmethod
     def of(cls, ids: Tensor, placement: Placement) -> "Asked":
         """Gather the ids of all ranks. ids int64 [any number]: those that this rank asks for."""
-        by_rank = gather_ids(ids, placement.cpu_group)
-        union = torch.cat(by_rank).unique()
-        return cls(by_rank, union[placement.computes(union)])
-
-    def computed(self, layer: int, placement: Placement) -> Tensor:
-        """The rows of a layer that this rank computes: indices into `needed`."""
-        units = units_of(self.needed, placement.owners.ranks)
-        return (placement.owners.rank_of(layer, units) == placement.rank).nonzero().flatten()
+        by_rank, owners, rank = gather_ids(ids, placement.cpu_group), placement.owners, placement.rank
+        everyone, counts = torch.cat(by_rank), torch.tensor([len(ids) for ids in by_rank])
+        union = everyone.unique()
+        needed = union[placement.computes(union)]
+        units = units_of(needed, owners.ranks)
+        computed = {
+            layer: (owners.rank_of(layer, units) == rank).nonzero().flatten() for layer in owners.held(rank)
+        }
+        asker = torch.arange(owners.ranks).repeat_interleave(counts)
+        return cls(by_rank, everyone, units_of(everyone, owners.ranks), asker, needed, computed)
 
 
 def keep_owned(model: Transformer, owners: Owners | None, rank: int, bf16: bool) -> list[nn.Module]:
@@ -117,18 +123,13 @@ class Messages:
         owners, rank = placement.owners, placement.rank
         units = units_of(asked.by_rank[rank], owners.ranks)
         owner = torch.stack([owners.rank_of(layer, units) for layer in layers]).flatten()
-        held = [layer for layer in layers if layer in owners.held(rank)]
-        everyone = torch.cat(asked.by_rank)
-        asker = torch.arange(owners.ranks).repeat_interleave(
-            torch.tensor([len(ids) for ids in asked.by_rank])
-        )
-        units = units_of(everyone, owners.ranks)
-        indices, askers, sizes = [torch.empty(0, dtype=torch.int64)], [asker[:0]], list[int]()
+        held = [layer for layer in layers if layer in asked.computed]
+        indices, askers, sizes = [torch.empty(0, dtype=torch.int64)], [asked.asker[:0]], list[int]()
         for layer in held:
-            computed = asked.needed[asked.computed(layer, placement)]
-            served = owners.rank_of(layer, units) == rank
-            indices.append(torch.searchsorted(computed, everyone[served]) + sum(sizes))
-            askers.append(asker[served])
+            computed = asked.needed[asked.computed[layer]]
+            served = owners.rank_of(layer, asked.units) == rank
+            indices.append(torch.searchsorted(computed, asked.everyone[served]) + sum(sizes))
+            askers.append(asked.asker[served])
             sizes.append(len(computed))
         by_asker = torch.cat(askers).argsort(stable=True)
         index, sent = torch.cat(indices)[by_asker], counts_of(torch.cat(askers), owners.ranks)
@@ -265,8 +266,7 @@ class OwnedTables(TableSource):
             mine = torch.cat((mine, here[-1:].expand(each - len(mine))))
         asked = Asked.of(mine, self.placement)
         messages = [Messages.of(layers, asked, self.placement) for layers in self._grouped(asked)]
-        computed = {layer: asked.computed(layer, self.placement) for layer in self.held}
-        return OwnedPlan(here, asked.needed, None, messages, computed, passes)
+        return OwnedPlan(here, asked.needed, None, messages, asked.computed, passes)
 
     def begin(self, plan: OwnedPlan, rows: Tensor) -> None:  # type: ignore[override]
         """Compute the rows of the layers owned here, and send them. rows: x0 of the needed ids, fp32."""
@@ -295,8 +295,10 @@ class OwnedTables(TableSource):
         self.to_send = list(self.groups) if training else []
 
     def _rows(self, rows: Tensor, index: Tensor) -> StepRows:
+        """The x0 of `index` of the needed rows, to compute from; all of them for a whole layer."""
         index = index.to(self.device, non_blocking=True)
-        step_rows = StepRows(rows[index], Positions(), self.precision)
+        every = len(index) == len(rows)
+        step_rows = StepRows(rows if every else rows[index], Positions(), self.precision)
         self.parts.append((index, step_rows))
         return step_rows
 
@@ -324,8 +326,7 @@ class OwnedTables(TableSource):
             group = self.group_of[layer]
             group.arrive()
             at, done = group.places_of(layer)[index], partial(self._done, group)
-            memory: Tensor = Lookup.apply(at, group.rows, group.gradient, self.anchors[layer], done)
-            return memory
+            return Lookup.apply(at, group.rows, group.gradient, self.anchors[layer], done)
 
         return read
 
