@@ -1,5 +1,6 @@
-"""The dry run's activation estimates change in the right direction."""
+"""The dry run: activation estimates change in the right direction, and what cannot fit is refused."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from mlm_train.config import load_config
 from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.plan.activations import activation_bytes, in_flight
+from mlm_train.plan.memory import rank_memory
+from tests.commands import refused
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "memory-250m.yaml"
 
@@ -42,3 +45,21 @@ def test_micro_batches_in_flight(words: list[str], expected: list[float]) -> Non
     )
     found = [in_flight(config, Topology.of(config.parallel, 4, rank)) for rank in range(4)]
     assert found == expected
+
+
+def test_a_model_that_cannot_fit_is_one_line_with_a_layout_that_would() -> None:
+    model = ("model.hidden_size=8192", "model.num_hidden_layers=80", "model.num_attention_heads=64")
+    large = (*model, "model.num_key_value_heads=8", "model.intermediate_size=28672", "train.device=cpu")
+    line = refused("pretrain", CONFIG.with_name("memory-1b.yaml"), *large)
+    assert line.startswith("mlm-train: a rank would hold 1,") and "\n" not in line.strip()
+    found = re.search(
+        r"has ([\d.]+): (parallel.engine=fsdp memory.mode=table memory.placement=owned.*) on (\d+) processes",
+        line,
+    )
+    assert found is not None, line
+    words, ranks = found[2].split(), int(found[3])
+    config = load_config(CONFIG.with_name("memory-1b.yaml"), [*large, *words])
+    for count, fits in ((ranks, True), (ranks // 2, False)):
+        memory = rank_memory(config, Topology.of(config.parallel, count))
+        state = memory.weights + memory.gradients + memory.optimizer + memory.buckets
+        assert (state <= float(found[1]) * 2**30 * 1.01) is fits
