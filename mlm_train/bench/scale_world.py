@@ -117,7 +117,7 @@ def measure(world: World, config: Config, data: PreparedData) -> dict[str, Any]:
     source = executor.source
     with _known_ids(asked, source if isinstance(source, OwnedTables) else None):
         started = time.perf_counter()
-        plan = executor.channel.plan(torch.cat([batch.ids for batch in batches]), len(batches))
+        plan = executor.channel.plan(torch.cat([batch.ids for batch in batches]), len(batches), ahead=False)
         planned = time.perf_counter() - started
     unsharded = _most_unsharded(engine) if topology.pipeline == 1 else None
     # Passes repeat: two short steps tell what one adds. A pipeline needs as many as it has stages.
@@ -154,7 +154,7 @@ def _step(
     axes = {"tensor": groups.tensor, "pipeline": groups.pipeline, "data": groups.data, "stage": groups.stage}
     index = plan[0] if isinstance(plan, tuple) else plan.index
     cut = (index[:rows], plan[1]) if isinstance(plan, tuple) else replace(plan, index=index[:rows])
-    executor.channel.plan = lambda ids, passes: cut
+    executor.channel.plan = lambda ids, passes, ahead: cut
     with _agreed_stages(), fake, Calls({group.group_name: axis for axis, group in axes.items()}) as calls:
         with engine.accumulating():
             executor.backward(batches, 1.0)

@@ -27,9 +27,9 @@ class RowSharing:
     parallel/ffn_m/shares.py has the subclass that splits the rows of all data-parallel ranks over them.
     """
 
-    def plan(self, ids: Tensor) -> tuple[Tensor, Any]:
+    def plan(self, ids: Tensor, ahead: bool) -> tuple[Tensor, Any]:
         """The step's distinct ids here, int64 [distinct], sorted -> those to compute here [share], and what
-        `begin` takes. On the CPU.
+        `begin` takes. On the CPU; `ahead`: of a later step, by the data thread.
         """
         return ids, None
 
@@ -89,11 +89,11 @@ class TableSource:
         self.tables: dict[int, Tensor] = {}
         self.gradients: dict[int, Tensor] = {}
 
-    def plan(self, ids: Tensor, distinct: Tensor, passes: int) -> TablePlan:
+    def plan(self, ids: Tensor, distinct: Tensor, passes: int, ahead: bool = False) -> TablePlan:
         """Plan a step, on the CPU. ids int64 [..., sequence], of all positions; distinct: those, sorted;
-        passes: micro-batches.
+        passes: micro-batches; ahead: of a later step, by the data thread.
         """
-        return TablePlan(distinct, *self.share.plan(distinct))
+        return TablePlan(distinct, *self.share.plan(distinct, ahead))
 
     def begin(self, plan: TablePlan, rows: Tensor) -> None:
         """Compute the tables of a step. rows: x0 of the needed ids, fp32 [share, hidden].

@@ -61,7 +61,7 @@ class Runtime:
     def sum_over_data(self, values: Tensor) -> Tensor:
         """The sum of a small tensor on the CPU over data parallel, on every rank."""
         values = values.clone()
-        dist.all_reduce(values, group=self.groups.data_cpu)
+        dist.all_reduce(values, group=self.groups.data_cpu.main)
         return values
 
     def sum_over_all(self, values: Tensor) -> Tensor:

@@ -73,6 +73,11 @@ class Prefetcher:
         self.key, self.pending = then, None if then is None else self.thread.submit(self.make, then)
         return batches
 
+    def drain(self) -> None:
+        """Wait for what runs in the background, before process groups that it uses are destroyed."""
+        if self.pending is not None:
+            self.pending.exception()
+
 
 def evaluation_batches(
     samples: "Samples", count: int, micro_batch: int, topology: Topology

@@ -5,7 +5,7 @@ import time
 
 from mlm_train.checkpoint.manifest import Validation
 from mlm_train.monitor.report import Evaluation, Progress, SkippedStep, StepReport
-from mlm_train.train.batches import Prefetcher, evaluation_batches, pinned, step_batches
+from mlm_train.train.batches import Key, MicroBatch, Prefetcher, evaluation_batches, pinned, step_batches
 from mlm_train.train.guard import LossGuard, roll_back
 from mlm_train.train.schedule import global_batch_at, learning_rate
 from mlm_train.train.setup import Run
@@ -22,9 +22,13 @@ def train(run: Run) -> int:
     last = min(config.train.steps, progress.step + (config.train.stop_after or config.train.steps))
     micro_batch, runtime, guard = config.train.micro_batch_size, run.runtime, LossGuard(config)
     callbacks = run.callbacks
-    data = Prefetcher(
-        lambda key: pinned(step_batches(run.samples, *key, micro_batch, runtime.topology), runtime.device)
-    )
+
+    def read(key: Key) -> list[MicroBatch]:
+        batches = pinned(step_batches(run.samples, *key, micro_batch, runtime.topology), runtime.device)
+        run.trainer.executor.plan_ahead(batches)
+        return batches
+
+    data = Prefetcher(read)
     while progress.step < last:
         marker.enter(f"step {progress.step + 1}", patient=progress.step == first)
         callbacks.before_step(progress)
@@ -55,6 +59,7 @@ def train(run: Run) -> int:
         run.saver.poll()
         if result.asked and progress.step < last:
             run.saver.finish()
+            data.drain()
             run.log.say(
                 f"stopped by {result.asked.name} after step {progress.step}; the same command resumes"
             )

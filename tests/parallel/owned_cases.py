@@ -45,7 +45,7 @@ def _count(mode: str) -> list[dict[str, Any]]:
     ids = torch.randint(0, VOCABULARY, (3, 64, 64), generator=generator).amin(0)  # low ids are frequent
     mine = ids.chunk(runtime.topology.data)[runtime.topology.data_rank]
     with Traffic() as traffic, FlopCounterMode(display=False) as flops:
-        plan = executor.channel.plan(mine, 1)
+        plan = executor.channel.plan(mine, 1, ahead=False)
         executor.channel.begin(plan)
         executor.channel.finish()
     rows = traffic.calls["alltoall_base_"]
@@ -61,7 +61,7 @@ def _count(mode: str) -> list[dict[str, Any]]:
     }
     if isinstance(executor.source, OwnedTables):
         hidden, wide = config.model.hidden_size, config.model.intermediate_size
-        asked = gather_ids(plan.tables.ids, runtime.groups.stage_cpu)
+        asked = gather_ids(plan.tables.ids, runtime.groups.stage_cpu.main)
         weights = [(hidden, 1), (2 * wide, hidden), (hidden, wide)]
         owners = executor.source.placement.owners
         formula = owned_traffic(asked, runtime.topology.rank, owners, hidden, weights, RowBytes(4, 4))

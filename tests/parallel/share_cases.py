@@ -30,7 +30,7 @@ def _count(mode: str) -> list[dict[str, int]]:
     ids = torch.randint(0, VOCABULARY, (3, 64, 64), generator=generator).amin(0)  # low ids are frequent
     mine = ids.chunk(runtime.topology.data)[runtime.topology.data_rank]
     with Traffic() as traffic, FlopCounterMode(display=False) as flops:
-        executor.channel.begin(executor.channel.plan(mine, 1))
+        executor.channel.begin(executor.channel.plan(mine, 1, ahead=False))
         counts = {"rows": table.rows.count, "distinct": ids.unique().numel()}
         executor.channel.finish()
     counts |= {"flops": flops.get_total_flops(), "sent": traffic.by_operation["alltoall_base_"]}

@@ -66,3 +66,11 @@ def test_fsdp_equals_one_process(ranks: int) -> None:
     for name, error in zip(cases, results, strict=True):
         assert all(error[key] <= limit for key, limit in LIMITS.items()), (name, error)
     skip_the_rest(*CASES[ranks].keys() - cases.keys())
+
+
+def test_nothing_waits_for_the_device_before_a_step_is_over() -> None:
+    """Then the step's results are read at once. `unique` counts the rows of each micro-batch."""
+    modes = [None, "per_token", "table", "table shared", "table owned", "table kept", "unique"]
+    *others, unique = run_on_ranks("tests.parallel.sync_cases:count_waits", 2, modes=modes)
+    assert others == [{}] * len(others), dict(zip(modes, others, strict=False))
+    assert unique == {"_unique2": 4}  # one per micro-batch

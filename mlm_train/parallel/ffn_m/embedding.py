@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mlm_train.memory.rows import add_rows
 from mlm_train.model.logical import Part
 from mlm_train.parallel.mesh.exchange import counts_of, exchange, gather_ids, inverse
+from mlm_train.parallel.mesh.groups import CpuGroups
 from mlm_train.parallel.tensor.collectives import TensorGroup
 
 
@@ -93,16 +94,16 @@ class OwnedRows:
         self,
         embedding: RowEmbedding,
         group: Any,
-        cpu_group: Any,
+        cpu_groups: CpuGroups,
         tensor: TensorGroup,
         dtype: torch.dtype,
         gradient_dtype: torch.dtype,
     ) -> None:
-        self.embedding, self.group, self.cpu_group, self.tensor = embedding, group, cpu_group, tensor
+        self.embedding, self.group, self.cpu_groups, self.tensor = embedding, group, cpu_groups, tensor
         self.dtype, self.gradient_dtype = dtype, gradient_dtype
         self.splits = tensor.size // tensor.shards  # tensor-parallel ranks with the same common ids
 
-    def plan(self, own: Tensor, common: Tensor) -> RowsPlan:
+    def plan(self, own: Tensor, common: Tensor, ahead: bool) -> RowsPlan:
         """Plan the fetch of own ids, and of those that the tensor-parallel ranks have in common.
 
         own, common: int64 [any number], on the CPU. Under sequence parallelism `common` is this rank's.
@@ -111,7 +112,7 @@ class OwnedRows:
         each = -(-len(common) // self.splits)
         mine = common[self.tensor.rank * each :][:each] if self.splits > 1 else common
         wanted, where = torch.cat((own, mine)).unique(return_inverse=True)
-        by_rank = gather_ids(wanted, self.cpu_group)
+        by_rank = gather_ids(wanted, self.cpu_groups.of(ahead))
         owner = wanted % ranks
         order = owner.argsort(stable=True)
         served = [ids[ids % ranks == me] // ranks for ids in by_rank]

@@ -25,6 +25,7 @@ from mlm_train.model.source import MemoryReader, Positions
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel.ffn_m.owners import Owners, units_of
 from mlm_train.parallel.mesh.exchange import counts_of, exchange, gather_ids, inverse
+from mlm_train.parallel.mesh.groups import CpuGroups
 from mlm_train.parallel.tensor.collectives import TensorGroup
 
 GROUP_BYTES = 64 * 2**20  # of rows in an exchange, where there are several
@@ -35,8 +36,8 @@ class Placement:
     """Where a stage's owned layers are.
 
     owners: of the layers of this pipeline rank; all_stages: of every pipeline rank's, since x0 of the same
-    rows goes to all of them. rank, group: this rank among the stage's, and their group; cpu_group: theirs for
-    ids. every_row: whether a rank gets x0 of all rows of the step, not only of those that it computes.
+    rows goes to all of them. rank, group: this rank among the stage's, and their group; cpu_groups: theirs
+    for ids. every_row: whether a rank gets x0 of all rows of the step, not only of those that it computes.
     gradient_dtype: in which gradient rows travel.
     """
 
@@ -44,7 +45,7 @@ class Placement:
     all_stages: Sequence[Owners]
     rank: int
     group: Any
-    cpu_group: Any
+    cpu_groups: CpuGroups
     every_row: bool = False
     gradient_dtype: torch.dtype = torch.float32
 
@@ -70,9 +71,10 @@ class Asked:
     computed: dict[int, Tensor]  # by layer held here, of which of those it computes rows: indices
 
     @classmethod
-    def of(cls, ids: Tensor, placement: Placement) -> "Asked":
+    def of(cls, ids: Tensor, placement: Placement, ahead: bool) -> "Asked":
         """Gather the ids of all ranks. ids int64 [any number]: those that this rank asks for."""
-        by_rank, owners, rank = gather_ids(ids, placement.cpu_group), placement.owners, placement.rank
+        by_rank = gather_ids(ids, placement.cpu_groups.of(ahead))
+        owners, rank = placement.owners, placement.rank
         everyone, counts = torch.cat(by_rank), torch.tensor([len(ids) for ids in by_rank])
         union = everyone.unique()
         needed = union[placement.computes(union)]
@@ -256,7 +258,7 @@ class OwnedTables(TableSource):
         self.group_of: dict[int, RowGroup] = {}
         self.to_send: list[RowGroup] = []
 
-    def plan(self, ids: Tensor, distinct: Tensor, passes: int) -> OwnedPlan:
+    def plan(self, ids: Tensor, distinct: Tensor, passes: int, ahead: bool = False) -> OwnedPlan:
         """Tell the owners the step's ids, and plan what follows of those of all ranks."""
         split = self.positions.shards > 1
         mine = here = self.positions.local(ids, 1).unique() if split else distinct
@@ -264,7 +266,7 @@ class OwnedTables(TableSource):
             each = -(-len(here) // self.tensor.size)
             mine = here[self.tensor.rank * each :][:each]
             mine = torch.cat((mine, here[-1:].expand(each - len(mine))))
-        asked = Asked.of(mine, self.placement)
+        asked = Asked.of(mine, self.placement, ahead)
         messages = [Messages.of(layers, asked, self.placement) for layers in self._grouped(asked)]
         return OwnedPlan(here, asked.needed, None, messages, asked.computed, passes)
 

@@ -15,6 +15,7 @@ from mlm_train.memory import RowSharing
 from mlm_train.memory.rows import add_rows
 from mlm_train.parallel.ffn_m.owners import units_of
 from mlm_train.parallel.mesh.exchange import counts_of, exchange, gather_ids
+from mlm_train.parallel.mesh.groups import CpuGroups
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,17 @@ class SharePlan:
 
 
 class DataParallelSharing(RowSharing):
-    """Computes a part of the step's rows of a data-parallel group. cpu_group: the same ranks, for ids."""
+    """Computes a part of the step's rows of a data-parallel group. cpu_groups: the same ranks, for ids."""
 
-    def __init__(self, group: Any, cpu_group: Any, device: torch.device) -> None:
-        self.group, self.cpu_group, self.device = group, cpu_group, device
+    def __init__(self, group: Any, cpu_groups: CpuGroups, device: torch.device) -> None:
+        self.group, self.cpu_groups, self.device = group, cpu_groups, device
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
 
-    def plan(self, ids: Tensor) -> tuple[Tensor, SharePlan]:
+    def plan(self, ids: Tensor, ahead: bool) -> tuple[Tensor, SharePlan]:
         owner = units_of(ids, self.size)
-        asked = [ids[units_of(ids, self.size) == self.rank] for ids in gather_ids(ids, self.cpu_group)]
+        asked = [
+            ids[units_of(ids, self.size) == self.rank] for ids in gather_ids(ids, self.cpu_groups.of(ahead))
+        ]
         computed, index = torch.cat(asked).unique(return_inverse=True)
         order, served = owner.argsort(stable=True), list(map(len, asked))
         return computed, SharePlan(order, counts_of(owner, self.size), served, index, len(computed))

@@ -6,13 +6,27 @@ No other module of the package asks megatron-core for one.
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from mlm_train.parallel.mesh.topology import Topology
+
+
+class CpuGroups(NamedTuple):
+    """One axis's ranks, for tensors on the CPU: a group for the main thread, one for the data thread."""
+
+    main: Any = None
+    ahead: Any = None
+
+    def of(self, ahead: bool) -> Any:
+        """The group for plans of a later step, made by the data thread, or of the present one."""
+        return self.ahead if ahead else self.main
+
+
+NO_GROUPS = CpuGroups()
 
 
 @dataclass(frozen=True)
@@ -32,8 +46,8 @@ class ProcessGroups:
     model: Any
     embedding: Any
     stage: Any = None
-    stage_cpu: Any = None
-    data_cpu: Any = None
+    stage_cpu: CpuGroups = NO_GROUPS
+    data_cpu: CpuGroups = NO_GROUPS
     control: Any = None
 
     def data_mesh(self, device: torch.device, topology: Topology, replicate: int) -> DeviceMesh:
@@ -61,7 +75,8 @@ def create_groups(topology: Topology, device: torch.device) -> ProcessGroups:
     """
     if topology.world == 1:
         alone = dist.group.WORLD
-        return ProcessGroups(alone, alone, alone, alone, alone, alone, alone, alone)
+        both = CpuGroups(alone, alone)
+        return ProcessGroups(alone, alone, alone, alone, alone, alone, both, both)
     from megatron.core import parallel_state as state
 
     if state.model_parallel_is_initialized():
@@ -79,18 +94,23 @@ def create_groups(topology: Topology, device: torch.device) -> ProcessGroups:
         model=state.get_model_parallel_group(),
         embedding=state.get_embedding_group(check_initialized=False),
         stage=stage,
-        stage_cpu=stage if device.type == "cpu" else _on_cpu(topology, axes="stage"),
-        data_cpu=data if device.type == "cpu" else _on_cpu(topology, axes="data"),
+        stage_cpu=_on_cpu(topology, "stage", stage if device.type == "cpu" else None),
+        data_cpu=_on_cpu(topology, "data", data if device.type == "cpu" else None),
     )
 
 
-def _on_cpu(topology: Topology, axes: Literal["stage", "data"]) -> Any:
-    """This rank's stage or data-parallel group, for tensors on the CPU."""
+def _on_cpu(topology: Topology, axes: Literal["stage", "data"], main: Any) -> CpuGroups:
+    """This rank's stage or data-parallel group for tensors on the CPU; `main`: where there is one already."""
+    return CpuGroups(main or _gloo_group(topology, axes), _gloo_group(topology, axes))
+
+
+def _gloo_group(topology: Topology, axes: Literal["stage", "data"]) -> Any:
     world = torch.arange(topology.world).view(topology.pipeline, topology.data, topology.tensor)
     lists = world.flatten(1) if axes == "stage" else world.movedim(1, -1).flatten(0, 1)
+    backend = None if dist.get_backend() == "fake" else "gloo"
     groups: dict[int, Any] = {}
     for ranks in lists.tolist():  # every rank creates every group
-        group = dist.new_group(ranks, backend="gloo")
+        group = dist.new_group(ranks, backend=backend)
         groups |= dict.fromkeys(ranks, group)
     return groups[topology.rank]
 

@@ -24,7 +24,8 @@ from mlm_train.memory import TableSource, TrainingSource
 from mlm_train.model.loss import IGNORED
 from mlm_train.model.transformer import Transformer
 from mlm_train.parallel.health.progress_marker import MarkedStage
-from mlm_train.parallel.pipeline.single_stage import Batch, Loss
+from mlm_train.parallel.pipeline.plans import Batch, Plans
+from mlm_train.parallel.pipeline.single_stage import Loss
 from mlm_train.parallel.pipeline.stages import StageSpan, my_spans
 from mlm_train.parallel.pipeline.x0 import X0Channel
 from mlm_train.parallel.runtime import Runtime
@@ -117,6 +118,7 @@ class PipelineExecutor:
         self.spans = my_spans(config, runtime.topology)
         self.stages = [Stage(model, span, channel, source, loss, precision) for span in self.spans]
         self.schedules: dict[int, Any] = {}
+        self.plans = Plans(channel)
 
     @property
     def roots(self) -> Sequence[nn.Module]:
@@ -124,6 +126,10 @@ class PipelineExecutor:
 
     def attach(self, entry: nn.Module, before_pass: Callable[[bool], None]) -> None:
         """Stages are called by torch's schedules, which tell FSDP the last pass themselves."""
+
+    def plan_ahead(self, batches: Sequence[Batch]) -> None:
+        if self.model.config.has_memory or self._first:
+            self.plans.make(batches)
 
     def _schedule(self, micro_batches: int) -> Any:
         """The schedule for a number of micro-batches; batch size warmup needs several.
@@ -167,11 +173,10 @@ class PipelineExecutor:
         """Run the schedule; each micro-batch's summed CE, fp64 [micro-batches], on every pipeline rank."""
         self.runtime.marker.at("x0")
         device = self.runtime.device
-        on_host = [torch.cat(parts) for parts in zip(*batches, strict=True)]
-        ids, labels = (part.to(device, non_blocking=True) for part in on_host)
+        ids, labels = (torch.cat(parts).to(device, non_blocking=True) for parts in zip(*batches, strict=True))
         index = ids
         if self.model.config.has_memory or self._first:
-            index = self.channel.begin(self.channel.plan(on_host[0], len(batches)))
+            index = self.channel.begin(self.plans.take(batches))
         sums = torch.zeros(len(batches), dtype=torch.float64, device=device)
         for stage in self.stages:
             stage.train(training)

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from mlm_train.config import Config
 from mlm_train.memory import TrainingSource
+from mlm_train.parallel.pipeline.plans import Batch, Plans
 from mlm_train.parallel.pipeline.x0 import X0Channel
 from mlm_train.parallel.runtime import Runtime
 
 # (hidden, normed [..., hidden]; head weight [local vocabulary, hidden]; labels [...]; scale) -> scalars:
 # the objective scale * sum(CE + z * lse^2), the root of a backward pass, and the sum of CE, detached.
 Loss = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-Batch = tuple[Tensor, Tensor]  # ids and labels on the CPU, int64 [batch, sequence]
 
 
 class Executor(Protocol):
@@ -33,6 +33,10 @@ class Executor(Protocol):
 
     def attach(self, entry: nn.Module, before_pass: Callable[[bool], None]) -> None:
         """Take what an engine wants called: see Engine."""
+        ...
+
+    def plan_ahead(self, batches: Sequence[Batch]) -> None:
+        """In the data thread: plan a later step, whose `backward` gets the same list."""
         ...
 
     def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
@@ -72,6 +76,7 @@ class SingleStageExecutor:
         after_backward: Callable[[], None],
     ) -> None:
         self.entry, self.source, self.channel = model, source, channel
+        self.plans = None if channel is None else Plans(channel)
         self.before_pass: Callable[[bool], None] = _nothing
         self.loss, self.after_backward = loss, after_backward
         self.precision, self.device, self.marker = precision, runtime.device, runtime.marker
@@ -84,6 +89,10 @@ class SingleStageExecutor:
 
     def attach(self, entry: nn.Module, before_pass: Callable[[bool], None]) -> None:
         self.entry, self.before_pass = entry, before_pass
+
+    def plan_ahead(self, batches: Sequence[Batch]) -> None:
+        if self.plans is not None:
+            self.plans.make(batches)
 
     def backward(self, batches: Sequence[Batch], scale: float) -> Tensor:
         """Run one micro-batch after the other; gradients accumulate in fp32."""
@@ -143,10 +152,9 @@ class SingleStageExecutor:
             for parts in zip(*batches, strict=True)
         )
         index = ids
-        if self.channel is not None:
+        if self.channel is not None and self.plans is not None:
             self.marker.at("x0")
-            plan = self.channel.plan(torch.cat([batch[0] for batch in batches]), len(batches))
-            index = list(self.channel.begin(plan).split([len(batch) for batch in ids]))
+            index = list(self.channel.begin(self.plans.take(batches)).split([len(batch) for batch in ids]))
         parts = enumerate(zip(ids, labels, index, strict=True))
         return [Prepared(number, number == len(ids) - 1, *part) for number, part in parts]
 

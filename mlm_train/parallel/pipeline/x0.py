@@ -27,8 +27,11 @@ class X0Channel(Protocol):
 
     relays: bool
 
-    def plan(self, ids: Tensor, passes: int) -> Any:
-        """What `begin` takes. ids int64 [passes * batch, sequence], on the CPU; passes: micro-batches."""
+    def plan(self, ids: Tensor, passes: int, ahead: bool) -> Any:
+        """What `begin` takes. ids int64 [passes * batch, sequence], on the CPU; passes: micro-batches.
+
+        ahead: whether it is of a later step, by the data thread, which has process groups of its own.
+        """
         ...
 
     def begin(self, plan: Any) -> Tensor:
@@ -58,7 +61,7 @@ class LocalRows:
     def __init__(self, model: Transformer, tensor: TensorGroup, device: torch.device) -> None:
         self.model, self.tensor, self.device = model, tensor, device
 
-    def plan(self, own: Tensor, common: Tensor) -> tuple[int, Tensor]:
+    def plan(self, own: Tensor, common: Tensor, ahead: bool) -> tuple[int, Tensor]:
         """Of own ids, then common ones; both equal on all tensor-parallel ranks."""
         return len(own), torch.cat((own, common))
 
@@ -110,7 +113,7 @@ class Channel:
         """Whether x0 on the first stage is looked up in rows that other ranks own."""
         return self.owns and isinstance(self.rows_of, OwnedRows)
 
-    def plan(self, ids: Tensor, passes: int) -> Any:
+    def plan(self, ids: Tensor, passes: int, ahead: bool) -> Any:
         """The ids, for transports that need no more."""
         return ids
 
@@ -146,9 +149,9 @@ class Broadcast(Channel):
 
     relays = False
 
-    def plan(self, ids: Tensor, passes: int) -> BroadcastPlan:
+    def plan(self, ids: Tensor, passes: int, ahead: bool) -> BroadcastPlan:
         distinct, index = self._distinct(ids)
-        tables = self.tables.plan(ids, distinct, passes) if self.tables else None
+        tables = self.tables.plan(ids, distinct, passes, ahead) if self.tables else None
         needed, none = distinct if tables is None else tables.needed, distinct[:0]
         common = distinct
         if needed is not distinct:
@@ -157,7 +160,8 @@ class Broadcast(Channel):
         rows = None
         if self.rows_of is not None:
             owned = isinstance(self.tables, OwnedTables)  # then each rank needs rows of its own
-            rows = self.rows_of.plan(needed, distinct) if owned else self.rows_of.plan(none, common)
+            asked = (needed, distinct) if owned else (none, common)
+            rows = self.rows_of.plan(*asked, ahead)
         return BroadcastPlan(index, len(needed), sent, tables, rows)
 
     def begin(self, plan: BroadcastPlan) -> Tensor:
@@ -197,11 +201,11 @@ class Relay(Channel):
 
     relays = True
 
-    def plan(self, ids: Tensor, passes: int) -> tuple[Tensor, Any]:
+    def plan(self, ids: Tensor, passes: int, ahead: bool) -> tuple[Tensor, Any]:
         if not self.looks_up or self.rows_of is None:
             return ids, None
         distinct, index = self._distinct(ids)
-        return index, self.rows_of.plan(distinct[:0], distinct)
+        return index, self.rows_of.plan(distinct[:0], distinct, ahead)
 
     def begin(self, plan: tuple[Tensor, Any]) -> Tensor:
         index, rows = plan
