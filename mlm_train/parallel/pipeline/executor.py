@@ -118,7 +118,7 @@ class PipelineExecutor:
         self.spans = my_spans(config, runtime.topology)
         self.stages = [Stage(model, span, channel, source, loss, precision) for span in self.spans]
         self.schedules: dict[int, Any] = {}
-        self.plans = Plans(channel)
+        self.plans = Plans(channel, source)
 
     @property
     def roots(self) -> Sequence[nn.Module]:
@@ -176,7 +176,7 @@ class PipelineExecutor:
         ids, labels = (torch.cat(parts).to(device, non_blocking=True) for parts in zip(*batches, strict=True))
         index = ids
         if self.model.config.has_memory or self._first:
-            index = self.channel.begin(self.plans.take(batches))
+            index = self.plans.begin(batches, ids)
         sums = torch.zeros(len(batches), dtype=torch.float64, device=device)
         for stage in self.stages:
             stage.train(training)

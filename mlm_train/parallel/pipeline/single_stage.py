@@ -76,7 +76,7 @@ class SingleStageExecutor:
         after_backward: Callable[[], None],
     ) -> None:
         self.entry, self.source, self.channel = model, source, channel
-        self.plans = None if channel is None else Plans(channel)
+        self.plans = None if channel is None else Plans(channel, source)
         self.before_pass: Callable[[bool], None] = _nothing
         self.loss, self.after_backward = loss, after_backward
         self.precision, self.device, self.marker = precision, runtime.device, runtime.marker
@@ -148,15 +148,15 @@ class SingleStageExecutor:
     def _prepared(self, batches: Sequence[Batch]) -> list[Prepared]:
         """The micro-batches on the device; they share the rows of x0."""
         ids, labels = (
-            [part.to(self.device, non_blocking=True) for part in parts]
-            for parts in zip(*batches, strict=True)
+            torch.cat(parts).to(self.device, non_blocking=True) for parts in zip(*batches, strict=True)
         )
         index = ids
-        if self.channel is not None and self.plans is not None:
+        if self.plans is not None:
             self.marker.at("x0")
-            index = list(self.channel.begin(self.plans.take(batches)).split([len(batch) for batch in ids]))
-        parts = enumerate(zip(ids, labels, index, strict=True))
-        return [Prepared(number, number == len(ids) - 1, *part) for number, part in parts]
+            index = self.plans.begin(batches, ids)
+        sizes, last = [len(batch) for batch, _ in batches], len(batches) - 1
+        parts = enumerate(zip(*(part.split(sizes) for part in (ids, labels, index)), strict=True))
+        return [Prepared(number, number == last, *part) for number, part in parts]
 
     def _loss(self, micro_batch: Prepared, scale: float) -> tuple[Tensor, Tensor]:
         """Objective and summed CE. The head is applied inside the model's forward, as all its weights are."""
