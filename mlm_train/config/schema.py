@@ -69,7 +69,8 @@ class MemoryConfig(Section):
         None,
         gt=0,
         description="with mode=auto: GiB per rank for tables and kept activations; layers beyond it are "
-        "computed as with mode=unique (default: a quarter of the memory that is free at the start)",
+        "computed as with mode=unique (default: four fifths of the memory that is free at the start, less "
+        "the planned weights, gradients, optimizer and activations)",
     )
     placement: Placement | None = Field(
         None,

@@ -12,11 +12,12 @@ from mlm_train.errors import UserError
 from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.parallel.runtime import Runtime, local_world_size
 from mlm_train.plan.ffn_m import Distinct, choose, table_bytes, with_memory
+from mlm_train.plan.memory import rank_memory
 from mlm_train.plan.speeds import measure_speeds
 from mlm_train.train.batches import step_batches
 from mlm_train.train.preflight import Resumed
 
-FREE_SHARE = 0.25  # of a rank's free memory: the default of memory.budget_gib
+USED_SHARE = 0.8  # of a rank's free memory that a run may take: fragments and buffers are not planned
 
 
 def decide_mode(
@@ -33,7 +34,7 @@ def decide_mode(
     if resumed is not None and (kept := _kept(config, config_of(resumed.manifest))):
         return kept, f"memory.mode=auto keeps the checkpoint's {kept.memory.mode if kept.memory else ''}"
     speeds = measure_speeds(config, runtime)
-    budget = min(runtime.gather(lambda: _budget(config, runtime.device)))
+    budget = min(runtime.gather(lambda: _budget(config, runtime)))
     # Rank 0's samples decide for all ranks: they must agree.
     distinct = runtime.broadcast(lambda: expected_distinct(config, runtime.topology, samples))
     choice = choose(config, runtime.topology, distinct, speeds, budget)
@@ -72,12 +73,21 @@ def _kept(config: Config, old: Config) -> Config | None:
         return None
 
 
-def _budget(config: Config, device: torch.device) -> float:
-    """Bytes available for this rank's tables."""
+def _budget(config: Config, runtime: Runtime) -> float:
+    """Bytes available for this rank's tables: what weights, optimizer and activations will leave.
+
+    The model does not exist yet: its memory is planned.
+    """
     assert config.memory is not None
     if config.memory.budget_gib is not None:
         return config.memory.budget_gib * 2**30
+    planned = rank_memory(config, runtime.topology).total  # mode auto has no tables yet
+    return max(0.0, USED_SHARE * _free_bytes(runtime.device) - planned)
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Free memory of this rank."""
     if device.type == "cpu":
-        return FREE_SHARE * psutil.virtual_memory().available / local_world_size()
+        return float(psutil.virtual_memory().available / local_world_size())
     free, _ = torch.get_device_module(device).mem_get_info(device)
-    return FREE_SHARE * free
+    return float(free)
