@@ -53,6 +53,8 @@ class Speeds(NamedTuple):
     sort: float  # per token, finding the distinct ids
     tensor_link: float  # all-reduce between tensor-parallel ranks
     data_link: float  # all-to-all between data-parallel ranks
+    tensor_latency: float = 0.0  # seconds before the first byte of either
+    data_latency: float = 0.0
 
     def forward(self, rows: float, calls: int = 1) -> float:
         """Seconds of FFN-M's forward over `rows` rows in `calls` calls."""
@@ -186,7 +188,7 @@ def _bubble(config: Config, topology: Topology) -> float:
 
 def _all_reduce_seconds(config: Config, rows: float, speeds: Speeds) -> float:
     """All-reduces of FFN-M's output and of its input's gradient between tensor-parallel ranks."""
-    return 2 * FP32 * rows * config.model.hidden_size / speeds.tensor_link
+    return 2 * (speeds.tensor_latency + FP32 * rows * config.model.hidden_size / speeds.tensor_link)
 
 
 def _layer(config: Config, topology: Topology, distinct: Distinct, speeds: Speeds, per_token: bool) -> float:
@@ -208,6 +210,8 @@ def _table_layer(config: Config, topology: Topology, distinct: Distinct, speeds:
         ranks = topology.stage_ranks if config.memory.owned else topology.data
         others = (ranks - 1) / ranks
         exchange = others * table_bytes_per_layer(config, distinct.step) / speeds.data_link
+        # Rows out and gradients home; owned ones of several layers together, here as if always of two.
+        exchange += speeds.data_latency * (1 if config.memory.owned else 2)
     calls = ceil(rows / BLOCK_ROWS)
     lookups = topology.micro_batches(config.train) * _positions(config) * speeds.lookup
     own = speeds.passes(rows, calls) + _all_reduce_seconds(config, rows, speeds)

@@ -27,7 +27,13 @@ def measure_speeds(config: Config, runtime: Runtime) -> Speeds:
     per_rank = runtime.gather(lambda: _measure(config, runtime.device))
     tensor_link, data_link = measure_links(runtime)
     means = {name: statistics.fmean(speeds[name] for speeds in per_rank) for name in per_rank[0]}
-    return Speeds(**means, tensor_link=tensor_link, data_link=data_link)
+    return Speeds(
+        **means,
+        tensor_link=tensor_link.bandwidth,
+        data_link=data_link.bandwidth,
+        tensor_latency=tensor_link.latency,
+        data_latency=data_link.latency,
+    )
 
 
 def ffn_flops(hidden: int, keys: int) -> float:

@@ -1,6 +1,8 @@
 """memory.mode: what a run logs, what auto chooses, and that a resumed run keeps the choice."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -9,6 +11,7 @@ from mlm_train.checkpoint.folders import newest
 from mlm_train.config import Config
 from mlm_train.config.load import load_config
 from mlm_train.parallel.mesh.topology import Topology
+from mlm_train.plan import links
 from mlm_train.plan.ffn_m import (
     Distinct,
     MemoryChoice,
@@ -64,6 +67,20 @@ def test_ranks_share_their_rows_where_the_link_is_fast() -> None:
     assert mode(chosen(world=4)) == ("table", None, True)
     slow = SPEEDS._replace(data_link=1e6)
     assert mode(chosen(world=4, speeds=slow)) == ("table", None, False)
+    late = SPEEDS._replace(data_latency=1.0)
+    assert mode(chosen(world=4, speeds=late)) == ("table", None, False)
+
+
+def test_links_are_fitted_on_two_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 2 microseconds per call and 1 GB/s; and with noise that inverts the two."""
+    runtime: Any = SimpleNamespace(topology=Topology(4, 0, 2, 1), groups=SimpleNamespace(tensor=0, data=1))
+    monkeypatch.setattr(links, "_mean_seconds", lambda work, count, runtime: 2e-6 + count / 1e9)
+    for link in links.measure_links(runtime):
+        assert link == pytest.approx((2e-6, 1e9))
+    monkeypatch.setattr(links, "_mean_seconds", lambda work, count, runtime: 1.0 - count / 1e9)
+    assert links.measure_links(runtime)[0].latency < 1.0 < links.measure_links(runtime)[0].bandwidth
+    runtime.topology = Topology(1, 0, 1, 1)
+    assert links.measure_links(runtime) == (links.Link(), links.Link())
 
 
 def test_fsdp_owns_ffn_m_where_its_weights_cost_more_than_its_rows() -> None:
