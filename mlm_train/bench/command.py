@@ -49,11 +49,12 @@ _SCALE_HELP = """Count what a rank sends and holds in a training step of worlds 
 
 The trainer's own step runs as one rank of 8 to 4096, with torch's fake process group and fake tensors:
 bytes are counted at the collectives' arguments and compared with the formulas of docs/scale.md. The ids of
-all ranks come from --data. Nothing is timed.
+all ranks come from --data. Nothing of that is timed; --speed times whole steps on this machine.
 
 examples:
   mlm-train bench scale --data runs/data --json scale.json
-  mlm-train bench scale --data runs/data --shapes 7b"""
+  mlm-train bench scale --data runs/data --shapes 7b
+  mlm-train bench scale --data runs/data --speed runs/small-data"""
 _X0_HELP = """Count and time the three transports of x0 to the stages of a pipeline.
 
 For each number of stages that many gloo processes train a small memory model: real steps, forward and
@@ -274,7 +275,15 @@ def _add_scale(actions: "Actions") -> None:
     scale.add_argument(
         "--tokens", type=int, metavar="N", default=4 * 2**20, help="tokens per step, all ranks (default 4M)"
     )
+    scale.add_argument(
+        "--speed", metavar="DIR", help="also time steps on four processes, with data of this folder"
+    )
+    scale.add_argument(
+        "--preset", choices=("a", "tiny"), default="a", help="the shape of --speed (default a)"
+    )
+    scale.add_argument("--runs", type=int, default=7, metavar="N", help="timed steps of --speed (default 7)")
     scale.add_argument("--json", metavar="FILE", help="write the figures to a JSON file")
+    scale.add_argument("--speed-worker", help=argparse.SUPPRESS)  # for its ranks
     scale.add_argument("--worker", help=argparse.SUPPRESS)  # for one world
 
 
@@ -324,11 +333,15 @@ def _run_scale(args: argparse.Namespace) -> int:
         from mlm_train.bench.scale_world import work
 
         return work(args.worker)
+    if args.speed_worker:
+        from mlm_train.bench.scale_speed import work as time_steps
+
+        return time_steps(args.speed_worker)
     if args.data is None:
         raise UserError("bench scale needs --data DIR, a folder of `mlm-train data prepare`")
     from mlm_train.bench.scale import bench_scale
 
-    return bench_scale(args.data, args.shapes, args.tokens, args.json)
+    return bench_scale(args)
 
 
 def _run_train(args: argparse.Namespace) -> int:

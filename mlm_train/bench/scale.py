@@ -1,5 +1,6 @@
 """`bench scale`: a training step in worlds of up to 4096 ranks that are not there, counted on one machine."""
 
+import argparse
 import math
 import os
 import subprocess
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from mlm_train.bench import report
 from mlm_train.bench.scale_presets import SEQUENCE, SHAPES, WORLDS, World
+from mlm_train.bench.scale_speed import measure_speed
 from mlm_train.bench.scale_time import ASSUMED, Times, fsdp_times, owned_times
 from mlm_train.data.prepared import PreparedData
 from mlm_train.errors import UserError
@@ -25,8 +27,13 @@ GIB = 2**30
 Counted = dict[str, Any]  # what scale_world.py wrote
 
 
-def bench_scale(data: str, shapes: Sequence[str] | None, tokens: int, json_file: str | None) -> int:
+def bench_scale(args: argparse.Namespace) -> int:
     """Count, print and write the report. Returns 1 where owned bytes differ from their formula."""
+    data, shapes, tokens, json_file = args.data, args.shapes, args.tokens, args.json
+    if args.runs < 1:
+        raise UserError(f"--runs {args.runs}: give at least 1")
+    if args.speed is not None:
+        PreparedData.open(args.speed)
     known = dict.fromkeys(world.shape for world in WORLDS)
     for shape in shapes or ():
         if shape not in SHAPES:
@@ -53,6 +60,9 @@ def bench_scale(data: str, shapes: Sequence[str] | None, tokens: int, json_file:
         for name, times in predicted.items()
         for part, value in times._asdict().items()
     ]
+    if args.speed is not None:
+        timed, measured = measure_speed(args.speed, args.preset, args.runs)
+        rows, ratios = rows + timed, ratios | measured
     show(found, ratios, predicted)
     notes = [
         f"{tokens:,} tokens per step, vocabulary {folder.vocab_size:,}, data {folder.fingerprint[:12]}",
