@@ -79,7 +79,7 @@ def distances(found: Result, reference: Result) -> dict[str, float]:
 @pytest.mark.parametrize("rows", [5, 2**11], ids=["blocks", "one block"])
 @pytest.mark.parametrize("chunk", [1, 4, 5, 21, 100, None])
 def test_equals_plain_in_float64(chunk: int | None, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "GRADIENT_ROWS", rows)
+    monkeypatch.setattr(loss_module, "CPU_GRADIENT_ROWS", rows)
     for seed in range(3):
         found = chunked(*inputs(seed), chunk)
         assert found.objective.dtype == found.cross_entropy.dtype == torch.float64
@@ -88,7 +88,7 @@ def test_equals_plain_in_float64(chunk: int | None, rows: int, monkeypatch: pyte
 
 @pytest.mark.parametrize("chunk", [5, None])
 def test_compiled_equals_plain_in_float64(chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "GRADIENT_ROWS", 20)
+    monkeypatch.setattr(loss_module, "CPU_GRADIENT_ROWS", 20)
     for seed in range(2):
         found = chunked(*inputs(seed), chunk, compiles=True)
         assert max(distances(found, plain(*inputs(seed))).values()) < 1e-12
@@ -115,7 +115,7 @@ def test_equals_loss_sums_in_fp32() -> None:
 def test_bf16_autocast_is_no_further_from_float64_than_plain(
     chunk: int | None, compiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss_module, "GRADIENT_ROWS", 10)
+    monkeypatch.setattr(loss_module, "CPU_GRADIENT_ROWS", 10)
     mine, theirs = [], []
     for seed in range(20):
         reference, (hidden, weight, labels) = plain(*inputs(seed)), inputs(seed, torch.float32)
@@ -225,8 +225,8 @@ def test_no_tensor_holds_the_logits_of_all_tokens(bf16: bool) -> None:
 
 def test_the_default_chunk_fits_its_bytes() -> None:
     for rows in (1, 1000, 32000, 128256, 10**9):
-        chunk = default_chunk(rows)
-        assert chunk == 1 or chunk * rows * 4 <= loss_module.CHUNK_BYTES < (chunk + 1) * rows * 4
+        chunk = default_chunk(rows, torch.device("cpu"))
+        assert chunk == 1 or chunk * rows * 4 <= loss_module.CPU_CHUNK_BYTES < (chunk + 1) * rows * 4
 
 
 @pytest.mark.parametrize("tied", [False, True])

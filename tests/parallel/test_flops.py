@@ -33,11 +33,14 @@ def _cases(world: int) -> dict[str, dict[str, Any]]:
             model = model | {"num_hidden_layers": LAYERS}
             modes = {"base": {"none": None}, "memory": MODES, "flex": {"table shared": MODES["table shared"]}}
             for name, mode in modes[kind].items():
+                engine = {"engine": "fsdp"} if "owned" in name else {}
+                if engine and "zero_stage" in layout:
+                    continue
                 if world == 4 and "shared" not in name:
                     continue  # fewer ranks show it
                 # Kept layers recompute nothing, so that each matmul counts.
                 kept = {"kept_layers": LAYERS} if mode and mode["mode"] == "table" else {}
-                case = {"model": model, "parallel": layout}
+                case = {"model": model, "parallel": layout | engine}
                 found[f"{layout} {kind} {name}"] = case | ({"memory": mode | kept} if mode else {})
     return found
 
