@@ -20,8 +20,8 @@ from mlm_train.bench.scale_speed import measure_speed
 from mlm_train.bench.scale_time import ASSUMED, Times, fsdp_times, owned_times
 from mlm_train.data.prepared import PreparedData
 from mlm_train.errors import UserError
+from mlm_train.parallel.ffn_m.owned import GROUP_BYTES
 
-EXCHANGE_BYTES = 64 * 2**20
 GIB = 2**30
 
 Counted = dict[str, Any]  # what scale_world.py wrote
@@ -148,7 +148,7 @@ def _ratios(found: Sequence[tuple[World, Counted]]) -> dict[str, float]:
         ratios[f"owned_rows_over_share_{world.name}"] = counted["rows_over_share"]
         rows = counted["formula"]["rows"] + counted["formula"]["gradient_rows"]
         exchanges = _sum(counted, "calls", "alltoall_base") - 2 * (counted["formula"]["weights"] > 0)
-        allowed = 2 + 2 * math.ceil(rows / EXCHANGE_BYTES)
+        allowed = 2 + 2 * math.ceil(rows / GROUP_BYTES)
         ratios[f"exchanges_over_allowed_{world.name}"] = exchanges / allowed
         for per_parameter in (8, 6, 4):
             dense = dense_bytes(world, counted, per_parameter)

@@ -1,8 +1,6 @@
 """`bench scale --speed`: whole training steps on four processes of this machine, by engine and placement."""
 
-import resource
 import statistics
-import sys
 import time
 from typing import Any
 
@@ -11,6 +9,8 @@ from rich.console import Console
 from rich.progress import track
 
 from mlm_train.bench import report
+from mlm_train.bench.built import SEED
+from mlm_train.bench.memory_in_use import HostMemory
 from mlm_train.bench.train_presets import PRESETS, Preset
 from mlm_train.config import Config
 from mlm_train.config.load import parse_config
@@ -24,7 +24,7 @@ from mlm_train.parallel.launch.launcher import launch_ranks
 from mlm_train.train.batches import step_batches
 from mlm_train.train.step import Trainer
 
-RANKS, SEED = 4, 1234
+RANKS = 4
 _FSDP = {"engine": "fsdp", "reshard_after_forward": False}
 # Config sections parallel and memory.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -92,18 +92,12 @@ def work(order_file: str) -> int:
             slowest = max(runtime.gather(lambda since=started: time.perf_counter() - since))  # type: ignore[misc]
             if step:
                 seconds[name].append(slowest)
-    peak = max(runtime.gather(lambda: _peak_bytes() - imported))
+    peak = max(runtime.gather(lambda: HostMemory().peak() - imported))
     if runtime.is_rank_0:
         report.write_result(order_file, {"seconds": seconds, "peak": peak})
     runtime.barrier()
     processes.stop()
     return 0
-
-
-def _peak_bytes() -> int:
-    """Largest resident set of this process so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _config(preset: Preset, variant: str, vocabulary: int) -> Config:

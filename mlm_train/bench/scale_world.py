@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlm_train.bench import report
+from mlm_train.bench.built import SEED
 from mlm_train.bench.scale_presets import World
 from mlm_train.config import Config
 from mlm_train.data.prepared import PreparedData
@@ -37,7 +38,6 @@ from mlm_train.parallel.runtime import Runtime
 from mlm_train.plan.owned import RowBytes, computed_by, owned_traffic
 from mlm_train.train.batches import MicroBatch, step_batches
 
-SEED = 1234
 BF16, FP32 = 2, 4
 EXCHANGE = "alltoall_base_"
 

@@ -90,8 +90,4 @@ def owned_traffic(
 
 def computed_by(ids: Tensor, rank: int, owners: Owners) -> Tensor:
     """Those of the step's ids of which a rank computes rows of some layer."""
-    units = units_of(ids, owners.ranks)
-    mine = torch.zeros(len(ids), dtype=torch.bool)
-    for layer in owners.held(rank):
-        mine |= owners.rank_of(layer, units) == rank
-    return ids[mine]
+    return ids[owners.computes(rank, units_of(ids, owners.ranks))]

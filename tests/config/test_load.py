@@ -76,6 +76,8 @@ def test_base_has_no_ffn_m_to_execute() -> None:
         ("model.memory_scale=.inf", "finite"),
         ("memory.mode=lookup", "memory.mode='lookup'"),
         ("memory.placement=shared", "memory.placement='shared': has no effect with memory.mode=auto"),
+        ("memory.gradient_rows=bf16", "memory.gradient_rows='bf16': has no effect with memory.mode=auto"),
+        ("memory={mode: table, placement: owned}", "parallel.engine=deepspeed: set parallel.engine=fsdp"),
         ("memory.table_layers=1", "has no effect with memory.mode=auto"),
         ("memory.kept_layers=1", "has no effect with memory.mode=auto"),
         ("data.sequence_length=100000", "longer than model.max_position_embeddings"),

@@ -7,6 +7,7 @@ time in one all-to-all for all such weights of a group.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -51,11 +52,11 @@ class Copies:
         gradients = {name: _take_gradient(copy.weight) for name, copy in self.copies.items()}
         sums = {name: copy.of(self.rank, gradients[name]) for name, copy in self.copies.items()}
 
-        def theirs(rank: int, name: str, copy: Copy) -> Tensor:
-            return copy.of(rank, gradients[name])
+        def theirs(rank: int, name: str) -> Tensor:
+            return self.copies[name].of(rank, gradients[name])
 
-        for name, part in self._swap(theirs, lambda rank, name: sums[name].shape, torch.float32):
-            sums[name] += part
+        for mine, part in self._swap(theirs, lambda rank, name: sums[name], torch.float32):
+            mine += part
         for name, total in sums.items():
             # Rows of several holders: a copy, so that the whole gradient is not kept for them.
             kept = total.clone() if len(self.copies[name].rows) > 1 else total
@@ -65,47 +66,41 @@ class Copies:
     def publish(self) -> None:
         """Write the updated rows into all holders' copies."""
 
-        def mine(rank: int, name: str, copy: Copy) -> Tensor:
+        def mine(rank: int, name: str) -> Tensor:
             return self.rows[name].to(self.dtype)
 
-        for name, copy in self.copies.items():
-            copy.of(self.rank, copy.weight).copy_(self.rows[name])
-        arrived = self._swap(mine, lambda rank, name: self._target(rank, name).shape, self.dtype)
-        ranks = (rank for rank in range(self.ranks) for _ in self._shared_with(rank))
-        for rank, (name, part) in zip(ranks, arrived, strict=True):
-            self._target(rank, name).copy_(part)
+        def theirs(rank: int, name: str) -> Tensor:
+            return self.copies[name].of(rank, self.copies[name].weight.detach())
 
-    def _target(self, rank: int, name: str) -> Tensor:
-        copy = self.copies[name]
-        return copy.of(rank, copy.weight.detach())
+        for name in self.copies:
+            theirs(self.rank, name).copy_(self.rows[name])
+        for rows, part in self._swap(mine, theirs, self.dtype):
+            rows.copy_(part)
 
-    def _shared_with(self, rank: int) -> list[tuple[str, Copy]]:
+    def _shared_with(self, rank: int) -> list[str]:
         """The copies that this rank and another hold, in one order on both."""
-        others = rank != self.rank
-        return [(name, copy) for name, copy in self.copies.items() if others and rank in copy.rows]
+        return [name for name, copy in self.copies.items() if rank != self.rank and rank in copy.rows]
 
     def _swap(
-        self,
-        give: Callable[[int, str, Copy], Tensor],
-        shape: Callable[[int, str], torch.Size],
-        dtype: torch.dtype,
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Give each other holder a tensor per shared copy; yield those that come, by rank, with names."""
+        self, give: Callable[[int, str], Tensor], take: Callable[[int, str], Tensor], dtype: torch.dtype
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give each other holder a tensor per shared copy; yield `take`'s tensors with what comes for them.
+
+        give, take: of a rank and a name.
+        """
         if not self.joins:
             return
-        ranks = range(self.ranks)
-        parts = [[give(rank, *item).flatten() for item in self._shared_with(rank)] for rank in ranks]
-        shapes = [[shape(rank, name) for name, _ in self._shared_with(rank)] for rank in ranks]
-        sent = [sum(map(len, of_rank)) for of_rank in parts]
-        received = [sum(s.numel() for s in of_rank) for of_rank in shapes]
+        shared = [self._shared_with(rank) for rank in range(self.ranks)]
+        given = [[give(rank, name).flatten() for name in names] for rank, names in enumerate(shared)]
+        taken = [[take(rank, name) for name in names] for rank, names in enumerate(shared)]
+        sent, received = ([sum(t.numel() for t in of_rank) for of_rank in side] for side in (given, taken))
         device = next(iter(self.copies.values())).weight.device
-        flat = torch.cat([torch.empty(0, dtype=dtype, device=device), *(p for of in parts for p in of)])
-        del parts
-        arrived = exchange(flat, sent, received, self.group)[0]
-        every = [s for of_rank in shapes for s in of_rank]
-        names = [name for rank in ranks for name, _ in self._shared_with(rank)]
-        for name, part, size in zip(names, arrived.split([s.numel() for s in every]), every, strict=True):
-            yield name, part.view(size)
+        flat = torch.cat([torch.empty(0, dtype=dtype, device=device), *chain.from_iterable(given)])
+        del given
+        arrived, _ = exchange(flat, sent, received, self.group)
+        targets = list(chain.from_iterable(taken))
+        for target, part in zip(targets, arrived.split([t.numel() for t in targets]), strict=True):
+            yield target, part.view_as(target)
 
 
 def _take_gradient(weight: nn.Parameter) -> Tensor:

@@ -54,8 +54,7 @@ class Placement:
         units = units_of(ids, self.owners.ranks)
         needed = torch.full(ids.shape, self.every_row)
         for owners in self.all_stages:
-            for layer in owners.held(self.rank):
-                needed |= owners.rank_of(layer, units) == self.rank
+            needed |= owners.computes(self.rank, units)
         return needed
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 PRIME = 2654435761  # Knuth's multiplicative hash: ids of similar frequency go to different ranks
@@ -66,6 +67,13 @@ class Owners:
         if at < self.whole:
             return units.new_full(units.shape, at % self.ranks)
         return ((at - self.whole) * self.ranks + units) // self.divided
+
+    def computes(self, rank: int, units: Tensor) -> Tensor:
+        """Which ids, by their units, a rank computes rows of, in some layer: bool [ids]."""
+        found = torch.zeros(units.shape, dtype=torch.bool)
+        for layer in self.held(rank):
+            found |= self.rank_of(layer, units) == rank
+        return found
 
     def rounds(self) -> list[list[int]]:
         """The layers in the order of their exchange: in each round every rank has an equal part."""
