@@ -69,14 +69,16 @@ def test_bf16_is_as_close_to_fp32_as_eager(recompute: ActivationCheckpointing) -
     model = Transformer(config.model)
     initialise(model, config.model, 3)
     sharpen(model)
-    ids, weights = torch.randint(0, 96, (2, 24)), torch.randn(2, 24, 96)
-    exact = step(model, "per_token", ids, weights)
+    # Of one batch the largest error of any tensor is up to a quarter above or below that of another.
+    batches = [(torch.randint(0, 96, (2, 24)), torch.randn(2, 24, 96)) for _ in range(4)]
+    exact = [step(model, "per_token", *batch) for batch in batches]
     errors = {}
     for compiles in (False, True):
         for layer in range(config.model.num_hidden_layers):
             model.block(layer).set_activation_checkpointing(recompute)
             model.block(layer).compiles = compiles
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            errors[compiles] = relative_error(step(model, "per_token", ids, weights), exact)
+            rounded = [step(model, "per_token", *batch) for batch in batches]
+        errors[compiles] = sum(map(relative_error, rounded, exact))
     assert 0 < errors[True] < 1.25 * errors[False]
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]

@@ -78,8 +78,9 @@ def test_a_lost_node_and_ranks_that_live_on_there(
     node = job.field("BatchHost")
     (rank,) = [
         process
-        for process in psutil.process_iter()
-        if "pretrain" in process.cmdline() and process.environ().get("SLURM_JOB_ID") == job.number
+        for process in psutil.process_iter(["cmdline", "environ"])  # None of one that has just ended
+        if "pretrain" in (process.info["cmdline"] or ())
+        and (process.info["environ"] or {}).get("SLURM_JOB_ID") == job.number
     ]
     os.kill(int((cluster.folder / f"run/slurmd.{node}.pid").read_text()), signal.SIGKILL)
     rank.suspend()
