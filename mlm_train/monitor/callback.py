@@ -8,10 +8,13 @@ heartbeat, stragglers, monitor, then those of config field monitor.callbacks.
 | on_train_start | before the first step of a launch, with the model built and loaded |
 | before_step | before a step's batches are read |
 | on_fault | after a skipped step (before its after_step), or after a rollback from a loss spike |
-| after_step | after every step, including skipped ones |
+| after_step | when a step's results are there, of every step, including skipped ones |
 | before_evaluation, after_evaluation | around each validation |
 | after_save | when a checkpoint is on disk |
 | on_train_end | at the end, whatever ended the run |
+
+A step's results are read once the next one has been launched, so that a device never waits: before_step of
+step 2 comes before after_step of step 1. Before a validation or a checkpoint all results are read.
 
 Reports hold the same values on every rank. All ranks reach a hook at the same step, so a callback may use
 collectives, except in two hooks: after_save is called when a rank's own thread has seen the commit, and

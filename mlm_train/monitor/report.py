@@ -35,15 +35,10 @@ class Progress:
     rollbacks: int = 0
     rewarm: Rewarm | None = None
 
-    def after(self, samples: int, tokens: int, skipped: bool = False) -> "Progress":
-        """The progress after one more step."""
-        return replace(
-            self,
-            step=self.step + 1,
-            samples=self.samples + samples,
-            tokens=self.tokens + tokens,
-            skipped=self.skipped + skipped,
-        )
+    def after(self, samples: int, sequence_length: int) -> "Progress":
+        """The progress after one more step of `samples` sequences."""
+        tokens = samples * sequence_length
+        return replace(self, step=self.step + 1, samples=self.samples + samples, tokens=self.tokens + tokens)
 
     def as_dict(self) -> dict[str, Any]:
         """As a dict, for a manifest."""
@@ -102,7 +97,7 @@ class StepReport:
     @property
     def seconds(self) -> float:
         """Seconds of the step, including the wait for its data."""
-        return self.result.seconds + self.data_seconds
+        return self.result.seconds
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 import math
 import time
+from dataclasses import replace
 
 from mlm_train.checkpoint.manifest import Validation
-from mlm_train.monitor.report import Evaluation, Progress, SkippedStep, StepReport
+from mlm_train.monitor.report import Evaluation, Progress
 from mlm_train.train.batches import Key, MicroBatch, Prefetcher, evaluation_batches, pinned, step_batches
-from mlm_train.train.guard import LossGuard, roll_back
+from mlm_train.train.results import Launch, Results
 from mlm_train.train.schedule import global_batch_at, learning_rate
 from mlm_train.train.setup import Run
 from mlm_train.train.signals import EXIT_CODE
@@ -20,8 +21,7 @@ def train(run: Run) -> int:
     config, progress, marker = run.config, run.progress, run.runtime.marker
     first = progress.step
     last = min(config.train.steps, progress.step + (config.train.stop_after or config.train.steps))
-    micro_batch, runtime, guard = config.train.micro_batch_size, run.runtime, LossGuard(config)
-    callbacks = run.callbacks
+    micro_batch, runtime, results = config.train.micro_batch_size, run.runtime, Results(run)
 
     def read(key: Key) -> list[MicroBatch]:
         batches = pinned(step_batches(run.samples, *key, micro_batch, runtime.topology), runtime.device)
@@ -31,7 +31,7 @@ def train(run: Run) -> int:
     data = Prefetcher(read)
     while progress.step < last:
         marker.enter(f"step {progress.step + 1}", patient=progress.step == first)
-        callbacks.before_step(progress)
+        run.callbacks.before_step(progress)
         marker.at("data")
         started = time.perf_counter()
         size = global_batch_at(config.train, progress.samples)
@@ -40,30 +40,27 @@ def train(run: Run) -> int:
         batches = data.take((progress.samples, size), then if progress.step + 1 < last else None)
         data_seconds = time.perf_counter() - started
         lr = learning_rate(config, progress.step, progress.rewarm)
-        result = run.trainer.step(batches, lr, data_seconds)
-        progress = progress.after(size, result.tokens, result.fault is not None)
-        if result.fault is not None:
-            callbacks.on_fault(SkippedStep(progress, result.fault))
-        callbacks.after_step(StepReport(progress, lr, size, result, data_seconds, run.consumed(progress)))
-        guard.refuse_divergence(progress, result)
-        if guard.sees_spike(result) and (earlier := roll_back(run, progress)) is not None:
+        step = run.trainer.launch(batches, lr, data_seconds)
+        progress = progress.after(size, config.data.sequence_length)
+        results.add(Launch(step, progress, lr, size, data_seconds))
+        validates = _due(progress.step, config.train.eval_interval, config.train.steps)
+        saves = _due(progress.step, config.checkpoint.interval, last)
+        if (earlier := results.read(all_steps=validates or saves)) is not None:
             progress = earlier
             continue
-        validation = None
-        if _due(progress.step, config.train.eval_interval, config.train.steps):
-            validation = evaluate(run, progress)
+        progress = replace(progress, skipped=results.skipped)
+        validation = evaluate(run, progress) if validates else None
         # Nothing is saved after a skipped step: the cause may lie in the weights.
-        interval = config.checkpoint.interval if result.fault is None else 0
-        if result.asked or _due(progress.step, interval, last):
+        if results.asked or progress.step == last or (saves and results.sound):
             save(run, progress, validation)
         run.saver.poll()
-        if result.asked and progress.step < last:
+        if results.asked and progress.step < last:
             run.saver.finish()
             data.drain()
             run.log.say(
-                f"stopped by {result.asked.name} after step {progress.step}; the same command resumes"
+                f"stopped by {results.asked.name} after step {progress.step}; the same command resumes"
             )
-            return EXIT_CODE[result.asked]
+            return EXIT_CODE[results.asked]
     run.saver.finish()
     return 0
 

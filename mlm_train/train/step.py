@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from signal import Signals as Signal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from mlm_train.parallel.runtime import Runtime
 from mlm_train.train.batches import MicroBatch
 from mlm_train.train.faults import locate
 from mlm_train.train.signals import Signals
+from mlm_train.utils.host_copy import HostCopy
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class StepResult:
     distinct_micro: float  # distinct ids per token of a micro-batch
     distinct_step: float  # distinct ids per token of a rank's step
     ffn_m_evaluations: float  # per token, over all layers; without recomputation
-    seconds: float
+    seconds: float  # wall time, including the wait for its data
     asked: Signal | None  # the signal that some rank received to end the run; equal on all ranks
     waited: list[float]  # seconds per rank, waiting for data
     forward: list[float]  # seconds per rank in forward passes, without waiting for other ranks
@@ -47,6 +49,7 @@ class Trainer:
     ) -> None:
         self.engine, self.executor, self.runtime = engine, executor, runtime
         self.signals = signals or Signals()
+        self.finished = 0.0  # when the latest step was over whose results were read (time.perf_counter)
 
     def backward(self, batches: Sequence[MicroBatch]) -> tuple[Tensor, float]:
         """Accumulate gradients of DP/N * sum(CE + z * lse^2); return this rank's sum of CE, and N.
@@ -63,12 +66,12 @@ class Trainer:
         return total, labels
 
     def step(self, batches: Sequence[MicroBatch], lr: float, waited: float = 0.0) -> StepResult:
-        """Train on this rank's micro-batches of one global batch.
+        """Train on this rank's micro-batches of one global batch, and wait for the results."""
+        return self.launch(batches, lr, waited).result()
 
-        waited: seconds spent waiting for them. Raises UserError if the loss is non-finite although the
-        weights have changed.
-        """
-        started, marker = time.perf_counter(), self.runtime.marker
+    def launch(self, batches: Sequence[MicroBatch], lr: float, waited: float = 0.0) -> "LaunchedStep":
+        """The same, without waiting for a device. waited: seconds spent waiting for the micro-batches."""
+        started, marker = time.perf_counter() - waited, self.runtime.marker
         marker.forwards.read()  # discard an evaluation's seconds
         total, labels = self.backward(batches)
         marker.at("optimizer step")
@@ -82,41 +85,19 @@ class Trainer:
         evaluates = source is not None and (self.runtime.topology.tensor_rank == 0 or not sliced)
         mine = source.evaluations(whole.numel(), micro) if source and evaluates else 0
         counts = (whole.numel(), micro, whole.unique().numel())
-        # Norms are equal on all ranks. This is the step's one wait for the device.
-        (loss, tokens, micro, distinct), (*heard, evaluations, grad_norm), each = self._over_all(
+        # Norms are equal on all ranks.
+        sums = self._over_all(
             [total, *map(float, counts)],
             [*self.signals.heard(), mine, norm if self.runtime.is_rank_0 else 0.0],
             (waited, marker.forwards.read(), float(peak_memory_bytes(self.runtime.device))),
         )
-        waits, forwards, peaks = each
-        fault = None
-        if not math.isfinite(grad_norm):
-            fault = self._fault(loss, batches)
-        elif not math.isfinite(loss):
-            raise SharedUserError(
-                f"the loss is {loss} although all gradients are finite, so the weights have changed: "
-                "restart, to resume from the newest committed checkpoint"
-            )
-        return StepResult(
-            loss=loss / max(labels, 1.0),
-            grad_norm=grad_norm,
-            tokens=int(tokens),
-            distinct_micro=micro / tokens,
-            distinct_step=distinct / tokens,
-            ffn_m_evaluations=evaluations / tokens,
-            seconds=time.perf_counter() - started,
-            asked=Signals.agreed(heard),
-            waited=waits,
-            forward=forwards,
-            peak_memory=peaks,
-            fault=fault,
-        )
+        return LaunchedStep(self, batches, labels, started, sums, self.engine.nonfinite())
 
-    def _fault(self, loss: float, batches: Sequence[MicroBatch]) -> str:
-        """Describe the non-finite value of the step, and its origin."""
+    def fault(self, loss: float, batches: Sequence[MicroBatch], nonfinite: Sequence[str]) -> str:
+        """Describe the non-finite value of a step, and its origin; `nonfinite`: of its gradients, by name."""
         self.runtime.marker.at("search for non-finite values")
         what = "non-finite gradient" if math.isfinite(loss) else f"loss {loss}"
-        model, nonfinite = self.engine.model, self.engine.nonfinite()
+        model = self.engine.model
         assert isinstance(model, Transformer)
         return f"{what}; {locate(model, lambda: self.executor.evaluate(batches), nonfinite, self.runtime)}"
 
@@ -140,11 +121,11 @@ class Trainer:
 
     def _over_all(
         self, shared: Sequence[float | Tensor], own: Sequence[float | Tensor], each: Sequence[float]
-    ) -> tuple[list[float], list[float], list[list[float]]]:
+    ) -> "Sums":
         """One all-reduce over all ranks, of three kinds of values.
 
         shared: equal on the ranks of a replica, summed once per replica. own: summed over all ranks. each:
-        not summed; returned as one list over the ranks per value. Tensors are scalars on the device.
+        not summed; one value per rank. Tensors are scalars on the device.
         """
         topology = self.runtime.topology
         once = shared if topology.is_replica_rank_0 else [0.0] * len(shared)
@@ -157,10 +138,73 @@ class Trainer:
         for position, value in enumerate(summed):
             if isinstance(value, Tensor):
                 values[position] = value
-        sizes = [len(shared), len(own), table.numel()]
-        sums = self.runtime.sum_over_all(values).cpu().split(sizes)
-        return sums[0].tolist(), sums[1].tolist(), sums[2].view_as(table).tolist()
+        return Sums(HostCopy(self.runtime.sum_over_all(values)), len(shared), len(own), len(each))
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sum over the data-parallel ranks; values and result are on the CPU."""
         return self.runtime.sum_over_data(values)
+
+
+class Sums(NamedTuple):
+    """Values summed over all ranks (Trainer._over_all), on their way to the CPU; how many of each kind."""
+
+    values: HostCopy
+    shared: int
+    own: int
+    each: int
+
+    def wait(self) -> tuple[list[float], list[float], list[list[float]]]:
+        """The sums; of `each` a list over the ranks per value."""
+        shared, own, table = self.values.wait().tensor_split((self.shared, self.shared + self.own))
+        return shared.tolist(), own.tolist(), table.view(self.each, -1).tolist()
+
+
+class LaunchedStep:
+    """A step that a device may still be working on."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        batches: Sequence[MicroBatch],
+        labels: float,
+        started: float,
+        sums: Sums,
+        nonfinite: Callable[[], list[str]],
+    ) -> None:
+        self.trainer, self.batches, self.labels, self.started = trainer, batches, labels, started
+        self.sums, self.nonfinite = sums, nonfinite
+        self.finished = time.perf_counter() if sums.values.has_arrived else None
+
+    def result(self) -> StepResult:
+        """Wait for the step and return its results. Every rank calls it, once for each step, in their order.
+
+        Its seconds are those since the step before it was over, if that was after its own start. Raises
+        UserError if the loss is non-finite although the weights have changed.
+        """
+        (loss, tokens, micro, distinct), (*heard, evaluations, grad_norm), each = self.sums.wait()
+        waits, forwards, peaks = each
+        finished = self.finished or time.perf_counter()
+        seconds = finished - max(self.started, self.trainer.finished)
+        self.trainer.finished = finished
+        fault = None
+        if not math.isfinite(grad_norm):
+            fault = self.trainer.fault(loss, self.batches, self.nonfinite())
+        elif not math.isfinite(loss):
+            raise SharedUserError(
+                f"the loss is {loss} although all gradients are finite, so the weights have changed: "
+                "restart, to resume from the newest committed checkpoint"
+            )
+        return StepResult(
+            loss=loss / max(self.labels, 1.0),
+            grad_norm=grad_norm,
+            tokens=int(tokens),
+            distinct_micro=micro / tokens,
+            distinct_step=distinct / tokens,
+            ffn_m_evaluations=evaluations / tokens,
+            seconds=seconds,
+            asked=Signals.agreed(heard),
+            waited=waits,
+            forward=forwards,
+            peak_memory=peaks,
+            fault=fault,
+        )

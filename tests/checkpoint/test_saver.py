@@ -90,7 +90,7 @@ def test_training_goes_on_and_leaves_no_trace_in_the_copy(
     config = config_of(data, tmp_path / "run")
     with opened_run(config, preflight(config, 1, 1)) as run:
         step(run)
-        progress = run.progress.after(8, 256)
+        progress = run.progress.after(8, 32)
         expected = take_snapshot(run.trainer.engine, run.runtime, config, progress.as_dict(), {})
         save(run, progress)
         for _ in range(2):  # nothing is on disk yet

@@ -19,10 +19,7 @@ PACKAGE = Path(mlm_train.__file__).parent
 
 
 def step(device: str) -> Figures:
-    """Backward passes and the update of a second step; the first one allocates and chooses kernels.
-
-    What a step does afterwards, reading its results, waits by nature.
-    """
+    """A whole second step but reading its results; the first one allocates and chooses kernels."""
     module = torch.get_device_module(device)
     if not hasattr(module, "set_sync_debug_mode"):
         raise NotPossible(f"{device} has no sync debug mode")
@@ -35,7 +32,7 @@ def step(device: str) -> Figures:
     module.synchronize()
     module.set_sync_debug_mode("error")
     try:
-        unsynchronised(lambda: (trainer.backward(batches), trainer.engine.step(1e-3)))
+        unsynchronised(lambda: trainer.launch(batches, 1e-3))
     finally:
         module.set_sync_debug_mode("default")
     return {}

@@ -91,7 +91,7 @@ def test_every_rank_comes_to_every_hook_with_the_same_values(data: Path, tmp_pat
     more = ("train.steps=3", "train.eval_interval=2", "checkpoint.interval=2", "checkpoint.async_save=false")
     finished("launch", "--nproc", 2, *pretrain(data, run, *more))
     assert hooks(run) == [
-        "start after 0", "before 1", "after 1", "before 2", "after 2", "before validation 2", "validation 2",
+        "start after 0", "before 1", "before 2", "after 1", "after 2", "before validation 2", "validation 2",
         "saved step-00000002", "before 3", "after 3", "before validation 3", "validation 3",
         "saved step-00000003", "end",
     ]  # fmt: skip
@@ -106,7 +106,7 @@ def test_a_skipped_step_and_a_resumed_run(
     with monkeypatch.context() as patch:
         spoil(patch, {2}.__contains__)
         mlm_train("pretrain", *pretrain(data, run, *more, "train.steps=3"))
-    assert hooks(run)[3:6] == ["before 2", "skipped 2: non-finite g", "after 2"]
+    assert hooks(run)[2:7] == ["before 2", "after 1", "before 3", "skipped 2: non-finite g", "after 2"]
     mlm_train("pretrain", *pretrain(data, run, *more, "train.steps=4"))
     assert hooks(run)[-7:-4] == ["start after 3", "before 4", "after 4"]
 

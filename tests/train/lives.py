@@ -41,7 +41,7 @@ def live(
             file.write(json.dumps([progress.samples, found]) + "\n")
             file.flush()
             time.sleep(0.002)  # a step
-            progress = progress.after(GLOBAL_BATCH, GLOBAL_BATCH * LENGTH)
+            progress = progress.after(GLOBAL_BATCH, LENGTH)
             if progress.step % COMMIT_EVERY == 0:
                 write_json(checkpoint, progress.as_dict())
             if most is not None and (most := most - 1) == 0:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mlm_train.cli import main
 from mlm_train.train.batches import MicroBatch
-from mlm_train.train.step import StepResult, Trainer
+from mlm_train.train.step import LaunchedStep, Trainer
 
 
 def digests(ids: Tensor, labels: Tensor) -> list[str]:
@@ -23,17 +23,17 @@ def digests(ids: Tensor, labels: Tensor) -> list[str]:
     return [hashlib.sha256(a.tobytes() + b.tobytes()).hexdigest()[:16] for a, b in rows]
 
 
-_step = Trainer.step
+_launch = Trainer.launch
 
 
-def _noted(self: Trainer, batches: Sequence[MicroBatch], lr: float, waited: float = 0.0) -> StepResult:
+def _noted(self: Trainer, batches: Sequence[MicroBatch], lr: float, waited: float = 0.0) -> LaunchedStep:
     with open(f"{sys.argv[1]}.{os.environ['RANK']}", "a", encoding="utf-8") as file:
         task = self.runtime.marker.mark.task
         file.write(json.dumps([task, [digest for batch in batches for digest in digests(*batch)]]) + "\n")
     time.sleep(0.1)  # tiny models are fast, and a kill has to come in time
-    return _step(self, batches, lr, waited)
+    return _launch(self, batches, lr, waited)
 
 
 if __name__ == "__main__":
-    Trainer.step = _noted  # type: ignore[method-assign]
+    Trainer.launch = _noted  # type: ignore[method-assign]
     main(sys.argv[2:])

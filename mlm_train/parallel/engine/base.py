@@ -88,12 +88,14 @@ class Engine(ABC):
         if not loss.isfinite():
             self.spoil()
 
-    def nonfinite(self) -> list[str]:
-        """Names of parameters whose gradient on this rank, before averaging, was non-finite in this step.
+    def nonfinite(self) -> Callable[[], list[str]]:
+        """A function that returns which gradients on this rank, before averaging, were non-finite, by name.
 
-        Empty where gradients are reduced in each pass: this rank's own ones are not available then.
+        It is called after a step, its result perhaps after later steps. Empty where gradients are reduced in
+        each pass: this rank's own ones are not available then.
         """
-        return self.found
+        found = self.found
+        return lambda: found
 
     def spoil(self) -> None:
         """Set this rank's gradients to NaN, so that the next step skips the update on all ranks."""

@@ -228,9 +228,10 @@ class FsdpEngine(Engine):
         """Note a step's loss, which is looked at with the norm."""
         self.loss = loss
 
-    def nonfinite(self) -> list[str]:
-        """Names of parameters whose gradient here was non-finite; empty where others have added to them."""
-        return [] if self.sharded else [name for name, norm in self.norms.items() if not norm.isfinite()]
+    def nonfinite(self) -> Callable[[], list[str]]:
+        """A function that returns which gradients were non-finite; none where others have added to them."""
+        norms = {} if self.sharded else self.norms
+        return lambda: [name for name, norm in norms.items() if not norm.isfinite()]
 
     def spoil(self) -> None:
         """Have the next step skip the update on all ranks."""
