@@ -3,6 +3,8 @@
 import contextlib
 import io
 import os
+import random
+import socket
 import subprocess
 import sys
 import time
@@ -105,6 +107,25 @@ def finished(*words: object, **environment: str) -> str:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-4000:]
     return output
+
+
+def ranks_under(launch: psutil.Process) -> list[psutil.Process]:
+    """The descendants of a process that train."""
+    ranks = []
+    for child in launch.children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # one that has just ended
+            if "pretrain" in child.cmdline():
+                ranks.append(child)
+    return ranks
+
+
+def free_port() -> int:
+    """A port nobody listens on, below those that the system hands out: no other process gets it by chance."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as trial, contextlib.suppress(OSError):
+            trial.bind(("127.0.0.1", port))
+            return port
 
 
 def listening(process: psutil.Process) -> set[str]:

@@ -130,7 +130,9 @@ WRITERS: dict[str, tuple[Words, str]] = {  # and the option that names the outpu
 }
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name == "low rank" else name for name in WRITERS]
+)
 def test_a_full_disk(name: str, disk: Disk, request: pytest.FixtureRequest) -> None:
     words, option = WRITERS[name]
     output = disk.folder / ("out" if option in ("--output", "") else "out.safetensors")

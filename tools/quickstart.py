@@ -109,7 +109,10 @@ class Quickstart:
         time.sleep(2)  # some steps later, so that work is really lost
         step = pointer.read_text().strip()
         children = psutil.Process(launch.pid).children(recursive=True)
-        ranks = [child for child in children if "pretrain" in child.cmdline()]
+        living = [
+            child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE
+        ]
+        ranks = [child for child in living if "pretrain" in child.cmdline()]
         os.kill(ranks[-1].pid, signal.SIGKILL)
         code = launch.wait()
         if code == 0:

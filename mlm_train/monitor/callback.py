@@ -13,8 +13,8 @@ heartbeat, stragglers, monitor, then those of config field monitor.callbacks.
 | after_save | when a checkpoint is on disk |
 | on_train_end | at the end, whatever ended the run |
 
-A step's results are read once the next one has been launched, so that a device never waits: before_step of
-step 2 comes before after_step of step 1. Before a validation or a checkpoint all results are read.
+A GPU's results are read once the next step has been launched, so that it never waits: before_step of step 2
+comes before after_step of step 1. Before a validation or a checkpoint all results are read.
 
 Reports hold the same values on every rank. All ranks reach a hook at the same step, so a callback may use
 collectives, except in two hooks: after_save is called when a rank's own thread has seen the commit, and

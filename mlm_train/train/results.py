@@ -1,13 +1,20 @@
-"""The results of steps: read one step late, so that a device never waits for the CPU between steps."""
+"""The results of steps; a GPU's are read one step late, so that it never waits for the CPU between steps."""
 
 from collections import deque
 from dataclasses import dataclass, replace
 from signal import Signals as Signal
 
+import torch
+
 from mlm_train.monitor.report import Progress, SkippedStep, StepReport
 from mlm_train.train.guard import LossGuard, roll_back
 from mlm_train.train.setup import Run
 from mlm_train.train.step import LaunchedStep
+
+
+def reads_late(device: torch.device) -> bool:
+    """Whether a step may still be running there once it is launched."""
+    return device.type != "cpu"
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class Results:
     def __init__(self, run: Run) -> None:
         self.run, self.guard = run, LossGuard(run.config)
         self.launches: deque[Launch] = deque()
+        self.late = int(reads_late(run.runtime.device))
         self.skipped = run.progress.skipped
         self.asked: Signal | None = None
         self.sound = True
@@ -40,11 +48,11 @@ class Results:
         self.launches.append(launch)
 
     def read(self, all_steps: bool) -> Progress | None:
-        """Read what is left but the latest step's, or with all_steps, or once `asked`, all of it.
+        """Read what is there; the latest step's too with all_steps, on a CPU, or once `asked`.
 
         Returns the progress that a loss spike has taken the run back to; a step launched after it is dropped.
         """
-        while len(self.launches) > (not (all_steps or self.asked)):
+        while len(self.launches) > (0 if all_steps or self.asked else self.late):
             launch = self.launches.popleft()
             back = self._judge(launch)
             if back is not None:

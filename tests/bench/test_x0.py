@@ -26,7 +26,9 @@ def test_traffic_counts_operations_of_known_size_and_refuses_others() -> None:
     }
 
 
-@pytest.mark.parametrize(("schedule", "boundaries"), [("1f1b", 1), ("interleaved_1f1b", 3)])
+@pytest.mark.parametrize(
+    ("schedule", "boundaries"), [pytest.param("1f1b", 1, marks=pytest.mark.long), ("interleaved_1f1b", 3)]
+)
 def test_counted_bytes_equal_the_formulas(schedule: str, boundaries: int, data: Path, tmp_path: Path) -> None:
     file = tmp_path / "x0.json"
     words = ["bench", "x0", "--stages", 2, "--runs", 2, "--pipeline-schedule", schedule, "--json", file]

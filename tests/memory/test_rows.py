@@ -55,7 +55,9 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.long) if name == "PP2" else name for name in LAYOUTS]
+)
 def test_two_runs_are_equal_to_the_bit(layout: str, data: Path, tmp_path: Path) -> None:
     world, overrides = LAYOUTS[layout]
     if not all(map(runs_here, overrides)):

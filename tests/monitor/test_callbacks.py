@@ -8,6 +8,7 @@ import torch
 
 from mlm_train.config import load_config
 from mlm_train.data.samples import Consumed
+from mlm_train.errors import START_AGAIN
 from mlm_train.monitor.build import OURS, build_callbacks
 from mlm_train.monitor.callback import Callback, Callbacks, Context
 from mlm_train.monitor.log import Log
@@ -17,6 +18,8 @@ from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.mesh.groups import ProcessGroups
 from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.parallel.runtime import Runtime
+from mlm_train.train import results
+from mlm_train.train.signals import Signals
 from mlm_train.train.step import StepResult
 from tests.commands import TINY, finished, mlm_train, outcome
 from tests.train.test_guard import SPIKE, bad_labels, spoil
@@ -91,7 +94,7 @@ def test_every_rank_comes_to_every_hook_with_the_same_values(data: Path, tmp_pat
     more = ("train.steps=3", "train.eval_interval=2", "checkpoint.interval=2", "checkpoint.async_save=false")
     finished("launch", "--nproc", 2, *pretrain(data, run, *more))
     assert hooks(run) == [
-        "start after 0", "before 1", "before 2", "after 1", "after 2", "before validation 2", "validation 2",
+        "start after 0", "before 1", "after 1", "before 2", "after 2", "before validation 2", "validation 2",
         "saved step-00000002", "before 3", "after 3", "before validation 3", "validation 3",
         "saved step-00000003", "end",
     ]  # fmt: skip
@@ -106,9 +109,30 @@ def test_a_skipped_step_and_a_resumed_run(
     with monkeypatch.context() as patch:
         spoil(patch, {2}.__contains__)
         mlm_train("pretrain", *pretrain(data, run, *more, "train.steps=3"))
-    assert hooks(run)[2:7] == ["before 2", "after 1", "before 3", "skipped 2: non-finite g", "after 2"]
+    assert hooks(run)[3:6] == ["before 2", "skipped 2: non-finite g", "after 2"]
     mlm_train("pretrain", *pretrain(data, run, *more, "train.steps=4"))
     assert hooks(run)[-7:-4] == ["start after 3", "before 4", "after 4"]
+
+
+def test_on_a_gpu_results_come_one_step_late(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a validation all of them are there, and a signal ends the run after the step launched last."""
+    run = tmp_path / "run"
+    monkeypatch.setattr(results, "reads_late", lambda _: True)
+    heard, calls = Signals.heard, iter(range(1, 1000))
+    monkeypatch.setattr(Signals, "heard", lambda self: [float(next(calls) == 5), heard(self)[1]])
+    with monkeypatch.context() as patch:
+        spoil(patch, {2}.__contains__)
+        code, _ = outcome("pretrain", *pretrain(data, run, "train.eval_interval=3", "train.steps=9"))
+    assert code == START_AGAIN
+    assert hooks(run)[1:-2] == [
+        "before 1", "before 2", "after 1", "before 3", "skipped 2: non-finite g", "after 2", "after 3",
+        "before validation 3", "validation 3", "before 4", "before 5", "after 4", "before 6", "after 5",
+        "after 6", "before validation 6", "validation 6",
+    ]  # fmt: skip
+    assert hooks(run)[-2:] == ["saved step-00000006", "end"]
+    assert "stopped by SIGUSR1 after step 6" in (run / "train.log").read_text()
 
 
 def test_a_loss_spike(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

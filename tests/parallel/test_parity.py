@@ -3,7 +3,7 @@
 import pytest
 
 from mlm_train.config.parallel import INTERLEAVED, ZERO_BUBBLE
-from tests.parallel.layouts import MODES
+from tests.parallel.layouts import MODES, Case
 from tests.parallel.matrix import LAYOUTS, Layout, cases_of, further, pairs_of_choices
 from tests.parallel.pairwise import ENGINES, case_of, pairs_of, pairwise, pool, together
 from tests.parallel.pairwise import LAYOUTS as MIXED
@@ -98,38 +98,47 @@ def test_all_pairs_of_choices_are_compared_or_rejected() -> None:
     }
 
 
-def test_bf16_is_no_further_from_fp32_than_one_process() -> None:
-    for parallel in (
-        {},
-        {"tensor": 2, "zero_stage": 0},
+@pytest.mark.parametrize(
+    "parallel",
+    [
         SEQUENCE,
-        {"pipeline": 2, "zero_stage": 2},
-        {"zero_stage": 3},
-        {"engine": "fsdp"},
         {"engine": "fsdp", "reduce_dtype": "bf16"},
-    ):
-        modes = [
-            mode
-            for mode in MODES
-            if "layer" not in mode
-            and (parallel.get("zero_stage") != 3 or "table" not in mode)
-            and ("engine" in parallel or "owned" not in mode)
-        ]
-        if "engine" in parallel:
-            modes.append("table owned, bf16 gradient rows")
-        distance = run_on_ranks(
-            "tests.parallel.parity_cases:run_bf16_cases",
-            2,
-            model={"kind": "flex", "flex_beta": 2},
-            modes=modes,
-            micro_batch=1,
-            seeds=5,
-            parallel=parallel,
-        )
-        print(parallel, distance)
-        assert distance["alone"] > 1e-4, "the single process must really compute in bf16"
-        for mode in modes:
-            assert distance[mode] <= 1.25 * distance["alone"], (parallel, distance)
+        *(
+            pytest.param(parallel, marks=pytest.mark.long)
+            for parallel in (
+                {},
+                {"tensor": 2, "zero_stage": 0},
+                {"pipeline": 2, "zero_stage": 2},
+                {"zero_stage": 3},
+                {"engine": "fsdp"},
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_bf16_is_no_further_from_fp32_than_one_process(parallel: Case) -> None:
+    modes = [
+        mode
+        for mode in MODES
+        if "layer" not in mode
+        and (parallel.get("zero_stage") != 3 or "table" not in mode)
+        and ("engine" in parallel or "owned" not in mode)
+    ]
+    if "engine" in parallel:
+        modes.append("table owned, bf16 gradient rows")
+    distance = run_on_ranks(
+        "tests.parallel.parity_cases:run_bf16_cases",
+        2,
+        model={"kind": "flex", "flex_beta": 2},
+        modes=modes,
+        micro_batch=1,
+        seeds=5,
+        parallel=parallel,
+    )
+    print(parallel, distance)
+    assert distance["alone"] > 1e-4, "the single process must really compute in bf16"
+    for mode in modes:
+        assert distance[mode] <= 1.25 * distance["alone"], (parallel, distance)
 
 
 # A plausible mistake in the code -> a layout of four ranks in which the suite must detect it.

@@ -4,6 +4,8 @@ import re
 import time
 from pathlib import Path
 
+import pytest
+
 from mlm_train.checkpoint.folders import newest
 from mlm_train.config.load import dump_config, load_config
 from tests.commands import ROOT, mlm_train, same_losses
@@ -68,6 +70,7 @@ def test_a_chain_whose_folder_no_other_job_gets(cluster: Cluster, data: Path, tm
     second.end()
 
 
+@pytest.mark.long
 def test_a_preemption_that_gives_sigterm_alone(
     cluster: Cluster, unbroken: Path, data: Path, tmp_path: Path
 ) -> None:

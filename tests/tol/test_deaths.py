@@ -121,7 +121,11 @@ def test_four_deaths_over_one_partition(source: Path, unbroken: Path, tmp_path: 
     ("number", "line"),
     [
         (signal.SIGINT, "stopped by the user"),
-        (signal.SIGTERM, "stopped by SIGTERM; run the same command again to continue"),
+        pytest.param(
+            signal.SIGTERM,
+            "stopped by SIGTERM; run the same command again to continue",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_asked_to_end(
@@ -140,7 +144,7 @@ def test_asked_to_end(
     check_resumes(source, output, unbroken)
 
 
-@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+@pytest.mark.parametrize("name", ["raylet", pytest.param("gcs_server", marks=pytest.mark.long)])
 def test_a_process_of_ray_is_killed(source: Path, unbroken: Path, tmp_path: Path, name: str) -> None:
     output = tmp_path / "tol"
     process = command(source, output, 2)
@@ -201,6 +205,7 @@ def stop_one(cluster: psutil.Process, process: "subprocess.Popen[str]") -> tuple
     return found[0]
 
 
+@pytest.mark.long
 def test_an_orphan_wakes_after_the_next_build(
     source: Path, unbroken: Path, tmp_path: Path, cluster: "subprocess.Popen[str]"
 ) -> None:

@@ -175,7 +175,7 @@ def test_the_builder_is_killed_at_random_moments(
     print(json.dumps(figures))
 
 
-@pytest.mark.parametrize("name", ["low_rank", "groups"])
+@pytest.mark.parametrize("name", [pytest.param("low_rank", marks=pytest.mark.long), "groups"])
 def test_two_nodes(
     source: Path, unbroken: dict[str, Path], tmp_path: Path, cluster: "subprocess.Popen[str]", name: str
 ) -> None:

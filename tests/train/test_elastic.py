@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -11,7 +10,17 @@ import psutil
 import pytest
 
 from mlm_train.errors import START_AGAIN
-from tests.commands import TINY, finished, listening, refused, same_losses, start, wait_for
+from tests.commands import (
+    TINY,
+    finished,
+    free_port,
+    listening,
+    ranks_under,
+    refused,
+    same_losses,
+    start,
+    wait_for,
+)
 from tests.ranks import train_on_ranks
 
 STEPS = 150
@@ -26,8 +35,7 @@ def words(data: Path, run: Path, *more: str) -> list[str]:
 
 
 def ranks_of(launch: "subprocess.Popen[str]") -> list[psutil.Process]:
-    children = psutil.Process(launch.pid).children(recursive=True)
-    return [process for process in children if "pretrain" in process.cmdline()]
+    return ranks_under(psutil.Process(launch.pid))
 
 
 def is_asked_to_end(process: psutil.Process) -> bool:
@@ -68,9 +76,7 @@ def test_killed_ranks_start_again_and_a_warned_run_does_not(
 def test_a_machine_leaves_and_comes_back(unbroken: Path, data: Path, tmp_path: Path) -> None:
     """Two agents with one rank each: the second one is killed with its rank, and started again."""
     run = tmp_path / "run"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meet = f"127.0.0.1:{free.getsockname()[1]}"
+    meet = f"127.0.0.1:{free_port()}"
     command = ("launch", "--nproc", 1, "--nodes", "1:2", "--max-restarts", 3, "--rendezvous", meet)
     first = start(*command, *words(data, run))
     while not listening(psutil.Process(first.pid)):  # it hosts the rendezvous

@@ -15,7 +15,7 @@ from mlm_train.checkpoint.manifest import write_manifest
 from mlm_train.cli import main
 from mlm_train.parallel import runtime
 from mlm_train.parallel.engine.base import Engine
-from mlm_train.train import loop
+from mlm_train.train import loop, results
 from mlm_train.train.batches import MicroBatch
 from tests.commands import TINY, mlm_train, same_losses, scalars
 
@@ -44,6 +44,13 @@ def spoil(monkeypatch: pytest.MonkeyPatch, which: Callable[[int], bool]) -> None
     monkeypatch.setattr(Engine, "inspect", broken)
 
 
+@pytest.fixture(params=["results at once", "results one step late"])
+def _results(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU they are read one step late."""
+    monkeypatch.setattr(results, "reads_late", lambda _: "late" in request.param)
+
+
+@pytest.mark.usefixtures("_results")
 def test_skipped_steps_are_counted_and_leave_the_last_good_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,6 +68,7 @@ def test_skipped_steps_are_counted_and_leave_the_last_good_checkpoint(
     assert json.loads((run / "heartbeat.json").read_text())["state"] == "finished"
 
 
+@pytest.mark.usefixtures("_results")
 def test_too_many_in_a_row_end_the_run_which_then_goes_on_from_the_last_good_step(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +111,7 @@ SPIKE = (
 )  # fmt: skip
 
 
+@pytest.mark.usefixtures("_results")
 def test_a_spike_takes_the_run_back_and_past_its_samples(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

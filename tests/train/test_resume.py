@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.commands import TINY, finished, mlm_train, same_losses, scalars, start
+from tests.commands import TINY, finished, mlm_train, ranks_under, same_losses, scalars, start
 from tests.ranks import train_on_ranks
 from tests.zero_bubble import runs_here, skip_the_rest
 
@@ -153,8 +153,7 @@ def test_a_killed_rank_costs_only_the_work_since_the_last_checkpoint(
     while not pointer.is_file():
         assert launch.poll() is None, launch.communicate()[0]
         time.sleep(0.02)
-    children = psutil.Process(launch.pid).children(recursive=True)
-    ranks = [child for child in children if "pretrain" in child.cmdline()]
+    ranks = ranks_under(psutil.Process(launch.pid))
     assert len(ranks) == 2
     os.kill(ranks[1].pid, signal.SIGKILL)
     output, _ = launch.communicate(timeout=120)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ import pytest
 
 from mlm_train.errors import START_AGAIN
 from mlm_train.utils.signals import ECHO_SECONDS
-from tests.commands import ROOT, TINY, finished, same_losses, start, wait_for
+from tests.commands import ROOT, TINY, finished, free_port, ranks_under, same_losses, start, wait_for
 from tests.ranks import train_on_ranks
 
 STEPS = 60
@@ -72,11 +71,7 @@ def test_ranks_agree_on_the_last_step(unbroken: Path, data: Path, tmp_path: Path
     first = stopped_at(run, "SIGUSR1")
     launch = start("launch", "--nproc", 2, *words(data, run, *PP2))
     wait_for(f"step {first + 2}/", run, launch)
-    ranks = {
-        child.environ()["RANK"]: child
-        for child in psutil.Process(launch.pid).children()
-        if "pretrain" in child.cmdline()
-    }
+    ranks = {rank.environ()["RANK"]: rank for rank in ranks_under(psutil.Process(launch.pid))}
     ranks["1"].send_signal(signal.SIGTERM)
     output, _ = launch.communicate(timeout=60)
     assert launch.returncode == 128 + signal.SIGTERM and "Traceback" not in output, output
@@ -106,10 +101,8 @@ def test_a_signal_while_the_run_is_set_up_ends_it_after_its_first_step(data: Pat
 def test_a_second_sigterm_ends_at_once(data: Path, tmp_path: Path) -> None:
     """In a step that never ends: the first SIGTERM waits for it."""
     run = tmp_path / "run"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = {"RANK": "0", "WORLD_SIZE": "1"} | meeting
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.train.misbehave", "sleep-in-data", "0", "pretrain", *words(data, run)],
         cwd=ROOT,
@@ -130,7 +123,7 @@ def test_a_second_sigterm_ends_at_once(data: Path, tmp_path: Path) -> None:
 
 def test_sigterm_before_the_first_step_ends_at_once(data: Path, tmp_path: Path) -> None:
     launch = start("launch", "--nproc", 1, *words(data, tmp_path / "run"))
-    while not any("pretrain" in child.cmdline() for child in psutil.Process(launch.pid).children()):
+    while not ranks_under(psutil.Process(launch.pid)):
         assert launch.poll() is None, launch.communicate()[0]
         time.sleep(0.05)
     launch.send_signal(signal.SIGTERM)

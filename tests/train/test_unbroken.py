@@ -16,7 +16,7 @@ import pytest
 
 from mlm_train.config import DataConfig
 from mlm_train.data.blend import Blend
-from tests.commands import ROOT, TINY, mlm_train, scalars
+from tests.commands import ROOT, TINY, mlm_train, ranks_under, scalars
 from tests.ranks import forkserver
 from tests.train import lives
 from tests.train.recording import digests
@@ -101,8 +101,7 @@ def kill_a_rank(run: "subprocess.Popen[str]", notes: Path, step: int) -> None:
     while not own.is_file() or len(notes_of(own)) < step:
         assert run.poll() is None, run.communicate()[0][-4000:]
         time.sleep(0.02)
-    children = psutil.Process(run.pid).children(recursive=True)
-    ranks = [child for child in children if "pretrain" in child.cmdline()]
+    ranks = ranks_under(psutil.Process(run.pid))
     os.kill(ranks[-1].pid, signal.SIGKILL)
     run.communicate(timeout=120)
     assert run.returncode != 0

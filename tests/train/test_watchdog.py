@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.commands import ROOT, TINY, finished, scalars, start
+from tests.commands import ROOT, TINY, finished, free_port, ranks_under, scalars, start
 from tests.train.misbehave import SLOW_SECONDS
 
 LIMIT = 5.0  # seconds without progress; with less, a loaded test machine would look hung
@@ -44,10 +44,7 @@ def python(arguments: Sequence[str], **environment: str) -> "subprocess.Popen[st
 
 def without_agent(arguments: Sequence[str]) -> tuple[list[int], list[str]]:
     """Run two ranks that no launcher ends; their exit codes and outputs."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [python(arguments, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)]
     try:
         outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
@@ -62,16 +59,14 @@ def ranks_of(launch: "subprocess.Popen[str]", run: Path) -> dict[int, psutil.Pro
     while not (run / "checkpoints" / "latest").is_file():
         assert launch.poll() is None, launch.communicate()[0]
         time.sleep(0.05)
-    children = psutil.Process(launch.pid).children(recursive=True)
-    return {int(c.environ()["RANK"]): c for c in children if "pretrain" in c.cmdline()}
+    return {int(rank.environ()["RANK"]): rank for rank in ranks_under(psutil.Process(launch.pid))}
 
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
     """No rank process outlives its test."""
     yield
-    left = [p for p in psutil.Process().children(recursive=True) if "pretrain" in p.cmdline()]
-    assert not psutil.wait_procs(left, timeout=5)[1]
+    assert not psutil.wait_procs(ranks_under(psutil.Process()), timeout=5)[1]
 
 
 def test_a_stage_that_never_ends_is_named_and_every_rank_ends_itself(data: Path, tmp_path: Path) -> None:
