@@ -12,7 +12,7 @@ from pydantic import AfterValidator
 
 MEMORY_MODES = ("per_token", "unique", "table")  # memory/__init__.py: MODES
 X0_TRANSPORTS = ("broadcast", "relay", "replicate")  # parallel/pipeline/x0.py: TRANSPORTS
-ENGINES = ("deepspeed", "fsdp")  # parallel/engine/__init__.py: ENGINES
+ENGINES = ("fsdp", "deepspeed")  # parallel/engine/__init__.py: ENGINES
 WRITERS = ("tensorboard", "jsonl", "wandb")  # monitor/writers/__init__.py: WRITERS
 
 _CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")

@@ -1,8 +1,8 @@
 """Config section `parallel`, and its checks against the model."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mlm_train.config.choices import Engine, X0Transport
 from mlm_train.config.model import ModelConfig
@@ -42,10 +42,10 @@ class ParallelConfig(Section):
         "package.module:Name (docs/extending.md)",
     )
     engine: Engine = Field(
-        "deepspeed",
-        description="what reduces gradients and steps the optimizer: deepspeed (AdamW, ZeRO), fsdp (AdamW, "
-        "torch's FSDP2: weights, gradients and moments sharded over data parallel), or a class of yours: "
-        "package.module:Name (docs/extending.md)",
+        "fsdp",
+        description="what reduces gradients and steps the optimizer: fsdp (AdamW, torch's FSDP2: weights, "
+        "gradients and moments sharded over data parallel), deepspeed (AdamW, ZeRO; default where "
+        "parallel.zero_stage is given), or a class of yours: package.module:Name (docs/extending.md)",
     )
     zero_stage: Literal[0, 1, 2, 3] | None = Field(
         None,
@@ -82,6 +82,14 @@ class ParallelConfig(Section):
     )
     context: int = Field(1, exclude=True, description="must be 1: there is no context parallelism")
     timeout: float = Field(600.0, gt=0, le=86400, description="timeout of a collective, seconds")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _zero_is_deepspeed(cls, values: Any) -> Any:
+        """ZeRO's stage alone chooses its engine."""
+        if isinstance(values, dict) and values.get("zero_stage") is not None:
+            return {"engine": "deepspeed"} | values
+        return values
 
     @property
     def reshards(self) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -50,19 +50,22 @@ def pinned(batches: list[MicroBatch], device: torch.device) -> list[MicroBatch]:
         return [MicroBatch(*(tensor.pin_memory() for tensor in batch)) for batch in batches]
 
 
-class Prefetcher:
+Made = TypeVar("Made")
+
+
+class Prefetcher(Generic[Made]):
     """Reads the next step's batches in a background thread while the current step runs.
 
     `take(key)` always returns make(key); batches prefetched for another key are dropped. Only one call of
     `make` runs at a time, so `make` may keep state (a sample order).
     """
 
-    def __init__(self, make: Callable[[Key], list[MicroBatch]]) -> None:
+    def __init__(self, make: Callable[[Key], Made]) -> None:
         self.make, self.thread = make, ThreadPoolExecutor(1, f"{AWAITED}-data")
         self.key: Key | None = None
-        self.pending: Future[list[MicroBatch]] | None = None
+        self.pending: Future[Made] | None = None
 
-    def take(self, key: Key, then: Key | None) -> list[MicroBatch]:
+    def take(self, key: Key, then: Key | None) -> Made:
         """Return make(key), and start make(then) in the background unless `then` is None.
 
         Raises what make(key) raises.

@@ -23,10 +23,12 @@ def train(run: Run) -> int:
     last = min(config.train.steps, progress.step + (config.train.stop_after or config.train.steps))
     micro_batch, runtime, results = config.train.micro_batch_size, run.runtime, Results(run)
 
-    def read(key: Key) -> list[MicroBatch]:
+    def read(key: Key) -> tuple[list[MicroBatch], float]:
+        started = time.perf_counter()
         batches = pinned(step_batches(run.samples, *key, micro_batch, runtime.topology), runtime.device)
-        run.trainer.executor.plan_ahead(batches)
-        return batches
+        seconds = time.perf_counter() - started
+        run.trainer.executor.plan_ahead(batches)  # waits for other ranks
+        return batches, seconds
 
     data = Prefetcher(read)
     while progress.step < last:
@@ -37,10 +39,10 @@ def train(run: Run) -> int:
         size = global_batch_at(config.train, progress.samples)
         following = progress.samples + size
         then = (following, global_batch_at(config.train, following))
-        batches = data.take((progress.samples, size), then if progress.step + 1 < last else None)
+        batches, reading = data.take((progress.samples, size), then if progress.step + 1 < last else None)
         data_seconds = time.perf_counter() - started
         lr = learning_rate(config, progress.step, progress.rewarm)
-        step = run.trainer.launch(batches, lr, data_seconds)
+        step = run.trainer.launch(batches, lr, data_seconds, reading)
         progress = progress.after(size, config.data.sequence_length)
         results.add(Launch(step, progress, lr, size, data_seconds))
         validates = _due(progress.step, config.train.eval_interval, config.train.steps)

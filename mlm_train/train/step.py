@@ -35,7 +35,7 @@ class StepResult:
     ffn_m_evaluations: float  # per token, over all layers; without recomputation
     seconds: float  # wall time, including the wait for its data
     asked: Signal | None  # the signal that some rank received to end the run; equal on all ranks
-    waited: list[float]  # seconds per rank, waiting for data
+    waited: list[float]  # seconds per rank, waiting for its data, without waiting for other ranks
     forward: list[float]  # seconds per rank in forward passes, without waiting for other ranks
     peak_memory: list[float]  # bytes per rank so far
     fault: str | None  # the non-finite value and its origin, if the step was skipped
@@ -65,12 +65,17 @@ class Trainer:
             self.engine.inspect(total)
         return total, labels
 
-    def step(self, batches: Sequence[MicroBatch], lr: float, waited: float = 0.0) -> StepResult:
+    def step(self, batches: Sequence[MicroBatch], lr: float) -> StepResult:
         """Train on this rank's micro-batches of one global batch, and wait for the results."""
-        return self.launch(batches, lr, waited).result()
+        return self.launch(batches, lr).result()
 
-    def launch(self, batches: Sequence[MicroBatch], lr: float, waited: float = 0.0) -> "LaunchedStep":
-        """The same, without waiting for a device. waited: seconds spent waiting for the micro-batches."""
+    def launch(
+        self, batches: Sequence[MicroBatch], lr: float, waited: float = 0.0, reading: float = 0.0
+    ) -> "LaunchedStep":
+        """The same, without waiting for a device.
+
+        waited: seconds spent waiting for the micro-batches. reading: those that this rank took to read them.
+        """
         started, marker = time.perf_counter() - waited, self.runtime.marker
         marker.forwards.read()  # discard an evaluation's seconds
         total, labels = self.backward(batches)
@@ -89,7 +94,7 @@ class Trainer:
         sums = self._over_all(
             [total, *map(float, counts)],
             [*self.signals.heard(), mine, norm if self.runtime.is_rank_0 else 0.0],
-            (waited, marker.forwards.read(), float(peak_memory_bytes(self.runtime.device))),
+            (min(waited, reading), marker.forwards.read(), float(peak_memory_bytes(self.runtime.device))),
         )
         return LaunchedStep(self, batches, labels, started, sums, self.engine.nonfinite())
 

@@ -77,7 +77,6 @@ def test_base_has_no_ffn_m_to_execute() -> None:
         ("memory.mode=lookup", "memory.mode='lookup'"),
         ("memory.placement=shared", "memory.placement='shared': has no effect with memory.mode=auto"),
         ("memory.gradient_rows=bf16", "memory.gradient_rows='bf16': has no effect with memory.mode=auto"),
-        ("memory={mode: table, placement: owned}", "parallel.engine=deepspeed: set parallel.engine=fsdp"),
         ("memory.table_layers=1", "has no effect with memory.mode=auto"),
         ("memory.kept_layers=1", "has no effect with memory.mode=auto"),
         ("data.sequence_length=100000", "longer than model.max_position_embeddings"),
@@ -181,6 +180,15 @@ def test_pipelines_that_cannot_be(overrides: list[str], words: str) -> None:
     with pytest.raises(UserError) as error:
         load_config(CONFIGS / "micro.yaml", ["parallel.pipeline=2", *overrides])
     assert words in str(error.value)
+
+
+def test_zero_chooses_deepspeed_which_owns_nothing() -> None:
+    owned, zero = "memory={mode: table, placement: owned}", "parallel.zero_stage=1"
+    assert load_config(CONFIGS / "micro.yaml", [owned]).parallel.engine == "fsdp"
+    assert load_config(CONFIGS / "micro.yaml", [zero]).parallel.engine == "deepspeed"
+    with pytest.raises(UserError) as error:
+        load_config(CONFIGS / "micro.yaml", [owned, zero])
+    assert "parallel.engine=deepspeed: set parallel.engine=fsdp" in str(error.value)
 
 
 def test_compiled_layers_need_whole_weights() -> None:

@@ -11,18 +11,23 @@ LAYOUTS = {
     "ZeRO-1 DP4": {"parallel": {"zero_stage": 1}, "model": MEMORY},
     "ZeRO-2 DP4": {"parallel": {"zero_stage": 2}, "model": BASE},
     "ZeRO-3 DP4": {"parallel": {"zero_stage": 3}, "model": MEMORY},
-    "TP2 DP2": {"parallel": {"tensor": 2, "sequence": True}, "model": MEMORY},
+    "TP2 DP2": {"parallel": {"tensor": 2, "sequence": True, "zero_stage": 1}, "model": MEMORY},
     "TP2 PP2, tables": {
-        "parallel": {"tensor": 2, "pipeline": 2},
+        "parallel": {"tensor": 2, "pipeline": 2, "zero_stage": 1},
         "model": MEMORY,
         "memory": {"mode": "table"},
     },
     "PP2 V2 DP2": {
-        "parallel": {"pipeline": 2, "virtual_stages": 2, "pipeline_schedule": "interleaved_1f1b"},
+        "parallel": {
+            "pipeline": 2,
+            "virtual_stages": 2,
+            "pipeline_schedule": "interleaved_1f1b",
+            "zero_stage": 1,
+        },
         "model": MEMORY,
     },
     "zbv DP2": {
-        "parallel": {"pipeline": 2, "pipeline_schedule": "zbv"},
+        "parallel": {"pipeline": 2, "pipeline_schedule": "zbv", "zero_stage": 1},
         "model": BASE | {"num_hidden_layers": 4},
     },
     "FSDP DP4": {"parallel": {"engine": "fsdp"}, "model": MEMORY},

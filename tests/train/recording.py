@@ -26,12 +26,12 @@ def digests(ids: Tensor, labels: Tensor) -> list[str]:
 _launch = Trainer.launch
 
 
-def _noted(self: Trainer, batches: Sequence[MicroBatch], lr: float, waited: float = 0.0) -> LaunchedStep:
+def _noted(self: Trainer, batches: Sequence[MicroBatch], lr: float, *seconds: float) -> LaunchedStep:
     with open(f"{sys.argv[1]}.{os.environ['RANK']}", "a", encoding="utf-8") as file:
         task = self.runtime.marker.mark.task
         file.write(json.dumps([task, [digest for batch in batches for digest in digests(*batch)]]) + "\n")
     time.sleep(0.1)  # tiny models are fast, and a kill has to come in time
-    return _launch(self, batches, lr, waited)
+    return _launch(self, batches, lr, *seconds)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Non-finite steps are skipped and counted; a loss spike rolls a run back and skips its samples."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from mlm_train.checkpoint.load import open_checkpoint
 from mlm_train.checkpoint.manifest import write_manifest
 from mlm_train.cli import main
 from mlm_train.parallel import runtime
-from mlm_train.parallel.engine.base import Engine
+from mlm_train.parallel.engine.fsdp import FsdpEngine
 from mlm_train.train import loop, results
 from mlm_train.train.batches import MicroBatch
 from tests.commands import TINY, mlm_train, same_losses, scalars
@@ -34,14 +35,16 @@ def saved(run: Path) -> list[int]:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, which: Callable[[int], bool]) -> None:
     """Make the gradients of the chosen steps, counted from 1, NaN."""
-    honest, calls = Engine.inspect, iter(range(1, 1000))
+    honest, calls = FsdpEngine.inspect, iter(range(1, 1000))
 
-    def broken(engine: Engine, loss: Tensor) -> None:
+    def broken(engine: FsdpEngine, loss: Tensor) -> None:
         if which(next(calls)):
-            engine.spoil()
+            for parameter in engine.model.parameters():
+                assert parameter.grad is not None
+                parameter.grad.fill_(math.nan)
         honest(engine, loss)
 
-    monkeypatch.setattr(Engine, "inspect", broken)
+    monkeypatch.setattr(FsdpEngine, "inspect", broken)
 
 
 @pytest.fixture(params=["results at once", "results one step late"])

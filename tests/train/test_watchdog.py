@@ -93,7 +93,7 @@ def test_a_stuck_rank_under_torchrun_and_then_a_merely_slow_one(data: Path, tmp_
     assert launch.returncode != 0
     assert re.search(r"stuck: +rank 1 \(.*\): step 3, data, for \d+ s, .*sleep_for_ever", output), output
     waiting = (
-        r"waiting: rank 0 for \d+ s, step 3, count of labels, in all_reduce at mlm_train/parallel/runtime"
+        r"waiting: rank 0 for \d+ s, step 3, data, in all_gather_single at mlm_train/parallel/mesh/exchange"
     )
     assert re.search(waiting, output), output
     started = time.monotonic()

@@ -12,7 +12,7 @@ from mlm_train.parallel.runtime import Runtime
 from mlm_train.utils.extensions import find
 
 # Names of config field parallel.engine (config/choices.py lists them too).
-ENGINES: dict[str, type[Engine]] = {"deepspeed": DeepSpeedEngine, "fsdp": FsdpEngine}
+ENGINES: dict[str, type[Engine]] = {"fsdp": FsdpEngine, "deepspeed": DeepSpeedEngine}
 
 
 __all__ = ["ENGINES", "Engine", "make_engine"]
