@@ -32,7 +32,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fsdp": (_FSDP, {"mode": "table"}),
     "owned": (_FSDP, {"mode": "table", "placement": "owned"}),
 }
-# Launches: steps of two variants alternate; one alone shows its memory.
+# Config section train of a rank with little memory: nothing but weights and their state is large.
+LEAN: dict[str, Any] = {"micro_batch_size": 1, "activation_checkpointing": "full", "loss_chunk_size": 128}
+# Launches: steps of two variants alternate; one alone, LEAN, shows its memory.
 LAUNCHES = (("deepspeed", "fsdp"), ("fsdp", "owned"), ("fsdp",), ("owned",))
 
 
@@ -74,17 +76,19 @@ def work(order_file: str) -> int:
     order = report.read_order(order_file)
     preset, data = PRESETS[order["preset"]], PreparedData.open(order["data"])
     imported = psutil.Process().memory_info().rss
-    trainers = {name: _trainer(_config(preset, name, data.vocab_size)) for name in order["variants"]}
+    train = LEAN if len(order["variants"]) == 1 else {"micro_batch_size": preset.micro_batch}
+    configs = {name: _config(preset, name, data.vocab_size, train) for name in order["variants"]}
+    trainers = {name: _trainer(config) for name, config in configs.items()}
     runtime = next(iter(trainers.values())).runtime
     samples = Samples(data.split("train"), preset.sequence, SEED)
-    size = RANKS * preset.micro_batch
+    size = RANKS * train["micro_batch_size"]
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     steps = track(
         range(order["runs"] + 1), " and ".join(trainers), console=Console(stderr=True),
         disable=not runtime.is_rank_0,
     )  # fmt: skip
     for step in steps:  # the first one allocates
-        batches = step_batches(samples, step * size, size, preset.micro_batch, runtime.topology)
+        batches = step_batches(samples, step * size, size, train["micro_batch_size"], runtime.topology)
         for name, trainer in trainers.items():
             runtime.barrier()
             started = time.perf_counter()
@@ -100,8 +104,8 @@ def work(order_file: str) -> int:
     return 0
 
 
-def _config(preset: Preset, variant: str, vocabulary: int) -> Config:
-    """One micro-batch per rank and step."""
+def _config(preset: Preset, variant: str, vocabulary: int, train: dict[str, Any]) -> Config:
+    """One micro-batch per rank and step; train: of that config section."""
     parallel, memory = VARIANTS[variant]
     return parse_config(
         {
@@ -121,8 +125,8 @@ def _config(preset: Preset, variant: str, vocabulary: int) -> Config:
                 "output": "none",
                 "steps": 1,
                 "device": "cpu",
-                "micro_batch_size": preset.micro_batch,
-                "global_batch_size": RANKS * preset.micro_batch,
+                "global_batch_size": RANKS * train["micro_batch_size"],
+                **train,
             },
         }
     )
