@@ -109,10 +109,10 @@ def finished(*words: object, **environment: str) -> str:
     return output
 
 
-def ranks_under(launch: psutil.Process) -> list[psutil.Process]:
-    """The descendants of a process that train."""
+def ranks_under(pid: int | None = None) -> list[psutil.Process]:
+    """The descendants of a process, by default this one, that train."""
     ranks = []
-    for child in launch.children(recursive=True):
+    for child in psutil.Process(pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):  # one that has just ended
             if "pretrain" in child.cmdline():
                 ranks.append(child)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -34,10 +33,6 @@ def words(data: Path, run: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def ranks_of(launch: "subprocess.Popen[str]") -> list[psutil.Process]:
-    return ranks_under(psutil.Process(launch.pid))
-
-
 def is_asked_to_end(process: psutil.Process) -> bool:
     """Whether SIGTERM is pending for a suspended process."""
     status = Path(f"/proc/{process.pid}/status").read_text()
@@ -58,7 +53,7 @@ def test_killed_ranks_start_again_and_a_warned_run_does_not(
     run = tmp_path / "run"
     launch = start("launch", "--nproc", 2, "--max-restarts", 1, *words(data, run, "parallel.pipeline=2"))
     wait_for("step-00000005 committed", run, launch)
-    ranks_of(launch)[-1].kill()
+    ranks_under(launch.pid)[-1].kill()
     while "| loss " not in run.joinpath("train.log").read_text().partition("resumed from")[2]:
         assert launch.poll() is None, launch.communicate()[0]
         time.sleep(0.02)
@@ -84,13 +79,13 @@ def test_a_machine_leaves_and_comes_back(unbroken: Path, data: Path, tmp_path: P
     second = start(*command, *words(data, run))
     wait_for("step-00000005 committed", run, first, second)
     assert "| 2 processes on" in run.joinpath("train.log").read_text()
-    for rank in ranks_of(second):
+    for rank in ranks_under(second.pid):
         rank.suspend()  # it must not outlive its agent and exit cleanly
         os.kill(second.pid, signal.SIGKILL)
         rank.kill()
     second.communicate()
     wait_for("| 1 processes on", run, first)
-    (alone,) = ranks_of(first)
+    (alone,) = ranks_under(first.pid)
     alone.suspend()  # or it would finish before the other one joins
     second = start(*command, *words(data, run))
     while not is_asked_to_end(alone):

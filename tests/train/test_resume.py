@@ -6,7 +6,6 @@ import signal
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.commands import TINY, finished, mlm_train, ranks_under, same_losses, scalars, start
@@ -153,7 +152,7 @@ def test_a_killed_rank_costs_only_the_work_since_the_last_checkpoint(
     while not pointer.is_file():
         assert launch.poll() is None, launch.communicate()[0]
         time.sleep(0.02)
-    ranks = ranks_under(psutil.Process(launch.pid))
+    ranks = ranks_under(launch.pid)
     assert len(ranks) == 2
     os.kill(ranks[1].pid, signal.SIGKILL)
     output, _ = launch.communicate(timeout=120)

@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from mlm_train.errors import START_AGAIN
@@ -71,7 +70,7 @@ def test_ranks_agree_on_the_last_step(unbroken: Path, data: Path, tmp_path: Path
     first = stopped_at(run, "SIGUSR1")
     launch = start("launch", "--nproc", 2, *words(data, run, *PP2))
     wait_for(f"step {first + 2}/", run, launch)
-    ranks = {rank.environ()["RANK"]: rank for rank in ranks_under(psutil.Process(launch.pid))}
+    ranks = {rank.environ()["RANK"]: rank for rank in ranks_under(launch.pid)}
     ranks["1"].send_signal(signal.SIGTERM)
     output, _ = launch.communicate(timeout=60)
     assert launch.returncode == 128 + signal.SIGTERM and "Traceback" not in output, output
@@ -123,7 +122,7 @@ def test_a_second_sigterm_ends_at_once(data: Path, tmp_path: Path) -> None:
 
 def test_sigterm_before_the_first_step_ends_at_once(data: Path, tmp_path: Path) -> None:
     launch = start("launch", "--nproc", 1, *words(data, tmp_path / "run"))
-    while not ranks_under(psutil.Process(launch.pid)):
+    while not ranks_under(launch.pid):
         assert launch.poll() is None, launch.communicate()[0]
         time.sleep(0.05)
     launch.send_signal(signal.SIGTERM)

@@ -11,7 +11,6 @@ from collections import Counter
 from itertools import chain
 from pathlib import Path
 
-import psutil
 import pytest
 
 from mlm_train.config import DataConfig
@@ -101,7 +100,7 @@ def kill_a_rank(run: "subprocess.Popen[str]", notes: Path, step: int) -> None:
     while not own.is_file() or len(notes_of(own)) < step:
         assert run.poll() is None, run.communicate()[0][-4000:]
         time.sleep(0.02)
-    ranks = ranks_under(psutil.Process(run.pid))
+    ranks = ranks_under(run.pid)
     os.kill(ranks[-1].pid, signal.SIGKILL)
     run.communicate(timeout=120)
     assert run.returncode != 0

@@ -59,14 +59,14 @@ def ranks_of(launch: "subprocess.Popen[str]", run: Path) -> dict[int, psutil.Pro
     while not (run / "checkpoints" / "latest").is_file():
         assert launch.poll() is None, launch.communicate()[0]
         time.sleep(0.05)
-    return {int(rank.environ()["RANK"]): rank for rank in ranks_under(psutil.Process(launch.pid))}
+    return {int(rank.environ()["RANK"]): rank for rank in ranks_under(launch.pid)}
 
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
     """No rank process outlives its test."""
     yield
-    assert not psutil.wait_procs(ranks_under(psutil.Process()), timeout=5)[1]
+    assert not psutil.wait_procs(ranks_under(), timeout=5)[1]
 
 
 def test_a_stage_that_never_ends_is_named_and_every_rank_ends_itself(data: Path, tmp_path: Path) -> None:

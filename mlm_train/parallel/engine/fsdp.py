@@ -233,10 +233,6 @@ class FsdpEngine(Engine):
         norms = {} if self.sharded else self.norms
         return lambda: [name for name, norm in norms.items() if not norm.isfinite()]
 
-    def spoil(self) -> None:
-        """Have the next step skip the update on all ranks."""
-        self.loss = torch.full((), math.nan)
-
     def flats(self) -> Iterator[Flat]:
         """Yield one flat tensor per shard of a parameter."""
         for name, shard in self.shards.items():
