@@ -9,7 +9,7 @@ from mlm_train.config import load_config
 from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.plan.activations import activation_bytes, in_flight
 from mlm_train.plan.memory import rank_memory
-from tests.commands import refused
+from tests.commands import mlm_train, refused
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "memory-250m.yaml"
 
@@ -45,6 +45,16 @@ def test_micro_batches_in_flight(words: list[str], expected: list[float]) -> Non
     )
     found = [in_flight(config, Topology.of(config.parallel, 4, rank)) for rank in range(4)]
     assert found == expected
+
+
+def test_the_dry_run_says_whether_a_70b_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = ("pretrain", CONFIG.with_name("memory-70b.yaml"), "--dry-run", "--world", 512, "--rank-memory")
+    mlm_train(*plan, 80)
+    text = capsys.readouterr().out
+    assert "fits in 80 GiB with" in text and "memory_scale: 1.0\n" in text
+    mlm_train(*plan, 20)
+    assert "activations may need" in capsys.readouterr().out
+    assert "parallel.tensor=8 on 1024 processes" in refused(*plan, 10.5)
 
 
 def test_a_model_that_cannot_fit_is_one_line_with_a_layout_that_would() -> None:

@@ -23,6 +23,7 @@ from mlm_train.parallel.build import build_engine, build_executor, build_model
 from mlm_train.parallel.launch.launcher import launch_ranks
 from mlm_train.train.batches import step_batches
 from mlm_train.train.step import Trainer
+from mlm_train.utils.malloc import return_freed
 
 RANKS = 4
 _FSDP = {"engine": "fsdp", "reshard_after_forward": False}
@@ -32,7 +33,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fsdp": (_FSDP, {"mode": "table"}),
     "owned": (_FSDP, {"mode": "table", "placement": "owned"}),
 }
-# Config section train of a rank with little memory: nothing but weights and their state is large.
+# Config section train of a rank with little memory: nothing but weights and their state is large. The C library would
+# keep much that is free (utils/malloc.py); returned at once, it is not counted.
 LEAN: dict[str, Any] = {"micro_batch_size": 1, "activation_checkpointing": "full", "loss_chunk_size": 128}
 # Launches: steps of two variants alternate; one alone, LEAN, shows its memory.
 LAUNCHES = (("deepspeed", "fsdp"), ("fsdp", "owned"), ("fsdp",), ("owned",))
@@ -76,9 +78,10 @@ def work(order_file: str) -> int:
     order = report.read_order(order_file)
     preset, data = PRESETS[order["preset"]], PreparedData.open(order["data"])
     imported = psutil.Process().memory_info().rss
-    train = LEAN if len(order["variants"]) == 1 else {"micro_batch_size": preset.micro_batch}
+    alone = len(order["variants"]) == 1
+    train = LEAN if alone else {"micro_batch_size": preset.micro_batch}
     configs = {name: _config(preset, name, data.vocab_size, train) for name in order["variants"]}
-    trainers = {name: _trainer(config) for name, config in configs.items()}
+    trainers = {name: _trainer(config, alone) for name, config in configs.items()}
     runtime = next(iter(trainers.values())).runtime
     samples = Samples(data.split("train"), preset.sequence, SEED)
     size = RANKS * train["micro_batch_size"]
@@ -132,9 +135,11 @@ def _config(preset: Preset, variant: str, vocabulary: int, train: dict[str, Any]
     )
 
 
-def _trainer(config: Config) -> Trainer:
-    """With the initial weights of SEED."""
+def _trainer(config: Config, lean: bool) -> Trainer:
+    """With the initial weights of SEED; lean: the process keeps no memory that is free."""
     runtime = processes.start(config)
+    if lean:
+        return_freed()
     model = build_model(config, runtime)
     executor = build_executor(model, config, runtime)
     engine = build_engine(model, executor, config, runtime)

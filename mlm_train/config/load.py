@@ -49,7 +49,11 @@ def parse_config(tree: dict[str, Any]) -> Config:
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML, in the schema's order; load_config reads it back."""
-    return yaml_text(config.model_dump(mode="json", exclude_none=True))
+    tree = config.model_dump(mode="json", exclude_none=True)
+    scales = tree["model"].get("memory_scale", [])
+    if len(set(scales)) == 1:  # for a person: no list of eighty equal numbers
+        tree["model"]["memory_scale"] = scales[0]
+    return yaml_text(tree)
 
 
 def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

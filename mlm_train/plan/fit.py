@@ -20,12 +20,8 @@ MOST_RANKS = 4096
 TENSOR = (1, 2, 4, 8)
 
 
-def check_memory(config: Config, topology: Topology, local_ranks: int) -> None:
-    """Raise UserError where a rank's weights, gradients and optimizer alone exceed its memory.
-
-    local_ranks: those that share this machine.
-    """
-    available = rank_bytes(config, local_ranks)
+def check_memory(config: Config, topology: Topology, available: int) -> None:
+    """Raise UserError where a rank's weights, gradients and optimizer alone exceed the available bytes."""
     if LEAST * count_parameters(config.model).stored <= available:
         return  # even without any sharding
     memory = rank_memory(config, topology)

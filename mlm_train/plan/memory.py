@@ -1,8 +1,8 @@
 """Memory of a rank, by formula.
 
 Weights, gradients and optimizer are exact except for padding (a few elements per tensor). Buckets are an
-estimate of ZeRO's temporary buffers, or of whole copies of weights under FSDP; tables of the distinct ids
-in a step of text; activations are estimated in plan/activations.py.
+estimate of ZeRO's temporary buffers and autocast's copies of weights, or of whole copies of weights under
+FSDP; tables of the distinct ids in a step of text; activations are estimated in plan/activations.py.
 """
 
 from collections import defaultdict
@@ -70,9 +70,10 @@ def state_bytes(config: Config, size: RankSize, topology: Topology) -> tuple[int
     """
     zero, elements = config.parallel.zero, size.elements
     whole, part = elements * FP32, -(-elements // topology.data) * FP32
-    # One bucket of gradients being reduced, and one of weights gathered ahead.
+    # One bucket of gradients being reduced, and one of weights gathered ahead; autocast's copies of all weights.
     bucket = min(elements, BUCKET) * FP32
-    buckets = bucket * ((zero >= 1) + (zero == 3))
+    copies = BF16 * elements if config.train.precision == "bf16" else 0
+    buckets = bucket * ((zero >= 1) + (zero == 3)) + copies
     return (
         part if zero == 3 else whole,
         part if config.reduces_each_pass else whole,

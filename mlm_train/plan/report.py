@@ -9,17 +9,19 @@ from mlm_train.config import Config
 from mlm_train.model.counts import count_parameters, train_flops_per_token
 from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.plan.ffn_m import choose, expected_by_law, nominal_speeds
+from mlm_train.plan.fit import GIB, check_memory
 from mlm_train.plan.memory import rank_memory
 
 
-def print_plan(config: Config, topology: Topology, console: Console) -> None:
-    """Print what a run would allocate and compute on each rank.
+def print_plan(config: Config, topology: Topology, console: Console, rank_gib: float | None = None) -> None:
+    """Print what a run would allocate and compute on each rank, and whether rank_gib are enough for it.
 
-    memory.mode=auto is decided for ordinary text and a nominal device; the run itself measures.
+    memory.mode=auto is decided for ordinary text and a nominal device; the run itself measures. Raises UserError
+    where weights and their state alone exceed rank_gib.
     """
     if config.memory is not None and config.memory.mode == "auto":
         speeds, text = nominal_speeds(config), expected_by_law(config, topology)
-        budget = (config.memory.budget_gib or math.inf) * 2**30
+        budget = (config.memory.budget_gib or math.inf) * GIB
         config, reason = choose(config, topology, text, speeds, budget)
         console.print(f"{reason}\n(nominal speeds, ordinary text: the run measures its own)")
     console.print(_shapes(config))
@@ -28,9 +30,18 @@ def print_plan(config: Config, topology: Topology, console: Console) -> None:
     table = Table(f"memory per rank, {config.parallel.engine_name}", "GiB", title_justify="left")
     estimated = ("buckets", "tables", "activations")
     for name, size in zip(memory._fields, memory, strict=True):
-        table.add_row(name + " (estimate)" * (name in estimated), f"{size / 2**30:.3f}")
-    table.add_row("total", f"{memory.total / 2**30:.3f}")
+        table.add_row(name + " (estimate)" * (name in estimated), f"{size / GIB:.3f}")
+    table.add_row("total", f"{memory.total / GIB:.3f}")
     console.print(table)
+    if rank_gib is not None:
+        check_memory(config, topology, int(rank_gib * GIB))
+        left = rank_gib - memory.total / GIB
+        console.print(
+            f"fits in {rank_gib:g} GiB with {left:.1f} left"
+            if left >= 0
+            else f"weights and their state fit in {rank_gib:g} GiB, activations may need {-left:.1f} more: see "
+            "train.micro_batch_size and train.activation_checkpointing"
+        )
 
 
 def _shapes(config: Config) -> Table:

@@ -11,7 +11,7 @@ train.steps, and set schedule.total_steps or schedule.rewarm_steps to choose the
 examples:
   mlm-train pretrain configs/micro.yaml
   mlm-train pretrain configs/micro.yaml train.steps=20 train.output=runs/short
-  mlm-train pretrain configs/memory-1b.yaml --dry-run --world 64
+  mlm-train pretrain configs/memory-70b.yaml --dry-run --world 512 --rank-memory 80
   torchrun --nproc-per-node 2 -m mlm_train pretrain configs/micro.yaml"""
 
 
@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="print shapes, parameters and memory per rank, then exit"
     )
     parser.add_argument("--world", type=int, help="with --dry-run: number of processes to plan for")
+    parser.add_argument(
+        "--rank-memory", type=float, metavar="GIB", help="with --dry-run: say whether a rank's memory is enough"
+    )
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     check_environment()
     config = load_config(args.config, args.overrides)
     if args.dry_run:
-        return _dry_run(config, args.world or world_size())
+        return _dry_run(config, args.world or world_size(), args.rank_memory)
     from mlm_train.train.preflight import preflight
 
     data = preflight(config, world_size(), local_world_size())
@@ -59,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         return train(run)
 
 
-def _dry_run(config: Config, world: int) -> int:
+def _dry_run(config: Config, world: int, rank_memory: float | None) -> int:
     from rich.console import Console
 
     from mlm_train.parallel.mesh.topology import Topology
@@ -68,5 +71,5 @@ def _dry_run(config: Config, world: int) -> int:
     topology = Topology.of(config.parallel, world)
     topology.check_batch(config)
     print(dump_config(config))
-    print_plan(config, topology, Console())
+    print_plan(config, topology, Console(), rank_memory)
     return 0

@@ -22,7 +22,7 @@ from mlm_train.parallel.engine.base import Engine
 from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.parallel.pipeline.x0 import TRANSPORTS
 from mlm_train.parallel.runtime import check_compiler, check_device, check_torch
-from mlm_train.plan.fit import check_memory
+from mlm_train.plan.fit import check_memory, rank_bytes
 from mlm_train.train.schedule import resumed_progress
 from mlm_train.utils.checks import Check
 from mlm_train.utils.extensions import find
@@ -73,7 +73,7 @@ def preflight(config: Config, world: int, local_world: int | None) -> Blend:
         check_device(config.train.device, local_world)
         check_compiler(config.train)
         check_torch(config.parallel)
-        check_memory(config, topology, local_world)
+        check_memory(config, topology, rank_bytes(config, local_world))
     data = Blend.open(config.data)
     if data.vocab_size > config.model.vocab_size:
         raise UserError(

@@ -24,6 +24,13 @@ def keep_freed(every_size: bool = False) -> None:
         mallopt(TRIM_THRESHOLD, -1)
 
 
+def return_freed() -> None:
+    """Return freed blocks of 1 MiB or more to the system at once: what is resident is then what is in use."""
+    mallopt = _function("mallopt")
+    if mallopt is not None:
+        mallopt(MMAP_THRESHOLD, 2**20)
+
+
 def give_back() -> None:
     """Return freed memory to the system."""
     trim = _function("malloc_trim")

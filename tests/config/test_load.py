@@ -19,6 +19,8 @@ PAPER = {
     "750m": (737, {"base": 737, "memory": 245, "flex-1h2": 307, "flex-2h2": 368, "flex-3h2": 430}),
     "1b": (1208, {"base": 1208, "memory": 402, "flex-1h2": 503, "flex-2h2": 604, "flex-3h2": 704}),
 }
+# Not the paper's: layers x (attention's 2 h^2 + 2 h k, k: width of keys and values, + norms), and 3 h f of FFN-M.
+LARGE = {"7b": (6476, {"memory": 2147}), "70b": (68452, {"memory": 12080})}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -27,9 +29,9 @@ def test_every_preset_loads_and_survives_a_round_trip(path: Path) -> None:
     assert parse_config(yaml.safe_load(dump_config(config))) == config
 
 
-@pytest.mark.parametrize("size", PAPER)
-def test_presets_have_the_papers_parameters(size: str) -> None:
-    total, active = PAPER[size]
+@pytest.mark.parametrize("size", [*PAPER, *LARGE])
+def test_presets_have_their_parameters(size: str) -> None:
+    total, active = (PAPER | LARGE)[size]
     for name, expected in active.items():
         counts = count_parameters(load_config(CONFIGS / f"{name}-{size}.yaml").model)
         assert counts.total // MILLION == total, name
