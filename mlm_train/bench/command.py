@@ -52,7 +52,7 @@ bytes are counted at the collectives' arguments and compared with the formulas o
 all ranks come from --data. Nothing of that is timed; --speed times whole steps on this machine.
 
 examples:
-  mlm-train bench scale --data runs/data --json scale.json
+  mlm-train bench scale --data runs/data --json scale.json --plot scale.png
   mlm-train bench scale --data runs/data --shapes 7b
   mlm-train bench scale --data runs/data --speed runs/small-data"""
 _X0_HELP = """Count and time the three transports of x0 to the stages of a pipeline.
@@ -283,6 +283,7 @@ def _add_scale(actions: "Actions") -> None:
     )
     scale.add_argument("--runs", type=int, default=7, metavar="N", help="timed steps of --speed (default 7)")
     scale.add_argument("--json", metavar="FILE", help="write the figures to a JSON file")
+    scale.add_argument("--plot", metavar="FILE", help="plot the figures to a PNG")
     scale.add_argument("--speed-worker", help=argparse.SUPPRESS)  # for its ranks
     scale.add_argument("--worker", help=argparse.SUPPRESS)  # for one world
 

@@ -15,6 +15,7 @@ from rich.progress import track
 from rich.table import Table
 
 from mlm_train.bench import report
+from mlm_train.bench.scale_plot import plot
 from mlm_train.bench.scale_presets import SEQUENCE, SHAPES, WORLDS, World
 from mlm_train.bench.scale_speed import measure_speed
 from mlm_train.bench.scale_time import ASSUMED, Times, fsdp_times, owned_times
@@ -40,6 +41,8 @@ def bench_scale(args: argparse.Namespace) -> int:
             raise UserError(f"--shapes {shape}: choose from {', '.join(known)}")
     if json_file is not None:
         report.check_writable(Path(json_file))
+    if args.plot is not None:
+        report.check_writable(Path(args.plot), "--plot")
     folder = PreparedData.open(data)
     if len(folder.split("train").tokens) < tokens:
         raise UserError(f"--data {data} has less than a step of {tokens:,} tokens: prepare more text")
@@ -71,6 +74,8 @@ def bench_scale(args: argparse.Namespace) -> int:
     ]
     if json_file is not None:
         report.write_report(Path(json_file), machine, rows, ratios, notes)
+    if args.plot is not None:
+        plot(rows, ratios, Path(args.plot))
     exact = (value for name, value in ratios.items() if name.startswith("owned_bytes_over_formula"))
     return int(any(abs(value - 1) > 0.01 for value in exact))
 

@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from mlm_train.utils.files import is_png
 from tests.commands import mlm_train, refused
 
 
 def test_bytes_equal_the_formula_and_state_is_shared_evenly(data: Path, tmp_path: Path) -> None:
     report = tmp_path / "scale.json"
-    mlm_train("bench", "scale", "--data", data, "--shapes", "tiny", "--tokens", 2048, "--json", report)
+    files = ("--json", report, "--plot", report.with_suffix(".png"))
+    mlm_train("bench", "scale", "--data", data, "--shapes", "tiny", "--tokens", 2048, *files)
+    assert is_png(report.with_suffix(".png"))
     tree = json.loads(report.read_text())
     ratios, rows = tree["ratios"], {row["name"]: row["median"] for row in tree["rows"]}
     for world in ("tiny_dp8", "tiny_tp2_pp2_dp4"):
