@@ -1,6 +1,6 @@
 """The one helper of distributed tests: run a function on several gloo processes, get what it returns.
 
-Ranks are forked from a server that has imported torch, DeepSpeed and megatron-core once: that is nine seconds
+Ranks are forked from a server that has imported torch and DeepSpeed once: that is several seconds
 of a core, more than most cases compute.
 """
 

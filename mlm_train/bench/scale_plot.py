@@ -28,15 +28,14 @@ def plot(rows: Sequence[Row], ratios: dict[str, float], file: Path) -> None:
             whole = owned / ratios[f"owned_over_replicated_bytes_{world}_at_{per_weight}_bytes"]
             label = None if at else f"replicated, {per_weight} B per weight"
             left.plot(whole, at, marker, color="black", label=label)
-        times = {
-            run: [value[f"{world}.{run}.predicted.{part}"] for part in PARTS] for run in ("owned", "fsdp_alone")
-        }
-        for shift, (run, seconds) in zip((-0.2, 0.2), times.items(), strict=True):
-            start = 0.0
+        runs = ("owned", "fsdp_alone")
+        times = [[value[f"{world}.{run}.predicted.{part}"] for part in PARTS] for run in runs]
+        for shift, run, seconds in zip((-0.2, 0.2), runs, times, strict=True):
+            start, alone = 0.0, sum(times[1])
             for (part, color), length in zip(PARTS.items(), seconds, strict=True):
                 label = None if at or shift > 0 else {"tensor": "tensor parallel"}.get(part, part)
-                right.barh(at + shift, length / sum(times["fsdp_alone"]), 0.35, start, color=color, label=label)
-                start += length / sum(times["fsdp_alone"])
+                right.barh(at + shift, length / alone, 0.35, start, color=color, label=label)
+                start += length / alone
             text = f" {run.replace('_', ' ')}, {sum(seconds):.2f} s"
             right.text(start, at + shift, text, va="center", fontsize=7)
     left.set_yticks(range(len(worlds)), worlds)

@@ -33,8 +33,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fsdp": (_FSDP, {"mode": "table"}),
     "owned": (_FSDP, {"mode": "table", "placement": "owned"}),
 }
-# Config section train of a rank with little memory: nothing but weights and their state is large. The C library would
-# keep much that is free (utils/malloc.py); returned at once, it is not counted.
+# Config section train of a rank with little memory: nothing but weights and their state is large. What the C
+# library would keep though it is free (utils/malloc.py) is not counted: it is returned at once.
 LEAN: dict[str, Any] = {"micro_batch_size": 1, "activation_checkpointing": "full", "loss_chunk_size": 128}
 # Launches: steps of two variants alternate; one alone, LEAN, shows its memory.
 LAUNCHES = (("deepspeed", "fsdp"), ("fsdp", "owned"), ("fsdp",), ("owned",))

@@ -19,7 +19,7 @@ from mlm_train.errors import PeerFailure, SharedUserError, UserError
 from mlm_train.parallel.health.failures import one_line
 from mlm_train.parallel.health.progress_marker import ProgressMarker
 from mlm_train.parallel.health.thread_stacks import keep_flight_records
-from mlm_train.parallel.mesh.groups import ProcessGroups, create_groups, destroy_groups
+from mlm_train.parallel.mesh.groups import ProcessGroups, create_groups, forget_groups
 from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.utils.files import with_fix
 from mlm_train.utils.malloc import keep_freed
@@ -204,7 +204,7 @@ def start(config: Config) -> Runtime:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    return Runtime(topology, device, create_groups(topology, device), ProgressMarker(device))
+    return Runtime(topology, device, create_groups(topology, device, timeout), ProgressMarker(device))
 
 
 def _loopback() -> str | None:
@@ -232,9 +232,9 @@ def _set_determinism(train: TrainConfig) -> None:
 
 def stop() -> None:
     """Destroy the groups, and unset the interfaces that start() set: the next groups may span nodes."""
-    destroy_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
+    forget_groups()
     for variable in INTERFACE_VARIABLES:
         if os.environ.get(variable) == _loopback():
             del os.environ[variable]

@@ -70,7 +70,7 @@ def state_bytes(config: Config, size: RankSize, topology: Topology) -> tuple[int
     """
     zero, elements = config.parallel.zero, size.elements
     whole, part = elements * FP32, -(-elements // topology.data) * FP32
-    # One bucket of gradients being reduced, and one of weights gathered ahead; autocast's copies of all weights.
+    # One bucket of gradients being reduced, one of weights gathered ahead, autocast's copies of all weights.
     bucket = min(elements, BUCKET) * FP32
     copies = BF16 * elements if config.train.precision == "bf16" else 0
     buckets = bucket * ((zero >= 1) + (zero == 3)) + copies

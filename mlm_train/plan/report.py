@@ -16,8 +16,8 @@ from mlm_train.plan.memory import rank_memory
 def print_plan(config: Config, topology: Topology, console: Console, rank_gib: float | None = None) -> None:
     """Print what a run would allocate and compute on each rank, and whether rank_gib are enough for it.
 
-    memory.mode=auto is decided for ordinary text and a nominal device; the run itself measures. Raises UserError
-    where weights and their state alone exceed rank_gib.
+    memory.mode=auto is decided for ordinary text and a nominal device; the run itself measures. Raises
+    UserError where weights and their state alone exceed rank_gib.
     """
     if config.memory is not None and config.memory.mode == "auto":
         speeds, text = nominal_speeds(config), expected_by_law(config, topology)
@@ -36,11 +36,11 @@ def print_plan(config: Config, topology: Topology, console: Console, rank_gib: f
     if rank_gib is not None:
         check_memory(config, topology, int(rank_gib * GIB))
         left = rank_gib - memory.total / GIB
+        fix = "see train.micro_batch_size and train.activation_checkpointing"
         console.print(
             f"fits in {rank_gib:g} GiB with {left:.1f} left"
             if left >= 0
-            else f"weights and their state fit in {rank_gib:g} GiB, activations may need {-left:.1f} more: see "
-            "train.micro_batch_size and train.activation_checkpointing"
+            else f"without activations it fits in {rank_gib:g} GiB, they may need {-left:.1f} more: {fix}"
         )
 
 

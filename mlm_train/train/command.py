@@ -23,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--world", type=int, help="with --dry-run: number of processes to plan for")
     parser.add_argument(
-        "--rank-memory", type=float, metavar="GIB", help="with --dry-run: say whether a rank's memory is enough"
+        "--rank-memory",
+        type=float,
+        metavar="GIB",
+        help="with --dry-run: say whether this is enough for a rank",
     )
 
 

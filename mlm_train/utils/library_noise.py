@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 NOISE = (
-    # megatron-core, imported for process groups and its dataset only
+    # megatron-core, imported for its dataset only
     (UserWarning, r"Transformer Engine and Apex are not installed"),
     # torch.distributed.checkpoint, where an export reads in one process on purpose
     (UserWarning, r"torch\.distributed is disabled, unavailable or uninitialized"),

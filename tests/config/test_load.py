@@ -19,7 +19,7 @@ PAPER = {
     "750m": (737, {"base": 737, "memory": 245, "flex-1h2": 307, "flex-2h2": 368, "flex-3h2": 430}),
     "1b": (1208, {"base": 1208, "memory": 402, "flex-1h2": 503, "flex-2h2": 604, "flex-3h2": 704}),
 }
-# Not the paper's: layers x (attention's 2 h^2 + 2 h k, k: width of keys and values, + norms), and 3 h f of FFN-M.
+# Not the paper's: attention's 2 h^2 + 2 h k (k: width of keys), two norms of h and FFN-M's 3 h f per layer.
 LARGE = {"7b": (6476, {"memory": 2147}), "70b": (68452, {"memory": 12080})}
 
 

@@ -99,7 +99,6 @@ def perform(function: str, device: str) -> Figures:
     torch.set_float32_matmul_precision("highest")  # no TF32
     for category in (DeprecationWarning, FutureWarning):
         warnings.simplefilter("ignore", category)
-    warnings.filterwarnings("ignore", module="megatron")  # of packages that it could use
     module, _, name = function.partition(":")
     try:
         figures: Figures = getattr(importlib.import_module(module), name)(device)

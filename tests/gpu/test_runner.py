@@ -74,13 +74,13 @@ def test_faults_and_packages_that_are_not_there(tmp_path: Path) -> None:
     """A broken check fails; what needs those packages is not possible, by name; the rest passes."""
     (tmp_path / "sitecustomize.py").write_text(_WITHOUT)
     paths = os.pathsep.join(map(str, (tmp_path, ROOT)))
-    broken, *others = "tests.gpu.broken:rows", "fsdp", "tol-build", "rows", "tol-rows"
+    broken, *others = "tests.gpu.broken:rows", "zero", "tol-build", "rows", "tol-rows"
     done = suite("--device", "cpu", broken, *others, PYTHONPATH=paths)
     assert done.returncode == 1, done.stderr
     assert "\n2 passed, 1 FAILED, 2 not possible here, " in done.stdout, done.stdout
     assert "beyond the limits: any-order fp32 " in done.stdout
     assert f"\nFAILED: {broken}\n" in done.stdout
-    for name, package in (("fsdp", "megatron"), ("tol-build", "ray")):
+    for name, package in (("zero", "deepspeed"), ("tol-build", "ray")):
         assert f"\nnot possible here: {name}: {package} is not installed\n" in done.stdout
 
 

@@ -208,6 +208,8 @@ class MegatronBase(nn.Module):
 
 def _megatron(config: Config, weights: dict[str, Tensor]) -> Result:
     """Run megatron-core's layers on shards of the same weights, cut along the dimension it gives."""
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(dist.get_world_size(), create_gloo_process_groups=False)
     size = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
     layout = ModelParallelConfig(

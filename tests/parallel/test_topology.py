@@ -1,11 +1,13 @@
 """The layout of ranks, without processes."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from mlm_train.config import ParallelConfig, load_config
 from mlm_train.errors import UserError
+from mlm_train.parallel.mesh.groups import ranks_along
 from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.parallel.pipeline.stages import balanced, my_spans
 
@@ -39,9 +41,25 @@ def test_groups_are_those_of_megatron(tmp_path: Path) -> None:
 
     ours = [Topology.of(ParallelConfig(tensor=2, pipeline=4), 32, rank) for rank in range(32)]
     theirs = RankGenerator(tp=2, ep=1, dp=4, pp=4, cp=1, order="tp-cp-ep-dp-pp")
+    created = ranks_along(32, 2, 4)
+    axes = {"tp": "tensor", "dp": "data", "pp": "pipeline", "tp-pp": "model", "tp-dp": "stage"}
+    for axis, name in axes.items():
+        assert sorted(created[name]) == sorted(theirs.get_ranks(axis))
+    assert created["embedding"] == [[ranks[0], ranks[-1]] for ranks in created["pipeline"]]
     for axis, field in (("tp", "tensor_rank"), ("dp", "data_rank"), ("pp", "pipeline_rank")):
         for group in theirs.get_ranks(axis):
             assert [getattr(ours[rank], field) for rank in group] == list(range(len(group)))
+
+
+def test_no_rank_imports_megatron() -> None:
+    """It takes seconds; the data commands alone use it."""
+    package = MICRO.parents[1] / "mlm_train"
+    users = {
+        file.relative_to(package).as_posix()
+        for file in package.rglob("*.py")
+        if re.search(r"^\s*(from|import) megatron", file.read_text(), re.MULTILINE)
+    }
+    assert users == {"bench/data.py", "data/prepare.py"}
 
 
 PIPELINE = ["parallel.pipeline=2", "train.micro_batch_size=1"]

@@ -1,10 +1,8 @@
-"""The process groups of a run: created once by megatron-core, held by one object.
+"""The process groups of a run: created once, held by one object."""
 
-No other module of the package asks megatron-core for one.
-"""
-
-import sys
+import functools
 from dataclasses import dataclass
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
@@ -68,58 +66,61 @@ class ProcessGroups:
         return DeviceMesh.from_group(groups, device.type, mesh=mesh, mesh_dim_names=("replicate", "shard"))
 
 
-def create_groups(topology: Topology, device: torch.device) -> ProcessGroups:
+def create_groups(topology: Topology, device: torch.device, timeout: timedelta) -> ProcessGroups:
     """Create the groups of a layout over all ranks; every rank calls it.
 
-    Groups of another layout that this process holds are destroyed first. One rank needs no megatron-core.
+    Those for the training device have this timeout, and serve again where a process starts the layout anew.
     """
     if topology.world == 1:
         alone = dist.group.WORLD
         both = CpuGroups(alone, alone)
         return ProcessGroups(alone, alone, alone, alone, alone, alone, both, both)
-    from megatron.core import parallel_state as state
-
-    if state.model_parallel_is_initialized():
-        sizes = (state.get_tensor_model_parallel_world_size(), state.get_pipeline_model_parallel_world_size())
-        if sizes != (topology.tensor, topology.pipeline):
-            state.destroy_model_parallel()
-    if not state.model_parallel_is_initialized():
-        state.initialize_model_parallel(topology.tensor, topology.pipeline, create_gloo_process_groups=False)
-    data = state.get_data_parallel_group()
-    stage = state.get_tensor_and_data_parallel_group()
+    held = _on_device(topology.world, topology.tensor, topology.pipeline, timeout)
+    on_cpu = device.type == "cpu"
     return ProcessGroups(
-        tensor=state.get_tensor_model_parallel_group(),
-        data=data,
-        pipeline=state.get_pipeline_model_parallel_group(),
-        model=state.get_model_parallel_group(),
-        embedding=state.get_embedding_group(check_initialized=False),
-        stage=stage,
-        stage_cpu=_on_cpu(topology, "stage", stage if device.type == "cpu" else None),
-        data_cpu=_on_cpu(topology, "data", data if device.type == "cpu" else None),
+        **held,
+        stage_cpu=_on_cpu(topology, "stage", held["stage"] if on_cpu else None),
+        data_cpu=_on_cpu(topology, "data", held["data"] if on_cpu else None),
     )
 
 
-def _on_cpu(topology: Topology, axes: Literal["stage", "data"], main: Any) -> CpuGroups:
+@functools.cache
+def _on_device(world: int, tensor: int, pipeline: int, timeout: timedelta) -> dict[str, Any]:
+    """This rank's group of each axis, for the training device."""
+    axes = ranks_along(world, tensor, pipeline)
+    return {axis: _group(lists, timeout=timeout) for axis, lists in axes.items()}
+
+
+def ranks_along(world: int, tensor: int, pipeline: int) -> dict[str, list[list[int]]]:
+    """The ranks of all groups of each axis, in megatron-core's order."""
+    grid = torch.arange(world).view(pipeline, -1, tensor)
+    along_pipeline = grid.movedim(0, -1).flatten(0, 1)
+    found = {
+        "tensor": grid.flatten(0, 1),
+        "data": grid.movedim(1, -1).flatten(0, 1),
+        "pipeline": along_pipeline,
+        "model": grid.movedim(1, 0).flatten(1),
+        "embedding": along_pipeline[:, [0, -1]] if pipeline > 1 else along_pipeline,
+        "stage": grid.flatten(1),
+    }
+    return {axis: lists.tolist() for axis, lists in found.items()}
+
+
+def _group(lists: list[list[int]], backend: str | None = None, timeout: timedelta | None = None) -> Any:
+    """This rank's group among `lists`, which every rank creates; None if it is in none of them."""
+    return dist.new_subgroups_by_enumeration(lists, timeout=timeout, backend=backend)[0]
+
+
+def _on_cpu(topology: Topology, axis: Literal["stage", "data"], main: Any) -> CpuGroups:
     """This rank's stage or data-parallel group for tensors on the CPU; `main`: where there is one already."""
-    return CpuGroups(main or _gloo_group(topology, axes), _gloo_group(topology, axes))
-
-
-def _gloo_group(topology: Topology, axes: Literal["stage", "data"]) -> Any:
-    world = torch.arange(topology.world).view(topology.pipeline, topology.data, topology.tensor)
-    lists = world.flatten(1) if axes == "stage" else world.movedim(1, -1).flatten(0, 1)
+    lists = ranks_along(topology.world, topology.tensor, topology.pipeline)[axis]
     backend = None if dist.get_backend() == "fake" else "gloo"
-    groups: dict[int, Any] = {}
-    for ranks in lists.tolist():  # every rank creates every group
-        group = dist.new_group(ranks, backend=backend)
-        groups |= dict.fromkeys(ranks, group)
-    return groups[topology.rank]
+    return CpuGroups(main or _group(lists, backend), _group(lists, backend))
 
 
-def destroy_groups() -> None:
-    """Destroy the groups, if there are any."""
-    state = sys.modules.get("megatron.core.parallel_state")
-    if state is not None and state.model_parallel_is_initialized():
-        state.destroy_model_parallel()
+def forget_groups() -> None:
+    """Forget the groups, when torch has destroyed all of them."""
+    _on_device.cache_clear()
 
 
 def deepspeed_mpu(groups: ProcessGroups, topology: Topology) -> SimpleNamespace:
