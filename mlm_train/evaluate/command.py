@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
 def _perplexities(args: argparse.Namespace) -> dict[str, Any]:
     from mlm_train.evaluate.scorer import Scorer
     from mlm_train.tol.serve.source import TolSource
+    from mlm_train.tol.serve.store import StoreOptions
 
     scorer = Scorer(
         args.model,
@@ -92,7 +93,9 @@ def _perplexities(args: argparse.Namespace) -> dict[str, Any]:
     if args.tol is None:
         scored = scorer.score(scorer.computed)
     else:
-        scored = scorer.score(TolSource.open_folder(args.tol, scorer.config, verify=args.verify or "sizes"))
+        scored = scorer.score(
+            TolSource.open_folder(args.tol, scorer.config, StoreOptions(verify=args.verify or "sizes"))
+        )
     result = {"loss": scored.loss, "perplexity": scored.perplexity, "tokens": scored.tokens}
     result["windows"] = scorer.windows.count
     if args.baselines:

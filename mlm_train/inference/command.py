@@ -106,10 +106,11 @@ def _decoder(folder: "ModelFolder", tol_dir: str | None, verify: Check) -> "Deco
     from mlm_train.inference.decode import Decoder
     from mlm_train.memory import make_source
     from mlm_train.tol.serve.source import TolSource
+    from mlm_train.tol.serve.store import StoreOptions
 
     if tol_dir is not None:
         # First, so that a bad table fails before the weights are loaded.
-        source = TolSource.open_folder(tol_dir, folder.config, verify=verify)
+        source = TolSource.open_folder(tol_dir, folder.config, StoreOptions(verify=verify))
         return Decoder(load_model(folder, with_memory=False), source)
     model = load_model(folder)
     return Decoder(model, make_source("unique", model.memory_blocks()) if model.config.has_memory else None)

@@ -1,7 +1,9 @@
-"""How the C library treats freed memory (glibc only; a no-op elsewhere)."""
+"""The C library and memory: what becomes of freed blocks (glibc only), and locked pages."""
 
 import ctypes
 from typing import Any
+
+from mlm_train.errors import UserError
 
 # Parameters of mallopt, from glibc's malloc.h.
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
@@ -36,6 +38,18 @@ def give_back() -> None:
     trim = _function("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def lock_memory(address: int, size: int) -> None:
+    """Read in the pages of mapped memory [address, address + size) and keep them until it is unmapped.
+
+    Raises UserError where the limit of locked memory is lower.
+    """
+    lock = _function("mlock")
+    if lock is None or lock(ctypes.c_void_p(address), ctypes.c_size_t(size)):
+        raise UserError(
+            f"{size / 2**20:,.0f} MiB cannot be locked in memory: raise `ulimit -l`, or leave the lock out"
+        )
 
 
 def _function(name: str) -> Any:

@@ -19,6 +19,7 @@ from mlm_train.tol.build.row_source import EMBEDDING, ComputedRows, ffn_m_weight
 from mlm_train.tol.format.layout import TableSpec
 from mlm_train.tol.format.schemes import PlainDtype
 from mlm_train.tol.serve.source import TolSource
+from mlm_train.tol.serve.store import StoreOptions
 from tests.gpu.checks import BF16_FACTOR, Figures, within
 from tests.parallel.reference import relative_error
 
@@ -74,7 +75,7 @@ def build(device: str) -> Figures:
         write_folder(exported, model.config, named_pieces(model))
         spec = TableSpec(dtype="float32")
         Build(exported, table, spec, compute="float32", partitions=3, device=device).run(workers=1)
-        source = TolSource.open_folder(table, model.config, verify="full")
+        source = TolSource.open_folder(table, model.config, StoreOptions(verify="full"))
         ids = torch.arange(model.config.vocab_size)
         x0 = model.embed(ids)
         read = source.open(ids, x0)

@@ -62,7 +62,7 @@ def test_a_trial_reads_what_the_table_would(
     x0 = model.embed_tokens(ids)
     table = TableReader.open_folder(tables["float32"])
     trial = Trial(table, spectra_of(table))
-    exact = TolSource(table).open(ids, x0)
+    exact = TolSource.open_folder(tables["float32"], model.config).open(ids, x0)
     assert torch.equal(trial.open(ids, x0)(1), exact(1))
     for number, option in enumerate(OPTIONS):
         trial.chosen = {1: option}

@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from mlm_train.tol.format.layout import TableSpec
 from mlm_train.tol.format.schemes import Scheme
 from mlm_train.tol.serve.reader import TableReader
 from mlm_train.tol.serve.source import TolSource
+from mlm_train.tol.serve.store import StoreOptions, Tier
 from mlm_train.tol.tools.verify import verify_tol
 from tests.commands import mlm_train, refused
 from tests.tol.conftest import export, random_model
@@ -143,8 +144,8 @@ def test_a_model_serves_from_it(
     computed = model(ids, make_source("per_token", model.memory_blocks()))
     for name, limit in (("int8", 0.01), ("int4", 0.1)):
         build(tables["float32"], tmp_path / name, SPECS[name][0])
-        for in_memory in (False, True):
-            source = TolSource.open_folder(tmp_path / name, served.config, in_memory)
+        for tier in get_args(Tier):
+            source = TolSource.open_folder(tmp_path / name, served.config, StoreOptions(tier))
             found = served(ids, source)
             assert (found - computed).abs().max() <= limit * computed.abs().max()
 

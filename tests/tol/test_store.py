@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from mlm_train.tol.format.index import INDEX
 from mlm_train.tol.format.index_file import read_index, write_index
 from mlm_train.tol.format.partition import RowShape
 from mlm_train.tol.serve.source import TolSource
+from mlm_train.tol.serve.store import StoreOptions, Tier
 from mlm_train.tol.storage.local import LocalFolder
 from tests.partitions import write_partition
 from tests.tol.conftest import random_model
@@ -24,13 +26,13 @@ IDS = torch.arange(120).view(4, 30) ** 2 % 601
 
 # Largest difference of logits relative to their largest value. bf16 rounds each m_l to 2^-9 of itself.
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("float16", 1e-3), ("bfloat16", 1e-2)])
-@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("tier", get_args(Tier))
 def test_lookup_equals_compute(
-    tables: dict[str, Path], exported: Path, model: Transformer, dtype: str, limit: float, in_memory: bool
+    tables: dict[str, Path], exported: Path, model: Transformer, dtype: str, limit: float, tier: Tier
 ) -> None:
     served = load_model(exported, with_memory=False)
     computed = model(IDS, make_source("per_token", model.memory_blocks()))
-    looked_up = served(IDS, TolSource.open_folder(tables[dtype], served.config, in_memory))
+    looked_up = served(IDS, TolSource.open_folder(tables[dtype], served.config, StoreOptions(tier)))
     assert (looked_up - computed).abs().max() <= limit * computed.abs().max()
 
 

@@ -69,6 +69,13 @@ class Encoding(Scheme):
         fields = zip(starts, self.sizes(hidden), strict=True)
         return [(start, start + size) for start, size in fields if start is not None]
 
+    def moved(self, by: int) -> "Encoding":
+        """The encoding with all fields `by` bytes further on."""
+        starts = {"scales": self.scales, "zeros": self.zeros, "codes": self.codes}
+        return self.model_copy(
+            update={name: start + by for name, start in starts.items() if start is not None}
+        )
+
     @model_validator(mode="after")
     def _check_offsets(self) -> Self:
         wanted = (self.quantised, self.quantised and not self.symmetric)

@@ -15,6 +15,7 @@ from mlm_train.tol.format.codec import decode
 from mlm_train.tol.format.index import BASIS, INDEX, REBUILD, Partition, TableFile, TolIndex, file_of
 from mlm_train.tol.format.index_file import read_index
 from mlm_train.tol.format.partition import map_partition
+from mlm_train.tol.format.schemes import Encoding
 from mlm_train.tol.storage.base import Storage, StorageReader
 from mlm_train.tol.storage.local import LocalFolder
 from mlm_train.utils.checks import Check
@@ -25,35 +26,53 @@ _HASHED_AT_ONCE = 4  # partitions
 BASIS_HEADER = 128  # bytes per layer; more than its entry can need
 
 
+class RowDecoder:
+    """Decodes the layers of encoded rows."""
+
+    def __init__(self, index: TolIndex, bases: dict[int, Tensor]) -> None:
+        self._hidden, self._bases = index.hidden_size, bases
+        self._fields: dict[int, tuple[int, int, Encoding]] = {}
+        for layer, field in zip(index.layers, index.fields, strict=True):
+            spans = field.spans(index.hidden_size)
+            first, last = min(start for start, _ in spans), max(stop for _, stop in spans)
+            self._fields[layer] = first, last, field.moved(-first)
+
+    def columns(self, layer: int) -> tuple[int, int] | None:
+        """The bytes [first, last) of a row that hold a layer; None for one that is not stored."""
+        found = self._fields.get(layer)
+        return None if found is None else found[:2]
+
+    def values(self, columns: Tensor, layer: int) -> Tensor:
+        """Decode a layer from its `columns`, uint8 [n, last - first], to [n, hidden].
+
+        In fp32 or the layer's plain type. A low-rank layer is multiplied by its basis, in fp32.
+        """
+        field = self._fields[layer][2]
+        decoded = decode(field, columns, self._hidden)
+        if field.rank is None:
+            return decoded
+        return decoded.float() @ self._bases[layer].to(columns.device)
+
+    def in_basis(self, values: Tensor, layer: int) -> Tensor:
+        """Project values [n, hidden] of a low-rank layer to its stored coordinates [n, rank]."""
+        return values.float() @ projector(self._bases[layer])
+
+
 class TableReader:
-    """Reads encoded rows, uint8 [n, row bytes], from partitions in memory or mapped, and decodes them."""
+    """Reads encoded rows, uint8 [n, row bytes], from mapped partitions, and decodes them."""
 
     def __init__(self, index: TolIndex, partitions: Sequence[Tensor], bases: dict[int, Tensor]) -> None:
         self.index = index
         self._partitions = partitions
-        self._bases = bases
+        self._decoder = RowDecoder(index, bases)
         self._starts = torch.tensor([partition.rows[0] for partition in index.partitions])
-        self._fields = dict(zip(index.layers, index.fields, strict=True))
 
     @classmethod
-    def open_folder(cls, folder: str | Path, in_memory: bool = False, verify: Check = "sizes") -> Self:
-        """Memory-map a folder's partitions, or with `in_memory` read them into memory.
-
-        `verify`: "full" reads and hashes every partition first. Sizes, headers and the basis are always
-        checked. Raises UserError for a damaged file.
-        """
-        index = read_index(folder)
-        if verify == "full":
-            check_rows(folder, [(0, index.vocab_size)], _HASHED_AT_ONCE)
+    def open_folder(cls, folder: str | Path, verify: Check = "sizes") -> Self:
+        """Memory-map a folder's partitions; `verify`: see `open_partitions`."""
         folder = Path(folder)
-        partitions = []
-        for partition in index.partitions:
-            try:
-                rows = map_partition(folder, index, partition)
-            except ValueError as error:
-                raise _damaged(folder, index, partition, str(error)) from None
-            partitions.append(rows.clone() if in_memory else rows)
-        return cls(index, partitions, read_bases(folder, index))
+        index = read_index(folder)
+        return cls(index, open_partitions(folder, index, verify), read_bases(folder, index))
 
     def rows(self, ids: Tensor) -> Tensor:
         """Read the rows of ascending ids [n] on the CPU: uint8 [n, row bytes]."""
@@ -74,21 +93,32 @@ class TableReader:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def values(self, rows: Tensor, layer: int) -> Tensor | None:
-        """Decode a layer of stored rows: [n, hidden], in fp32 or the layer's plain type.
-
-        None for a layer that is not stored. A low-rank layer is multiplied by its basis, in fp32.
-        """
-        field = self._fields.get(layer)
-        if field is None:
+        """Decode a layer of stored rows: see RowDecoder.values. None for a layer that is not stored."""
+        columns = self._decoder.columns(layer)
+        if columns is None:
             return None
-        decoded = decode(field, rows, self.index.hidden_size)
-        if field.rank is None:
-            return decoded
-        return decoded.float() @ self._bases[layer].to(rows.device)
+        return self._decoder.values(rows[:, slice(*columns)], layer)
 
     def in_basis(self, values: Tensor, layer: int) -> Tensor:
         """Project values [n, hidden] of a low-rank layer to its stored coordinates [n, rank]."""
-        return values.float() @ projector(self._bases[layer])
+        return self._decoder.in_basis(values, layer)
+
+
+def open_partitions(folder: Path, index: TolIndex, verify: Check) -> list[Tensor]:
+    """Memory-map the partitions: uint8 [rows, row bytes] each.
+
+    `verify`: "full" reads and hashes every partition first. Sizes and headers are always checked. Raises
+    UserError for a damaged file.
+    """
+    if verify == "full":
+        check_rows(folder, [(0, index.vocab_size)], _HASHED_AT_ONCE)
+    partitions = []
+    for partition in index.partitions:
+        try:
+            partitions.append(map_partition(folder, index, partition))
+        except ValueError as error:
+            raise _damaged(folder, index, partition, str(error)) from None
+    return partitions
 
 
 def check_rows(folder: str | Path, ranges: Iterable[tuple[int, int]], threads: int) -> None:

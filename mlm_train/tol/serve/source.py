@@ -1,5 +1,6 @@
 """A memory source that looks FFN-M's output up in a ToL instead of computing it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -7,41 +8,87 @@ import torch
 from torch import Tensor
 
 from mlm_train.config import ModelConfig
+from mlm_train.errors import UserError
 from mlm_train.model.source import MemoryReader
-from mlm_train.tol.format.index import check_fits
+from mlm_train.tol.format.index import TolIndex, check_fits
 from mlm_train.tol.format.index_file import read_index
-from mlm_train.tol.serve.reader import TableReader
-from mlm_train.utils.checks import Check
+from mlm_train.tol.serve.disk import DiskStore
+from mlm_train.tol.serve.reader import RowDecoder, open_partitions, read_bases
+from mlm_train.tol.serve.store import MemoryStore, Rows, RowStore, StoreOptions, Touch
+from mlm_train.utils.malloc import lock_memory
 
 
 class TolSource:
     """FFN-M's output by token id, read from a table; see `open_folder`."""
 
-    def __init__(self, table: TableReader) -> None:
-        self.table = table
+    def __init__(self, store: RowStore, decoder: RowDecoder) -> None:
+        self.store, self._decoder = store, decoder
+        self._requested: tuple[Tensor, Rows] | None = None
 
     @classmethod
     def open_folder(
-        cls, folder: str | Path, config: ModelConfig, in_memory: bool = False, verify: Check = "sizes"
+        cls,
+        folder: str | Path,
+        config: ModelConfig,
+        options: StoreOptions | None = None,
+        device: torch.device | str = "cpu",
     ) -> Self:
-        """Memory-map a folder's partitions, or with `in_memory` read them into memory.
+        """Open a table as `options` say (default: StoreOptions()); device: that of tier resident.
 
-        A layer that the table dropped reads as zeros. `verify`: see TableReader.open_folder. Raises UserError
-        for detected damage and for a table of a model of another shape.
+        A layer that the table dropped reads as zeros. Raises UserError for detected damage and for a table of
+        a model of another shape.
         """
-        check_fits(Path(folder), read_index(folder), config)
-        table = TableReader.open_folder(folder, in_memory, verify)
-        return cls(table)
+        folder = Path(folder)
+        index = read_index(folder)
+        check_fits(folder, index, config)
+        store = open_store(folder, index, options or StoreOptions(), torch.device(device))
+        return cls(store, RowDecoder(index, read_bases(folder, index)))
+
+    def request(self, ids: Tensor) -> None:
+        """Begin to read the rows of ids [...] that will be opened next."""
+        distinct = ids.flatten().unique().cpu()
+        self._requested = distinct, self.store.fetch(distinct)
 
     def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
-        """Read each distinct id's row once, for all layers. ids: [batch, sequence]; x0: their embeddings."""
+        """Begin to read each distinct id's row, for all layers; a layer waits for its own bytes alone.
+
+        ids: [batch, sequence]; x0: their embeddings, of which the dtype and the device are taken.
+        """
         distinct, inverse = ids.flatten().unique(return_inverse=True)
-        rows = self.table.rows(distinct.cpu()).to(x0.device)
+        rows = self._rows(distinct.cpu())
+        self.store.counters.rows += ids.numel()
 
         def read(layer: int) -> Tensor:
-            values = self.table.values(rows, layer)
-            if values is None:
+            columns = self._decoder.columns(layer)
+            if columns is None:
                 return torch.zeros_like(x0)
-            return values.to(x0.dtype).index_select(0, inverse).view(x0.shape)
+            encoded = rows.columns(*columns).to(x0.device, non_blocking=True)
+            values = self._decoder.values(encoded, layer).to(x0.dtype)
+            return values.index_select(0, inverse).view(x0.shape)
 
         return read
+
+    def _rows(self, distinct: Tensor) -> Rows:
+        requested, self._requested = self._requested, None
+        if requested is not None and torch.equal(requested[0], distinct):
+            return requested[1]
+        return self.store.fetch(distinct)
+
+
+def open_store(folder: Path, index: TolIndex, options: StoreOptions, device: torch.device) -> RowStore:
+    """The store of a table's rows. Raises UserError for a damaged file and for options without effect."""
+    partitions = open_partitions(folder, index, options.verify)
+    on_disk = options.tier == "disk"
+    if not on_disk and (options.cache_bytes or options.direct):
+        raise UserError(f"tier {options.tier}: a cache and direct reads are for tier disk")
+    if options.lock and options.tier != "shared":
+        raise UserError(f"tier {options.tier}: only mapped files can be locked in memory: use tier shared")
+    if on_disk:
+        return DiskStore(folder, index, options)
+    starts: Sequence[int] = [partition.rows[0] for partition in index.partitions]
+    if options.tier == "resident":
+        partitions = [rows.to(device, copy=True) for rows in partitions]
+    if options.lock:
+        for rows in partitions:
+            lock_memory(rows.data_ptr(), rows.numel())
+    return MemoryStore(partitions, starts, Touch(folder, index) if options.first_touch else None)

@@ -1,0 +1,154 @@
+"""The store of a ToL's encoded rows while a model runs: one interface, three tiers.
+
+A source asks for the rows of the distinct ids of a forward pass (`fetch`) and takes the columns of one layer
+at a time, as late as it can; what must be read from a disk is read in between (disk.py).
+"""
+
+import itertools
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from mlm_train.tol.format.index import TolIndex
+from mlm_train.tol.serve.reader import check_rows
+from mlm_train.utils.checks import Check
+
+Tier = Literal["resident", "shared", "disk"]
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """Where the rows of a table are while it is served.
+
+    tier: resident: in this process's memory, or on its device; shared: in mapped files, of which a node's
+    processes share one copy; disk: read when they are needed. lock: (shared) read all files in and keep them
+    in memory. cache_bytes: (disk) memory for frequent rows. hot: (disk) ids whose rows are read in at the
+    start and stay, most frequent first, as many as the cache holds; None: the rows used last are kept.
+    direct: (disk) reads leave the page cache alone. depth: (disk) reads in flight. first_touch: a partition's
+    SHA-256 is compared when its first row is needed.
+    """
+
+    tier: Tier = "shared"
+    lock: bool = False
+    cache_bytes: int = 0
+    hot: Sequence[int] | None = None
+    direct: bool = False
+    depth: int = 64
+    verify: Check = "sizes"
+    first_touch: bool = False
+
+
+@dataclass
+class Counters:
+    """Totals since the store was opened.
+
+    rows: positions looked up; distinct: of those, distinct ids of a forward pass, and so hits + misses; hits:
+    rows that were in the cache; bytes: of rows that were not; wait: seconds that layers waited for them.
+    """
+
+    rows: int = 0
+    distinct: int = 0
+    hits: int = 0
+    misses: int = 0
+    bytes: int = 0
+    wait: float = 0.0
+
+    def prometheus(self) -> str:
+        """The totals in Prometheus's text format, as mlm_tol_rows_total and so on."""
+        names = {"wait": "wait_seconds"}
+        return "".join(
+            f"# TYPE mlm_tol_{names.get(name, name)}_total counter\n"
+            f"mlm_tol_{names.get(name, name)}_total {value}\n"
+            for name, value in asdict(self).items()
+        )
+
+
+class Rows(Protocol):
+    """The rows of some ids, read or still being read."""
+
+    def columns(self, first: int, last: int) -> Tensor:
+        """Bytes [first, last) of all rows, uint8 [n, last - first], once they are there.
+
+        Raises UserError where they cannot be read.
+        """
+        ...
+
+
+class RowStore(Protocol):
+    """Encoded rows by id."""
+
+    counters: Counters
+
+    def fetch(self, ids: Tensor) -> Rows:
+        """Begin to read the rows of ascending distinct ids [n], int64 on the CPU."""
+        ...
+
+    def close(self) -> None:
+        """Release files, threads and memory."""
+        ...
+
+
+class MemoryStore:
+    """Partitions as tensors uint8 [rows, row bytes]: mapped files, memory, or a device's memory."""
+
+    def __init__(
+        self, partitions: Sequence[Tensor], starts: Sequence[int], touch: "Touch | None" = None
+    ) -> None:
+        self.counters = Counters()
+        self._partitions, self._starts, self._touch = partitions, torch.tensor(starts), touch
+
+    def fetch(self, ids: Tensor) -> Rows:
+        """Note where the rows are; `columns` copies them."""
+        parts = split(ids, self._starts)
+        if self._touch is not None:
+            self._touch(number for number, _ in parts)
+        self.counters.distinct += len(ids)
+        self.counters.misses += len(ids)
+        self.counters.bytes += len(ids) * self._partitions[0].shape[1]
+        return _Gathered([(self._partitions[number], local) for number, local in parts], self.counters)
+
+    def close(self) -> None:
+        """Release the memory."""
+        self._partitions = ()
+
+
+class _Gathered:
+    def __init__(self, parts: list[tuple[Tensor, Tensor]], counters: Counters) -> None:
+        self._parts = [(rows, local.to(rows.device)) for rows, local in parts]
+        self._counters = counters
+
+    def columns(self, first: int, last: int) -> Tensor:
+        started = time.perf_counter()
+        found = [rows[:, first:last].index_select(0, local) for rows, local in self._parts]
+        self._counters.wait += time.perf_counter() - started
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def split(ids: Tensor, starts: Tensor) -> list[tuple[int, Tensor]]:
+    """Ascending ids [n] by partition: its number, and their row numbers within it, in order."""
+    edges = [*torch.searchsorted(ids, starts).tolist(), len(ids)]
+    return [
+        (number, ids[first:last] - starts[number])
+        for number, (first, last) in enumerate(itertools.pairwise(edges))
+        if first < last
+    ]
+
+
+class Touch:
+    """Compares a partition's SHA-256 with the index's the first time that it is used."""
+
+    def __init__(self, folder: Path, index: TolIndex) -> None:
+        self._folder, self._index = folder, index
+        self._checked: set[int] = set()
+
+    def __call__(self, numbers: Iterable[int]) -> None:
+        """Raises UserError for a damaged partition, each time it is asked for."""
+        for number in numbers:
+            if number not in self._checked:
+                check_rows(self._folder, [self._index.partitions[number].rows], 1)
+                self._checked.add(number)

@@ -1,0 +1,160 @@
+"""The store of rows: every tier gives the same bytes, counts them, and says what cannot be read."""
+
+import itertools
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mlm_train.config import ModelConfig
+from mlm_train.errors import UserError
+from mlm_train.tol.format.index import Provenance, TolIndex
+from mlm_train.tol.format.index_file import read_index, write_index
+from mlm_train.tol.format.partition import RowShape
+from mlm_train.tol.serve import disk
+from mlm_train.tol.serve.reader import TableReader
+from mlm_train.tol.serve.source import TolSource, open_store
+from mlm_train.tol.serve.store import RowStore, StoreOptions
+from mlm_train.tol.storage.local import LocalFolder
+from tests.partitions import write_partition
+
+VOCABULARY, LAYERS = 700, 5
+OPTIONS = {
+    "resident": StoreOptions("resident"),
+    "shared": StoreOptions("shared"),
+    "locked": StoreOptions("shared", lock=True, first_touch=True),
+    "disk": StoreOptions("disk", depth=3),
+    "direct": StoreOptions("disk", direct=True),
+    "pinned": StoreOptions("disk", cache_bytes=2**20, hot=[*range(10, 40), 5, 10]),
+    "recent": StoreOptions("disk", cache_bytes=2**16, direct=True, first_touch=True),
+}
+
+
+@pytest.fixture(scope="module", params=[34, 1024])
+def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random rows of 680 bytes, or of five pages: with and without whole pages."""
+    folder, hidden = tmp_path_factory.mktemp("tol"), request.param
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(VOCABULARY, LAYERS, hidden, generator=generator)
+    shape = RowShape.plain("float32", LAYERS, hidden)
+    parts = [
+        write_partition(folder / f"{start}.safetensors", (start, stop), shape, [rows[start:stop]])
+        for start, stop in itertools.pairwise((0, 100, 101, 433, VOCABULARY))
+    ]
+    fields = {
+        "vocab_size": VOCABULARY,
+        "num_layers": LAYERS,
+        "hidden_size": hidden,
+        "dtype": "float32",
+        "layers": list(range(LAYERS)),
+        "partitions": parts,
+        "source": Provenance(checkpoint="", created="", tool_version=""),
+    }
+    write_index(LocalFolder(folder), TolIndex.model_validate(fields))
+    return folder
+
+
+def opened(folder: Path, options: StoreOptions) -> RowStore:
+    return open_store(folder, read_index(folder), options, torch.device("cpu"))
+
+
+def drawn(count: int, seed: int) -> Tensor:
+    return torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_tier_gives_the_rows(name: str, table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows, many, all, none of a partition; read whole, or in parts; again, from the cache."""
+    monkeypatch.setattr(disk, "PART_BYTES", 4096)
+    expected, store = TableReader.open_folder(table).range(0, VOCABULARY), opened(table, OPTIONS[name])
+    counts = (1, 7, disk.MANY_ROWS, 300, 20, 20, VOCABULARY)
+    try:
+        for seed, count in enumerate(counts):
+            ids = drawn(count, min(seed, 4))
+            rows = store.fetch(ids)
+            size = expected.shape[1]
+            for first, last in ((0, 4), (size // LAYERS, 2 * size // LAYERS), (size - 1, size), (0, size)):
+                assert torch.equal(rows.columns(first, last), expected[ids, first:last])
+        counters = store.counters
+        assert counters.distinct == counters.hits + counters.misses == sum(counts)
+        assert counters.bytes == counters.misses * size
+        assert (counters.hits > 0) == (name in ("pinned", "recent"))
+    finally:
+        store.close()
+
+
+def test_fixed_rows_are_always_hits_and_recent_ones_after_the_first_time(table: Path) -> None:
+    size = read_index(table).row_bytes
+    pinned = opened(table, StoreOptions("disk", cache_bytes=4 * size, hot=[7, 300, 7, 650, 2, 9]))
+    recent = opened(table, StoreOptions("disk", cache_bytes=4 * size))
+    for store in (pinned, recent):
+        for ids in ([2, 7, 300], [7, 300, 650], [2, 9, 400, 401], [7, 9, 401]):
+            store.fetch(torch.tensor(ids)).columns(0, size)
+    # Four rows fit: 7, 300, 650 (7 is named twice). Recent: 2 and 7 leave for 9, 400 and 401.
+    assert (pinned.counters.hits, recent.counters.hits) == (2 + 3 + 0 + 1, 0 + 2 + 1 + 2)
+    pinned.close()
+    recent.close()
+
+
+def test_what_cannot_be_read_is_one_error_and_the_store_goes_on(table: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(table, tmp_path / "tol")
+    index, size = read_index(folder), read_index(folder).row_bytes
+    touched = opened(folder, StoreOptions("disk", first_touch=True, direct=True))
+    file = folder / index.partitions[2].file
+    with file.open("r+b") as data:
+        data.seek(-10, os.SEEK_END)
+        data.write(b"0123456789")
+    with pytest.raises(UserError, match=f"{file.name} .*is damaged"):
+        touched.fetch(torch.tensor([432]))
+    assert touched.fetch(torch.tensor([100])).columns(0, size).shape == (1, size)
+    os.truncate(file, index.partitions[2].bytes - 5 * size)
+    store = opened(table, OPTIONS["direct"])
+    short = disk.DiskStore(folder, index, OPTIONS["direct"])
+    for _ in range(2):
+        with pytest.raises(UserError, match="could not be read: .* ends before byte"):
+            short.fetch(torch.tensor([3, 110, 432])).columns(0, size)
+        file.unlink(missing_ok=True)  # an open file stays
+        ids = torch.tensor([3, 110, 600])
+        assert torch.equal(short.fetch(ids).columns(0, size), store.fetch(ids).columns(0, size))
+    before = threading.active_count()
+    store.close()
+    short.close()
+    del touched  # the end of its life does the same
+    assert threading.active_count() == before - 3 * OPTIONS["direct"].depth
+
+
+def test_options_that_do_not_go_together(table: Path) -> None:
+    for options, message in (
+        (StoreOptions("shared", cache_bytes=1), "are for tier disk"),
+        (StoreOptions("resident", direct=True), "are for tier disk"),
+        (StoreOptions("disk", lock=True), "use tier shared"),
+    ):
+        with pytest.raises(UserError, match=message):
+            opened(table, options)
+    with pytest.raises(UserError, match="a cache of 1099.51 TB does not fit"):
+        disk._Cache.of(StoreOptions("disk", cache_bytes=1000 * 2**40), 2**40, 5000)
+
+
+def test_requested_rows_are_not_read_again(table: Path) -> None:
+    index = read_index(table)
+    config = ModelConfig(
+        kind="memory", vocab_size=VOCABULARY, hidden_size=index.hidden_size, num_hidden_layers=LAYERS,
+        num_attention_heads=1, intermediate_size=8,
+    )  # fmt: skip
+    source = TolSource.open_folder(table, config, OPTIONS["disk"])
+    ids, x0 = torch.tensor([[3, 5, 3], [650, 5, 5]]), torch.zeros(2, 3, index.hidden_size)
+    source.request(ids)
+    read = source.open(ids, x0)
+    expected = TolSource.open_folder(table, config).open(ids, x0)
+    assert all(torch.equal(read(layer), expected(layer)) for layer in range(LAYERS))
+    counters = source.store.counters
+    assert (counters.rows, counters.distinct, counters.bytes) == (6, 3, 3 * index.row_bytes)
+    assert f"mlm_tol_bytes_total {3 * index.row_bytes}\n" in counters.prometheus()
+    source.request(ids)
+    source.open(ids[:1], x0[:1])  # other ids than those requested
+    assert counters.distinct == 3 + 3 + 2
+    source.store.close()
