@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_train.errors import UserError
+from mlm_train.tol.serve.arguments import add_tol_arguments, open_tol
 from mlm_train.utils.arguments import MODEL_KINDS
 from mlm_train.utils.checks import add_verify
 
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--micro-batch-size", type=int, default=8, help="windows per forward pass (default 8)"
     )
-    parser.add_argument("--tol", help="ToL folder: FFN-M is looked up, its weights are never loaded")
+    add_tol_arguments(parser)
     parser.add_argument(
         "--baselines",
         metavar="RUN",
@@ -76,8 +77,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _perplexities(args: argparse.Namespace) -> dict[str, Any]:
     from mlm_train.evaluate.scorer import Scorer
-    from mlm_train.tol.serve.source import TolSource
-    from mlm_train.tol.serve.store import StoreOptions
 
     scorer = Scorer(
         args.model,
@@ -93,9 +92,7 @@ def _perplexities(args: argparse.Namespace) -> dict[str, Any]:
     if args.tol is None:
         scored = scorer.score(scorer.computed)
     else:
-        scored = scorer.score(
-            TolSource.open_folder(args.tol, scorer.config, StoreOptions(verify=args.verify or "sizes"))
-        )
+        scored = scorer.score(open_tol(args, scorer.config, args.verify or "sizes"))
     result = {"loss": scored.loss, "perplexity": scored.perplexity, "tokens": scored.tokens}
     result["windows"] = scorer.windows.count
     if args.baselines:

@@ -1,9 +1,15 @@
 """Argument helpers shared by the commands."""
 
 import argparse
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mlm_train.errors import UserError
+
 MODEL_KINDS = "an export, a run's folder (its newest checkpoint), RUN/best, or one checkpoint (step-*)"
+
+_RANGE = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
 
 if TYPE_CHECKING:
     Actions = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -26,3 +32,21 @@ def add_action(actions: "Actions", name: str, summary: str, text: str) -> argpar
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show a traceback for errors"
     )
     return parser
+
+
+def layers_in(option: str, text: str, layers: Sequence[int]) -> set[int]:
+    """The layers that a text such as 3,5-7 names. UserError for one that is not among `layers`."""
+    found: set[int] = set()
+    for part in text.split(","):
+        match = _RANGE.fullmatch(part.strip())
+        if match is None:
+            raise UserError(f"{option} {text or repr('')}: give layers such as 3,5-7")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise UserError(f"{option} {text}: {part.strip()} ends before it starts; write {last}-{first}")
+        # Stop at the first unknown layer, since the range may be huge.
+        unknown = next((layer for layer in range(first, last + 1) if layer not in layers), None)
+        if unknown is not None:
+            raise UserError(f"{option} {text}: there is no layer {unknown}; the layers are {layers}")
+        found |= set(range(first, last + 1))
+    return found

@@ -115,7 +115,7 @@ def test_what_cannot_be_read_is_one_error_and_the_store_goes_on(table: Path, tmp
     store = opened(table, OPTIONS["direct"])
     short = disk.DiskStore(folder, index, OPTIONS["direct"])
     for _ in range(2):
-        with pytest.raises(UserError, match="could not be read: .* ends before byte"):
+        with pytest.raises(UserError, match=r"could not be read: .* ends before byte"):
             short.fetch(torch.tensor([3, 110, 432])).columns(0, size)
         file.unlink(missing_ok=True)  # an open file stays
         ids = torch.tensor([3, 110, 600])
@@ -135,7 +135,7 @@ def test_options_that_do_not_go_together(table: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             opened(table, options)
-    with pytest.raises(UserError, match="a cache of 1099.51 TB does not fit"):
+    with pytest.raises(UserError, match=r"a cache of 1099.51 TB does not fit"):
         disk._Cache.of(StoreOptions("disk", cache_bytes=1000 * 2**40), 2**40, 5000)
 
 

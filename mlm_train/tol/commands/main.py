@@ -10,6 +10,7 @@ from mlm_train.errors import UserError, escaped
 from mlm_train.tol.commands.fetch import add_fetch, run_fetch
 from mlm_train.tol.commands.inspect import add_inspect, run_inspect
 from mlm_train.tol.commands.options import add_storage_arguments, given, table_spec_of
+from mlm_train.tol.commands.patch import add_patch, run_patch
 from mlm_train.tol.storage.urls import refuse_url_output
 from mlm_train.utils.arguments import MODEL_KINDS, add_action
 from mlm_train.utils.checks import add_verify
@@ -108,6 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verify.add_argument("--json", action="store_true", help="write one JSON object instead of a line")
     add_inspect(actions)
     add_fetch(actions)
+    add_patch(actions)
 
 
 def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
@@ -164,6 +166,8 @@ def run(args: argparse.Namespace) -> int:
         return run_inspect(args)
     if args.action == "verify":
         return _verify(args)
+    if args.action == "patch":
+        return run_patch(args)
     if args.action == "fetch":
         return run_fetch(args)
     if args.action == "allocate":

@@ -1,7 +1,6 @@
 """Command-line options for how a table's rows are stored, of `tol build` and `tol compress`."""
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,13 +8,13 @@ from typing import TYPE_CHECKING
 from mlm_train.errors import UserError
 from mlm_train.tol.allocate.mix_file import check_fits, read_allocation
 from mlm_train.tol.format.schemes import GROUP, GROUPS, LEVELS, PLAIN_BYTES
+from mlm_train.utils.arguments import layers_in
 from mlm_train.utils.units import size
 
 if TYPE_CHECKING:
     from mlm_train.tol.format.layout import TableSpec
 
 _OPTIONS = ("dtype", "group_size", "asymmetric", "drop", "rank", "budget")  # in args
-_RANGE = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
 
 
 def add_storage_arguments(parser: argparse.ArgumentParser, default: str | None) -> None:
@@ -85,7 +84,7 @@ def table_spec_of(
         raise UserError("give --rank or --budget, not both")
     kept = layers
     if args.drop is not None:
-        dropped = _dropped(args.drop, layers)
+        dropped = layers_in("--drop", args.drop, layers)
         kept = [layer for layer in layers if layer not in dropped]
         if not kept:
             raise UserError(f"--drop {args.drop} leaves no layer")
@@ -97,23 +96,6 @@ def table_spec_of(
         rank=args.rank,
         budget=args.budget,
     )
-
-
-def _dropped(text: str, layers: list[int]) -> set[int]:
-    dropped: set[int] = set()
-    for part in text.split(","):
-        match = _RANGE.fullmatch(part.strip())
-        if match is None:
-            raise UserError(f"--drop {text or repr('')}: give layers such as 3,5-7")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise UserError(f"--drop {text}: {part.strip()} ends before it starts; write {last}-{first}")
-        # Stop at the first unknown layer, since the range may be huge.
-        unknown = next((layer for layer in range(first, last + 1) if layer not in layers), None)
-        if unknown is not None:
-            raise UserError(f"--drop {text}: there is no layer {unknown}; the layers are {layers}")
-        dropped |= set(range(first, last + 1))
-    return dropped
 
 
 def _allocated(file: Path, layers: list[int], hidden: int) -> "TableSpec":

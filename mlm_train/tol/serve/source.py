@@ -13,6 +13,7 @@ from mlm_train.model.source import MemoryReader
 from mlm_train.tol.format.index import TolIndex, check_fits
 from mlm_train.tol.format.index_file import read_index
 from mlm_train.tol.serve.disk import DiskStore
+from mlm_train.tol.serve.patch import Overlay, Patch
 from mlm_train.tol.serve.reader import RowDecoder, open_partitions, read_bases
 from mlm_train.tol.serve.store import MemoryStore, Rows, RowStore, StoreOptions, Touch
 from mlm_train.utils.malloc import lock_memory
@@ -21,8 +22,8 @@ from mlm_train.utils.malloc import lock_memory
 class TolSource:
     """FFN-M's output by token id, read from a table; see `open_folder`."""
 
-    def __init__(self, store: RowStore, decoder: RowDecoder) -> None:
-        self.store, self._decoder = store, decoder
+    def __init__(self, store: RowStore, decoder: RowDecoder, patches: Sequence[Patch] = ()) -> None:
+        self.store, self._decoder, self._overlay = store, decoder, Overlay(patches)
         self._requested: tuple[Tensor, Rows] | None = None
 
     @classmethod
@@ -32,17 +33,19 @@ class TolSource:
         config: ModelConfig,
         options: StoreOptions | None = None,
         device: torch.device | str = "cpu",
+        patches: Sequence[str | Path] = (),
     ) -> Self:
         """Open a table as `options` say (default: StoreOptions()); device: that of tier resident.
 
-        A layer that the table dropped reads as zeros. Raises UserError for detected damage and for a table of
-        a model of another shape.
+        patches: files of `mlm-train tol patch`, later ones over earlier ones. A layer that the table dropped
+        reads as zeros. Raises UserError for detected damage and for a table of a model of another shape.
         """
         folder = Path(folder)
         index = read_index(folder)
         check_fits(folder, index, config)
+        overlay = [Patch.read(patch, folder) for patch in patches]
         store = open_store(folder, index, options or StoreOptions(), torch.device(device))
-        return cls(store, RowDecoder(index, read_bases(folder, index)))
+        return cls(store, RowDecoder(index, read_bases(folder, index)), overlay)
 
     def request(self, ids: Tensor) -> None:
         """Begin to read the rows of ids [...] that will be opened next."""
@@ -55,7 +58,8 @@ class TolSource:
         ids: [batch, sequence]; x0: their embeddings, of which the dtype and the device are taken.
         """
         distinct, inverse = ids.flatten().unique(return_inverse=True)
-        rows = self._rows(distinct.cpu())
+        asked = distinct.cpu()
+        rows, patched = self._rows(asked), self._overlay.places(asked)
         self.store.counters.rows += ids.numel()
 
         def read(layer: int) -> Tensor:
@@ -64,6 +68,8 @@ class TolSource:
                 return torch.zeros_like(x0)
             encoded = rows.columns(*columns).to(x0.device, non_blocking=True)
             values = self._decoder.values(encoded, layer).to(x0.dtype)
+            if len(patched):
+                values = self._overlay.apply(values, layer, asked, patched)
             return values.index_select(0, inverse).view(x0.shape)
 
         return read

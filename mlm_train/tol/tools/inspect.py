@@ -134,7 +134,7 @@ def inspect_tol(
     if model_folder is not None:
         check_fits(folder, index, model_folder.config)
     vocabulary = Vocabulary.of(index.vocab_size, model_folder)
-    nearest = _Nearest(table, [vocabulary.find(token) for token in neighbours], top)
+    nearest = _Nearest(table, [vocabulary.find(token, "--neighbours") for token in neighbours], top)
     sums = _stream(table, folder, nearest)
     return Inspection(
         table=str(folder),

@@ -29,18 +29,18 @@ class Vocabulary:
         whole = self._tokenizer.decode([*self._before, token])
         return whole[len(self._tokenizer.decode(self._before)) :]
 
-    def find(self, name: str) -> int:
-        """The token id that a number or a text names. UserError for no token, or several."""
-        token = int(name) if name.isdecimal() else self._of_text(name)
+    def find(self, name: str, option: str) -> int:
+        """The token id that a number or a text names, given with an option. UserError for none or several."""
+        token = int(name) if name.isdecimal() else self._of_text(name, option)
         if token >= self.size:
-            raise UserError(f"--neighbours {name}: there is no such token; give 0 to {self.size - 1}")
+            raise UserError(f"{option} {name}: there is no such token; give 0 to {self.size - 1}")
         return token
 
-    def _of_text(self, text: str) -> int:
+    def _of_text(self, text: str, option: str) -> int:
         if self._tokenizer is None:
-            raise UserError(f"--neighbours {text!r}: give ids, or a --model whose folder has a tokenizer")
+            raise UserError(f"{option} {text!r}: give ids, or a --model whose folder has a tokenizer")
         ids = self._tokenizer.encode(text)
         if len(ids) != 1:
             parts = ", ".join(f"{id_} {self.text(id_)!r}" for id_ in ids)
-            raise UserError(f"--neighbours {text!r} is {len(ids)} tokens ({parts}); give one by its id")
+            raise UserError(f"{option} {text!r} is {len(ids)} tokens ({parts}); give one by its id")
         return ids[0]

@@ -1,0 +1,70 @@
+"""Options of the commands that serve a model from a table."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from mlm_train.utils.checks import Check
+from mlm_train.utils.units import size
+
+if TYPE_CHECKING:
+    from mlm_train.config import ModelConfig
+    from mlm_train.tol.serve.source import TolSource
+
+
+def add_tol_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--tol` and how the table is served."""
+    parser.add_argument(
+        "--tol",
+        metavar="TOLDIR",
+        help="folder written by `mlm-train tol build`: FFN-M is looked up, its weights are never loaded",
+    )
+    parser.add_argument(
+        "--tol-tier",
+        choices=("resident", "shared", "disk"),
+        default="shared",
+        help="where its rows are: in memory; in mapped files, one copy for all processes of a node; or on "
+        "disk, read when they are needed (default %(default)s)",
+    )
+    parser.add_argument(
+        "--tol-lock", action="store_true", help="tier shared: read the files in and keep them in memory"
+    )
+    parser.add_argument(
+        "--tol-cache", type=size, default=0, metavar="SIZE", help="tier disk: memory for rows, such as 512MB"
+    )
+    parser.add_argument(
+        "--tol-hot",
+        metavar="DATA",
+        help="tier disk: the cache holds the tokens most frequent in this folder of `data prepare` (default: "
+        "those used last)",
+    )
+    parser.add_argument(
+        "--tol-direct", action="store_true", help="tier disk: reads leave the page cache alone"
+    )
+    parser.add_argument(
+        "--tol-patch", action="append", default=[], metavar="FILE", help="apply a patch; may be repeated"
+    )
+
+
+def open_tol(args: argparse.Namespace, config: "ModelConfig", verify: Check) -> "TolSource":
+    """The source of the options, for a model of this config. UserError for what does not go together."""
+    from mlm_train.errors import UserError
+    from mlm_train.tol.serve.source import TolSource
+    from mlm_train.tol.serve.store import StoreOptions
+
+    hot = None
+    if args.tol_hot is not None:
+        if not args.tol_cache:
+            raise UserError("--tol-hot chooses what --tol-cache holds: give --tol-cache SIZE too")
+        from mlm_train.data.prepared import PreparedData
+        from mlm_train.tol.serve.frequency import most_frequent
+
+        hot = most_frequent(PreparedData.open(args.tol_hot), config.vocab_size)
+    options = StoreOptions(
+        tier=args.tol_tier,
+        lock=args.tol_lock,
+        cache_bytes=args.tol_cache,
+        hot=hot,
+        direct=args.tol_direct,
+        verify=verify,
+    )
+    return TolSource.open_folder(args.tol, config, options, patches=args.tol_patch)

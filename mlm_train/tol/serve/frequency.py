@@ -1,0 +1,16 @@
+"""Which tokens a corpus has most of."""
+
+import numpy as np
+
+from mlm_train.data.prepared import PreparedData
+
+AT_ONCE = 2**26  # tokens counted at once
+
+
+def most_frequent(data: PreparedData, vocabulary: int) -> list[int]:
+    """The ids that occur in the training split, most frequent first, of those below `vocabulary`."""
+    tokens, counts = data.split("train").tokens, np.zeros(vocabulary, dtype=np.int64)
+    for start in range(0, len(tokens), AT_ONCE):
+        counts += np.bincount(tokens[start : start + AT_ONCE], minlength=vocabulary)[:vocabulary]
+    order = np.argsort(-counts, kind="stable")
+    return [int(number) for number in order[: np.count_nonzero(counts)]]
