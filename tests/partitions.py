@@ -40,15 +40,36 @@ def write_partition(
 def write_table(folder: Path, model: Transformer, export: Path, cuts: Sequence[int]) -> Path:
     """The ToL of an exported model in fp32, its partitions cut at these rows."""
     folder.mkdir()
-    blocks, hidden = model.memory_blocks(), model.config.hidden_size
+    blocks = model.memory_blocks()
     table = torch.stack([block.ffn_m(model.embed_tokens.weight) for block in blocks.values()], dim=1)
-    shape = RowShape.plain("float32", len(blocks), hidden)
-    parts = [
+    parts = _write_rows(folder, table, cuts)
+    _write_index(folder, table, parts, list(blocks), fingerprint(export))
+    return folder
+
+
+def random_table(
+    folder: Path, vocabulary: int, layers: int = 2, hidden: int = 16, cuts: Sequence[int] = ()
+) -> Path:
+    """A ToL of random fp32 rows of no model, its partitions cut at these rows."""
+    folder.mkdir(exist_ok=True)
+    table = torch.randn(vocabulary, layers, hidden, generator=torch.Generator().manual_seed(0))
+    parts = _write_rows(folder, table, cuts)
+    _write_index(folder, table, parts, list(range(layers)), "")
+    return folder
+
+
+def _write_rows(folder: Path, table: Tensor, cuts: Sequence[int]) -> list[Partition]:
+    shape = RowShape.plain("float32", table.shape[1], table.shape[2])
+    return [
         write_partition(folder / f"{start}.safetensors", (start, stop), shape, [table[start:stop]])
         for start, stop in itertools.pairwise((0, *cuts, len(table)))
     ]
-    source = Provenance(checkpoint=fingerprint(export), created="", tool_version="")
-    shapes = {"vocab_size": len(table), "num_layers": len(blocks), "hidden_size": hidden}
-    index = {"dtype": "float32", "layers": list(blocks), "partitions": parts, "source": source, **shapes}
+
+
+def _write_index(
+    folder: Path, table: Tensor, parts: list[Partition], layers: list[int], checkpoint: str
+) -> None:
+    source = Provenance(checkpoint=checkpoint, created="", tool_version="")
+    shapes = {"vocab_size": len(table), "num_layers": len(layers), "hidden_size": table.shape[2]}
+    index = {"dtype": "float32", "layers": layers, "partitions": parts, "source": source, **shapes}
     write_index(LocalFolder(folder), TolIndex.model_validate(index))
-    return folder

@@ -92,7 +92,7 @@ def _perplexities(args: argparse.Namespace) -> dict[str, Any]:
     if args.tol is None:
         scored = scorer.score(scorer.computed)
     else:
-        scored = scorer.score(open_tol(args, scorer.config, args.verify or "sizes"))
+        scored = scorer.score(open_tol(args, scorer.folder, args.verify or "sizes"))
     result = {"loss": scored.loss, "perplexity": scored.perplexity, "tokens": scored.tokens}
     result["windows"] = scorer.windows.count
     if args.baselines:

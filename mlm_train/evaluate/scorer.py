@@ -117,6 +117,11 @@ class Scorer:
         return Windows(self.data, split, self._length, count, self._micro_batch, self._bos_id)
 
     @property
+    def folder(self) -> ModelFolder:
+        """Where the model is."""
+        return self._opened
+
+    @property
     def fingerprint(self) -> str:
         """The model's fingerprint; see OpenedModel.fingerprint."""
         return self._opened.fingerprint

@@ -1,6 +1,5 @@
 """The store of rows: every tier gives the same bytes, counts them, and says what cannot be read."""
 
-import itertools
 import os
 import shutil
 import threading
@@ -12,15 +11,12 @@ from torch import Tensor
 
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
-from mlm_train.tol.format.index import Provenance, TolIndex
-from mlm_train.tol.format.index_file import read_index, write_index
-from mlm_train.tol.format.partition import RowShape
+from mlm_train.tol.format.index_file import read_index
 from mlm_train.tol.serve import disk
 from mlm_train.tol.serve.reader import TableReader
 from mlm_train.tol.serve.source import TolSource, open_store
 from mlm_train.tol.serve.store import RowStore, StoreOptions
-from mlm_train.tol.storage.local import LocalFolder
-from tests.partitions import write_partition
+from tests.partitions import random_table
 
 VOCABULARY, LAYERS = 700, 5
 OPTIONS = {
@@ -37,25 +33,8 @@ OPTIONS = {
 @pytest.fixture(scope="module", params=[34, 1024])
 def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random rows of 680 bytes, or of five pages: with and without whole pages."""
-    folder, hidden = tmp_path_factory.mktemp("tol"), request.param
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(VOCABULARY, LAYERS, hidden, generator=generator)
-    shape = RowShape.plain("float32", LAYERS, hidden)
-    parts = [
-        write_partition(folder / f"{start}.safetensors", (start, stop), shape, [rows[start:stop]])
-        for start, stop in itertools.pairwise((0, 100, 101, 433, VOCABULARY))
-    ]
-    fields = {
-        "vocab_size": VOCABULARY,
-        "num_layers": LAYERS,
-        "hidden_size": hidden,
-        "dtype": "float32",
-        "layers": list(range(LAYERS)),
-        "partitions": parts,
-        "source": Provenance(checkpoint="", created="", tool_version=""),
-    }
-    write_index(LocalFolder(folder), TolIndex.model_validate(fields))
-    return folder
+    folder = tmp_path_factory.mktemp("tol")
+    return random_table(folder, VOCABULARY, LAYERS, request.param, cuts=(100, 101, 433))
 
 
 def opened(folder: Path, options: StoreOptions) -> RowStore:

@@ -7,7 +7,7 @@ from mlm_train.utils.checks import Check
 from mlm_train.utils.units import size
 
 if TYPE_CHECKING:
-    from mlm_train.config import ModelConfig
+    from mlm_train.checkpoint.reading.logical_folder import ModelFolder
     from mlm_train.tol.serve.source import TolSource
 
 
@@ -45,9 +45,15 @@ def add_tol_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_tol(args: argparse.Namespace, config: "ModelConfig", verify: Check) -> "TolSource":
-    """The source of the options, for a model of this config. UserError for what does not go together."""
+def open_tol(args: argparse.Namespace, model: "ModelFolder", verify: Check) -> "TolSource":
+    """The source of the options, for this model. UserError for what does not go together.
+
+    An export whose files were hashed must be the one that the table was built from; with --verify sizes or
+    none, and for a checkpoint, only shapes are compared.
+    """
+    from mlm_train.checkpoint.hf.folder import fingerprint
     from mlm_train.errors import UserError
+    from mlm_train.tol.format.index_file import read_index
     from mlm_train.tol.serve.source import TolSource
     from mlm_train.tol.serve.store import StoreOptions
 
@@ -58,7 +64,7 @@ def open_tol(args: argparse.Namespace, config: "ModelConfig", verify: Check) -> 
         from mlm_train.data.prepared import PreparedData
         from mlm_train.tol.serve.frequency import most_frequent
 
-        hot = most_frequent(PreparedData.open(args.tol_hot), config.vocab_size)
+        hot = most_frequent(PreparedData.open(args.tol_hot), model.config.vocab_size)
     options = StoreOptions(
         tier=args.tol_tier,
         lock=args.tol_lock,
@@ -67,4 +73,11 @@ def open_tol(args: argparse.Namespace, config: "ModelConfig", verify: Check) -> 
         direct=args.tol_direct,
         verify=verify,
     )
-    return TolSource.open_folder(args.tol, config, options, patches=args.tol_patch)
+    source = TolSource.open_folder(args.tol, model.config, options, patches=args.tol_patch)
+    built_from = read_index(args.tol).source.checkpoint
+    if model.manifest is None and model.digests and fingerprint(model.path, model.digests) != built_from:
+        raise UserError(
+            f"{args.tol} was built from another model than {model.path}: give its model, or --verify sizes "
+            "to use it all the same"
+        )
+    return source

@@ -1,0 +1,41 @@
+"""`mlm-train bench store`: its options."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from mlm_train.utils.arguments import add_action
+
+if TYPE_CHECKING:
+    from mlm_train.utils.arguments import Actions
+
+_STORE_HELP = """Time reads of a ToL's rows, and count what a cache saves.
+
+Rows resident, mapped, and from disk with 1 to 128 reads in flight; cold and warm; in random order and in
+sequence. Hit rates of a cache of 0.1, 1 and 10 % of the vocabulary, on real text.
+
+examples:
+  mlm-train bench store --tol tol/run1 --data data/mine
+  mlm-train bench store --tol tol/run1 --data data/mine --rows 2048 --json store.json --plot store.png"""
+
+
+def add_store(actions: "Actions") -> None:
+    """Add the action."""
+    store = add_action(actions, "store", "time reads of a ToL's rows, by tier and cache", _STORE_HELP)
+    store.add_argument("--tol", metavar="DIR", required=True, help="folder of `mlm-train tol build`")
+    store.add_argument(
+        "--data", metavar="DIR", required=True, help="folder of `data prepare`: its text's ids"
+    )
+    store.add_argument("--rows", type=int, default=512, metavar="N", help="rows at once (default 512)")
+    store.add_argument(
+        "--tokens", type=int, default=20_000, metavar="N", help="of the validation text (default 20000)"
+    )
+    store.add_argument("--runs", type=int, default=5, metavar="N", help="timed reads each (default 5)")
+    store.add_argument("--json", metavar="FILE", help="write the figures to a JSON file")
+    store.add_argument("--plot", metavar="FILE", help="plot the figures to a PNG")
+
+
+def run_store(args: argparse.Namespace) -> int:
+    """Measure. Returns exit code 0."""
+    from mlm_train.bench.store import bench_store
+
+    return bench_store(args)
