@@ -81,7 +81,7 @@ def check_command(words: list[str], line: str) -> None:
     if not words or words[0] in {"COMMAND", *ADDED} or words[0].startswith(("--help", "--version")):
         return
     assert words[0] in COMMANDS, line
-    paths = [tuple(words[:length]) for length in (2, 1) if tuple(words[:length]) in parsers()]
+    paths = [tuple(words[:length]) for length in (3, 2, 1) if tuple(words[:length]) in parsers()]
     actions = {path[1] for path in parsers() if path[0] == words[0] and len(path) == 2}
     assert not actions or len(words) == 1 or words[1] in actions or words[1].startswith("-"), line
     known = set().union(*(options(parsers()[path]) for path in paths))
