@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from mlm_train.errors import UserError
+from mlm_train.tol.serve.arguments import add_tol_arguments, open_tol
 from mlm_train.utils.arguments import MODEL_KINDS, seed
-from mlm_train.utils.checks import Check, add_verify
+from mlm_train.utils.checks import add_verify
 from mlm_train.utils.terminal import json_line, shown
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments for model, prompt and sampling."""
     parser.add_argument("--model", metavar="MODEL", required=True, help=MODEL_KINDS)
-    parser.add_argument("--tol", metavar="TOLDIR", help="folder written by `mlm-train tol build`")
+    add_tol_arguments(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="text, for the tokenizer of the export or the run")
     prompt.add_argument(
@@ -60,12 +61,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=seed, default=0, help="of the sampling (default %(default)s)")
     add_verify(parser, "the model and --tol", "full; sizes for --tol")
     parser.add_argument("--json", action="store_true", help="write one JSON object instead of streaming")
+    parser.add_argument(
+        "--stats", action="store_true", help="with --tol: also its rows, hits, bytes and waits, to stderr"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Stream the new tokens, or write {"ids", "text", "prefill_ms", "decode_ms_per_token"}."""
     from mlm_train.checkpoint.reading.logical_folder import find_model
+    from mlm_train.tol.serve.source import TolSource
 
+    if args.stats and args.tol is None:
+        raise UserError("--stats counts rows of a table: give --tol TOLDIR too")
     prompt = [] if args.prompt_ids is None else _ids(args.prompt_ids)
     folder, tokenizer = find_model(args.model, args.verify or "full"), None
     if args.prompt_ids is None:
@@ -74,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         prompt = [*([] if bos_id is None else [bos_id]), *tokenizer.encode(args.prompt)]
     elif args.add_bos is not None:
         raise UserError("--add-bos has no effect on --prompt-ids: write the id there")
-    decoder = _decoder(folder, args.tol, args.verify or "sizes")
+    decoder = _decoder(folder, args)
     stop_ids = {*folder.ends, *_eod_ids(tokenizer)}
     tokens = decoder.generate(prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed, stop_ids)
     ids = list(tokens) if args.json else _stream(tokens, prompt, tokenizer)
@@ -91,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
         decode = timing.decode_ms_per_token
         then = f", then {decode:.2f} ms per token" if decode is not None else ""
         print(f"prefill of {len(prompt)} tokens {timing.prefill_ms:.1f} ms{then}", file=sys.stderr)
+    if isinstance(decoder.source, TolSource) and args.stats:
+        print(decoder.source.store.counters, file=sys.stderr)
     return 0
 
 
@@ -101,16 +110,14 @@ def _ids(text: str) -> list[int]:
         raise UserError(f"--prompt-ids {text!r}: give whole numbers such as 1,2,3") from None
 
 
-def _decoder(folder: "ModelFolder", tol_dir: str | None, verify: Check) -> "Decoder":
+def _decoder(folder: "ModelFolder", args: argparse.Namespace) -> "Decoder":
     from mlm_train.checkpoint.reading.logical_folder import load_model
     from mlm_train.inference.decode import Decoder
     from mlm_train.memory import make_source
-    from mlm_train.tol.serve.source import TolSource
-    from mlm_train.tol.serve.store import StoreOptions
 
-    if tol_dir is not None:
+    if args.tol is not None:
         # First, so that a bad table fails before the weights are loaded.
-        source = TolSource.open_folder(tol_dir, folder.config, StoreOptions(verify=verify))
+        source = open_tol(args, folder, args.verify or "sizes")
         return Decoder(load_model(folder, with_memory=False), source)
     model = load_model(folder)
     return Decoder(model, make_source("unique", model.memory_blocks()) if model.config.has_memory else None)

@@ -50,6 +50,11 @@ def test_lookup_generates_the_same(
     assert [int(token) for token in streamed.out.split(",")] == computed["ids"]
     assert "ms per token" in streamed.err
     assert read and not any("memory_" in name for name in read)
+    on_disk = ("--tol-tier", "disk", "--tol-cache", "1MB", "--tol-direct", "--stats")
+    assert call(*words, "--tol", tol, *on_disk) == 0
+    streamed = capsys.readouterr()
+    assert [int(token) for token in streamed.out.split(",")] == computed["ids"]
+    assert "ToL: 22 rows, " in streamed.err
 
 
 class Letters:
@@ -105,6 +110,7 @@ def test_a_full_context_is_said(folders: tuple[str, str], capsys: pytest.Capture
         (["--prompt-ids", "1", "--seed", "\u0663"], "--seed"),
         (["--prompt", "caf\udce9"], "UTF-8"),
         (["--prompt-ids", "1", "--tol", "/nothing"], "does not exist"),
+        (["--prompt-ids", "1", "--stats"], "give --tol"),
     ],
 )
 def test_bad_input(
@@ -113,3 +119,16 @@ def test_bad_input(
     assert call("--model", folders[0], *words) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_table_of_another_model(
+    folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export, tol = folders
+    model = random_model(kind="flex", flex_beta=2)
+    model.embed_tokens.weight[3, 0] += 1.0
+    write_folder(tmp_path / "edited", model.config, named_pieces(model))
+    words = ["--model", str(tmp_path / "edited"), "--prompt-ids", "5", "--max-new-tokens", "2", "--tol", tol]
+    assert call(*words) == 2
+    assert f"{tol} was built from another model" in capsys.readouterr().err
+    assert call(*words, "--verify", "sizes") == 0

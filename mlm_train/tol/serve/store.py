@@ -17,6 +17,7 @@ from torch import Tensor
 from mlm_train.tol.format.index import TolIndex
 from mlm_train.tol.serve.reader import check_rows
 from mlm_train.utils.checks import Check
+from mlm_train.utils.units import in_units
 
 Tier = Literal["resident", "shared", "disk"]
 
@@ -57,6 +58,13 @@ class Counters:
     misses: int = 0
     bytes: int = 0
     wait: float = 0.0
+
+    def __str__(self) -> str:
+        share = self.hits / self.distinct if self.distinct else 0.0
+        return (
+            f"ToL: {self.rows:,} rows, {self.distinct:,} distinct per pass, {share:.1%} of them cached, "
+            f"{in_units(self.bytes)} of the others, {1e3 * self.wait:.1f} ms waited"
+        )
 
     def prometheus(self) -> str:
         """The totals in Prometheus's text format, as mlm_tol_rows_total and so on."""
