@@ -124,7 +124,7 @@ def test_bad_input(
 def test_a_table_of_another_model(
     folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    export, tol = folders
+    _, tol = folders
     model = random_model(kind="flex", flex_beta=2)
     model.embed_tokens.weight[3, 0] += 1.0
     write_folder(tmp_path / "edited", model.config, named_pieces(model))
