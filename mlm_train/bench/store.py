@@ -1,6 +1,7 @@
 """`bench store`: rows of a ToL by tier, reads in flight and cache, without a model."""
 
 import argparse
+import itertools
 import os
 import time
 from collections.abc import Sequence
@@ -113,11 +114,12 @@ def _hits(folder: Path, index: TolIndex, data: PreparedData, args: argparse.Name
 def _timed(store: RowStore, asked: Sequence[Tensor], index: TolIndex) -> float:
     """Seconds to have all columns of some rows after others, layer by layer, as a model takes them."""
     layers = len(index.layers)
+    edges = [layer * index.row_bytes // layers for layer in range(layers + 1)]
     started = time.perf_counter()
     for ids in asked:
         rows = store.fetch(ids)
-        for layer in range(layers):
-            rows.columns(layer * index.row_bytes // layers, (layer + 1) * index.row_bytes // layers)
+        for first, last in itertools.pairwise(edges):
+            rows.columns(first, last)
     return time.perf_counter() - started
 
 

@@ -18,7 +18,6 @@ from mlm_train.parallel.ffn_m.embedding import OwnedRows, RowEmbedding
 from mlm_train.parallel.ffn_m.owned import OwnedTables, Placement, keep_owned
 from mlm_train.parallel.ffn_m.shares import DataParallelSharing
 from mlm_train.parallel.mesh.topology import Topology
-from mlm_train.parallel.pipeline.executor import PipelineExecutor
 from mlm_train.parallel.pipeline.single_stage import Executor, Loss, SingleStageExecutor
 from mlm_train.parallel.pipeline.stages import most_layers, my_spans, owners_of, owns_embedding
 from mlm_train.parallel.pipeline.x0 import TRANSPORTS, LocalEmbedding, LocalRows, X0Channel
@@ -127,6 +126,8 @@ def build_executor(model: Transformer, config: Config, runtime: Runtime) -> Exec
     precision = autocast_of(config, runtime.device)
     source = _source(model, config, runtime, group, precision)
     if runtime.topology.pipeline > 1:
+        from mlm_train.parallel.pipeline.executor import PipelineExecutor  # imports torch's compiler
+
         channel = _channel(model, config, runtime, group, source)
         return PipelineExecutor(model, config, runtime, group, source, channel, loss, precision)
     sum_norms: Callable[[], None] = partial(sum_replicated, model, group)

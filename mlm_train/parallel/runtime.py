@@ -227,7 +227,8 @@ def _set_determinism(train: TrainConfig) -> None:
     torch.manual_seed(train.seed)
     if train.deterministic:  # cuBLAS reads its variable when it starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(train.deterministic)
+    if train.deterministic != torch.are_deterministic_algorithms_enabled():  # setting it imports the compiler
+        torch.use_deterministic_algorithms(train.deterministic)
 
 
 def stop() -> None:

@@ -23,7 +23,7 @@ from mlm_train.config import Config
 from mlm_train.memory import TableSource, TrainingSource
 from mlm_train.model.loss import IGNORED
 from mlm_train.model.transformer import Transformer
-from mlm_train.parallel.health.progress_marker import MarkedStage
+from mlm_train.parallel.pipeline.marked_stage import MarkedStage
 from mlm_train.parallel.pipeline.plans import Batch, Plans
 from mlm_train.parallel.pipeline.single_stage import Loss
 from mlm_train.parallel.pipeline.stages import StageSpan, my_spans

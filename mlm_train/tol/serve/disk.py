@@ -289,7 +289,7 @@ class _Cache:
         slots = self._slots[ids]
         here = slots >= 0
         if here.any():
-            rows[here] = self._rows[slots[here]]
+            _copy_rows(self._rows, slots[here].tolist(), rows, here.nonzero().flatten().tolist())
             if not self.fixed:
                 for number in ids[here].tolist():
                     self._order.move_to_end(number)
@@ -306,12 +306,13 @@ class _Cache:
         ids, missing, reading = self._pending
         self._pending = None
         if reading.complete:
-            self.put(ids[missing][-self.room :], reading.rows[missing][-self.room :])
+            last = missing.nonzero().flatten()[-self.room :]
+            self.put(ids[last], reading.rows.index_select(0, last))
 
     def put(self, ids: Tensor, rows: Tensor) -> None:
         """Store the rows of those ids that are not here; those unused for longest make room."""
-        new = self._slots[ids] < 0
-        ids, rows, slots = ids[new], rows[new], []
+        new = (self._slots[ids] < 0).nonzero().flatten()
+        ids, slots = ids[new], []
         for number in ids.tolist():
             if len(self._order) < self.room:
                 slot = len(self._order)
@@ -320,6 +321,11 @@ class _Cache:
                 self._slots[oldest] = -1
             self._order[number] = slot
             slots.append(slot)
-        where = torch.tensor(slots, dtype=torch.int64)
-        self._rows[where] = rows
-        self._slots[ids] = where
+        _copy_rows(rows, new.tolist(), self._rows, slots)
+        self._slots[ids] = torch.tensor(slots, dtype=torch.int64)
+
+
+def _copy_rows(rows: Tensor, numbers: Sequence[int], into: Tensor, places: Sequence[int]) -> None:
+    """into[places] = rows[numbers], a row at a time: indexing would copy byte by byte."""
+    for number, place in zip(numbers, places, strict=True):
+        into[place].copy_(rows[number])

@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -102,7 +103,7 @@ class RowStore(Protocol):
 
 
 class MemoryStore:
-    """Partitions as tensors uint8 [rows, row bytes]: mapped files, memory, or a device's memory."""
+    """Partitions as tensors uint8 [rows, row bytes]: mapped files, memory, or a device's."""
 
     def __init__(
         self, partitions: Sequence[Tensor], starts: Sequence[int], touch: "Touch | None" = None
@@ -111,7 +112,7 @@ class MemoryStore:
         self._partitions, self._starts, self._touch = partitions, torch.tensor(starts), touch
 
     def fetch(self, ids: Tensor) -> Rows:
-        """Note where the rows are; `columns` copies them."""
+        """Note where the rows are; the first `columns` copies them."""
         parts = split(ids, self._starts)
         if self._touch is not None:
             self._touch(number for number, _ in parts)
@@ -127,14 +128,18 @@ class MemoryStore:
 
 class _Gathered:
     def __init__(self, parts: list[tuple[Tensor, Tensor]], counters: Counters) -> None:
-        self._parts = [(rows, local.to(rows.device)) for rows, local in parts]
-        self._counters = counters
+        self._parts, self._counters = parts, counters
 
-    def columns(self, first: int, last: int) -> Tensor:
+    @cached_property
+    def _rows(self) -> Tensor:
+        """Whole rows, copied at once: columns of scattered rows would be copied byte by byte."""
         started = time.perf_counter()
-        found = [rows[:, first:last].index_select(0, local) for rows, local in self._parts]
+        found = [rows.index_select(0, local.to(rows.device)) for rows, local in self._parts]
         self._counters.wait += time.perf_counter() - started
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def columns(self, first: int, last: int) -> Tensor:
+        return self._rows[:, first:last]
 
 
 def split(ids: Tensor, starts: Tensor) -> list[tuple[int, Tensor]]:
