@@ -9,7 +9,7 @@ import pytest
 
 SCRIPT = """
 import json, resource, psutil, torch
-from mlm_train.utils.malloc import give_back, keep_freed
+from mlm_train.utils.host_memory import give_back, keep_freed
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

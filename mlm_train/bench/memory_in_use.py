@@ -9,7 +9,7 @@ from typing import Protocol
 import psutil
 import torch
 
-from mlm_train.utils.malloc import give_back
+from mlm_train.utils.host_memory import give_back
 
 
 class MemoryInUse(Protocol):

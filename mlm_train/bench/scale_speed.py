@@ -23,7 +23,7 @@ from mlm_train.parallel.build import build_engine, build_executor, build_model
 from mlm_train.parallel.launch.launcher import launch_ranks
 from mlm_train.train.batches import step_batches
 from mlm_train.train.step import Trainer
-from mlm_train.utils.malloc import return_freed
+from mlm_train.utils.host_memory import return_freed
 
 RANKS = 4
 _FSDP = {"engine": "fsdp", "reshard_after_forward": False}
@@ -34,7 +34,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "owned": (_FSDP, {"mode": "table", "placement": "owned"}),
 }
 # Config section train of a rank with little memory: nothing but weights and their state is large. What the C
-# library would keep though it is free (utils/malloc.py) is not counted: it is returned at once.
+# library would keep though it is free (utils/host_memory.py) is not counted: it is returned at once.
 LEAN: dict[str, Any] = {"micro_batch_size": 1, "activation_checkpointing": "full", "loss_chunk_size": 128}
 # Launches: steps of two variants alternate; one alone, LEAN, shows its memory.
 LAUNCHES = (("deepspeed", "fsdp"), ("fsdp", "owned"), ("fsdp",), ("owned",))

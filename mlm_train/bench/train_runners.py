@@ -24,7 +24,7 @@ from mlm_train.parallel.engine.base import parameter_groups
 from mlm_train.parallel.pipeline.single_stage import SingleStageExecutor
 from mlm_train.train.batches import MicroBatch
 from mlm_train.train.step import Trainer
-from mlm_train.utils.malloc import keep_freed
+from mlm_train.utils.host_memory import keep_freed
 
 
 class StepRunner(Protocol):

@@ -24,7 +24,7 @@ from mlm_train.errors import UserError
 from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.parallel.runtime import pick_device
 from mlm_train.train.batches import MicroBatch, step_batches
-from mlm_train.utils.malloc import give_back
+from mlm_train.utils.host_memory import give_back
 
 MEASURED = 3  # micro-batches of the step whose peak is measured: from the second on gradients exist
 SCARCE = 0.25  # free fraction of the machine's memory below which it is given back

@@ -22,7 +22,7 @@ from mlm_train.parallel.health.thread_stacks import keep_flight_records
 from mlm_train.parallel.mesh.groups import ProcessGroups, create_groups, forget_groups
 from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.utils.files import with_fix
-from mlm_train.utils.malloc import keep_freed
+from mlm_train.utils.host_memory import keep_freed
 
 Result = TypeVar("Result")
 ZERO_BUBBLE_TORCH = (2, 13)  # older ones do not run zero-bubble schedules over our stages

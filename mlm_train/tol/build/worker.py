@@ -26,7 +26,7 @@ from mlm_train.tol.storage.base import StorageReader, put
 from mlm_train.tol.storage.direct_io import Stream, buffers
 from mlm_train.tol.storage.local import LocalFolder
 from mlm_train.tol.storage.resolve import reader_at
-from mlm_train.utils.malloc import keep_freed
+from mlm_train.utils.host_memory import keep_freed
 
 Sums = list[tuple[float, float]]  # per layer: squared error and squared norm of its values
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from mlm_train.errors import UserError
 from mlm_train.tol.format.index import INDEX, TolIndex
 from mlm_train.tol.format.partition import RowShape
-from mlm_train.tol.serve.store import Counters, StoreOptions, Touch, split
+from mlm_train.tol.serve.store import Counters, StoreOptions, Touch, copy_rows, split
 from mlm_train.tol.storage.direct_io import BLOCK, buffers
 from mlm_train.utils.files import listed
 from mlm_train.utils.units import in_units
@@ -289,7 +289,7 @@ class _Cache:
         slots = self._slots[ids]
         here = slots >= 0
         if here.any():
-            _copy_rows(self._rows, slots[here].tolist(), rows, here.nonzero().flatten().tolist())
+            copy_rows(self._rows, slots[here].tolist(), rows, here.nonzero().flatten().tolist())
             if not self.fixed:
                 for number in ids[here].tolist():
                     self._order.move_to_end(number)
@@ -321,11 +321,5 @@ class _Cache:
                 self._slots[oldest] = -1
             self._order[number] = slot
             slots.append(slot)
-        _copy_rows(rows, new.tolist(), self._rows, slots)
+        copy_rows(rows, new.tolist(), self._rows, slots)
         self._slots[ids] = torch.tensor(slots, dtype=torch.int64)
-
-
-def _copy_rows(rows: Tensor, numbers: Sequence[int], into: Tensor, places: Sequence[int]) -> None:
-    """into[places] = rows[numbers], a row at a time: indexing would copy byte by byte."""
-    for number, place in zip(numbers, places, strict=True):
-        into[place].copy_(rows[number])

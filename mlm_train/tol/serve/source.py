@@ -16,7 +16,7 @@ from mlm_train.tol.serve.disk import DiskStore
 from mlm_train.tol.serve.patch import Overlay, Patch
 from mlm_train.tol.serve.reader import RowDecoder, open_partitions, read_bases
 from mlm_train.tol.serve.store import MemoryStore, Rows, RowStore, StoreOptions, Touch
-from mlm_train.utils.malloc import lock_memory
+from mlm_train.utils.host_memory import lock_memory
 
 
 class TolSource:
@@ -97,4 +97,5 @@ def open_store(folder: Path, index: TolIndex, options: StoreOptions, device: tor
     if options.lock:
         for rows in partitions:
             lock_memory(rows.data_ptr(), rows.numel())
-    return MemoryStore(partitions, starts, Touch(folder, index) if options.first_touch else None)
+    touch = Touch(folder, index) if options.first_touch else None
+    return MemoryStore(partitions, starts, options.tier == "shared", touch)

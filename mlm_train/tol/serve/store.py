@@ -18,6 +18,7 @@ from torch import Tensor
 from mlm_train.tol.format.index import TolIndex
 from mlm_train.tol.serve.reader import check_rows
 from mlm_train.utils.checks import Check
+from mlm_train.utils.host_memory import will_need
 from mlm_train.utils.units import in_units
 
 Tier = Literal["resident", "shared", "disk"]
@@ -106,20 +107,31 @@ class MemoryStore:
     """Partitions as tensors uint8 [rows, row bytes]: mapped files, memory, or a device's."""
 
     def __init__(
-        self, partitions: Sequence[Tensor], starts: Sequence[int], touch: "Touch | None" = None
+        self,
+        partitions: Sequence[Tensor],
+        starts: Sequence[int],
+        mapped: bool = False,
+        touch: "Touch | None" = None,
     ) -> None:
-        self.counters = Counters()
+        self.counters, self._mapped = Counters(), mapped
         self._partitions, self._starts, self._touch = partitions, torch.tensor(starts), touch
 
     def fetch(self, ids: Tensor) -> Rows:
-        """Note where the rows are; the first `columns` copies them."""
+        """Begin to read the rows in, where they are mapped; the first `columns` copies them."""
         parts = split(ids, self._starts)
         if self._touch is not None:
             self._touch(number for number, _ in parts)
         self.counters.distinct += len(ids)
         self.counters.misses += len(ids)
         self.counters.bytes += len(ids) * self._partitions[0].shape[1]
-        return _Gathered([(self._partitions[number], local) for number, local in parts], self.counters)
+        found = [(self._partitions[number], local) for number, local in parts]
+        for rows, local in found if self._mapped else ():
+            size = rows.shape[1]
+            for (
+                number
+            ) in local.tolist():  # all at once; touched one after the other, each would wait for the disk
+                will_need(rows.data_ptr() + number * size, size)
+        return _Gathered(found, len(ids), self.counters)
 
     def close(self) -> None:
         """Release the memory."""
@@ -127,19 +139,32 @@ class MemoryStore:
 
 
 class _Gathered:
-    def __init__(self, parts: list[tuple[Tensor, Tensor]], counters: Counters) -> None:
-        self._parts, self._counters = parts, counters
+    def __init__(self, parts: list[tuple[Tensor, Tensor]], count: int, counters: Counters) -> None:
+        self._parts, self._count, self._counters = parts, count, counters
 
     @cached_property
     def _rows(self) -> Tensor:
-        """Whole rows, copied at once: columns of scattered rows would be copied byte by byte."""
-        started = time.perf_counter()
-        found = [rows.index_select(0, local.to(rows.device)) for rows, local in self._parts]
+        """Whole rows, on the device where they are."""
+        started, rows = time.perf_counter(), self._parts[0][0]
+        found, done = rows.new_empty(self._count, rows.shape[1]), 0
+        for rows, local in self._parts:
+            some = found[done : done + len(local)]
+            if rows.device.type == "cpu":
+                copy_rows(rows, local.tolist(), some, range(len(local)))
+            else:
+                torch.index_select(rows, 0, local.to(rows.device), out=some)
+            done += len(local)
         self._counters.wait += time.perf_counter() - started
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return found
 
     def columns(self, first: int, last: int) -> Tensor:
         return self._rows[:, first:last]
+
+
+def copy_rows(rows: Tensor, numbers: Sequence[int], into: Tensor, places: Sequence[int]) -> None:
+    """into[places] = rows[numbers], a row at a time: on a CPU, indexing would copy byte by byte."""
+    for number, place in zip(numbers, places, strict=True):
+        into[place].copy_(rows[number])
 
 
 def split(ids: Tensor, starts: Tensor) -> list[tuple[int, Tensor]]:

@@ -1,6 +1,8 @@
 """The C library and memory: what becomes of freed blocks (glibc only), and locked pages."""
 
 import ctypes
+import functools
+import mmap
 from typing import Any
 
 from mlm_train.errors import UserError
@@ -52,5 +54,14 @@ def lock_memory(address: int, size: int) -> None:
         )
 
 
+def will_need(address: int, size: int) -> None:
+    """Have the system begin to read in the pages of mapped memory [address, address + size)."""
+    advise = _function("madvise")
+    if advise is not None:
+        start = address // mmap.PAGESIZE * mmap.PAGESIZE
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(address + size - start), mmap.MADV_WILLNEED)
+
+
+@functools.cache
 def _function(name: str) -> Any:
     return getattr(ctypes.CDLL(None), name, None)
