@@ -7,7 +7,7 @@
 No code comes from the model's folder: `trust_remote_code` is not needed.
 """
 
-_INSTALL = "mlm_train.hf needs transformers 5: pip install 'transformers>=5.12'"
+_INSTALL = "mlm_train.hf needs transformers 5: pip install 'mlm-train[hf]'"
 
 try:
     import transformers
@@ -16,8 +16,8 @@ except ImportError:
 if int(transformers.__version__.partition(".")[0]) < 5:
     raise ImportError(f"{_INSTALL} (installed: {transformers.__version__})")
 
-from mlm_train.hf.configuration import MemoryLLMConfig
-from mlm_train.hf.modeling import MemoryLLMForCausalLM, MemoryLLMModel
+from mlm_train.hf.configuration import MemoryLLMConfig  # noqa: E402 - needs transformers
+from mlm_train.hf.modeling import MemoryLLMForCausalLM, MemoryLLMModel  # noqa: E402
 
 __all__ = ["MemoryLLMConfig", "MemoryLLMForCausalLM", "MemoryLLMModel"]
 

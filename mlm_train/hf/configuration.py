@@ -72,5 +72,5 @@ class MemoryLLMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def model_config(self) -> ModelConfig:
-        """The same model for mlm_train. UserError for what it cannot express, such as scaled rotary angles."""
+        """The same model for mlm_train. UserError for what it cannot express, as scaled rotary angles."""
         return model_config(self.to_dict(), Path(self.name_or_path or "") / "config.json")

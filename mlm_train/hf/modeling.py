@@ -1,5 +1,7 @@
 """MemoryLLM for transformers: weights under an export's names, FFN-M computed or looked up in a ToL."""
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +18,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.hf.configuration import MemoryLLMConfig
 from mlm_train.hf.table import open_table
@@ -24,7 +27,6 @@ from mlm_train.model.rope import rotary_angles, rotate
 from mlm_train.model.source import MemoryReader
 from mlm_train.tol.serve.source import TolSource
 
-Angles = tuple[Tensor, Tensor]  # cos, sin, fp32 [batch, 1, sequence, head_dim]
 FFN_M = ("memory_layernorm", "memory_mlp")  # modules of a layer
 
 
@@ -47,14 +49,12 @@ class MemoryLLMAttention(nn.Module):
 
     is_causal = True
 
-    def __init__(self, config: MemoryLLMConfig, layer: int) -> None:
+    def __init__(self, config: MemoryLLMConfig, shape: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.config, self.layer_idx, self.head_dim = config, layer, config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.config, self.layer_idx, self.head_dim = config, layer, shape.attention_head_dim
+        self.num_key_value_groups = shape.num_attention_heads // shape.kv_heads
         self.scaling = self.head_dim**-0.5
-        width, kv_width = (
-            heads * self.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
-        )
+        width, kv_width = shape.num_attention_heads * self.head_dim, shape.kv_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
@@ -63,17 +63,21 @@ class MemoryLLMAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        angles: Angles,
+        angles: Sequence[Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """x [batch, sequence, hidden] -> the same shape, and the attention's weights where they are made."""
+        """x [batch, sequence, hidden] -> the same shape, and the attention's weights where they are made.
+
+        angles: cos and sin of rotary_angles, [batch, 1, sequence, head_dim].
+        """
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query, key = rotate(query, *angles), rotate(key, *angles)
+        cos, sin = angles
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -88,22 +92,21 @@ class MemoryLLMAttention(nn.Module):
 class MemoryLLMDecoderLayer(GradientCheckpointingLayer):
     """x' = x + Attn(N(x)) [+ FFN_C(N_c(x))] + alpha * FFN_M(N_m(x0))."""
 
-    def __init__(self, config: MemoryLLMConfig, layer: int, with_memory: bool) -> None:
+    def __init__(self, config: MemoryLLMConfig, shape: ModelConfig, layer: int, with_memory: bool) -> None:
         super().__init__()
-        hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.layer_idx, self.alpha = layer, config.memory_scale[layer]
-        self.after_attention = config.compute_input == "post_attention"
+        hidden, eps = shape.hidden_size, shape.rms_norm_eps
+        self.layer_idx, self.alpha = layer, shape.alpha(layer)
+        self.after_attention = shape.compute_input == "post_attention"
         self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
-        self.self_attn = MemoryLLMAttention(config, layer)
-        if config.kind == "flex":
-            form = SwiGLU if config.compute_form == "swiglu" else LinearFFN
+        self.self_attn = MemoryLLMAttention(config, shape, layer)
+        self.compute_mlp: nn.Module | None = None
+        if shape.compute_intermediate_size is not None:  # flex
+            form = SwiGLU if shape.compute_form == "swiglu" else LinearFFN
             self.compute_layernorm = nn.RMSNorm(hidden, eps=eps)
-            self.compute_mlp = form(hidden, config.compute_intermediate_size)
-        else:
-            self.compute_mlp = None
+            self.compute_mlp = form(hidden, shape.compute_intermediate_size)
         if with_memory:
             self.memory_layernorm = nn.RMSNorm(hidden, eps=eps)
-            self.memory_mlp = SwiGLU(hidden, config.intermediate_size)
+            self.memory_mlp = SwiGLU(hidden, shape.intermediate_size)
 
     def forward(self, x: Tensor, x0: Tensor, read: MemoryReader | None, **kwargs: Any) -> Tensor:
         """x, x0 [batch, sequence, hidden] -> the same shape. `read`: FFN-M's output from a ToL."""
@@ -139,13 +142,15 @@ class MemoryLLMModel(MemoryLLMPreTrainedModel):
 
     def __init__(self, config: MemoryLLMConfig, tol: str | Path | None = None) -> None:
         super().__init__(config)
-        config.model_config()  # refuses what the model cannot express
+        shape = config.model_config()  # refuses what the model cannot express
+        self.angles_of = partial(rotary_angles, shape.attention_head_dim, shape.rope_theta)
         self.table: TolSource | None = None if tol is None else open_table(tol, config)
         if tol is not None:
             self._keys_to_ignore_on_load_unexpected = {rf"\.{name}\." for name in FFN_M}
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            MemoryLLMDecoderLayer(config, layer, tol is None) for layer in range(config.num_hidden_layers)
+            MemoryLLMDecoderLayer(config, shape, layer, tol is None)
+            for layer in range(shape.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
@@ -181,9 +186,12 @@ class MemoryLLMModel(MemoryLLMPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if self.table is not None and input_ids is None:
-            raise ValueError("a ToL has a row per token id: give input_ids, not inputs_embeds")
         x0 = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        read = None
+        if self.table is not None:
+            if input_ids is None:
+                raise ValueError("a ToL has a row per token id: give input_ids, not inputs_embeds")
+            read = self.table.open(input_ids, x0)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -196,11 +204,7 @@ class MemoryLLMModel(MemoryLLMPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        cos, sin = rotary_angles(
-            self.config.head_dim, self.config.rope_parameters["rope_theta"], position_ids
-        )
-        angles = cos.unsqueeze(1), sin.unsqueeze(1)
-        read = None if self.table is None else self.table.open(input_ids, x0)
+        angles = [part.unsqueeze(1) for part in self.angles_of(position_ids)]
         x = x0
         for layer in self.layers:
             x = layer(
