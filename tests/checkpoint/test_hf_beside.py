@@ -102,7 +102,7 @@ def test_a_tokenizer_json(add_bos: bool | None, begins: bool, carried: bool, tmp
     if carried:
         beside.append(tmp_path / "tokenizer_config.json")
         names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|endoftext|>", "add_bos_token": begins}
-        beside[-1].write_text(json.dumps({"tokenizer_class": "LlamaTokenizerFast"} | names))
+        beside[-1].write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | names))
     model = random_model(kind="base")
     tokens = SpecialTokens(1, (0, 7), None, add_bos)
     write_folder(export, model.config, named_pieces(model), beside, tokens=tokens, complete=True)
