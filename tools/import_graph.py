@@ -43,6 +43,7 @@ LAYERS = (
     ("tol.allocate", "choosing each layer's scheme by its cost in perplexity"),
     ("tol.tools", "verifying, copying and inspecting tables"),
     ("inference", "decoding"),
+    ("hf", "memory and flex as models of Hugging Face transformers"),
     ("plan", "estimates of a run's or a table's needs"),
     ("train", "a run: setup, loop, step, schedule, signals"),
     ("bench", "benchmarks"),

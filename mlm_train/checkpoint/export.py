@@ -7,9 +7,9 @@ from mlm_train.errors import UserError
 from mlm_train.utils.checks import Check, add_verify
 
 HELP = """Write a Hugging Face folder (config.json, safetensors, tokenizer) from a checkpoint.
-A base model loads in transformers.LlamaForCausalLM directly. The folder has a manifest with the SHA-256 of
-each of its files; `export verify` compares them all. A changed file or a missing manifest gives exit code 2
-and one line naming it.
+transformers loads it: a base model as a Llama, others after `import mlm_train.hf`. The folder has a manifest
+with the SHA-256 of each of its files; `export verify` compares them all. A changed file or a missing manifest
+gives exit code 2 and one line naming it.
 
 examples:
   mlm-train export runs/micro --output runs/micro-export
@@ -51,13 +51,17 @@ def run(args: argparse.Namespace) -> int:
     dtype = args.dtype or "float32"
     folder = export_checkpoint(Path(first), Path(args.output), dtype, args.verify or "full")
     print(f"exported {folder} to {args.output} ({dtype})")
+    names = {path.name for path in Path(args.output).iterdir()}
+    if "tokenizer.model" in names and not names & {"tokenizer.json", "tokenizer_config.json"}:
+        print("no tokenizer.json: transformers cannot encode as this tokenizer.model does")
     return 0
 
 
 def export_checkpoint(source: Path, output: Path, dtype: str, verify: Check = "full") -> Path:
     """Export a checkpoint, or a run's newest one. Returns the checkpoint's folder.
 
-    The run's tokenizer is copied, and for a run that started from an import the files carried over from it.
+    The run's tokenizer is copied, and for a run that started from an import the files carried over from it;
+    what transformers needs beyond these is written.
     Raises UserError for a damaged checkpoint or an existing output folder.
     """
     import torch
@@ -82,6 +86,7 @@ def export_checkpoint(source: Path, output: Path, dtype: str, verify: Check = "f
         carried(run_folder),
         getattr(torch, dtype),
         tokens=special_tokens(run_folder).ended_by(manifest.data.eod_id).begun_by(manifest.data.bos_id),
+        complete=True,
     )
     return folder
 

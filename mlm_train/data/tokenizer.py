@@ -124,6 +124,11 @@ class Tokenizer:
         with _library_errors(self.path, "cannot encode a text"):
             return self._backend.encode_batch(list(texts))
 
+    def token_of(self, token_id: int) -> str:
+        """The token of an id below vocab_size, as the tokenizer spells it."""
+        with _library_errors(self.path, f"cannot name id {token_id}"):
+            return self._backend.token_of(token_id)
+
     def chunks(self, text: str) -> list[str]:
         """A long text cut into chunks of about CHUNK_CHARACTERS whose ids, concatenated, are the text's.
 

@@ -123,8 +123,11 @@ def test_another_tokenizer_takes_nothing_along(
     log = (run / "train.log").read_text()
     assert "not copied" in log and all(name in log for name in BESIDE)
     mlm_train("export", run, "--output", tmp_path / "export")
-    assert not {*BESIDE} & {file.name for file in (tmp_path / "export").iterdir()}
+    written = {"generation_config.json", "tokenizer_config.json"}  # by the export
+    assert {*BESIDE} & {file.name for file in (tmp_path / "export").iterdir()} == written
     config = tree(tmp_path / "export" / "config.json")
+    assert tree(tmp_path / "export" / "generation_config.json") == {"eos_token_id": config["eos_token_id"]}
+    assert "chat_template" not in tree(tmp_path / "export" / "tokenizer_config.json")
     assert (config["bos_token_id"], config["eos_token_id"]) == (None, tokenizer_of(data).eod_id)
 
 

@@ -16,7 +16,7 @@ from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.utils.records import read_json, record_of
 
-_SHARED = (
+SHARED = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -28,7 +28,7 @@ _SHARED = (
     "tie_word_embeddings",
     "max_position_embeddings",
 )
-_FLEX = ("compute_intermediate_size", "compute_form", "compute_input")
+FLEX = ("compute_intermediate_size", "compute_form", "compute_input")
 
 
 def config_json(
@@ -44,7 +44,7 @@ def config_json(
         "architectures": [ARCHITECTURES[model_type]],
         "model_type": model_type,
         "kind": config.kind,
-        **{name: getattr(config, name) for name in _SHARED},
+        **{name: getattr(config, name) for name in SHARED},
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "compute_intermediate_size": config.compute_intermediate_size,
@@ -61,7 +61,7 @@ def config_json(
     if config.has_memory:
         tree["memory_scale"] = config.memory_scale
     if config.kind == "flex":
-        tree |= {name: getattr(config, name) for name in _FLEX}
+        tree |= {name: getattr(config, name) for name in FLEX}
     return tree
 
 
@@ -71,15 +71,20 @@ def read_config(path: str | Path) -> ModelConfig:
     Raises UserError for a missing or broken config.json, and for a Llama that this model cannot express.
     """
     file = Path(path) / "config.json"
-    tree = read_json(file, "give a folder written by `mlm-train export`, or a Hugging Face Llama's")
+    config = model_config(read_json(file, "give a folder written by `mlm-train export`, or a Llama's"), file)
+    special_tokens(file.parent)
+    return config
+
+
+def model_config(tree: dict[str, Any], file: Path) -> ModelConfig:
+    """The ModelConfig of a config.json's contents; `file` is named in errors. Raises UserError."""
     kind = _kind(tree, file)
     check_expressible(tree, file)
-    special_tokens(file.parent)
     llama = read_llama(tree, file)
     fields: dict[str, Any] = {"kind": kind, "init_std": llama.initializer_range}
-    fields |= {name: getattr(llama, name) for name in _SHARED}
+    fields |= {name: getattr(llama, name) for name in SHARED}
     # transformers' defaults apply to a Llama only.
-    ours = () if kind == "base" else (*_SHARED, "memory_scale", *_FLEX * (kind == "flex"))
+    ours = () if kind == "base" else (*SHARED, "memory_scale", *FLEX * (kind == "flex"))
     for name in ours:
         if tree.get(name) is None:
             raise UserError(f"{file}: {name} is missing; add it, or export the model again")

@@ -17,10 +17,12 @@ from mlm_train.utils.records import read_json, record_of
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+ADJUSTED = "tokenizer.4.0.json"  # for transformers from 4.0 on, in place of tokenizer.json (hf/beside.py)
 ADD_BOS = "add_bos_token"  # in tokenizer_config.json, and in an export's config.json
 CARRIED = (
     "tokenizer.json",
     "tokenizer.model",
+    ADJUSTED,
     TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",

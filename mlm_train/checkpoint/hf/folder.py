@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mlm_train.checkpoint.hf import manifest as hf_manifest
+from mlm_train.checkpoint.hf.beside import write_missing
 from mlm_train.checkpoint.hf.config import config_json, read_config
 from mlm_train.checkpoint.hf.files import NO_TOKENS, SpecialTokens, set_add_bos
 from mlm_train.config import ModelConfig
@@ -58,13 +59,14 @@ def write_folder(
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = SHARD_BYTES,
     tokens: SpecialTokens = NO_TOKENS,
+    complete: bool = False,
 ) -> None:
     """Write an export; the folder gets its name only when it is whole.
 
     `tensors`: export names and logical tensors (`named_pieces(model)`); of an iterable, at most `shard_bytes`
     are held in memory. Equal weights in equal order give equal bytes. `beside`: other files to copy, such as
-    the tokenizer's. Raises UserError for a non-empty folder, a missing file, a full disk, and tensors that
-    do not fit the config.
+    the tokenizer's; `complete`: write those that transformers also needs (hf/beside.py). Raises UserError for
+    a non-empty folder, a missing file, a full disk, and tensors that do not fit the config.
     """
     path = Path(path)
     copies = [Path(file) for file in beside]
@@ -81,6 +83,8 @@ def write_folder(
         for file in copies:
             shutil.copyfile(file, draft / file.name)
         set_add_bos(draft, tokens)
+        if complete:
+            write_missing(draft, config, tokens)
         hf_manifest.write_manifest(draft)
 
 
