@@ -40,7 +40,7 @@ class MemoryLLMConfig(PreTrainedConfig):
     num_attention_heads: int = 16
     num_key_value_heads: int | None = None
     head_dim: int | None = None
-    memory_scale: list[float] | None = None
+    memory_scale: list[int | float] | None = None
     compute_intermediate_size: int | None = None
     compute_form: Literal["swiglu", "linear"] | None = None
     compute_input: Literal["layer", "post_attention"] | None = None

@@ -123,6 +123,17 @@ def test_a_tokenizer_json(add_bos: bool | None, begins: bool, carried: bool, tmp
     assert found == [*([1] if bos is None else []), *ours.encode("def")]
 
 
+def test_an_end_token_that_the_tokenizer_lacks_stops_no_export(tmp_path: Path) -> None:
+    byte_level(tmp_path / "tokenizer.json", begins=True)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    model, export = random_model(kind="memory"), tmp_path / "export"
+    tokens = SpecialTokens(1, (0,), None, False)
+    write_folder(
+        export, model.config, named_pieces(model), carried_files(tmp_path), tokens=tokens, complete=True
+    )
+    assert AutoTokenizer.from_pretrained(export)("def").input_ids == tokenizer_of(export).encode("def")
+
+
 @pytest.mark.parametrize(
     "options",
     [

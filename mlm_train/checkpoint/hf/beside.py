@@ -33,9 +33,14 @@ def write_missing(folder: Path, config: ModelConfig, tokens: SpecialTokens) -> N
             if text is None:
                 return
             write_text(folder / TOKENIZER, text)
-        write_json(folder / TOKENIZER_CONFIG, _tokenizer_config(Tokenizer.load(file), config, tokens))
+        write_json(folder / TOKENIZER_CONFIG, _tokenizer_config(_load(file), config, tokens))
     if (folder / TOKENIZER).exists():
         _set_beginning(folder, file, tokens)
+
+
+def _load(file: Path) -> Tokenizer:
+    """A tokenizer for all but its end token: an import's files may declare one that it does not have."""
+    return Tokenizer.load(file, eod=0)
 
 
 def _tokenizer_config(tokenizer: Tokenizer, config: ModelConfig, tokens: SpecialTokens) -> dict[str, Any]:
@@ -63,7 +68,7 @@ def _set_beginning(folder: Path, file: Path, tokens: SpecialTokens) -> None:
     if tree.get(_FILES) == [ADJUSTED]:
         del tree[_FILES]
         write_json(folder / TOKENIZER_CONFIG, tree)
-    tokenizer = Tokenizer.load(folder / TOKENIZER)
+    tokenizer = _load(folder / TOKENIZER)
     first = tokens.bos if tokens.add_bos else None
     if tokens.add_bos in (None, tokenizer.prepends_bos) or (tokens.add_bos and first is None):
         return
