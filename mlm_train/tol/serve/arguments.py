@@ -77,7 +77,7 @@ def open_tol(args: argparse.Namespace, model: "ModelFolder", verify: Check) -> "
     built_from = read_index(args.tol).source.checkpoint
     if model.manifest is None and model.digests and fingerprint(model.path, model.digests) != built_from:
         raise UserError(
-            f"{args.tol} was built from another model than {model.path}: give its model, or --verify sizes "
-            "to use it all the same"
+            f"{args.tol} was built from another model than {model.path}: give the one it was built "
+            "from, or --verify sizes where both hold the same weights"
         )
     return source
