@@ -179,7 +179,7 @@ def _run_file(args: argparse.Namespace, sampling: "Sampling") -> int:
 def _run_one(args: argparse.Namespace, sampling: "Sampling") -> int:
     by_ids = args.prompt_ids is not None
     prompt = _numbers(int, args.prompt_ids, "--prompt-ids") if by_ids else args.prompt
-    model = _load(args, skip_tokenizer=by_ids and not args.stop)
+    model = _load(args, skip_tokenizer=by_ids)
     generation = model.begin(prompt, sampling)
     if args.json:
         for _ in model.decoder.run([generation]):

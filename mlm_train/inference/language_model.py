@@ -82,7 +82,8 @@ class LanguageModel:
 
     def begin(self, prompt: Prompt, sampling: Sampling) -> Generation:
         """A generation for `complete`. Raises UserError for a prompt that cannot be continued."""
-        return self.decoder.begin(self.encode(prompt), sampling, self._tokenizer)
+        tokenizer = self.tokenizer if sampling.stop else self._tokenizer
+        return self.decoder.begin(self.encode(prompt), sampling, tokenizer)
 
     def generate(
         self,
@@ -160,8 +161,8 @@ def load(
     tol: a folder written by `tol build`; FFN-M is looked up there, and its weights are not loaded. dtype: of
     the weights and the KV cache, such as "bfloat16"; default float32. verify: how much of both folders is
     compared with their manifests, "full", "sizes" or "none"; default "full", and "sizes" for tol.
-    memory_scale, dropped_layers: see Decoder. add_bos: see LanguageModel. skip_tokenizer: prompts and
-    results are ids only. Raises UserError for folders that cannot be read, damage, and a tol of a model of
+    memory_scale, dropped_layers: see Decoder. add_bos: see LanguageModel. skip_tokenizer: for prompts of
+    ids, whose results then have no text. Raises UserError for folders that cannot be read, damage, and a tol of a model of
     another shape.
     """
     folder = find_model(model, verify or "full")
