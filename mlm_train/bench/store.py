@@ -96,7 +96,7 @@ def _reads(folder: Path, index: TolIndex, count: int, runs: int) -> list[Row]:
 def _hits(folder: Path, index: TolIndex, data: PreparedData, args: argparse.Namespace) -> list[Row]:
     """Hit rates of the validation text's tokens, one after the other, as in decoding."""
     text = torch.from_numpy(np.array(data.split("validation").tokens[: args.tokens], dtype=np.int64))
-    hot = {"frequent": most_frequent(data, index.vocab_size), "lowest_ids": range(index.vocab_size)}
+    hot = {"frequent": most_frequent(data), "lowest_ids": range(index.vocab_size)}
     rows = []
     kinds = [(share, admission) for share in SHARES for admission in ADMISSIONS]
     for share, admission in track(kinds, "hit rates", console=Console(stderr=True), transient=True):

@@ -2,11 +2,12 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_train.errors import UserError
-from mlm_train.tol.serve.arguments import add_tol_arguments, open_tol
+from mlm_train.tol.serve.arguments import add_tol_arguments, store_options
 from mlm_train.utils.arguments import MODEL_KINDS
 from mlm_train.utils.checks import add_verify
 
@@ -92,7 +93,11 @@ def _perplexities(args: argparse.Namespace) -> dict[str, Any]:
     if args.tol is None:
         scored = scorer.score(scorer.computed)
     else:
-        scored = scorer.score(open_tol(args, scorer.folder, args.verify or "sizes"))
+        from mlm_train.tol.serve.source import TolSource
+
+        options = replace(store_options(args), verify=args.verify or "sizes")
+        source = TolSource.of_model(args.tol, scorer.folder, options, patches=args.tol_patch)
+        scored = scorer.score(source)
     result = {"loss": scored.loss, "perplexity": scored.perplexity, "tokens": scored.tokens}
     result["windows"] = scorer.windows.count
     if args.baselines:

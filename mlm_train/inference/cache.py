@@ -1,42 +1,92 @@
-"""KV cache in one allocation."""
+"""KV cache in one allocation, for rows of different lengths."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mlm_train.config import ModelConfig
+from mlm_train.model.geometry import Geometry, single_document
 
 
 class KVCache:
-    """Keys and values of up to `capacity` tokens in every layer (the protocol of model/attention.py)."""
+    """Keys and values of up to `capacity` columns in every layer (the protocol of model/attention.py).
+
+    Rows end in the same column: row b has padding[b] columns before its first token, whose positions
+    count from 0. Padding columns are never attended to by tokens. Without padding there is no mask.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
         capacity: int,
-        batch: int = 1,
+        padding: Sequence[int] = (0,),
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (config.num_hidden_layers, batch, config.kv_heads, capacity, config.attention_head_dim)
+        shape = (config.num_hidden_layers, len(padding), config.kv_heads, capacity, config.attention_head_dim)
         self._keys = torch.empty(shape, dtype=dtype, device=device)
         self._values = torch.empty(shape, dtype=dtype, device=device)
         self._length = 0
+        self._cos, self._sin, _ = single_document(config, capacity, device)
+        self._padding: Tensor | None = None  # [rows, 1]
+        if any(padding):
+            self._padding = torch.tensor(padding, device=device).unsqueeze(1)
+            # Columns that no forward writes are masked; a NaN there would come through all the same.
+            self._keys[..., : max(padding), :] = self._values[..., : max(padding), :] = 0.0
 
     @property
     def length(self) -> int:
-        """Number of cached tokens; it grows with the last layer's append, so all layers see the same."""
+        """Number of cached columns; it grows with the last layer's append, so all layers see the same."""
         return self._length
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append [batch, kv_heads, new, head_dim]. Returns views of all cached tokens, oldest first.
+    def geometry(self, rows: int, new: int) -> Geometry:
+        """Geometry of the next `new` columns of the first `rows` rows.
 
         Raises ValueError where the capacity is exceeded.
         """
-        start, stop = self._length, self._length + key.shape[2]
+        start, stop = self._length, self._length + new
         if stop > self._keys.shape[3]:
             raise ValueError(f"the cache holds {self._keys.shape[3]} tokens, not {stop}")
-        self._keys[layer, :, :, start:stop] = key
-        self._values[layer, :, :, start:stop] = value
+        if self._padding is None and (new == 1 or start == 0):
+            return Geometry(self._cos[start:stop], self._sin[start:stop])
+        columns = torch.arange(stop, device=self._keys.device)
+        queries = columns[start:, None]
+        if self._padding is None:
+            return Geometry(self._cos[start:stop], self._sin[start:stop], columns <= queries)
+        padding = self._padding[:rows]
+        # A padding column attends to itself: a softmax over nothing would be NaN.
+        attends = (columns <= queries) & ((columns >= padding.unsqueeze(2)) | (columns == queries))
+        positions = (columns[start:] - padding).clamp(min=0)
+        return Geometry(
+            self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1), attends.unsqueeze(1)
+        )
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append [rows, kv_heads, new, head_dim] to the first rows, which may be fewer than all.
+
+        Returns views of all their columns, oldest first.
+        """
+        rows, start, stop = key.shape[0], self._length, self._length + key.shape[2]
+        self._keys[layer, :rows, :, start:stop] = key
+        self._values[layer, :rows, :, start:stop] = value
         if layer == self._keys.shape[0] - 1:
             self._length = stop
-        return self._keys[layer, :, :, :stop], self._values[layer, :, :, :stop]
+        return self._keys[layer, :rows, :, :stop], self._values[layer, :rows, :, :stop]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these (ascending), and the columns that are padding in all of them."""
+        cut = 0
+        if self._padding is not None:
+            self._padding = self._padding[rows]
+            cut = int(self._padding.min())
+            self._padding = self._padding - cut
+            if not self._padding.any():
+                self._padding = None
+        self._keys, self._values = self._kept(self._keys, rows, cut), self._kept(self._values, rows, cut)
+        self._length -= cut
+
+    def _kept(self, cached: Tensor, rows: Sequence[int], cut: int) -> Tensor:
+        """Moved inside the same memory: only what is in use is copied."""
+        cached[:, : len(rows), :, cut : self._length] = cached[:, rows, :, cut : self._length]
+        return cached[:, : len(rows), :, cut:]

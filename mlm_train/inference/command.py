@@ -1,34 +1,60 @@
-"""`mlm-train generate`: continue a prompt, with FFN-M computed or looked up."""
+"""`mlm-train generate`: continue prompts, with FFN-M computed or looked up."""
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mlm_train.errors import UserError
-from mlm_train.tol.serve.arguments import add_tol_arguments, open_tol
+from mlm_train.tol.serve.arguments import add_tol_arguments, store_options
 from mlm_train.utils.arguments import MODEL_KINDS, seed
 from mlm_train.utils.checks import add_verify
 from mlm_train.utils.terminal import json_line, shown
 
 if TYPE_CHECKING:
-    from mlm_train.checkpoint.reading.logical_folder import ModelFolder
-    from mlm_train.data.tokenizer import Tokenizer
-    from mlm_train.inference.decode import Decoder
+    from mlm_train.inference.generation import Generation
+    from mlm_train.inference.language_model import LanguageModel
+    from mlm_train.inference.sampling import Sampling
 
-HELP = """Continue a prompt. With --tol, FFN-M's weights are never loaded: its output is looked up.
-Ends at any of the model's end tokens. On a terminal, control characters in the text are shown escaped.
+HELP = """Continue a prompt, or all of a file. With --tol, FFN-M's weights are never loaded: its output is
+looked up. Ends at any of the model's end tokens. On a terminal, control characters in the text are shown
+escaped.
 
 examples:
   mlm-train generate --model exports/run1 --prompt "Once upon a time"
   mlm-train generate --model exports/run1 --tol tol/run1 --prompt "Once" --temperature 0.8 --top-p 0.95
-  mlm-train generate --model exports/run1 --prompt-ids 17,4,256 --json"""
+  mlm-train generate --model exports/run1 --prompt "Q: " --stop "Q:" --stop "A:" --drop-layers 0,3
+  mlm-train generate --model exports/run1 --prompts questions.txt --batch-size 32 > answers.jsonl
+  mlm-train generate --model exports/run1 --prompt-ids 17,4,256 --json --logprobs 5"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments for model, prompt and sampling."""
+    """Add the arguments for model, prompt, sampling and output."""
+    _add_model(parser)
+    _add_prompt(parser)
+    _add_sampling(parser)
+    parser.add_argument("--json", action="store_true", help="write one JSON object instead of streaming")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="MODEL", required=True, help=MODEL_KINDS)
     add_tol_arguments(parser)
+    parser.add_argument(
+        "--stats", action="store_true", help="with --tol: also its rows, hits, bytes and waits, to stderr"
+    )
+    add_verify(parser, "the model and --tol", "full; sizes for --tol")
+    parser.add_argument(
+        "--memory-scale",
+        metavar="ALPHA",
+        help="factor on FFN-M's output, instead of the model's: one number, or one per layer such as 1,1,0.5",
+    )
+    parser.add_argument(
+        "--drop-layers", metavar="LAYERS", help="layers whose FFN-M adds nothing, such as 0,3"
+    )
+
+
+def _add_prompt(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="text, for the tokenizer of the export or the run")
     prompt.add_argument(
@@ -36,11 +62,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IDS",
         help="token ids such as 1,2,3; the output is ids too, and no tokenizer is needed",
     )
+    prompt.add_argument(
+        "--prompts",
+        metavar="FILE",
+        type=Path,
+        help='a prompt per line, or a .jsonl with a field "prompt"; writes a JSON object for each, in order',
+    )
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="prompts of --prompts decoded together (default 16)"
+    )
     parser.add_argument(
         "--add-bos",
         action=argparse.BooleanOptionalAction,
-        help="put the begin-of-text token before --prompt (default: if the model was trained with it)",
+        help="put the begin-of-text token before texts (default: if the model was trained with it)",
     )
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens",
         type=int,
@@ -52,104 +90,146 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=float, metavar="T", default=0.0, help="0 (default): the most likely token"
     )
     parser.add_argument(
+        "--top-k", type=int, metavar="K", default=0, help="sample from the K most likely tokens; 0: from all"
+    )
+    parser.add_argument(
         "--top-p",
         type=float,
         metavar="P",
         default=1.0,
         help="sample from the most likely tokens with this total probability",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of the sampling (default %(default)s)")
-    add_verify(parser, "the model and --tol", "full; sizes for --tol")
-    parser.add_argument("--json", action="store_true", help="write one JSON object instead of streaming")
     parser.add_argument(
-        "--stats", action="store_true", help="with --tol: also its rows, hits, bytes and waits, to stderr"
+        "--repetition-penalty",
+        type=float,
+        metavar="R",
+        default=1.0,
+        help="makes tokens of the prompt and the new text less likely if over 1, as in transformers",
+    )
+    parser.add_argument(
+        "--seed", type=seed, default=0, help="of the sampling of each prompt (default %(default)s)"
+    )
+    parser.add_argument(
+        "--stop", action="append", metavar="TEXT", default=[], help="end before this text; repeatable"
+    )
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after the model's end tokens")
+    parser.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="with --json or --prompts: each new token's log-probability, and the N most likely tokens'",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Stream the new tokens, or write {"ids", "text", "prefill_ms", "decode_ms_per_token"}."""
-    from mlm_train.checkpoint.reading.logical_folder import find_model
-    from mlm_train.tol.serve.source import TolSource
-
+    """Stream the new tokens, write one JSON object, or one for each of --prompts."""
     if args.stats and args.tol is None:
         raise UserError("--stats counts rows of a table: give --tol TOLDIR too")
-    prompt = [] if args.prompt_ids is None else _ids(args.prompt_ids)
-    folder, tokenizer = find_model(args.model, args.verify or "full"), None
-    if args.prompt_ids is None:
-        tokenizer = folder.tokenizer()
-        bos_id = folder.id_before_text(args.add_bos, folder.home)
-        prompt = [*([] if bos_id is None else [bos_id]), *tokenizer.encode(args.prompt)]
-    elif args.add_bos is not None:
+    if args.prompt_ids is not None and args.add_bos is not None:
         raise UserError("--add-bos has no effect on --prompt-ids: write the id there")
-    decoder = _decoder(folder, args)
-    stop_ids = {*folder.ends, *_eod_ids(tokenizer)}
-    tokens = decoder.generate(prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed, stop_ids)
-    ids = list(tokens) if args.json else _stream(tokens, prompt, tokenizer)
-    timing = decoder.timing
+    if args.batch_size is not None and not args.prompts:
+        raise UserError("--batch-size has no effect without --prompts; leave it out")
+    if args.logprobs is not None and not args.json and not args.prompts:
+        raise UserError("--logprobs has no effect on text; add --json")
+    from mlm_train.inference.sampling import Sampling
+    from mlm_train.tol.serve.source import TolSource
+
+    names = [field.name for field in dataclasses.fields(Sampling) if hasattr(args, field.name)]
+    sampling = Sampling(**{name: getattr(args, name) for name in names})
+    model = _run_file(args, sampling) if args.prompts else _run_one(args, sampling)
+    if args.stats and isinstance(model.decoder.source, TolSource):
+        print(model.decoder.source.store.counters, file=sys.stderr)
+    return 0
+
+
+def _load(args: argparse.Namespace, skip_tokenizer: bool) -> "LanguageModel":
+    from mlm_train.inference.language_model import load
+
+    scales = None if args.memory_scale is None else _numbers(float, args.memory_scale, "--memory-scale")
+    return load(
+        args.model,
+        args.tol,
+        store=store_options(args),
+        patches=args.tol_patch,
+        verify=args.verify,
+        memory_scale=scales[0] if scales is not None and len(scales) == 1 else scales,
+        dropped_layers=_numbers(int, args.drop_layers or "", "--drop-layers"),
+        add_bos=args.add_bos,
+        skip_tokenizer=skip_tokenizer,
+    )
+
+
+def _numbers(kind: type, text: str, option: str) -> list[Any]:
+    """The numbers of an option such as 1,2,3."""
+    try:
+        return [kind(part) for part in text.split(",")] if text.strip() else []
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise UserError(f"{option} {text!r}: give {what} such as 1,2,3") from None
+
+
+def _run_file(args: argparse.Namespace, sampling: "Sampling") -> "LanguageModel":
+    from mlm_train.inference.language_model import BATCH_SIZE
+    from mlm_train.inference.prompts import read_prompts
+
+    prompts = read_prompts(args.prompts)
+    model = _load(args, skip_tokenizer=False)
+    generations = []
+    for prompt, place in prompts:
+        try:
+            generations.append(model.begin(prompt, sampling))
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
+    completions = model.complete(generations, BATCH_SIZE if args.batch_size is None else args.batch_size)
+    for (prompt, _), completion, generation in zip(prompts, completions, generations, strict=True):
+        print(json_line({"prompt": prompt, "text": completion.text, **_tree(generation)}), flush=True)
+    return model
+
+
+def _run_one(args: argparse.Namespace, sampling: "Sampling") -> "LanguageModel":
+    by_ids = args.prompt_ids is not None
+    prompt = _numbers(int, args.prompt_ids, "--prompt-ids") if by_ids else args.prompt
+    model = _load(args, skip_tokenizer=by_ids)
+    generation = model.begin(prompt, sampling)
     if args.json:
-        text = _continuation(tokenizer, prompt, ids) if tokenizer is not None else None
-        result = {"ids": ids, "text": text, "prefill_ms": timing.prefill_ms}
-        print(json_line(result | {"decode_ms_per_token": timing.decode_ms_per_token}))
-    if len(ids) == decoder.room(prompt) < args.max_new_tokens:
-        context = decoder.model.config.max_position_embeddings
-        what = f"{len(ids)} of {args.max_new_tokens} new tokens"
+        for _ in model.decoder.run([generation]):
+            pass
+    elif by_ids:
+        _stream_ids(model, generation)
+    else:
+        for piece in model.pieces(generation):
+            print(shown(piece), end="", flush=True)
+        print()
+    timing, count = model.decoder.timing, len(generation.ids)
+    if args.json:
+        text = None if generation.text is None else generation.text.text
+        times = {"prefill_ms": timing.prefill_ms, "decode_ms_per_token": timing.decode_ms_per_token}
+        print(json_line({"text": text, **_tree(generation), **times}))
+    if generation.finish_reason == "length" and count < sampling.max_new_tokens:
+        context = model.decoder.model.config.max_position_embeddings
+        what = f"{count} of {sampling.max_new_tokens} new tokens"
         print(f"{what}: the model's context of {context} tokens is full", file=sys.stderr)
     if not args.json:
         decode = timing.decode_ms_per_token
         then = f", then {decode:.2f} ms per token" if decode is not None else ""
-        print(f"prefill of {len(prompt)} tokens {timing.prefill_ms:.1f} ms{then}", file=sys.stderr)
-    if isinstance(decoder.source, TolSource) and args.stats:
-        print(decoder.source.store.counters, file=sys.stderr)
-    return 0
+        prefill = f"prefill of {len(generation.prompt)} tokens {timing.prefill_ms:.1f} ms"
+        print(prefill + then, file=sys.stderr)
+    return model
 
 
-def _ids(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")] if text.strip() else []
-    except ValueError:
-        raise UserError(f"--prompt-ids {text!r}: give whole numbers such as 1,2,3") from None
-
-
-def _decoder(folder: "ModelFolder", args: argparse.Namespace) -> "Decoder":
-    from mlm_train.checkpoint.reading.logical_folder import load_model
-    from mlm_train.inference.decode import Decoder
-    from mlm_train.memory import make_source
-
-    if args.tol is not None:
-        # First, so that a bad table fails before the weights are loaded.
-        source = open_tol(args, folder, args.verify or "sizes")
-        return Decoder(load_model(folder, with_memory=False), source)
-    model = load_model(folder)
-    return Decoder(model, make_source("unique", model.memory_blocks()) if model.config.has_memory else None)
-
-
-def _eod_ids(tokenizer: "Tokenizer | None") -> list[int]:
-    """The end-of-document id, in a list; empty where the tokenizer has none."""
-    try:
-        return [] if tokenizer is None else [tokenizer.eod_id]
-    except UserError:
-        return []
-
-
-def _continuation(tokenizer: "Tokenizer", prompt: list[int], ids: list[int]) -> str:
-    """The new text. Decoded together with the prompt, else the space between them would be lost."""
-    return tokenizer.decode(prompt + ids)[len(tokenizer.decode(prompt)) :]
-
-
-def _stream(tokens: Iterable[int], prompt: list[int], tokenizer: "Tokenizer | None") -> list[int]:
-    """Print each token as it is generated. Returns the tokens."""
-    ids: list[int] = []
+def _stream_ids(model: "LanguageModel", generation: "Generation") -> None:
+    """Print each id as it is generated, with commas between them."""
     written = 0
-    for token in tokens:
-        ids.append(token)
-        if tokenizer is None:
-            print(f",{token}" if len(ids) > 1 else token, end="", flush=True)
-            continue
-        text = _continuation(tokenizer, prompt, ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # an incomplete character
-            print(shown(text[written:]), end="", flush=True)
-            written = len(text)
-    if tokenizer is not None:
-        print(shown(_continuation(tokenizer, prompt, ids)[written:]), end="")
+    for _ in model.decoder.run([generation]):
+        for token in generation.ids[written:]:
+            print(f",{token}" if written else token, end="", flush=True)
+            written += 1
     print()
-    return ids
+
+
+def _tree(generation: "Generation") -> dict[str, Any]:
+    """The JSON of what has been generated, but for its text."""
+    tree: dict[str, Any] = {"ids": generation.ids, "finish_reason": generation.finish_reason}
+    if generation.logprobs is not None:
+        tree["logprobs"] = [logprob._asdict() for logprob in generation.logprobs]
+    return tree

@@ -1,23 +1,29 @@
-"""Token-by-token generation with any memory source."""
+"""Token-by-token generation of one sequence or of a batch, with any memory source."""
 
+import itertools
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.inference.cache import KVCache
-from mlm_train.model.source import MemorySource
+from mlm_train.inference.generation import Generation
+from mlm_train.inference.sampling import Sampling, choose
+from mlm_train.inference.text import Decodes
+from mlm_train.model.source import EarlySource, MemorySource
 from mlm_train.model.transformer import Transformer
 
-PREFILL_CHUNK = 512
+PREFILL_CHUNK = 512  # columns of a forward
 
 
 @dataclass
 class Timing:
-    """Wall time of one generation in milliseconds. The first new token counts as prefill."""
+    """Wall time of one batch in milliseconds. The first new token of each sequence counts as prefill."""
 
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
@@ -25,32 +31,39 @@ class Timing:
 
     @property
     def decode_ms_per_token(self) -> float | None:
-        """Mean over the tokens after the first; None where there were none."""
+        """Mean over the steps after the first; None where there were none."""
         return self.decode_ms / self.decode_steps if self.decode_steps else None
 
 
 class Decoder:
-    """A model and the source of FFN-M: a ToL, or a source that computes it (None for a base model)."""
+    """A model and the source of FFN-M: a ToL, or a source that computes it (None for a base model).
 
-    def __init__(self, model: Transformer, source: MemorySource | None) -> None:
-        self.model, self.source = model, source
-        self.timing = Timing()
+    memory_scale: alpha, the factor on FFN-M's output, instead of the model's: one number, or one per layer.
+    dropped_layers: numbers of layers whose FFN-M adds nothing. ends: the ids that end a text. The given model
+    stays as it is. Raises UserError where a base model is to be scaled, and for layers that it does not have.
+    """
 
-    def generate(
+    def __init__(
         self,
-        ids: Sequence[int],
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop_ids: Collection[int] = (),
-    ) -> Iterator[int]:
-        """Generate tokens after `ids` one by one, until one of `stop_ids` (not returned) or `max_new_tokens`.
+        model: Transformer,
+        source: MemorySource | None,
+        memory_scale: float | Sequence[float] | None = None,
+        dropped_layers: Collection[int] = (),
+        ends: Collection[int] = (),
+    ) -> None:
+        scales = scales_of(model.config, memory_scale, dropped_layers)
+        self.model = model if scales is None else model.scaled(scales)
+        self.source, self.ends = source, ends
+        self.timing = Timing()
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        self._early = source if isinstance(source, EarlySource) else None
 
-        A full context ends them earlier. temperature 0 takes the most likely token; otherwise tokens are
-        sampled with `seed` from the smallest set whose probability reaches top_p. `timing` is that of the
-        latest call. Raises UserError immediately for an empty prompt, a prompt that fills the context, ids
-        out of the vocabulary, and numbers out of range.
+    def begin(self, ids: Sequence[int], sampling: Sampling, tokenizer: Decodes | None = None) -> Generation:
+        """A generation after the prompt `ids`, for `run`; with its text where there is a tokenizer.
+
+        Raises UserError for an empty prompt, a prompt that fills the context, ids out of the vocabulary, and
+        stop strings without a tokenizer.
         """
         config = self.model.config
         if not ids:
@@ -60,68 +73,116 @@ class Decoder:
                 raise UserError(
                     f"prompt id {token} is not in the vocabulary; ids are 0 to {config.vocab_size - 1}"
                 )
-        if max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens {max_new_tokens}: give at least 1")
-        room = self.room(ids)
+        room = config.max_position_embeddings - len(ids)
         if room < 1:
             raise UserError(
                 f"{len(ids)} prompt tokens leave no room in the model's "
                 f"max_position_embeddings={config.max_position_embeddings}; shorten the prompt"
             )
-        if not 0 <= temperature < float("inf"):
-            raise UserError(f"--temperature {temperature}: give 0 (greedy) or more")
-        if not 0 < top_p <= 1:
-            raise UserError(f"--top-p {top_p}: give more than 0 and at most 1")
+        stop_ids = {*sampling.stop_ids, *(() if sampling.ignore_eos else self.ends)}
+        limit = min(sampling.max_new_tokens, room)
+        return Generation(list(ids), sampling, limit, config.vocab_size, stop_ids, tokenizer)
+
+    def generate(self, ids: Sequence[int], **sampling: Any) -> Iterator[int]:
+        """Generate tokens after `ids` one by one; `sampling`: the fields of Sampling.
+
+        Raises UserError at once, as Sampling and `begin` do.
+        """
+        generation = self.begin(ids, Sampling(**sampling))
+        steps = self.run([generation])
+        return (generation.ids[-1] for count, _ in enumerate(steps, 1) if len(generation.ids) == count)
+
+    def run(self, batch: Sequence[Generation], following: Sequence[Generation] = ()) -> Iterator[None]:
+        """Extend a batch by a token each, again and again, until all have ended; yield after each step.
+
+        Each gets the tokens that it would get alone (up to rounding). following: the next batch; an
+        EarlySource is asked for the beginning of it once this one's prompts are read. `timing` is that of
+        the latest call.
+        """
         self.timing = Timing()
-        sampler = _Sampler(temperature, top_p, seed)
-        return self._steps(list(ids), min(max_new_tokens, room), sampler, frozenset(stop_ids))
-
-    def room(self, ids: Sequence[int]) -> int:
-        """Number of positions that the context has after `ids`."""
-        return self.model.config.max_position_embeddings - len(ids)
-
-    def _steps(
-        self, ids: list[int], count: int, sampler: "_Sampler", stop_ids: frozenset[int]
-    ) -> Iterator[int]:
-        weight = next(self.model.parameters())
-        cache = KVCache(self.model.config, len(ids) + count, 1, weight.dtype, weight.device)
         start = time.perf_counter()
-        for chunk in torch.tensor([ids], device=weight.device).split(PREFILL_CHUNK, dim=1):
+        rows = _longest_first(batch)
+        longest, most = len(rows[0].prompt), max(row.limit for row in rows)
+        padding = [longest - len(row.prompt) for row in rows]
+        cache = KVCache(self.model.config, longest + most, padding, self.dtype, self.device)
+        chunks = prefill_chunks(rows)
+        for chunk, next_chunk in itertools.zip_longest(chunks, chunks[1:]):
+            self._request(next_chunk)
             hidden = self._forward(chunk, cache)
-        token = sampler(self.model.head(hidden[0, -1]))
+        self._extend(rows, hidden)
         self.timing.prefill_ms = 1e3 * (time.perf_counter() - start)
-        for generated in range(1, count + 1):
-            if token in stop_ids:
-                return
-            yield token
-            if generated == count:
+        self._request(prefill_chunks(_longest_first(following))[0] if following else None)
+        while True:
+            going = [row for row, generation in enumerate(rows) if generation.finish_reason is None]
+            yield
+            if not going:
                 return
             start = time.perf_counter()
-            hidden = self._forward(torch.tensor([[token]], device=weight.device), cache)
-            token = sampler(self.model.head(hidden[0, -1]))
+            if len(going) < len(rows):
+                rows = [rows[row] for row in going]
+                cache.keep(going)
+            self._extend(rows, self._forward(torch.tensor([[row.ids[-1]] for row in rows]), cache))
             self.timing.decode_ms += 1e3 * (time.perf_counter() - start)
             self.timing.decode_steps += 1
 
+    def _extend(self, rows: Sequence[Generation], hidden: Tensor) -> None:
+        """Choose the token after the last of hidden [rows, columns, hidden]."""
+        choices = choose(self.model.head(hidden[:, -1]).detach(), [row.sampler for row in rows])
+        for row, choice in zip(rows, choices, strict=True):
+            row.add(choice)
+
     @torch.no_grad()
     def _forward(self, ids: Tensor, cache: KVCache) -> Tensor:
-        return self.model.hidden(ids, self.source, cache)
+        return self.model.hidden(ids.to(self.device), self.source, cache)
+
+    def _request(self, ids: Tensor | None) -> None:
+        if self._early is not None and ids is not None:
+            self._early.request(ids)
+
+    @torch.no_grad()
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """Logits after each of the ids: fp32 [sequence, vocabulary], on the model's device."""
+        return self.model(torch.tensor([list(ids)], device=self.device), self.source)[0].float()
 
 
-class _Sampler:
-    """Samples a token from logits [vocabulary]."""
+def _longest_first(batch: Sequence[Generation]) -> list[Generation]:
+    return sorted(batch, key=lambda generation: -len(generation.prompt))
 
-    def __init__(self, temperature: float, top_p: float, seed: int) -> None:
-        self.temperature, self.top_p = temperature, top_p
-        self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, logits: Tensor) -> int:
-        logits = logits.detach().float().cpu()
-        if self.temperature == 0:
-            return int(logits.argmax())
-        # Subtract the maximum first, so that a tiny temperature does not overflow.
-        probability = ((logits - logits.max()) / self.temperature).softmax(-1)
-        if self.top_p < 1:
-            ordered, tokens = probability.sort(descending=True, stable=True)
-            beyond = ordered.cumsum(-1) - ordered >= self.top_p
-            probability[tokens[beyond]] = 0.0
-        return int(torch.multinomial(probability, 1, generator=self.generator))
+def prefill_chunks(rows: Sequence[Generation]) -> list[Tensor]:
+    """Prompts, the longest first, padded on the left, in chunks of columns: int64 [rows, columns].
+
+    A row is in no chunk that is nothing but padding to it: the first chunks have fewer rows. Each is padded
+    with its own first token, so that no memory is read that no prompt needs.
+    """
+    longest = len(rows[0].prompt)
+    padding = [longest - len(row.prompt) for row in rows]
+    ids = torch.tensor([row.prompt[:1] * pad + row.prompt for row, pad in zip(rows, padding, strict=True)])
+    return [
+        chunk[: sum(pad < min(start + PREFILL_CHUNK, longest) for pad in padding)]
+        for start, chunk in zip(itertools.count(0, PREFILL_CHUNK), ids.split(PREFILL_CHUNK, 1), strict=False)
+    ]
+
+
+def scales_of(
+    config: ModelConfig, memory_scale: float | Sequence[float] | None, dropped_layers: Collection[int]
+) -> list[float] | None:
+    """alpha per layer; None where nothing differs from the model's. Raises UserError, as Decoder says."""
+    if memory_scale is None and not dropped_layers:
+        return None
+    layers = config.num_hidden_layers
+    if not config.has_memory:
+        name = "dropped_layers" if memory_scale is None else "memory_scale"
+        raise UserError(f"{name}: a base model has no FFN-M; leave it out, or give a memory or flex model")
+    for layer in dropped_layers:
+        if not 0 <= layer < layers:
+            raise UserError(f"dropped_layers {layer}: the model's layers are 0 to {layers - 1}")
+    if memory_scale is None:
+        scales = [config.alpha(layer) for layer in range(layers)]
+    elif isinstance(memory_scale, int | float):
+        scales = [float(memory_scale)] * layers
+    else:
+        scales = [float(scale) for scale in memory_scale]
+    if len(scales) != layers or not all(abs(scale) < float("inf") for scale in scales):
+        raise UserError(f"memory_scale {memory_scale}: give one finite number, or {layers}, one per layer")
+    return [0.0 if layer in dropped_layers else scale for layer, scale in enumerate(scales)]

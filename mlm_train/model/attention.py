@@ -2,7 +2,6 @@
 
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,9 +16,8 @@ from mlm_train.model.rope import rotate
 class KeyValueCache(Protocol):
     """Keys and values of earlier tokens; inference/ implements it."""
 
-    @property
-    def length(self) -> int:
-        """Tokens in the cache."""
+    def geometry(self, rows: int, new: int) -> Geometry:
+        """Geometry of the next `new` tokens of the first `rows` rows, whose keys are the cached ones too."""
         ...
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,11 +69,7 @@ class Attention(nn.Module):
         if length > 1:  # a branch, since `length > 1` is symbolic in a graph compiled for any length
             causal = mask is None
         if cache is not None:
-            past = cache.length
             key, value = cache.append(layer, key, value)
-            if past and length > 1:
-                ones = torch.ones(length, past + length, dtype=torch.bool, device=qkv.device)
-                mask, causal = ones.tril(past), False
         if cache is None and causal and causal_attention_applies(query, key):
             out = causal_attention(query, key, value)
         else:

@@ -12,8 +12,9 @@ from mlm_train.model.rope import rotary_angles
 class Geometry(NamedTuple):
     """Rotary angles and mask of attention.
 
-    cos, sin: fp32 [sequence, head_dim], or [batch, 1, sequence, head_dim]. mask: added to the scores,
-    [batch, 1, queries, keys], 0 where a query attends to a key, else -inf; None: plain causal attention.
+    cos, sin: fp32 [sequence, head_dim], or [batch, 1, sequence, head_dim]. mask: [batch, 1, queries, keys]
+    or [queries, keys], added to the scores: 0 where a query attends to a key, else -inf; or of bools, True
+    where it does. None: plain causal attention; a single query attends to all keys.
     """
 
     cos: Tensor
@@ -21,9 +22,9 @@ class Geometry(NamedTuple):
     mask: Tensor | None = None
 
 
-def single_document(config: ModelConfig, start: int, length: int, device: torch.device) -> Geometry:
-    """Geometry of rows that are one document each, at positions from `start` on."""
-    positions = torch.arange(start, start + length, device=device)
+def single_document(config: ModelConfig, length: int, device: torch.device | str) -> Geometry:
+    """Geometry of rows that are one document each, at positions 0 to length - 1."""
+    positions = torch.arange(length, device=device)
     return Geometry(*rotary_angles(config.attention_head_dim, config.rope_theta, positions))
 
 

@@ -4,7 +4,7 @@ A block computes x + Attn(N(x)) [+ FFN_C(N_c(x))] + alpha_l * m_l and gets m_l f
 sources compute m_l (memory/); in inference a source reads it from a table (tol/). One forward serves both.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -22,6 +22,15 @@ class MemorySource(Protocol):
 
     def open(self, ids: Tensor, x0: Any) -> MemoryReader:
         """ids int64 [batch, sequence]; x0: their embeddings [batch, sequence, hidden], None for tables."""
+        ...
+
+
+@runtime_checkable
+class EarlySource(MemorySource, Protocol):
+    """A source that can start reading before `open` needs the rows."""
+
+    def request(self, ids: Tensor) -> None:
+        """ids int64 [...] on the CPU will be opened soon: start reading, without waiting."""
         ...
 
 

@@ -1,6 +1,7 @@
 """The model: embedding, blocks, final norm, head."""
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -68,6 +69,17 @@ class Transformer(nn.Module):
             part.norm, part.lm_head = self.norm, self.lm_head
         return part
 
+    def scaled(self, memory_scale: Sequence[float]) -> "Transformer":
+        """This model with another alpha per layer; it shares this one's weights."""
+        scaled = self.part(range(self.config.num_hidden_layers), heads=True)
+        scaled.config = self.config.model_copy(update={"memory_scale": list(memory_scale)})
+        scaled.training = self.training
+        for layer, block in self.memory_blocks().items():
+            other = copy.copy(block)  # a new object with the same parameters and modules
+            other.alpha = memory_scale[layer]
+            scaled.layers[str(layer)] = other
+        return scaled
+
     def block(self, layer: int) -> Block:
         """A layer by its number in the whole model."""
         block = self.layers[str(layer)]
@@ -99,11 +111,12 @@ class Transformer(nn.Module):
 
         ids int64 [batch, sequence]: those of all positions, also under sequence parallelism.
         """
-        if self.separator is not None:
+        if cache is not None:
+            geometry = cache.geometry(*ids.shape)
+        elif self.separator is not None:
             geometry = separate_documents(self.config, ids, self.separator, compute_dtype(x))
         else:
-            start = cache.length if cache is not None else 0
-            geometry = single_document(self.config, start, ids.shape[1], x.device)
+            geometry = single_document(self.config, ids.shape[1], x.device)
         for layer in self.layers.values():
             x = layer(x, geometry, read, cache)
         return x

@@ -104,7 +104,7 @@ def generation(device: str) -> Figures:
 
 def _tokens(model: Transformer, source: MemorySource | None = None) -> list[int]:
     """What a model generates; without a source, FFN-M is computed."""
-    return list(Decoder(model, source or _computed(model)).generate(PROMPT, NEW_TOKENS))
+    return list(Decoder(model, source or _computed(model)).generate(PROMPT, max_new_tokens=NEW_TOKENS))
 
 
 def _computed(model: Transformer) -> MemorySource | None:

@@ -1,8 +1,6 @@
 """`mlm-train generate`, with and without a ToL."""
 
 import json
-import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from mlm_train.checkpoint.hf.folder import write_folder
 from mlm_train.cli import main
 from mlm_train.model.logical import named_pieces
 from tests.inference.test_decode import random_model
+from tests.inference.test_language_model import export_with_words
 from tests.partitions import write_table
 
 
@@ -57,34 +56,56 @@ def test_lookup_generates_the_same(
     assert "ToL: 22 rows, " in streamed.err
 
 
-class Letters:
-    """A tokenizer with two ids per character."""
-
-    eod_id = 96
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(letter) - 32 for letter in text]
-
-    def decode(self, ids: list[int]) -> str:
-        text = "".join(f"<{token}>" for token in ids[: len(ids) // 2 * 2])
-        return text + ("\N{REPLACEMENT CHARACTER}" if len(ids) % 2 else "")
-
-
-def test_text(
-    folders: tuple[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    export, _ = folders
-    module = types.ModuleType("tokenizer")
-    module.tokenizer_of = lambda folder, eod: Letters()  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "mlm_train.data.tokenizer", module)
-    words = ["--model", export, "--prompt", "ab", "--max-new-tokens", "6"]
-    assert call(*words, "--json") == 0
+def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", str(export_with_words(tmp_path / "words")), "--max-new-tokens", "6", "--ignore-eos"]
+    assert call(*words, "--prompt", "w7 w8", "--json", "--logprobs", "2") == 0
     whole = json.loads(capsys.readouterr().out)
-    assert whole["text"] == "".join(f"<{token}>" for token in whole["ids"])
-    assert call(*words) == 0
+    assert len(whole["text"].split()) == len(whole["ids"]) == 6 and whole["finish_reason"] == "length"
+    assert [len(entry["top"]) for entry in whole["logprobs"]] == [2] * 6
+    assert [entry["id"] for entry in whole["logprobs"]] == whole["ids"]
+    assert call(*words, "--prompt", "w7 w8") == 0
     assert capsys.readouterr().out == whole["text"] + "\n"
-    assert call("--model", export, "--prompt", "") == 2
+    second = whole["text"].split()[1]
+    for prompt in (["--prompt", "w7 w8"], ["--prompt-ids", "7,8", "--json"]):
+        assert call(*words, *prompt, "--stop", "nothing", "--stop", second) == 0
+        out = capsys.readouterr().out
+        text = json.loads(out)["text"] if "--json" in prompt else out.removesuffix("\n")
+        assert text == whole["text"][: whole["text"].index(second)]
+    assert call(*words, "--prompt", "") == 2
     assert "no tokens" in capsys.readouterr().err
+
+
+def test_prompts_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", str(export_with_words(tmp_path / "words")), "--max-new-tokens", "5"]
+    words += ["--temperature", "1.5", "--top-k", "50", "--repetition-penalty", "1.2", "--seed", "3"]
+    lines, objects = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    lines.write_text("w1\nw2 w3 w4 w5\n\nw6 w7\n")
+    objects.write_text('{"prompt": "w1"}\n{"prompt": [2, 3, 4, 5]}\n{"prompt": "w6 w7"}\n')
+    found = []
+    for file, more in ((lines, []), (objects, ["--batch-size", "2", "--json"])):
+        assert call(*words, "--prompts", str(file), *more) == 0
+        found.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    assert [entry["prompt"] for entry in found[1]] == ["w1", [2, 3, 4, 5], "w6 w7"]
+    for ours, theirs in zip(*found, strict=True):
+        assert set(ours) == {"prompt", "text", "ids", "finish_reason"}
+        assert ours["ids"] == theirs["ids"] and ours["text"] == theirs["text"]
+    assert call(*words, "--prompt", "w6 w7", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["ids"] == found[0][2]["ids"]
+    objects.write_text('{"prompt": "w1"}\n{"prompt": [97]}\n')
+    assert call(*words, "--prompts", str(objects)) == 2
+    out, err = capsys.readouterr()
+    assert not out and "prompts.jsonl, line 2: prompt id 97" in err
+
+
+def test_scales(folders: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    def ids(*words: str) -> list[int]:
+        assert call("--model", folders[0], "--prompt-ids", "5,6", "--json", *words) == 0
+        result: list[int] = json.loads(capsys.readouterr().out)["ids"]
+        return result
+
+    assert ids() == ids("--memory-scale", "1") == ids("--memory-scale", "1,1,1.0")
+    assert ids("--drop-layers", "0,2") == ids("--memory-scale", "0,1,0") != ids()
+    assert ids("--memory-scale", "0.5", "--tol", folders[1]) == ids("--memory-scale", "0.5") != ids()
 
 
 def test_a_full_context_is_said(folders: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +132,19 @@ def test_a_full_context_is_said(folders: tuple[str, str], capsys: pytest.Capture
         (["--prompt", "caf\udce9"], "UTF-8"),
         (["--prompt-ids", "1", "--tol", "/nothing"], "does not exist"),
         (["--prompt-ids", "1", "--stats"], "give --tol"),
+        (["--prompt-ids", "1", "--top-k", "-1"], "top_k -1: give 0"),
+        (["--prompt-ids", "1", "--repetition-penalty", "0"], "repetition_penalty 0.0: give more"),
+        (["--prompt-ids", "1", "--stop", ""], "stop ('',): give texts"),
+        (["--prompt-ids", "1", "--stop", "a"], "holds no tokenizer"),
+        (["--prompt-ids", "1", "--logprobs", "1"], "add --json"),
+        (["--prompt-ids", "1", "--batch-size", "1"], "without --prompts"),
+        (["--prompt-ids", "1", "--add-bos"], "write the id there"),
+        (["--prompt-ids", "1", "--memory-scale", "a"], "--memory-scale 'a': give numbers"),
+        (["--prompt-ids", "1", "--memory-scale", "1,1"], "or 3, one per layer"),
+        (["--prompt-ids", "1", "--drop-layers", "1.5"], "--drop-layers '1.5': give whole numbers"),
+        (["--prompt-ids", "1", "--drop-layers", "3"], "layers are 0 to 2"),
+        (["--prompt", "a"], "holds no tokenizer"),
+        (["--prompts", "/nothing.txt"], "No such file"),
     ],
 )
 def test_bad_input(

@@ -3,12 +3,10 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from mlm_train.utils.checks import Check
 from mlm_train.utils.units import size
 
 if TYPE_CHECKING:
-    from mlm_train.checkpoint.reading.logical_folder import ModelFolder
-    from mlm_train.tol.serve.source import TolSource
+    from mlm_train.tol.serve.store import StoreOptions
 
 
 def add_tol_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,16 +43,9 @@ def add_tol_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_tol(args: argparse.Namespace, model: "ModelFolder", verify: Check) -> "TolSource":
-    """The source of the options, for this model. UserError for what does not go together.
-
-    An export whose files were hashed must be the one that the table was built from; with --verify sizes or
-    none, and for a checkpoint, only shapes are compared.
-    """
-    from mlm_train.checkpoint.hf.folder import fingerprint
+def store_options(args: argparse.Namespace) -> "StoreOptions":
+    """How the table is to be served. UserError for options without effect."""
     from mlm_train.errors import UserError
-    from mlm_train.tol.format.index_file import read_index
-    from mlm_train.tol.serve.source import TolSource
     from mlm_train.tol.serve.store import StoreOptions
 
     hot = None
@@ -64,20 +55,7 @@ def open_tol(args: argparse.Namespace, model: "ModelFolder", verify: Check) -> "
         from mlm_train.data.prepared import PreparedData
         from mlm_train.tol.serve.frequency import most_frequent
 
-        hot = most_frequent(PreparedData.open(args.tol_hot), model.config.vocab_size)
-    options = StoreOptions(
-        tier=args.tol_tier,
-        lock=args.tol_lock,
-        cache_bytes=args.tol_cache,
-        hot=hot,
-        direct=args.tol_direct,
-        verify=verify,
+        hot = most_frequent(PreparedData.open(args.tol_hot))
+    return StoreOptions(
+        tier=args.tol_tier, lock=args.tol_lock, cache_bytes=args.tol_cache, hot=hot, direct=args.tol_direct
     )
-    source = TolSource.open_folder(args.tol, model.config, options, patches=args.tol_patch)
-    built_from = read_index(args.tol).source.checkpoint
-    if model.manifest is None and model.digests and fingerprint(model.path, model.digests) != built_from:
-        raise UserError(
-            f"{args.tol} was built from another model than {model.path}: give the one it was built "
-            "from, or --verify sizes where both hold the same weights"
-        )
-    return source

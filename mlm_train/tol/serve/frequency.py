@@ -7,10 +7,11 @@ from mlm_train.data.prepared import PreparedData
 AT_ONCE = 2**26  # tokens counted at once
 
 
-def most_frequent(data: PreparedData, vocabulary: int) -> list[int]:
-    """The ids that occur in the training split, most frequent first, of those below `vocabulary`."""
+def most_frequent(data: PreparedData) -> list[int]:
+    """The ids that occur in the training split, most frequent first."""
+    vocabulary = data.vocab_size
     tokens, counts = data.split("train").tokens, np.zeros(vocabulary, dtype=np.int64)
     for start in range(0, len(tokens), AT_ONCE):
-        counts += np.bincount(tokens[start : start + AT_ONCE], minlength=vocabulary)[:vocabulary]
+        counts += np.bincount(tokens[start : start + AT_ONCE], minlength=vocabulary)
     order = np.argsort(-counts, kind="stable")
     return [int(number) for number in order[: np.count_nonzero(counts)]]

@@ -7,6 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from mlm_train.checkpoint.hf.folder import fingerprint
+from mlm_train.checkpoint.reading.logical_folder import ModelFolder
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.model.source import MemoryReader
@@ -46,6 +48,29 @@ class TolSource:
         overlay = [Patch.read(patch, folder) for patch in patches]
         store = open_store(folder, index, options or StoreOptions(), torch.device(device))
         return cls(store, RowDecoder(index, read_bases(folder, index)), overlay)
+
+    @classmethod
+    def of_model(
+        cls,
+        folder: str | Path,
+        model: ModelFolder,
+        options: StoreOptions,
+        device: torch.device | str = "cpu",
+        patches: Sequence[str | Path] = (),
+    ) -> Self:
+        """As open_folder, for a model that must be the one that the table was built from.
+
+        That is known of an export whose files were hashed (--verify full), from their checksums; of others
+        only the shapes are compared. Raises UserError where it is another.
+        """
+        source = cls.open_folder(folder, model.config, options, device, patches)
+        built_from = read_index(folder).source.checkpoint
+        if model.manifest is None and model.digests and fingerprint(model.path, model.digests) != built_from:
+            raise UserError(
+                f"{folder} was built from another model than {model.path}: give the one it was built from, "
+                "or --verify sizes where both hold the same weights"
+            )
+        return source
 
     def request(self, ids: Tensor) -> None:
         """Begin to read the rows of ids [...] that will be opened next."""
