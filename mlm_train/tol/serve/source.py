@@ -1,5 +1,6 @@
 """A memory source that looks FFN-M's output up in a ToL instead of computing it."""
 
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -21,12 +22,15 @@ from mlm_train.tol.serve.store import MemoryStore, Rows, RowStore, StoreOptions,
 from mlm_train.utils.host_memory import lock_memory
 
 
+REQUESTS = 2  # a prompt's next chunk, and the next prompts' first one
+
+
 class TolSource:
     """FFN-M's output by token id, read from a table; see `open_folder`."""
 
     def __init__(self, store: RowStore, decoder: RowDecoder, patches: Sequence[Patch] = ()) -> None:
         self.store, self._decoder, self._overlay = store, decoder, Overlay(patches)
-        self._requested: tuple[Tensor, Rows] | None = None
+        self._requested: deque[tuple[Tensor, Rows]] = deque(maxlen=REQUESTS)
 
     @classmethod
     def open_folder(
@@ -73,9 +77,9 @@ class TolSource:
         return source
 
     def request(self, ids: Tensor) -> None:
-        """Begin to read the rows of ids [...] that will be opened next."""
+        """Begin to read the rows of ids [...] that will be opened soon; the last REQUESTS are kept."""
         distinct = ids.flatten().unique().cpu()
-        self._requested = distinct, self.store.fetch(distinct)
+        self._requested.append((distinct, self.store.fetch(distinct)))
 
     def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
         """Begin to read each distinct id's row, for all layers; a layer waits for its own bytes alone.
@@ -100,9 +104,10 @@ class TolSource:
         return read
 
     def _rows(self, distinct: Tensor) -> Rows:
-        requested, self._requested = self._requested, None
-        if requested is not None and torch.equal(requested[0], distinct):
-            return requested[1]
+        for number, (requested, rows) in enumerate(self._requested):
+            if torch.equal(requested, distinct):
+                del self._requested[number]
+                return rows
         return self.store.fetch(distinct)
 
 
