@@ -106,6 +106,7 @@ class Decoder:
         padding = [longest - len(row.prompt) for row in rows]
         cache = KVCache(self.model.config, longest + most, padding, self.dtype, self.device)
         chunks = prefill_chunks(rows)
+        self._request(chunks[0])  # before the second chunk's rows, which would delay it
         for chunk, next_chunk in itertools.zip_longest(chunks, chunks[1:]):
             self._request(next_chunk)
             hidden = self._forward(chunk, cache)

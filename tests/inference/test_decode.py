@@ -144,6 +144,7 @@ def test_an_early_source_is_asked_for_the_next_chunk_and_the_next_batch(
     for _ in decoder.run([first], [second]):
         pass
     assert source.calls == [
+        ("request", [PROMPT[:3]]),
         ("request", [PROMPT[3:6]]), ("open", [PROMPT[:3]]),
         ("request", [PROMPT[6:]]), ("open", [PROMPT[3:6]]),
         ("open", [PROMPT[6:]]),

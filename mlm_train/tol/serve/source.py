@@ -21,7 +21,6 @@ from mlm_train.tol.serve.reader import RowDecoder, open_partitions, read_bases
 from mlm_train.tol.serve.store import MemoryStore, Rows, RowStore, StoreOptions, Touch
 from mlm_train.utils.host_memory import lock_memory
 
-
 REQUESTS = 2  # a prompt's next chunk, and the next prompts' first one
 
 
