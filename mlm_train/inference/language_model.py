@@ -162,8 +162,8 @@ def load(
     the weights and the KV cache, such as "bfloat16"; default float32. verify: how much of both folders is
     compared with their manifests, "full", "sizes" or "none"; default "full", and "sizes" for tol.
     memory_scale, dropped_layers: see Decoder. add_bos: see LanguageModel. skip_tokenizer: for prompts of
-    ids, whose results then have no text. Raises UserError for folders that cannot be read, damage, and a tol of a model of
-    another shape.
+    ids, whose results then have no text. Raises UserError for folders that cannot be read, damage, and a
+    tol of a model of another shape.
     """
     folder = find_model(model, verify or "full")
     scales_of(folder.config, memory_scale, dropped_layers)  # refuse before anything is loaded
