@@ -116,10 +116,11 @@ def test_chunks_leave_out_padding() -> None:
 
 
 class Announced:
-    """A source that notes what it is asked for early."""
+    """A source that notes what it is asked for, and which layers are read."""
 
     def __init__(self, source: MemorySource) -> None:
         self.source, self.calls = source, list[tuple[str, list[list[int]]]]()
+        self.layers = set[int]()
 
     def request(self, ids: Tensor) -> None:
         """Note ids."""
@@ -128,7 +129,13 @@ class Announced:
     def open(self, ids: Tensor, x0: Any) -> MemoryReader:
         """Note ids, and open them."""
         self.calls.append(("open", ids.tolist()))
-        return self.source.open(ids, x0)
+        read = self.source.open(ids, x0)
+
+        def noted(layer: int) -> Tensor:
+            self.layers.add(layer)
+            return read(layer)
+
+        return noted
 
 
 def test_an_early_source_is_asked_for_the_next_chunk_and_the_next_batch(
@@ -171,6 +178,9 @@ def test_memory_scale_and_dropped_layers() -> None:
         greedy = list(Decoder(other, source_of(other)).generate(PROMPT, max_new_tokens=9))
         assert list(decoder.generate(PROMPT, max_new_tokens=9)) == greedy
         assert set(decoder.model.parameters()) == set(model.parameters())
+    source = Announced(make_source("unique", model.memory_blocks()))
+    Decoder(model, source, dropped_layers=[0, 2]).logits(PROMPT)
+    assert source.layers == {1}
     assert torch.equal(model(torch.tensor([PROMPT]), source_of(model)), before)
     assert model.config.memory_scale == [1.0, 0.7, 1.0]
 
