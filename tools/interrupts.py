@@ -86,6 +86,7 @@ class Running:
     def __init__(self, words: list[str], log: Path) -> None:
         self.mark, self.log = uuid.uuid4().hex, log
         environment = os.environ | {
+            "PYTHONFAULTHANDLER": "1",
             "OMP_NUM_THREADS": "1",
             MARK: self.mark,
             "TMPDIR": str(log.parent / "tmp"),
@@ -185,7 +186,9 @@ class Interrupts:
         case.heard, started = running.listens(), time.monotonic()
         running.send(signal.Signals[case.number], case.everyone)
         if not running.ended(PATIENCE):
-            case.bad.append(f"it did not end in {PATIENCE:.0f} s ({running.log})")
+            running.send(signal.SIGABRT, everyone=False)  # faulthandler writes all threads' stacks
+            running.ended(LATER)
+            case.bad.append(f"it did not end in {PATIENCE:.0f} s; where it was: {running.log}")
         case.seconds, case.code = time.monotonic() - started, running.process.returncode
         case.heard |= case.code == 0  # it came during Python's exit, when all was done
         time.sleep(LATER)
