@@ -1,21 +1,25 @@
-"""Encode batches of texts in several processes, with the results in the order of the input."""
+"""Encode batches of texts in several processes, with the results in the order of the input.
+
+Each process has a connection of its own. concurrent.futures' processes share one for their results: where one
+is killed as it writes a long result, by a lack of memory or a signal, the pool waits for the rest forever.
+"""
 
 import multiprocessing
 import os
-import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from queue import SimpleQueue
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from mlm_train.data.tokenizer import Tokenizer
 from mlm_train.errors import UserError
-from mlm_train.utils.signals import deaf_children, held
+from mlm_train.utils.signals import deaf_children
 
 
 class EncodedBatch(Protocol):
@@ -26,11 +30,12 @@ class EncodedBatch(Protocol):
 
 
 AnyBatch = TypeVar("AnyBatch", bound=EncodedBatch)
+Ids = list[np.ndarray]
 
 
 def encode_in_order(
     batches: Iterator[AnyBatch], tokenizer: Tokenizer, workers: int
-) -> Iterator[tuple[AnyBatch, list[np.ndarray]]]:
+) -> Iterator[tuple[AnyBatch, Ids]]:
     """Each batch with one int32 array of ids per text.
 
     The result does not depend on `workers`. At most 4 batches per worker are held in memory.
@@ -41,57 +46,90 @@ def encode_in_order(
             yield batch, _encode(tokenizer, batch.texts)
         return
     resource_tracker.ensure_running()  # before deaf_children: its start unblocks SIGINT
-    with held():  # a semaphore whose creation is interrupted would be reported as leaked
-        pool = ProcessPoolExecutor(
-            workers,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
-            initargs=(tokenizer.path, tokenizer.eod_id),
-        )
-    waiting: deque[tuple[AnyBatch, Future[list[np.ndarray]]]] = deque()
+    started: list[_Worker] = []
+    idle: SimpleQueue[_Worker] = SimpleQueue()
+    waiting: deque[tuple[AnyBatch, Future[Ids]]] = deque()
+    threads = ThreadPoolExecutor(workers)  # each waits for one worker
     try:
         for batch in batches:
-            with deaf_children():  # the first submit starts the processes
-                waiting.append((batch, pool.submit(_encode_here, batch.texts)))
+            with deaf_children():
+                if len(started) < workers:
+                    started.append(_Worker(tokenizer))
+                    idle.put(started[-1])
+                waiting.append((batch, threads.submit(_encode_in_one, idle, batch.texts)))
             if len(waiting) == 4 * workers:
                 yield _finished(waiting)
         while waiting:
             yield _finished(waiting)
-    except BrokenProcessPool:
+    except _KilledError:
         raise UserError(
             "a tokenizing process was killed, most likely for lack of memory; "
             f"use fewer --workers than {workers}"
         ) from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        for worker in started:
+            worker.kill()  # ends the wait of its thread, too
+        threads.shutdown(cancel_futures=True)
 
 
-def _finished(waiting: "deque[tuple[AnyBatch, Future[Any]]]") -> tuple[AnyBatch, list[np.ndarray]]:
+def _finished(waiting: "deque[tuple[AnyBatch, Future[Ids]]]") -> tuple[AnyBatch, Ids]:
     batch, future = waiting.popleft()
     return batch, future.result()
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
-    return [np.array(ids, dtype=np.int32) for ids in tokenizer.encode_batch(texts)]
+def _encode_in_one(idle: "SimpleQueue[_Worker]", texts: list[str]) -> Ids:
+    worker = idle.get()
+    try:
+        return worker.encode(texts)
+    finally:
+        idle.put(worker)
 
 
-_tokenizer: Tokenizer  # set in worker processes only
+class _KilledError(Exception):
+    """A worker process is gone."""
 
 
-def _start_worker(path: Path, eod_id: int) -> None:
-    global _tokenizer
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+class _Worker:
+    """A process that encodes, one batch at a time."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        arguments = (theirs, tokenizer.path, tokenizer.eod_id)
+        self._process = context.Process(target=_work, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()  # with it, reading from a process that was killed would wait forever
+
+    def encode(self, texts: list[str]) -> Ids:
+        """Ids of each text. Raises the worker's exception, and _KilledError where it is gone."""
+        try:
+            self._connection.send(texts)
+            found: Ids | Exception = self._connection.recv()
+        except (EOFError, OSError):
+            raise _KilledError from None
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def kill(self) -> None:
+        """End the process at once: it holds nothing that others need."""
+        self._process.kill()
+        self._process.join()
+
+
+def _work(connection: "Connection[Ids | Exception, list[str]]", path: Path, eod_id: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _tokenizer = Tokenizer.load(path, eod=eod_id)
+    try:
+        tokenizer = Tokenizer.load(path, eod=eod_id)
+        while True:
+            texts = connection.recv()
+            try:
+                connection.send(_encode(tokenizer, texts))
+            except Exception as error:
+                connection.send(error)
+    except (EOFError, OSError):  # the main process is gone
+        return
 
 
-def _exit_with_parent() -> None:
-    """Exit when the main process is gone: workers of a killed one would wait forever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _encode_here(texts: list[str]) -> list[np.ndarray]:
-    return _encode(_tokenizer, texts)
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> Ids:
+    return [np.array(ids, dtype=np.int32) for ids in tokenizer.encode_batch(texts)]
