@@ -77,7 +77,7 @@ def _attention(key_value_heads: int, separate: bool, length: int) -> Part:
         """Angles of the CPU: they are fp32 by definition, and the last bit of a frequency is, at position
         1,000, more than the limit."""
         if not separate:
-            found = single_document(config, 0, length, CPU)
+            found = single_document(config, length, CPU)
             return found._replace(cos=found.cos.to(device), sin=found.sin.to(device))
         found = separate_documents(config, ids, EOD, dtype)
         mask = separate_documents(config, ids.to(device), EOD, dtype).mask

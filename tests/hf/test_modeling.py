@@ -92,7 +92,9 @@ def _pieces(model: Transformer, gradients: dict[str, Any]) -> list[Tensor]:
 def test_greedy_is_our_decoders_and_left_padding_changes_nothing(model: Transformer, exported: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(exported)
     prompts = [PROMPT, [80, 2, 61], [33] * 12]
-    expected = [list(Decoder(model, source_of(model)).generate(p, 20, stop_ids=[96])) for p in prompts]
+    expected = [
+        list(Decoder(model, source_of(model)).generate(p, max_new_tokens=20, stop_ids=[96])) for p in prompts
+    ]
     for prompt, tokens in zip(prompts, expected, strict=True):
         out = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
         new = out[0, len(prompt) :].tolist()
