@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
 def _perplexities(args: argparse.Namespace) -> dict[str, Any]:
     from mlm_train.evaluate.scorer import Scorer
 
+    options = replace(store_options(args), verify=args.verify or "sizes")
     scorer = Scorer(
         args.model,
         args.data,
@@ -95,7 +96,6 @@ def _perplexities(args: argparse.Namespace) -> dict[str, Any]:
     else:
         from mlm_train.tol.serve.source import TolSource
 
-        options = replace(store_options(args), verify=args.verify or "sizes")
         source = TolSource.of_model(args.tol, scorer.folder, options, patches=args.tol_patch)
         scored = scorer.score(source)
     result = {"loss": scored.loss, "perplexity": scored.perplexity, "tokens": scored.tokens}

@@ -132,6 +132,8 @@ def test_a_full_context_is_said(folders: tuple[str, str], capsys: pytest.Capture
         (["--prompt", "caf\udce9"], "UTF-8"),
         (["--prompt-ids", "1", "--tol", "/nothing"], "does not exist"),
         (["--prompt-ids", "1", "--stats"], "give --tol"),
+        (["--prompt-ids", "1", "--tol-tier", "disk"], "--tol-tier has no effect without a table"),
+        (["--prompt-ids", "1", "--tol-patch", "p"], "--tol-patch has no effect without a table"),
         (["--prompt-ids", "1", "--top-k", "-1"], "top_k -1: give 0"),
         (["--prompt-ids", "1", "--repetition-penalty", "0"], "repetition_penalty 0.0: give more"),
         (["--prompt-ids", "1", "--stop", ""], "stop ('',): give texts"),

@@ -48,6 +48,12 @@ def store_options(args: argparse.Namespace) -> "StoreOptions":
     from mlm_train.errors import UserError
     from mlm_train.tol.serve.store import StoreOptions
 
+    options = ("tol_lock", "tol_cache", "tol_hot", "tol_direct", "tol_patch")
+    given = ["tol_tier"] * (args.tol_tier != "shared") + [name for name in options if getattr(args, name)]
+    if given and args.tol is None:
+        raise UserError(
+            f"--{given[0].replace('_', '-')} has no effect without a table: give --tol TOLDIR too"
+        )
     hot = None
     if args.tol_hot is not None:
         if not args.tol_cache:
