@@ -111,6 +111,7 @@ def test_options_that_do_not_go_together(table: Path) -> None:
         (StoreOptions("shared", cache_bytes=1), "are for tier disk"),
         (StoreOptions("resident", direct=True), "are for tier disk"),
         (StoreOptions("disk", lock=True), "use tier shared"),
+        (StoreOptions("disk", cache_bytes=2**20, hot=[3, VOCABULARY]), "give data of its tokenizer"),
     ):
         with pytest.raises(UserError, match=message):
             opened(table, options)

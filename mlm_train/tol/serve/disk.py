@@ -62,6 +62,11 @@ class DiskStore:
         self._end = weakref.finalize(self, _end, self._readers, self._files)
         self._cache = _Cache.of(options, self._size, index.vocab_size)
         if self._cache is not None and options.hot is not None:
+            if max(options.hot, default=0) >= index.vocab_size:
+                raise UserError(
+                    f"{folder} has {index.vocab_size} rows, and the frequent ids go to {max(options.hot)}: "
+                    "give data of its tokenizer"
+                )
             self._pin(self._cache, options.hot)
             self.counters = Counters()
 
