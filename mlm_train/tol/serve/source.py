@@ -66,14 +66,15 @@ class TolSource:
         That is known of an export whose files were hashed (--verify full), from their checksums; of others
         only the shapes are compared. Raises UserError where it is another.
         """
-        source = cls.open_folder(folder, model.config, options, device, patches)
-        built_from = read_index(folder).source.checkpoint
-        if model.manifest is None and model.digests and fingerprint(model.path, model.digests) != built_from:
+        index = read_index(folder)
+        check_fits(Path(folder), index, model.config)
+        hashed = fingerprint(model.path, model.digests) if model.manifest is None and model.digests else None
+        if hashed not in (None, index.source.checkpoint):
             raise UserError(
                 f"{folder} was built from another model than {model.path}: give the one it was built from, "
                 "or --verify sizes where both hold the same weights"
             )
-        return source
+        return cls.open_folder(folder, model.config, options, device, patches)
 
     def request(self, ids: Tensor) -> None:
         """Begin to read the rows of ids [...] that will be opened soon; the last REQUESTS are kept."""
