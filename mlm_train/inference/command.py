@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlm_train.errors import UserError
 from mlm_train.tol.serve.arguments import add_tol_arguments, store_options
-from mlm_train.utils.arguments import MODEL_KINDS, seed
+from mlm_train.utils.arguments import MODEL_KINDS, layers_in, seed
 from mlm_train.utils.checks import add_verify
 from mlm_train.utils.terminal import json_line, shown
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from mlm_train.inference.generation import Generation
     from mlm_train.inference.language_model import LanguageModel
     from mlm_train.inference.sampling import Sampling
+
+MOST_LAYERS = 10_000
 
 HELP = """Continue a prompt, or all of a file. With --tol, FFN-M's weights are never loaded: its output is
 looked up. Ends at any of the model's end tokens. On a terminal, control characters in the text are shown
@@ -50,7 +52,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="factor on FFN-M's output, instead of the model's: one number, or one per layer such as 1,1,0.5",
     )
     parser.add_argument(
-        "--drop-layers", metavar="LAYERS", help="layers whose FFN-M adds nothing, such as 0,3"
+        "--drop-layers", metavar="LAYERS", help="layers whose FFN-M adds nothing, such as 3,5-7"
     )
 
 
@@ -145,6 +147,9 @@ def run(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace, skip_tokenizer: bool) -> "LanguageModel":
     from mlm_train.inference.language_model import load
 
+    dropped = set[int]()
+    if args.drop_layers is not None:  # the model says which ones it has
+        dropped = layers_in("--drop-layers", args.drop_layers, range(MOST_LAYERS))
     scales = None if args.memory_scale is None else _numbers(float, args.memory_scale, "--memory-scale")
     return load(
         args.model,
@@ -153,7 +158,7 @@ def _load(args: argparse.Namespace, skip_tokenizer: bool) -> "LanguageModel":
         patches=args.tol_patch,
         verify=args.verify,
         memory_scale=scales[0] if scales is not None and len(scales) == 1 else scales,
-        dropped_layers=_numbers(int, args.drop_layers or "", "--drop-layers"),
+        dropped_layers=dropped,
         add_bos=args.add_bos,
         skip_tokenizer=skip_tokenizer,
     )

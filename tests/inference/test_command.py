@@ -143,7 +143,7 @@ def test_a_full_context_is_said(folders: tuple[str, str], capsys: pytest.Capture
         (["--prompt-ids", "1", "--add-bos"], "write the id there"),
         (["--prompt-ids", "1", "--memory-scale", "a"], "--memory-scale 'a': give numbers"),
         (["--prompt-ids", "1", "--memory-scale", "1,1"], "or 3, one per layer"),
-        (["--prompt-ids", "1", "--drop-layers", "1.5"], "--drop-layers '1.5': give whole numbers"),
+        (["--prompt-ids", "1", "--drop-layers", "1.5"], "--drop-layers 1.5: give layers such as 3,5-7"),
         (["--prompt-ids", "1", "--drop-layers", "3"], "layers are 0 to 2"),
         (["--prompt", "a"], "holds no tokenizer"),
         (["--prompts", "/nothing.txt"], "No such file"),
