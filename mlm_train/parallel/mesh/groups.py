@@ -55,15 +55,11 @@ class ProcessGroups:
         """
         if replicate == 1:
             return DeviceMesh.from_group(self.data, device.type)
-        mesh, groups = torch.empty(0), []
-        world = torch.arange(topology.world).view(topology.pipeline, topology.data, topology.tensor)
-        for ranks in world.movedim(1, -1).reshape(-1, topology.data):
-            grid = ranks.view(replicate, -1)
-            copies = [dist.new_group(column.tolist()) for column in grid.T]  # every rank creates every group
-            shards = [dist.new_group(row.tolist()) for row in grid]
-            for row, column in (grid == topology.rank).nonzero().tolist():
-                mesh, groups = grid, [copies[column], shards[row]]
-        return DeviceMesh.from_group(groups, device.type, mesh=mesh, mesh_dim_names=("replicate", "shard"))
+        lists = ranks_along(topology.world, topology.tensor, topology.pipeline)["data"]
+        grids = torch.tensor(lists).unflatten(1, (replicate, -1))  # of each data-parallel group
+        mine = next(grid for grid in grids if topology.rank in grid)
+        groups = [_group(axis.flatten(0, 1).tolist()) for axis in (grids.mT, grids)]
+        return DeviceMesh.from_group(groups, device.type, mesh=mine, mesh_dim_names=("replicate", "shard"))
 
 
 def create_groups(topology: Topology, device: torch.device, timeout: timedelta) -> ProcessGroups:

@@ -125,11 +125,10 @@ class MemoryStore:
         self.counters.misses += len(ids)
         self.counters.bytes += len(ids) * self._partitions[0].shape[1]
         found = [(self._partitions[number], local) for number, local in parts]
+        # All at once: touched one after the other, each would wait for the disk.
         for rows, local in found if self._mapped else ():
             size = rows.shape[1]
-            for (
-                number
-            ) in local.tolist():  # all at once; touched one after the other, each would wait for the disk
+            for number in local.tolist():
                 will_need(rows.data_ptr() + number * size, size)
         return _Gathered(found, len(ids), self.counters)
 
