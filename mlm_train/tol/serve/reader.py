@@ -27,35 +27,56 @@ BASIS_HEADER = 128  # bytes per layer; more than its entry can need
 
 
 class RowDecoder:
-    """Decodes the layers of encoded rows."""
+    """Decodes the layers of encoded rows.
+
+    alike: the first layer's encoding, where a row is layers of that encoding and of full rank, one by one.
+    """
 
     def __init__(self, index: TolIndex, bases: dict[int, Tensor]) -> None:
-        self._hidden, self._bases = index.hidden_size, bases
+        self.row_bytes, self._hidden, self._bases = index.row_bytes, index.hidden_size, bases
         self._fields: dict[int, tuple[int, int, Encoding]] = {}
         for layer, field in zip(index.layers, index.fields, strict=True):
             spans = field.spans(index.hidden_size)
             first, last = min(start for start, _ in spans), max(stop for _, stop in spans)
             self._fields[layer] = first, last, field.moved(-first)
+        self.alike = _alike(index)
 
     def columns(self, layer: int) -> tuple[int, int] | None:
         """The bytes [first, last) of a row that hold a layer; None for one that is not stored."""
         found = self._fields.get(layer)
         return None if found is None else found[:2]
 
-    def values(self, columns: Tensor, layer: int) -> Tensor:
+    def values(self, columns: Tensor, layer: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Decode a layer from its `columns`, uint8 [n, last - first], to [n, hidden].
 
-        In fp32 or the layer's plain type. A low-rank layer is multiplied by its basis, in fp32.
+        In fp32 or the layer's plain type. A low-rank layer is multiplied by its basis, in `dtype`.
         """
         field = self._fields[layer][2]
         decoded = decode(field, columns, self._hidden)
         if field.rank is None:
             return decoded
-        return decoded.float() @ self._bases[layer].to(columns.device)
+        basis = self._bases[layer] = self._bases[layer].to(columns.device, dtype)
+        return decoded.to(dtype) @ basis
+
+    def all_values(self, rows: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
+        """Decode all stored layers of whole rows, uint8 [n, row bytes], at once: [n, hidden] by layer.
+
+        They must be stored alike. `dtype`: of the values.
+        """
+        assert self.alike is not None
+        parts = rows.reshape(rows.shape[0] * len(self._fields), -1)
+        values = decode(self.alike, parts, self._hidden).to(dtype).view(rows.shape[0], -1, self._hidden)
+        return dict(zip(self._fields, values.unbind(1), strict=True))
 
     def in_basis(self, values: Tensor, layer: int) -> Tensor:
         """Project values [n, hidden] of a low-rank layer to its stored coordinates [n, rank]."""
-        return values.float() @ projector(self._bases[layer])
+        return values.float() @ projector(self._bases[layer].float())
+
+
+def _alike(index: TolIndex) -> Encoding | None:
+    first, size = index.fields[0], index.row_bytes // len(index.fields)
+    fields = [first.moved(number * size) for number in range(len(index.fields))]
+    return first if first.rank is None and fields == list(index.fields) else None
 
 
 class TableReader:
