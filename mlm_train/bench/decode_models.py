@@ -95,7 +95,8 @@ def filled_cache(config: ModelConfig, rows: int, columns: int, more: int) -> KVC
     shape = (rows, config.kv_heads, columns, config.attention_head_dim)
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(SEED), dtype=torch.float32).to(DTYPE)
     for layer in range(config.num_hidden_layers):
-        cache.append(layer, drawn, drawn)
+        cache.layer(layer).append(drawn, drawn)
+    cache.advance(columns)
     return cache
 
 

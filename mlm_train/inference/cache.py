@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mlm_train.config import ModelConfig
+from mlm_train.model.attention import LayerCache
 from mlm_train.model.geometry import Geometry, single_document
 
 
@@ -37,7 +38,7 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Number of cached columns; it grows with the last layer's append, so all layers see the same."""
+        """Number of cached columns."""
         return self._length
 
     @property
@@ -67,17 +68,13 @@ class KVCache:
             self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1), attends.unsqueeze(1)
         )
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append [rows, kv_heads, new, head_dim] to the first rows, which may be fewer than all.
+    def layer(self, number: int) -> LayerCache:
+        """The keys and values of a layer."""
+        return LayerCache(self._keys[number], self._values[number], self._length)
 
-        Returns views of all their columns, oldest first.
-        """
-        rows, start, stop = key.shape[0], self._length, self._length + key.shape[2]
-        self._keys[layer, :rows, :, start:stop] = key
-        self._values[layer, :rows, :, start:stop] = value
-        if layer == self._keys.shape[0] - 1:
-            self._length = stop
-        return self._keys[layer, :rows, :, :stop], self._values[layer, :rows, :, :stop]
+    def advance(self, new: int) -> None:
+        """`new` columns have been appended to all layers."""
+        self._length += new
 
     def crop(self, length: int) -> None:
         """Forget all but the first `length` columns."""

@@ -1,6 +1,6 @@
 """Causal self-attention with grouped key-value heads."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +13,24 @@ from mlm_train.model.recompute import recomputed
 from mlm_train.model.rope import rotate
 
 
+class LayerCache(NamedTuple):
+    """A layer's keys and values [rows, kv_heads, capacity, head_dim]; `length` columns are filled."""
+
+    keys: Tensor
+    values: Tensor
+    length: int
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write [rows, kv_heads, new, head_dim] after them, of the first rows, which may be fewer than all.
+
+        Returns views of all columns of these rows, oldest first.
+        """
+        rows, stop = key.shape[0], self.length + key.shape[2]
+        self.keys[:rows, :, self.length : stop] = key
+        self.values[:rows, :, self.length : stop] = value
+        return self.keys[:rows, :, :stop], self.values[:rows, :, :stop]
+
+
 class KeyValueCache(Protocol):
     """Keys and values of earlier tokens; inference/ implements it."""
 
@@ -20,8 +38,12 @@ class KeyValueCache(Protocol):
         """Geometry of the next `new` tokens of the first `rows` rows, whose keys are the cached ones too."""
         ...
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append [batch, kv_heads, new, head_dim]; return [batch, kv_heads, all, head_dim], in order."""
+    def layer(self, number: int) -> LayerCache:
+        """Those of a layer; the next tokens are to be appended to each layer's."""
+        ...
+
+    def advance(self, new: int) -> None:
+        """`new` tokens have been appended to all layers."""
         ...
 
 
@@ -44,21 +66,19 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         geometry: Geometry,
-        layer: int = 0,
-        cache: KeyValueCache | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """x [batch, sequence, hidden] -> the same shape; a cache adds earlier tokens."""
         qkv = self.qkv_proj(x)
         if self.recompute and cache is None:
             return self.o_proj(recomputed(self._attend, qkv, geometry))
-        return self.o_proj(self._attend(qkv, geometry, layer, cache))
+        return self.o_proj(self._attend(qkv, geometry, cache))
 
     def _attend(
         self,
         qkv: Tensor,
         geometry: Geometry,
-        layer: int = 0,
-        cache: KeyValueCache | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """qkv [batch, sequence, (heads + 2 * kv_heads) * head_dim] -> [batch, sequence, heads * head_dim]."""
         batch, length, _ = qkv.shape
@@ -69,7 +89,7 @@ class Attention(nn.Module):
         if length > 1:  # a branch, since `length > 1` is symbolic in a graph compiled for any length
             causal = mask is None
         if cache is not None:
-            key, value = cache.append(layer, key, value)
+            key, value = cache.append(key, value)
         if cache is None and causal and causal_attention_applies(query, key):
             out = causal_attention(query, key, value)
         else:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mlm_train.config import ModelConfig
 from mlm_train.config.schema import ActivationCheckpointing
-from mlm_train.model.attention import Attention, KeyValueCache
+from mlm_train.model.attention import Attention, LayerCache
 from mlm_train.model.compiled import compiled
 from mlm_train.model.feedforward import LinearFFN, SwiGLU
 from mlm_train.model.geometry import Geometry
@@ -57,13 +57,13 @@ class BaseBlock(Block):
         x: Tensor,
         geometry: Geometry,
         read: MemoryReader | None = None,
-        cache: KeyValueCache | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """x [batch, sequence, hidden] -> the same shape. `read` is not used."""
         return self._run(BaseBlock._layer, x, geometry, cache)
 
-    def _layer(self, x: Tensor, geometry: Geometry, cache: KeyValueCache | None) -> Tensor:
-        y = x + self.self_attn(self.input_layernorm(x), geometry, self.layer, cache)
+    def _layer(self, x: Tensor, geometry: Geometry, cache: LayerCache | None) -> Tensor:
+        y = x + self.self_attn(self.input_layernorm(x), geometry, cache)
         return y + self.mlp(self.post_attention_layernorm(y))
 
 
@@ -111,7 +111,7 @@ class MemoryBlock(Block):
         x: Tensor,
         geometry: Geometry,
         read: MemoryReader,
-        cache: KeyValueCache | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """x [batch, sequence, hidden] -> the same shape. The lookup is outside the checkpointed region."""
         y = self._run(MemoryBlock._context, x, geometry, cache)
@@ -120,9 +120,9 @@ class MemoryBlock(Block):
         memory = read(self.layer)
         return y + (memory if self.alpha == 1.0 else self.alpha * memory)
 
-    def _context(self, x: Tensor, geometry: Geometry, cache: KeyValueCache | None) -> Tensor:
+    def _context(self, x: Tensor, geometry: Geometry, cache: LayerCache | None) -> Tensor:
         """x + Attn(N(x)) [+ FFN_C(N_c(x))]: the part that depends on earlier tokens."""
-        y = x + self.self_attn(self.input_layernorm(x), geometry, self.layer, cache)
+        y = x + self.self_attn(self.input_layernorm(x), geometry, cache)
         if self.compute_mlp is None:
             return y
         context = y if self.after_attention else x

@@ -70,14 +70,26 @@ class Transformer(nn.Module):
 
     def scaled(self, memory_scale: Sequence[float]) -> "Transformer":
         """This model with another alpha per layer; it shares this one's weights."""
-        scaled = self.part(range(self.config.num_hidden_layers), heads=True)
+        scaled = self._twin()
         scaled.config = self.config.model_copy(update={"memory_scale": list(memory_scale)})
-        scaled.training = self.training
-        for layer, block in self.memory_blocks().items():
-            other = copy.copy(block)  # a new object with the same parameters and modules
-            other.alpha = memory_scale[layer]
-            scaled.layers[str(layer)] = other
+        for layer, block in scaled.memory_blocks().items():
+            block.alpha = memory_scale[layer]
         return scaled
+
+    def with_compiled_layers(self) -> "Transformer":
+        """This model with layers that are compiled when they are called; it shares this one's weights."""
+        twin = self._twin()
+        for layer in range(self.config.num_hidden_layers):
+            twin.block(layer).compiles = True
+        return twin
+
+    def _twin(self) -> "Transformer":
+        """This model with other Block objects, which have the same parameters and modules."""
+        twin = self.part(range(self.config.num_hidden_layers), heads=True)
+        twin.training = self.training
+        for name, block in self.layers.items():
+            twin.layers[name] = copy.copy(block)
+        return twin
 
     def block(self, layer: int) -> Block:
         """A layer by its number in the whole model."""
@@ -116,8 +128,10 @@ class Transformer(nn.Module):
             geometry = separate_documents(self.config, ids, self.separator, compute_dtype(x))
         else:
             geometry = single_document(self.config, ids.shape[1], x.device)
-        for layer in self.layers.values():
-            x = layer(x, geometry, read, cache)
+        for number, layer in self.layers.items():
+            x = layer(x, geometry, read, None if cache is None else cache.layer(int(number)))
+        if cache is not None:
+            cache.advance(ids.shape[1])
         return x
 
     def hidden(

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from mlm_train.bench.random_table import write_random_table
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.tol.format.index_file import read_index
-from mlm_train.tol.serve import disk
+from mlm_train.tol.format.schemes import Scheme
+from mlm_train.tol.serve import disk, layers
 from mlm_train.tol.serve.reader import TableReader
 from mlm_train.tol.serve.source import TolSource, open_store
 from mlm_train.tol.serve.store import RowStore, StoreOptions
@@ -39,6 +41,34 @@ def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def opened(folder: Path, options: StoreOptions) -> RowStore:
     return open_store(folder, read_index(folder), options, torch.device("cpu"))
+
+
+SCHEMES = {
+    "bfloat16": Scheme(dtype="bfloat16"),
+    "int8": Scheme(dtype="int8", group_size=8, symmetric=False),
+    "int4": Scheme(dtype="int4", group_size=16),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_rows_are_decoded_whole_and_equal_many(
+    name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ModelConfig.model_validate(
+        {"kind": "memory", "vocab_size": 60, "hidden_size": 40, "num_hidden_layers": 3}
+        | {"num_attention_heads": 4, "intermediate_size": 8, "max_position_embeddings": 8}
+    )
+    folder = write_random_table(tmp_path / "tol", config, SCHEMES[name])
+    source, reader = TolSource.open_folder(folder, config), TableReader.open_folder(folder)
+    ids = torch.tensor([[3, 59, 3], [0, 7, 59]])
+    x0 = torch.zeros(2, 3, 40, dtype=dtype)
+    whole = source.open(ids, x0)
+    monkeypatch.setattr(layers, "TOGETHER", 0)
+    parts = source.open(ids, x0)
+    for layer in (2, 0, 1):
+        expected = reader.values(reader.range(0, 60), layer)[ids].to(dtype)
+        assert torch.equal(whole(layer), expected) and torch.equal(parts(layer), expected)
 
 
 def drawn(count: int, seed: int) -> Tensor:
