@@ -12,7 +12,7 @@ from torch import Tensor
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.tol.format.index_file import read_index
-from mlm_train.tol.serve import disk
+from mlm_train.tol.serve import disk, parts
 from mlm_train.tol.serve.reader import TableReader
 from mlm_train.tol.serve.source import TolSource, open_store
 from mlm_train.tol.serve.store import RowStore, StoreOptions
@@ -48,9 +48,9 @@ def drawn(count: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_tier_gives_the_rows(name: str, table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows, many, all, none of a partition; read whole, or in parts; again, from the cache."""
-    monkeypatch.setattr(disk, "PART_BYTES", 4096)
+    monkeypatch.setattr(parts, "PART_BYTES", 4096)
     expected, store = TableReader.open_folder(table).range(0, VOCABULARY), opened(table, OPTIONS[name])
-    counts = (1, 7, disk.MANY_ROWS, 300, 20, 20, VOCABULARY)
+    counts = (1, 7, parts.MANY_ROWS, 300, 20, 20, VOCABULARY)
     try:
         for seed, count in enumerate(counts):
             ids = drawn(count, min(seed, 4))

@@ -40,7 +40,7 @@ class TolSource:
         device: torch.device | str = "cpu",
         patches: Sequence[str | Path] = (),
     ) -> Self:
-        """Open a table as `options` say (default: StoreOptions()); device: that of tier resident.
+        """Open a table as `options` say (default: StoreOptions()); device: the model's.
 
         patches: files of `mlm-train tol patch`, later ones over earlier ones. A layer that the table dropped
         reads as zeros. Raises UserError for detected damage and for a table of a model of another shape.
@@ -50,7 +50,8 @@ class TolSource:
         check_fits(folder, index, config)
         overlay = [Patch.read(patch, folder) for patch in patches]
         store = open_store(folder, index, options or StoreOptions(), torch.device(device))
-        return cls(store, RowDecoder(index, read_bases(folder, index)), overlay)
+        bases = {layer: basis.to(device) for layer, basis in read_bases(folder, index).items()}
+        return cls(store, RowDecoder(index, bases), overlay)
 
     @classmethod
     def of_model(
@@ -120,12 +121,13 @@ def open_store(folder: Path, index: TolIndex, options: StoreOptions, device: tor
     if options.lock and options.tier != "shared":
         raise UserError(f"tier {options.tier}: only mapped files can be locked in memory: use tier shared")
     if on_disk:
-        return DiskStore(folder, index, options)
+        return DiskStore(folder, index, options, device)
     starts: Sequence[int] = [partition.rows[0] for partition in index.partitions]
-    if options.tier == "resident":
+    mapped = options.tier == "shared"
+    if not mapped:
         partitions = [rows.to(device, copy=True) for rows in partitions]
     if options.lock:
         for rows in partitions:
             lock_memory(rows.data_ptr(), rows.numel())
     touch = Touch(folder, index) if options.first_touch else None
-    return MemoryStore(partitions, starts, options.tier == "shared", touch)
+    return MemoryStore(partitions, starts, mapped, touch, device if mapped else None)
