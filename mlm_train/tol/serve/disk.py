@@ -29,6 +29,7 @@ from mlm_train.tol.serve.store import Counters, StoreOptions, Touch, copy_rows, 
 from mlm_train.tol.serve.upload import stream_beside
 from mlm_train.tol.storage.direct_io import BLOCK
 from mlm_train.utils.files import listed
+from mlm_train.utils.trace import span
 from mlm_train.utils.units import in_units
 
 
@@ -39,6 +40,7 @@ class _Read(NamedTuple):
     row: int
     file: int
     at: int
+    bytes: int
 
 
 class DiskStore:
@@ -108,9 +110,9 @@ class DiskStore:
         self.counters.misses += len(places)
         self.counters.hits += row - len(places)
         self.counters.bytes += len(places) * self._size
-        for part, first in enumerate(cuts[:-1]):
+        for part, (first, last) in enumerate(itertools.pairwise(cuts)):
             for file, start, row in places:
-                yield _Read(part, row, file, start + first)
+                yield _Read(part, row, file, start + first, last - first)
 
     def _pin(self, cache: "_Cache", hot: Sequence[int]) -> None:
         """Read the rows of the most frequent ids into the cache, in parts."""
@@ -271,7 +273,8 @@ def _work(work: "queue.SimpleQueue[tuple[_Reading, Iterator[_Read]] | None]", fi
         reading, reads = item
         for read in reads:
             try:
-                files.read(read.file, read.at, reading.views[read.part][read.row].data)
+                with span("tol.read", read):
+                    files.read(read.file, read.at, reading.views[read.part][read.row].data)
                 reading.done(read.part)
             except Exception as error:  # shown to whoever waits for the row; this thread serves the next
                 reading.failed(read.part, error)

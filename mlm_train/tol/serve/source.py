@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -20,8 +20,15 @@ from mlm_train.tol.serve.patch import Overlay, Patch
 from mlm_train.tol.serve.reader import RowDecoder, open_partitions, read_bases
 from mlm_train.tol.serve.store import MemoryStore, Rows, RowStore, StoreOptions, Touch
 from mlm_train.utils.host_memory import lock_memory
+from mlm_train.utils.trace import span
 
 REQUESTS = 2  # a prompt's next chunk, and the next prompts' first one
+
+
+class _Waiting(NamedTuple):
+    """What is shown of a wait."""
+
+    layer: int
 
 
 class TolSource:
@@ -80,6 +87,8 @@ class TolSource:
     def request(self, ids: Tensor) -> None:
         """Begin to read the rows of ids [...] that will be opened soon; the last REQUESTS are kept."""
         distinct = ids.flatten().unique().cpu()
+        if any(torch.equal(requested, distinct) for requested, _ in self._requested):
+            return  # a batch asks for its first chunk, which the batch before it has asked for
         self._requested.append((distinct, self.store.fetch(distinct)))
 
     def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
@@ -96,7 +105,9 @@ class TolSource:
             columns = self._decoder.columns(layer)
             if columns is None:
                 return torch.zeros_like(x0)
-            encoded = rows.columns(*columns).to(x0.device, non_blocking=True)
+            with span("tol.wait", _Waiting(layer)):
+                encoded = rows.columns(*columns)
+            encoded = encoded.to(x0.device, non_blocking=True)
             values = self._decoder.values(encoded, layer).to(x0.dtype)
             if len(patched):
                 values = self._overlay.apply(values, layer, asked, patched)

@@ -63,21 +63,32 @@ class Counters:
     bytes: int = 0
     wait: float = 0.0
 
+    @property
+    def hit_rate(self) -> float:
+        """Of the distinct ids; 0 where there were none."""
+        return self.hits / self.distinct if self.distinct else 0.0
+
     def __str__(self) -> str:
-        share = self.hits / self.distinct if self.distinct else 0.0
         return (
-            f"ToL: {self.rows:,} rows, {self.distinct:,} distinct per pass, {share:.1%} of them cached, "
-            f"{in_units(self.bytes)} of the others, {1e3 * self.wait:.1f} ms waited"
+            f"ToL: {self.rows:,} rows, {self.distinct:,} distinct per pass, {self.hit_rate:.1%} of them "
+            f"cached, {in_units(self.bytes)} of the others, {1e3 * self.wait:.1f} ms waited"
         )
 
     def prometheus(self) -> str:
         """The totals in Prometheus's text format, as mlm_tol_rows_total and so on."""
-        names = {"wait": "wait_seconds"}
         return "".join(
-            f"# TYPE mlm_tol_{names.get(name, name)}_total counter\n"
-            f"mlm_tol_{names.get(name, name)}_total {value}\n"
-            for name, value in asdict(self).items()
+            f"# TYPE mlm_tol_{name}_total counter\nmlm_tol_{name}_total {value}\n"
+            for name, value in self.by_name().items()
         )
+
+    def by_name(self) -> dict[str, float]:
+        """The totals with their units: rows, distinct, hits, misses, bytes, wait_seconds."""
+        names = {"wait": "wait_seconds"}
+        return {names.get(name, name): value for name, value in asdict(self).items()}
+
+    def since(self, before: "Counters") -> "Counters":
+        """What has been counted since these totals were had."""
+        return Counters(**{name: value - getattr(before, name) for name, value in asdict(self).items()})
 
 
 class Rows(Protocol):
