@@ -76,7 +76,7 @@ def bench_overlap(args: argparse.Namespace) -> int:
 
 def pass_of(events: Sequence[dict[str, Any]], number: int, trace: str) -> Pass:
     """The spans of a forward pass, counted from 1. UserError for one that is not there, or reads nothing."""
-    layers = sorted((event for event in events if "layer " in event["name"]), key=interval)
+    layers = sorted((event for event in events if event["name"].startswith("layer ")), key=interval)
     starts = [place for place, event in enumerate(layers) if event["name"] == layers[0]["name"]]
     if not 1 <= number <= len(starts):
         raise UserError(f"{trace} has {len(starts)} forward passes: --pass {number} is none of them")
@@ -134,10 +134,10 @@ def _plot(found: Pass, file: Path) -> None:
 
     figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(10, 4.4), height_ratios=(3, 1))
     threads = sorted({event["tid"] for event in found.reads})
-    parts = sorted({event["args"]["part"] for event in found.reads})
+    parts = sorted({event["args"].get("part", 0) for event in found.reads})
     for part in parts:
         for lane, thread in enumerate(threads):
-            mine = [e for e in found.reads if (e["tid"], e["args"]["part"]) == (thread, part)]
+            mine = [e for e in found.reads if (e["tid"], e["args"].get("part", 0)) == (thread, part)]
             label = f"part {part + 1} of the rows" if lane == 0 else None
             above.broken_barh(bars(mine), (lane, 0.9), color=f"C{part}", label=label)
     above.set_ylabel(f"reads, {len(threads)} threads")

@@ -66,6 +66,17 @@ def test_every_tier_gives_the_rows(name: str, table: Path, monkeypatch: pytest.M
         store.close()
 
 
+def test_direct_reads_of_rows_that_are_no_whole_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row 64 of 8,256 bytes begins at a page in the file, but would not in rows one after the other."""
+    monkeypatch.setattr(parts, "PART_BYTES", 4096)
+    store = opened(random_table(tmp_path, 130, 2, 1032), OPTIONS["direct"])
+    rows = store.fetch(torch.arange(1, 130)).columns(0, 8256)
+    assert torch.equal(rows, TableReader.open_folder(tmp_path).range(1, 130))
+    store.close()
+
+
 def test_fixed_rows_are_always_hits_and_recent_ones_after_the_first_time(table: Path) -> None:
     size = read_index(table).row_bytes
     pinned = opened(table, StoreOptions("disk", cache_bytes=4 * size, hot=[7, 300, 7, 650, 2, 9]))
