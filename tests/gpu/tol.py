@@ -97,8 +97,8 @@ def serving(device: str) -> Figures:
 
     From disk a layer waits for its own part: the other parts are read once the first one's layers were had.
     """
-    config = ModelConfig(  # rows of 128 KiB: four parts
-        kind="memory", vocab_size=96, hidden_size=4096, num_hidden_layers=8, num_attention_heads=1,
+    config = ModelConfig(  # rows of 64 KiB: two parts
+        kind="memory", vocab_size=96, hidden_size=4096, num_hidden_layers=4, num_attention_heads=1,
         intermediate_size=8,
     )  # fmt: skip
     ids = torch.tensor([[*range(90), 3, 7]])
@@ -124,7 +124,7 @@ def serving(device: str) -> Figures:
 
 def _layers(source: TolSource, ids: Tensor, x0: Tensor) -> list[Tensor]:
     read = source.open(ids, x0)
-    return [read(layer) for layer in range(8)]
+    return [read(layer) for layer in range(4)]
 
 
 @contextlib.contextmanager
