@@ -4,7 +4,14 @@ import argparse
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from mlm_train.bench.serving_command import add_decode, add_store, run_decode, run_store
+from mlm_train.bench.serving_command import (
+    add_decode,
+    add_overlap,
+    add_store,
+    run_decode,
+    run_overlap,
+    run_store,
+)
 from mlm_train.errors import UserError
 from mlm_train.utils.arguments import add_action
 
@@ -124,6 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_scale(actions)
     add_store(actions)
     add_decode(actions)
+    add_overlap(actions)
     _add_profile(actions)
     auto = add_action(actions, "auto", "compare memory.mode=auto with every mode", _AUTO_HELP)
     auto.add_argument("--runs", type=int, metavar="N", default=7, help="timed steps per mode (default 7)")
@@ -318,6 +326,8 @@ def run(args: argparse.Namespace) -> int:
         return run_store(args)
     if args.action == "decode":
         return run_decode(args)
+    if args.action == "overlap":
+        return run_overlap(args)
     if args.action == "scale":
         return _run_scale(args)
     if args.action == "profile":

@@ -1,4 +1,4 @@
-"""`mlm-train bench store` and `bench decode`: their options."""
+"""`mlm-train bench store`, `bench decode` and `bench overlap`: their options."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -16,6 +16,14 @@ sequence. Hit rates of a cache of 0.1, 1 and 10 % of the vocabulary, on real tex
 examples:
   mlm-train bench store --tol tol/run1 --data data/mine
   mlm-train bench store --tol tol/run1 --data data/mine --rows 2048 --json store.json --plot store.png"""
+
+_OVERLAP_HELP = """Say how much of the time of a table's reads is behind the computation of layers.
+
+TRACE is a file of `mlm-train generate --trace`, of a model with --tol and --tol-tier disk.
+
+examples:
+  mlm-train generate --model exports/run1 --tol tol/run1 --tol-tier disk --prompt "Once" --trace trace.json
+  mlm-train bench overlap trace.json --plot overlap.png"""
 
 
 def add_store(actions: "Actions") -> None:
@@ -91,3 +99,21 @@ def run_store(args: argparse.Namespace) -> int:
     from mlm_train.bench.store import bench_store
 
     return bench_store(args)
+
+
+def add_overlap(actions: "Actions") -> None:
+    """Add the action."""
+    overlap = add_action(actions, "overlap", "say what of a table's reads layers hide", _OVERLAP_HELP)
+    overlap.add_argument("trace", metavar="TRACE", help="file of `mlm-train generate --trace`")
+    overlap.add_argument(
+        "--pass", dest="number", type=int, default=1, metavar="N", help="which forward pass (default 1)"
+    )
+    overlap.add_argument("--json", metavar="FILE", help="write the figures to a JSON file")
+    overlap.add_argument("--plot", metavar="FILE", help="plot reads and layers to a PNG")
+
+
+def run_overlap(args: argparse.Namespace) -> int:
+    """Measure. Returns exit code 0."""
+    from mlm_train.bench.overlap import bench_overlap
+
+    return bench_overlap(args)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_train.errors import UserError
-from mlm_train.tol.serve.arguments import add_tol_arguments, store_options
+from mlm_train.tol.serve.arguments import add_tol_arguments, counted, store_options
 from mlm_train.utils.arguments import MODEL_KINDS
 from mlm_train.utils.checks import add_verify
 
@@ -97,7 +97,8 @@ def _perplexities(args: argparse.Namespace) -> dict[str, Any]:
         from mlm_train.tol.serve.source import TolSource
 
         source = TolSource.of_model(args.tol, scorer.folder, options, patches=args.tol_patch)
-        scored = scorer.score(source)
+        with counted(source, args.tensorboard) as after_batch:
+            scored = scorer.score(source, after_batch)
     result = {"loss": scored.loss, "perplexity": scored.perplexity, "tokens": scored.tokens}
     result["windows"] = scorer.windows.count
     if args.baselines:

@@ -1,7 +1,7 @@
 """Perplexity of a model on prepared data, with FFN-M computed or looked up."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,10 @@ class Perplexity:
 
 @torch.inference_mode()
 def measure_perplexity(
-    model: Transformer, source: MemorySource | None, batches: Iterable[tuple[Tensor, Tensor]]
+    model: Transformer,
+    source: MemorySource | None,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    after_batch: Callable[[], object] = lambda: None,
 ) -> Perplexity:
     """Perplexity over batches of (ids, labels), int64 [batch, sequence]; label -100 is ignored."""
     model.eval()
@@ -35,4 +38,5 @@ def measure_perplexity(
     for ids, labels in batches:
         total += loss_sums(model(ids, source), labels).cross_entropy.item()
         tokens += count_labels(labels)
+        after_batch()
     return Perplexity(total / max(tokens, 1), tokens)

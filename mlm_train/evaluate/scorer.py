@@ -1,7 +1,7 @@
 """A model and prepared data, opened once and scored with one or several memory sources."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -138,9 +138,11 @@ class Scorer:
         return make_source("unique", self.model.memory_blocks()) if self.config.has_memory else None
 
     @torch.inference_mode()
-    def score(self, source: MemorySource | None) -> Perplexity:
-        """Perplexity with FFN-M from `source`."""
-        return measure_perplexity(self.model, source, self.windows.batches(show=True))
+    def score(
+        self, source: MemorySource | None, after_batch: Callable[[], object] = lambda: None
+    ) -> Perplexity:
+        """Perplexity with FFN-M from `source`; after_batch: called after each micro-batch."""
+        return measure_perplexity(self.model, source, self.windows.batches(show=True), after_batch)
 
 
 def _id_before_windows(model: ModelFolder, data: PreparedData, add_bos: bool | None) -> int | None:

@@ -3,16 +3,20 @@
 import argparse
 import dataclasses
 import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_train.errors import UserError
-from mlm_train.tol.serve.arguments import add_tol_arguments, store_options
+from mlm_train.tol.serve.arguments import add_tol_arguments, counted, store_options
 from mlm_train.utils.arguments import MODEL_KINDS, layers_in, seed
 from mlm_train.utils.checks import add_verify
+from mlm_train.utils.files import check_output
 from mlm_train.utils.terminal import json_line, shown
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from mlm_train.inference.generation import Generation
     from mlm_train.inference.language_model import LanguageModel
     from mlm_train.inference.sampling import Sampling
@@ -44,6 +48,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add_tol_arguments(parser)
     parser.add_argument(
         "--stats", action="store_true", help="with --tol: also its rows, hits, bytes and waits, to stderr"
+    )
+    parser.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="write when layers were computed and rows were read, for Perfetto or chrome://tracing",
     )
     add_verify(parser, "the model and --tol", "full; sizes for --tol")
     parser.add_argument(
@@ -133,6 +142,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--batch-size has no effect without --prompts; leave it out")
     if args.logprobs is not None and not args.json and not args.prompts:
         raise UserError("--logprobs has no effect on text; add --json")
+    if args.trace is not None:
+        from mlm_train.utils.trace import is_trace
+
+        check_output("--trace", args.trace, is_trace, "trace")
     from mlm_train.inference.sampling import Sampling
     from mlm_train.tol.serve.source import TolSource
 
@@ -185,10 +198,20 @@ def _run_file(args: argparse.Namespace, sampling: "Sampling") -> "LanguageModel"
             generations.append(model.begin(prompt, sampling))
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
-    completions = model.complete(generations, BATCH_SIZE if args.batch_size is None else args.batch_size)
-    for (prompt, _), completion, generation in zip(prompts, completions, generations, strict=True):
-        print(json_line({"prompt": prompt, "text": completion.text, **_tree(generation)}), flush=True)
+    size = BATCH_SIZE if args.batch_size is None else args.batch_size
+    with _watched(args, model) as after_batch:
+        completions = model.complete(generations, size, after_batch)
+        for (prompt, _), completion, generation in zip(prompts, completions, generations, strict=True):
+            print(json_line({"prompt": prompt, "text": completion.text, **_tree(generation)}), flush=True)
     return model
+
+
+@contextmanager
+def _watched(args: argparse.Namespace, model: "LanguageModel") -> "Iterator[Callable[[], None]]":
+    """Write --trace and --tensorboard of the body; yields what it calls after each batch."""
+    trace = nullcontext() if args.trace is None else model.trace(args.trace)
+    with trace, counted(model.decoder.source, args.tensorboard) as after_batch:
+        yield after_batch
 
 
 def _run_one(args: argparse.Namespace, sampling: "Sampling") -> "LanguageModel":
@@ -196,15 +219,17 @@ def _run_one(args: argparse.Namespace, sampling: "Sampling") -> "LanguageModel":
     prompt = _numbers(int, args.prompt_ids, "--prompt-ids") if by_ids else args.prompt
     model = _load(args, skip_tokenizer=by_ids)
     generation = model.begin(prompt, sampling)
-    if args.json:
-        for _ in model.decoder.run([generation]):
-            pass
-    elif by_ids:
-        _stream_ids(model, generation)
-    else:
-        for piece in model.pieces(generation):
-            print(shown(piece), end="", flush=True)
-        print()
+    with _watched(args, model) as after_batch:
+        if args.json:
+            for _ in model.decoder.run([generation]):
+                pass
+        elif by_ids:
+            _stream_ids(model, generation)
+        else:
+            for piece in model.pieces(generation):
+                print(shown(piece), end="", flush=True)
+            print()
+        after_batch()
     timing, count = model.decoder.timing, len(generation.ids)
     if args.json:
         text = None if generation.text is None else generation.text.text

@@ -1,7 +1,8 @@
 """The Python API: a model with its tokenizer, from text to text."""
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from mlm_train.errors import UserError
 from mlm_train.inference.decode import Decoder, scales_of
 from mlm_train.inference.generation import Generation
 from mlm_train.inference.sampling import Logprob, Sampling
+from mlm_train.inference.trace import traced
 from mlm_train.memory import make_source
 from mlm_train.model.source import MemorySource
 from mlm_train.tol.serve.source import TolSource
@@ -116,19 +118,30 @@ class LanguageModel:
             )
         )
 
-    def complete(self, generations: Sequence[Generation], batch_size: int) -> Iterator[Completion]:
-        """Run generations in batches, in order. Raises UserError at once for a batch_size below 1."""
+    def complete(
+        self,
+        generations: Sequence[Generation],
+        batch_size: int,
+        after_batch: Callable[[], object] = lambda: None,
+    ) -> Iterator[Completion]:
+        """Run generations in batches, in order. Raises UserError at once for a batch_size below 1.
+
+        after_batch: called when a batch has ended.
+        """
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size}: give at least 1")
-        return self._complete(generations, batch_size)
+        return self._complete(generations, batch_size, after_batch)
 
-    def _complete(self, generations: Sequence[Generation], batch_size: int) -> Iterator[Completion]:
+    def _complete(
+        self, generations: Sequence[Generation], batch_size: int, after_batch: Callable[[], object]
+    ) -> Iterator[Completion]:
         for start in range(0, len(generations), batch_size):
             batch, following = (
                 generations[first : first + batch_size] for first in (start, start + batch_size)
             )
             for _ in self.decoder.run(batch, following):
                 pass
+            after_batch()
             yield from map(Completion.of, batch)
 
     def stream(self, prompt: Prompt, **sampling: Any) -> Iterator[str]:
@@ -144,6 +157,16 @@ class LanguageModel:
         """Run a generation with text; yield what each step makes certain of it."""
         assert generation.text is not None
         return (generation.text.take() for _ in self.decoder.run([generation]))
+
+    @contextmanager
+    def trace(self, file: str | Path) -> Iterator[None]:
+        """Write a Chrome trace of what is generated in the body: reads of a table, layers, their waits.
+
+        Raises UserError where the file cannot be written.
+        """
+        with traced(self.decoder.model) as trace:
+            yield
+        trace.write(Path(file))
 
 
 def load(

@@ -48,6 +48,9 @@ CHECKS = {
     "sync": Check("tests.gpu.sync:step", "passes and update that never wait for the device"),
     "tol-rows": Check("tests.gpu.tol:rows", "FFN-M of the vocabulary, as a ToL build computes it"),
     "tol-build": Check("tests.gpu.tol:build", "a ToL built by Ray's workers, and generation from it"),
+    "tol-serving": Check(
+        "tests.gpu.tol:serving", "rows of a table, read part by part and copied beside the computation"
+    ),
     "generation": Check("tests.gpu.tol:generation", "generation with FFN-M computed"),
     "bench": Check("tests.gpu.speed:bench", "bench train, beside transformers' Llama", timeout=7200),
 }

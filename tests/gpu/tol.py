@@ -1,7 +1,11 @@
 """Token-wise lookups and generation on the device, against the CPU."""
 
+import contextlib
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -18,10 +22,13 @@ from mlm_train.tol.build.builder import Build
 from mlm_train.tol.build.row_source import EMBEDDING, ComputedRows, ffn_m_weights
 from mlm_train.tol.format.layout import TableSpec
 from mlm_train.tol.format.schemes import PlainDtype
+from mlm_train.tol.serve.disk import DiskStore
+from mlm_train.tol.serve.parts import cut
 from mlm_train.tol.serve.source import TolSource
-from mlm_train.tol.serve.store import StoreOptions
+from mlm_train.tol.serve.store import RowStore, StoreOptions
 from tests.gpu.checks import BF16_FACTOR, Figures, within
 from tests.parallel.reference import relative_error
+from tests.partitions import random_table
 
 FP32 = 1e-5  # relative error
 PROMPT = [5, 80, 2, 2, 61, 9, 33]
@@ -83,6 +90,71 @@ def build(device: str) -> Figures:
         error = relative_error({layer: read(int(layer)) for layer in exact}, exact)
         assert _tokens(model.to(device), source) == _tokens(random_model()), "other tokens than computed"
     return within({"rows fp32": error}, {"fp32": FP32})
+
+
+def serving(device: str) -> Figures:
+    """Every tier's layers are those of the CPU, and none waits for the device.
+
+    From disk a layer waits for its own part: the other parts are read once the first one's layers were had.
+    """
+    config = ModelConfig(  # rows of 64 KiB: two parts
+        kind="memory", vocab_size=96, hidden_size=4096, num_hidden_layers=4, num_attention_heads=1,
+        intermediate_size=8,
+    )  # fmt: skip
+    ids = torch.tensor([[*range(90), 3, 7]])
+    with tempfile.TemporaryDirectory() as name:
+        table = random_table(Path(name), 96, config.num_hidden_layers, config.hidden_size)
+        expected = _layers(TolSource.open_folder(table, config), ids, torch.zeros(*ids.shape, 4096))
+        figures: Figures = {}
+        for tier in ("resident", "shared", "disk"):
+            source = TolSource.open_folder(table, config, StoreOptions(tier), device)
+            x0 = torch.zeros(*ids.shape, 4096, device=device)
+            rest = threading.Event()
+            with _held(source.store, rest) if tier == "disk" else contextlib.nullcontext():
+                read = source.open(ids.to(device), x0)
+                with _without_waiting(device):
+                    found = [read(layer) for layer in (0, 1)]
+                    rest.set()
+                    found += [read(layer) for layer in range(2, config.num_hidden_layers)]
+            pairs = zip(found, expected, strict=True)
+            figures[tier] = max(float((ours.cpu() - theirs).abs().max()) for ours, theirs in pairs)
+            source.store.close()
+    return within(figures, dict.fromkeys(figures, 0.0))
+
+
+def _layers(source: TolSource, ids: Tensor, x0: Tensor) -> list[Tensor]:
+    read = source.open(ids, x0)
+    return [read(layer) for layer in range(4)]
+
+
+@contextlib.contextmanager
+def _held(store: RowStore, rest: threading.Event) -> Iterator[None]:
+    """Hold up the reads of all parts but the first one until `rest` is set."""
+    assert isinstance(store, DiskStore)
+    first, read = cut(90, store._size)[1], store._files.read
+
+    def held(file: int, at: int, into: memoryview) -> None:
+        if (at - store._offsets[file]) % store._size >= first:
+            assert rest.wait(60), "a layer of the first part waited for another part"
+        read(file, at, into)
+
+    with patch.object(store._files, "read", held):
+        yield
+
+
+@contextlib.contextmanager
+def _without_waiting(device: str) -> Iterator[None]:
+    """Fail where the body waits for the device, if that can be told."""
+    module = None if device == "cpu" else torch.get_device_module(device)
+    if not hasattr(module, "set_sync_debug_mode"):
+        yield
+        return
+    module.synchronize()
+    module.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        module.set_sync_debug_mode("default")
 
 
 def generation(device: str) -> Figures:

@@ -14,7 +14,7 @@ from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.tol.format.index_file import read_index
 from mlm_train.tol.format.schemes import Scheme
-from mlm_train.tol.serve import disk, layers
+from mlm_train.tol.serve import disk, layers, parts
 from mlm_train.tol.serve.reader import TableReader
 from mlm_train.tol.serve.source import TolSource, open_store
 from mlm_train.tol.serve.store import RowStore, StoreOptions
@@ -78,9 +78,9 @@ def drawn(count: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_tier_gives_the_rows(name: str, table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows, many, all, none of a partition; read whole, or in parts; again, from the cache."""
-    monkeypatch.setattr(disk, "PART_BYTES", 4096)
+    monkeypatch.setattr(parts, "PART_BYTES", 4096)
     expected, store = TableReader.open_folder(table).range(0, VOCABULARY), opened(table, OPTIONS[name])
-    counts = (1, 7, disk.MANY_ROWS, 300, 20, 20, VOCABULARY)
+    counts = (1, 7, parts.MANY_ROWS, 300, 20, 20, VOCABULARY)
     try:
         for seed, count in enumerate(counts):
             ids = drawn(count, min(seed, 4))
@@ -94,6 +94,17 @@ def test_every_tier_gives_the_rows(name: str, table: Path, monkeypatch: pytest.M
         assert (counters.hits > 0) == (name in ("pinned", "recent"))
     finally:
         store.close()
+
+
+def test_direct_reads_of_rows_that_are_no_whole_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row 64 of 8,256 bytes begins at a page in the file, but would not in rows one after the other."""
+    monkeypatch.setattr(parts, "PART_BYTES", 4096)
+    store = opened(random_table(tmp_path, 130, 2, 1032), OPTIONS["direct"])
+    rows = store.fetch(torch.arange(1, 130)).columns(0, 8256)
+    assert torch.equal(rows, TableReader.open_folder(tmp_path).range(1, 130))
+    store.close()
 
 
 def test_fixed_rows_are_always_hits_and_recent_ones_after_the_first_time(table: Path) -> None:
@@ -157,7 +168,8 @@ def test_requested_rows_are_not_read_again(table: Path) -> None:
     )  # fmt: skip
     source = TolSource.open_folder(table, config, OPTIONS["disk"])
     ids, x0 = torch.tensor([[3, 5, 3], [650, 5, 5]]), torch.zeros(2, 3, index.hidden_size)
-    source.request(ids)
+    for _ in range(2):  # the batch before, and the batch itself
+        source.request(ids)
     read = source.open(ids, x0)
     expected = TolSource.open_folder(table, config).open(ids, x0)
     assert all(torch.equal(read(layer), expected(layer)) for layer in range(LAYERS))

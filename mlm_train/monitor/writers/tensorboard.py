@@ -1,4 +1,4 @@
-"""TensorBoard event files in train.output/tensorboard."""
+"""TensorBoard event files: of a run in train.output/tensorboard."""
 
 import contextlib
 import io
@@ -12,15 +12,15 @@ from mlm_train.config import Config
 from mlm_train.monitor.appended import Appended
 
 
-class TensorBoardWriter:
-    """Writes one event file per launch and per rollback.
+class EventFiles:
+    """Scalars in a folder, in one event file per launch and per rollback.
 
     A file starts with its first step, from which on TensorBoard drops events of older files, so that steps
     repeated after a crash are not shown twice.
     """
 
-    def __init__(self, config: Config, first_step: int) -> None:
-        self.folder = Path(config.train.output) / "tensorboard"
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = self._open(first_step)
 
@@ -50,6 +50,13 @@ class TensorBoardWriter:
     def close(self) -> None:
         """Try once more to write waiting events, then close."""
         self.file.close()
+
+
+class TensorBoardWriter(EventFiles):
+    """The metrics writer of a run."""
+
+    def __init__(self, config: Config, first_step: int) -> None:
+        super().__init__(Path(config.train.output) / "tensorboard", first_step)
 
 
 def _record(**fields: object) -> bytes:

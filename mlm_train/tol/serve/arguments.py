@@ -1,11 +1,16 @@
 """Options of the commands that serve a model from a table."""
 
 import argparse
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_train.utils.units import size
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from mlm_train.model.source import MemorySource
     from mlm_train.tol.serve.store import StoreOptions
 
 
@@ -41,6 +46,11 @@ def add_tol_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tol-patch", action="append", default=[], metavar="FILE", help="apply a patch; may be repeated"
     )
+    parser.add_argument(
+        "--tensorboard",
+        metavar="DIR",
+        help="write what the table's counters count in each batch there: rows, hits, bytes, waits",
+    )
 
 
 def store_options(args: argparse.Namespace) -> "StoreOptions":
@@ -48,7 +58,7 @@ def store_options(args: argparse.Namespace) -> "StoreOptions":
     from mlm_train.errors import UserError
     from mlm_train.tol.serve.store import StoreOptions
 
-    options = ("tol_lock", "tol_cache", "tol_hot", "tol_direct", "tol_patch")
+    options = ("tol_lock", "tol_cache", "tol_hot", "tol_direct", "tol_patch", "tensorboard")
     given = ["tol_tier"] * (args.tol_tier != "shared") + [name for name in options if getattr(args, name)]
     if given and args.tol is None:
         raise UserError(
@@ -65,3 +75,17 @@ def store_options(args: argparse.Namespace) -> "StoreOptions":
     return StoreOptions(
         tier=args.tol_tier, lock=args.tol_lock, cache_bytes=args.tol_cache, hot=hot, direct=args.tol_direct
     )
+
+
+@contextmanager
+def counted(source: "MemorySource | None", folder: str | None) -> "Iterator[Callable[[], None]]":
+    """What to call after each batch, for the counters of --tensorboard `folder`; None: nothing is written."""
+    from mlm_train.tol.serve.source import TolSource
+
+    if folder is None or not isinstance(source, TolSource):
+        yield lambda: None
+        return
+    from mlm_train.tol.serve.events import CounterEvents
+
+    with closing(CounterEvents(source.store.counters, Path(folder))) as events:
+        yield events.after_batch

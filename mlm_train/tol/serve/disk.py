@@ -24,31 +24,34 @@ from torch import Tensor
 from mlm_train.errors import UserError
 from mlm_train.tol.format.index import INDEX, TolIndex
 from mlm_train.tol.format.partition import RowShape
+from mlm_train.tol.serve.parts import Parts, cut
 from mlm_train.tol.serve.store import Counters, StoreOptions, Touch, copy_rows, split
-from mlm_train.tol.storage.direct_io import BLOCK, buffers
+from mlm_train.tol.serve.upload import stream_beside
+from mlm_train.tol.storage.direct_io import BLOCK
 from mlm_train.utils.files import listed
+from mlm_train.utils.trace import span
 from mlm_train.utils.units import in_units
-
-# From so many rows on a row is read in up to PARTS parts, all rows' first parts first: the first layer then
-# waits for a part of the bytes. A part is at least PART_BYTES: smaller reads are slower per byte.
-MANY_ROWS, PARTS, PART_BYTES = 64, 4, 32768
 
 
 class _Read(NamedTuple):
-    """Bytes [first, last) of a row: where they lie in a file, and where they go."""
+    """A part of a row: where it lies in a file."""
 
     part: int
+    row: int
     file: int
     at: int
-    row: int
-    first: int
-    last: int
+    bytes: int
 
 
 class DiskStore:
-    """Reads rows from the partitions' files; rows of `hot` ids, or those used last, stay in memory."""
+    """Reads rows from the partitions' files; rows of `hot` ids, or those used last, stay in memory.
 
-    def __init__(self, folder: Path, index: TolIndex, options: StoreOptions) -> None:
+    device: where rows are needed; parts of them go there as soon as they are read.
+    """
+
+    def __init__(
+        self, folder: Path, index: TolIndex, options: StoreOptions, device: torch.device | None = None
+    ) -> None:
         self.counters = Counters()
         self._size, shape = index.row_bytes, RowShape.of(index)
         self._starts = torch.tensor([partition.rows[0] for partition in index.partitions])
@@ -56,6 +59,7 @@ class DiskStore:
             len(shape.header(stop - start)) for start, stop in (p.rows for p in index.partitions)
         ]
         self._touch = Touch(folder, index) if options.first_touch else None
+        self._beside = None if device is None else stream_beside(device)
         paths = [listed(folder, partition.file, INDEX) for partition in index.partitions]
         self._files = _Files(paths, options.direct)
         self._readers = _Readers(options.depth, self._files)
@@ -75,13 +79,15 @@ class DiskStore:
         parts = split(ids, self._starts)
         if self._touch is not None:
             self._touch(number for number, _ in parts)
-        (rows,) = buffers(len(ids), self._size, 1)
         missing = torch.ones(len(ids), dtype=torch.bool)
         if self._cache is not None:
-            missing = self._cache.take(ids, rows)
-        reading = _Reading(rows, self._cuts(int(missing.sum())), self.counters)
+            missing = self._cache.lacks(ids)
+        cuts = cut(int(missing.sum()), self._size)
+        reading = _Reading(Parts(len(ids), cuts, self._beside), self.counters)
+        if self._cache is not None:
+            self._cache.copy(ids, ~missing, reading.parts)
         self.counters.distinct += len(ids)
-        self._readers.start(reading, list(self._reads(parts, missing, reading.cuts)))
+        self._readers.start(reading, list(self._reads(parts, missing, cuts)))
         if self._cache is not None and missing.any():
             self._cache.admit_when_read(ids, missing, reading)
         return reading
@@ -89,11 +95,6 @@ class DiskStore:
     def close(self) -> None:
         """End the threads, then close the files; so does the end of the store's life."""
         self._end()
-
-    def _cuts(self, count: int) -> list[int]:
-        """Where a row is divided: multiples of BLOCK, and both ends."""
-        parts = 1 if count < MANY_ROWS else max(1, min(PARTS, self._size // PART_BYTES))
-        return [*(self._size * part // parts // BLOCK * BLOCK for part in range(parts)), self._size]
 
     def _reads(
         self, parts: Sequence[tuple[int, Tensor]], missing: Tensor, cuts: Sequence[int]
@@ -111,13 +112,15 @@ class DiskStore:
         self.counters.bytes += len(places) * self._size
         for part, (first, last) in enumerate(itertools.pairwise(cuts)):
             for file, start, row in places:
-                yield _Read(part, file, start + first, row, first, last)
+                yield _Read(part, row, file, start + first, last - first)
 
     def _pin(self, cache: "_Cache", hot: Sequence[int]) -> None:
         """Read the rows of the most frequent ids into the cache, in parts."""
         ids = torch.tensor(sorted(set(hot[: cache.room])))
         for some in ids.split(1024):
-            cache.put(some, self.fetch(some).columns(0, self._size))
+            reading = self.fetch(some)
+            reading.wait(0, self._size)
+            cache.put(some, reading.parts.rows(torch.arange(len(some))))
         cache.fixed = True
 
 
@@ -127,13 +130,13 @@ def _end(readers: "_Readers", files: "_Files") -> None:
 
 
 class _Reading:
-    """Rows while they are read: uint8 [n, row bytes], complete part by part."""
+    """Rows while they are read, complete part by part."""
 
-    def __init__(self, rows: Tensor, cuts: Sequence[int], counters: Counters) -> None:
-        self.rows, self.cuts = rows, cuts
-        self.view = rows.numpy()
+    def __init__(self, parts: Parts, counters: Counters) -> None:
+        self.parts = parts
+        self.views = [block.numpy() for block in parts.blocks]
         self.error: Exception | None = None
-        self._left = [0] * (len(cuts) - 1)
+        self._left = [0] * len(self.views)
         self._there = [threading.Event() for _ in self._left]
         self._lock, self._counters = threading.Lock(), counters
 
@@ -141,33 +144,45 @@ class _Reading:
         """Note how many reads complete each part."""
         for read in reads:
             self._left[read.part] += 1
-        for left, there in zip(self._left, self._there, strict=True):
+        for part, left in enumerate(self._left):
             if not left:
-                there.set()
+                self._complete(part)
 
-    def done(self, part: int, error: Exception | None = None) -> None:
+    def done(self, part: int) -> None:
         """One read of a part has ended."""
         with self._lock:
-            self.error = self.error or error
             self._left[part] -= 1
-            if not self._left[part] or error:
-                self._there[part].set()
+            last = not self._left[part]
+        if last:
+            self._complete(part)
+
+    def failed(self, part: int, error: Exception) -> None:
+        """One read of a part could not be done."""
+        self.error = self.error or error
+        self._there[part].set()
+
+    def _complete(self, part: int) -> None:
+        self.parts.filled(part)
+        self._there[part].set()
 
     @property
     def complete(self) -> bool:
         """Whether all bytes are there."""
         return self.error is None and all(there.is_set() for there in self._there)
 
-    def columns(self, first: int, last: int) -> Tensor:
-        """Wait for bytes [first, last) of all rows; see store.Rows."""
+    def wait(self, first: int, last: int) -> None:
+        """Wait for bytes [first, last) of all rows. UserError where they cannot be read."""
         started = time.perf_counter()
-        for there, (start, stop) in zip(self._there, itertools.pairwise(self.cuts), strict=True):
-            if start < last and first < stop:
-                there.wait()
+        for part in self.parts.of(first, last):
+            self._there[part].wait()
         self._counters.wait += time.perf_counter() - started
         if self.error is not None:
             raise UserError(f"a row of the table could not be read: {self.error}") from self.error
-        return self.rows[:, first:last]
+
+    def columns(self, first: int, last: int) -> Tensor:
+        """Wait for bytes [first, last) of all rows; see store.Rows."""
+        self.wait(first, last)
+        return self.parts.columns(first, last)
 
 
 class _Files:
@@ -257,12 +272,12 @@ def _work(work: "queue.SimpleQueue[tuple[_Reading, Iterator[_Read]] | None]", fi
     while (item := work.get()) is not None:
         reading, reads = item
         for read in reads:
-            into = reading.view[read.row, read.first : read.last].data
             try:
-                files.read(read.file, read.at, into)
+                with span("tol.read", read):
+                    files.read(read.file, read.at, reading.views[read.part][read.row].data)
                 reading.done(read.part)
             except Exception as error:  # shown to whoever waits for the row; this thread serves the next
-                reading.done(read.part, error)
+                reading.failed(read.part, error)
         del item, reading, reads
 
 
@@ -288,17 +303,19 @@ class _Cache:
             )
         return cls(room, size, vocabulary) if room else None
 
-    def take(self, ids: Tensor, rows: Tensor) -> Tensor:
-        """Copy the rows that are here into `rows` [n, size]; return which are not, bool [n]."""
+    def lacks(self, ids: Tensor) -> Tensor:
+        """Which ids [n] have no row here: bool [n]."""
         self._admit()
-        slots = self._slots[ids]
-        here = slots >= 0
-        if here.any():
-            copy_rows(self._rows, slots[here].tolist(), rows, here.nonzero().flatten().tolist())
-            if not self.fixed:
-                for number in ids[here].tolist():
-                    self._order.move_to_end(number)
-        return ~here
+        return self._slots[ids] < 0
+
+    def copy(self, ids: Tensor, here: Tensor, parts: Parts) -> None:
+        """Copy the rows of those ids [n] that are `here` [n] to their places."""
+        slots, places = self._slots[ids[here]].tolist(), here.nonzero().flatten().tolist()
+        for block, (start, stop) in zip(parts.blocks, itertools.pairwise(parts.cuts), strict=True):
+            copy_rows(self._rows[:, start:stop], slots, block, places)
+        if not self.fixed:
+            for number in ids[here].tolist():
+                self._order.move_to_end(number)
 
     def admit_when_read(self, ids: Tensor, missing: Tensor, reading: _Reading) -> None:
         """Keep these rows when the next ones are asked for, if they are read by then."""
@@ -312,7 +329,7 @@ class _Cache:
         self._pending = None
         if reading.complete:
             last = missing.nonzero().flatten()[-self.room :]
-            self.put(ids[last], reading.rows.index_select(0, last))
+            self.put(ids[last], reading.parts.rows(last))
 
     def put(self, ids: Tensor, rows: Tensor) -> None:
         """Store the rows of those ids that are not here; those unused for longest make room."""

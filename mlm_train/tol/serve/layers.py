@@ -1,11 +1,20 @@
 """Rows, layer by layer: decoded in the type and on the device that the model wants."""
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from mlm_train.tol.serve.reader import RowDecoder
 from mlm_train.tol.serve.store import Rows
+from mlm_train.utils.trace import span
 
 TOGETHER = 1 << 20  # bytes: up to so many, all layers of the rows are decoded at once
+
+
+class _Waiting(NamedTuple):
+    """What a trace shows of a wait: the layer that asks first for bytes."""
+
+    layer: int
 
 
 class DecodedLayers:
@@ -26,12 +35,14 @@ class DecodedLayers:
         if columns is None:
             return None
         if not self._at_once:
-            encoded = self._on_device(*columns)
+            encoded = self._on_device(layer, *columns)
             return self._decoder.values(encoded, layer, self._like.dtype).to(self._like.dtype)
         if self._values is None:
-            rows = self._on_device(0, self._decoder.row_bytes)
+            rows = self._on_device(layer, 0, self._decoder.row_bytes)
             self._values = self._decoder.all_values(rows, self._like.dtype)
         return self._values[layer]
 
-    def _on_device(self, first: int, last: int) -> Tensor:
-        return self._rows.columns(first, last).to(self._like.device, non_blocking=True)
+    def _on_device(self, layer: int, first: int, last: int) -> Tensor:
+        with span("tol.wait", _Waiting(layer)):
+            encoded = self._rows.columns(first, last)
+        return encoded.to(self._like.device, non_blocking=True)

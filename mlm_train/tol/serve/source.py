@@ -41,7 +41,7 @@ class TolSource:
         device: torch.device | str = "cpu",
         patches: Sequence[str | Path] = (),
     ) -> Self:
-        """Open a table as `options` say (default: StoreOptions()); device: that of tier resident.
+        """Open a table as `options` say (default: StoreOptions()); device: the model's.
 
         patches: files of `mlm-train tol patch`, later ones over earlier ones. A layer that the table dropped
         reads as zeros. Raises UserError for detected damage and for a table of a model of another shape.
@@ -51,7 +51,8 @@ class TolSource:
         check_fits(folder, index, config)
         overlay = [Patch.read(patch, folder) for patch in patches]
         store = open_store(folder, index, options or StoreOptions(), torch.device(device))
-        return cls(store, RowDecoder(index, read_bases(folder, index)), overlay)
+        bases = {layer: basis.to(device) for layer, basis in read_bases(folder, index).items()}
+        return cls(store, RowDecoder(index, bases), overlay)
 
     @classmethod
     def of_model(
@@ -80,6 +81,8 @@ class TolSource:
     def request(self, ids: Tensor) -> None:
         """Begin to read the rows of ids [...] that will be opened soon; the last REQUESTS are kept."""
         distinct = ids.flatten().unique().cpu()
+        if any(torch.equal(requested, distinct) for requested, _ in self._requested):
+            return  # a batch asks for its first chunk, which the batch before it has asked for
         self._requested.append((distinct, self.store.fetch(distinct)))
 
     def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
@@ -120,12 +123,13 @@ def open_store(folder: Path, index: TolIndex, options: StoreOptions, device: tor
     if options.lock and options.tier != "shared":
         raise UserError(f"tier {options.tier}: only mapped files can be locked in memory: use tier shared")
     if on_disk:
-        return DiskStore(folder, index, options)
+        return DiskStore(folder, index, options, device)
     starts: Sequence[int] = [partition.rows[0] for partition in index.partitions]
-    if options.tier == "resident":
+    mapped = options.tier == "shared"
+    if not mapped:
         partitions = [rows.to(device, copy=True) for rows in partitions]
     if options.lock:
         for rows in partitions:
             lock_memory(rows.data_ptr(), rows.numel())
     touch = Touch(folder, index) if options.first_touch else None
-    return MemoryStore(partitions, starts, options.tier == "shared", touch)
+    return MemoryStore(partitions, starts, mapped, touch, device if mapped else None)

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from mlm_train.tol.format.index import TolIndex
+from mlm_train.tol.serve.parts import Parts, cut
 from mlm_train.tol.serve.reader import check_rows
+from mlm_train.tol.serve.upload import stream_beside
 from mlm_train.utils.checks import Check
 from mlm_train.utils.host_memory import will_need
 from mlm_train.utils.units import in_units
@@ -61,21 +63,32 @@ class Counters:
     bytes: int = 0
     wait: float = 0.0
 
+    @property
+    def hit_rate(self) -> float:
+        """Of the distinct ids; 0 where there were none."""
+        return self.hits / self.distinct if self.distinct else 0.0
+
     def __str__(self) -> str:
-        share = self.hits / self.distinct if self.distinct else 0.0
         return (
-            f"ToL: {self.rows:,} rows, {self.distinct:,} distinct per pass, {share:.1%} of them cached, "
-            f"{in_units(self.bytes)} of the others, {1e3 * self.wait:.1f} ms waited"
+            f"ToL: {self.rows:,} rows, {self.distinct:,} distinct per pass, {self.hit_rate:.1%} of them "
+            f"cached, {in_units(self.bytes)} of the others, {1e3 * self.wait:.1f} ms waited"
         )
 
     def prometheus(self) -> str:
         """The totals in Prometheus's text format, as mlm_tol_rows_total and so on."""
-        names = {"wait": "wait_seconds"}
         return "".join(
-            f"# TYPE mlm_tol_{names.get(name, name)}_total counter\n"
-            f"mlm_tol_{names.get(name, name)}_total {value}\n"
-            for name, value in asdict(self).items()
+            f"# TYPE mlm_tol_{name}_total counter\nmlm_tol_{name}_total {value}\n"
+            for name, value in self.by_name().items()
         )
+
+    def by_name(self) -> dict[str, float]:
+        """The totals with their units: rows, distinct, hits, misses, bytes, wait_seconds."""
+        names = {"wait": "wait_seconds"}
+        return {names.get(name, name): value for name, value in asdict(self).items()}
+
+    def since(self, before: "Counters") -> "Counters":
+        """What has been counted since these totals were had."""
+        return Counters(**{name: value - getattr(before, name) for name, value in asdict(self).items()})
 
 
 class Rows(Protocol):
@@ -104,7 +117,10 @@ class RowStore(Protocol):
 
 
 class MemoryStore:
-    """Partitions as tensors uint8 [rows, row bytes]: mapped files, memory, or a device's."""
+    """Partitions as tensors uint8 [rows, row bytes]: mapped files, memory, or a device's.
+
+    device: where rows are needed, if it is another one; parts of them go there once they are gathered.
+    """
 
     def __init__(
         self,
@@ -112,8 +128,10 @@ class MemoryStore:
         starts: Sequence[int],
         mapped: bool = False,
         touch: "Touch | None" = None,
+        device: torch.device | None = None,
     ) -> None:
         self.counters, self._mapped = Counters(), mapped
+        self._beside = None if device is None else stream_beside(device)
         self._partitions, self._starts, self._touch = partitions, torch.tensor(starts), touch
 
     def fetch(self, ids: Tensor) -> Rows:
@@ -123,13 +141,16 @@ class MemoryStore:
             self._touch(number for number, _ in parts)
         self.counters.distinct += len(ids)
         self.counters.misses += len(ids)
-        self.counters.bytes += len(ids) * self._partitions[0].shape[1]
+        whole = self._partitions[0].shape[1]
+        self.counters.bytes += len(ids) * whole
         found = [(self._partitions[number], local) for number, local in parts]
         # All at once: touched one after the other, each would wait for the disk.
         for rows, local in found if self._mapped else ():
             size = rows.shape[1]
             for number in local.tolist():
                 will_need(rows.data_ptr() + number * size, size)
+        if self._beside is not None:
+            return _Sent(found, Parts(len(ids), cut(len(ids), whole), self._beside), self.counters)
         return _Gathered(found, len(ids), self.counters)
 
     def close(self) -> None:
@@ -158,6 +179,31 @@ class _Gathered:
 
     def columns(self, first: int, last: int) -> Tensor:
         return self._rows[:, first:last]
+
+
+class _Sent:
+    """Rows that go to an accelerator: a part is gathered and sent when the first layer asks for it."""
+
+    def __init__(self, found: list[tuple[Tensor, Tensor]], parts: Parts, counters: Counters) -> None:
+        self._found, self._parts, self._counters = found, parts, counters
+        self._sent = set[int]()
+
+    def columns(self, first: int, last: int) -> Tensor:
+        started = time.perf_counter()
+        for part in self._parts.of(first, last):
+            if part not in self._sent:
+                self._sent.add(part)
+                self._send(part)
+        self._counters.wait += time.perf_counter() - started
+        return self._parts.columns(first, last)
+
+    def _send(self, part: int) -> None:
+        done, (start, stop) = 0, self._parts.cuts[part : part + 2]
+        for rows, local in self._found:
+            places = range(done, done + len(local))
+            copy_rows(rows[:, start:stop], local.tolist(), self._parts.blocks[part], places)
+            done += len(local)
+        self._parts.filled(part)
 
 
 def copy_rows(rows: Tensor, numbers: Sequence[int], into: Tensor, places: Sequence[int]) -> None:

@@ -98,9 +98,12 @@ class UncachedFile:
         os.fsync(self._file)
 
 
-def buffers(rows: int, size: int, count: int = 2) -> list[Tensor]:
-    """Allocate `count` buffers uint8 [rows, size], aligned for O_DIRECT."""
-    storages = [torch.empty(rows * size + BLOCK, dtype=torch.uint8) for _ in range(count)]
+def buffers(rows: int, size: int, count: int = 2, pinned: bool = False) -> list[Tensor]:
+    """Allocate `count` buffers uint8 [rows, size], aligned for O_DIRECT.
+
+    pinned: in memory from which copies to an accelerator run beside its work.
+    """
+    storages = [torch.empty(rows * size + BLOCK, dtype=torch.uint8, pin_memory=pinned) for _ in range(count)]
     starts = [-storage.data_ptr() % BLOCK for storage in storages]
     return [
         storage[at : at + rows * size].view(rows, size) for storage, at in zip(storages, starts, strict=True)
