@@ -162,7 +162,8 @@ def load(
 ) -> LanguageModel:
     """Load an export, a run's folder (its newest checkpoint), or one checkpoint.
 
-    tol: a folder written by `tol build`; FFN-M is looked up there, and its weights are not loaded. store: how
+    tol: a folder written by `tol build`; FFN-M is looked up there, and its weights are not loaded,
+    nor the embedding where the table has it. store: how
     it is served. patches: files of `tol patch`. dtype: of the weights and the KV cache, such as "bfloat16";
     default float32. verify: how much of both folders is compared with their manifests, "full", "sizes" or
     "none"; default "full", and "sizes" for tol. memory_scale, dropped_layers: see Decoder. add_bos: see
@@ -178,7 +179,8 @@ def load(
     if tol is not None:
         options = dataclasses.replace(store or StoreOptions(), verify=verify or "sizes")
         table = TolSource.of_model(tol, folder, options, target, patches)
-    loaded = load_model(folder, with_memory=table is None, dtype=weights).to(target)
+    embeds = table is None or not table.has_embeddings
+    loaded = load_model(folder, with_memory=table is None, dtype=weights, embeds=embeds).to(target)
     source: MemorySource | None = table
     if table is None and folder.config.has_memory:
         source = make_source("unique", loaded.memory_blocks())

@@ -119,10 +119,12 @@ class OpenedModel(ModelFolder):
         """A tensor's stored dtype as safetensors spells it, such as BF16."""
         return self.tensors.dtype(name)
 
-    def load(self, with_memory: bool = True, dtype: torch.dtype = torch.float32) -> Transformer:
-        """The model, with or without FFN-M, in eval mode on the CPU, without gradients."""
+    def load(
+        self, with_memory: bool = True, dtype: torch.dtype = torch.float32, embeds: bool = True
+    ) -> Transformer:
+        """The model, with or without FFN-M and embedding, in eval mode on the CPU, without gradients."""
         with unfilled():
-            model = Transformer(self.config, with_memory)
+            model = Transformer(self.config, with_memory, embeds=embeds)
         model.to(dtype).to_empty(device="cpu").requires_grad_(False)
         self.tensors.fill(targets(model), model.config, model.with_memory)
         return model.eval()
@@ -172,14 +174,17 @@ def open_model(
 
 
 def load_model(
-    model: str | Path | ModelFolder, with_memory: bool = True, dtype: torch.dtype = torch.float32
+    model: str | Path | ModelFolder,
+    with_memory: bool = True,
+    dtype: torch.dtype = torch.float32,
+    embeds: bool = True,
 ) -> Transformer:
     """Load the model that open_model opens.
 
-    `with_memory=False`: without FFN-M, which a ToL then serves.
+    `with_memory=False`: without FFN-M, which a ToL then serves; `embeds=False`: without the embedding, too.
     """
     with open_model(model, with_memory=with_memory) as opened:
-        return opened.load(with_memory, dtype)
+        return opened.load(with_memory, dtype, embeds)
 
 
 def read_model_config(path: str | Path) -> ModelConfig:

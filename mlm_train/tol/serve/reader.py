@@ -27,12 +27,12 @@ BASIS_HEADER = 128  # bytes per layer; more than its entry can need
 
 
 class RowDecoder:
-    """Decodes the layers of encoded rows."""
+    """Decodes the layers of encoded rows, and the embedding as layer X0."""
 
     def __init__(self, index: TolIndex, bases: dict[int, Tensor]) -> None:
-        self._hidden, self._bases = index.hidden_size, bases
+        self.hidden, self._bases = index.hidden_size, bases
         self._fields: dict[int, tuple[int, int, Encoding]] = {}
-        for layer, field in zip(index.layers, index.fields, strict=True):
+        for layer, field in index.stored.items():
             spans = field.spans(index.hidden_size)
             first, last = min(start for start, _ in spans), max(stop for _, stop in spans)
             self._fields[layer] = first, last, field.moved(-first)
@@ -48,7 +48,7 @@ class RowDecoder:
         In fp32 or the layer's plain type. A low-rank layer is multiplied by its basis, in fp32.
         """
         field = self._fields[layer][2]
-        decoded = decode(field, columns, self._hidden)
+        decoded = decode(field, columns, self.hidden)
         if field.rank is None:
             return decoded
         return decoded.float() @ self._bases[layer].to(columns.device)
@@ -93,7 +93,7 @@ class TableReader:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def values(self, rows: Tensor, layer: int) -> Tensor | None:
-        """Decode a layer of stored rows: see RowDecoder.values. None for a layer that is not stored."""
+        """Decode a layer, or X0, of stored rows: see RowDecoder.values. None for one that is not stored."""
         columns = self._decoder.columns(layer)
         if columns is None:
             return None
