@@ -92,7 +92,7 @@ class Scorer:
         embeds: bool = True,
     ) -> None:
         self.data = PreparedData.open(data, verify or "sizes")
-        self._opened = open_model(model, verify=verify or "full", with_memory=with_memory)
+        self._opened = open_model(model, verify=verify or "full", with_memory=with_memory, embeds=embeds)
         self._with_memory, self._embeds = with_memory, embeds
         self.config: ModelConfig = self._opened.config
         _check_tokenizer(self._opened.home, self.data)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import mlm_train.hf  # noqa: F401 - registers the model
+import mlm_train.hf  # registers the model
 from mlm_train.checkpoint.hf.manifest import MANIFEST
 from mlm_train.errors import UserError
 from mlm_train.model.transformer import Transformer
@@ -99,3 +99,6 @@ def test_a_table_with_embeddings(model: Transformer, exported: Path, tol: Path, 
         with pytest.raises(ValueError, match="row per token"):
             bare(inputs_embeds=torch.zeros(1, 3, 32))
     assert torch.equal(loaded.bfloat16()(ids).logits, looked_up.bfloat16()(ids).logits)
+    assert mlm_train.load(exported, table).logits(PROMPT).isfinite().all()
+    with pytest.raises(UserError, match=r"tensor model.embed_tokens.weight is missing"):
+        mlm_train.load(exported, tol)

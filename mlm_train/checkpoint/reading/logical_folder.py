@@ -126,7 +126,7 @@ class OpenedModel(ModelFolder):
         with unfilled():
             model = Transformer(self.config, with_memory, embeds=embeds)
         model.to(dtype).to_empty(device="cpu").requires_grad_(False)
-        self.tensors.fill(targets(model), model.config, model.with_memory)
+        self.tensors.fill(targets(model), model.config, model.with_memory, embeds)
         return model.eval()
 
     @cached_property
@@ -156,11 +156,13 @@ def open_model(
     needs_ffn_m: bool = False,
     verify: Check = "full",
     with_memory: bool = True,
+    embeds: bool = True,
 ) -> OpenedModel:
     """Open an export, a checkpoint or a run's newest checkpoint, or a ModelFolder that find_model verified.
 
-    `needs_ffn_m`, `verify`: see find_model. `with_memory=False`: an export may lack the weights of FFN-M.
-    Raises UserError for a folder that holds no model, is damaged, or was copied only in part.
+    `needs_ffn_m`, `verify`: see find_model. `with_memory=False`: an export may lack the weights of FFN-M;
+    `embeds=False`: that of an embedding that is not the head's too. Raises UserError for a folder that holds
+    no model, is damaged, or was copied only in part.
     """
     folder = model if isinstance(model, ModelFolder) else find_model(model, verify, needs_ffn_m)
     if folder.manifest is None:
@@ -169,7 +171,7 @@ def open_model(
         from mlm_train.checkpoint.reading.joined import open_joined
 
         tensors = open_joined(folder.path, folder.manifest.files)
-    tensors.check(folder.config, with_memory)
+    tensors.check(folder.config, with_memory, embeds)
     return OpenedModel(folder, tensors)
 
 
@@ -183,7 +185,7 @@ def load_model(
 
     `with_memory=False`: without FFN-M, which a ToL then serves; `embeds=False`: without the embedding, too.
     """
-    with open_model(model, with_memory=with_memory) as opened:
+    with open_model(model, with_memory=with_memory, embeds=embeds) as opened:
         return opened.load(with_memory, dtype, embeds)
 
 
