@@ -178,11 +178,15 @@ class MemoryLLMModel(MemoryLLMPreTrainedModel):
     def use_tol(self, folder: str | Path) -> Self:
         """Look FFN-M's output up in a ToL from now on, and x0 if it is there; drop their weights.
 
-        Returns the model.
-
-        Raises UserError for a damaged table, and for one of another model.
+        Returns the model. Raises UserError for a damaged table, for one of another model, and for one without
+        embeddings after one with them.
         """
-        self.table = open_table(folder, self.config)
+        table = open_table(folder, self.config)
+        if isinstance(self.embed_tokens, TableEmbedding) and not table.has_embeddings:
+            raise UserError(
+                f"{folder} has no embeddings, and the model has none either: load it again with tol={folder}"
+            )
+        self.table = table
         for layer in self.layers:
             for name in FFN_M:
                 layer._modules.pop(name, None)

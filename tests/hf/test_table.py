@@ -91,6 +91,8 @@ def test_a_table_with_embeddings(model: Transformer, exported: Path, tol: Path, 
     ids = torch.randint(0, 97, (2, 30))
     tokens = {"max_new_tokens": 20, "do_sample": False}
     for bare in (loaded, switched):
+        with pytest.raises(UserError, match="has no embeddings, and the model has none either"):
+            bare.use_tol(tol)
         assert not any("embed" in name for name, _ in bare.named_parameters())
         assert torch.equal(bare(ids).logits, looked_up(ids).logits)
         prompt = torch.tensor([PROMPT])
