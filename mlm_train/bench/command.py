@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from mlm_train.bench.serving_command import add_store, run_store
+from mlm_train.bench.serving_command import add_decode, add_store, run_decode, run_store
 from mlm_train.errors import UserError
 from mlm_train.utils.arguments import add_action
 
@@ -123,6 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_x0(actions)
     _add_scale(actions)
     add_store(actions)
+    add_decode(actions)
     _add_profile(actions)
     auto = add_action(actions, "auto", "compare memory.mode=auto with every mode", _AUTO_HELP)
     auto.add_argument("--runs", type=int, metavar="N", default=7, help="timed steps per mode (default 7)")
@@ -315,6 +316,8 @@ def run(args: argparse.Namespace) -> int:
         return bench_tol(args)
     if args.action == "store":
         return run_store(args)
+    if args.action == "decode":
+        return run_decode(args)
     if args.action == "scale":
         return _run_scale(args)
     if args.action == "profile":

@@ -1,4 +1,4 @@
-"""`mlm-train bench store`: its options."""
+"""`mlm-train bench store` and `bench decode`: their options."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -32,6 +32,58 @@ def add_store(actions: "Actions") -> None:
     store.add_argument("--runs", type=int, default=5, metavar="N", help="timed reads each (default 5)")
     store.add_argument("--json", metavar="FILE", help="write the figures to a JSON file")
     store.add_argument("--plot", metavar="FILE", help="plot the figures to a PNG")
+
+
+_DECODE_HELP = """Time tokens and prompts, and count memory, with random weights in the paper's 1B shapes.
+
+base, Flex-MemoryLLM with 1, 2 and 3 h^2 per layer, MemoryLLM; its table of 16, 8 and 4 bits, in memory and on
+disk, with a cache of 0, 1 and 10 % of the vocabulary; transformers' Llama beside. Each is measured in turn,
+again and again; the first round is not counted. Needs 24 GB of disk for the tables, and 16 GB of memory.
+
+examples:
+  mlm-train bench decode --data data/mine
+  mlm-train bench decode --data data/mine --batches 1 --prefills 512 --json decode.json --plot decode.png"""
+
+
+def add_decode(actions: "Actions") -> None:
+    """Add the action."""
+    decode = add_action(actions, "decode", "time decoding and prompts, by kind, table and tier", _DECODE_HELP)
+    decode.add_argument("--data", metavar="DIR", help="folder of `data prepare`: its text's ids (required)")
+    decode.add_argument("--shape", choices=("1b", "tiny"), default="1b", help="default %(default)s")
+    decode.add_argument(
+        "--context",
+        type=int,
+        default=512,
+        metavar="N",
+        help="tokens before those timed (default %(default)s)",
+    )
+    decode.add_argument(
+        "--steps", type=int, default=8, metavar="N", help="timed tokens per round (default %(default)s)"
+    )
+    decode.add_argument("--runs", type=int, default=9, metavar="N", help="rounds (default %(default)s)")
+    for name, values, what in (("batches", (1, 8, 64), "sequences"), ("prefills", (512, 2048), "tokens")):
+        decode.add_argument(
+            f"--{name}", type=int, nargs="+", default=values, metavar="N", help=f"{what} at once"
+        )
+    decode.add_argument("--skip-hf", action="store_true", help="leave transformers out")
+    decode.add_argument("--skip-compile", action="store_true", help="leave compiled models out")
+    decode.add_argument("--work", metavar="DIR", help="where the tables are written (default: the system's)")
+    decode.add_argument("--json", metavar="FILE", help="write the figures to a JSON file")
+    decode.add_argument("--plot", metavar="FILE", help="plot the figures to a PNG")
+    decode.add_argument("--worker", help=argparse.SUPPRESS)
+
+
+def run_decode(args: argparse.Namespace) -> int:
+    """Measure. Returns exit code 0. Raises UserError without --data."""
+    from mlm_train.bench import decode
+
+    if args.worker:
+        return decode.work(args.worker)
+    if args.data is None:
+        from mlm_train.errors import UserError
+
+        raise UserError("bench decode needs --data DIR, a folder of `mlm-train data prepare`")
+    return decode.bench_decode(args)
 
 
 def run_store(args: argparse.Namespace) -> int:

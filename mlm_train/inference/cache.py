@@ -40,14 +40,19 @@ class KVCache:
         """Number of cached columns; it grows with the last layer's append, so all layers see the same."""
         return self._length
 
+    @property
+    def capacity(self) -> int:
+        """Number of columns that there is room for."""
+        return self._keys.shape[3]
+
     def geometry(self, rows: int, new: int) -> Geometry:
         """Geometry of the next `new` columns of the first `rows` rows.
 
         Raises ValueError where the capacity is exceeded.
         """
         start, stop = self._length, self._length + new
-        if stop > self._keys.shape[3]:
-            raise ValueError(f"the cache holds {self._keys.shape[3]} tokens, not {stop}")
+        if stop > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens, not {stop}")
         if self._padding is None and (new == 1 or start == 0):
             return Geometry(self._cos[start:stop], self._sin[start:stop])
         columns = torch.arange(stop, device=self._keys.device)
@@ -73,6 +78,10 @@ class KVCache:
         if layer == self._keys.shape[0] - 1:
             self._length = stop
         return self._keys[layer, :rows, :, :stop], self._values[layer, :rows, :, :stop]
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` columns."""
+        self._length = min(length, self._length)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these (ascending), and the columns that are padding in all of them."""

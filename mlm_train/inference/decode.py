@@ -109,7 +109,7 @@ class Decoder:
         self._request(chunks[0])  # before the second chunk's rows, which would delay it
         for chunk, next_chunk in itertools.zip_longest(chunks, chunks[1:]):
             self._request(next_chunk)
-            hidden = self._forward(chunk, cache)
+            hidden = self.forward(chunk, cache)
         self._extend(rows, hidden)
         self.timing.prefill_ms = 1e3 * (time.perf_counter() - start)
         self._request(prefill_chunks(_longest_first(following))[0] if following else None)
@@ -122,7 +122,7 @@ class Decoder:
             if len(going) < len(rows):
                 rows = [rows[row] for row in going]
                 cache.keep(going)
-            self._extend(rows, self._forward(torch.tensor([[row.ids[-1]] for row in rows]), cache))
+            self._extend(rows, self.forward(torch.tensor([[row.ids[-1]] for row in rows]), cache))
             self.timing.decode_ms += 1e3 * (time.perf_counter() - start)
             self.timing.decode_steps += 1
 
@@ -133,7 +133,8 @@ class Decoder:
             row.add(choice)
 
     @torch.no_grad()
-    def _forward(self, ids: Tensor, cache: KVCache) -> Tensor:
+    def forward(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """ids int64 [rows, columns], after what is cached -> the normed hidden state, of all columns."""
         return self.model.hidden(ids.to(self.device), self.source, cache)
 
     def _request(self, ids: Tensor | None) -> None:

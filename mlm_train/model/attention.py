@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mlm_train.config import ModelConfig
 from mlm_train.kernels.cpu_attention import causal_attention, causal_attention_applies
 from mlm_train.model.geometry import Geometry
-from mlm_train.model.linear import FusedLinear
+from mlm_train.model.linear import FusedLinear, Linear
 from mlm_train.model.recompute import recomputed
 from mlm_train.model.rope import rotate
 
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         self.qkv_proj = FusedLinear(
             config.hidden_size, {"q_proj": width, "k_proj": kv_width, "v_proj": kv_width}
         )
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.o_proj = Linear(width, config.hidden_size)
         self.recompute = False  # what lies between qkv_proj and o_proj, in the backward pass
 
     def forward(

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlm_train.model.linear import FusedLinear
+from mlm_train.model.linear import FusedLinear, Linear
 
 
 class SwiGLU(nn.Module):
@@ -14,7 +14,7 @@ class SwiGLU(nn.Module):
         self.gate_up_proj = FusedLinear(
             hidden_size, {"gate_proj": intermediate_size, "up_proj": intermediate_size}
         )
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden] -> [..., hidden]."""
@@ -27,8 +27,8 @@ class LinearFFN(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden] -> [..., hidden]."""

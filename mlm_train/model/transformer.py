@@ -4,14 +4,13 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlm_train.config import ModelConfig
 from mlm_train.model.attention import KeyValueCache
 from mlm_train.model.block import BaseBlock, Block, MemoryBlock
 from mlm_train.model.geometry import separate_documents, single_document
-from mlm_train.model.linear import compute_dtype
+from mlm_train.model.linear import Linear, compute_dtype, linear
 from mlm_train.model.source import EmbeddingSource, MemoryReader, MemorySource
 
 
@@ -45,7 +44,7 @@ class Transformer(nn.Module):
         self.config, self.with_memory = config, with_memory
         self.embed_tokens: TokenEmbedding | None = None
         self.norm: nn.RMSNorm | None = None
-        self.lm_head: nn.Linear | None = None
+        self.lm_head: Linear | None = None
         if embeds or (heads and config.tie_word_embeddings):
             self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
         numbers = range(config.num_hidden_layers) if layers is None else layers
@@ -53,7 +52,7 @@ class Transformer(nn.Module):
         if heads:
             self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if heads and not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
     def _block(self, layer: int) -> nn.Module:
         if self.config.has_memory:
@@ -155,7 +154,7 @@ class Transformer(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Normed hidden [..., hidden] -> logits [..., vocabulary]."""
-        return F.linear(hidden, self.head_weight)
+        return linear(hidden, self.head_weight)
 
     def forward(
         self,

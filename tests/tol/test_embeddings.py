@@ -17,7 +17,8 @@ from mlm_train.tol.format.index import BASIS, INDEX, X0
 from mlm_train.tol.format.index_file import read_index
 from mlm_train.tol.format.layout import TableSpec
 from mlm_train.tol.format.schemes import Encoding, Scheme
-from mlm_train.tol.serve.reader import TableReader
+from mlm_train.tol.serve import layers
+from mlm_train.tol.serve.reader import RowDecoder, TableReader
 from mlm_train.tol.serve.source import TolSource
 from mlm_train.tol.serve.store import StoreOptions, Tier
 from mlm_train.tol.tools.inspect import inspect_tol
@@ -56,6 +57,7 @@ def test_rows(table: Path, tables: dict[str, Path], exported: Path, model: Trans
     index = reader.index
     assert index.embedding == Encoding(dtype="float32", codes=0) and index.layers == [0, 1, 2]
     assert (index.dtype, index.row_bytes) == ("float32", 4 * 32 * 4)
+    assert RowDecoder(index, {}).alike == Encoding(dtype="float32", codes=0)  # x0 is not in the way
     rows, other = reader.range(0, 601), plain.range(0, 601)
     assert torch.equal(reader.values(rows, X0), model.embed_tokens.weight)
     assert plain.values(other, X0) is None and "embedding" not in (tables["float32"] / INDEX).read_text()
@@ -81,7 +83,12 @@ def test_compressed(table: Path, cut: Path, exported: Path, model: Transformer, 
 
 @pytest.mark.parametrize("tier", get_args(Tier))
 def test_served_without_an_embedding(
-    tier: Tier, table: Path, cut: Path, tables: dict[str, Path], exported: Path
+    tier: Tier,
+    table: Path,
+    cut: Path,
+    tables: dict[str, Path],
+    exported: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """To the bit what a model with the embedding's weights gives."""
     bare, whole = (load_model(exported, with_memory=False, embeds=embeds) for embeds in (False, True))
@@ -96,6 +103,8 @@ def test_served_without_an_embedding(
 
     assert torch.equal(logits(bare, table), logits(whole, tables["float32"]))
     assert torch.equal(logits(bare, cut), logits(whole, cut))
+    monkeypatch.setattr(layers, "TOGETHER", 0)  # layer by layer, as of many rows
+    assert torch.equal(logits(bare, table), logits(whole, tables["float32"]))
     half = bare.to(torch.bfloat16)
     assert torch.equal(logits(half, table), logits(whole.to(torch.bfloat16), tables["float32"]))
     with pytest.raises(AssertionError):

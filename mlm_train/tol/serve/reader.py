@@ -27,35 +27,61 @@ BASIS_HEADER = 128  # bytes per layer; more than its entry can need
 
 
 class RowDecoder:
-    """Decodes the layers of encoded rows, and the embedding as layer X0."""
+    """Decodes the layers of encoded rows, and the embedding as layer X0.
+
+    start: the byte of a row where the layers begin. alike: the first layer's encoding from there on, where
+    the rest of the row is layers of that encoding and of full rank, one by one.
+    """
 
     def __init__(self, index: TolIndex, bases: dict[int, Tensor]) -> None:
-        self.hidden, self._bases = index.hidden_size, bases
+        self.row_bytes, self.hidden, self._bases = index.row_bytes, index.hidden_size, bases
+        self._layers = index.layers
         self._fields: dict[int, tuple[int, int, Encoding]] = {}
         for layer, field in index.stored.items():
             spans = field.spans(index.hidden_size)
             first, last = min(start for start, _ in spans), max(stop for _, stop in spans)
             self._fields[layer] = first, last, field.moved(-first)
+        self.start = self._fields[index.layers[0]][0]
+        self.alike = _alike(index, self.start)
 
     def columns(self, layer: int) -> tuple[int, int] | None:
         """The bytes [first, last) of a row that hold a layer; None for one that is not stored."""
         found = self._fields.get(layer)
         return None if found is None else found[:2]
 
-    def values(self, columns: Tensor, layer: int) -> Tensor:
+    def values(self, columns: Tensor, layer: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Decode a layer from its `columns`, uint8 [n, last - first], to [n, hidden].
 
-        In fp32 or the layer's plain type. A low-rank layer is multiplied by its basis, in fp32.
+        In fp32 or the layer's plain type. A low-rank layer is multiplied by its basis, in `dtype`.
         """
         field = self._fields[layer][2]
         decoded = decode(field, columns, self.hidden)
         if field.rank is None:
             return decoded
-        return decoded.float() @ self._bases[layer].to(columns.device)
+        basis = self._bases[layer] = self._bases[layer].to(columns.device, dtype)
+        return decoded.to(dtype) @ basis
+
+    def all_values(self, rows: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
+        """Decode all stored layers of rows from `start` on, uint8 [n, bytes], at once: [n, hidden] by layer.
+
+        They must be stored alike. `dtype`: of the values.
+        """
+        assert self.alike is not None
+        parts = rows.reshape(rows.shape[0] * len(self._layers), -1)
+        values = decode(self.alike, parts, self.hidden).to(dtype).view(rows.shape[0], -1, self.hidden)
+        return dict(zip(self._layers, values.unbind(1), strict=True))
 
     def in_basis(self, values: Tensor, layer: int) -> Tensor:
         """Project values [n, hidden] of a low-rank layer to its stored coordinates [n, rank]."""
-        return values.float() @ projector(self._bases[layer])
+        return values.float() @ projector(self._bases[layer].float())
+
+
+def _alike(index: TolIndex, start: int) -> Encoding | None:
+    first, count, whole = index.fields[0].moved(-start), len(index.fields), index.row_bytes - start
+    size = whole // count
+    fields = [first.moved(start + number * size) for number in range(count)]
+    same = fields == list(index.fields) and size * count == whole
+    return first if first.rank is None and same else None
 
 
 class TableReader:

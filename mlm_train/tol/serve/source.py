@@ -16,6 +16,7 @@ from mlm_train.model.source import MemoryReader
 from mlm_train.tol.format.index import X0, TolIndex, check_fits
 from mlm_train.tol.format.index_file import read_index
 from mlm_train.tol.serve.disk import DiskStore
+from mlm_train.tol.serve.layers import DecodedLayers
 from mlm_train.tol.serve.patch import Overlay, Patch
 from mlm_train.tol.serve.reader import RowDecoder, open_partitions, read_bases
 from mlm_train.tol.serve.store import MemoryStore, Rows, RowStore, StoreOptions, Touch
@@ -104,13 +105,12 @@ class TolSource:
         asked = distinct.cpu()
         rows, patched = self._rows(asked), self._overlay.places(asked)
         self.store.counters.rows += ids.numel()
+        layers = DecodedLayers(self._decoder, rows, len(asked), dtype, device)
 
         def read(layer: int) -> Tensor:
-            columns = self._decoder.columns(layer)
-            if columns is None:
+            values = layers(layer)
+            if values is None:
                 return torch.zeros(*ids.shape, self._decoder.hidden, dtype=dtype, device=device)
-            encoded = rows.columns(*columns).to(device, non_blocking=True)
-            values = self._decoder.values(encoded, layer).to(dtype)
             if len(patched) and layer != X0:  # a patch changes what FFN-M recalls
                 values = self._overlay.apply(values, layer, asked, patched)
             return values.index_select(0, inverse).view(*ids.shape, -1)

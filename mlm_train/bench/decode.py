@@ -1,0 +1,174 @@
+"""`bench decode`: what a token costs in time and memory, by kind, table and tier (the paper's table 6)."""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from mlm_train.bench import decode_models as models
+from mlm_train.bench import report
+from mlm_train.bench.decode_ratios import ratios_of
+from mlm_train.bench.random_table import write_random_table
+from mlm_train.data.prepared import PreparedData
+from mlm_train.errors import UserError
+from mlm_train.tol.format.schemes import Scheme
+from mlm_train.utils.files import write_figure
+
+SCHEMES = {
+    "bfloat16": Scheme(dtype="bfloat16"),
+    "int8": Scheme(dtype="int8", group_size=64),
+    "int4": Scheme(dtype="int4", group_size=64),
+}
+TEXT = 50_000  # tokens
+
+Row = dict[str, Any]
+
+
+def bench_decode(args: argparse.Namespace) -> int:
+    """Measure, print and write the report. Returns exit code 0."""
+    _check(args)
+    data = PreparedData.open(args.data)
+    config = models.configs(args.shape, args.context)["memory"]
+    ids = np.array(data.split("validation").tokens[:TEXT], dtype=np.int64) % config.vocab_size
+    machine, console = report.machine(), Console(stderr=True)
+    with tempfile.TemporaryDirectory(dir=args.work, prefix="bench-decode-") as folder:
+        work = Path(folder)
+        tables = {}
+        for name, scheme in SCHEMES.items():
+            console.print(f"writing a random table, {name}")
+            tables[name] = str(write_random_table(work / name, config, scheme))
+        rows = _resident(args, tables["bfloat16"], ids.tolist(), work, console)
+        order = {
+            "shape": args.shape,
+            "tables": tables,
+            "ids": ids.tolist(),
+            "context": args.context,
+            "steps": args.steps,
+            "runs": args.runs,
+            "batches": args.batches,
+            "prefills": args.prefills,
+            "hf": not args.skip_hf,
+            "compile": not args.skip_compile,
+        }
+        rows += _worker(order)["rows"]
+    ratios = ratios_of({row["name"]: row for row in rows}, args.shape)
+    _show(rows, ratios)
+    notes = [
+        f"a step follows {args.context} tokens of random keys and values, with the ids of a text",
+        "weights.*: the matrix-vector products of a token alone",
+        "resident.*: private memory, at its peak, less that after the imports",
+    ]
+    if args.json is not None:
+        report.write_report(Path(args.json), machine, rows, ratios, notes)
+    if args.plot is not None:
+        _plot(rows, Path(args.plot))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    values = {"--steps": args.steps, "--runs": args.runs, "--context": args.context}
+    values |= {"--batches": min(args.batches), "--prefills": min(args.prefills)}
+    for option, value in values.items():
+        if value < 1:
+            raise UserError(f"{option} {value}: give at least 1")
+    if 1 not in args.batches:
+        raise UserError("--batches: 1 must be among them, which the ratios are of")
+    for option, file in (("--json", args.json), ("--plot", args.plot)):
+        if file is not None:
+            report.check_writable(Path(file), option)
+
+
+def _resident(
+    args: argparse.Namespace, table: str, ids: list[int], work: Path, console: Console
+) -> list[Row]:
+    """Peak memory of each kind, loaded from an export that is written for it and removed."""
+    rows = []
+    for kind, config in models.configs(args.shape, args.context).items():
+        console.print(f"memory of {kind}")
+        from mlm_train.bench.decode_resident import write_export
+
+        write_export(work / kind, config)
+        tol = None if kind == "base" else table
+        prompt = ids[: max(1, args.context * 15 // 16)]
+        found = _worker(
+            {
+                "resident": True,
+                "model": str(work / kind),
+                "tol": tol,
+                "prompt": prompt,
+                "context": args.context,
+            }
+        )
+        rows.append(report.row(f"resident.{kind}", [found["bytes"]], "bytes"))
+        shutil.rmtree(work / kind)
+    return rows
+
+
+def _worker(order: dict[str, Any]) -> dict[str, Any]:
+    """The result of a process of its own: memory and threads of one measurement do not touch another's."""
+
+    def start(file: str) -> int:
+        command = [sys.executable, "-m", "mlm_train", "bench", "decode", "--worker", file]
+        return subprocess.run(command, check=False).returncode
+
+    found = report.by_worker(order, start)
+    if isinstance(found, int):
+        raise UserError(f"the process of a measurement ended with code {found}")
+    return found
+
+
+def work(order_file: str) -> int:
+    """A worker: time or memory."""
+    if "resident" in report.read_order(order_file):
+        from mlm_train.bench import decode_resident
+
+        return decode_resident.work(order_file)
+    from mlm_train.bench import decode_time
+
+    return decode_time.work(order_file)
+
+
+def _show(rows: Sequence[Row], ratios: dict[str, float]) -> None:
+    console = Console(width=110, soft_wrap=True)
+    table = Table("measurement", "median", "min", "max", "p95", "unit")
+    for row in rows:
+        scale, unit = (2**20, "MiB") if row["unit"] == "bytes" else (1, row["unit"])
+        figures = (
+            f"{row[key] / scale:,.1f}" if key in row else "" for key in ("median", "min", "max", "p95")
+        )
+        table.add_row(row["name"], *figures, unit)
+    console.print(table, soft_wrap=False)
+    for name, value in ratios.items():
+        console.print(f"{name} = {value:.4g}")
+
+
+def _plot(rows: Sequence[Row], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    prefix = "decode.batch1."
+    value = {row["name"]: row["median"] for row in rows}
+    names = [name for name in value if name.startswith(prefix) and ".weights." not in name]
+    figure, axes = pyplot.subplots(figsize=(8, 0.3 * len(names) + 1))
+    places = range(len(names))
+    axes.barh(places, [value[name] for name in names])
+    for place, name in zip(places, names, strict=True):
+        limit = value.get(f"{prefix}weights.{name.removeprefix(prefix).split('.')[0]}")
+        if limit is not None:
+            axes.plot([limit, limit], [place - 0.4, place + 0.4], "k-")
+    axes.set_yticks(places, [name.removeprefix(prefix) for name in names])
+    axes.invert_yaxis()
+    axes.set_xlabel("ms per token; line: its matrix-vector products alone")
+    figure.tight_layout()
+    write_figure(file, figure)
+    pyplot.close(figure)

@@ -1,0 +1,41 @@
+"""Rows, layer by layer: decoded in the type and on the device that the model wants."""
+
+import torch
+from torch import Tensor
+
+from mlm_train.tol.format.index import X0
+from mlm_train.tol.serve.reader import RowDecoder
+from mlm_train.tol.serve.store import Rows
+
+TOGETHER = 1 << 20  # bytes: up to so many, all layers of the rows are decoded at once
+
+
+class DecodedLayers:
+    """The layers of n rows. Few rows are decoded whole, many layer by layer as their bytes arrive.
+
+    The dozen operations of an int4 layer take longer to start than to run on a few rows; of many rows all
+    layers at once would be more memory than a cache holds.
+    """
+
+    def __init__(
+        self, decoder: RowDecoder, rows: Rows, count: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._decoder, self._rows, self._dtype, self._device = decoder, rows, dtype, device
+        self._at_once = decoder.alike is not None and count * decoder.row_bytes <= TOGETHER
+        self._values: dict[int, Tensor] | None = None
+
+    def __call__(self, layer: int) -> Tensor | None:
+        """A layer, or X0: [n, hidden]; None for one that is not stored. Waits for its bytes alone."""
+        columns = self._decoder.columns(layer)
+        if columns is None:
+            return None
+        if not self._at_once or layer == X0:
+            encoded = self._on_device(*columns)
+            return self._decoder.values(encoded, layer, self._dtype).to(self._dtype)
+        if self._values is None:
+            rows = self._on_device(self._decoder.start, self._decoder.row_bytes)
+            self._values = self._decoder.all_values(rows, self._dtype)
+        return self._values[layer]
+
+    def _on_device(self, first: int, last: int) -> Tensor:
+        return self._rows.columns(first, last).to(self._device, non_blocking=True)
