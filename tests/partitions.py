@@ -11,7 +11,9 @@ from mlm_train.checkpoint.hf.folder import fingerprint
 from mlm_train.model.transformer import Transformer
 from mlm_train.tol.format.index import Partition, Provenance, TolIndex
 from mlm_train.tol.format.index_file import write_index
+from mlm_train.tol.format.layout import Layout
 from mlm_train.tol.format.partition import RowShape
+from mlm_train.tol.format.schemes import Scheme
 from mlm_train.tol.storage.direct_io import Stream, buffers
 from mlm_train.tol.storage.local import LocalFolder
 
@@ -37,13 +39,23 @@ def write_partition(
         raise
 
 
-def write_table(folder: Path, model: Transformer, export: Path, cuts: Sequence[int]) -> Path:
+def write_table(
+    folder: Path, model: Transformer, export: Path, cuts: Sequence[int], with_embeddings: bool = False
+) -> Path:
     """The ToL of an exported model in fp32, its partitions cut at these rows."""
     folder.mkdir()
-    blocks = model.memory_blocks()
-    table = torch.stack([block.ffn_m(model.embed_tokens.weight) for block in blocks.values()], dim=1)
-    parts = _write_rows(folder, table, cuts)
-    _write_index(folder, table, parts, list(blocks), fingerprint(export))
+    blocks, x0 = model.memory_blocks(), model.embed_tokens.weight
+    table = torch.stack([block.ffn_m(x0) for block in blocks.values()], dim=1)
+    if not with_embeddings:
+        parts = _write_rows(folder, table, cuts)
+        _write_index(folder, table, parts, list(blocks), fingerprint(export))
+        return folder
+    schemes = [Scheme(dtype="float32")] * len(blocks)
+    layout = Layout(hidden_size=x0.shape[1], layers=list(blocks), schemes=schemes, embedding="float32")
+    rows = torch.cat([x0.unsqueeze(1), table], dim=1)
+    parts = _write_rows(folder, rows, cuts, layout.shape)
+    fields = {"encodings": layout.fields, "embedding": layout.embedding_field}
+    _write_index(folder, table, parts, list(blocks), fingerprint(export), **fields)
     return folder
 
 
@@ -58,8 +70,10 @@ def random_table(
     return folder
 
 
-def _write_rows(folder: Path, table: Tensor, cuts: Sequence[int]) -> list[Partition]:
-    shape = RowShape.plain("float32", table.shape[1], table.shape[2])
+def _write_rows(
+    folder: Path, table: Tensor, cuts: Sequence[int], shape: RowShape | None = None
+) -> list[Partition]:
+    shape = shape or RowShape.plain("float32", table.shape[1], table.shape[2])
     return [
         write_partition(folder / f"{start}.safetensors", (start, stop), shape, [table[start:stop]])
         for start, stop in itertools.pairwise((0, *cuts, len(table)))
@@ -67,9 +81,9 @@ def _write_rows(folder: Path, table: Tensor, cuts: Sequence[int]) -> list[Partit
 
 
 def _write_index(
-    folder: Path, table: Tensor, parts: list[Partition], layers: list[int], checkpoint: str
+    folder: Path, table: Tensor, parts: list[Partition], layers: list[int], checkpoint: str, **fields: object
 ) -> None:
     source = Provenance(checkpoint=checkpoint, created="", tool_version="")
     shapes = {"vocab_size": len(table), "num_layers": len(layers), "hidden_size": table.shape[2]}
-    index = {"dtype": "float32", "layers": layers, "partitions": parts, "source": source, **shapes}
+    index = {"dtype": "float32", "layers": layers, "partitions": parts, "source": source, **shapes} | fields
     write_index(LocalFolder(folder), TolIndex.model_validate(index))

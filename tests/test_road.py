@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mlm_train.checkpoint.hf.manifest import MANIFEST
+from mlm_train.checkpoint.reading.logical_folder import load_model
 from mlm_train.parallel import runtime
 from tests.commands import ROOT, TINY, finished, mlm_train, refused, scalars
+from tests.partitions import write_table
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +55,15 @@ def output_of(capsys: pytest.CaptureFixture[str], *words: object) -> dict:
 
 
 def test_evaluate_gives_the_runs_own_validation_loss(
-    run: Path, export: Path, tol: Path, data: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, export: Path, tol: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = ("evaluate", "--model", export, "--data", data, "--sequence-length", 32)
     computed = output_of(capsys, *paths, "--baselines", run)
     looked_up = output_of(capsys, *paths, "--tol", tol)
     assert looked_up["loss"] == pytest.approx(computed["loss"], rel=1e-6)
     assert 1 < computed["bigram"] < computed["unigram"] < 512
+    embedded = write_table(tmp_path / "tol", load_model(export), export, [200], with_embeddings=True)
+    assert output_of(capsys, *paths, "--tol", embedded)["loss"] == pytest.approx(computed["loss"], rel=1e-6)
     few = output_of(capsys, *paths, "--samples", 3)
     assert few["windows"] == 3 and few["tokens"] == 96
     for option, value in (("samples", 0), ("samples", -3), ("micro-batch-size", 0), ("sequence-length", 0)):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlm_train.errors import UserError
 from mlm_train.tol.serve.arguments import add_tol_arguments, counted, store_options
-from mlm_train.utils.arguments import MODEL_KINDS
+from mlm_train.utils.arguments import MODEL_KINDS, refuse_below_one
 from mlm_train.utils.checks import add_verify
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate and print."""
     if bool(args.tokens) != bool(args.dump_logits) or bool(args.tokens) == bool(args.data):
         raise UserError("give either --data, or --tokens with --dump-logits")
+    refuse_below_one(args, "sequence_length", "samples", "micro_batch_size")
     if args.tokens:
         if args.add_bos is not None:
             raise UserError("--add-bos has no effect on --tokens: write the id there")
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _perplexities(args: argparse.Namespace) -> dict[str, Any]:
     from mlm_train.evaluate.scorer import Scorer
+    from mlm_train.tol.format.index_file import read_index
 
     options = replace(store_options(args), verify=args.verify or "sizes")
     scorer = Scorer(
@@ -90,6 +92,7 @@ def _perplexities(args: argparse.Namespace) -> dict[str, Any]:
         with_memory=args.tol is None,
         verify=args.verify,
         add_bos=args.add_bos,
+        embeds=args.tol is None or read_index(args.tol).embedding is None,
     )
     if args.tol is None:
         scored = scorer.score(scorer.computed)

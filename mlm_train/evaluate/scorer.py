@@ -71,7 +71,8 @@ class Scorer:
     """A model (an export, a run's newest checkpoint, or a checkpoint) and windows of text.
 
     length: tokens per window, by default the model's maximum. count: number of windows, by default all.
-    with_memory: load FFN-M, so that it can be computed. verify: how much of model and data is compared with
+    with_memory: load FFN-M, so that it can be computed. embeds=False: without the embedding, for a table
+    that has it. verify: how much of model and data is compared with
     their manifests (default: full for the model, sizes for the data). add_bos: see
     ModelFolder.id_before_text; not for data prepared with --add-bos. Raises UserError for invalid numbers,
     and for data with another tokenizer or with more ids than the model has.
@@ -88,10 +89,11 @@ class Scorer:
         with_memory: bool = False,
         verify: Check | None = None,
         add_bos: bool | None = None,
+        embeds: bool = True,
     ) -> None:
         self.data = PreparedData.open(data, verify or "sizes")
-        self._opened = open_model(model, verify=verify or "full", with_memory=with_memory)
-        self._with_memory = with_memory
+        self._opened = open_model(model, verify=verify or "full", with_memory=with_memory, embeds=embeds)
+        self._with_memory, self._embeds = with_memory, embeds
         self.config: ModelConfig = self._opened.config
         _check_tokenizer(self._opened.home, self.data)
         if self.data.vocab_size > self.config.vocab_size:
@@ -130,7 +132,7 @@ class Scorer:
     def model(self) -> Transformer:
         """The model, loaded on first use: what runs before may need the memory."""
         with self._opened:
-            return self._opened.load(self._with_memory)
+            return self._opened.load(self._with_memory, embeds=self._embeds)
 
     @property
     def computed(self) -> MemorySource | None:

@@ -44,6 +44,18 @@ class SwiGLU(nn.Module):
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class TableEmbedding(nn.Module):
+    """The embeddings of a ToL that has them, in place of a weight."""
+
+    def __init__(self, table: TolSource) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids int64 [batch, sequence] -> x0 fp32 [batch, sequence, hidden]."""
+        return self.table.open_with_x0(ids, torch.float32)[0]
+
+
 class MemoryLLMAttention(nn.Module):
     """Causal attention by any of transformers' implementations, which read the attributes set here."""
 
@@ -138,16 +150,23 @@ class MemoryLLMPreTrainedModel(PreTrainedModel):
 
 
 class MemoryLLMModel(MemoryLLMPreTrainedModel):
-    """The model without its head. `tol`: a ToL's folder; FFN-M then has no weights here."""
+    """The model without its head. `tol`: a ToL's folder; FFN-M then has no weights here, nor has the
+    embedding if the table has it.
+    """
 
     def __init__(self, config: MemoryLLMConfig, tol: str | Path | None = None) -> None:
         super().__init__(config)
         shape = config.model_config()  # refuses what the model cannot express
         self.angles_of = partial(rotary_angles, shape.attention_head_dim, shape.rope_theta)
         self.table: TolSource | None = None if tol is None else open_table(tol, config)
-        if tol is not None:
-            self._keys_to_ignore_on_load_unexpected = {rf"\.{name}\." for name in FFN_M}
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens: nn.Module
+        if self.table is not None and self.table.has_embeddings:
+            self.embed_tokens = TableEmbedding(self.table)
+        else:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if self.table is not None:
+            absent = ("embed_tokens", *FFN_M) if self.table.has_embeddings else FFN_M
+            self._keys_to_ignore_on_load_unexpected = {rf"\b{name}\." for name in absent}
         self.layers = nn.ModuleList(
             MemoryLLMDecoderLayer(config, shape, layer, tol is None)
             for layer in range(shape.num_hidden_layers)
@@ -157,14 +176,22 @@ class MemoryLLMModel(MemoryLLMPreTrainedModel):
         self.post_init()
 
     def use_tol(self, folder: str | Path) -> Self:
-        """Look FFN-M's output up in a ToL from now on, and drop FFN-M's weights. Returns the model.
+        """Look FFN-M's output up in a ToL from now on, and x0 if it is there; drop their weights.
 
-        Raises UserError for a damaged table, and for one of another model.
+        Returns the model. Raises UserError for a damaged table, for one of another model, and for one without
+        embeddings after one with them.
         """
-        self.table = open_table(folder, self.config)
+        table = open_table(folder, self.config)
+        if isinstance(self.embed_tokens, TableEmbedding) and not table.has_embeddings:
+            raise UserError(
+                f"{folder} has no embeddings, and the model has none either: load it again with tol={folder}"
+            )
+        self.table = table
         for layer in self.layers:
             for name in FFN_M:
                 layer._modules.pop(name, None)
+        if self.table.has_embeddings:
+            self.embed_tokens = TableEmbedding(self.table)
         return self
 
     @merge_with_config_defaults
@@ -186,12 +213,7 @@ class MemoryLLMModel(MemoryLLMPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        x0 = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        read = None
-        if self.table is not None:
-            if input_ids is None:
-                raise ValueError("a ToL has a row per token id: give input_ids, not inputs_embeds")
-            read = self.table.open(input_ids, x0)
+        x0, read = self._embedded(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -219,6 +241,19 @@ class MemoryLLMModel(MemoryLLMPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+
+    def _embedded(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None
+    ) -> tuple[Tensor, MemoryReader | None]:
+        """x0, and the reader of a ToL; a row that has both is read once."""
+        if self.table is None:
+            return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds, None
+        if input_ids is None:
+            raise ValueError("a ToL has a row per token id: give input_ids, not inputs_embeds")
+        if self.table.has_embeddings:
+            return self.table.open_with_x0(input_ids, self.norm.weight.dtype)
+        x0 = self.embed_tokens(input_ids)
+        return x0, self.table.open(input_ids, x0)
 
 
 class MemoryLLMForCausalLM(MemoryLLMPreTrainedModel, GenerationMixin):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlm_train.errors import UserError
 from mlm_train.tol.serve.arguments import add_tol_arguments, counted, store_options
-from mlm_train.utils.arguments import MODEL_KINDS, layers_in, seed
+from mlm_train.utils.arguments import MODEL_KINDS, layers_in, refuse_below_one, seed
 from mlm_train.utils.checks import add_verify
 from mlm_train.utils.files import check_output
 from mlm_train.utils.terminal import json_line, shown
@@ -140,6 +140,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--add-bos has no effect on --prompt-ids: write the id there")
     if args.batch_size is not None and not args.prompts:
         raise UserError("--batch-size has no effect without --prompts; leave it out")
+    refuse_below_one(args, "batch_size", "max_new_tokens")
     if args.logprobs is not None and not args.json and not args.prompts:
         raise UserError("--logprobs has no effect on text; add --json")
     if args.trace is not None:

@@ -185,12 +185,13 @@ def load(
 ) -> LanguageModel:
     """Load an export, a run's folder (its newest checkpoint), or one checkpoint.
 
-    tol: a folder written by `tol build`; FFN-M is looked up there, and its weights are not loaded. store: how
-    it is served. patches: files of `tol patch`. dtype: of the weights and the KV cache, such as "bfloat16";
-    default float32. verify: how much of both folders is compared with their manifests, "full", "sizes" or
-    "none"; default "full", and "sizes" for tol. memory_scale, dropped_layers: see Decoder. add_bos: see
-    LanguageModel. skip_tokenizer: for prompts of ids, whose results then have no text. Raises UserError for
-    folders that cannot be read, damage, and a tol of another model.
+    tol: a folder written by `tol build`; FFN-M is looked up there, and its weights are not loaded, nor is the
+    embedding if the table has it. store: how it is served. patches: files of `tol patch`. dtype: of the
+    weights and the KV cache, such as "bfloat16"; default float32. verify: how much of both folders is
+    compared with their manifests, "full", "sizes" or "none"; default "full", and "sizes" for tol.
+    memory_scale, dropped_layers: see Decoder. add_bos: see LanguageModel. skip_tokenizer: for prompts of ids,
+    whose results then have no text. Raises UserError for folders that cannot be read, damage, and a tol of
+    another model.
     """
     folder = find_model(model, verify or "full")
     scales_of(folder.config, memory_scale, dropped_layers)  # refuse before anything is loaded
@@ -201,7 +202,8 @@ def load(
     if tol is not None:
         options = dataclasses.replace(store or StoreOptions(), verify=verify or "sizes")
         table = TolSource.of_model(tol, folder, options, target, patches)
-    loaded = load_model(folder, with_memory=table is None, dtype=weights).to(target)
+    embeds = table is None or not table.has_embeddings
+    loaded = load_model(folder, with_memory=table is None, dtype=weights, embeds=embeds).to(target)
     source: MemorySource | None = table
     if table is None and folder.config.has_memory:
         source = make_source("unique", loaded.memory_blocks())

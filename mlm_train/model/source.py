@@ -6,6 +6,7 @@ sources compute m_l (memory/); in inference a source reads it from a table (tol/
 
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
@@ -31,6 +32,15 @@ class EarlySource(MemorySource, Protocol):
 
     def request(self, ids: Tensor) -> None:
         """ids int64 [...] on the CPU will be opened soon: start reading, without waiting."""
+        ...
+
+
+@runtime_checkable
+class EmbeddingSource(MemorySource, Protocol):
+    """A source that has x0 too, for a model without an embedding."""
+
+    def open_with_x0(self, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, MemoryReader]:
+        """ids int64 [batch, sequence] -> x0 [batch, sequence, hidden], where ids are, and the reader."""
         ...
 
 

@@ -11,7 +11,7 @@ from mlm_train.model.attention import KeyValueCache
 from mlm_train.model.block import BaseBlock, Block, MemoryBlock
 from mlm_train.model.geometry import separate_documents, single_document
 from mlm_train.model.linear import Linear, compute_dtype, linear
-from mlm_train.model.source import MemoryReader, MemorySource
+from mlm_train.model.source import EmbeddingSource, MemoryReader, MemorySource
 
 
 class TokenEmbedding(nn.Embedding):
@@ -144,12 +144,18 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """ids int64 [batch, sequence] -> the normed last hidden state [batch, sequence, hidden].
 
-        `x0`: the embeddings of ids, where the caller has them; `x`: the residual stream, where these are not
-        the first layers. Without the final norm the last hidden state is returned as it is.
+        `x0`: the embeddings of ids, where the caller has them; a model without an embedding gets them from an
+        EmbeddingSource. `x`: the residual stream, where these are not the first layers. Without the final
+        norm the last hidden state is returned as it is.
         """
-        if x is None:
-            x = x0 = self.embed(ids) if x0 is None else x0
-        read = source.open(ids, x0) if source is not None else None
+        read: MemoryReader | None
+        if x is None and x0 is None and self.embed_tokens is None:
+            assert isinstance(source, EmbeddingSource)
+            x, read = source.open_with_x0(ids, next(self.parameters()).dtype)
+        else:
+            if x is None:
+                x = x0 = self.embed(ids) if x0 is None else x0
+            read = source.open(ids, x0) if source is not None else None
         x = self.run_layers(x, read, ids, cache)
         return x if self.norm is None else self.norm(x)
 

@@ -22,6 +22,14 @@ def seed(text: str) -> int:
     return int(text)
 
 
+def refuse_below_one(args: argparse.Namespace, *names: str) -> None:
+    """UserError for the first of these options that was given a number below 1; before anything is loaded."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give at least 1")
+
+
 def add_action(actions: "Actions", name: str, summary: str, text: str) -> argparse.ArgumentParser:
     """Add the parser of one action; `text` is its description with examples."""
     parser = actions.add_parser(

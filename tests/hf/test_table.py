@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import mlm_train.hf  # noqa: F401 - registers the model
+import mlm_train.hf  # registers the model
 from mlm_train.checkpoint.hf.manifest import MANIFEST
 from mlm_train.errors import UserError
 from mlm_train.model.transformer import Transformer
@@ -74,3 +74,33 @@ def test_a_table_of_another_model_is_refused(
     shutil.rmtree(tol)
     with pytest.raises(UserError, match="does not exist"):
         AutoModelForCausalLM.from_pretrained(exported, tol=tol)
+
+
+@pytest.mark.parametrize("model", ["flex"], indirect=True)
+def test_a_table_with_embeddings(model: Transformer, exported: Path, tol: Path, tmp_path: Path) -> None:
+    """The embedding is not loaded, or dropped; logits are to the bit those with its weights."""
+    table = write_table(tmp_path / "embedded", model, exported, [50], with_embeddings=True)
+    (exported / MANIFEST).unlink()  # the embedding need not be there
+    weights = load_file(exported / "model.safetensors")
+    looked_up = AutoModelForCausalLM.from_pretrained(exported, tol=tol)
+    switched = AutoModelForCausalLM.from_pretrained(exported).use_tol(table)
+    x0 = weights.pop("model.embed_tokens.weight")
+    save_file(weights, exported / "model.safetensors", metadata={"format": "pt"})
+    loaded, said = AutoModelForCausalLM.from_pretrained(exported, tol=table, output_loading_info=True)
+    assert not any(said.values())
+    ids = torch.randint(0, 97, (2, 30))
+    tokens = {"max_new_tokens": 20, "do_sample": False}
+    for bare in (loaded, switched):
+        with pytest.raises(UserError, match="has no embeddings, and the model has none either"):
+            bare.use_tol(tol)
+        assert not any("embed" in name for name, _ in bare.named_parameters())
+        assert torch.equal(bare(ids).logits, looked_up(ids).logits)
+        prompt = torch.tensor([PROMPT])
+        assert torch.equal(bare.generate(prompt, **tokens), looked_up.generate(prompt, **tokens))
+        assert torch.equal(bare.get_input_embeddings()(ids), x0[ids])
+        with pytest.raises(ValueError, match="row per token"):
+            bare(inputs_embeds=torch.zeros(1, 3, 32))
+    assert torch.equal(loaded.bfloat16()(ids).logits, looked_up.bfloat16()(ids).logits)
+    assert mlm_train.load(exported, table).logits(PROMPT).isfinite().all()
+    with pytest.raises(UserError, match=r"tensor model.embed_tokens.weight is missing"):
+        mlm_train.load(exported, tol)

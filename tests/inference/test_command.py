@@ -31,7 +31,10 @@ def call(*words: str) -> int:
 
 
 def test_lookup_generates_the_same(
-    folders: tuple[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folders: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     export, tol = folders
     words = ["--model", export, "--prompt-ids", "5, 80,2", "--max-new-tokens", "20"]
@@ -49,6 +52,13 @@ def test_lookup_generates_the_same(
     assert [int(token) for token in streamed.out.split(",")] == computed["ids"]
     assert "ms per token" in streamed.err
     assert read and not any("memory_" in name for name in read)
+    read.clear()
+    embedded = write_table(
+        tmp_path / "embedded", random_model(kind="flex", flex_beta=2), Path(export), [50], True
+    )
+    assert call(*words, "--tol", str(embedded)) == 0
+    assert [int(token) for token in capsys.readouterr().out.split(",")] == computed["ids"]
+    assert read and not any("memory_" in name or "embed" in name for name in read)
     on_disk = ("--tol-tier", "disk", "--tol-cache", "1MB", "--tol-direct", "--stats")
     assert call(*words, "--tol", tol, *on_disk) == 0
     streamed = capsys.readouterr()
@@ -140,6 +150,8 @@ def test_a_full_context_is_said(folders: tuple[str, str], capsys: pytest.Capture
         (["--prompt-ids", "1", "--stop", "a"], "holds no tokenizer"),
         (["--prompt-ids", "1", "--logprobs", "1"], "add --json"),
         (["--prompt-ids", "1", "--batch-size", "1"], "without --prompts"),
+        (["--prompts", "/nothing.txt", "--batch-size", "0"], "--batch-size 0: give at least 1"),
+        (["--prompt-ids", "1", "--max-new-tokens", "0"], "--max-new-tokens 0: give at least 1"),
         (["--prompt-ids", "1", "--add-bos"], "write the id there"),
         (["--prompt-ids", "1", "--memory-scale", "a"], "--memory-scale 'a': give numbers"),
         (["--prompt-ids", "1", "--memory-scale", "1,1"], "or 3, one per layer"),

@@ -103,9 +103,15 @@ def test_tables_scales_and_types(export: Path, tmp_path: Path) -> None:
     assert not any("memory_" in name for name, _ in looked_up.decoder.model.named_parameters())
     computed = mlm_train.load(export)
     assert looked_up.generate("w5", max_new_tokens=20) == computed.generate("w5", max_new_tokens=20)
+    embedded = mlm_train.load(export, write_table(tmp_path / "embedded", source, export, [50], True))
+    assert embedded.decoder.model.embed_tokens is None
+    prompts = ["w5", "w80 w2 w7", [1] * 30]
+    assert embedded.generate(prompts, 2) == looked_up.generate(prompts, 2)
+    assert torch.equal(embedded.logits([5, 6, 7]), looked_up.logits([5, 6, 7]))
     for options in ({"memory_scale": 0.5}, {"dropped_layers": [0, 2]}):
-        changed = [mlm_train.load(export, tol, **options).logits([5, 6, 7]) for tol in (None, table)]
-        assert (changed[0] - changed[1]).abs().max() < 1e-5
+        tols = (None, table, tmp_path / "embedded")
+        changed = [mlm_train.load(export, tol, **options).logits([5, 6, 7]) for tol in tols]
+        assert (changed[0] - changed[1]).abs().max() < 1e-5 and torch.equal(changed[1], changed[2])
         assert (changed[0] - computed.logits([5, 6, 7])).abs().max() > 1e-2
     half = mlm_train.load(export, dtype="bfloat16", verify="none")
     assert half.decoder.dtype == torch.bfloat16 and half.logits([1]).dtype == torch.float32

@@ -44,10 +44,12 @@ ADAPTER = "adapter_config.json"  # transformers would add the adapter's weights 
 SHARD_BYTES = 4 * 2**30
 
 
-def expected_shapes(config: ModelConfig, with_memory: bool = True) -> dict[str, torch.Size]:
+def expected_shapes(
+    config: ModelConfig, with_memory: bool = True, embeds: bool = True
+) -> dict[str, torch.Size]:
     """Name -> shape of every tensor of an export, in the model's order."""
     with unfilled():
-        model = Transformer(config, with_memory)
+        model = Transformer(config, with_memory, embeds=embeds)
     return {name: tensor.shape for name, tensor in named_pieces(model)}
 
 
@@ -186,12 +188,12 @@ class FolderTensors:
             raise UserError(f"{self.path}: tensor {name} is missing; {self._fix}")
         return self._file_of[name].get_slice(name)
 
-    def check(self, config: ModelConfig, with_memory: bool = True) -> None:
+    def check(self, config: ModelConfig, with_memory: bool = True, embeds: bool = True) -> None:
         """Raise UserError naming the first tensor that is missing, surplus or of another shape.
 
-        `with_memory=False`: FFN-M is optional.
+        `with_memory=False`: FFN-M is optional; `embeds=False`: so is an embedding that is not the head's too.
         """
-        for name, shape in expected_shapes(config, with_memory).items():
+        for name, shape in expected_shapes(config, with_memory, embeds).items():
             if (actual := self.shape(name)) != shape:
                 raise UserError(
                     f"{self.path}: tensor {name} has shape {list(actual)}, not {list(shape)} as in the config"
@@ -200,12 +202,14 @@ class FolderTensors:
         if surplus:
             raise UserError(f"{self.path}: tensor {surplus[0]} does not belong to a {config.kind} model")
 
-    def fill(self, held: Iterable[Target], config: ModelConfig, with_memory: bool = True) -> None:
+    def fill(
+        self, held: Iterable[Target], config: ModelConfig, with_memory: bool = True, embeds: bool = True
+    ) -> None:
         """Copy tensors into pieces of a model, whatever their dtype and device.
 
         Raises UserError naming the first tensor that does not fit the model's config.
         """
-        self.check(config, with_memory)
+        self.check(config, with_memory, embeds)
         for target in held:
             target.view.copy_(target.piece.cut(self.tensor(target.piece.name)))
 

@@ -119,12 +119,14 @@ class OpenedModel(ModelFolder):
         """A tensor's stored dtype as safetensors spells it, such as BF16."""
         return self.tensors.dtype(name)
 
-    def load(self, with_memory: bool = True, dtype: torch.dtype = torch.float32) -> Transformer:
-        """The model, with or without FFN-M, in eval mode on the CPU, without gradients."""
+    def load(
+        self, with_memory: bool = True, dtype: torch.dtype = torch.float32, embeds: bool = True
+    ) -> Transformer:
+        """The model, with or without FFN-M and embedding, in eval mode on the CPU, without gradients."""
         with unfilled():
-            model = Transformer(self.config, with_memory)
+            model = Transformer(self.config, with_memory, embeds=embeds)
         model.to(dtype).to_empty(device="cpu").requires_grad_(False)
-        self.tensors.fill(targets(model), model.config, model.with_memory)
+        self.tensors.fill(targets(model), model.config, model.with_memory, embeds)
         return model.eval()
 
     @cached_property
@@ -154,11 +156,13 @@ def open_model(
     needs_ffn_m: bool = False,
     verify: Check = "full",
     with_memory: bool = True,
+    embeds: bool = True,
 ) -> OpenedModel:
     """Open an export, a checkpoint or a run's newest checkpoint, or a ModelFolder that find_model verified.
 
-    `needs_ffn_m`, `verify`: see find_model. `with_memory=False`: an export may lack the weights of FFN-M.
-    Raises UserError for a folder that holds no model, is damaged, or was copied only in part.
+    `needs_ffn_m`, `verify`: see find_model. `with_memory=False`: an export may lack the weights of FFN-M;
+    `embeds=False`: that of an embedding that is not the head's too. Raises UserError for a folder that holds
+    no model, is damaged, or was copied only in part.
     """
     folder = model if isinstance(model, ModelFolder) else find_model(model, verify, needs_ffn_m)
     if folder.manifest is None:
@@ -167,19 +171,22 @@ def open_model(
         from mlm_train.checkpoint.reading.joined import open_joined
 
         tensors = open_joined(folder.path, folder.manifest.files)
-    tensors.check(folder.config, with_memory)
+    tensors.check(folder.config, with_memory, embeds)
     return OpenedModel(folder, tensors)
 
 
 def load_model(
-    model: str | Path | ModelFolder, with_memory: bool = True, dtype: torch.dtype = torch.float32
+    model: str | Path | ModelFolder,
+    with_memory: bool = True,
+    dtype: torch.dtype = torch.float32,
+    embeds: bool = True,
 ) -> Transformer:
     """Load the model that open_model opens.
 
-    `with_memory=False`: without FFN-M, which a ToL then serves.
+    `with_memory=False`: without FFN-M, which a ToL then serves; `embeds=False`: without the embedding, too.
     """
-    with open_model(model, with_memory=with_memory) as opened:
-        return opened.load(with_memory, dtype)
+    with open_model(model, with_memory=with_memory, embeds=embeds) as opened:
+        return opened.load(with_memory, dtype, embeds)
 
 
 def read_model_config(path: str | Path) -> ModelConfig:

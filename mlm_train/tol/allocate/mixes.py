@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mlm_train.tol.allocate.sensitivity import Choice
-from mlm_train.tol.build.budget import bytes_of, headers, table_bytes
+from mlm_train.tol.build.budget import besides_layers, bytes_of, table_bytes
 from mlm_train.tol.build.builder import partitions_of
 from mlm_train.tol.format.index import TolIndex
 from mlm_train.tol.format.layout import Layout, TableSpec
@@ -59,7 +59,12 @@ def best_mixes(layers: Sequence[LayerOptions]) -> list[Mix]:
 def layout_of(index: TolIndex, chosen: Mapping[int, Choice]) -> Layout:
     """The layout of a choice for each layer, of which at least one is kept."""
     kept = {layer: scheme for layer, scheme in chosen.items() if scheme is not None}
-    return Layout(hidden_size=index.hidden_size, layers=list(kept), schemes=list(kept.values()))
+    return Layout(
+        hidden_size=index.hidden_size,
+        layers=list(kept),
+        schemes=list(kept.values()),
+        embedding=index.embedding_dtype,
+    )
 
 
 def size_of(index: TolIndex, chosen: Mapping[int, Choice]) -> int:
@@ -70,11 +75,13 @@ def size_of(index: TolIndex, chosen: Mapping[int, Choice]) -> int:
 
 def room_of(index: TolIndex, budget: int) -> int:
     """The bytes that a budget leaves for layers: without the headers of a bfloat16 table's partitions."""
+    rows, hidden = index.vocab_size, index.hidden_size
     plain = layout_of(index, dict.fromkeys(index.layers, Scheme(dtype="bfloat16")))
-    return budget - headers(_partitions(index, plain))
+    return budget - besides_layers(index.embedding_dtype, rows, hidden, _partitions(index, plain))
 
 
 def _partitions(index: TolIndex, layout: Layout) -> int:
-    spec, rows = TableSpec(layers=layout.layers, schemes=layout.schemes), index.vocab_size
+    rows = index.vocab_size
+    spec = TableSpec(layers=layout.layers, schemes=layout.schemes, embedding=layout.embedding)
     largest = spec.largest(index.num_layers, index.hidden_size)
     return partitions_of(None, rows, largest.shape.file_bytes(rows))

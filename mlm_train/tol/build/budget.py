@@ -12,7 +12,7 @@ from mlm_train.tol.build.state import BuildPlan, BuildState
 from mlm_train.tol.format.index import BASIS_ITEM
 from mlm_train.tol.format.layout import Layout, TableSpec
 from mlm_train.tol.format.partition import ALIGNMENT
-from mlm_train.tol.format.schemes import Scheme
+from mlm_train.tol.format.schemes import PlainDtype, Scheme
 from mlm_train.tol.lowrank.knapsack import LayerOptions, Mix, best_mix
 from mlm_train.tol.lowrank.spectrum import scaled_basis
 from mlm_train.tol.serve.reader import BASIS_HEADER
@@ -31,16 +31,23 @@ def lay_out(plan: BuildPlan, errors: Sequence[torch.Tensor] = ()) -> Layout:
     if spec.budget is None:
         return Layout.of(spec, plan.num_layers, plan.hidden_size)
     every = range(len(spec.searched))
-    # If all layers are uncut in one plain type, they follow each other without padding: a separate search.
+    # If all layers are uncut in one plain type, with no embedding, they follow each other without padding: a
+    # separate search.
     grids = [_Grid(plan, every)]
-    grids += [_Grid(plan, [i], unpadded=True) for i in every if not spec.searched[i].quantised]
+    unpadded = [i for i in every if not spec.searched[i].quantised and spec.embedding is None]
+    grids += [_Grid(plan, [i], unpadded=True) for i in unpadded]
     candidates = [(mix, grid) for grid in grids if (mix := grid.best(errors)) is not None]
     if not candidates:
         raise _too_small(spec.budget, plan)
     mix, grid = min(candidates, key=lambda candidate: (candidate[0].cost, candidate[0].bytes))
     picks = zip(plan.layers, (grid.options[pick] for pick in mix.picks), strict=True)
     kept = {layer: scheme for layer, scheme in picks if scheme is not None}
-    return Layout(hidden_size=plan.hidden_size, layers=list(kept), schemes=list(kept.values()))
+    return Layout(
+        hidden_size=plan.hidden_size,
+        layers=list(kept),
+        schemes=list(kept.values()),
+        embedding=spec.embedding,
+    )
 
 
 def warn_dropped(layers: Sequence[int], layout: Layout) -> None:
@@ -63,7 +70,9 @@ class _Grid:
             for option in self.options
         )
         self.bytes = np.fromiter(sizes, np.int64)
-        self.room = (plan.spec.budget or 0) - headers(plan.partitions)
+        self.room = (plan.spec.budget or 0) - besides_layers(
+            plan.spec.embedding, rows, hidden, plan.partitions
+        )
 
     def best(self, errors: Sequence[torch.Tensor]) -> Mix | None:
         """The mix of least error that keeps a layer; None if none fits."""
@@ -92,10 +101,13 @@ def check_budget(plan: BuildPlan) -> None:
 
 def _least(plan: BuildPlan) -> int:
     """Bytes of the smallest table that keeps one layer."""
-    rows, hidden, schemes = plan.vocab_size, plan.hidden_size, plan.spec.searched
-    cut = [bytes_of(_ranked(scheme, 0, hidden), rows, hidden) for scheme in schemes]
-    uncut = [rows * Layout.of(TableSpec(schemes=[scheme]), 1, hidden).shape.size for scheme in schemes]
-    return headers(plan.partitions) + min(cut + uncut)
+    rows, hidden, embedding = plan.vocab_size, plan.hidden_size, plan.spec.embedding
+    specs = [
+        TableSpec(schemes=[scheme], embedding=embedding)
+        for uncut in plan.spec.searched
+        for scheme in (uncut, _ranked(uncut, 0, hidden))
+    ]
+    return min(table_bytes(Layout.of(spec, 1, hidden), rows, plan.partitions) for spec in specs)
 
 
 def _too_small(budget: int, plan: BuildPlan) -> UserError:
@@ -111,6 +123,12 @@ def headers(partitions: int) -> int:
     return partitions * ALIGNMENT
 
 
+def besides_layers(embedding: PlainDtype | None, rows: int, hidden: int, partitions: int) -> int:
+    """Bytes of a table that are not its layers': the partitions' headers, and the embedding."""
+    stored = None if embedding is None else Scheme(dtype=embedding)
+    return headers(partitions) + bytes_of(stored, rows, hidden)
+
+
 def bytes_of(scheme: Scheme | None, rows: int, hidden: int) -> int:
     """Bytes that one layer adds to a table, with its basis and the basis's header; None: dropped."""
     if scheme is None:
@@ -123,7 +141,8 @@ def table_bytes(layout: Layout, rows: int, partitions: int) -> int:
     """Bytes of all files except the index."""
     if layout.plain:
         return headers(partitions) + rows * layout.shape.size
-    return headers(partitions) + sum(bytes_of(scheme, rows, layout.hidden_size) for scheme in layout.schemes)
+    layers = sum(bytes_of(scheme, rows, layout.hidden_size) for scheme in layout.schemes)
+    return besides_layers(layout.embedding, rows, layout.hidden_size, partitions) + layers
 
 
 def bases_of(plan: BuildPlan, layout: Layout, state: BuildState, storage: Storage) -> dict[int, torch.Tensor]:

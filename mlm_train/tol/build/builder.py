@@ -12,6 +12,7 @@ from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.tol.build.budget import bases_of, check_budget, has_ranks, lay_out, warn_dropped
 from mlm_train.tol.build.ray_cluster import ray_cluster
+from mlm_train.tol.build.row_source import EMBEDDING
 from mlm_train.tol.build.scheduler import Group, PartitionScheduler
 from mlm_train.tol.build.spectra import compute_spectra, rank_errors_of
 from mlm_train.tol.build.state import BuildPlan, BuildState, remove_spectra, start_or_resume
@@ -50,7 +51,8 @@ class Build:
     output: a folder or URL that all workers see under that name, or a Storage. group_bytes: weights of the
     layers that a worker holds at once, at least one layer. If it holds all layers, which sequential writing
     requires, a partition is written and hashed while it is computed; filled group by group, it is read again.
-    verify: how much of the model's files is checked.
+    verify: how much of the model's files is checked. with_embeddings: rows hold x0 too, in the type of the
+    weights; a table that is compressed keeps it.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Build:
         device: str = "cpu",
         group_bytes: int = GROUP_BYTES,
         verify: Check = "full",
+        with_embeddings: bool = False,
     ) -> None:
         if threads < 1:
             raise UserError(f"--threads {threads}: give at least 1")
@@ -81,6 +84,7 @@ class Build:
             with open_model(Path(model).absolute(), needs_ffn_m=True, verify=verify) as opened:
                 folder, self.config = opened.path, opened.config
                 checkpoint, own = opened.fingerprint, compute_of(opened)
+                embedding = embedding_of(opened) if with_embeddings else None
             source: dict[str, Any] = {
                 "checkpoint": checkpoint,
                 "vocab_size": self.config.vocab_size,
@@ -91,11 +95,13 @@ class Build:
             }
         else:
             index, folder = read_index(table), Path(table).absolute()
+            embedding = index.embedding_dtype
             source = {name: getattr(index, name) for name in ("vocab_size", "num_layers", "hidden_size")}
             source |= {"checkpoint": index.source.checkpoint, "table": sha256_of(folder / INDEX)}
             source |= {"compute": index.source.compute, "chunk_rows": chunk_rows}
             if spec.layers is None:
                 spec = spec.model_copy(update={"layers": index.layers})
+        spec = spec.model_copy(update={"embedding": embedding})
         largest = spec.largest(source["num_layers"], source["hidden_size"])
         size = largest.shape.file_bytes(source["vocab_size"])
         count = partitions_of(partitions, source["vocab_size"], min(size, spec.budget or size))
@@ -128,8 +134,8 @@ class Build:
             return None
         index, plan = index_at(self.storage), self.plan
         same = all(getattr(index.source, name) == getattr(plan, name) for name in _SOURCE)
-        same &= len(index.partitions) == plan.partitions
         schemes, spec = schemes_of(index.fields), plan.spec
+        same &= (len(index.partitions), index.embedding_dtype) == (plan.partitions, spec.embedding)
         if spec.budget is None:
             layout = lay_out(plan)
             same &= (index.layers, schemes) == (layout.layers, layout.schemes)
@@ -160,7 +166,10 @@ class Build:
                     f"{self.storage.at(index.basis.file)} is damaged: build the table again into a new folder"
                 )
             layout = Layout(
-                hidden_size=index.hidden_size, layers=index.layers, schemes=schemes_of(index.fields)
+                hidden_size=index.hidden_size,
+                layers=index.layers,
+                schemes=schemes_of(index.fields),
+                embedding=index.embedding_dtype,
             )
             intact = {
                 number: partition
@@ -201,6 +210,7 @@ class Build:
             chunk_rows=source.chunk_rows or CHUNK_ROWS,
             threads=source.threads,
             device=device,
+            with_embeddings=index.embedding is not None,
         )
         if (build.plan.checkpoint, build.plan.table) != (source.checkpoint, source.table):
             raise UserError(f"{output} was not built from {model or table}; give what it was built from")
@@ -276,7 +286,8 @@ class Build:
         kept = [tuple(layer for layer in group if layer in layout.layers) for group in groups]
         groups = [group for group in kept if group]
         scheduler = PartitionScheduler(self.storage, self.plan, layout.shape, state.missing, groups)
-        sizes = {group: layout.bytes_of(group) for group in groups}
+        spans = {group: layout.span(group) for group in groups}
+        sizes = {group: stop - start for group, (start, stop) in spans.items()}
         total = sum(state.bytes(number) for number in range(self.plan.partitions))
         with ByteProgress("rows", total) as progress:
             while state.missing:
@@ -309,6 +320,7 @@ class Build:
             hidden_size=plan.hidden_size,
             layers=layout.layers,
             encodings=None if layout.plain else layout.fields,
+            embedding=layout.embedding_field,
             errors=None if layout.plain else _errors(state),
             basis=state.basis,
             partitions=[state.done[number] for number in range(plan.partitions)],
@@ -332,6 +344,17 @@ def compute_of(model: OpenedModel) -> PlainDtype:
     """The type of a model's FFN-M matmuls: bfloat16 if its weights are, else float32."""
     stored = {model.dtype(name) for name in model.tensors.names() if "memory_mlp" in name}
     return "bfloat16" if stored == {"BF16"} else "float32"
+
+
+def embedding_of(model: OpenedModel) -> PlainDtype:
+    """The type that a model's embedding is stored in: its own. UserError where the head needs it anyway."""
+    if model.config.tie_word_embeddings:
+        raise UserError(
+            f"--with-embeddings: {model.path} ties its embedding to its head, which needs it in memory: "
+            "leave the option out"
+        )
+    stored: dict[str, PlainDtype] = {"BF16": "bfloat16", "F16": "float16"}
+    return stored.get(model.dtype(EMBEDDING), "float32")
 
 
 def _check_workers(count: int) -> None:

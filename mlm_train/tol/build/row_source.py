@@ -19,6 +19,7 @@ from mlm_train.model.logical import pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.model.unfilled import unfilled
 from mlm_train.tol.format.codec import TORCH_DTYPE, all_finite
+from mlm_train.tol.format.index import X0
 from mlm_train.tol.format.schemes import PlainDtype
 from mlm_train.tol.serve.reader import TableReader
 
@@ -32,6 +33,10 @@ class RowSource(Protocol):
 
     def values(self, first: int, last: int) -> Iterator[Tensor]:
         """Yield rows [first, last) of one layer after another, each [n, hidden] in a plain type."""
+        ...
+
+    def embedding(self, first: int, last: int) -> Tensor:
+        """x0 of rows [first, last), [n, hidden]."""
         ...
 
 
@@ -127,8 +132,11 @@ class ComputedRows:
 
     def values(self, first: int, last: int) -> Iterator[Tensor]:
         """Yield rows [first, last) of one layer after another, on the CPU: [n, hidden] of type `compute`."""
-        x0 = self.tensors.rows(EMBEDDING, first, last)
-        yield from self.of(x0.to(self.device, torch.float32))
+        yield from self.of(self.embedding(first, last).to(self.device, torch.float32))
+
+    def embedding(self, first: int, last: int) -> Tensor:
+        """x0 of rows [first, last), on the CPU, in its stored type: [n, hidden]."""
+        return self.tensors.rows(EMBEDDING, first, last)
 
     @torch.no_grad()
     def of(self, x0: Tensor) -> Iterator[Tensor]:
@@ -155,6 +163,12 @@ class StoredRows:
             values = self.table.values(rows, layer)
             assert values is not None
             yield values
+
+    def embedding(self, first: int, last: int) -> Tensor:
+        """x0 of rows [first, last), of a table that has it: [n, hidden]."""
+        x0 = self.table.values(self.table.range(first, last), X0)
+        assert x0 is not None
+        return x0
 
 
 def chunks_of(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:

@@ -18,7 +18,7 @@ from mlm_train.tol.format.codec import NotFinite, decode, encode
 from mlm_train.tol.format.index import Partition, TableFile, file_of
 from mlm_train.tol.format.layout import Layout
 from mlm_train.tol.format.partition import Draft, hash_draft
-from mlm_train.tol.format.schemes import layout
+from mlm_train.tol.format.schemes import Scheme, layout
 from mlm_train.tol.lowrank.ranks import RankErrors, Sample
 from mlm_train.tol.lowrank.spectrum import Gram, Spectrum
 from mlm_train.tol.serve.reader import bases_at, projector
@@ -127,7 +127,7 @@ class BuildWorker:
             for first, last in chunks:
                 out = torch.empty(last - first, encoder.bytes, dtype=torch.uint8)
                 encoder.encode(source, first, last, out)
-                file.write(first - start, encoder.edges[0], out)
+                file.write(first - start, encoder.start, out)
             file.sync()
         return FilledRows(encoder.sums)
 
@@ -195,7 +195,7 @@ PROCESS_TITLE = f"ray::{BuildWorker.__name__}"  # how Ray names a worker's proce
 
 
 class _Encoder:
-    """Encodes neighbouring layers of rows, and sums their errors."""
+    """Encodes neighbouring layers of rows, the first with the embedding, and sums the layers' errors."""
 
     def __init__(self, layout: Layout, layers: Sequence[int], bases: dict[int, Tensor]) -> None:
         first = layout.layers.index(layers[0])
@@ -203,16 +203,25 @@ class _Encoder:
         assert layout.layers[span] == list(layers)
         self.layers, self.hidden = layers, layout.hidden_size
         self.schemes = layout.schemes[span]
-        self.edges = layout.edges[first : first + len(layers) + 1]
-        self.bases = bases
-        self.bytes = self.edges[-1] - self.edges[0]
+        self.start, stop = layout.span(layers)
+        self.edges = [edge - self.start for edge in layout.edges[first : first + len(layers) + 1]]
+        self.bases, self.bytes = bases, stop - self.start
+        self.embedding = None
+        if layout.embedding is not None and first == 0:
+            self.embedding = Scheme(dtype=layout.embedding)
         self.sums: Sums = [(0.0, 0.0)] * len(layers)
 
     def encode(self, source: RowSource, first: int, last: int, out: Tensor) -> None:
         """Encode rows [first, last) into `out`: uint8 [n, bytes of these layers]."""
-        edges = [edge - self.edges[0] for edge in self.edges]
+        if self.embedding is not None:
+            try:
+                encode(self.embedding, source.embedding(first, last), out[:, : self.edges[0]])
+            except NotFinite as found:
+                raise UserError(
+                    f"the embedding of token {first + found.row} is not finite; train again"
+                ) from None
         for position, values in enumerate(source.values(first, last)):
-            self._encode(position, values, out[:, edges[position] : edges[position + 1]], first)
+            self._encode(position, values, out[:, self.edges[position] : self.edges[position + 1]], first)
 
     def _encode(self, position: int, values: Tensor, out: Tensor, first: int) -> None:
         scheme, layer = self.schemes[position], self.layers[position]

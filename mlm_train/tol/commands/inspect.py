@@ -92,7 +92,8 @@ def _summary(inspection: "Inspection") -> Iterator[str]:
     stored = {layer.layer for layer in inspection.layers}
     if dropped := [str(layer) for layer in range(inspection.num_layers) if layer not in stored]:
         yield f"dropped layers, read as 0: {', '.join(dropped)}"
-    yield f"{in_units(sizes.bytes)}, {sizes.row:,} bytes per row; headers {in_units(sizes.other)}"
+    x0 = f", {sizes.embedding:,} of them its embedding" if sizes.embedding else ""
+    yield f"{in_units(sizes.bytes)}, {sizes.row:,} bytes per row{x0}; headers {in_units(sizes.other)}"
     yield f"{sizes.bytes / sizes.bfloat16:.3f} of all layers in bfloat16 ({in_units(sizes.bfloat16)})"
     if sizes.ffn_m is not None:
         yield f"{sizes.bytes / sizes.ffn_m:.2f} x FFN-M's weights in bfloat16 ({in_units(sizes.ffn_m)})"

@@ -43,6 +43,7 @@ examples:
   mlm-train tol build exports/run1 --output tol/run1
   mlm-train tol build exports/run1 --output tol/run1 --dtype int4 --group-size 32
   mlm-train tol build exports/run1 --output tol/run1 --dtype int8 --budget 3.2GB
+  mlm-train tol build exports/run1 --output tol/run1 --with-embeddings
   mlm-train tol build /shared/run1 --output '$TMPDIR/tol1' --each-node --ray-address auto
   mlm-train tol build /shared/run1 --output /shared/tol1 --workers 64 --ray-address auto
   mlm-train tol build exports/run1 --output s3://bucket/tol/run1"""
@@ -90,6 +91,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compute",
         choices=("auto", "float32", "bfloat16"),
         help="type of FFN-M's matmuls (default auto: that of the weights)",
+    )
+    build.add_argument(
+        "--with-embeddings",
+        action="store_true",
+        help="rows also hold the token's embedding, in the type of the weights: serving then needs no "
+        "embedding in memory",
     )
     build.add_argument("--device", default="cpu", help="where FFN-M runs: cpu or cuda (default %(default)s)")
     add_verify(build, "the model")
@@ -252,7 +259,9 @@ def _repair(args: argparse.Namespace) -> int:
     from mlm_train.tol.build.builder import Build
 
     unused = given(args) or given(args, ("partitions", "threads", "evaluate"))
-    unused = unused or given(args, ("model",) if args.action == "compress" else ("compute", "verify"))
+    unused = unused or given(
+        args, ("model",) if args.action == "compress" else ("compute", "verify", "with_embeddings")
+    )
     if unused:
         raise UserError(f"--repair rebuilds {args.output} as it was: leave {unused} out")
     model, table = (None, args.table) if args.action == "compress" else (args.model, None)
@@ -276,6 +285,8 @@ def describe(index: "TolIndex") -> str:
     known = [error for error in index.errors or () if error is not None]
     lost = f", relative error {min(known):.2e} to {max(known):.2e} per layer" if known else ""
     layers = f"{len(index.layers)} layer" + "s" * (len(index.layers) != 1)
+    if index.embedding is not None:
+        how += f", with embeddings in {index.embedding.dtype}"
     if missing := [str(layer) for layer in range(index.num_layers) if layer not in index.layers]:
         lost += f"; dropped, read as 0: layer{'s' * (len(missing) > 1)} {', '.join(missing)}"
     return (
@@ -299,6 +310,7 @@ def _build(args: argparse.Namespace) -> "Build":
         threads=1 if args.threads is None else args.threads,
         device=args.device,
         verify=args.verify or "full",
+        with_embeddings=args.with_embeddings,
     )
 
 

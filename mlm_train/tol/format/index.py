@@ -22,6 +22,7 @@ STATE = "tol.build.json"  # exists while a build is unfinished
 FETCHED = "tol.fetch.json"  # the index of a table that is being copied, until all its files are there
 BASIS = "basis.safetensors"
 BASIS_ITEM = 2  # bytes per value of a basis, float16
+X0 = -1  # the number by which readers ask for the embedding, as for a layer before the first
 REBUILD = "build it again with `mlm-train tol build`"
 
 
@@ -67,6 +68,7 @@ class TolIndex(Record):
     """tol.index.json; its partitions cover the vocabulary once, in order.
 
     encodings: one per kept layer; None if all layers have one plain type, in a tensor [rows, layers, hidden].
+    embedding: of x0, in a table that has it.
     errors: relative error of each kept layer against the values that were encoded, where measured.
     """
 
@@ -80,6 +82,7 @@ class TolIndex(Record):
     rank: list[int | None] | None = None
     group_size: int | None = None
     encodings: list[Encoding] | None = None
+    embedding: Encoding | None = None
     errors: list[float | None] | None = None
     basis: TableFile | None = None
     partitions: list[Partition]
@@ -102,11 +105,15 @@ class TolIndex(Record):
     def _check_plain(self) -> None:
         if self.dtype not in PLAIN_BYTES or self.rank is not None or self.basis is not None:
             raise ValueError(f"dtype {self.dtype} with rank {self.rank} needs encodings")
+        if self.embedding is not None:
+            raise ValueError("an embedding needs encodings")
 
     def _check_encodings(self, encodings: list[Encoding]) -> None:
         if len(encodings) != len(self.layers):
             raise ValueError(f"{len(encodings)} encodings are given for {len(self.layers)} layers")
-        spans = sorted(span for encoding in encodings for span in encoding.spans(self.hidden_size))
+        if self.embedding is not None and (self.embedding.quantised or self.embedding.rank is not None):
+            raise ValueError("an embedding must have a plain type, and no rank")
+        spans = sorted(span for field in self.stored.values() for span in field.spans(self.hidden_size))
         if any(stop > start for (_, stop), (start, _) in itertools.pairwise(spans)):
             raise ValueError("fields of encodings overlap")
         if spans[-1][1] > self.row_bytes:
@@ -140,9 +147,22 @@ class TolIndex(Record):
         return plain_fields(self.dtype, len(self.layers), self.hidden_size)
 
     @property
+    def stored(self) -> dict[int, Encoding]:
+        """The encoding of each kept layer by its number, and of the embedding, if there is one, by X0."""
+        layers = dict(zip(self.layers, self.fields, strict=True))
+        return layers if self.embedding is None else {X0: self.embedding} | layers
+
+    @property
+    def embedding_dtype(self) -> PlainDtype | None:
+        """The type of the embedding; None in a table without it."""
+        dtype = None if self.embedding is None else self.embedding.dtype
+        assert dtype != "int8" and dtype != "int4"
+        return dtype
+
+    @property
     def row_bytes(self) -> int:
         """Bytes per row."""
-        return row_bytes(self.fields, self.hidden_size, self.encodings is None)
+        return row_bytes(list(self.stored.values()), self.hidden_size, self.encodings is None)
 
     @property
     def repair(self) -> str:
@@ -206,3 +226,7 @@ def check_fits(folder: Path, index: TolIndex, config: ModelConfig) -> None:
             raise UserError(
                 f"{folder} has {name}={getattr(index, name)} and the model {value}: give the table's model"
             )
+    if index.embedding is not None and config.tie_word_embeddings:
+        raise UserError(
+            f"{folder} has embeddings, and the model ties its own to its head: give the table's model"
+        )

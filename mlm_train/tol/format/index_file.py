@@ -52,6 +52,8 @@ def parse_index(data: bytes, file: str) -> TolIndex:
 def write_index(storage: Storage, index: TolIndex) -> None:
     """Write the file INDEX; call it once all other files are there."""
     tree = index.model_dump(mode="json") | {"digest": _NO_DIGEST}
+    if index.embedding is None:
+        del tree["embedding"]  # a key that earlier versions do not know
     data = (json.dumps(tree, indent=2) + "\n").encode()
     storage.write(INDEX, data.replace(_NO_DIGEST.encode(), _digest(data, _NO_DIGEST).encode()))
 

@@ -7,7 +7,16 @@ from pydantic import model_validator
 
 from mlm_train.tol.format.index import plain_fields, row_bytes
 from mlm_train.tol.format.partition import RowShape
-from mlm_train.tol.format.schemes import GROUPS, LEVELS, PLAIN_BYTES, Dtype, Encoding, Scheme, layout
+from mlm_train.tol.format.schemes import (
+    GROUPS,
+    LEVELS,
+    PLAIN_BYTES,
+    Dtype,
+    Encoding,
+    PlainDtype,
+    Scheme,
+    layout,
+)
 from mlm_train.utils.records import Record
 
 
@@ -16,7 +25,7 @@ class TableSpec(Record):
 
     layers: the kept ones; None keeps all. rank: of every layer. budget: bytes of the whole table, within
     which each layer gets its own rank, and its own type and group size where none is given. schemes: one per
-    kept layer, instead of all other fields.
+    kept layer, instead of these fields. embedding: the type of x0, where it is stored too.
     """
 
     dtype: Dtype | None = "bfloat16"
@@ -26,6 +35,7 @@ class TableSpec(Record):
     rank: int | None = None
     budget: int | None = None
     schemes: list[Scheme] | None = None
+    embedding: PlainDtype | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -41,7 +51,7 @@ class TableSpec(Record):
         if not full_rank:
             schemes = self.searched if self.budget is not None else [self.scheme(None)]
             full_rank = [max(schemes, key=lambda scheme: scheme.bytes(hidden))] * len(kept)
-        return Layout(hidden_size=hidden, layers=kept, schemes=full_rank)
+        return Layout(hidden_size=hidden, layers=kept, schemes=full_rank, embedding=self.embedding)
 
     def scheme(self, rank: int | None) -> Scheme:
         """The scheme of a layer of that rank."""
@@ -62,36 +72,49 @@ class TableSpec(Record):
 
 
 class Layout(Record):
-    """The stored layers, each with its scheme; known once ranks are chosen."""
+    """The stored layers, each with its scheme; known once ranks are chosen.
+
+    embedding: the type of x0, which comes before the layers; None: it is not stored.
+    """
 
     hidden_size: int
     layers: list[int]
     schemes: list[Scheme]
+    embedding: PlainDtype | None = None
 
     @classmethod
     def of(cls, spec: TableSpec, layers: int, hidden: int) -> Self:
         """The layout of a spec without a budget."""
         kept = list(range(layers)) if spec.layers is None else spec.layers
         schemes = spec.schemes or [spec.scheme(spec.rank)] * len(kept)
-        return cls(hidden_size=hidden, layers=kept, schemes=schemes)
+        return cls(hidden_size=hidden, layers=kept, schemes=schemes, embedding=spec.embedding)
 
-    def bytes_of(self, layers: Sequence[int]) -> int:
-        """Bytes per row of neighbouring layers."""
+    def span(self, layers: Sequence[int]) -> tuple[int, int]:
+        """The bytes [start, stop) of neighbouring layers in a row; the first one has the embedding's too."""
         first = self.layers.index(layers[0])
-        return self.edges[first + len(layers)] - self.edges[first]
+        return self.edges[first] if first else 0, self.edges[first + len(layers)]
 
     @property
     def plain(self) -> bool:
         """Whether a row is one tensor of one plain type."""
         first = self.schemes[0]
-        return first.dtype in PLAIN_BYTES and first.rank is None and set(self.schemes) == {first}
+        one = first.dtype in PLAIN_BYTES and first.rank is None and set(self.schemes) == {first}
+        return one and self.embedding is None
 
     @property
     def fields(self) -> list[Encoding]:
         """The encoding of each layer, with its offsets in a row."""
         if self.plain:
             return plain_fields(self.schemes[0].dtype, len(self.schemes), self.hidden_size)
-        return layout(self.schemes, self.hidden_size)
+        x0 = self.embedding_field
+        return layout(self.schemes, self.hidden_size, 0 if x0 is None else x0.bytes(self.hidden_size))
+
+    @property
+    def embedding_field(self) -> Encoding | None:
+        """The encoding of the embedding, at the start of a row."""
+        if self.embedding is None:
+            return None
+        return layout([Scheme(dtype=self.embedding)], self.hidden_size)[0]
 
     @property
     def edges(self) -> list[int]:

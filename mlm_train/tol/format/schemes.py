@@ -84,9 +84,9 @@ class Encoding(Scheme):
         return self
 
 
-def layout(schemes: Sequence[Scheme], hidden: int) -> list[Encoding]:
-    """Lay out the layers of a row one after another."""
-    encodings, start = [], 0
+def layout(schemes: Sequence[Scheme], hidden: int, start: int = 0) -> list[Encoding]:
+    """Lay out the layers of a row one after another, from byte `start` on."""
+    encodings = []
     for scheme in schemes:
         scales, zeros, _ = scheme.sizes(hidden)
         encodings.append(

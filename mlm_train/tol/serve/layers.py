@@ -2,8 +2,10 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from mlm_train.tol.format.index import X0
 from mlm_train.tol.serve.reader import RowDecoder
 from mlm_train.tol.serve.store import Rows
 from mlm_train.utils.trace import span
@@ -24,25 +26,27 @@ class DecodedLayers:
     layers at once would be more memory than a cache holds.
     """
 
-    def __init__(self, decoder: RowDecoder, rows: Rows, count: int, like: Tensor) -> None:
-        self._decoder, self._rows, self._like = decoder, rows, like
+    def __init__(
+        self, decoder: RowDecoder, rows: Rows, count: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._decoder, self._rows, self._dtype, self._device = decoder, rows, dtype, device
         self._at_once = decoder.alike is not None and count * decoder.row_bytes <= TOGETHER
         self._values: dict[int, Tensor] | None = None
 
     def __call__(self, layer: int) -> Tensor | None:
-        """A layer, [n, hidden], as `like` is; None for one that is not stored. Waits for its bytes alone."""
+        """A layer, or X0: [n, hidden]; None for one that is not stored. Waits for its bytes alone."""
         columns = self._decoder.columns(layer)
         if columns is None:
             return None
-        if not self._at_once:
+        if not self._at_once or layer == X0:
             encoded = self._on_device(layer, *columns)
-            return self._decoder.values(encoded, layer, self._like.dtype).to(self._like.dtype)
+            return self._decoder.values(encoded, layer, self._dtype).to(self._dtype)
         if self._values is None:
-            rows = self._on_device(layer, 0, self._decoder.row_bytes)
-            self._values = self._decoder.all_values(rows, self._like.dtype)
+            rows = self._on_device(layer, self._decoder.start, self._decoder.row_bytes)
+            self._values = self._decoder.all_values(rows, self._dtype)
         return self._values[layer]
 
     def _on_device(self, layer: int, first: int, last: int) -> Tensor:
         with span("tol.wait", _Waiting(layer)):
             encoded = self._rows.columns(first, last)
-        return encoded.to(self._like.device, non_blocking=True)
+        return encoded.to(self._device, non_blocking=True)

@@ -27,19 +27,22 @@ BASIS_HEADER = 128  # bytes per layer; more than its entry can need
 
 
 class RowDecoder:
-    """Decodes the layers of encoded rows.
+    """Decodes the layers of encoded rows, and the embedding as layer X0.
 
-    alike: the first layer's encoding, where a row is layers of that encoding and of full rank, one by one.
+    start: the byte of a row where the layers begin. alike: the first layer's encoding from there on, where
+    the rest of the row is layers of that encoding and of full rank, one by one.
     """
 
     def __init__(self, index: TolIndex, bases: dict[int, Tensor]) -> None:
-        self.row_bytes, self._hidden, self._bases = index.row_bytes, index.hidden_size, bases
+        self.row_bytes, self.hidden, self._bases = index.row_bytes, index.hidden_size, bases
+        self._layers = index.layers
         self._fields: dict[int, tuple[int, int, Encoding]] = {}
-        for layer, field in zip(index.layers, index.fields, strict=True):
+        for layer, field in index.stored.items():
             spans = field.spans(index.hidden_size)
             first, last = min(start for start, _ in spans), max(stop for _, stop in spans)
             self._fields[layer] = first, last, field.moved(-first)
-        self.alike = _alike(index)
+        self.start = self._fields[index.layers[0]][0]
+        self.alike = _alike(index, self.start)
 
     def columns(self, layer: int) -> tuple[int, int] | None:
         """The bytes [first, last) of a row that hold a layer; None for one that is not stored."""
@@ -52,31 +55,33 @@ class RowDecoder:
         In fp32 or the layer's plain type. A low-rank layer is multiplied by its basis, in `dtype`.
         """
         field = self._fields[layer][2]
-        decoded = decode(field, columns, self._hidden)
+        decoded = decode(field, columns, self.hidden)
         if field.rank is None:
             return decoded
         basis = self._bases[layer] = self._bases[layer].to(columns.device, dtype)
         return decoded.to(dtype) @ basis
 
     def all_values(self, rows: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
-        """Decode all stored layers of whole rows, uint8 [n, row bytes], at once: [n, hidden] by layer.
+        """Decode all stored layers of rows from `start` on, uint8 [n, bytes], at once: [n, hidden] by layer.
 
         They must be stored alike. `dtype`: of the values.
         """
         assert self.alike is not None
-        parts = rows.reshape(rows.shape[0] * len(self._fields), -1)
-        values = decode(self.alike, parts, self._hidden).to(dtype).view(rows.shape[0], -1, self._hidden)
-        return dict(zip(self._fields, values.unbind(1), strict=True))
+        parts = rows.reshape(rows.shape[0] * len(self._layers), -1)
+        values = decode(self.alike, parts, self.hidden).to(dtype).view(rows.shape[0], -1, self.hidden)
+        return dict(zip(self._layers, values.unbind(1), strict=True))
 
     def in_basis(self, values: Tensor, layer: int) -> Tensor:
         """Project values [n, hidden] of a low-rank layer to its stored coordinates [n, rank]."""
         return values.float() @ projector(self._bases[layer].float())
 
 
-def _alike(index: TolIndex) -> Encoding | None:
-    first, size = index.fields[0], index.row_bytes // len(index.fields)
-    fields = [first.moved(number * size) for number in range(len(index.fields))]
-    return first if first.rank is None and fields == list(index.fields) else None
+def _alike(index: TolIndex, start: int) -> Encoding | None:
+    first, count, whole = index.fields[0].moved(-start), len(index.fields), index.row_bytes - start
+    size = whole // count
+    fields = [first.moved(start + number * size) for number in range(count)]
+    same = fields == list(index.fields) and size * count == whole
+    return first if first.rank is None and same else None
 
 
 class TableReader:
@@ -114,7 +119,7 @@ class TableReader:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def values(self, rows: Tensor, layer: int) -> Tensor | None:
-        """Decode a layer of stored rows: see RowDecoder.values. None for a layer that is not stored."""
+        """Decode a layer, or X0, of stored rows: see RowDecoder.values. None for one that is not stored."""
         columns = self._decoder.columns(layer)
         if columns is None:
             return None

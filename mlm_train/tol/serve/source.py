@@ -13,7 +13,7 @@ from mlm_train.checkpoint.reading.logical_folder import ModelFolder
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.model.source import MemoryReader
-from mlm_train.tol.format.index import TolIndex, check_fits
+from mlm_train.tol.format.index import X0, TolIndex, check_fits
 from mlm_train.tol.format.index_file import read_index
 from mlm_train.tol.serve.disk import DiskStore
 from mlm_train.tol.serve.layers import DecodedLayers
@@ -26,7 +26,7 @@ REQUESTS = 2  # a prompt's next chunk, and the next prompts' first one
 
 
 class TolSource:
-    """FFN-M's output by token id, read from a table; see `open_folder`."""
+    """FFN-M's output by token id, and x0 where the table has it, read from a table; see `open_folder`."""
 
     def __init__(self, store: RowStore, decoder: RowDecoder, patches: Sequence[Patch] = ()) -> None:
         self.store, self._decoder, self._overlay = store, decoder, Overlay(patches)
@@ -90,19 +90,33 @@ class TolSource:
 
         ids: [batch, sequence]; x0: their embeddings, of which the dtype and the device are taken.
         """
+        return self._reader(ids, x0.dtype, x0.device)
+
+    @property
+    def has_embeddings(self) -> bool:
+        """Whether the table has x0, so that the model needs no embedding."""
+        return self._decoder.columns(X0) is not None
+
+    def open_with_x0(self, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, MemoryReader]:
+        """See model.source.EmbeddingSource; for a table that has embeddings."""
+        assert self.has_embeddings
+        read = self._reader(ids, dtype, ids.device)
+        return read(X0), read
+
+    def _reader(self, ids: Tensor, dtype: torch.dtype, device: torch.device) -> MemoryReader:
         distinct, inverse = ids.flatten().unique(return_inverse=True)
         asked = distinct.cpu()
         rows, patched = self._rows(asked), self._overlay.places(asked)
         self.store.counters.rows += ids.numel()
-        layers = DecodedLayers(self._decoder, rows, len(asked), x0)
+        layers = DecodedLayers(self._decoder, rows, len(asked), dtype, device)
 
         def read(layer: int) -> Tensor:
             values = layers(layer)
             if values is None:
-                return torch.zeros_like(x0)
-            if len(patched):
+                return torch.zeros(*ids.shape, self._decoder.hidden, dtype=dtype, device=device)
+            if len(patched) and layer != X0:  # a patch changes what FFN-M recalls
                 values = self._overlay.apply(values, layer, asked, patched)
-            return values.index_select(0, inverse).view(x0.shape)
+            return values.index_select(0, inverse).view(*ids.shape, -1)
 
         return read
 

@@ -31,13 +31,14 @@ _HUGE = 1e15  # larger values overflow a Gram in fp32
 class Sizes:
     """Sizes in bytes, and those of the alternatives.
 
-    bytes: of the files without the index. row: of a row. other: headers with padding, and the header of the
-    bases. bfloat16: of a table of all layers in that type. ffn_m: of the weights that the table replaces, in
-    bfloat16; None without a model.
+    bytes: of the files without the index. row: of a row. embedding: of x0 in a row, 0 without it. other:
+    headers with padding, and the header of the bases. bfloat16: of a table of all layers in that type. ffn_m:
+    of the weights that the table replaces, in bfloat16; None without a model.
     """
 
     bytes: int
     row: int
+    embedding: int
     other: int
     bfloat16: int
     ffn_m: int | None
@@ -267,6 +268,7 @@ def _sizes(index: TolIndex, model: ModelFolder | None) -> Sizes:
     return Sizes(
         bytes=index.bytes,
         row=index.row_bytes,
+        embedding=0 if index.embedding is None else index.embedding.bytes(index.hidden_size),
         other=index.bytes - rows - bases,
         bfloat16=index.vocab_size * index.num_layers * index.hidden_size * _BFLOAT16,
         ffn_m=None if model is None else count_parameters(model.config).ffn_m * _BFLOAT16,

@@ -12,7 +12,7 @@ from mlm_train.checkpoint.reading.logical_folder import open_model
 from mlm_train.errors import UserError
 from mlm_train.tol.build.row_source import EMBEDDING, ComputedRows, chunks_of, ffn_m_weights
 from mlm_train.tol.format.codec import TORCH_DTYPE, decode, encode, grouped
-from mlm_train.tol.format.index import Partition, TableFile, TolIndex, check_fits
+from mlm_train.tol.format.index import X0, Partition, TableFile, TolIndex, check_fits
 from mlm_train.tol.format.index_file import index_at, is_intact, read_index
 from mlm_train.tol.format.partition import map_partition
 from mlm_train.tol.format.schemes import Encoding, layout
@@ -97,6 +97,15 @@ class _Recompute:
             bad |= ~self._is_near(encoding, decode(encoding, rows, index.hidden_size).float(), true, layer)
         report.recomputed += ids.numel()
         return ids[bad]
+
+    def other_embeddings(self, rows: Tensor, first: int, last: int) -> Tensor:
+        """The ids of stored rows [first, last) whose embeddings are not exactly the model's."""
+        ids = self.ids(first, last)
+        stored = self.table.values(rows[ids - first], X0)
+        if stored is None:
+            return ids[:0]
+        x0 = self.computed.embedding(first, last)[ids - first].to(stored.dtype)
+        return ids[(stored != x0).any(1)]
 
     def _is_near(self, field: Encoding, stored: Tensor, true: Tensor, layer: int) -> Tensor:
         """Which rows equal FFN-M's values in their type, up to rounding and summation order: bool [n]."""
@@ -216,16 +225,22 @@ def _check_partition(
     if sha256_of(folder / partition.file) != partition.sha256:
         what = "the file's SHA-256 differs from the index"
         report.damages.append(Damage(partition.file, start, stop, what))
-    non_finite, different = [], []
+    non_finite, different, unlike = [], [], []
     for first, last in chunks_of(start, stop, CHUNK_ROWS):
         chunk = rows[first - start : last - start]
-        decoded = [decode(field, chunk, report.index.hidden_size) for field in report.index.fields]
+        stored = report.index.stored.values()
+        decoded = [decode(field, chunk, report.index.hidden_size) for field in stored]
         bad = torch.stack([(~values.isfinite()).any(1) for values in decoded]).any(0)
         non_finite.append(first + bad.nonzero().flatten())
         if recompute is not None:
             different.append(recompute.compare(chunk, first, last, report))
+            unlike.append(recompute.other_embeddings(chunk, first, last))
         yield last
-    for tokens, what in ((non_finite, "non-finite values"), (different, "values are not FFN-M's")):
+    for tokens, what in (
+        (non_finite, "non-finite values"),
+        (different, "values are not FFN-M's"),
+        (unlike, "embeddings are not the model's"),
+    ):
         report.damages += [Damage(partition.file, *span, what) for span in _spans(tokens)]
 
 
