@@ -4,14 +4,7 @@ import argparse
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from mlm_train.bench.serving_command import (
-    add_decode,
-    add_overlap,
-    add_store,
-    run_decode,
-    run_overlap,
-    run_store,
-)
+from mlm_train.bench.serving_command import SERVING, add_serving
 from mlm_train.errors import UserError
 from mlm_train.utils.arguments import add_action
 
@@ -129,9 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_train(actions)
     _add_x0(actions)
     _add_scale(actions)
-    add_store(actions)
-    add_decode(actions)
-    add_overlap(actions)
+    add_serving(actions)
     _add_profile(actions)
     auto = add_action(actions, "auto", "compare memory.mode=auto with every mode", _AUTO_HELP)
     auto.add_argument("--runs", type=int, metavar="N", default=7, help="timed steps per mode (default 7)")
@@ -322,12 +313,8 @@ def run(args: argparse.Namespace) -> int:
         from mlm_train.bench.tol import bench_tol
 
         return bench_tol(args)
-    if args.action == "store":
-        return run_store(args)
-    if args.action == "decode":
-        return run_decode(args)
-    if args.action == "overlap":
-        return run_overlap(args)
+    if args.action in SERVING:
+        return SERVING[args.action](args)
     if args.action == "scale":
         return _run_scale(args)
     if args.action == "profile":

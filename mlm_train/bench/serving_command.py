@@ -26,7 +26,7 @@ examples:
   mlm-train bench overlap trace.json --plot overlap.png"""
 
 
-def add_store(actions: "Actions") -> None:
+def _add_store(actions: "Actions") -> None:
     """Add the action."""
     store = add_action(actions, "store", "time reads of a ToL's rows, by tier and cache", _STORE_HELP)
     store.add_argument("--tol", metavar="DIR", required=True, help="folder of `mlm-train tol build`")
@@ -53,7 +53,7 @@ examples:
   mlm-train bench decode --data data/mine --batches 1 --prefills 512 --json decode.json --plot decode.png"""
 
 
-def add_decode(actions: "Actions") -> None:
+def _add_decode(actions: "Actions") -> None:
     """Add the action."""
     decode = add_action(actions, "decode", "time decoding and prompts, by kind, table and tier", _DECODE_HELP)
     decode.add_argument("--data", metavar="DIR", help="folder of `data prepare`: its text's ids (required)")
@@ -81,7 +81,7 @@ def add_decode(actions: "Actions") -> None:
     decode.add_argument("--worker", help=argparse.SUPPRESS)
 
 
-def run_decode(args: argparse.Namespace) -> int:
+def _run_decode(args: argparse.Namespace) -> int:
     """Measure. Returns exit code 0. Raises UserError without --data."""
     from mlm_train.bench import decode
 
@@ -94,14 +94,14 @@ def run_decode(args: argparse.Namespace) -> int:
     return decode.bench_decode(args)
 
 
-def run_store(args: argparse.Namespace) -> int:
+def _run_store(args: argparse.Namespace) -> int:
     """Measure. Returns exit code 0."""
     from mlm_train.bench.store import bench_store
 
     return bench_store(args)
 
 
-def add_overlap(actions: "Actions") -> None:
+def _add_overlap(actions: "Actions") -> None:
     """Add the action."""
     overlap = add_action(actions, "overlap", "say what of a table's reads layers hide", _OVERLAP_HELP)
     overlap.add_argument("trace", metavar="TRACE", help="file of `mlm-train generate --trace`")
@@ -112,8 +112,18 @@ def add_overlap(actions: "Actions") -> None:
     overlap.add_argument("--plot", metavar="FILE", help="plot reads and layers to a PNG")
 
 
-def run_overlap(args: argparse.Namespace) -> int:
+def _run_overlap(args: argparse.Namespace) -> int:
     """Measure. Returns exit code 0."""
     from mlm_train.bench.overlap import bench_overlap
 
     return bench_overlap(args)
+
+
+SERVING = {"store": _run_store, "decode": _run_decode, "overlap": _run_overlap}  # by action
+
+
+def add_serving(actions: "Actions") -> None:
+    """Add the actions of SERVING."""
+    _add_store(actions)
+    _add_decode(actions)
+    _add_overlap(actions)

@@ -25,7 +25,9 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (config.num_hidden_layers, len(padding), config.kv_heads, capacity, config.attention_head_dim)
+        # A column more, so that a view of the cache is never contiguous: compiled layers have one case less.
+        columns, heads = capacity + 1, config.kv_heads
+        shape = (config.num_hidden_layers, len(padding), heads, columns, config.attention_head_dim)
         self._keys = torch.empty(shape, dtype=dtype, device=device)
         self._values = torch.empty(shape, dtype=dtype, device=device)
         self._length = 0
@@ -44,7 +46,7 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Number of columns that there is room for."""
-        return self._keys.shape[3]
+        return self._keys.shape[3] - 1
 
     def geometry(self, rows: int, new: int) -> Geometry:
         """Geometry of the next `new` columns of the first `rows` rows.
