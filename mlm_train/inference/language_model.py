@@ -190,9 +190,9 @@ def load(
     embedding if the table has it. store: how it is served. patches: files of `tol patch`. dtype: of the
     weights and the KV cache, such as "bfloat16"; default float32. verify: how much of both folders is
     compared with their manifests, "full", "sizes" or "none"; default "full", and "sizes" for tol.
-    memory_scale, dropped_layers, compile: see Decoder. add_bos: see LanguageModel. skip_tokenizer: for prompts of ids,
-    whose results then have no text. Raises UserError for folders that cannot be read, damage, and a tol of
-    another model.
+    memory_scale, dropped_layers, compile: see Decoder. add_bos: see LanguageModel. skip_tokenizer: for
+    prompts of ids, whose results then have no text. Raises UserError for folders that cannot be read, damage,
+    and a tol of another model.
     """
     folder = find_model(model, verify or "full")
     scales_of(folder.config, memory_scale, dropped_layers)  # refuse before anything is loaded

@@ -48,6 +48,32 @@ def test_looked_up_equals_computed(exported: Path, tol: Path) -> None:
     assert half(ids).logits.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kind", ["memory", "flex"])
+def test_long_greedy_texts_are_those_without_a_table(kind: str, tmp_path: Path) -> None:
+    """20 prompts of all lengths, 256 tokens each, in our decoder and in transformers."""
+    model = random_model(**KINDS[kind] | {"max_position_embeddings": 300})
+    exported = export(tmp_path / "export", model)
+    tol = write_table(tmp_path / "tol", model, exported, [50])
+    prompts = [torch.randint(0, 97, (length,)).tolist() for length in range(3, 43, 2)]
+    computed, looked_up = (
+        mlm_train.load(exported, table, skip_tokenizer=True).generate(
+            prompts, batch_size=20, max_new_tokens=256, ignore_eos=True
+        )
+        for table in (None, tol)
+    )
+    texts = [completion.ids for completion in computed]
+    assert [completion.ids for completion in looked_up] == texts
+    assert {len(text) for text in texts} == {256}
+    rows = [[0] * (41 - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (41 - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    theirs = AutoModelForCausalLM.from_pretrained(exported, tol=tol)
+    theirs.generation_config.eos_token_id = None
+    found = theirs.generate(
+        torch.tensor(rows), attention_mask=torch.tensor(mask), max_new_tokens=256, do_sample=False
+    )
+    assert found[:, 41:].tolist() == texts
+
+
 def test_weights_of_ffn_m_need_not_be_there(exported: Path, tol: Path) -> None:
     (exported / MANIFEST).unlink()
     weights = load_file(exported / "model.safetensors")
