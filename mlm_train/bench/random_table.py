@@ -10,41 +10,49 @@ from torch import Tensor
 
 from mlm_train.config import ModelConfig
 from mlm_train.tol.format.codec import encode
-from mlm_train.tol.format.index import Partition, Provenance, TolIndex, row_bytes, summary
+from mlm_train.tol.format.index import Partition, Provenance, TolIndex, summary
 from mlm_train.tol.format.index_file import write_index
+from mlm_train.tol.format.layout import Layout
 from mlm_train.tol.format.partition import RowShape
-from mlm_train.tol.format.schemes import Scheme, layout
+from mlm_train.tol.format.schemes import PlainDtype, Scheme
 from mlm_train.tol.storage.local import LocalFolder
 
 PARTITION_ROWS = 8192
 DRAWN_ROWS = 256  # they are repeated
 
 
-def write_random_table(folder: Path, config: ModelConfig, scheme: Scheme) -> Path:
-    """Write a table for models of `config` into a new folder; every layer is stored by `scheme`."""
+def write_random_table(
+    folder: Path, config: ModelConfig, scheme: Scheme, embedding: PlainDtype | None = None
+) -> Path:
+    """Write a table for models of `config` into a new folder.
+
+    Every layer is stored by `scheme`; embedding: the type of x0, None to leave it out.
+    """
     folder.mkdir(parents=True)
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    fields = layout([scheme] * layers, hidden)
+    layers, hidden = list(range(config.num_hidden_layers)), config.hidden_size
+    layout = Layout(hidden_size=hidden, layers=layers, schemes=[scheme] * len(layers), embedding=embedding)
+    rows = torch.zeros(DRAWN_ROWS, layout.shape.size, dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    for start, stop in itertools.pairwise(layout.edges):
+        encode(scheme, torch.randn(DRAWN_ROWS, hidden, generator=generator), rows[:, start:stop])
+    if embedding is not None:
+        x0 = torch.randn(DRAWN_ROWS, hidden, generator=generator)
+        encode(Scheme(dtype=embedding), x0, rows[:, : layout.edges[0]])
+    edges = [*range(0, config.vocab_size, PARTITION_ROWS), config.vocab_size]
     tree = {
         "vocab_size": config.vocab_size,
-        "num_layers": layers,
+        "num_layers": len(layers),
         "hidden_size": hidden,
-        "layers": list(range(layers)),
+        "layers": layers,
+        "partitions": [_write(folder, edge, layout.shape, rows) for edge in itertools.pairwise(edges)],
         "source": Provenance(checkpoint="", created="", tool_version=""),
     }
-    if scheme.quantised:
-        shape = RowShape.packed(row_bytes(fields, hidden, plain=False))
-        tree |= summary(fields) | {"encodings": fields}
-    else:
-        shape = RowShape.plain(scheme.dtype, layers, hidden)
+    if layout.plain:
         tree |= {"dtype": scheme.dtype}
-    rows = torch.zeros(DRAWN_ROWS, shape.size, dtype=torch.uint8)
-    generator = torch.Generator().manual_seed(0)
-    for part in rows.split(shape.size // layers, 1):
-        encode(scheme, torch.randn(DRAWN_ROWS, hidden, generator=generator), part)
-    edges = [*range(0, config.vocab_size, PARTITION_ROWS), config.vocab_size]
-    parts = [_write(folder, edge, shape, rows) for edge in itertools.pairwise(edges)]
-    write_index(LocalFolder(folder), TolIndex.model_validate(tree | {"partitions": parts}))
+    else:
+        fields = {"encodings": layout.fields, "embedding": layout.embedding_field}
+        tree |= summary(layout.fields) | fields
+    write_index(LocalFolder(folder), TolIndex.model_validate(tree))
     return folder
 
 
