@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mlm_train.kernels.cpu_matvec import matvec
 from mlm_train.model.logical import Part
 
 
@@ -41,7 +42,7 @@ class FusedLinear(Linear):
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., in] -> x weight^T [..., out]."""
     if _is_one_row(x, weight):
-        return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
+        return matvec(weight, x.flatten()).view(*x.shape[:-1], -1)
     return F.linear(x, weight)
 
 
