@@ -92,7 +92,7 @@ def test_what_cannot_be_read_is_one_error_and_the_store_goes_on(table: Path, tmp
     assert touched.fetch(torch.tensor([100])).columns(0, size).shape == (1, size)
     os.truncate(file, index.partitions[2].bytes - 5 * size)
     store = opened(table, OPTIONS["direct"])
-    short = disk.DiskStore(folder, index, OPTIONS["direct"])
+    short = disk.DiskStore(folder, index, OPTIONS["direct"], (0, size))
     for _ in range(2):
         with pytest.raises(UserError, match=r"could not be read: .* ends before byte"):
             short.fetch(torch.tensor([3, 110, 432])).columns(0, size)

@@ -35,7 +35,7 @@ MANY_ROWS, PARTS, PART_BYTES = 64, 4, 32768
 
 
 class _Read(NamedTuple):
-    """Bytes [first, last) of a row: where they lie in a file, and where they go."""
+    """Bytes [first, last) of a row's span: where they lie in a file, and where they go."""
 
     part: int
     file: int
@@ -46,14 +46,19 @@ class _Read(NamedTuple):
 
 
 class DiskStore:
-    """Reads rows from the partitions' files; rows of `hot` ids, or those used last, stay in memory."""
+    """Reads rows from the partitions' files; rows of `hot` ids, or those used last, stay in memory.
 
-    def __init__(self, folder: Path, index: TolIndex, options: StoreOptions) -> None:
+    span: the bytes [first, last) that are read of each row.
+    """
+
+    def __init__(self, folder: Path, index: TolIndex, options: StoreOptions, span: tuple[int, int]) -> None:
         self.counters = Counters()
-        self._size, shape = index.row_bytes, RowShape.of(index)
+        shape = RowShape.of(index)
+        self._row_bytes, self._size = index.row_bytes, span[1] - span[0]
         self._starts = torch.tensor([partition.rows[0] for partition in index.partitions])
         self._offsets = [
-            len(shape.header(stop - start)) for start, stop in (p.rows for p in index.partitions)
+            len(shape.header(stop - start)) + span[0]
+            for start, stop in (partition.rows for partition in index.partitions)
         ]
         self._touch = Touch(folder, index) if options.first_touch else None
         paths = [listed(folder, partition.file, INDEX) for partition in index.partitions]
@@ -91,7 +96,7 @@ class DiskStore:
         self._end()
 
     def _cuts(self, count: int) -> list[int]:
-        """Where a row is divided: multiples of BLOCK, and both ends."""
+        """Where a span is divided: multiples of BLOCK, and both ends."""
         parts = 1 if count < MANY_ROWS else max(1, min(PARTS, self._size // PART_BYTES))
         return [*(self._size * part // parts // BLOCK * BLOCK for part in range(parts)), self._size]
 
@@ -104,7 +109,7 @@ class DiskStore:
         for file, local in parts:
             for number in local.tolist():
                 if wanted[row]:
-                    places.append((file, self._offsets[file] + number * self._size, row))
+                    places.append((file, self._offsets[file] + number * self._row_bytes, row))
                 row += 1
         self.counters.misses += len(places)
         self.counters.hits += row - len(places)
@@ -127,7 +132,7 @@ def _end(readers: "_Readers", files: "_Files") -> None:
 
 
 class _Reading:
-    """Rows while they are read: uint8 [n, row bytes], complete part by part."""
+    """Spans of rows while they are read: uint8 [n, bytes], complete part by part."""
 
     def __init__(self, rows: Tensor, cuts: Sequence[int], counters: Counters) -> None:
         self.rows, self.cuts = rows, cuts

@@ -1,6 +1,6 @@
 """A ToL folder, opened for reading: encoded rows, and the values in them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
@@ -27,20 +27,30 @@ BASIS_HEADER = 128  # bytes per layer; more than its entry can need
 
 
 class RowDecoder:
-    """Decodes the layers of encoded rows."""
+    """Decodes the layers of encoded rows.
 
-    def __init__(self, index: TolIndex, bases: dict[int, Tensor]) -> None:
+    layers: those that will be asked for; None: all. span: the bytes [first, last) of a row that hold them.
+    """
+
+    def __init__(
+        self, index: TolIndex, bases: dict[int, Tensor], layers: Collection[int] | None = None
+    ) -> None:
         self._hidden, self._bases = index.hidden_size, bases
         self._fields: dict[int, tuple[int, int, Encoding]] = {}
         for layer, field in zip(index.layers, index.fields, strict=True):
-            spans = field.spans(index.hidden_size)
-            first, last = min(start for start, _ in spans), max(stop for _, stop in spans)
-            self._fields[layer] = first, last, field.moved(-first)
+            if layers is None or layer in layers:
+                spans = field.spans(index.hidden_size)
+                first, last = min(start for start, _ in spans), max(stop for _, stop in spans)
+                self._fields[layer] = first, last, field.moved(-first)
+        self.span = 0, index.row_bytes
+        if layers is not None:
+            ends = [field[:2] for field in self._fields.values()] or [(0, 0)]
+            self.span = min(first for first, _ in ends), max(last for _, last in ends)
 
     def columns(self, layer: int) -> tuple[int, int] | None:
-        """The bytes [first, last) of a row that hold a layer; None for one that is not stored."""
+        """The bytes [first, last) of the span that hold a layer; None for one that is not stored."""
         found = self._fields.get(layer)
-        return None if found is None else found[:2]
+        return None if found is None else (found[0] - self.span[0], found[1] - self.span[0])
 
     def values(self, columns: Tensor, layer: int) -> Tensor:
         """Decode a layer from its `columns`, uint8 [n, last - first], to [n, hidden].
