@@ -124,9 +124,10 @@ def _parsed(parser: Parser, argv: list[str]) -> argparse.Namespace:
 
     A command that sets `passed_on` gets the words after `--` there, for the program that it starts.
     """
-    args, rest = parser.parse_known_args(argv[: (argv + ["--"]).index("--")])
+    end = argv.index("--") if "--" in argv else len(argv)
+    args, rest = parser.parse_known_args(argv[:end])
     if hasattr(args, "passed_on"):
-        args.passed_on = argv[(argv + ["--"]).index("--") + 1 :]
+        args.passed_on = argv[end + 1 :]
     else:
         args, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
