@@ -106,6 +106,7 @@ class MemoryLLMModel(nn.Module):
         super().__init__()
         group, hidden = get_pp_group(), shape.hidden_size
         options = TolOptions.of(vllm_config.additional_config)
+        _check_widths(shape, vllm_config.parallel_config.tensor_parallel_size, options is None)
         self.embed_tokens: nn.Module = PPMissingLayer()
         if group.is_first_rank or (shape.tie_word_embeddings and group.is_last_rank):
             self.embed_tokens = VocabParallelEmbedding(
@@ -165,6 +166,17 @@ class MemoryLLMModel(nn.Module):
         if get_pp_group().is_last_rank:
             return self.norm(x)
         return IntermediateTensors(dict(zip(self.sent, (x, x0), strict=False)))
+
+
+def _check_widths(shape: ModelConfig, ranks: int, with_memory: bool) -> None:
+    """Raise a UserError for a feed-forward network that tensor-parallel ranks cannot share equally."""
+    names = ["intermediate_size"] * with_memory + ["compute_intermediate_size"] * (shape.kind == "flex")
+    for name in names:
+        if getattr(shape, name) % ranks:
+            raise UserError(
+                f"{name}={getattr(shape, name)} is not a multiple of --tensor-parallel-size {ranks}: give "
+                "a divisor of it"
+            )
 
 
 class MemoryLLMForCausalLM(nn.Module, SupportsPP, SupportsQuant):

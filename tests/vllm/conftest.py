@@ -1,4 +1,4 @@
-"""vLLM's tests: they run where vLLM is installed (`make test-vllm`), but for those of the command's checks."""
+"""vLLM's tests. They run where it is installed (`make test-vllm`), but for those of options and checks."""
 
 import importlib.util
 import json
@@ -18,9 +18,9 @@ if importlib.util.find_spec("vllm") is None:
 
 MODELS = {
     "memory": ("kind=memory",),
-    "flex": ("kind=flex", "flex_beta=2"),
+    "flex": ("kind=flex", "compute_intermediate_size=96"),
     "linear": (
-        "kind=flex", "flex_beta=1", "compute_form=linear", "compute_input=post_attention",
+        "kind=flex", "compute_intermediate_size=64", "compute_form=linear", "compute_input=post_attention",
         "tie_word_embeddings=true", "memory_scale=[1.0,0.5,0.0,1.0]",
     ),
     "base": ("kind=base",),
@@ -37,6 +37,8 @@ ENVIRONMENT = {
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that prepare.py fills: an export and a fp32 table of each of MODELS, and TABLES of flex."""
+    if "VT_MADE" in os.environ:
+        return Path(os.environ["VT_MADE"])
     folder = tmp_path_factory.mktemp("made")
     command = [ROOT / ".venv/bin/python", "-m", "tests.vllm.prepare", folder]
     subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
@@ -80,9 +82,7 @@ def complete(
         options = {"dtype": "float32", "enforce_eager": True} | options
         tree = {"model": str(made / model), "options": options, "prompts": prompts, "new_tokens": new}
         order.write_text(json.dumps(tree | {"tables": list(tables)}))
-        one = (
-            {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if tables else {}
-        )  # one process, whose table is replaced
+        one = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if tables else {}  # its table is replaced
         done = subprocess.run(
             [sys.executable, "-m", "tests.vllm.complete", order, result],
             cwd=ROOT, env=os.environ | ENVIRONMENT | one, capture_output=True, text=True, timeout=300,
