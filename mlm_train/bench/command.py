@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from mlm_train.bench.serving_command import add_store, run_store
+from mlm_train.bench.serving_command import add_serving, run_serving
 from mlm_train.errors import UserError
 from mlm_train.utils.arguments import add_action
 
@@ -18,7 +18,8 @@ examples:
   mlm-train bench x0 --stages 2 4 --json x0.json
   mlm-train bench loss --json loss.json
   mlm-train bench data --data runs/bench/data --json data.json
-  mlm-train bench tol --folder /scratch --json tol.json"""
+  mlm-train bench tol --folder /scratch --json tol.json
+  mlm-train bench vllm --json vllm.json"""
 
 _TRAIN_HELP = """Measure speed, memory and FLOPs of a training step: base, memory, flex, transformers' Llama.
 
@@ -122,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_train(actions)
     _add_x0(actions)
     _add_scale(actions)
-    add_store(actions)
+    add_serving(actions)
     _add_profile(actions)
     auto = add_action(actions, "auto", "compare memory.mode=auto with every mode", _AUTO_HELP)
     auto.add_argument("--runs", type=int, metavar="N", default=7, help="timed steps per mode (default 7)")
@@ -313,8 +314,8 @@ def run(args: argparse.Namespace) -> int:
         from mlm_train.bench.tol import bench_tol
 
         return bench_tol(args)
-    if args.action == "store":
-        return run_store(args)
+    if args.action in ("store", "vllm"):
+        return run_serving(args)
     if args.action == "scale":
         return _run_scale(args)
     if args.action == "profile":

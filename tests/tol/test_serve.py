@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
+from mlm_train.tol.format.index import TolIndex
 from mlm_train.tol.format.index_file import read_index
 from mlm_train.tol.serve import disk
 from mlm_train.tol.serve.reader import TableReader
@@ -119,17 +120,38 @@ def test_options_that_do_not_go_together(table: Path) -> None:
         disk._Cache.of(StoreOptions("disk", cache_bytes=1000 * 2**40), 2**40, 5000)
 
 
-def test_requested_rows_are_not_read_again(table: Path) -> None:
-    index = read_index(table)
-    config = ModelConfig(
+def config_of(index: TolIndex) -> ModelConfig:
+    """A model of the table's shape."""
+    return ModelConfig(
         kind="memory", vocab_size=VOCABULARY, hidden_size=index.hidden_size, num_hidden_layers=LAYERS,
         num_attention_heads=1, intermediate_size=8,
     )  # fmt: skip
-    source = TolSource.open_folder(table, config, OPTIONS["disk"])
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_of_some_layers_only_their_bytes_are_read(name: str, table: Path) -> None:
+    """As a pipeline's stage does; of no layer nothing is read."""
+    index = read_index(table)
+    ids, x0 = torch.tensor([3, 650, 5, 20, 3]), torch.zeros(5, index.hidden_size)
+    whole = TolSource.open_folder(table, config_of(index)).open(ids, x0)
+    for layers, width in (([0, 1], 2), ([4, 2], 3), ([3], 1), ([], 0)):
+        source = TolSource.open_folder(table, config_of(index), OPTIONS[name], layers=layers)
+        for _ in range(2):
+            read = source.open(ids, x0)
+            assert all(torch.equal(read(layer), whole(layer)) for layer in layers)
+        counters = source.store.counters
+        assert counters.bytes == counters.misses * width * index.row_bytes // LAYERS
+        assert (counters.hits > 0) == (name in ("pinned", "recent") and width > 0)
+        source.store.close()
+
+
+def test_requested_rows_are_not_read_again(table: Path) -> None:
+    index = read_index(table)
+    source = TolSource.open_folder(table, config_of(index), OPTIONS["disk"])
     ids, x0 = torch.tensor([[3, 5, 3], [650, 5, 5]]), torch.zeros(2, 3, index.hidden_size)
     source.request(ids)
     read = source.open(ids, x0)
-    expected = TolSource.open_folder(table, config).open(ids, x0)
+    expected = TolSource.open_folder(table, config_of(index)).open(ids, x0)
     assert all(torch.equal(read(layer), expected(layer)) for layer in range(LAYERS))
     counters = source.store.counters
     assert (counters.rows, counters.distinct, counters.bytes) == (6, 3, 3 * index.row_bytes)
