@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, int]] = {  # the paper's 1B shape, with a vocabular
     "1b": {"vocab_size": 32768, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32},
     "tiny": {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
 }
-SMALLEST = 16  # intermediate_size of a Llama that stands for one without FFN
+SMALLEST = 1  # intermediate_size of a Llama that stands for one without FFN; vLLM takes it
 PROMPT = 16  # ids of a prompt
 PARTITION_ROWS = 4096
 DTYPE = "bfloat16"
@@ -176,6 +176,7 @@ class Engine:
             skip_tokenizer_init=True,
             enable_prefix_caching=False,
             max_num_seqs=self.batch,
+            max_num_batched_tokens=max(1024, PROMPT * self.batch),  # all prompts in one step
             max_model_len=1024,
             enforce_eager=tol is not None or not compiles,
             additional_config={} if tol is None else {"tol": tol},
@@ -186,22 +187,21 @@ class Engine:
         """start: nothing more. step: seconds of a decoding step, a mean over `tokens` of them."""
         if order["do"] == "start":
             return {}
-        first = self._seconds(1, order["seed"])
-        return {"seconds": (self._seconds(1 + order["tokens"], order["seed"]) - first) / order["tokens"]}
-
-    def _seconds(self, tokens: int, seed: int) -> float:
         from vllm import SamplingParams
 
-        drawn = torch.randint(
-            self.vocabulary, (self.batch, PROMPT), generator=torch.Generator().manual_seed(seed)
-        )
-        prompts = [{"prompt_token_ids": ids} for ids in drawn.tolist()]
-        sampling = SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False)  # temperature 1
+        engine, steps = self.llm.llm_engine, order["tokens"]
+        sampling = SamplingParams(max_tokens=1 + steps, ignore_eos=True, detokenize=False)  # temperature 1
+        generator = torch.Generator().manual_seed(order["seed"])
+        drawn = torch.randint(self.vocabulary, (self.batch, PROMPT), generator=generator)
+        for number, ids in enumerate(drawn.tolist()):
+            engine.add_request(f"{order['seed']}-{number}", {"prompt_token_ids": ids}, sampling)
+        engine.step()  # all prompts, and their first new tokens
         started = time.perf_counter()
-        done = self.llm.generate(prompts, sampling, use_tqdm=False)
+        for _ in range(steps):
+            engine.step()
         taken = time.perf_counter() - started
-        assert all(len(one.outputs[0].token_ids) == tokens for one in done)
-        return taken
+        assert not engine.has_unfinished_requests()
+        return {"seconds": taken / steps}
 
 
 def _show(rows: list[dict[str, Any]], ratios: dict[str, float], machine: dict[str, Any]) -> None:

@@ -37,8 +37,6 @@ ENVIRONMENT = {
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that prepare.py fills: an export and a fp32 table of each of MODELS, and TABLES of flex."""
-    if "VT_MADE" in os.environ:
-        return Path(os.environ["VT_MADE"])
     folder = tmp_path_factory.mktemp("made")
     command = [ROOT / ".venv/bin/python", "-m", "tests.vllm.prepare", folder]
     subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)

@@ -74,6 +74,7 @@ def test_bad_folders_are_refused_before_anything_starts(folders: tuple[Path, Pat
 def test_without_vllm_it_says_how_to_install_it(folders: tuple[Path, Path]) -> None:
     line = refused("serve", folders[0], "--tol", folders[1], "--", "--dtype", "float32")
     assert "vLLM is not installed here" in line and "docs/vllm.md" in line
+    assert "vLLM is not installed here" in refused("bench", "vllm", "--preset", "tiny")
 
 
 def test_options_of_a_table_by_hand() -> None:

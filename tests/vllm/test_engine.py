@@ -1,10 +1,15 @@
 """Real engines of vLLM: their greedy tokens are our decoder's, from every kind of model, table and layout."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.vllm.conftest import TABLES
+from tests.commands import ROOT
+from tests.vllm.conftest import ENVIRONMENT, TABLES
 
 Complete = Callable[..., tuple[list[list[list[int]]], str]]
 Expected = Callable[..., list[list[int]]]
@@ -52,8 +57,9 @@ def test_tensor_and_pipeline_parallel(made: Path, complete: Complete, expected: 
     """
     stages = {"pipeline_parallel_size": 2, "enforce_eager": False}
     tol = {"folder": str(made / "flex-tol-mixed"), "tier": "disk", "cache_bytes": 20_000}
-    found, said = complete("flex", **stages, additional_config={"tol": tol})
-    assert found == [expected("flex", "flex-tol-mixed")], said
+    scale = {"memory_scale": [1.0, 0.0, 0.5, 1.0]}
+    found, said = complete("flex", **stages, additional_config={"tol": tol}, hf_overrides=scale)
+    assert found == [expected("flex", "flex-tol-mixed", **scale)], said
     found, said = complete("linear", **stages, tensor_parallel_size=2)
     assert found == [expected("linear")], said
 
@@ -79,3 +85,19 @@ def test_a_table_that_cannot_be_served_is_one_line(made: Path, complete: Complet
         bad: dict[str, Any] = {"additional_config": {"tol": options}}
         found, said = complete("flex", **bad)
         assert not found and f"UserError: {'' if 'teir' in options else made}" in said and line in said, said
+
+
+def test_the_benchmark_at_a_tiny_shape(tmp_path: Path) -> None:
+    report = tmp_path / "vllm.json"
+    options = ("--preset", "tiny", "--runs", "1", "--tokens", "2", "--batch", "3", "--folder", tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "mlm_train", "bench", "vllm", *options, "--json", report],
+        cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    tree = json.loads(report.read_text())
+    names = ("memory", "llama_memory", "flex", "llama_flex")
+    assert [row["name"] for row in tree["rows"]] == [f"{name}.token" for name in names]
+    assert tree["ratios"].keys() == {"vllm_over_vllm_llama_memory", "vllm_over_vllm_llama_flex"}
+    assert all(value > 0 for value in tree["ratios"].values())
+    assert [path.name for path in tmp_path.iterdir()] == ["vllm.json"]
