@@ -53,7 +53,7 @@ $(VLLM_ENV)/installed.stamp: requirements-vllm.txt setup.py tools/install.py
 	$(VLLM_ENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-test-vllm: .venv/runtime.stamp $(VLLM_ENV)/installed.stamp  ## a real vLLM on the CPU, in an environment of its own
+test-vllm: .venv/dev.stamp $(VLLM_ENV)/installed.stamp  ## a real vLLM on the CPU, in an environment of its own
 	OMP_NUM_THREADS=1 $(VLLM_ENV)/bin/python -m pytest -rs tests/vllm
 
 # A machine with GPUs has its own torch: nothing is installed.

@@ -124,12 +124,11 @@ def _parsed(parser: Parser, argv: list[str]) -> argparse.Namespace:
 
     A command that sets `passed_on` gets the words after `--` there, for the program that it starts.
     """
-    end = argv.index("--") if "--" in argv else len(argv)
-    args, rest = parser.parse_known_args(argv[:end])
-    if hasattr(args, "passed_on"):
+    args, rest = parser.parse_known_args(argv)
+    if hasattr(args, "passed_on") and "--" in argv:
+        end = argv.index("--")
+        args, rest = parser.parse_known_args(argv[:end])
         args.passed_on = argv[end + 1 :]
-    else:
-        args, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
         parser.prog += f" {args.command}"
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

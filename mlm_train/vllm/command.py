@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the folders, then run vLLM until it ends. Returns its exit code."""
+    """Check the folders, then run vLLM. Returns its exit code, or 1 where it ends without a signal."""
     command = vllm_command(args)
     if importlib.util.find_spec("vllm") is None:
         raise UserError(
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         with deaf_children():
             server = subprocess.Popen(command, env=environment)
         try:
-            return server.wait()
+            return server.wait() or 1  # vLLM says 0 of a server whose engine has died, too
         finally:
             if server.poll() is None:  # Ctrl-C or SIGTERM: vLLM ends its processes
                 server.send_signal(signal.SIGTERM)

@@ -16,6 +16,7 @@ class PublishedCounters:
 
     def __init__(self, counters: Counters) -> None:
         self._counters, self._passed_on = counters, dict.fromkeys(counters.totals, 0.0)
+        self.publish()  # also what is still zero can be seen
 
     def publish(self) -> None:
         """Add what was counted since the last call."""

@@ -83,7 +83,7 @@ def complete(
         one = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if tables else {}  # its table is replaced
         done = subprocess.run(
             [sys.executable, "-m", "tests.vllm.complete", order, result],
-            cwd=ROOT, env=os.environ | ENVIRONMENT | one, capture_output=True, text=True, timeout=300,
+            cwd=ROOT, env=os.environ | ENVIRONMENT | one, capture_output=True, text=True, timeout=600,
         )  # fmt: skip
         said = done.stdout + done.stderr
         return (json.loads(result.read_text()) if result.exists() else []), said
