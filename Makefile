@@ -54,7 +54,7 @@ $(VLLM_ENV)/installed.stamp: requirements-vllm.txt setup.py tools/install.py
 	@touch $@
 
 test-vllm: .venv/dev.stamp $(VLLM_ENV)/installed.stamp  ## a real vLLM on the CPU, in an environment of its own
-	OMP_NUM_THREADS=1 $(VLLM_ENV)/bin/python -m pytest -rs tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM_ENV)/bin/python -m pytest -rsP tests/vllm
 
 # A machine with GPUs has its own torch: nothing is installed.
 GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),python3)

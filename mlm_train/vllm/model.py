@@ -5,6 +5,7 @@ rank, which therefore reads whole rows; a pipeline's stage reads its own layers'
 """
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -159,7 +160,7 @@ class MemoryLLMModel(nn.Module):
         if self.table is not None:
             assert input_ids is not None
             read = self.table.open(input_ids, x)
-        for layer in self.layers[self.start_layer : self.end_layer]:
+        for layer in islice(self.layers, self.start_layer, self.end_layer):
             x = layer(positions, x, x0, read)
         if self.table is not None:
             self.counters.publish()

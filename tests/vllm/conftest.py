@@ -39,7 +39,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that prepare.py fills: an export and a fp32 table of each of MODELS, and TABLES of flex."""
     folder = tmp_path_factory.mktemp("made")
     command = [ROOT / ".venv/bin/python", "-m", "tests.vllm.prepare", folder]
-    subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
