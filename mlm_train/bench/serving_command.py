@@ -19,9 +19,9 @@ examples:
 
 _VLLM_HELP = """Compare our models in vLLM with vLLM's own Llama of as many active weights.
 
-Time of a decoding step of memory and flex (beta 1), FFN-M looked up, over that of a Llama; the engines take
-turns. Random weights and a random table. Presets: 1b (24 layers, hidden 2,048, vocabulary 32,768; 3.2 GB in
---folder, removed at the end, and 8 GB of memory), tiny (for tests). In vLLM's environment (docs/vllm.md).
+Time of a decoding step of memory and flex (beta 1), FFN-M looked up, over that of a Llama; the two engines
+take turns. Random weights and a random table. Presets: 1b (24 layers, hidden 2,048, vocabulary 32,768; 3.2 GB
+in --folder, removed at the end, and 6 GB of memory), tiny (for tests). In vLLM's environment (docs/vllm.md).
 
 examples:
   mlm-train bench vllm --json vllm.json

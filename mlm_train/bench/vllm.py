@@ -1,8 +1,8 @@
 """`bench vllm`: time per token of our models in vLLM, over that of its own Llama of as many active weights.
 
-All engines live at the same time, each in a process of its own; one works while the others wait. Weights are
-random (vLLM's dummy ones), tokens are drawn from the whole vocabulary, so that rows are looked up as widely
-as they can be.
+Both engines of a pair live at the same time, each in a process of its own; one works while the other waits.
+Weights are random (vLLM's dummy ones); tokens are drawn from the whole vocabulary, so that rows are looked up
+as widely as they can be.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from rich.table import Table
 
 from mlm_train.bench import report
 from mlm_train.bench.worker_process import WorkerProcess, serve_orders
-from mlm_train.checkpoint.hf.config import config_json
+from mlm_train.checkpoint.hf.config import config_json, read_config
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.tol.format.index import Partition, Provenance, TolIndex
@@ -37,15 +37,16 @@ PRESETS: dict[str, dict[str, int]] = {  # the paper's 1B shape, with a vocabular
     "1b": {"vocab_size": 32768, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32},
     "tiny": {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
 }
+KINDS = ("memory", "flex")
 SMALLEST = 1  # intermediate_size of a Llama that stands for one without FFN; vLLM takes it
 PROMPT = 16  # ids of a prompt
 PARTITION_ROWS = 4096
+BLOCK = 128  # positions of a block of the cache of keys and values
 DTYPE = "bfloat16"
 SEED = 1234
 # One process per engine: an engine in processes of its own would poll while it waits.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -75,7 +76,7 @@ def bench_vllm(args: argparse.Namespace) -> int:
         f"vllm_over_vllm_llama_{kind}": statistics.median(
             ours / theirs for ours, theirs in zip(seconds[kind], seconds[f"llama_{kind}"], strict=True)
         )
-        for kind in ("memory", "flex")
+        for kind in KINDS
     }
     _show(rows, ratios, machine)
     if args.json is not None:
@@ -133,32 +134,41 @@ def random_table(folder: Path, config: ModelConfig) -> None:
 
 
 def _measure(folder: Path, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of a decoding step, by model and round; the models take turns in changing order."""
+    """Seconds of a decoding step, by model and turn: ours and its Llama in turn, one kind after the other."""
     configs = models(args.preset)
     row = 2 * configs["memory"].num_hidden_layers * configs["memory"].hidden_size
     needed, free = row * configs["memory"].vocab_size, shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(f"--folder has {free / 1e9:.1f} GB free and the table needs {needed / 1e9:.1f}")
     random_table(folder / "tol", configs["memory"])
-    console = Console(stderr=True)
-    with ExitStack() as stack:
-        engines = {}
-        for name, config in track(configs.items(), "starting", console=console, transient=True):
-            (folder / name).mkdir()
-            write_json(folder / name / "config.json", config_json(config, DTYPE))
-            engines[name] = engine = WorkerProcess(name, "bench", "vllm", "--worker")
-            stack.callback(engine.kill)
-            tol = {"folder": str(folder / "tol"), "tier": args.tier} if config.has_memory else None
-            engine.ask("start", model=str(folder / name), tol=tol, batch=args.batch, compile=args.compile)
-        seconds: dict[str, list[float]] = {name: [] for name in engines}
-        for turn in track(range(args.runs + 1), "measuring", console=console, transient=True):
-            for name in sorted(engines, reverse=turn % 2 == 1):
-                step = engines[name].ask("step", tokens=args.tokens, seed=SEED + turn)["seconds"]
-                if turn:  # the first turn warms up
-                    seconds[name].append(step)
-        for engine in engines.values():
-            engine.end()
+    seconds: dict[str, list[float]] = {}
+    for kind in KINDS:
+        pair = {name: configs[name] for name in (kind, f"llama_{kind}")}
+        seconds |= {name: [] for name in pair}
+        with ExitStack() as stack:
+            engines = {}
+            for name, config in pair.items():
+                engines[name] = _started(name, config, folder, args)
+                stack.callback(engines[name].kill)
+            for turn in track(range(args.runs + 1), kind, console=Console(stderr=True), transient=True):
+                for name in sorted(engines, reverse=turn % 2 == 1):
+                    step = engines[name].ask("step", tokens=args.tokens, seed=SEED + turn)["seconds"]
+                    if turn:  # the first turn warms up
+                        seconds[name].append(step)
+            for engine in engines.values():
+                engine.end()
     return seconds
+
+
+def _started(name: str, config: ModelConfig, folder: Path, args: argparse.Namespace) -> WorkerProcess:
+    """The process of a model's engine, ready."""
+    (folder / name).mkdir()
+    write_json(folder / name / "config.json", config_json(config, DTYPE))
+    engine = WorkerProcess(name, "bench", "vllm", "--worker")
+    tol = {"folder": str(folder / "tol"), "tier": args.tier} if config.has_memory else None
+    sizes = {"batch": args.batch, "length": PROMPT + 1 + args.tokens}
+    engine.ask("start", model=str(folder / name), tol=tol, compile=args.compile, **sizes)
+    return engine
 
 
 class Engine:
@@ -168,7 +178,9 @@ class Engine:
         from vllm import LLM
 
         tol, compiles = order["tol"], order["compile"]
-        self.batch = order["batch"]
+        self.batch, length = order["batch"], -(-order["length"] // BLOCK) * BLOCK
+        config = read_config(order["model"])
+        per_token = 2 * 2 * config.num_hidden_layers * config.kv_heads * config.attention_head_dim
         self.llm = LLM(
             order["model"],
             dtype=DTYPE,
@@ -176,8 +188,9 @@ class Engine:
             skip_tokenizer_init=True,
             enable_prefix_caching=False,
             max_num_seqs=self.batch,
-            max_num_batched_tokens=max(1024, PROMPT * self.batch),  # all prompts in one step
-            max_model_len=1024,
+            max_num_batched_tokens=max(length, PROMPT * self.batch),  # all prompts in one step
+            max_model_len=length,
+            kv_cache_memory_bytes=per_token * length * (self.batch + 1),
             enforce_eager=tol is not None or not compiles,
             additional_config={} if tol is None else {"tol": tol},
         )
