@@ -68,17 +68,8 @@ def vllm_command(args: argparse.Namespace) -> list[str]:
     folder = find_model(args.model, args.verify or "sizes")
     if folder.manifest is not None:
         raise UserError(f"{args.model} is a checkpoint: write an export with `mlm-train export` first")
-    name = args.name or Path(args.model).absolute().name
-    words = [
-        "--model",
-        args.model,
-        "--served-model-name",
-        name,
-        "--host",
-        args.host,
-        "--port",
-        str(args.port),
-    ]
+    words = ["--model", args.model, "--served-model-name", args.name or Path(args.model).absolute().name]
+    words += ["--host", args.host, "--port", str(args.port)]
     if args.tol is not None:
         from mlm_train.tol.serve.source import TolSource
         from mlm_train.tol.serve.store import StoreOptions
