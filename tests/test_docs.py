@@ -32,6 +32,8 @@ ADDED = {"count-rows"}
 # Options of other programs.
 FOREIGN = {
     "--export", "--extra-index-url", "--extra", "--hook-stage", "--no-build-isolation", "--no-deps",
+    "--additional-config", "--api-key", "--chat-template", "--enforce-eager", "--hf-overrides",
+    "--no-enforce-eager", "--pipeline-parallel-size",
     "--nodes", "--nproc-per-node", "--ntasks-per-node", "--signal", "--test-only", "--all-files",
 }  # fmt: skip
 
@@ -81,6 +83,8 @@ def check_command(words: list[str], line: str) -> None:
     if not words or words[0] in {"COMMAND", *ADDED} or words[0].startswith(("--help", "--version")):
         return
     assert words[0] in COMMANDS, line
+    if words[0] == "serve" and "--" in words:
+        words = words[: words.index("--")]  # the rest is vLLM's
     paths = [tuple(words[:length]) for length in (3, 2, 1) if tuple(words[:length]) in parsers()]
     actions = {path[1] for path in parsers() if path[0] == words[0] and len(path) == 2}
     assert not actions or len(words) == 1 or words[1] in actions or words[1].startswith("-"), line

@@ -285,7 +285,12 @@ def test_tensorboard_listens_on_loopback(run: Path) -> None:
 
 def test_every_dependency_is_pinned() -> None:
     """What `make` installs; the ranges of setup.py are compared with it in tests/test_packaging.py."""
-    for file in ("requirements.txt", "requirements-dev.txt", "requirements-wandb.txt"):
+    for file in (
+        "requirements.txt",
+        "requirements-dev.txt",
+        "requirements-wandb.txt",
+        "requirements-vllm.txt",
+    ):
         lines = [line.strip() for line in (ROOT / file).read_text().splitlines()]
         wanted = [line for line in lines if line and not line.startswith(("#", "-r "))]
         assert wanted and all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in wanted), wanted

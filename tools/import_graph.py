@@ -44,6 +44,7 @@ LAYERS = (
     ("tol.tools", "verifying, copying and inspecting tables"),
     ("inference", "decoding"),
     ("hf", "memory and flex as models of Hugging Face transformers"),
+    ("vllm", "memory and flex as models of vLLM, a plugin"),
     ("plan", "estimates of a run's or a table's needs"),
     ("train", "a run: setup, loop, step, schedule, signals"),
     ("bench", "benchmarks"),
@@ -65,6 +66,7 @@ COMMANDS = (
     "tol.commands",
     "train.command",
     "train.launch_command",
+    "vllm.command",
 )
 
 

@@ -18,7 +18,8 @@ examples:
   mlm-train bench x0 --stages 2 4 --json x0.json
   mlm-train bench loss --json loss.json
   mlm-train bench data --data runs/bench/data --json data.json
-  mlm-train bench tol --folder /scratch --json tol.json"""
+  mlm-train bench tol --folder /scratch --json tol.json
+  mlm-train bench vllm --json vllm.json"""
 
 _TRAIN_HELP = """Measure speed, memory and FLOPs of a training step: base, memory, flex, transformers' Llama.
 

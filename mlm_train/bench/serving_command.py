@@ -1,4 +1,4 @@
-"""`mlm-train bench store`, `bench decode` and `bench overlap`: their options."""
+"""`mlm-train bench store`, `decode`, `overlap` and `vllm`: their options."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -26,6 +26,17 @@ examples:
   mlm-train bench overlap trace.json --plot overlap.png"""
 
 
+_VLLM_HELP = """Compare our models in vLLM with vLLM's own Llama of as many active weights.
+
+Time of a decoding step of memory and flex (beta 1), FFN-M looked up, over that of a Llama; the two engines
+take turns. Random weights and a random table. Presets: 1b (24 layers, hidden 2,048, vocabulary 32,768; 3.2 GB
+in --folder, removed at the end, and 6 GB of memory), tiny (for tests). In vLLM's environment (docs/vllm.md).
+
+examples:
+  mlm-train bench vllm --json vllm.json
+  mlm-train bench vllm --preset tiny --runs 3 --tier disk"""
+
+
 def _add_store(actions: "Actions") -> None:
     """Add the action."""
     store = add_action(actions, "store", "time reads of a ToL's rows, by tier and cache", _STORE_HELP)
@@ -40,6 +51,23 @@ def _add_store(actions: "Actions") -> None:
     store.add_argument("--runs", type=int, default=5, metavar="N", help="timed reads each (default 5)")
     store.add_argument("--json", metavar="FILE", help="write the figures to a JSON file")
     store.add_argument("--plot", metavar="FILE", help="plot the figures to a PNG")
+
+
+def _add_vllm(actions: "Actions") -> None:
+    vllm = add_action(actions, "vllm", "compare our models in vLLM with its Llama", _VLLM_HELP)
+    vllm.add_argument("--preset", choices=("1b", "tiny"), default="1b", help="sizes (default %(default)s)")
+    vllm.add_argument("--batch", type=int, default=16, metavar="N", help="sequences at once (default 16)")
+    vllm.add_argument("--tokens", type=int, default=32, metavar="N", help="steps of a turn (default 32)")
+    vllm.add_argument("--runs", type=int, default=7, metavar="N", help="turns (default 7)")
+    vllm.add_argument(
+        "--tier", choices=("resident", "shared", "disk"), default="shared", help="as of --tol-tier"
+    )
+    vllm.add_argument(
+        "--compile", action="store_true", help="compile the Llama, as vLLM does by default (default: eager)"
+    )
+    vllm.add_argument("--folder", default=".", metavar="DIR", help="for the table (default: here)")
+    vllm.add_argument("--json", metavar="FILE", help="write the figures to a JSON file")
+    vllm.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # an engine's process
 
 
 _DECODE_HELP = """Time tokens and prompts, and count memory, with random weights in the paper's 1B shapes.
@@ -119,7 +147,15 @@ def _run_overlap(args: argparse.Namespace) -> int:
     return bench_overlap(args)
 
 
-SERVING = {"store": _run_store, "decode": _run_decode, "overlap": _run_overlap}  # by action
+def _run_vllm(args: argparse.Namespace) -> int:
+    """Measure. Returns exit code 0."""
+    from mlm_train.bench.vllm import bench_vllm
+
+    return bench_vllm(args)
+
+
+# By action.
+SERVING = {"store": _run_store, "decode": _run_decode, "overlap": _run_overlap, "vllm": _run_vllm}
 
 
 def add_serving(actions: "Actions") -> None:
@@ -127,3 +163,4 @@ def add_serving(actions: "Actions") -> None:
     _add_store(actions)
     _add_decode(actions)
     _add_overlap(actions)
+    _add_vllm(actions)

@@ -5,10 +5,7 @@ micro-batch, alternating, so that other load on the machine affects all of them 
 at a time, and nobody else's load.
 """
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -31,6 +28,7 @@ from mlm_train.bench.train_figures import (
     turns_of_passes,
 )
 from mlm_train.bench.train_presets import COMPILED, PRESETS, SEED, Preset, Variant, make_config
+from mlm_train.bench.worker_process import WorkerProcess
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
 from mlm_train.errors import UserError
@@ -190,53 +188,13 @@ def _distinct(plan: BenchPlan) -> dict[int, float]:
     return by_tokens | {preset.micro_tokens: sum(micro) / len(micro)}
 
 
-class VariantProcess:
+class VariantProcess(WorkerProcess):
     """The process of a variant."""
 
     def __init__(self, variant: Variant, order: dict[str, Any]) -> None:
+        super().__init__(variant.name, "bench", "train", "--worker")
         self.variant = variant
-        command = [sys.executable, "-m", "mlm_train", "bench", "train", "--worker"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.send(order | {"do": "build", "variant": variant.name})
-
-    def send(self, order: dict[str, Any]) -> None:
-        """Send an order without waiting for its answer."""
-        assert self.process.stdin is not None
-        try:
-            print(json.dumps(order), file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            self._failed()
-
-    def answer(self) -> dict[str, Any]:
-        """The answer to the last order. UserError where it was refused or the process has ended."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            self._failed()
-        answer: dict[str, Any] = json.loads(line)
-        if "refused" in answer:
-            raise UserError(f"{self.variant.name}: {answer['refused']}")
-        return answer
-
-    def ask(self, do: str, **order: Any) -> dict[str, Any]:
-        """Send an order and return its answer."""
-        self.send(order | {"do": do})
-        return self.answer()
-
-    def _failed(self) -> None:
-        code = self.process.wait()
-        raise UserError(f"{self.variant.name}: its process ended with code {code}")
-
-    def end(self) -> None:
-        """Close the pipe and wait for the process to end."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-    def kill(self) -> None:
-        """Kill the process."""
-        self.process.kill()
-        self.process.wait()
 
 
 class Variants:

@@ -1,16 +1,13 @@
 """The process of one variant of `bench train`: builds it, then executes orders from its standard input.
 
 Each variant has its own process, so that memory peaks are its own; the coordinator (train.py) runs one at a
-time. Orders and answers are JSON, one per line.
+time.
 """
 
-import json
-import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TextIO
+from typing import Any
 
 import psutil
 import torch
@@ -18,6 +15,7 @@ import torch
 from mlm_train.bench.memory_in_use import memory_in_use
 from mlm_train.bench.train_presets import PRESETS, SEED, Preset, Variant, make_config
 from mlm_train.bench.train_runners import StepRunner, build_runner
+from mlm_train.bench.worker_process import serve_orders
 from mlm_train.data.prepared import PreparedData
 from mlm_train.data.samples import Samples
 from mlm_train.errors import UserError
@@ -33,26 +31,7 @@ ONE_PROCESS = Topology(world=1, rank=0, tensor=1, pipeline=1)
 
 def work() -> int:
     """Serve the coordinator until it closes the pipe."""
-    answers = _own_output()
-    worker: VariantWorker | None = None
-    for line in sys.stdin:
-        order = json.loads(line)
-        try:
-            if worker is None:
-                worker = VariantWorker(order)
-            answer = worker.do(order)
-        except UserError as error:
-            answer = {"refused": str(error)}
-        print(json.dumps(answer), file=answers, flush=True)
-    return 0
-
-
-def _own_output() -> TextIO:
-    """The pipe to the coordinator; from now on, libraries' output goes to stderr."""
-    sys.stdout.flush()
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return answers
+    return serve_orders(VariantWorker)
 
 
 class VariantWorker:

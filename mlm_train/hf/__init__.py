@@ -16,7 +16,7 @@ except ImportError:
 if int(transformers.__version__.partition(".")[0]) < 5:
     raise ImportError(f"{_INSTALL} (installed: {transformers.__version__})")
 
-from mlm_train.hf.configuration import MemoryLLMConfig  # noqa: E402 - needs transformers
+from mlm_train.checkpoint.hf.transformers_config import MemoryLLMConfig  # noqa: E402 - needs transformers
 from mlm_train.hf.modeling import MemoryLLMForCausalLM, MemoryLLMModel  # noqa: E402
 
 __all__ = ["MemoryLLMConfig", "MemoryLLMForCausalLM", "MemoryLLMModel"]

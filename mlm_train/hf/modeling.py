@@ -18,16 +18,18 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from mlm_train.checkpoint.hf.transformers_config import FFN_M, MemoryLLMConfig
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
-from mlm_train.hf.configuration import MemoryLLMConfig
-from mlm_train.hf.table import open_table
 from mlm_train.model.feedforward import LinearFFN
 from mlm_train.model.rope import rotary_angles, rotate
 from mlm_train.model.source import MemoryReader
 from mlm_train.tol.serve.source import TolSource
 
-FFN_M = ("memory_layernorm", "memory_mlp")  # modules of a layer
+
+def open_table(folder: str | Path, config: MemoryLLMConfig) -> TolSource:
+    """Open a ToL's folder for the model of a config; see TolSource.of_export."""
+    return TolSource.of_export(folder, config.name_or_path or "", config.model_config())
 
 
 class SwiGLU(nn.Module):

@@ -148,6 +148,11 @@ def test_a_model_serves_from_it(
             source = TolSource.open_folder(tmp_path / name, served.config, StoreOptions(tier))
             found = served(ids, source)
             assert (found - computed).abs().max() <= limit * computed.abs().max()
+            whole = source.open(ids, computed[..., :32])
+            part = TolSource.open_folder(
+                tmp_path / name, served.config, StoreOptions(tier), layers=[1, 2]
+            ).open(ids, computed[..., :32])
+            assert all(torch.equal(part(layer), whole(layer)) for layer in (1, 2))
 
 
 def test_bfloat16_matmuls(ray: None, exported: Path, model: Transformer, tmp_path: Path) -> None:

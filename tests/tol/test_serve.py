@@ -12,6 +12,7 @@ from torch import Tensor
 from mlm_train.bench.random_table import write_random_table
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
+from mlm_train.tol.format.index import TolIndex
 from mlm_train.tol.format.index_file import read_index
 from mlm_train.tol.format.schemes import Scheme
 from mlm_train.tol.serve import disk, layers, parts
@@ -133,7 +134,7 @@ def test_what_cannot_be_read_is_one_error_and_the_store_goes_on(table: Path, tmp
     assert touched.fetch(torch.tensor([100])).columns(0, size).shape == (1, size)
     os.truncate(file, index.partitions[2].bytes - 5 * size)
     store = opened(table, OPTIONS["direct"])
-    short = disk.DiskStore(folder, index, OPTIONS["direct"])
+    short = disk.DiskStore(folder, index, OPTIONS["direct"], (0, size))
     for _ in range(2):
         with pytest.raises(UserError, match=r"could not be read: .* ends before byte"):
             short.fetch(torch.tensor([3, 110, 432])).columns(0, size)
@@ -160,18 +161,39 @@ def test_options_that_do_not_go_together(table: Path) -> None:
         disk._Cache.of(StoreOptions("disk", cache_bytes=1000 * 2**40), 2**40, 5000)
 
 
-def test_requested_rows_are_not_read_again(table: Path) -> None:
-    index = read_index(table)
-    config = ModelConfig(
+def config_of(index: TolIndex) -> ModelConfig:
+    """A model of the table's shape."""
+    return ModelConfig(
         kind="memory", vocab_size=VOCABULARY, hidden_size=index.hidden_size, num_hidden_layers=LAYERS,
         num_attention_heads=1, intermediate_size=8,
     )  # fmt: skip
-    source = TolSource.open_folder(table, config, OPTIONS["disk"])
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_of_some_layers_only_their_bytes_are_read(name: str, table: Path) -> None:
+    """As a pipeline's stage does; of no layer nothing is read."""
+    index = read_index(table)
+    ids, x0 = torch.tensor([3, 650, 5, 20, 3]), torch.zeros(5, index.hidden_size)
+    whole = TolSource.open_folder(table, config_of(index)).open(ids, x0)
+    for asked, width in (([0, 1], 2), ([4, 2], 3), ([3], 1), ([], 0)):
+        source = TolSource.open_folder(table, config_of(index), OPTIONS[name], layers=asked)
+        for _ in range(2):
+            read = source.open(ids, x0)
+            assert all(torch.equal(read(layer), whole(layer)) for layer in asked)
+        counters = source.store.counters
+        assert counters.bytes == counters.misses * width * index.row_bytes // LAYERS
+        assert (counters.hits > 0) == (name in ("pinned", "recent") and width > 0)
+        source.store.close()
+
+
+def test_requested_rows_are_not_read_again(table: Path) -> None:
+    index = read_index(table)
+    source = TolSource.open_folder(table, config_of(index), OPTIONS["disk"])
     ids, x0 = torch.tensor([[3, 5, 3], [650, 5, 5]]), torch.zeros(2, 3, index.hidden_size)
     for _ in range(2):  # the batch before, and the batch itself
         source.request(ids)
     read = source.open(ids, x0)
-    expected = TolSource.open_folder(table, config).open(ids, x0)
+    expected = TolSource.open_folder(table, config_of(index)).open(ids, x0)
     assert all(torch.equal(read(layer), expected(layer)) for layer in range(LAYERS))
     counters = source.store.counters
     assert (counters.rows, counters.distinct, counters.bytes) == (6, 3, 3 * index.row_bytes)

@@ -34,7 +34,7 @@ from mlm_train.utils.units import in_units
 
 
 class _Read(NamedTuple):
-    """A part of a row: where it lies in a file."""
+    """A part of a row's span: where it lies in a file."""
 
     part: int
     row: int
@@ -46,17 +46,25 @@ class _Read(NamedTuple):
 class DiskStore:
     """Reads rows from the partitions' files; rows of `hot` ids, or those used last, stay in memory.
 
-    device: where rows are needed; parts of them go there as soon as they are read.
+    span: the bytes [first, last) that are read of each row. device: where rows are needed; parts of them go
+    there as soon as they are read.
     """
 
     def __init__(
-        self, folder: Path, index: TolIndex, options: StoreOptions, device: torch.device | None = None
+        self,
+        folder: Path,
+        index: TolIndex,
+        options: StoreOptions,
+        span: tuple[int, int],
+        device: torch.device | None = None,
     ) -> None:
         self.counters = Counters()
-        self._size, shape = index.row_bytes, RowShape.of(index)
+        shape = RowShape.of(index)
+        self._row_bytes, self._size = index.row_bytes, span[1] - span[0]
         self._starts = torch.tensor([partition.rows[0] for partition in index.partitions])
         self._offsets = [
-            len(shape.header(stop - start)) for start, stop in (p.rows for p in index.partitions)
+            len(shape.header(stop - start)) + span[0]
+            for start, stop in (partition.rows for partition in index.partitions)
         ]
         self._touch = Touch(folder, index) if options.first_touch else None
         self._beside = None if device is None else stream_beside(device)
@@ -105,7 +113,7 @@ class DiskStore:
         for file, local in parts:
             for number in local.tolist():
                 if wanted[row]:
-                    places.append((file, self._offsets[file] + number * self._size, row))
+                    places.append((file, self._offsets[file] + number * self._row_bytes, row))
                 row += 1
         self.counters.misses += len(places)
         self.counters.hits += row - len(places)
@@ -130,7 +138,7 @@ def _end(readers: "_Readers", files: "_Files") -> None:
 
 
 class _Reading:
-    """Rows while they are read, complete part by part."""
+    """Spans of rows while they are read, complete part by part."""
 
     def __init__(self, parts: Parts, counters: Counters) -> None:
         self.parts = parts

@@ -30,7 +30,7 @@ class DecodedLayers:
         self, decoder: RowDecoder, rows: Rows, count: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._decoder, self._rows, self._dtype, self._device = decoder, rows, dtype, device
-        self._at_once = decoder.alike is not None and count * decoder.row_bytes <= TOGETHER
+        self._at_once = decoder.alike is not None and count * decoder.size <= TOGETHER
         self._values: dict[int, Tensor] | None = None
 
     def __call__(self, layer: int) -> Tensor | None:
@@ -42,7 +42,7 @@ class DecodedLayers:
             encoded = self._on_device(layer, *columns)
             return self._decoder.values(encoded, layer, self._dtype).to(self._dtype)
         if self._values is None:
-            rows = self._on_device(layer, self._decoder.start, self._decoder.row_bytes)
+            rows = self._on_device(layer, self._decoder.start, self._decoder.size)
             self._values = self._decoder.all_values(rows, self._dtype)
         return self._values[layer]
 

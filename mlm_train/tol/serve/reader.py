@@ -1,6 +1,6 @@
 """A ToL folder, opened for reading: encoded rows, and the values in them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mlm_train.errors import UserError
 from mlm_train.tol.format.codec import decode
-from mlm_train.tol.format.index import BASIS, INDEX, REBUILD, Partition, TableFile, TolIndex, file_of
+from mlm_train.tol.format.index import BASIS, INDEX, REBUILD, X0, Partition, TableFile, TolIndex, file_of
 from mlm_train.tol.format.index_file import read_index
 from mlm_train.tol.format.partition import map_partition
 from mlm_train.tol.format.schemes import Encoding
@@ -29,25 +29,52 @@ BASIS_HEADER = 128  # bytes per layer; more than its entry can need
 class RowDecoder:
     """Decodes the layers of encoded rows, and the embedding as layer X0.
 
-    start: the byte of a row where the layers begin. alike: the first layer's encoding from there on, where
-    the rest of the row is layers of that encoding and of full rank, one by one.
+    layers: those that will be asked for (None: all that are stored). span: the bytes [first, last) of a row
+    that hold them, from which all others count. start: where the first layer begins. alike: that layer's
+    encoding, where the rest of the span is layers of the same encoding and of full rank, one by one.
     """
 
-    def __init__(self, index: TolIndex, bases: dict[int, Tensor]) -> None:
-        self.row_bytes, self.hidden, self._bases = index.row_bytes, index.hidden_size, bases
-        self._layers = index.layers
-        self._fields: dict[int, tuple[int, int, Encoding]] = {}
-        for layer, field in index.stored.items():
+    def __init__(
+        self, index: TolIndex, bases: dict[int, Tensor], layers: Collection[int] | None = None
+    ) -> None:
+        self.hidden, self._bases = index.hidden_size, bases
+        stored = {layer: field for layer, field in index.stored.items() if layers is None or layer in layers}
+        ends = {}
+        for layer, field in stored.items():
             spans = field.spans(index.hidden_size)
-            first, last = min(start for start, _ in spans), max(stop for _, stop in spans)
-            self._fields[layer] = first, last, field.moved(-first)
-        self.start = self._fields[index.layers[0]][0]
-        self.alike = _alike(index, self.start)
+            ends[layer] = min(start for start, _ in spans), max(stop for _, stop in spans)
+        self.span = 0, index.row_bytes
+        if layers is not None:
+            self.span = (
+                min((first for first, _ in ends.values()), default=0),
+                max((last for _, last in ends.values()), default=0),
+            )
+        self._fields = {
+            layer: (first - self.span[0], last - self.span[0], stored[layer].moved(-first))
+            for layer, (first, last) in ends.items()
+        }
+        self._layers = [layer for layer in self._fields if layer != X0]
+        self.start = self._fields[self._layers[0]][0] if self._layers else 0
+        self.alike = self._all_alike()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the span."""
+        return self.span[1] - self.span[0]
+
+    def _all_alike(self) -> Encoding | None:
+        count, whole = len(self._layers), self.size - self.start
+        if not count or whole % count:
+            return None
+        first = self._fields[self._layers[0]][2]
+        places = ((self._fields[layer][0], self._fields[layer][2]) for layer in self._layers)
+        wanted = [(self.start + number * (whole // count), first) for number in range(count)]
+        return first if first.rank is None and list(places) == wanted else None
 
     def columns(self, layer: int) -> tuple[int, int] | None:
-        """The bytes [first, last) of a row that hold a layer; None for one that is not stored."""
+        """The bytes [first, last) of the span that hold a layer; None for one that is not stored."""
         found = self._fields.get(layer)
-        return None if found is None else found[:2]
+        return None if found is None else (found[0] - self.span[0], found[1] - self.span[0])
 
     def values(self, columns: Tensor, layer: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Decode a layer from its `columns`, uint8 [n, last - first], to [n, hidden].
@@ -74,14 +101,6 @@ class RowDecoder:
     def in_basis(self, values: Tensor, layer: int) -> Tensor:
         """Project values [n, hidden] of a low-rank layer to its stored coordinates [n, rank]."""
         return values.float() @ projector(self._bases[layer].float())
-
-
-def _alike(index: TolIndex, start: int) -> Encoding | None:
-    first, count, whole = index.fields[0].moved(-start), len(index.fields), index.row_bytes - start
-    size = whole // count
-    fields = [first.moved(start + number * size) for number in range(count)]
-    same = fields == list(index.fields) and size * count == whole
-    return first if first.rank is None and same else None
 
 
 class TableReader:

@@ -1,7 +1,7 @@
 """A memory source that looks FFN-M's output up in a ToL instead of computing it."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mlm_train.checkpoint.hf.folder import fingerprint
+from mlm_train.checkpoint.hf.manifest import read_manifest
 from mlm_train.checkpoint.reading.logical_folder import ModelFolder
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
@@ -40,19 +41,23 @@ class TolSource:
         options: StoreOptions | None = None,
         device: torch.device | str = "cpu",
         patches: Sequence[str | Path] = (),
+        layers: Collection[int] | None = None,
     ) -> Self:
         """Open a table as `options` say (default: StoreOptions()); device: the model's.
 
-        patches: files of `mlm-train tol patch`, later ones over earlier ones. A layer that the table dropped
-        reads as zeros. Raises UserError for detected damage and for a table of a model of another shape.
+        patches: files of `mlm-train tol patch`, later ones over earlier ones. layers: those that will be
+        asked for (default: all); of each row only their bytes are read. A layer that the table dropped reads
+        as zeros. Raises UserError for detected damage and for a table of a model of another shape.
         """
         folder = Path(folder)
         index = read_index(folder)
         check_fits(folder, index, config)
-        overlay = [Patch.read(patch, folder) for patch in patches]
-        store = open_store(folder, index, options or StoreOptions(), torch.device(device))
-        bases = {layer: basis.to(device) for layer, basis in read_bases(folder, index).items()}
-        return cls(store, RowDecoder(index, bases), overlay)
+        with torch.device("cpu"):  # a library may make its models under another default
+            overlay = [Patch.read(patch, folder) for patch in patches]
+            bases = {layer: basis.to(device) for layer, basis in read_bases(folder, index).items()}
+            decoder = RowDecoder(index, bases, layers)
+            store = open_store(folder, index, options or StoreOptions(), torch.device(device), decoder.span)
+            return cls(store, decoder, overlay)
 
     @classmethod
     def of_model(
@@ -68,15 +73,33 @@ class TolSource:
         That is known of an export whose files were hashed (--verify full), from their checksums; of others
         only the shapes are compared. Raises UserError where it is another.
         """
-        index = read_index(folder)
-        check_fits(Path(folder), index, model.config)
-        hashed = fingerprint(model.path, model.digests) if model.manifest is None and model.digests else None
-        if hashed not in (None, index.source.checkpoint):
-            raise UserError(
-                f"{folder} was built from another model than {model.path}: give the one it was built from, "
-                "or --verify sizes where both hold the same weights"
-            )
+        if model.manifest is None:
+            other = "or --verify sizes where both hold the same weights"
+            _check_origin(Path(folder), model.config, model.path, model.digests, other)
         return cls.open_folder(folder, model.config, options, device, patches)
+
+    @classmethod
+    def of_export(
+        cls,
+        folder: str | Path,
+        export: str | Path,
+        config: ModelConfig,
+        options: StoreOptions | None = None,
+        patches: Sequence[str | Path] = (),
+        layers: Collection[int] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """As open_folder, for the model in the folder `export`, whose weights are not read.
+
+        Where `mlm-train export` wrote it, its manifest has the checksums that say whether the table was built
+        from it. Raises UserError where it was built from another.
+        """
+        manifest = read_manifest(Path(export))
+        if manifest is not None:
+            digests = {entry.file: entry.sha256 for entry in manifest.files}
+            other = f"or build one with `mlm-train tol build {export}`"
+            _check_origin(Path(folder), config, Path(export), digests, other)
+        return cls.open_folder(folder, config, options, device, patches, layers)
 
     def request(self, ids: Tensor) -> None:
         """Begin to read the rows of ids [...] that will be opened soon; the last REQUESTS are kept."""
@@ -88,7 +111,8 @@ class TolSource:
     def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
         """Begin to read each distinct id's row, for all layers; a layer waits for its own bytes alone.
 
-        ids: [batch, sequence]; x0: their embeddings, of which the dtype and the device are taken.
+        ids: [batch, sequence], or [tokens]; x0: [*ids.shape, hidden], of which the dtype and the device are
+        taken.
         """
         return self._reader(ids, x0.dtype, x0.device)
 
@@ -128,22 +152,44 @@ class TolSource:
         return self.store.fetch(distinct)
 
 
-def open_store(folder: Path, index: TolIndex, options: StoreOptions, device: torch.device) -> RowStore:
-    """The store of a table's rows. Raises UserError for a damaged file and for options without effect."""
+def _check_origin(
+    folder: Path, config: ModelConfig, export: Path, digests: Mapping[str, str], other: str
+) -> None:
+    """Raise a UserError if a table was not built from an export whose files have these SHA-256, by name.
+
+    Nothing is compared where none are known. other: what else the user can do.
+    """
+    index = read_index(folder)
+    check_fits(folder, index, config)  # the clearer error where both apply
+    if digests and fingerprint(export, digests) != index.source.checkpoint:
+        raise UserError(
+            f"{folder} was built from another model than {export}: give the one it was built from, {other}"
+        )
+
+
+def open_store(
+    folder: Path,
+    index: TolIndex,
+    options: StoreOptions,
+    device: torch.device,
+    span: tuple[int, int] | None = None,
+) -> RowStore:
+    """The store of a table's rows, or of the bytes [first, last) of each.
+
+    Raises UserError for a damaged file and for options without effect.
+    """
+    options.check()
     partitions = open_partitions(folder, index, options.verify)
-    on_disk = options.tier == "disk"
-    if not on_disk and (options.cache_bytes or options.direct):
-        raise UserError(f"tier {options.tier}: a cache and direct reads are for tier disk")
-    if options.lock and options.tier != "shared":
-        raise UserError(f"tier {options.tier}: only mapped files can be locked in memory: use tier shared")
-    if on_disk:
-        return DiskStore(folder, index, options, device)
+    first, last = span or (0, index.row_bytes)
+    if options.tier == "disk" and first < last:
+        return DiskStore(folder, index, options, (first, last), device)
     starts: Sequence[int] = [partition.rows[0] for partition in index.partitions]
-    mapped = options.tier == "shared"
-    if not mapped:
-        partitions = [rows.to(device, copy=True) for rows in partitions]
+    mapped = options.tier == "shared" and first < last
     if options.lock:
         for rows in partitions:
             lock_memory(rows.data_ptr(), rows.numel())
+    partitions = [rows[:, first:last] for rows in partitions]
+    if options.tier == "resident":
+        partitions = [rows.to(device, copy=True) for rows in partitions]
     touch = Touch(folder, index) if options.first_touch else None
     return MemoryStore(partitions, starts, mapped, touch, device if mapped else None)

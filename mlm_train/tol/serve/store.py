@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from mlm_train.errors import UserError
 from mlm_train.tol.format.index import TolIndex
 from mlm_train.tol.serve.parts import Parts, cut
 from mlm_train.tol.serve.reader import check_rows
@@ -47,6 +48,13 @@ class StoreOptions:
     verify: Check = "sizes"
     first_touch: bool = False
 
+    def check(self) -> None:
+        """Raise a UserError for options that do not go together."""
+        if self.tier != "disk" and (self.cache_bytes or self.direct):
+            raise UserError(f"tier {self.tier}: a cache and direct reads are for tier disk")
+        if self.lock and self.tier != "shared":
+            raise UserError(f"tier {self.tier}: only mapped files can be locked in memory: use tier shared")
+
 
 @dataclass
 class Counters:
@@ -74,11 +82,15 @@ class Counters:
             f"cached, {in_units(self.bytes)} of the others, {1e3 * self.wait:.1f} ms waited"
         )
 
+    @property
+    def totals(self) -> dict[str, float]:
+        """The totals under Prometheus's names, without their suffix _total."""
+        return {f"mlm_tol_{name}": value for name, value in self.by_name().items()}
+
     def prometheus(self) -> str:
         """The totals in Prometheus's text format, as mlm_tol_rows_total and so on."""
         return "".join(
-            f"# TYPE mlm_tol_{name}_total counter\nmlm_tol_{name}_total {value}\n"
-            for name, value in self.by_name().items()
+            f"# TYPE {name}_total counter\n{name}_total {value}\n" for name, value in self.totals.items()
         )
 
     def by_name(self) -> dict[str, float]:
@@ -95,7 +107,7 @@ class Rows(Protocol):
     """The rows of some ids, read or still being read."""
 
     def columns(self, first: int, last: int) -> Tensor:
-        """Bytes [first, last) of all rows, uint8 [n, last - first], once they are there.
+        """Bytes [first, last) of all rows' spans, uint8 [n, last - first], once they are there.
 
         Raises UserError where they cannot be read.
         """
@@ -103,7 +115,7 @@ class Rows(Protocol):
 
 
 class RowStore(Protocol):
-    """Encoded rows by id."""
+    """Encoded rows by id, or of each row the one span of bytes that is needed."""
 
     counters: Counters
 
@@ -117,7 +129,7 @@ class RowStore(Protocol):
 
 
 class MemoryStore:
-    """Partitions as tensors uint8 [rows, row bytes]: mapped files, memory, or a device's.
+    """Partitions as tensors uint8 [rows, bytes of a row's span]: mapped files, memory, or a device's.
 
     device: where rows are needed, if it is another one; parts of them go there once they are gathered.
     """
@@ -146,9 +158,8 @@ class MemoryStore:
         found = [(self._partitions[number], local) for number, local in parts]
         # All at once: touched one after the other, each would wait for the disk.
         for rows, local in found if self._mapped else ():
-            size = rows.shape[1]
             for number in local.tolist():
-                will_need(rows.data_ptr() + number * size, size)
+                will_need(rows.data_ptr() + number * rows.stride(0), rows.shape[1])
         if self._beside is not None:
             return _Sent(found, Parts(len(ids), cut(len(ids), whole), self._beside), self.counters)
         return _Gathered(found, len(ids), self.counters)

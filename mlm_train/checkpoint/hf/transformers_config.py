@@ -8,6 +8,8 @@ from transformers import PreTrainedConfig
 from mlm_train.checkpoint.hf.config import model_config
 from mlm_train.config import ModelConfig
 
+FFN_M = ("memory_layernorm", "memory_mlp")  # modules of a layer, and of their weights' names
+
 
 class MemoryLLMConfig(PreTrainedConfig):
     """Config of kinds memory and flex; `base` is a Llama for transformers. Sizes count elements.
