@@ -74,7 +74,7 @@ class RowDecoder:
     def columns(self, layer: int) -> tuple[int, int] | None:
         """The bytes [first, last) of the span that hold a layer; None for one that is not stored."""
         found = self._fields.get(layer)
-        return None if found is None else (found[0] - self.span[0], found[1] - self.span[0])
+        return None if found is None else found[:2]
 
     def values(self, columns: Tensor, layer: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Decode a layer from its `columns`, uint8 [n, last - first], to [n, hidden].
