@@ -92,13 +92,6 @@ class _Bench:
         steps: dict[str, Step] = {
             name: _stepping(Decoder(model, source), cache, self.context) for name, (model, source) in variants
         }
-        if batch == 1 and self.order["compile"]:
-            torch._dynamo.config.recompile_limit = 64  # each kind has other shapes
-            steps |= {
-                f"{name}.compiled": _stepping(Decoder(model, source, compile=True), cache, self.context)
-                for name, (model, source) in variants
-                if name in models.KINDS or name == f"memory.{self._table}"
-            }
         reads: dict[str, list[Tensor]] = {}
         if batch == 1:
             reads = {kind: models.weights_read(model) for kind, model in self.models.items()}

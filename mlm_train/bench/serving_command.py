@@ -102,7 +102,7 @@ def _add_decode(actions: "Actions") -> None:
             f"--{name}", type=int, nargs="+", default=values, metavar="N", help=f"{what} at once"
         )
     decode.add_argument("--skip-hf", action="store_true", help="leave transformers out")
-    decode.add_argument("--skip-compile", action="store_true", help="leave compiled models out")
+    decode.add_argument("--skip-compile", action="store_true", help="leave transformers' compiled Llama out")
     decode.add_argument("--work", metavar="DIR", help="where the tables are written (default: the system's)")
     decode.add_argument("--json", metavar="FILE", help="write the figures to a JSON file")
     decode.add_argument("--plot", metavar="FILE", help="plot the figures to a PNG")

@@ -25,13 +25,12 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        # A column more, so that a view of the cache is never contiguous: compiled layers have one case less.
-        columns, heads = capacity + 1, config.kv_heads
-        shape = (config.num_hidden_layers, len(padding), heads, columns, config.attention_head_dim)
+        shape = (config.num_hidden_layers, len(padding), config.kv_heads, capacity, config.attention_head_dim)
         self._keys = torch.empty(shape, dtype=dtype, device=device)
         self._values = torch.empty(shape, dtype=dtype, device=device)
         self._length = 0
-        self._cos, self._sin, _ = single_document(config, capacity, device)
+        cos, sin, _ = single_document(config, capacity, device)
+        self._cos, self._sin = cos.to(dtype), sin.to(dtype)  # once, not in each layer of each token
         self._padding: Tensor | None = None  # [rows, 1]
         if any(padding):
             self._padding = torch.tensor(padding, device=device).unsqueeze(1)
@@ -46,7 +45,7 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Number of columns that there is room for."""
-        return self._keys.shape[3] - 1
+        return self._keys.shape[3]
 
     def geometry(self, rows: int, new: int) -> Geometry:
         """Geometry of the next `new` columns of the first `rows` rows.

@@ -63,9 +63,6 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drop-layers", metavar="LAYERS", help="layers whose FFN-M adds nothing, such as 3,5-7"
     )
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the layers: a minute at first, then less per token"
-    )
 
 
 def _add_prompt(parser: argparse.ArgumentParser) -> None:
@@ -178,7 +175,6 @@ def _load(args: argparse.Namespace, skip_tokenizer: bool) -> "LanguageModel":
         dropped_layers=dropped,
         add_bos=args.add_bos,
         skip_tokenizer=skip_tokenizer,
-        compile=args.compile,
     )
 
 

@@ -39,10 +39,8 @@ class Decoder:
     """A model and the source of FFN-M: a ToL, or a source that computes it (None for a base model).
 
     memory_scale: alpha, the factor on FFN-M's output, instead of the model's: one number, or one per layer.
-    dropped_layers: numbers of layers whose FFN-M adds nothing. ends: the ids that end a text. compile: layers
-    are compiled for single tokens, at the first one (torch.compile takes a minute; on a CPU it needs a C++
-    compiler). The given model stays as it is. Raises UserError where a base model is to be scaled, and for
-    layers that it does not have.
+    dropped_layers: numbers of layers whose FFN-M adds nothing. ends: the ids that end a text. The given model
+    stays as it is. Raises UserError where a base model is to be scaled, and for layers that it does not have.
     """
 
     def __init__(
@@ -52,13 +50,10 @@ class Decoder:
         memory_scale: float | Sequence[float] | None = None,
         dropped_layers: Collection[int] = (),
         ends: Collection[int] = (),
-        compile: bool = False,
     ) -> None:
         scales = scales_of(model.config, memory_scale, dropped_layers)
         self.model = model if scales is None else model.scaled(scales)
-        self.source, self.ends, self._compiles = source, ends, compile
-        if compile:
-            self.model = self.model.with_compiled_layers()
+        self.source, self.ends = source, ends
         self.timing = Timing()
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
@@ -140,12 +135,6 @@ class Decoder:
     @torch.no_grad()
     def forward(self, ids: Tensor, cache: KVCache) -> Tensor:
         """ids int64 [rows, columns], after what is cached -> the normed hidden state, of all columns."""
-        if self._compiles and ids.shape[1] > 1:  # prompts are bound by arithmetic: it would gain nothing
-            with torch.compiler.set_stance("force_eager"):
-                return self._hidden(ids, cache)
-        return self._hidden(ids, cache)
-
-    def _hidden(self, ids: Tensor, cache: KVCache) -> Tensor:
         return self.model.hidden(ids.to(self.device), self.source, cache)
 
     def _request(self, ids: Tensor | None) -> None:

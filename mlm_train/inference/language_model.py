@@ -182,7 +182,6 @@ def load(
     dropped_layers: Collection[int] = (),
     add_bos: bool | None = None,
     skip_tokenizer: bool = False,
-    compile: bool = False,
 ) -> LanguageModel:
     """Load an export, a run's folder (its newest checkpoint), or one checkpoint.
 
@@ -190,7 +189,7 @@ def load(
     embedding if the table has it. store: how it is served. patches: files of `tol patch`. dtype: of the
     weights and the KV cache, such as "bfloat16"; default float32. verify: how much of both folders is
     compared with their manifests, "full", "sizes" or "none"; default "full", and "sizes" for tol.
-    memory_scale, dropped_layers, compile: see Decoder. add_bos: see LanguageModel. skip_tokenizer: for
+    memory_scale, dropped_layers: see Decoder. add_bos: see LanguageModel. skip_tokenizer: for
     prompts of ids, whose results then have no text. Raises UserError for folders that cannot be read, damage,
     and a tol of another model.
     """
@@ -210,7 +209,7 @@ def load(
         source = make_source("unique", loaded.memory_blocks())
     ends = {*folder.ends, *_eod_ids(tokenizer)}
     return LanguageModel(
-        folder, Decoder(loaded, source, memory_scale, dropped_layers, ends, compile), tokenizer, add_bos
+        folder, Decoder(loaded, source, memory_scale, dropped_layers, ends), tokenizer, add_bos
     )
 
 

@@ -112,7 +112,7 @@ class Sampler:
 def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
     """Choose a token for each row of logits [rows, vocabulary]."""
     if all(sampler.takes_argmax for sampler in samplers):
-        return [Choice(token) for token in logits.argmax(-1).tolist()]
+        return [Choice(token) for token in logits.max(-1).indices.tolist()]  # faster than argmax
     on_cpu = logits.float().cpu()
     return [sampler.choose(row) for sampler, row in zip(samplers, on_cpu, strict=True)]
 

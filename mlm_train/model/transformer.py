@@ -70,26 +70,14 @@ class Transformer(nn.Module):
 
     def scaled(self, memory_scale: Sequence[float]) -> "Transformer":
         """This model with another alpha per layer; it shares this one's weights."""
-        scaled = self._twin()
+        scaled = self.part(range(self.config.num_hidden_layers), heads=True)
         scaled.config = self.config.model_copy(update={"memory_scale": list(memory_scale)})
-        for layer, block in scaled.memory_blocks().items():
-            block.alpha = memory_scale[layer]
+        scaled.training = self.training
+        for layer, block in self.memory_blocks().items():
+            other = copy.copy(block)  # a new object with the same parameters and modules
+            other.alpha = memory_scale[layer]
+            scaled.layers[str(layer)] = other
         return scaled
-
-    def with_compiled_layers(self) -> "Transformer":
-        """This model with layers that are compiled when they are called; it shares this one's weights."""
-        twin = self._twin()
-        for layer in range(self.config.num_hidden_layers):
-            twin.block(layer).compiles = True
-        return twin
-
-    def _twin(self) -> "Transformer":
-        """This model with other Block objects, which have the same parameters and modules."""
-        twin = self.part(range(self.config.num_hidden_layers), heads=True)
-        twin.training = self.training
-        for name, block in self.layers.items():
-            twin.layers[name] = copy.copy(block)
-        return twin
 
     def block(self, layer: int) -> Block:
         """A layer by its number in the whole model."""

@@ -52,20 +52,6 @@ def complete(decoder: Decoder, *batch: Generation) -> list[Generation]:
     return list(batch)
 
 
-@pytest.mark.parametrize("rows", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_compiled_layers_give_the_same_tokens(rows: int) -> None:
-    """Also while the cache grows, to its end, and when a row of the batch ends before the other."""
-    model = random_model(**KINDS[3])
-    texts = []
-    for compile in (False, True):
-        decoder = Decoder(model, source_of(model), compile=compile)
-        limits = [(PROMPT, 6), (PROMPT[:4], 3)][:rows]
-        batch = [decoder.begin(prompt, Sampling(max_new_tokens=limit)) for prompt, limit in limits]
-        texts.append([generation.ids for generation in complete(decoder, *batch)])
-    assert texts[0] == texts[1]
-    assert not any(model.block(layer).compiles for layer in range(3))
-
-
 @pytest.mark.parametrize("fields", KINDS)
 def test_greedy_is_the_full_forwards_argmax(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(**fields)
