@@ -1,6 +1,7 @@
 """`bench decode`: what a token costs in time and memory, by kind, table and tier (the paper's table 6)."""
 
 import argparse
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,12 @@ from mlm_train.bench import decode_models as models
 from mlm_train.bench import report
 from mlm_train.bench.decode_ratios import ratios_of
 from mlm_train.bench.random_table import write_random_table
+from mlm_train.config import ModelConfig
 from mlm_train.data.prepared import PreparedData
 from mlm_train.errors import UserError
 from mlm_train.tol.format.schemes import Scheme
 from mlm_train.utils.files import write_figure
+from mlm_train.utils.units import in_units
 
 SCHEMES = {
     "bfloat16": Scheme(dtype="bfloat16"),
@@ -40,12 +43,12 @@ def bench_decode(args: argparse.Namespace) -> int:
     ids = np.array(data.split("validation").tokens[:TEXT], dtype=np.int64) % config.vocab_size
     machine, console = report.machine(), Console(stderr=True)
     with tempfile.TemporaryDirectory(dir=args.work, prefix="bench-decode-") as folder:
-        work = Path(folder)
-        tables = {}
+        work, tables = Path(folder), {}
+        _check_room(work, config)
+        rows = _resident(args, ids.tolist(), work, console)
         for name, scheme in SCHEMES.items():
             console.print(f"writing a random table, {name}")
             tables[name] = str(write_random_table(work / name, config, scheme))
-        rows = _resident(args, ids.tolist(), work, console)
         order = {
             "shape": args.shape,
             "tables": tables,
@@ -79,11 +82,27 @@ def _check(args: argparse.Namespace) -> None:
     for option, value in values.items():
         if value < 1:
             raise UserError(f"{option} {value}: give at least 1")
+    if args.context < 2:
+        raise UserError(f"--context {args.context}: give at least 2, a prompt and a new token")
+    vocabulary = models.SHAPES[args.shape]["fields"]["vocab_size"]
+    if max(args.prefills) > vocabulary:
+        raise UserError(f"--prefills {max(args.prefills)}: prompts of distinct ids have at most {vocabulary}")
+    if not args.skip_hf and importlib.util.find_spec("transformers") is None:
+        raise UserError("transformers is not installed: pip install 'mlm-train[hf]', or give --skip-hf")
     if 1 not in args.batches:
         raise UserError("--batches: 1 must be among them, which the ratios are of")
     for option, file in (("--json", args.json), ("--plot", args.plot)):
         if file is not None:
             report.check_writable(Path(file), option)
+
+
+def _check_room(work: Path, config: ModelConfig) -> None:
+    """Raise a UserError where the tables, which are the most that is there at once, would not fit."""
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    row = sum(scheme.bytes(hidden) for scheme in SCHEMES.values()) * layers
+    needed, free = row * config.vocab_size, shutil.disk_usage(work).free
+    if free < needed:
+        raise UserError(f"--work has {in_units(free)} free and the tables need {in_units(needed)}")
 
 
 def _resident(args: argparse.Namespace, ids: list[int], work: Path, console: Console) -> list[Row]:

@@ -100,7 +100,7 @@ def filled_cache(config: ModelConfig, rows: int, columns: int, more: int) -> KVC
     return cache
 
 
-def llama(model: Transformer, attention: str = "sdpa") -> Any:
+def llama(model: Transformer) -> Any:
     """transformers' Llama with the weights of a base model, which it shares."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -110,7 +110,7 @@ def llama(model: Transformer, attention: str = "sdpa") -> Any:
     with unfilled():
         found = AutoModelForCausalLM.from_config(
             LlamaConfig(**{name: getattr(config, name) for name in names}, tie_word_embeddings=False),
-            attn_implementation=attention,
+            attn_implementation="sdpa",
             dtype=DTYPE,
         )
     found.load_state_dict(dict(named_pieces(model)), strict=True, assign=True)

@@ -53,7 +53,7 @@ def work(order_file: str) -> int:
         )
         new = order["context"] - len(order["prompt"])
         model.generate(order["prompt"], max_new_tokens=new, ignore_eos=True)
-    report.write_result(order_file, {"bytes": peak.bytes - before, "mapped": _field("RssFile:")})
+    report.write_result(order_file, {"bytes": peak.bytes - before})
     return 0
 
 

@@ -32,8 +32,9 @@ class Pass(NamedTuple):
     def seconds(self) -> dict[str, float]:
         """Seconds in which something was read, layers ran, they waited, and rows were read behind them."""
         reads, waits, layers = (union(map(interval, spans)) for spans in self)
-        # Waits are within layers: what is left of a layer is computation.
-        hidden = total(common(reads, layers)) - total(common(reads, waits))
+        # What is left of a layer without its wait is computation; x0 of a table is waited for before them.
+        inside = common(reads, layers)
+        hidden = total(inside) - total(common(inside, waits))
         return {"reads": total(reads), "layers": total(layers), "waits": total(waits), "hidden": hidden}
 
     def per_layer(self) -> dict[str, list[float]]:

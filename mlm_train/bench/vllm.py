@@ -22,15 +22,12 @@ from rich.progress import track
 from rich.table import Table
 
 from mlm_train.bench import report
+from mlm_train.bench.random_table import write_random_table
 from mlm_train.bench.worker_process import WorkerProcess, serve_orders
 from mlm_train.checkpoint.hf.config import config_json, read_config
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
-from mlm_train.tol.format.index import Partition, Provenance, TolIndex
-from mlm_train.tol.format.index_file import write_index
-from mlm_train.tol.format.partition import RowShape
-from mlm_train.tol.storage.direct_io import Stream, buffers
-from mlm_train.tol.storage.local import LocalFolder
+from mlm_train.tol.format.schemes import Scheme
 from mlm_train.utils.files import write_json
 
 PRESETS: dict[str, dict[str, int]] = {  # the paper's 1B shape, with a vocabulary of the quickstart's kind
@@ -103,36 +100,6 @@ def _config(preset: str, kind: str, width: int, **fields: Any) -> ModelConfig:
     return ModelConfig.model_validate(tree | fields)
 
 
-def random_table(folder: Path, config: ModelConfig) -> None:
-    """Write a ToL of random rows for a model of this shape, in partitions."""
-    folder.mkdir()
-    place, generator = LocalFolder(folder), torch.Generator().manual_seed(SEED)
-    layers, hidden, vocabulary = config.num_hidden_layers, config.hidden_size, config.vocab_size
-    shape, partitions = RowShape.plain(DTYPE, layers, hidden), []
-    for start in range(0, vocabulary, PARTITION_ROWS):
-        stop, name = min(start + PARTITION_ROWS, vocabulary), f"rows-{start}.safetensors"
-        header = shape.header(stop - start)
-        draft = place.draft(name, shape.file_bytes(stop - start), header)
-        with Stream(place.sink(draft, header), header, buffers(PARTITION_ROWS // 8, shape.size, 2)) as stream:
-            for first in range(start, stop, PARTITION_ROWS // 8):
-                count = min(PARTITION_ROWS // 8, stop - first)
-                stream.rows(count).view(torch.bfloat16).normal_(0.0, 0.02, generator=generator)
-                stream.put(count)
-            digest = stream.finish()
-        place.name_draft(draft, name, stream.bytes)
-        partitions.append(Partition(file=name, rows=(start, stop), bytes=stream.bytes, sha256=digest))
-    index = TolIndex(
-        vocab_size=vocabulary,
-        num_layers=layers,
-        hidden_size=hidden,
-        dtype=DTYPE,
-        layers=list(range(layers)),
-        partitions=partitions,
-        source=Provenance(checkpoint="", created="", tool_version=""),
-    )
-    write_index(place, index)
-
-
 def _measure(folder: Path, args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of a decoding step, by model and turn: ours and its Llama in turn, one kind after the other."""
     configs = models(args.preset)
@@ -140,7 +107,7 @@ def _measure(folder: Path, args: argparse.Namespace) -> dict[str, list[float]]:
     needed, free = row * configs["memory"].vocab_size, shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(f"--folder has {free / 1e9:.1f} GB free and the table needs {needed / 1e9:.1f}")
-    random_table(folder / "tol", configs["memory"])
+    write_random_table(folder / "tol", configs["memory"], Scheme(dtype=DTYPE))
     seconds: dict[str, list[float]] = {}
     for kind in KINDS:
         pair = {name: configs[name] for name in (kind, f"llama_{kind}")}

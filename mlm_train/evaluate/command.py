@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_train.errors import UserError
-from mlm_train.tol.serve.arguments import add_tol_arguments, counted, store_options
+from mlm_train.tol.serve.arguments import add_counters_argument, add_tol_arguments, counted, store_options
 from mlm_train.utils.arguments import MODEL_KINDS, refuse_below_one
 from mlm_train.utils.checks import add_verify
 
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--micro-batch-size", type=int, default=8, help="windows per forward pass (default 8)"
     )
     add_tol_arguments(parser)
+    add_counters_argument(parser)
     parser.add_argument(
         "--baselines",
         metavar="RUN",

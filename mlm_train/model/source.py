@@ -22,7 +22,7 @@ class MemorySource(Protocol):
     """Makes a reader for each micro-batch."""
 
     def open(self, ids: Tensor, x0: Any) -> MemoryReader:
-        """ids int64 [batch, sequence]; x0: their embeddings [batch, sequence, hidden], None for tables."""
+        """ids int64 [batch, sequence]; x0: their embeddings [batch, sequence, hidden]."""
         ...
 
 

@@ -42,7 +42,7 @@ class Trace:
         """Write the JSON. UserError where that is not possible."""
         names = [
             {"name": "thread_name", "ph": "M", "pid": os.getpid(), "tid": thread, "args": {"name": name}}
-            for thread, name in self._threads.items()
+            for thread, name in list(self._threads.items())  # a thread may end its last span
         ]
         with writing(path):
             write_text(path, json.dumps({"traceEvents": [*names, *self._events], "displayTimeUnit": "ms"}))
@@ -67,7 +67,8 @@ def recording() -> Iterator[Trace]:
 
 def span(name: str, about: NamedTuple) -> AbstractContextManager[None]:
     """Add the time of the body to the recording, if there is one; about: shown with it, by field."""
-    return _NOTHING if _recording is None else _recording.spanning(name, about._asdict())
+    trace = _recording  # once: it may end meanwhile
+    return _NOTHING if trace is None else trace.spanning(name, about._asdict())
 
 
 def read_trace(path: Path) -> list[dict[str, Any]]:

@@ -71,6 +71,9 @@ def vllm_command(args: argparse.Namespace) -> list[str]:
     words = ["--model", args.model, "--served-model-name", args.name or Path(args.model).absolute().name]
     words += ["--host", args.host, "--port", str(args.port)]
     if args.tol is not None:
+        for word in args.passed_on:
+            if word.startswith("--additional-config"):
+                raise UserError(f"{word}: it says how --tol is served; leave one of them out")
         from mlm_train.tol.serve.source import TolSource
         from mlm_train.tol.serve.store import StoreOptions
         from mlm_train.vllm.options import ADDITIONAL, KEY

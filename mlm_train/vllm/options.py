@@ -40,8 +40,7 @@ class TolOptions(Record):
         names = ("tier", "lock", "cache_bytes", "direct", "depth", "first_touch")
         hot = None
         if self.hot is not None:
-            from mlm_train.data.prepared import PreparedData
-            from mlm_train.tol.serve.frequency import most_frequent
+            from mlm_train.tol.serve.frequency import most_frequent_in
 
-            hot = most_frequent(PreparedData.open(self.hot))
+            hot = most_frequent_in(self.hot)
         return StoreOptions(hot=hot, **{name: getattr(self, name) for name in names})

@@ -43,6 +43,8 @@ def test_refused(data: Path) -> None:
     assert "--runs 0: give at least 1" in refused(*words, "--runs", 0)
     assert "1 must be among them" in refused(*words, "--batches", 8)
     assert "needs --data" in refused("bench", "decode")
+    assert "at most 512" in refused(*words, "--shape", "tiny")
+    assert "--context 1: give at least 2" in refused(*words, "--context", 1)
 
 
 def test_the_models_have_the_papers_active_parameters() -> None:

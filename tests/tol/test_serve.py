@@ -148,6 +148,20 @@ def test_what_cannot_be_read_is_one_error_and_the_store_goes_on(table: Path, tmp
     assert threading.active_count() == before - 3 * OPTIONS["direct"].depth
 
 
+def test_rows_of_two_requests_are_both_kept(table: Path) -> None:
+    """A prompt's second part is asked for while the first is read: both are hits the next time."""
+    index = read_index(table)
+    store = opened(table, StoreOptions("disk", cache_bytes=300 * index.row_bytes))
+    first, second = drawn(200, 1)[:100], drawn(200, 1)[100:]
+    pending = [store.fetch(first), store.fetch(second)]
+    for rows in pending:
+        rows.columns(0, index.row_bytes)
+    for ids in (first, second):
+        store.fetch(ids).columns(0, index.row_bytes)
+    assert (store.counters.hits, store.counters.misses) == (200, 200)
+    store.close()
+
+
 def test_options_that_do_not_go_together(table: Path) -> None:
     for options, message in (
         (StoreOptions("shared", cache_bytes=1), "are for tier disk"),

@@ -62,6 +62,8 @@ def test_bad_folders_are_refused_before_anything_starts(folders: tuple[Path, Pat
     assert "are for tier disk" in refused("serve", exported, "--tol", tol, "--tol-direct")
     assert "give --tol TOLDIR too" in refused("serve", exported, "--tol-lock")
     assert "is not a folder" in refused("serve", tmp_path / "nothing")
+    passed_on = ("--", "--additional-config={}")
+    assert "leave one of them out" in refused("serve", exported, "--tol", tol, *passed_on)
     last = table / read_index(table).partitions[1].file
     with last.open("r+b") as file:
         file.write(b"\xff" * 12)

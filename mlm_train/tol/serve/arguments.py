@@ -46,6 +46,10 @@ def add_tol_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tol-patch", action="append", default=[], metavar="FILE", help="apply a patch; may be repeated"
     )
+
+
+def add_counters_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--tensorboard`, for `counted`."""
     parser.add_argument(
         "--tensorboard",
         metavar="DIR",
@@ -59,7 +63,9 @@ def store_options(args: argparse.Namespace) -> "StoreOptions":
     from mlm_train.tol.serve.store import StoreOptions
 
     options = ("tol_lock", "tol_cache", "tol_hot", "tol_direct", "tol_patch", "tensorboard")
-    given = ["tol_tier"] * (args.tol_tier != "shared") + [name for name in options if getattr(args, name)]
+    given = ["tol_tier"] * (args.tol_tier != "shared") + [
+        name for name in options if getattr(args, name, None)
+    ]
     if given and args.tol is None:
         raise UserError(
             f"--{given[0].replace('_', '-')} has no effect without a table: give --tol TOLDIR too"
@@ -68,10 +74,9 @@ def store_options(args: argparse.Namespace) -> "StoreOptions":
     if args.tol_hot is not None:
         if not args.tol_cache:
             raise UserError("--tol-hot chooses what --tol-cache holds: give --tol-cache SIZE too")
-        from mlm_train.data.prepared import PreparedData
-        from mlm_train.tol.serve.frequency import most_frequent
+        from mlm_train.tol.serve.frequency import most_frequent_in
 
-        hot = most_frequent(PreparedData.open(args.tol_hot))
+        hot = most_frequent_in(args.tol_hot)
     return StoreOptions(
         tier=args.tol_tier, lock=args.tol_lock, cache_bytes=args.tol_cache, hot=hot, direct=args.tol_direct
     )

@@ -124,8 +124,8 @@ class DiskStore:
 
     def _pin(self, cache: "_Cache", hot: Sequence[int]) -> None:
         """Read the rows of the most frequent ids into the cache, in parts."""
-        ids = torch.tensor(sorted(set(hot[: cache.room])))
-        for some in ids.split(1024):
+        ids = torch.tensor(sorted(set(hot[: cache.room])), dtype=torch.int64)
+        for some in ids.split(1024) if len(ids) else ():
             reading = self.fetch(some)
             reading.wait(0, self._size)
             cache.put(some, reading.parts.rows(torch.arange(len(some))))
@@ -297,7 +297,7 @@ class _Cache:
         self._rows = torch.empty(room, size, dtype=torch.uint8)
         self._slots = torch.full((vocabulary,), -1)
         self._order: OrderedDict[int, int] = OrderedDict()  # id -> slot, the one used last at the end
-        self._pending: tuple[Tensor, Tensor, _Reading] | None = None
+        self._pending: list[tuple[Tensor, Tensor, _Reading]] = []  # in the order in which they were asked for
 
     @classmethod
     def of(cls, options: StoreOptions, size: int, vocabulary: int) -> "_Cache | None":
@@ -326,18 +326,18 @@ class _Cache:
                 self._order.move_to_end(number)
 
     def admit_when_read(self, ids: Tensor, missing: Tensor, reading: _Reading) -> None:
-        """Keep these rows when the next ones are asked for, if they are read by then."""
+        """Keep these rows when others are asked for and they are read."""
         if not self.fixed:
-            self._pending = ids, missing, reading
+            self._pending.append((ids, missing, reading))
 
     def _admit(self) -> None:
-        if self._pending is None:
-            return
-        ids, missing, reading = self._pending
-        self._pending = None
-        if reading.complete:
-            last = missing.nonzero().flatten()[-self.room :]
-            self.put(ids[last], reading.parts.rows(last))
+        pending, self._pending = self._pending, []
+        for ids, missing, reading in pending:
+            if reading.complete:
+                last = missing.nonzero().flatten()[-self.room :]
+                self.put(ids[last], reading.parts.rows(last))
+            elif reading.error is None:
+                self._pending.append((ids, missing, reading))
 
     def put(self, ids: Tensor, rows: Tensor) -> None:
         """Store the rows of those ids that are not here; those unused for longest make room."""

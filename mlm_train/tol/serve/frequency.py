@@ -1,5 +1,7 @@
 """Which tokens a corpus has most of."""
 
+from pathlib import Path
+
 import numpy as np
 
 from mlm_train.data.prepared import PreparedData
@@ -15,3 +17,8 @@ def most_frequent(data: PreparedData) -> list[int]:
         counts += np.bincount(tokens[start : start + AT_ONCE], minlength=vocabulary)
     order = np.argsort(-counts, kind="stable")
     return [int(number) for number in order[: np.count_nonzero(counts)]]
+
+
+def most_frequent_in(folder: str | Path) -> list[int]:
+    """As most_frequent, of a folder of `data prepare`. Raises UserError where it cannot be read."""
+    return most_frequent(PreparedData.open(folder))

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -94,11 +94,22 @@ class Overlay:
         self._ids = torch.tensor(sorted(self._rows), dtype=torch.int64)
         self._at = {layer: at for patch in patches for at, layer in enumerate(patch.layers)}
 
-    def places(self, distinct: Tensor) -> Tensor:
-        """Which of some ids [n] on the CPU are patched: their positions, int64."""
-        return torch.isin(distinct, self._ids).nonzero().flatten()
+    def over(self, distinct: Tensor, dtype: torch.dtype, device: torch.device) -> "Overlaid | None":
+        """What is patched of some ids [n] on the CPU, for values of that type and device; None: nothing."""
+        places = torch.isin(distinct, self._ids).nonzero().flatten()
+        if not len(places):
+            return None
+        rows = torch.stack([self._rows[number] for number in distinct[places].tolist()])
+        return Overlaid(places.to(device), rows.to(device, dtype), self._at)
 
-    def apply(self, values: Tensor, layer: int, distinct: Tensor, places: Tensor) -> Tensor:
-        """values [n, hidden] of a layer, with those of `places` replaced."""
-        rows = torch.stack([self._rows[number][self._at[layer]] for number in distinct[places].tolist()])
-        return values.index_copy(0, places.to(values.device), rows.to(values))
+
+class Overlaid(NamedTuple):
+    """Positions [k] that are patched, their rows [k, stored layers, hidden], and a layer's place in a row."""
+
+    places: Tensor
+    rows: Tensor
+    at: dict[int, int]
+
+    def apply(self, values: Tensor, layer: int) -> Tensor:
+        """values [n, hidden] of a layer, with the patched ones replaced."""
+        return values.index_copy(0, self.places, self.rows[:, self.at[layer]])

@@ -38,6 +38,7 @@ class RowDecoder:
         self, index: TolIndex, bases: dict[int, Tensor], layers: Collection[int] | None = None
     ) -> None:
         self.hidden, self._bases = index.hidden_size, bases
+        self._rounded: dict[tuple[int, torch.dtype], Tensor] = {}
         stored = {layer: field for layer, field in index.stored.items() if layers is None or layer in layers}
         ends = {}
         for layer, field in stored.items():
@@ -85,8 +86,7 @@ class RowDecoder:
         decoded = decode(field, columns, self.hidden)
         if field.rank is None:
             return decoded
-        basis = self._bases[layer] = self._bases[layer].to(columns.device, dtype)
-        return decoded.to(dtype) @ basis
+        return decoded.to(dtype) @ self._basis(layer, dtype).to(columns.device)
 
     def all_values(self, rows: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
         """Decode all stored layers of rows from `start` on, uint8 [n, bytes], at once: [n, hidden] by layer.
@@ -98,9 +98,15 @@ class RowDecoder:
         values = decode(self.alike, parts, self.hidden).to(dtype).view(rows.shape[0], -1, self.hidden)
         return dict(zip(self._layers, values.unbind(1), strict=True))
 
+    def _basis(self, layer: int, dtype: torch.dtype) -> Tensor:
+        found = self._rounded.get((layer, dtype))
+        if found is None:
+            found = self._rounded[layer, dtype] = self._bases[layer].to(dtype)
+        return found
+
     def in_basis(self, values: Tensor, layer: int) -> Tensor:
         """Project values [n, hidden] of a low-rank layer to its stored coordinates [n, rank]."""
-        return values.float() @ projector(self._bases[layer].float())
+        return values.float() @ projector(self._bases[layer])
 
 
 class TableReader:

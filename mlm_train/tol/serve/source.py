@@ -130,7 +130,7 @@ class TolSource:
     def _reader(self, ids: Tensor, dtype: torch.dtype, device: torch.device) -> MemoryReader:
         distinct, inverse = ids.flatten().unique(return_inverse=True)
         asked = distinct.cpu()
-        rows, patched = self._rows(asked), self._overlay.places(asked)
+        rows, patched = self._rows(asked), self._overlay.over(asked, dtype, device)
         self.store.counters.rows += ids.numel()
         layers = DecodedLayers(self._decoder, rows, len(asked), dtype, device)
 
@@ -138,8 +138,8 @@ class TolSource:
             values = layers(layer)
             if values is None:
                 return torch.zeros(*ids.shape, self._decoder.hidden, dtype=dtype, device=device)
-            if len(patched) and layer != X0:  # a patch changes what FFN-M recalls
-                values = self._overlay.apply(values, layer, asked, patched)
+            if patched is not None and layer != X0:  # a patch changes what FFN-M recalls
+                values = patched.apply(values, layer)
             return values.index_select(0, inverse).view(*ids.shape, -1)
 
         return read

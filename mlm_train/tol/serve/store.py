@@ -155,7 +155,11 @@ class MemoryStore:
         self.counters.misses += len(ids)
         whole = self._partitions[0].shape[1]
         self.counters.bytes += len(ids) * whole
-        found = [(self._partitions[number], local) for number, local in parts]
+        found = []
+        for number, local in parts:
+            rows = self._partitions[number]
+            # To a device here, where the ids were waited for, and not when a layer asks.
+            found.append((rows, local.to(rows.device)))
         # All at once: touched one after the other, each would wait for the disk.
         for rows, local in found if self._mapped else ():
             for number in local.tolist():
@@ -183,7 +187,7 @@ class _Gathered:
             if rows.device.type == "cpu":
                 copy_rows(rows, local.tolist(), some, range(len(local)))
             else:
-                torch.index_select(rows, 0, local.to(rows.device), out=some)
+                torch.index_select(rows, 0, local, out=some)
             done += len(local)
         self._counters.wait += time.perf_counter() - started
         return found

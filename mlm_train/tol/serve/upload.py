@@ -15,13 +15,15 @@ class Upload:
 
     def __init__(self, blocks: Sequence[Tensor], stream: torch.Stream) -> None:
         self._blocks, self._stream = blocks, stream
-        with stream:  # memory of this stream: of another's, a copy would have to wait for that one's work
+        with _again(
+            stream
+        ):  # memory of this stream: of another's, a copy would have to wait for that one's work
             self._copies = [torch.empty_like(block, device=stream.device) for block in blocks]
         self._ends = [torch.Event(stream.device) for _ in blocks]
 
     def begin(self, number: int) -> None:
         """Queue the copy of a block, which is not written to afterwards. From any thread."""
-        with self._stream:
+        with _again(self._stream):
             self._copies[number].copy_(self._blocks[number], non_blocking=True)
         self._ends[number].record(self._stream)
 
@@ -31,6 +33,13 @@ class Upload:
         computing.wait_event(self._ends[number])
         self._copies[number].record_stream(computing)
         return self._copies[number]
+
+
+def _again(stream: torch.Stream) -> torch.Stream:
+    """Another object for the stream: one is entered by one thread at a time."""
+    return torch.Stream(
+        stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type
+    )
 
 
 def stream_beside(device: torch.device) -> torch.Stream | None:
