@@ -15,9 +15,7 @@ class Upload:
 
     def __init__(self, blocks: Sequence[Tensor], stream: torch.Stream) -> None:
         self._blocks, self._stream = blocks, stream
-        with _again(
-            stream
-        ):  # memory of this stream: of another's, a copy would have to wait for that one's work
+        with _again(stream):  # with memory of another stream a copy would have to wait for that one's work
             self._copies = [torch.empty_like(block, device=stream.device) for block in blocks]
         self._ends = [torch.Event(stream.device) for _ in blocks]
 
