@@ -28,6 +28,7 @@ from mlm_train.monitor.report import Saved
 from mlm_train.parallel.build import build_engine
 from mlm_train.train.batches import MicroBatch
 from mlm_train.train.step import Trainer
+from mlm_train.utils.arguments import refuse_below_one
 from mlm_train.utils.files import sync
 
 GIB = 2**30
@@ -54,8 +55,7 @@ def bench_checkpoint(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.runs < 1:
-        raise UserError(f"--runs {args.runs}: give at least 1")
+    refuse_below_one(args, "runs")
     if args.gib <= 0:
         raise UserError(f"--gib {args.gib}: give more than 0")
     if args.json is not None:

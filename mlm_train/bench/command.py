@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mlm_train.bench.serving_command import SERVING, add_serving
 from mlm_train.errors import UserError
-from mlm_train.utils.arguments import add_action
+from mlm_train.utils.arguments import add_action, refuse_below_one
 
 if TYPE_CHECKING:
     from mlm_train.utils.arguments import Actions
@@ -326,8 +326,7 @@ def run(args: argparse.Namespace) -> int:
         from mlm_train.bench.x0_ranks import work
 
         return work(args.worker)
-    if args.runs < 1:
-        raise UserError(f"--runs {args.runs}: give at least 1")
+    refuse_below_one(args, "runs")
     from mlm_train.bench.x0 import bench_x0
 
     return bench_x0(args.stages, args.runs, args.pipeline_schedule, args.data, args.json)
@@ -384,7 +383,6 @@ def _run_loss(args: argparse.Namespace) -> int:
 
     if args.worker:
         return loss.work(args.worker)
-    if args.runs < 1:
-        raise UserError(f"--runs {args.runs}: give at least 1")
+    refuse_below_one(args, "runs")
     names = ("vocabulary", "hidden", "tokens", "precision", "chunk")
     return loss.bench_loss({name: getattr(args, name) for name in names}, args.runs, args.json)

@@ -22,6 +22,7 @@ from mlm_train.config import ModelConfig
 from mlm_train.data.prepared import PreparedData
 from mlm_train.errors import UserError
 from mlm_train.tol.format.schemes import Scheme
+from mlm_train.utils.arguments import refuse_below_one
 from mlm_train.utils.files import write_figure
 from mlm_train.utils.units import in_units
 
@@ -77,11 +78,7 @@ def bench_decode(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    values = {"--steps": args.steps, "--runs": args.runs, "--context": args.context}
-    values |= {"--batches": min(args.batches), "--prefills": min(args.prefills)}
-    for option, value in values.items():
-        if value < 1:
-            raise UserError(f"{option} {value}: give at least 1")
+    refuse_below_one(args, "steps", "runs", "context", "batches", "prefills")
     if args.context < 2:
         raise UserError(f"--context {args.context}: give at least 2, a prompt and a new token")
     vocabulary = models.SHAPES[args.shape]["fields"]["vocab_size"]
@@ -91,9 +88,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("transformers is not installed: pip install 'mlm-train[hf]', or give --skip-hf")
     if 1 not in args.batches:
         raise UserError("--batches: 1 must be among them, which the ratios are of")
-    for option, file in (("--json", args.json), ("--plot", args.plot)):
-        if file is not None:
-            report.check_writable(Path(file), option)
+    report.check_outputs(args)
 
 
 def _check_room(work: Path, config: ModelConfig) -> None:

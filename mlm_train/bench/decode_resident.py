@@ -10,8 +10,10 @@ from torch import Tensor
 
 from mlm_train.bench import decode_models as models
 from mlm_train.bench import report
+from mlm_train.bench.memory_in_use import status_bytes
 from mlm_train.checkpoint.hf.folder import expected_shapes, write_folder
 from mlm_train.config import ModelConfig
+from mlm_train.errors import UserError
 from mlm_train.inference.language_model import load
 from mlm_train.tol.serve.store import StoreOptions
 from mlm_train.utils.host_memory import return_freed
@@ -80,12 +82,7 @@ class _Peak:
 
 
 def _private() -> int:
-    return _field("RssAnon:")
-
-
-def _field(name: str) -> int:
-    """Bytes by a line of this process's status (Linux)."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(name):
-            return 1024 * int(line.split()[1])
-    raise OSError(f"/proc/self/status has no line {name}")
+    found = status_bytes("RssAnon")
+    if found is None:
+        raise UserError("private memory can only be read on Linux")
+    return found

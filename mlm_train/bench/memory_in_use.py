@@ -33,6 +33,16 @@ def memory_in_use(device: torch.device) -> MemoryInUse:
     return HostMemory() if device.type == "cpu" else DeviceMemory(device)
 
 
+def status_bytes(name: str) -> int | None:
+    """Bytes by a line of this process's status; None where the system has none (not Linux)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii").splitlines():
+            if line.startswith(f"{name}:"):
+                return 1024 * int(line.split()[1])
+    return None
+
+
 class HostMemory:
     """The resident set of this process."""
 
@@ -51,11 +61,9 @@ class HostMemory:
             reset.write_text("5", encoding="ascii")
 
     def peak(self) -> int:
-        status = Path("/proc/self/status")
-        if status.exists():
-            for line in status.read_text(encoding="ascii").splitlines():
-                if line.startswith("VmHWM:"):
-                    return 1024 * int(line.split()[1])
+        found = status_bytes("VmHWM")
+        if found is not None:
+            return found
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -53,9 +53,7 @@ class Pass(NamedTuple):
 
 def bench_overlap(args: argparse.Namespace) -> int:
     """Print what a pass of the trace hides, write the report and the figure. Returns 0."""
-    for option, file in (("--json", args.json), ("--plot", args.plot)):
-        if file is not None:
-            report.check_writable(Path(file), option)
+    report.check_outputs(args)
     found = pass_of(read_trace(Path(args.trace)), args.number, args.trace)
     seconds = found.seconds()
     hidden = seconds["hidden"] / seconds["reads"]

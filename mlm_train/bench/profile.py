@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from mlm_train.bench import report
 from mlm_train.bench.built import SEED, build, step_config
 from mlm_train.errors import UserError
+from mlm_train.utils.arguments import refuse_below_one
 
 ZIPF = 1.16  # frequency of the k-th id: k**-ZIPF, which gives 0.19 distinct ids per token at 16k, as in text
 # Group -> parts of torch's operation names; an operation belongs to the first group that matches.
@@ -64,9 +65,8 @@ def bench_profile(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("layers", "hidden", "heads", "ffn", "vocabulary", "sequence", "sequences", "micro_batches"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least 1")
+    sizes = ("layers", "hidden", "heads", "ffn", "vocabulary", "sequence", "sequences", "micro_batches")
+    refuse_below_one(args, *sizes)
     if args.hidden % args.heads or args.hidden // args.heads % 2:
         raise UserError(
             f"--heads {args.heads}: must divide --hidden {args.hidden} into heads of an even size"

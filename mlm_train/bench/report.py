@@ -1,5 +1,6 @@
 """Reports of benchmarks: rows of repeated measurements, ratios, and the machine."""
 
+import argparse
 import json
 import os
 import platform
@@ -109,6 +110,13 @@ def check_writable(path: Path, option: str = "--json") -> None:
         check_output(option, path, is_png, "PNG")
     else:
         check_output(option, path, _is_report, "report of a benchmark")
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """check_writable of --json and --plot, where they are given."""
+    for option, file in (("--json", args.json), ("--plot", args.plot)):
+        if file is not None:
+            check_writable(Path(file), option)
 
 
 def _is_report(path: Path) -> bool:

@@ -22,6 +22,7 @@ from mlm_train.bench.scale_time import ASSUMED, Times, fsdp_times, owned_times
 from mlm_train.data.prepared import PreparedData
 from mlm_train.errors import UserError
 from mlm_train.parallel.ffn_m.owned import GROUP_BYTES
+from mlm_train.utils.arguments import refuse_below_one
 
 GIB = 2**30
 
@@ -31,8 +32,7 @@ Counted = dict[str, Any]  # what scale_world.py wrote
 def bench_scale(args: argparse.Namespace) -> int:
     """Count, print and write the report. Returns 1 where owned bytes differ from their formula."""
     data, shapes, tokens, json_file = args.data, args.shapes, args.tokens, args.json
-    if args.runs < 1:
-        raise UserError(f"--runs {args.runs}: give at least 1")
+    refuse_below_one(args, "runs")
     if args.speed is not None:
         PreparedData.open(args.speed)
     known = dict.fromkeys(world.shape for world in WORLDS)

@@ -24,6 +24,7 @@ from mlm_train.tol.format.index_file import read_index
 from mlm_train.tol.serve.frequency import most_frequent
 from mlm_train.tol.serve.source import open_store
 from mlm_train.tol.serve.store import RowStore, StoreOptions
+from mlm_train.utils.arguments import refuse_below_one
 from mlm_train.utils.files import write_figure
 
 SEED = 1234
@@ -44,12 +45,8 @@ Row = dict[str, Any]
 
 def bench_store(args: argparse.Namespace) -> int:
     """Measure, print and write the report."""
-    for option, value in (("--runs", args.runs), ("--rows", args.rows), ("--tokens", args.tokens)):
-        if value < 1:
-            raise UserError(f"{option} {value}: give at least 1")
-    for option, file in (("--json", args.json), ("--plot", args.plot)):
-        if file is not None:
-            report.check_writable(Path(file), option)
+    refuse_below_one(args, "runs", "rows", "tokens")
+    report.check_outputs(args)
     folder, index, data = Path(args.tol), read_index(args.tol), PreparedData.open(args.data)
     if data.vocab_size > index.vocab_size:
         raise UserError(f"{args.data} has {data.vocab_size} ids and {folder} {index.vocab_size} rows")

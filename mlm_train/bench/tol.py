@@ -31,6 +31,7 @@ from mlm_train.tol.build.builder import CHUNK_ROWS, Build
 from mlm_train.tol.build.ray_cluster import ray_cluster
 from mlm_train.tol.build.worker import PROCESS_TITLE
 from mlm_train.tol.format.layout import Layout, TableSpec
+from mlm_train.utils.arguments import refuse_below_one
 from mlm_train.utils.records import record_of
 
 PRESETS = {  # layers, hidden, FFN-M's width, vocabulary
@@ -120,12 +121,8 @@ def _config(args: argparse.Namespace) -> ModelConfig:
 
 
 def _check(args: argparse.Namespace, config: ModelConfig) -> None:
-    for name in ("runs", "workers", "threads"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: give at least 1")
-    for option, file in (("--json", args.json), ("--plot", args.plot)):
-        if file is not None:
-            report.check_writable(Path(file), option)
+    refuse_below_one(args, "runs", "workers", "threads")
+    report.check_outputs(args)
     if not Path(args.folder).is_dir():
         raise UserError(f"--folder {args.folder}: name a folder that exists")
     export = 2 * sum(shape.numel() for shape in expected_shapes(config).values())

@@ -28,6 +28,7 @@ from mlm_train.checkpoint.hf.config import config_json, read_config
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.tol.format.schemes import Scheme
+from mlm_train.utils.arguments import refuse_below_one
 from mlm_train.utils.files import write_json
 
 PRESETS: dict[str, dict[str, int]] = {  # the paper's 1B shape, with a vocabulary of the quickstart's kind
@@ -55,9 +56,7 @@ def bench_vllm(args: argparse.Namespace) -> int:
     """Measure, print and write the report."""
     if args.worker:
         return serve_orders(Engine)
-    for name in ("runs", "batch", "tokens"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: give at least 1")
+    refuse_below_one(args, "runs", "batch", "tokens")
     if args.json is not None:
         report.check_writable(Path(args.json))
     if importlib.util.find_spec("vllm") is None:

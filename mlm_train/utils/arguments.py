@@ -25,9 +25,10 @@ def seed(text: str) -> int:
 def refuse_below_one(args: argparse.Namespace, *names: str) -> None:
     """UserError for the first of these options that was given a number below 1; before anything is loaded."""
     for name in names:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: give at least 1")
+        given = getattr(args, name)
+        for value in given if isinstance(given, list | tuple) else (given,):
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: give at least 1")
 
 
 def add_action(actions: "Actions", name: str, summary: str, text: str) -> argparse.ArgumentParser:
