@@ -60,7 +60,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["mlm_train", "mlm_train.*"]),
-    package_data={"mlm_train": ["py.typed"]},
+    package_data={"mlm_train": ["py.typed", "inference/*.cpp"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={

@@ -176,7 +176,7 @@ def _stepping(decoder: Decoder, cache: KVCache, context: int) -> Step:
     def step(ids: Tensor) -> Tensor:
         if cache.length == cache.capacity:
             cache.crop(context)
-        return decoder.model.head(decoder.forward(ids, cache)[:, -1]).max(-1).indices
+        return decoder.next_logits(ids, cache).max(-1).indices
 
     return step
 

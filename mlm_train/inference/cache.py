@@ -47,6 +47,11 @@ class KVCache:
         """Number of columns that there is room for."""
         return self._keys.shape[3]
 
+    @property
+    def padded(self) -> bool:
+        """Whether some row has columns before its first token."""
+        return self._padding is not None
+
     def geometry(self, rows: int, new: int) -> Geometry:
         """Geometry of the next `new` columns of the first `rows` rows.
 
@@ -72,6 +77,10 @@ class KVCache:
     def layer(self, number: int) -> LayerCache:
         """The keys and values of a layer."""
         return LayerCache(self._keys[number], self._values[number], self._length)
+
+    def layers(self) -> LayerCache:
+        """The keys and values of all layers: [layers, rows, kv_heads, capacity, head_dim]."""
+        return LayerCache(self._keys, self._values, self._length)
 
     def advance(self, new: int) -> None:
         """`new` columns have been appended to all layers."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
 from mlm_train.inference.cache import KVCache
+from mlm_train.inference.cpu_decode import CpuDecode
 from mlm_train.inference.generation import Generation
 from mlm_train.inference.sampling import Sampling, choose
 from mlm_train.inference.text import Decodes
@@ -57,6 +58,7 @@ class Decoder:
         self.timing = Timing()
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
+        self._cpu = CpuDecode.of(self.model)
         self._early = source if isinstance(source, EarlySource) else None
 
     def begin(self, ids: Sequence[int], sampling: Sampling, tokenizer: Decodes | None = None) -> Generation:
@@ -109,8 +111,10 @@ class Decoder:
         self._request(chunks[0])  # before the second chunk's rows, which would delay it
         for chunk, next_chunk in itertools.zip_longest(chunks, chunks[1:]):
             self._request(next_chunk)
-            hidden = self.forward(chunk, cache)
-        self._extend(rows, hidden)
+            if next_chunk is not None:
+                self._hidden(chunk, cache)
+        logits = self.next_logits(chunks[-1], cache)
+        self._extend(rows, logits)
         self.timing.prefill_ms = 1e3 * (time.perf_counter() - start)
         self._request(prefill_chunks(_longest_first(following))[0] if following else None)
         while True:
@@ -122,19 +126,26 @@ class Decoder:
             if len(going) < len(rows):
                 rows = [rows[row] for row in going]
                 cache.keep(going)
-            self._extend(rows, self.forward(torch.tensor([[row.ids[-1]] for row in rows]), cache))
+            self._extend(rows, self.next_logits(torch.tensor([[row.ids[-1]] for row in rows]), cache))
             self.timing.decode_ms += 1e3 * (time.perf_counter() - start)
             self.timing.decode_steps += 1
 
-    def _extend(self, rows: Sequence[Generation], hidden: Tensor) -> None:
-        """Choose the token after the last of hidden [rows, columns, hidden]."""
-        choices = choose(self.model.head(hidden[:, -1]).detach(), [row.sampler for row in rows])
+    def _extend(self, rows: Sequence[Generation], logits: Tensor) -> None:
+        """Choose the next tokens by logits [rows, vocabulary]."""
+        choices = choose(logits, [row.sampler for row in rows])
         for row, choice in zip(rows, choices, strict=True):
             row.add(choice)
 
     @torch.no_grad()
-    def forward(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """ids int64 [rows, columns], after what is cached -> the normed hidden state, of all columns."""
+    def next_logits(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """ids int64 [rows, columns], after what is cached -> logits [rows, vocabulary] after them."""
+        if self._cpu is not None and ids.numel() == 1 and not cache.padded and not self._cpu.hooked:
+            return self._cpu.logits(*self.model.open(ids, self.source), cache)
+        return self.model.head(self._hidden(ids, cache)[:, -1])
+
+    @torch.no_grad()
+    def _hidden(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """ids int64 [rows, columns], after what is cached -> the normed hidden state of all columns."""
         return self.model.hidden(ids.to(self.device), self.source, cache)
 
     def _request(self, ids: Tensor | None) -> None:

@@ -99,6 +99,19 @@ class Transformer(nn.Module):
         assert self.embed_tokens is not None
         return self.embed_tokens.rows(ids)
 
+    def open(
+        self, ids: Tensor, source: MemorySource | None = None, x0: Tensor | None = None
+    ) -> tuple[Tensor, MemoryReader | None]:
+        """x0 of ids [...], where the caller does not have it, and FFN-M's output for the layers.
+
+        A model without an embedding gets both from an EmbeddingSource.
+        """
+        if x0 is None and self.embed_tokens is None:
+            assert isinstance(source, EmbeddingSource)
+            return source.open_with_x0(ids, next(self.parameters()).dtype)
+        x0 = self.embed(ids) if x0 is None else x0
+        return x0, None if source is None else source.open(ids, x0)
+
     def run_layers(
         self,
         x: Tensor,
@@ -136,13 +149,9 @@ class Transformer(nn.Module):
         EmbeddingSource. `x`: the residual stream, where these are not the first layers. Without the final
         norm the last hidden state is returned as it is.
         """
-        read: MemoryReader | None
-        if x is None and x0 is None and self.embed_tokens is None:
-            assert isinstance(source, EmbeddingSource)
-            x, read = source.open_with_x0(ids, next(self.parameters()).dtype)
+        if x is None:
+            x, read = self.open(ids, source, x0)
         else:
-            if x is None:
-                x = x0 = self.embed(ids) if x0 is None else x0
             read = source.open(ids, x0) if source is not None else None
         x = self.run_layers(x, read, ids, cache)
         return x if self.norm is None else self.norm(x)

@@ -128,7 +128,9 @@ class TolSource:
         return read(X0), read
 
     def _reader(self, ids: Tensor, dtype: torch.dtype, device: torch.device) -> MemoryReader:
-        distinct, inverse = ids.flatten().unique(return_inverse=True)
+        distinct, inverse = ids.flatten(), None
+        if len(distinct) > 1:  # a token that is decoded alone is distinct
+            distinct, inverse = distinct.unique(return_inverse=True)
         asked = distinct.cpu()
         rows, patched = self._rows(asked), self._overlay.over(asked, dtype, device)
         self.store.counters.rows += ids.numel()
@@ -140,7 +142,9 @@ class TolSource:
                 return torch.zeros(*ids.shape, self._decoder.hidden, dtype=dtype, device=device)
             if patched is not None and layer != X0:  # a patch changes what FFN-M recalls
                 values = patched.apply(values, layer)
-            return values.index_select(0, inverse).view(*ids.shape, -1)
+            if inverse is not None:
+                values = values.index_select(0, inverse)
+            return values.view(*ids.shape, -1)
 
         return read
 

@@ -1,0 +1,260 @@
+// One token through a layer, in bfloat16 on a CPU. See cpu_decode.py for its caller, and for why.
+//
+// Values are rounded to bfloat16 where the operations of model/block.py round them; sums are in another order.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <omp.h>
+#include <vector>
+
+namespace {
+
+using bf16 = uint16_t;
+
+inline float value(bf16 stored) {
+  uint32_t bits = uint32_t(stored) << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+
+inline bf16 stored(float value) { // round to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (value != value)
+    return 0x7fc0;
+  return bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float rounded(float exact) { return value(stored(exact)); }
+
+// e^x for -87 <= x <= 88, beyond them that of the bound; in a form that compilers vectorise: 2^n times the polynomial
+// of Cephes' expf (error 2e-7).
+inline float exponential(float x) {
+  x = std::min(std::max(x, -87.0f), 88.0f);
+  float n = std::floor(x * 1.44269504f + 0.5f);
+  float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1;
+  int32_t bits = (int32_t(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return p * power;
+}
+
+constexpr long STEP = 128;   // elements of each of four rows between two prefetches
+constexpr long AHEAD = 1024; // elements of a head's keys or values that are prefetched
+
+// Dot products of x with four rows of n elements; `ahead`: elements from a row to the one read after it.
+inline void dot4(const bf16 *const rows[4], const float *x, long n, long ahead, float out[4]) {
+  const bf16 *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
+  float s = 0, t = 0, u = 0, v = 0;
+  for (long start = 0; start < n; start += STEP) {
+    long stop = std::min(start + STEP, n);
+    for (long i = start; i < stop; i += 32)
+      for (int row = 0; row < 4; row++)
+        __builtin_prefetch(rows[row] + i + ahead);
+    for (long i = start; i < stop; i++) {
+      s += value(a[i]) * x[i];
+      t += value(b[i]) * x[i];
+      u += value(c[i]) * x[i];
+      v += value(d[i]) * x[i];
+    }
+  }
+  out[0] = s, out[1] = t, out[2] = u, out[3] = v;
+}
+
+// finish(row, weight[row] . x) for the rows of this thread of a parallel region.
+template <class Finish> inline void product(const bf16 *weight, const float *x, long count, long n, Finish finish) {
+#pragma omp for schedule(guided, 8) nowait
+  for (long row = 0; row < count; row += 4) {
+    const bf16 *rows[4];
+    for (long i = 0; i < 4; i++)
+      rows[i] = weight + std::min(row + i, count - 1) * n;
+    float out[4];
+    dot4(rows, x, n, 4 * n, out);
+    for (long i = 0; i < 4 && row + i < count; i++)
+      finish(row + i, out[i]);
+  }
+}
+
+// finish(row, weight[row] . x, weight[count + row] . x) for the rows of this thread.
+template <class Finish> inline void products(const bf16 *weight, const float *x, long count, long n, Finish finish) {
+#pragma omp for schedule(guided, 8) nowait
+  for (long row = 0; row < count; row += 2) {
+    long next = std::min(row + 1, count - 1);
+    const bf16 *rows[4] = {weight + row * n, weight + next * n, weight + (count + row) * n, weight + (count + next) * n};
+    float out[4];
+    dot4(rows, x, n, 2 * n, out);
+    for (long i = 0; i < 2 && row + i < count; i++)
+      finish(row + i, out[i], out[2 + i]);
+  }
+}
+
+void rms_norm(const float *x, const bf16 *weight, float eps, long n, float *out) {
+  float sum = 0;
+  for (long i = 0; i < n; i++)
+    sum += x[i] * x[i];
+  float factor = 1 / std::sqrt(sum / n + eps);
+  for (long i = 0; i < n; i++)
+    out[i] = rounded(x[i] * factor * value(weight[i]));
+}
+
+void rotate(const float *x, const bf16 *cos, const bf16 *sin, long dim, float *out) {
+  const long half = dim / 2;
+  for (long i = 0; i < half; i++) {
+    float low = x[i], high = x[half + i];
+    out[i] = rounded(rounded(low * value(cos[i])) + high * value(sin[i]));
+    out[half + i] = rounded(rounded(high * value(cos[half + i])) + low * value(sin[half + i]));
+  }
+}
+
+struct Layer {
+  int64_t hidden, heads, kv_heads, head_dim, ffn; // ffn: 0 without a computed FFN
+  int64_t gated, after_attention;
+  float eps, alpha;
+  const bf16 *norm, *qkv, *out, *ffn_norm, *up, *down;
+};
+
+struct Token {
+  int64_t columns, threads;           // columns: those cached before this one
+  int64_t head_stride, layer_stride;  // elements between the keys of two heads, and of two layers
+  float *x;                           // [hidden], in and out
+  bf16 *keys, *values;                // of the first layer [kv_heads, columns, head_dim]
+  const bf16 *cos, *sin;              // [head_dim]; the first half of sin is negated
+  const bf16 *const *memory;          // FFN-M's output [hidden] in each layer, or null
+  float *scratch;                     // [2 * (heads + kv_heads) * head_dim + hidden + ffn]
+};
+
+// This thread's heads; appends the token's keys and values to those of layer `number`.
+void attend(const Layer &layer, const Token &token, long number, const float *qkv, float *out) {
+  const long dim = layer.head_dim, columns = token.columns, group = layer.heads / layer.kv_heads;
+  std::vector<float> buffer(columns + 1 + 3 * dim);
+  float *scores = buffer.data(), *query = scores + columns + 1, *key = query + dim, *sum = key + dim;
+  const long quarter = columns / 4; // memory is read faster in four places at a time
+  const float scale = 1 / std::sqrt(float(dim));
+#pragma omp for nowait
+  for (long head = 0; head < layer.heads; head++) {
+    const long kv = head / group;
+    const long start = number * token.layer_stride + kv * token.head_stride;
+    bf16 *keys = token.keys + start, *values = token.values + start;
+    const float *v = qkv + (layer.heads + layer.kv_heads + kv) * dim;
+    rotate(qkv + head * dim, token.cos, token.sin, dim, query);
+    rotate(qkv + (layer.heads + kv) * dim, token.cos, token.sin, dim, key);
+    for (long i = 0; i < dim; i++)
+      query[i] *= scale;
+    for (long column = 0; column < quarter; column++) {
+      const bf16 *rows[4];
+      for (long i = 0; i < 4; i++)
+        rows[i] = keys + (i * quarter + column) * dim;
+      float dots[4];
+      dot4(rows, query, dim, AHEAD, dots);
+      for (long i = 0; i < 4; i++)
+        scores[i * quarter + column] = dots[i];
+    }
+    for (long column = 4 * quarter; column < columns; column++) {
+      float score = 0;
+      for (long i = 0; i < dim; i++)
+        score += query[i] * value(keys[column * dim + i]);
+      scores[column] = score;
+    }
+    float own = 0;
+    for (long i = 0; i < dim; i++)
+      own += query[i] * key[i];
+    scores[columns] = own;
+    float most = own, total = 0;
+    for (long column = 0; column < columns; column++)
+      most = std::max(most, scores[column]);
+#pragma omp simd reduction(+ : total)
+    for (long column = 0; column <= columns; column++)
+      total += scores[column] = exponential(scores[column] - most);
+    std::fill(sum, sum + dim, 0.0f);
+    for (long column = 0; column < quarter; column++) {
+      const bf16 *rows[4];
+      float p[4];
+      for (long i = 0; i < 4; i++) {
+        rows[i] = values + (i * quarter + column) * dim;
+        p[i] = scores[i * quarter + column];
+        for (long j = 0; j < dim; j += 32)
+          __builtin_prefetch(rows[i] + j + AHEAD);
+      }
+      for (long i = 0; i < dim; i++)
+        sum[i] += p[0] * value(rows[0][i]) + p[1] * value(rows[1][i]) + p[2] * value(rows[2][i]) + p[3] * value(rows[3][i]);
+    }
+    for (long column = 4 * quarter; column < columns; column++)
+      for (long i = 0; i < dim; i++)
+        sum[i] += scores[column] * value(values[column * dim + i]);
+    for (long i = 0; i < dim; i++)
+      out[head * dim + i] = rounded((sum[i] + scores[columns] * v[i]) / total);
+    if (head % group == 0) // no other head reads this column
+      for (long i = 0; i < dim; i++) {
+        keys[columns * dim + i] = stored(key[i]);
+        values[columns * dim + i] = stored(v[i]);
+      }
+  }
+}
+
+// A layer, by all threads of a parallel region.
+void run(const Layer &layer, const Token &token, long number, std::vector<float> &normed) {
+  const long hidden = layer.hidden, width = layer.heads * layer.head_dim;
+  const long qkv_width = width + 2 * layer.kv_heads * layer.head_dim;
+  float *x = token.x, *qkv = token.scratch, *attended = qkv + qkv_width, *y = attended + width, *inner = y + hidden;
+  const bf16 *memory = token.memory[number];
+  auto finish = [&](long row, float sum) {
+    x[row] = memory ? rounded(sum + rounded(layer.alpha * value(memory[row]))) : sum;
+  };
+  rms_norm(x, layer.norm, layer.eps, hidden, normed.data());
+  product(layer.qkv, normed.data(), qkv_width, hidden, [&](long row, float dot) { qkv[row] = rounded(dot); });
+#pragma omp barrier
+  attend(layer, token, number, qkv, attended);
+#pragma omp barrier
+  product(layer.out, attended, hidden, width, [&](long row, float dot) {
+    float sum = rounded(x[row] + rounded(dot));
+    layer.ffn ? void(y[row] = sum) : finish(row, sum);
+  });
+#pragma omp barrier
+  if (!layer.ffn)
+    return;
+  rms_norm(layer.after_attention ? y : x, layer.ffn_norm, layer.eps, hidden, normed.data());
+  if (layer.gated)
+    products(layer.up, normed.data(), layer.ffn, hidden, [&](long row, float gate, float up) {
+      gate = rounded(gate);
+      inner[row] = rounded(rounded(gate / (1 + exponential(-gate))) * rounded(up));
+    });
+  else
+    product(layer.up, normed.data(), layer.ffn, hidden, [&](long row, float dot) { inner[row] = rounded(dot); });
+#pragma omp barrier
+  product(layer.down, inner, hidden, layer.ffn,
+          [&](long row, float dot) { finish(row, rounded(y[row] + rounded(dot))); });
+#pragma omp barrier
+}
+
+} // namespace
+
+// Layers `first` to `last` - 1.
+extern "C" void decode_layers(const Layer *layers, int64_t first, int64_t last, const Token *token) {
+#pragma omp parallel num_threads(token->threads)
+  {
+    std::vector<float> normed(layers->hidden);
+    for (long number = first; number < last; number++)
+      run(layers[number], *token, number, normed);
+  }
+}
+
+// Logits [rows] of a final norm and a head [rows, hidden] over x [hidden].
+extern "C" void decode_head(const float *x, const bf16 *norm, const bf16 *weight, bf16 *logits, float eps, int64_t rows,
+                            int64_t hidden, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> normed(hidden);
+    rms_norm(x, norm, eps, hidden, normed.data());
+    product(weight, normed.data(), rows, hidden, [&](long row, float dot) { logits[row] = stored(dot); });
+  }
+}

@@ -1,0 +1,160 @@
+"""Decoding one token in bfloat16 on a CPU: a layer is one call of C++ (cpu_decode.cpp).
+
+Such a token takes the time of reading the weights. torch's products read them nearly as fast, but between
+them are some thirty small operations per layer, which find the caches cold, and these are the same in every
+model kind: the fewer the weights, the more they count (docs/serving.md).
+"""
+
+import ctypes
+from ctypes import POINTER, c_float, c_int64, c_void_p
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from mlm_train.inference.cache import KVCache
+from mlm_train.model.attention import Attention
+from mlm_train.model.block import BaseBlock, Block, MemoryBlock
+from mlm_train.model.feedforward import LinearFFN, SwiGLU
+from mlm_train.model.source import MemoryReader
+from mlm_train.model.transformer import Transformer
+from mlm_train.utils.native import compiled_library
+
+SOURCE = Path(__file__).with_name("cpu_decode.cpp")
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("hidden", "heads", "kv_heads", "head_dim", "ffn")),
+        *((name, c_int64) for name in ("gated", "after_attention")),
+        *((name, c_float) for name in ("eps", "alpha")),
+        *((name, c_void_p) for name in ("norm", "qkv", "out", "ffn_norm", "up", "down")),
+    )
+
+
+class _Token(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("columns", "threads", "head_stride", "layer_stride")),
+        *((name, c_void_p) for name in ("x", "keys", "values", "cos", "sin", "memory", "scratch")),
+    )
+
+
+class CpuDecode:
+    """The layers and the head of a model for one token at a time; `of` makes it.
+
+    Results are those of the model up to rounding. Weights may change in place, but not be replaced.
+    """
+
+    def __init__(self, library: ctypes.CDLL, model: Transformer) -> None:
+        self._model = model
+        blocks = _blocks(model)
+        self._layers = (_Layer * len(blocks))(*map(_described, blocks))
+        self._hooks = [
+            hooks
+            for module in model.modules()
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+        self._run_layers = library.decode_layers
+        self._run_layers.argtypes = [POINTER(_Layer), c_int64, c_int64, POINTER(_Token)]
+        self._run_head = library.decode_head
+        self._run_head.argtypes = [*4 * [c_void_p], c_float, *3 * [c_int64]]
+
+    @classmethod
+    def of(cls, model: Transformer) -> Self | None:
+        """None for a model that is not in bfloat16 on a CPU, and where there is no compiler."""
+        if not _applies(model):
+            return None
+        library = compiled_library(SOURCE)
+        return None if library is None else cls(library, model)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether someone watches modules, whose hooks would not be called."""
+        return any(self._hooks)
+
+    def logits(self, x0: Tensor, read: MemoryReader | None, cache: KVCache) -> Tensor:
+        """x0 [1, 1, hidden], after what is cached of one row -> logits [1, vocabulary]."""
+        config, layers = self._model.config, self._layers
+        geometry, cached = cache.geometry(1, 1), cache.layers()
+        x = x0.flatten().float()
+        width = 2 * (config.num_attention_heads + config.kv_heads) * config.attention_head_dim
+        scratch = torch.empty(width + config.hidden_size + max(layer.ffn for layer in layers))
+        recalled = (c_void_p * len(layers))()
+        token = _Token(
+            columns=cached.length,
+            threads=torch.get_num_threads(),
+            head_stride=cached.keys.stride(2),
+            layer_stride=cached.keys.stride(0),
+            x=x.data_ptr(),
+            keys=cached.keys.data_ptr(),
+            values=cached.values.data_ptr(),
+            cos=geometry.cos.data_ptr(),
+            sin=geometry.sin.data_ptr(),
+            memory=ctypes.addressof(recalled),
+            scratch=scratch.data_ptr(),
+        )
+        self._run_layers(layers, 0, 1, token)  # while the token's row is read
+        if read is not None:
+            rows = [read(number).to(x0.dtype) if layer.alpha else None for number, layer in enumerate(layers)]
+            recalled[1:] = [None if row is None else row.data_ptr() for row in rows[1:]]
+            if rows[0] is not None:
+                x.copy_(x.to(x0.dtype) + layers[0].alpha * rows[0].flatten())
+        self._run_layers(layers, 1, len(layers), token)
+        cache.advance(1)
+        norm, weight = self._model.norm, self._model.head_weight
+        assert norm is not None
+        logits = torch.empty(1, len(weight), dtype=x0.dtype)
+        addresses = x.data_ptr(), norm.weight.data_ptr(), weight.data_ptr(), logits.data_ptr()
+        self._run_head(*addresses, norm.eps, *weight.shape, token.threads)
+        return logits
+
+
+def _applies(model: Transformer) -> bool:
+    """Whether the model is one that the C++ knows."""
+    return all(
+        type(block) in (BaseBlock, MemoryBlock)
+        and not block.compiles
+        and type(block.self_attn) is Attention
+        and type(_ffn(block)[1]) in (SwiGLU, LinearFFN, type(None))
+        for block in _blocks(model)
+    ) and all(
+        weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()
+        for weight in model.parameters()
+    )
+
+
+def _blocks(model: Transformer) -> list[Block]:
+    return [model.block(int(number)) for number in model.layers]
+
+
+def _ffn(block: Block) -> tuple[nn.RMSNorm | None, nn.Module | None]:
+    """The FFN that is computed for each token, and its norm."""
+    if isinstance(block, BaseBlock):
+        return block.post_attention_layernorm, block.mlp
+    assert isinstance(block, MemoryBlock)
+    return (None, None) if block.compute_mlp is None else (block.compute_layernorm, block.compute_mlp)
+
+
+def _described(block: Block) -> _Layer:
+    """Sizes and addresses of a layer's weights."""
+    attention, (norm, ffn) = block.self_attn, _ffn(block)
+    layer = _Layer(
+        hidden=attention.o_proj.out_features,
+        heads=attention.heads,
+        kv_heads=attention.kv_heads,
+        head_dim=attention.head_dim,
+        eps=block.input_layernorm.eps,
+        alpha=getattr(block, "alpha", 0.0),
+        norm=block.input_layernorm.weight.data_ptr(),
+        qkv=attention.qkv_proj.weight.data_ptr(),
+        out=attention.o_proj.weight.data_ptr(),
+    )
+    if norm is not None:
+        assert isinstance(ffn, SwiGLU | LinearFFN)
+        layer.ffn, layer.gated = ffn.down_proj.in_features, isinstance(ffn, SwiGLU)
+        layer.after_attention = getattr(block, "after_attention", True)
+        up = ffn.gate_up_proj if isinstance(ffn, SwiGLU) else ffn.up_proj
+        layer.ffn_norm, layer.up = norm.weight.data_ptr(), up.weight.data_ptr()
+        layer.down = ffn.down_proj.weight.data_ptr()
+    return layer

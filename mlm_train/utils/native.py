@@ -1,0 +1,69 @@
+"""C++ sources of this package, compiled for this machine's processor when they are first needed."""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+# Not -ffast-math: it would change how the whole process treats denormal numbers.
+MATHS = ("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", *MATHS)
+
+
+@functools.cache
+def compiled_library(source: Path) -> ctypes.CDLL | None:
+    """The functions of a C++ source; None, with a line in the log, where it cannot be compiled.
+
+    The compiler is $CXX or c++. Compiled once per source, flags and kind of processor: libraries are kept in
+    $XDG_CACHE_HOME/mlm_train (~/.cache/mlm_train).
+    """
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    try:
+        text = source.read_bytes()
+        names = [_processor(), *compiler, *FLAGS]
+        digest = hashlib.sha256("\0".join(names).encode() + text).hexdigest()[:16]
+        library = _cache_folder() / f"{source.stem}-{digest}.so"
+        if not library.exists():
+            _compile(compiler, source, library)
+        return ctypes.CDLL(str(library))
+    except (OSError, subprocess.SubprocessError) as error:
+        stderr = getattr(error, "stderr", None)
+        reason = stderr.strip().splitlines()[-1] if stderr else error
+        log.info("%s is not used, since it cannot be compiled: %s", source.name, reason)
+        return None
+
+
+def _compile(compiler: list[str], source: Path, library: Path) -> None:
+    """Processes may do this at the same time: each moves a whole library into place."""
+    if shutil.which(compiler[0]) is None:
+        raise FileNotFoundError(f"there is no {compiler[0]}; install a C++ compiler, or name one in CXX")
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        command = [*compiler, *FLAGS, str(source), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+        made.replace(library)
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "mlm_train"
+
+
+def _processor() -> str:
+    """What -march=native depends on: nodes of other kinds may share a home folder."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    telling = ("model name", "flags", "Features")
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(telling)))
