@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.distributed import get_pp_group
@@ -89,15 +90,29 @@ class MemoryLLMDecoderLayer(nn.Module):
                 hidden, shape.intermediate_size, "silu", quantization, prefix=f"{prefix}.memory_mlp"
             )
 
-    def forward(self, positions: Tensor, x: Tensor, x0: Tensor, read: MemoryReader | None) -> Tensor:
-        """x, x0 [tokens, hidden] -> the same shape. `read`: FFN-M's output from a ToL, in place of x0."""
-        y = x + self.self_attn(positions, self.input_layernorm(x))
-        if self.compute_mlp is not None:
-            y = y + self.compute_mlp(self.compute_layernorm(y if self.after_attention else x))
+    def forward(
+        self, positions: Tensor, x: Tensor, residual: Tensor | None, x0: Tensor, read: MemoryReader | None
+    ) -> tuple[Tensor, Tensor]:
+        """x, what the layer before this one adds to the residual stream (or the stream itself, without one).
+
+        Returns what this layer adds, and the stream before it: norms add the two, as in vLLM's Llama. All are
+        [tokens, hidden]; vLLM's norms write in x and in residual. `read`: FFN-M's output from a ToL, in place
+        of x0.
+        """
+        if residual is None:
+            residual, normed = x, self.input_layernorm(x)
+        else:
+            normed, residual = self.input_layernorm(x, residual)
+        added = self.self_attn(positions, normed)
+        if self.compute_mlp is not None and self.after_attention:
+            normed, residual = self.compute_layernorm(added, residual)
+            added = self.compute_mlp(normed)
+        elif self.compute_mlp is not None:
+            added = added + self.compute_mlp(self.compute_layernorm(residual))
         if self.alpha == 0.0:
-            return y  # a dropped layer reads nothing
+            return added, residual  # a dropped layer reads nothing
         memory = self.memory_mlp(self.memory_layernorm(x0)) if read is None else read(self.layer)
-        return y + (memory if self.alpha == 1.0 else self.alpha * memory)
+        return torch.add(added, memory, alpha=self.alpha), residual
 
 
 class MemoryLLMModel(nn.Module):
@@ -160,13 +175,16 @@ class MemoryLLMModel(nn.Module):
         if self.table is not None:
             assert input_ids is not None
             read = self.table.open(input_ids, x)
+        else:
+            x0 = x0.clone()  # the first layers' norms write in x
+        residual: Tensor | None = None
         for layer in islice(self.layers, self.start_layer, self.end_layer):
-            x = layer(positions, x, x0, read)
+            x, residual = layer(positions, x, residual, x0, read)
         if self.table is not None:
             self.counters.publish()
         if get_pp_group().is_last_rank:
-            return self.norm(x)
-        return IntermediateTensors(dict(zip(self.sent, (x, x0), strict=False)))
+            return self.norm(x, residual)[0]
+        return IntermediateTensors(dict(zip(self.sent, (x + residual, x0), strict=False)))
 
 
 def _check_widths(shape: ModelConfig, ranks: int, with_memory: bool) -> None:

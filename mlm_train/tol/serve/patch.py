@@ -96,6 +96,8 @@ class Overlay:
 
     def over(self, distinct: Tensor, dtype: torch.dtype, device: torch.device) -> "Overlaid | None":
         """What is patched of some ids [n] on the CPU, for values of that type and device; None: nothing."""
+        if not self._rows:
+            return None
         places = torch.isin(distinct, self._ids).nonzero().flatten()
         if not len(places):
             return None
