@@ -123,6 +123,13 @@ struct Layer {
   const bf16 *norm, *qkv, *out, *ffn_norm, *up, *down;
 };
 
+struct Model {
+  const Layer *layers;
+  const bf16 *norm, *head; // head: [vocabulary, hidden]
+  int64_t vocabulary;
+  float eps;
+};
+
 struct Token {
   int64_t columns, threads;           // columns: those cached before this one
   int64_t head_stride, layer_stride;  // elements between the keys of two heads, and of two layers
@@ -238,23 +245,18 @@ void run(const Layer &layer, const Token &token, long number, std::vector<float>
 
 } // namespace
 
-// Layers `first` to `last` - 1.
-extern "C" void decode_layers(const Layer *layers, int64_t first, int64_t last, const Token *token) {
+// Layers `first` to `last` - 1; after the last one, where `logits` are wanted, the final norm and the head.
+extern "C" void decode(const Model *model, int64_t first, int64_t last, const Token *token, bf16 *logits) {
+  const long hidden = model->layers->hidden;
 #pragma omp parallel num_threads(token->threads)
   {
-    std::vector<float> normed(layers->hidden);
-    for (long number = first; number < last; number++)
-      run(layers[number], *token, number, normed);
-  }
-}
-
-// Logits [rows] of a final norm and a head [rows, hidden] over x [hidden].
-extern "C" void decode_head(const float *x, const bf16 *norm, const bf16 *weight, bf16 *logits, float eps, int64_t rows,
-                            int64_t hidden, int64_t threads) {
-#pragma omp parallel num_threads(threads)
-  {
     std::vector<float> normed(hidden);
-    rms_norm(x, norm, eps, hidden, normed.data());
-    product(weight, normed.data(), rows, hidden, [&](long row, float dot) { logits[row] = stored(dot); });
+    for (long number = first; number < last; number++)
+      run(model->layers[number], *token, number, normed);
+    if (logits) {
+      rms_norm(token->x, model->norm, model->eps, hidden, normed.data());
+      product(model->head, normed.data(), model->vocabulary, hidden,
+              [&](long row, float dot) { logits[row] = stored(dot); });
+    }
   }
 }

@@ -33,6 +33,14 @@ class _Layer(ctypes.Structure):
     )
 
 
+class _Model(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("layers", "norm", "head")),
+        ("vocabulary", c_int64),
+        ("eps", c_float),
+    )
+
+
 class _Token(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("columns", "threads", "head_stride", "layer_stride")),
@@ -55,10 +63,17 @@ class CpuDecode:
             for module in model.modules()
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
-        self._run_layers = library.decode_layers
-        self._run_layers.argtypes = [POINTER(_Layer), c_int64, c_int64, POINTER(_Token)]
-        self._run_head = library.decode_head
-        self._run_head.argtypes = [*4 * [c_void_p], c_float, *3 * [c_int64]]
+        norm, head = model.norm, model.head_weight
+        assert norm is not None
+        self._described = _Model(
+            layers=ctypes.addressof(self._layers),
+            norm=norm.weight.data_ptr(),
+            head=head.data_ptr(),
+            vocabulary=len(head),
+            eps=norm.eps,
+        )
+        self._decode = library.decode
+        self._decode.argtypes = [POINTER(_Model), c_int64, c_int64, POINTER(_Token), c_void_p]
 
     @classmethod
     def of(cls, model: Transformer) -> Self | None:
@@ -94,33 +109,36 @@ class CpuDecode:
             memory=ctypes.addressof(recalled),
             scratch=scratch.data_ptr(),
         )
-        self._run_layers(layers, 0, 1, token)  # while the token's row is read
+        self._decode(self._described, 0, 1, token, None)  # while the token's row is read
         if read is not None:
-            rows = [read(number).to(x0.dtype) if layer.alpha else None for number, layer in enumerate(layers)]
+            rows = [
+                read(number).to(x0.dtype).contiguous() if layer.alpha else None
+                for number, layer in enumerate(layers)
+            ]
             recalled[1:] = [None if row is None else row.data_ptr() for row in rows[1:]]
             if rows[0] is not None:
                 x.copy_(x.to(x0.dtype) + layers[0].alpha * rows[0].flatten())
-        self._run_layers(layers, 1, len(layers), token)
+        logits = torch.empty(1, self._described.vocabulary, dtype=x0.dtype)
+        self._decode(self._described, 1, len(layers), token, logits.data_ptr())
         cache.advance(1)
-        norm, weight = self._model.norm, self._model.head_weight
-        assert norm is not None
-        logits = torch.empty(1, len(weight), dtype=x0.dtype)
-        addresses = x.data_ptr(), norm.weight.data_ptr(), weight.data_ptr(), logits.data_ptr()
-        self._run_head(*addresses, norm.eps, *weight.shape, token.threads)
         return logits
 
 
 def _applies(model: Transformer) -> bool:
     """Whether the model is one that the C++ knows."""
-    return all(
-        type(block) in (BaseBlock, MemoryBlock)
-        and not block.compiles
-        and type(block.self_attn) is Attention
-        and type(_ffn(block)[1]) in (SwiGLU, LinearFFN, type(None))
-        for block in _blocks(model)
-    ) and all(
-        weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()
-        for weight in model.parameters()
+    return (
+        model.norm is not None
+        and all(
+            type(block) in (BaseBlock, MemoryBlock)
+            and not block.compiles
+            and type(block.self_attn) is Attention
+            and type(_ffn(block)[1]) in (SwiGLU, LinearFFN, type(None))
+            for block in _blocks(model)
+        )
+        and all(
+            weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()
+            for weight in model.parameters()
+        )
     )
 
 

@@ -28,11 +28,10 @@ def compiled_library(source: Path) -> ctypes.CDLL | None:
     """
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     try:
-        text = source.read_bytes()
-        names = [_processor(), *compiler, *FLAGS]
-        digest = hashlib.sha256("\0".join(names).encode() + text).hexdigest()[:16]
-        library = _cache_folder() / f"{source.stem}-{digest}.so"
-        if not library.exists():
+        library = library_file(source, compiler)
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError:  # it is not there, or damaged
             _compile(compiler, source, library)
         return ctypes.CDLL(str(library))
     except (OSError, subprocess.SubprocessError) as error:
@@ -40,6 +39,13 @@ def compiled_library(source: Path) -> ctypes.CDLL | None:
         reason = stderr.strip().splitlines()[-1] if stderr else error
         log.info("%s is not used, since it cannot be compiled: %s", source.name, reason)
         return None
+
+
+def library_file(source: Path, compiler: list[str]) -> Path:
+    """Where the library of a source is kept."""
+    names = "\0".join([_processor(), *compiler, *FLAGS])
+    digest = hashlib.sha256(names.encode() + source.read_bytes()).hexdigest()[:16]
+    return _cache_folder() / f"{source.stem}-{digest}.so"
 
 
 def _compile(compiler: list[str], source: Path, library: Path) -> None:
