@@ -32,8 +32,8 @@ inline float rounded(float exact) { return value(stored(exact)); }
 
 // e^x for -87 <= x <= 88, beyond them that of the bound; in a form that compilers vectorise: 2^n times the polynomial
 // of Cephes' expf (error 2e-7).
-inline float exponential(float x) {
-  x = std::min(std::max(x, -87.0f), 88.0f);
+inline float exponential(float given) {
+  float x = given > -87.0f ? std::min(given, 88.0f) : -87.0f; // also for NaN
   float n = std::floor(x * 1.44269504f + 0.5f);
   float r = x - n * 0.693359375f + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
@@ -43,10 +43,10 @@ inline float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1;
-  int32_t bits = (int32_t(n) + 127) << 23;
+  uint32_t bits = uint32_t(int32_t(n) + 127) << 23;
   float power;
   std::memcpy(&power, &bits, 4);
-  return p * power;
+  return given != given ? given : p * power;
 }
 
 constexpr long STEP = 128;   // elements of each of four rows between two prefetches
