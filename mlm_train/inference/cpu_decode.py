@@ -21,6 +21,7 @@ from mlm_train.model.source import MemoryReader
 from mlm_train.model.transformer import Transformer
 from mlm_train.utils.native import compiled_library
 
+GRAIN = 2**20  # bytes of weights per layer and thread: of fewer, waiting for each other takes longer
 SOURCE = Path(__file__).with_name("cpu_decode.cpp")
 
 
@@ -72,6 +73,8 @@ class CpuDecode:
             vocabulary=len(head),
             eps=norm.eps,
         )
+        read = head.nbytes + sum(weight.nbytes for weight in model.layers.parameters())
+        self._threads = max(1, read // (len(blocks) + 1) // GRAIN)
         self._decode = library.decode
         self._decode.argtypes = [POINTER(_Model), c_int64, c_int64, POINTER(_Token), c_void_p]
 
@@ -98,7 +101,7 @@ class CpuDecode:
         recalled = (c_void_p * len(layers))()
         token = _Token(
             columns=cached.length,
-            threads=torch.get_num_threads(),
+            threads=min(self._threads, torch.get_num_threads()),
             head_stride=cached.keys.stride(2),
             layer_stride=cached.keys.stride(0),
             x=x.data_ptr(),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mlm_train.inference import cpu_decode
 from mlm_train.inference.cache import KVCache
 from mlm_train.inference.decode import Decoder
 from mlm_train.inference.generation import Generation
@@ -67,7 +68,8 @@ def test_as_exact_as_torch(fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 5])  # and more than there are heads
-def test_threads(count: int) -> None:
+def test_threads(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_decode, "GRAIN", 1)
     with threads(count):
         check(MODELS[-2], IDS[:, :12], 9)
 
