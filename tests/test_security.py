@@ -140,7 +140,8 @@ def test_no_reader_unpickles(run: Path, data: Path, tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Path("seen")))
     assert unpickled
     unpickled.clear()
-    load_weights(checkpoint, targets(Transformer(config_of(open_checkpoint(checkpoint)).model)))
+    manifest = open_checkpoint(checkpoint)
+    load_weights(checkpoint, manifest, targets(Transformer(config_of(manifest).model)))
     load_model(export)
     TolSource.open_folder(table, model.config)
     assert len(PreparedData.open(data).split("train").tokens)

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from mlm_train.checkpoint.tensors import read_tensors, write_tensors
+from mlm_train.checkpoint.index import read_index
+from mlm_train.checkpoint.reading import slices
+from mlm_train.checkpoint.shards import write_shard
 from mlm_train.errors import Terminated, UserError
+from mlm_train.model.logical import LogicalSlice
+from mlm_train.utils.records import FileRecord
 from mlm_train.utils.signals import heard, held, stoppable
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
@@ -114,15 +117,15 @@ def test_ignored_where_the_shell_has_it_ignored() -> None:
 
 
 def test_a_checkpoint_is_not_damaged_by_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reading library treats the signal as a read error."""
-    tmp_path.joinpath("step").mkdir()
-    write_tensors(tmp_path / "step", {"weight": torch.ones(4)})
-    read = HuggingFaceStorageReader.read_data
+    """It is not taken for a read error."""
+    part = LogicalSlice("weight/a", torch.Size([4]), (0,), torch.ones(4))
+    index = read_index(tmp_path, [FileRecord(**write_shard(tmp_path / "shard.safetensors", [part]))])
+    read = slices.read_at
 
     def interrupted(*args: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         return read(*args)
 
-    monkeypatch.setattr(HuggingFaceStorageReader, "read_data", interrupted)
+    monkeypatch.setattr(slices, "read_at", interrupted)
     with pytest.raises(KeyboardInterrupt), stoppable():
-        read_tensors(tmp_path / "step", {"weight": torch.full((4,), torch.nan)}, alone=True)
+        slices.read_tensor(index, "weight/a")

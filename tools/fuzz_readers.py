@@ -135,7 +135,7 @@ def _checkpoint(folder: Path) -> str:
     command("checkpoint", "verify", checkpoint)
     manifest = open_checkpoint(checkpoint)
     model = Transformer(config_of(manifest).model)
-    load_weights(checkpoint, targets(model))
+    load_weights(checkpoint, manifest, targets(model))
     with open_model(checkpoint) as opened:
         joined = opened.load()
     assert _of_model(joined) == _of_model(model), "two readers of a checkpoint disagree"

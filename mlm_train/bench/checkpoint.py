@@ -129,7 +129,7 @@ class _Benchmark:
         self._keep("plain_read", _timed(lambda: (self.folder / "plain").read_bytes()))
         manifest = open_checkpoint(folder, "sizes")
         self._keep("verify", _timed(lambda: open_checkpoint(folder)))
-        self._keep("load", _timed(lambda: load_training_state(folder, manifest, self.engine)))
+        self._keep("load", _timed(lambda: load_training_state(folder, manifest, self.engine, self.runtime)))
 
     def _saved(self, async_save: bool) -> tuple[Saved, Path]:
         """Save, and with async_save train meanwhile. Returns the outcome and the checkpoint's folder."""

@@ -77,7 +77,7 @@ def export_checkpoint(source: Path, output: Path, dtype: str, verify: Check = "f
     manifest = open_checkpoint(folder, verify)
     config = config_of(manifest).model
     model = Transformer(config)
-    load_weights(folder, targets(model))
+    load_weights(folder, manifest, targets(model))
     run_folder = folder.absolute().parent.parent
     write_folder(
         output,

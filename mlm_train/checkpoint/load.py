@@ -1,21 +1,24 @@
 """Read a checkpoint: verify it, check that it fits the config, load it into model and optimizer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mlm_train.checkpoint.index import CheckpointIndex, read_index
 from mlm_train.checkpoint.manifest import MANIFEST, Manifest, read_manifest, verify_files
-from mlm_train.checkpoint.tensors import LogicalPart, read_tensors
+from mlm_train.checkpoint.reading.slices import read_slices, read_tensor
+from mlm_train.checkpoint.shards import RNG
 from mlm_train.config import Config, ModelConfig
 from mlm_train.config.load import parse_config
 from mlm_train.config.renamed import with_new_names
 from mlm_train.data.order import ORDER
 from mlm_train.errors import UserError
-from mlm_train.model.logical import Target
+from mlm_train.model.logical import LogicalSlice, Target
 from mlm_train.parallel.engine.base import Engine
-from mlm_train.parallel.engine.optimizer_state import STATE, finish_scatter, scatter_state
+from mlm_train.parallel.engine.optimizer_state import STATE, Restored, set_optimizer_steps
+from mlm_train.parallel.runtime import Runtime
 from mlm_train.utils.checks import Check
 
 
@@ -84,35 +87,39 @@ def check_steps(folder: Path, manifest: Manifest, config: Config) -> None:
         )
 
 
-def load_training_state(folder: Path, manifest: Manifest, engine: Engine) -> None:
+def load_training_state(folder: Path, manifest: Manifest, engine: Engine, runtime: Runtime) -> None:
     """Load weights, moments and RNG state from a verified checkpoint; every rank calls it.
 
-    A rank reads its whole model shard before it keeps ZeRO's part of it, one of STATE at a time.
+    Rank 0 reads the files' headers; each rank then reads its own elements, from the files that hold some.
+    Raises UserError on every rank where any rank could not read.
     """
-    rng = torch.get_rng_state()
-    read_tensors(folder, {"rng": rng})
+
+    def opened() -> tuple[CheckpointIndex, Tensor]:
+        index = read_index(folder, manifest.files)
+        return index, read_tensor(index, RNG)
+
+    index, rng = runtime.broadcast(opened)
     torch.set_rng_state(rng)
-    for key in STATE:
-        scatter_state(engine, key, _read_whole(folder, key, engine))
-    finish_scatter(engine, manifest.progress.optimizer_steps)
+    _restore(engine, STATE, index, runtime)
+    set_optimizer_steps(engine, manifest.progress.optimizer_steps)
 
 
-def _read_whole(folder: Path, key: str, engine: Engine) -> dict[str, Tensor]:
-    """Read one of STATE: parameter name -> whole fp32 tensor in host memory, with zero padding."""
-    whole = {name: torch.zeros(shape, dtype=torch.float32) for name, shape in engine.shapes.items()}
-    read_pieces(folder, key, (Target(piece, whole[piece.parameter]) for piece in engine.pieces))
-    return whole
+def load_engine_weights(folder: Path, manifest: Manifest, engine: Engine, runtime: Runtime) -> None:
+    """Load the weights alone, as load_training_state does."""
+    _restore(engine, ("weight",), runtime.broadcast(lambda: read_index(folder, manifest.files)), runtime)
 
 
-def read_pieces(folder: Path, key: str, held: Iterable[Target], alone: bool = False) -> None:
-    """Read one of STATE into pieces of a model; `alone`: without process groups."""
-    wanted: dict[str, Tensor] = {}
-    for target in held:
-        view = target.view.fill_(float("nan"))
-        wanted[f"{key}/{target.piece.name}"] = LogicalPart.of(target.piece, view)
-    read_tensors(folder, wanted, alone)
+def _restore(engine: Engine, keys: Sequence[str], index: CheckpointIndex, runtime: Runtime) -> None:
+    restored = Restored(engine, keys)
+    runtime.in_rounds(f"read {index.folder.name}", read_slices(index, restored.slices))
+    restored.finish()
 
 
-def load_weights(folder: Path, held: Iterable[Target]) -> None:
-    """Load weights from a checkpoint into pieces of a model, without process groups."""
-    read_pieces(folder, "weight", held, alone=True)
+def load_weights(folder: Path, manifest: Manifest, held: Iterable[Target]) -> None:
+    """Load weights from a checkpoint into pieces of a model, in this process alone."""
+    slices = (
+        LogicalSlice(f"weight/{target.piece.name}", target.piece.shape, target.piece.offset, target.view)
+        for target in held
+    )
+    for _ in read_slices(read_index(folder, manifest.files), slices):
+        pass

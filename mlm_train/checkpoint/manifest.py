@@ -3,14 +3,14 @@
 It has its own checksum, so that a changed digit is found as damage instead of moving the data cursor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from mlm_train.errors import UserError
-from mlm_train.utils.files import listed, sha256_of
+from mlm_train.utils.files import finished, hashing, listed
 from mlm_train.utils.records import (
     SEAL,
     Count,
@@ -25,7 +25,9 @@ from mlm_train.utils.records import (
 
 MANIFEST = "manifest.json"
 FORMAT = "mlm-checkpoint"
-VERSION = 2  # version 1 had no checksum of the manifest
+VERSION = 3
+# Version 1 had no checksum of the manifest; in version 2 a file held one part of a tensor, under its name.
+READABLE = (2, VERSION)
 
 
 class Rewarmed(Record):
@@ -74,7 +76,7 @@ class Manifest(Record):
     """The contents of manifest.json, without its own checksum."""
 
     format: Literal["mlm-checkpoint"]
-    version: Literal[2]
+    version: Literal[2, 3]
     tool: str
     progress: Reached
     validation: Validation | None = None  # where the weights were evaluated
@@ -99,51 +101,53 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 def read_manifest(folder: Path) -> Manifest:
     """Read a folder's manifest. UserError for another format or version, Damaged where it was changed."""
-    path, fix = folder / MANIFEST, f"delete {folder} to fall back to an older one"
+    path = folder / MANIFEST
     if not path.is_file():
-        raise Damaged(f"{folder} is not a complete {FORMAT} folder: {MANIFEST} is missing", fix)
+        raise damaged(folder, f"{folder} is not a complete {FORMAT} folder: {MANIFEST} is missing")
     try:
         tree = json_value(read_regular(path))
     except ValueError:
-        raise Damaged(f"{path} is damaged: it is not JSON", fix) from None
+        raise damaged(folder, f"{path} is damaged: it is not JSON") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(tree, dict):
-        raise Damaged(f"{path} is damaged: it does not describe a {FORMAT}", fix)
+        raise damaged(folder, f"{path} is damaged: it does not describe a {FORMAT}")
     seal = tree.pop(SEAL, None)
     described = tree.get("format"), tree.get("version")
-    if seal != seal_of(tree) and (seal is not None or described == (FORMAT, VERSION)):
-        raise Damaged(f"{path} is damaged: its checksum differs", fix)
+    if seal != seal_of(tree) and (seal is not None or described in [(FORMAT, v) for v in READABLE]):
+        raise damaged(folder, f"{path} is damaged: its checksum differs")
     if described[0] != FORMAT:
         raise UserError(f"{path} does not describe a {FORMAT}")
-    if described[1] != VERSION:
+    if described[1] not in READABLE:
+        versions = " and ".join(map(str, READABLE))
         raise UserError(
-            f"{path} has version {str(described[1])[:80]}, but this program reads {VERSION}: use the other"
+            f"{path} has version {str(described[1])[:80]}, but this program reads {versions}: use the other"
         )
-    return record_of(Manifest, tree, path, fix)
+    return record_of(Manifest, tree, path, f"delete {folder} to fall back to an older one")
 
 
 def verify_files(folder: Path, entries: Sequence[FileRecord], hashes: bool = True) -> None:
     """Check presence, size and (with `hashes`) content of files; Damaged names the first bad one.
 
-    A file that no entry names is rejected too: its tensors would be read with the others.
+    A file that no entry names is rejected too: it is no part of what was committed.
     """
-    fix = f"delete {folder} to fall back to an older one"
     for entry in entries:
         path = listed(folder, entry.file, MANIFEST)
-        if fault := size_fault(path, entry):
-            raise Damaged(fault, fix)
-        try:
-            same = not hashes or sha256_of(path) == entry.sha256
-        except OSError as error:  # the file may be whole: not Damaged
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
-        if not same:
-            raise Damaged(f"{path} is damaged: its checksum differs", fix)
+        fault = size_fault(path, entry)
+        if fault is None and hashes:
+            fault = finished(hash_fault(path, entry))
+        if fault is not None:
+            raise damaged(folder, fault)
     unknown = {path.name for path in folder.glob("*.safetensors")} - {entry.file for entry in entries}
     if unknown:
         raise UserError(
             f"{folder / min(unknown)} is not in {MANIFEST} and not part of the checkpoint: delete it"
         )
+
+
+def damaged(folder: Path, fault: str) -> Damaged:
+    """The error for a checkpoint with a damaged file."""
+    return Damaged(fault, f"delete {folder} to fall back to an older one")
 
 
 def size_fault(path: Path, entry: FileRecord) -> str | None:
@@ -152,3 +156,15 @@ def size_fault(path: Path, entry: FileRecord) -> str | None:
         return f"{path} is missing"
     size = path.stat().st_size
     return None if size == entry.bytes else f"{path} is damaged: {size} bytes instead of {entry.bytes}"
+
+
+def hash_fault(path: Path, entry: FileRecord) -> Generator[None, None, str | None]:
+    """What is wrong with a file's content, naming it; None: nothing. Yields after each block.
+
+    Raises UserError where it cannot be read: the file may be whole.
+    """
+    try:
+        digest = yield from hashing(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    return None if digest == entry.sha256 else f"{path} is damaged: its checksum differs"

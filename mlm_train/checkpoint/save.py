@@ -1,23 +1,24 @@
-"""Write a checkpoint: logical tensors with torch.distributed.checkpoint, the manifest last."""
+"""Write a checkpoint: each rank its own rectangles of logical tensors, rank 0 the manifest last."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mlm_train import __version__
 from mlm_train.checkpoint.folders import PARTIAL, commit, step_folder
 from mlm_train.checkpoint.keep import Keep
 from mlm_train.checkpoint.manifest import FORMAT, VERSION, Validation, write_manifest
-from mlm_train.checkpoint.tensors import LogicalPart, write_tensors
+from mlm_train.checkpoint.shards import RNG, write_shard
 from mlm_train.config import Config
 from mlm_train.errors import UserError
 from mlm_train.model.counts import count_parameters
+from mlm_train.model.logical import LogicalSlice
 from mlm_train.parallel.engine.base import Engine
-from mlm_train.parallel.engine.optimizer_state import STATE, gather_state, optimizer_steps
+from mlm_train.parallel.engine.optimizer_state import STATE, copy_state, optimizer_steps
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.utils.files import writing
 from mlm_train.utils.nonfinite import nonfinite
@@ -26,23 +27,12 @@ from mlm_train.utils.run_lock import SlurmAttempt, refuse_superseded
 FP32, GIB = 4, 2**30
 
 
-def logical_state(engine: Engine) -> dict[str, Tensor]:
-    """The logical tensors this rank writes, fp32: `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`."""
-    whole = gather_state(engine)
-    return {
-        f"{key}/{piece.name}": LogicalPart.of(piece, piece.of(tensors[piece.parameter]).contiguous())
-        for key, tensors in whole.items()
-        for piece in engine.pieces
-        if piece.parameter in tensors
-    }
-
-
 @dataclass(frozen=True)
 class Snapshot:
     """A run's state at the end of a step, copied to host memory, so that training can continue meanwhile."""
 
     step: int
-    state: dict[str, Tensor]
+    state: Sequence[LogicalSlice]  # what this rank writes, in host memory
     manifest: dict[str, Any]  # without `files`
     keep: Keep  # which checkpoints of the run are kept
     bytes: int  # approximate, of all ranks
@@ -61,8 +51,10 @@ def take_snapshot(
     `data` describes the training data: `fingerprint`, `order` of its samples, and `eod_id` for exports.
     `validation`: of these same weights.
     """
-    state = logical_state(engine)
-    state["rng"] = torch.get_rng_state()
+    state = copy_state(engine)
+    if runtime.is_rank_0:
+        rng = torch.get_rng_state()
+        state.append(LogicalSlice(RNG, rng.shape, (0,), rng))
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -92,10 +84,9 @@ def write_checkpoint(root: Path, snapshot: Snapshot, runtime: Runtime) -> Path:
         marker.at("check for non-finite values")
         runtime.gather(lambda: _refuse_nonfinite(snapshot))
         marker.at("write")
-        own_files = write_tensors(partial, snapshot.state, runtime.groups.control)
+        entries = runtime.gather(lambda: _write_shard(partial, runtime.topology.rank, snapshot.state))
         marker.at("commit")
-        files = [entry for entries in runtime.gather(lambda: own_files) for entry in entries]
-        manifest = snapshot.manifest | {"files": sorted(files, key=lambda entry: entry["file"])}
+        manifest = snapshot.manifest | {"files": [entry for entry in entries if entry is not None]}
         runtime.broadcast(lambda: _finish(partial, manifest, final, snapshot.keep))
     except UserError:
         runtime.broadcast(lambda: shutil.rmtree(partial, ignore_errors=True))
@@ -105,12 +96,20 @@ def write_checkpoint(root: Path, snapshot: Snapshot, runtime: Runtime) -> Path:
 
 def _refuse_nonfinite(snapshot: Snapshot) -> None:
     """Raise UserError for non-finite values: no run can resume from them, and a good checkpoint would go."""
-    tensors = {name: part.as_subclass(Tensor) for name, part in snapshot.state.items() if name != "rng"}
-    if names := nonfinite(tensors):
+    parts = {number: part.tensor for number, part in enumerate(snapshot.state) if part.name != RNG}
+    if found := nonfinite(parts):
         raise UserError(
-            f"the state after step {snapshot.step} holds infinity or NaN in {names[0]}: restart from the "
-            "newest checkpoint"
+            f"the state after step {snapshot.step} holds infinity or NaN in {snapshot.state[found[0]].name}: "
+            "restart from the newest checkpoint"
         )
+
+
+def _write_shard(partial: Path, rank: int, state: Sequence[LogicalSlice]) -> dict[str, Any] | None:
+    """Write this rank's file. Returns its manifest entry; None where the rank has nothing to write."""
+    if not state:
+        return None
+    with writing(partial.parent):
+        return write_shard(partial / f"shard-{rank:05d}.safetensors", state)
 
 
 def _finish(partial: Path, manifest: dict[str, Any], final: Path, keep: Keep) -> None:
@@ -122,7 +121,7 @@ def _finish(partial: Path, manifest: dict[str, Any], final: Path, keep: Keep) ->
 
 
 def _prepare(partial: Path, snapshot: Snapshot) -> None:
-    """Make an empty folder (the reader reads every file in it) after checking for free space."""
+    """Make an empty folder after checking for free space."""
     shutil.rmtree(partial, ignore_errors=True)
     with writing(partial.parent):
         partial.mkdir(parents=True)

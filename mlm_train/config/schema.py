@@ -181,7 +181,7 @@ class CheckpointConfig(Section):
     verify: Check = Field(
         "full",
         description="what of a checkpoint, or of warm_start's export, is compared with its manifest before "
-        "loading: full (every byte, by one rank), sizes, or none",
+        "loading: full (every byte, shared among the ranks), sizes, or none",
     )
     accept_data: str | None = Field(
         None,

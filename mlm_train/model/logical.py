@@ -5,7 +5,7 @@ them, with padding). Initialisation, checkpoints, exports and parity tests use t
 their export names (`model.layers.0.self_attn.q_proj.weight`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -59,6 +59,36 @@ class Piece(NamedTuple):
         local = (slice(low - start, high - start), *self.local[1:])
         offset = (self.offset[0] + low - rows.start, *self.offset[1:])
         return self._replace(local=local, offset=offset)
+
+    def overlap(self, rectangle: Sequence[slice]) -> tuple[tuple[slice, ...], tuple[int, ...]] | None:
+        """What of the piece is in a rectangle of the parameter; None: nothing.
+
+        Returns its indices in the rectangle, and the offset of its first element in the logical tensor.
+        """
+        spans = [
+            (max(held.start, wanted.start), min(held.stop, wanted.stop))
+            for held, wanted in zip(self.local, rectangle, strict=True)
+        ]
+        if any(low >= high for low, high in spans):
+            return None
+        starts = [wanted.start for wanted in rectangle]
+        inside = tuple(
+            slice(low - start, high - start) for (low, high), start in zip(spans, starts, strict=True)
+        )
+        offset = tuple(
+            first + low - held.start
+            for first, (low, _), held in zip(self.offset, spans, self.local, strict=True)
+        )
+        return inside, offset
+
+
+class LogicalSlice(NamedTuple):
+    """A rectangle of a logical tensor, as a checkpoint's parts are."""
+
+    name: str
+    shape: torch.Size  # of the whole logical tensor
+    offset: tuple[int, ...]  # of its first element there
+    tensor: Tensor  # its elements
 
 
 class Target(NamedTuple):

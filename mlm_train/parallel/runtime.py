@@ -3,7 +3,8 @@
 import os
 import shutil
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from mlm_train.utils.files import with_fix
 from mlm_train.utils.host_memory import keep_freed
 
 Result = TypeVar("Result")
+ROUND = 2.0  # seconds
 ZERO_BUBBLE_TORCH = (2, 13)  # older ones do not run zero-bubble schedules over our stages
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
@@ -100,6 +102,26 @@ class Runtime:
         if error is not None:
             raise error
         return [outcome.result() for outcome in outcomes]
+
+    def in_rounds(self, phase: str, work: Iterator[None]) -> None:
+        """Run every rank's `work` to its end; raise the first failure on every rank.
+
+        The ranks meet every ROUND seconds, so that one that has finished is not taken for stuck while it
+        waits for others: as long as all of them go on, all report progress.
+        """
+        done = False
+        while not done:
+            self.marker.at(phase)
+            done = all(self.gather(lambda: self._continue(phase, work)))
+
+    def _continue(self, phase: str, work: Iterator[None]) -> bool:
+        """Work for ROUND seconds. Returns whether it is finished."""
+        end = time.monotonic() + ROUND
+        for _ in work:
+            self.marker.at(phase)
+            if time.monotonic() >= end:
+                return False
+        return True
 
 
 @dataclass(frozen=True)

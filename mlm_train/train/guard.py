@@ -9,7 +9,8 @@ from mlm_train.config import Config
 from mlm_train.config.schema import SpikeConfig
 from mlm_train.errors import SharedUserError
 from mlm_train.monitor.report import Progress, Rollback
-from mlm_train.train.preflight import newest_of
+from mlm_train.train.preflight import newest_of, quick_check
+from mlm_train.train.resume import intact_checkpoint
 from mlm_train.train.setup import Run
 from mlm_train.train.step import StepResult
 
@@ -62,7 +63,9 @@ def roll_back(run: Run, progress: Progress) -> Progress | None:
         )
     run.runtime.marker.enter(f"rollback after step {progress.step}", patient=True)
     run.saver.settle()
-    newest = run.runtime.broadcast(lambda: newest_of(run.config))
+    newest = intact_checkpoint(
+        run.config, run.runtime, lambda faults: newest_of(run.config, quick_check(run.config), faults)
+    )
     if newest is None:
         run.log.say(
             f"loss spike at step {progress.step}, but no checkpoint to roll back to; training continues"
@@ -70,7 +73,7 @@ def roll_back(run: Run, progress: Progress) -> Progress | None:
         return None
     for line in run.runtime.broadcast(newest.set_damaged_aside):
         run.log.say(line)
-    load_training_state(newest.folder, newest.manifest, run.trainer.engine)
+    load_training_state(newest.folder, newest.manifest, run.trainer.engine, run.runtime)
     back = replace(
         newest.progress,
         samples=progress.samples + spike.skip_steps * run.config.train.global_batch_size,

@@ -1,7 +1,9 @@
 """Checks before a process group, a model or a folder is created."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from mlm_train.checkpoint.folders import DAMAGED, committed, resolve, set_aside, step_folders
@@ -21,12 +23,13 @@ from mlm_train.parallel.engine import ENGINES
 from mlm_train.parallel.engine.base import Engine
 from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.parallel.pipeline.x0 import TRANSPORTS
-from mlm_train.parallel.runtime import check_compiler, check_device, check_torch
+from mlm_train.parallel.runtime import check_compiler, check_device, check_torch, global_rank
 from mlm_train.plan.fit import check_memory, rank_bytes
 from mlm_train.train.schedule import resumed_progress
 from mlm_train.utils.checks import Check
 from mlm_train.utils.extensions import find
 
+NO_FAULTS: Mapping[Path, str] = MappingProxyType({})
 LOG = "train.log"  # the first file of a run: marks a folder as a run
 
 
@@ -83,11 +86,11 @@ def preflight(config: Config, world: int, local_world: int | None) -> Blend:
     for split in ("train", "validation"):
         data.samples(split, config.data.sequence_length, None)
     check_output(config)
-    if (
-        find_checkpoint(config, data, _quick_check(config)) is None
-        and config.checkpoint.warm_start is not None
-    ):
-        warm_start_source(config)
+    # The others would open the same files at the same time; what rank 0 finds ends the run on all of them.
+    if global_rank() == 0:
+        newest = find_checkpoint(config, data, quick_check(config))
+        if newest is None and config.checkpoint.warm_start is not None:
+            warm_start_source(config)
     return data
 
 
@@ -126,20 +129,22 @@ def check_output(config: Config) -> None:
         )
 
 
-def _quick_check(config: Config) -> Check:
-    """What every rank verifies; a full read is left to rank 0, later."""
+def quick_check(config: Config) -> Check:
+    """What rank 0 verifies alone; a full read is left to all ranks together (train/resume.py)."""
     return "none" if config.checkpoint.verify == "none" else "sizes"
 
 
-def find_checkpoint(config: Config, data: Blend, verify: Check | None = None) -> Resumed | None:
+def find_checkpoint(
+    config: Config, data: Blend, verify: Check | None = None, faults: Mapping[Path, str] = NO_FAULTS
+) -> Resumed | None:
     """The newest intact checkpoint of the run's folder; None if there is none yet. Read-only.
 
-    verify: how thoroughly to verify it (default: checkpoint.verify). Raises UserError if it does not fit the
-    config or the data.
+    verify: how thoroughly to verify it (default: checkpoint.verify). faults: of folders known to be damaged.
+    Raises UserError if it does not fit the config or the data.
     """
     if not config.checkpoint.resume:
         return None
-    newest = newest_of(config, verify)
+    newest = newest_of(config, verify, faults)
     if newest is not None:
         check_fits(newest.folder, newest.manifest, config, data.fingerprint)
         check_steps(newest.folder, newest.manifest, config)
@@ -152,22 +157,27 @@ def find_checkpoint(config: Config, data: Blend, verify: Check | None = None) ->
     return newest
 
 
-def newest_of(config: Config, verify: Check | None = None) -> Resumed | None:
+def newest_of(
+    config: Config, verify: Check | None = None, faults: Mapping[Path, str] = NO_FAULTS
+) -> Resumed | None:
     """The newest checkpoint of a run, or the newest intact one with checkpoint.fall_back.
 
     None if there is none yet. Raises UserError if it is damaged; with fall_back, if all of them are.
     """
     root, verify = Path(config.train.output) / "checkpoints", verify or config.checkpoint.verify
     if config.checkpoint.fall_back:
-        return _newest_intact(root, verify)
+        return _newest_intact(root, verify, faults)
     folders = step_folders(root)  # one without a manifest is damaged too
     return Resumed(folders[-1], open_checkpoint(folders[-1], verify)) if folders else None
 
 
-def _newest_intact(root: Path, verify: Check) -> Resumed | None:
+def _newest_intact(root: Path, verify: Check, faults: Mapping[Path, str]) -> Resumed | None:
     """The newest checkpoint that is not damaged. One of another model or version is an error as it is."""
     damaged: list[tuple[Path, str]] = []
     for folder in reversed(step_folders(root)):
+        if folder in faults:
+            damaged.append((folder, faults[folder]))
+            continue
         try:
             return Resumed(folder, open_checkpoint(folder, verify), tuple(damaged))
         except Damaged as error:
@@ -194,5 +204,5 @@ def warm_start_source(config: Config) -> Path:
             tensors.check(written)
         return path
     folder = resolve(path)
-    check_same_model(folder, config_of(open_checkpoint(folder, _quick_check(config))).model, config.model)
+    check_same_model(folder, config_of(open_checkpoint(folder, quick_check(config))).model, config.model)
     return folder

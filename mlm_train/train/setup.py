@@ -10,8 +10,8 @@ from pathlib import Path
 
 from mlm_train.checkpoint.folders import remove_partials
 from mlm_train.checkpoint.hf.files import carry_over
-from mlm_train.checkpoint.hf.folder import open_tensors, verify_folder
-from mlm_train.checkpoint.load import load_training_state, load_weights, open_checkpoint
+from mlm_train.checkpoint.hf.folder import open_tensors
+from mlm_train.checkpoint.load import load_engine_weights, load_training_state
 from mlm_train.checkpoint.saver import Saver
 from mlm_train.config import Config, changed_fields, dump_config
 from mlm_train.data.blend import Blend
@@ -29,7 +29,15 @@ from mlm_train.parallel.build import build_engine, build_executor, build_model
 from mlm_train.parallel.engine import Engine
 from mlm_train.parallel.health.watchdog import watched
 from mlm_train.train.memory_mode import decide_mode
-from mlm_train.train.preflight import LOG, Resumed, check_output, find_checkpoint, warm_start_source
+from mlm_train.train.preflight import (
+    LOG,
+    Resumed,
+    check_output,
+    find_checkpoint,
+    quick_check,
+    warm_start_source,
+)
+from mlm_train.train.resume import intact_checkpoint, verified_checkpoint, verify_export
 from mlm_train.train.schedule import resumed_progress
 from mlm_train.train.signals import Signals
 from mlm_train.train.step import Trainer
@@ -68,22 +76,19 @@ def opened_run(config: Config, data: Blend) -> Iterator[Run | None]:
     runtime, signals = processes.start(config), Signals()
     with watched(config, runtime.topology, runtime.marker), signals.listening(), ExitStack() as stack:
 
-        def claim() -> tuple[Resumed | None, list[str]]:
-            output = Path(config.train.output)
+        def claim() -> None:
             with writing(output):
                 stack.enter_context(owned(output, "being trained"))
                 check_output(config)  # another command may have written there since the preflight
                 if config.data.verify == "full":
                     data.verify()
-                newest = find_checkpoint(config, data)
-                lines = [] if newest is None else newest.set_damaged_aside()
-                if newest is None or not newest.completes(config):
-                    _describe_run(output, config, data)
-                if newest is None and config.checkpoint.warm_start is not None:
-                    lines += _copy_hf_files(warm_start_source(config), output, data)
-            return newest, lines
 
-        resumed, lines = runtime.broadcast(claim)
+        output = Path(config.train.output)
+        runtime.broadcast(claim)
+        resumed = intact_checkpoint(
+            config, runtime, lambda faults: find_checkpoint(config, data, quick_check(config), faults)
+        )
+        lines = runtime.broadcast(lambda: _prepare_output(config, data, resumed))
         if resumed is not None and resumed.completes(config):
             if runtime.is_rank_0:
                 _say_done(config, resumed, lines)
@@ -98,6 +103,18 @@ def opened_run(config: Config, data: Blend) -> Iterator[Run | None]:
             _say_start(run, resumed)
             yield run
     processes.stop()
+
+
+def _prepare_output(config: Config, data: Blend, resumed: Resumed | None) -> list[str]:
+    """Make the run's folder ready for training; nothing changes where it is done. Returns log lines."""
+    output = Path(config.train.output)
+    with writing(output):
+        lines = [] if resumed is None else resumed.set_damaged_aside()
+        if resumed is None or not resumed.completes(config):
+            _describe_run(output, config, data)
+        if resumed is None and config.checkpoint.warm_start is not None:
+            lines += _copy_hf_files(warm_start_source(config), output, data)
+    return lines
 
 
 def _describe_run(output: Path, config: Config, data: Blend) -> None:
@@ -138,7 +155,7 @@ def _build(
         _init_weights(engine, config, runtime)
         engine.refresh_model()
     else:
-        load_training_state(resumed.folder, resumed.manifest, engine)
+        load_training_state(resumed.folder, resumed.manifest, engine, runtime)
         progress, _ = resumed_progress(resumed.progress, resumed.config, config)
     log, writers = Log(Path(config.train.output) if runtime.is_rank_0 else None), Writers()
     runtime.broadcast(lambda: writers.open(config, progress.step + 1))
@@ -168,17 +185,15 @@ def _init_weights(engine: Engine, config: Config, runtime: processes.Runtime) ->
     if config.checkpoint.warm_start is None:
         engine.fill(lambda held: fill_initial(held, config.model, config.train.seed))
         return
-    folder = warm_start_source(config)
-    is_export = (folder / "config.json").is_file()
-    check, compare = config.checkpoint.verify, verify_folder if is_export else open_checkpoint
-    runtime.broadcast(lambda: compare(folder, check))
+    folder = runtime.broadcast(lambda: warm_start_source(config))
+    if not (folder / "config.json").is_file():
+        load_engine_weights(folder, verified_checkpoint(folder, config, runtime), engine, runtime)
+        return
+    verify_export(folder, config, runtime)
 
     def load(held: Iterable[Target]) -> None:
-        if is_export:
-            with open_tensors(folder) as tensors:
-                tensors.fill(held, config.model)
-        else:
-            load_weights(folder, held)
+        with open_tensors(folder) as tensors:
+            tensors.fill(held, config.model)
 
     runtime.gather(lambda: engine.fill(load))
 

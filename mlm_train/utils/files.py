@@ -11,10 +11,10 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlm_train.errors import UserError
 from mlm_train.utils.signals import held
@@ -22,6 +22,8 @@ from mlm_train.utils.signals import held
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Result = TypeVar("Result")
+HASHED = 2**20  # bytes hashed at once
 LARGEST_RESULT = 2**28  # bytes of a JSON file or a picture that a command writes; no real one is as large
 # Files that mark a folder as a table, a table being built, prepared data or a checkpoint, and a model.
 _MARKS = ("tol.index.json", "tol.build.json", "manifest.json", "config.json")
@@ -56,6 +58,14 @@ def open_regular(path: Path) -> io.BufferedReader:
     return open(_descriptor(path, os.O_RDONLY), "rb")
 
 
+def read_at(descriptor: int, buffer: memoryview, begin: int) -> int:
+    """Fill a buffer with a file's bytes from `begin` on. Returns how many it has: fewer at the file's end."""
+    done = 0
+    while done < len(buffer) and (count := os.preadv(descriptor, [buffer[done:]], begin + done)):
+        done += count
+    return done
+
+
 def append_regular(path: Path) -> io.FileIO:
     """Open a regular file for appending, unbuffered, creating it if missing. Raises as open_regular does."""
     return io.FileIO(_descriptor(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
@@ -85,8 +95,26 @@ def system_error(error: Exception) -> OSError:
 
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file. Raises as open_regular does."""
+    return finished(hashing(path))
+
+
+def hashing(path: Path) -> Generator[None, None, str]:
+    """sha256_of, in blocks: yields after each, for a caller that reports progress."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(HASHED))
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while count := file.readinto(block):
+            digest.update(block[:count])
+            yield
+    return digest.hexdigest()
+
+
+def finished(work: Generator[None, None, Result]) -> Result:
+    """Run a generator to its end. Returns its result."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
 
 
 def is_plain_name(name: object) -> bool:

@@ -1,4 +1,6 @@
-"""A tensor on its way from a device to the CPU."""
+"""Tensors on their way from a device to the CPU."""
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -25,3 +27,28 @@ class HostCopy:
         if self.arrival is not None:
             self.arrival.synchronize()
         return self.here
+
+
+def copy_to_host(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Copies of tensors on the CPU, complete on return.
+
+    An accelerator's go to pinned memory on a stream of their own, and are waited for once, all together.
+    """
+    copies: list[Tensor] = []
+    sources: list[Tensor] = []  # kept until they are copied
+    stream: torch.Stream | None = None
+    for tensor in tensors:
+        if tensor.device.type == "cpu":
+            copies.append(tensor.clone())
+            continue
+        if stream is None:
+            stream = torch.Stream(tensor.device)
+        stream.wait_stream(torch.accelerator.current_stream(tensor.device))
+        copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        with stream:
+            copy.copy_(tensor, non_blocking=True)
+        copies.append(copy)
+        sources.append(tensor)
+    if stream is not None:
+        stream.synchronize()
+    return copies

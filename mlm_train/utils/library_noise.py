@@ -10,8 +10,6 @@ from contextlib import contextmanager
 NOISE = (
     # megatron-core, imported for its dataset only
     (UserWarning, r"Transformer Engine and Apex are not installed"),
-    # torch.distributed.checkpoint, where an export reads in one process on purpose
-    (UserWarning, r"torch\.distributed is disabled, unavailable or uninitialized"),
     # renamed in torch 2.13; DeepSpeed and we call the old name, which older torch has too
     (FutureWarning, r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"),
 )

@@ -8,16 +8,17 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mlm_train.bench.traffic import Traffic
+from mlm_train.checkpoint.index import read_index
 from mlm_train.checkpoint.load import load_training_state, open_checkpoint
+from mlm_train.checkpoint.reading.slices import read_tensor
 from mlm_train.checkpoint.save import take_snapshot, write_checkpoint
-from mlm_train.checkpoint.tensors import read_tensors
+from mlm_train.checkpoint.shards import RNG
 from mlm_train.config import ModelConfig
 from mlm_train.data.order import ORDER
 from mlm_train.model.logical import pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.model.unfilled import unfilled
 from mlm_train.parallel import runtime as processes
-from mlm_train.parallel.engine.optimizer_state import STATE
 from mlm_train.parallel.ffn_m.owned import OwnedTables
 from mlm_train.parallel.mesh.exchange import gather_ids
 from mlm_train.plan.owned import RowBytes, owned_traffic
@@ -95,23 +96,26 @@ def move(folder: str) -> list[str]:
             for step in range(2):
                 trainer.step(my_batches(runtime, step, config), 1e-2)
         else:
-            load_training_state(last, open_checkpoint(last), trainer.engine)
+            load_training_state(last, open_checkpoint(last), trainer.engine, runtime)
         progress = {"step": number, "samples": 0, "tokens": 0}
         data = {"fingerprint": "", "order": ORDER, "eod_id": 0, "bos_id": None}
         last = write_checkpoint(
             Path(folder), take_snapshot(trainer.engine, runtime, config, progress, data), runtime
         )
-        now = _tensors(last, config.model)
+        now = _tensors(last)
+        assert {name.partition("/")[2] for name in now} == _names(config.model)
         changed += [f"{mode} {name}" for name in earlier if not torch.equal(earlier[name], now[name])]
         assert not earlier or earlier.keys() == now.keys()
         earlier = now
     return changed
 
 
-def _tensors(checkpoint: Path, model: ModelConfig) -> dict[str, Tensor]:
+def _tensors(checkpoint: Path) -> dict[str, Tensor]:
     """A checkpoint's weights and moments, whole."""
+    index = read_index(checkpoint, open_checkpoint(checkpoint).files)
+    return {name: read_tensor(index, name) for name in index.tensors if name != RNG}
+
+
+def _names(model: ModelConfig) -> set[str]:
     with unfilled():
-        shapes = {piece.name: piece.shape for piece in pieces(Transformer(model))}
-    found = {f"{key}/{name}": torch.full(shape, torch.nan) for key in STATE for name, shape in shapes.items()}
-    read_tensors(checkpoint, found)
-    return found
+        return {piece.name for piece in pieces(Transformer(model))}

@@ -111,17 +111,21 @@ def test_where_all_checkpoints_are_damaged_nothing_starts_over(
     assert "are damaged: restore an intact one" in refused(*pretrain(data, run, "train.steps=4"))
 
 
+@pytest.mark.parametrize(
+    ("how", "words"), [("flipped", "checksum differs"), ("truncated", "bytes instead of")]
+)
 def test_ranks_that_find_damage_end_the_launch_with_one_line(
-    trained: Path, data: Path, tmp_path: Path
+    trained: Path, data: Path, tmp_path: Path, how: str, words: str
 ) -> None:
+    """By its content, which all ranks compare together, or by its size, which rank 0 sees before."""
     run = copy_of(trained, tmp_path)
-    damaged(run, "flipped")
+    damaged(run, how)
     strict = pretrain(data, run, "train.steps=4", "checkpoint.fall_back=false")[1:]
     launch = start("launch", "--nproc", 2, *strict)
     output, _ = launch.communicate(timeout=120)
     assert launch.returncode == 2, output
     lines = [line for line in output.splitlines() if line.startswith("mlm-train: ")]
-    assert len(lines) == 1 and "checksum differs" in lines[0] and "Traceback" not in output
+    assert len(lines) == 1 and words in lines[0] and "Traceback" not in output
 
 
 def test_manifest_that_points_outside_is_refused(trained: Path, data: Path, tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ def _exported(path: Path) -> ModelFolder:
 
 
 def _checkpoint(path: Path) -> ModelFolder:
-    # Slow to import, because of torch.distributed.checkpoint.
+    # Slow to import: it loads into engines too.
     from mlm_train.checkpoint.load import config_of, open_checkpoint
 
     if not path.is_dir() and not names_one(path):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mlm_train.config import Config, OptimizerConfig
 from mlm_train.model.logical import Target, pieces, targets
-from mlm_train.parallel.engine.flat import Flat, cut_evenly
+from mlm_train.parallel.engine.flat import Flat, Run
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.utils.nonfinite import nonfinite
 
@@ -43,6 +43,8 @@ class Engine(ABC):
     instead of the model. `optimizer`: an AdamW, whose state ("step", "exp_avg",
     "exp_avg_sq") is saved in checkpoints. `pieces` and `shapes` describe the tensors of `flats`: those of the
     model's parameters before the engine shards them, unless it keeps a rank's rows of them as tensors.
+    `counted`: the parameters that this rank counts in the gradient norm and writes to checkpoints. Of a copy
+    on another pipeline stage or tensor-parallel rank, one is counted (build_model).
     """
 
     optimizer: torch.optim.Optimizer
@@ -54,7 +56,10 @@ class Engine(ABC):
         self.entry = model
         self.pieces = list(pieces(model))
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.counted = {name for name, parameter in model.named_parameters() if _is_counted(parameter)}
         self.found: list[str] = []
+        topology = runtime.topology
+        self.replicas: Any = runtime.groups.data if topology.data > 1 else None  # of `flats` below
 
     @abstractmethod
     def accumulating(self) -> AbstractContextManager[None]:
@@ -104,10 +109,21 @@ class Engine(ABC):
                 parameter.grad.fill_(math.nan)
 
     def flats(self) -> Iterator[Flat]:
-        """Yield the flat tensors of the optimizer, in one order on all ranks; here one per parameter."""
+        """Yield the flat tensors of the optimizer, in one order on all ranks; here one per parameter.
+
+        Each data-parallel rank holds all of them.
+        """
         for name, parameter in self.model.named_parameters():
-            members = {name: cut_evenly(0, parameter.numel(), parameter.numel())}
-            yield Flat(parameter.detach().view(-1), parameter, None, members)
+            members = {name: Run(0, parameter.numel(), 0)}
+            yield Flat(parameter.detach().view(-1), parameter, members, replicas=self.replicas)
 
     def refresh_model(self) -> None:  # noqa: B027 (empty without sharding)
         """Update the model's weights from flat tensors that were written to; by default they are the same."""
+
+
+def _is_counted(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is neither another stage's nor another tensor-parallel rank's (build_model)."""
+    if getattr(parameter, "ds_pipe_replicated", False):
+        return False
+    tensor_sharded = getattr(parameter, "tensor_model_parallel", False)
+    return bool(tensor_sharded or getattr(parameter, "model_parallel", True))

@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from mlm_train.config import Config
 from mlm_train.model.logical import Target
 from mlm_train.parallel.engine.base import Engine, parameter_groups
 from mlm_train.parallel.engine.flat import Flat, cut_anywhere, cut_evenly
-from mlm_train.parallel.engine.optimizer_state import scatter_state
+from mlm_train.parallel.engine.optimizer_state import scatter_weights
 from mlm_train.parallel.mesh.groups import deepspeed_mpu
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.utils.library_noise import silenced
@@ -158,7 +159,7 @@ class DeepSpeedEngine(Engine):
         with torch.no_grad():
             whole = {name: torch.zeros(shape) for name, shape in self.shapes.items()}
             fill(Target(piece, whole[piece.parameter]) for piece in self.pieces)
-        scatter_state(self, "weight", whole)
+        scatter_weights(self, whole)
 
     def flats(self) -> Iterator[Flat]:
         """Yield ZeRO's partitions; in stage 0, which has none, one flat tensor per parameter."""
@@ -169,19 +170,20 @@ class DeepSpeedEngine(Engine):
         if self.stage < 3:
             for i, partition in enumerate(zero.single_partition_of_fp32_groups):
                 parameters, starts = zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i]
-                size = partition.numel()
+                size, rank = partition.numel(), dist.get_rank(zero.real_dp_process_group[i])
                 members = {
-                    names[parameter]: cut_anywhere(start, parameter.numel(), size)
+                    names[parameter]: cut_anywhere(start, parameter.numel(), size, rank)
                     for parameter, start in zip(parameters, starts, strict=True)
                 }
-                yield Flat(partition, partition, zero.real_dp_process_group[i], members)
+                yield Flat(partition, partition, members)
             return
+        rank = dist.get_rank(zero.dp_process_group)
         for i, flat in enumerate(zero.fp32_partitioned_groups_flat):
             members = {}
             for parameter in zero.fp16_groups[i]:
                 _, position, size = zero.grad_position[zero.get_param_id(parameter)]
-                members[names[parameter]] = cut_evenly(position, parameter.ds_numel, size)
-            yield Flat(flat, flat, zero.dp_process_group, members)
+                members[names[parameter]] = cut_evenly(position, parameter.ds_numel, size, rank)
+            yield Flat(flat, flat, members)
 
     def refresh_model(self) -> None:
         """Update the model's weights from ZeRO's partitions, as at the end of a step."""

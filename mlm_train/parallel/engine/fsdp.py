@@ -22,7 +22,7 @@ from mlm_train.model.block import Block
 from mlm_train.model.logical import Piece, Target
 from mlm_train.parallel.engine.base import Engine, grouped
 from mlm_train.parallel.engine.copies import Copies, Copy
-from mlm_train.parallel.engine.flat import Flat, cut_evenly
+from mlm_train.parallel.engine.flat import Flat, Run
 from mlm_train.parallel.ffn_m.embedding import RowEmbedding, RowOrder
 from mlm_train.parallel.ffn_m.owners import rows_of
 from mlm_train.parallel.mesh.sharded import local, owned_parameters
@@ -51,12 +51,11 @@ class FsdpEngine(Engine):
     ) -> None:
         super().__init__(model, config, runtime, roots)
         self.topology, self.data_group = runtime.topology, runtime.groups.data
-        # Whether this rank counts a parameter in the gradient norm, if it alone held it (build_model).
-        self.counted = {name for name, parameter in model.named_parameters() if _is_counted(parameter)}
         self.reduces_each, self.reshards = config.parallel.reduce_each_micro_batch, config.parallel.reshards
         _, self.shard_size = config.parallel.sharding(self.topology.data)
         self.shard_rank = self.topology.data_rank % self.shard_size
         self.sharded_roots: list[FSDPModule] = []
+        self.replicas = None
         if self.topology.data > 1:
             self._shard(config, runtime, roots)
         # FSDP puts other parameters in their place during a pass.
@@ -94,6 +93,7 @@ class FsdpEngine(Engine):
             reduce_dtype = DTYPES[config.parallel.reduce_dtype or "fp32"]
             policy = replace(policy, param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype)
         mesh = runtime.groups.data_mesh(runtime.device, self.topology, self.topology.data // self.shard_size)
+        self.replicas = mesh.get_group("replicate") if mesh.ndim > 1 else None  # of a shard
         others = whole_parameters(self.model, config, self.topology) | owned_parameters(self.model).keys()
         mine = {parameter for name, parameter in self.model.named_parameters() if name not in others}
         for root in roots:
@@ -236,9 +236,10 @@ class FsdpEngine(Engine):
     def flats(self) -> Iterator[Flat]:
         """Yield one flat tensor per shard of a parameter."""
         for name, shard in self.shards.items():
-            members = {name: cut_evenly(0, shard.numel(), shard.numel())}
+            members = {name: Run(0, shard.numel(), 0)}
             order = self.order if name == EMBEDDING else None
-            yield Flat(shard.detach().view(-1), shard, None, members, order)
+            replicas = self.replicas if name in self.sharded else None
+            yield Flat(shard.detach().view(-1), shard, members, order, replicas)
 
     def refresh_model(self) -> None:
         """Drop weights that were gathered before the shards were written to, and update copies."""
@@ -255,11 +256,3 @@ class FsdpEngine(Engine):
         """Bring the updated rows of copies to all that hold them."""
         for copies in self.copies:
             copies.publish()
-
-
-def _is_counted(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is neither another stage's nor another tensor-parallel rank's (build_model)."""
-    if getattr(parameter, "ds_pipe_replicated", False):
-        return False
-    tensor_sharded = getattr(parameter, "tensor_model_parallel", False)
-    return bool(tensor_sharded or getattr(parameter, "model_parallel", True))

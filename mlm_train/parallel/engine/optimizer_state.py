@@ -1,22 +1,24 @@
-"""Conversion between an engine's flat tensors and whole tensors per parameter.
+"""AdamW's weights and moments on this rank as rectangles of logical tensors.
 
-Each ZeRO stage keeps AdamW's fp32 weights and moments in its own flat tensors, padding included. Checkpoints
-need logical tensors, independent of those. All stages are described in the same terms: a flat tensor on each
-rank of a group, and the runs of parameters that it holds.
+Each engine keeps them in its own flat tensors, padding included, and checkpoints hold logical tensors. A run
+of a parameter in a flat tensor is a few rectangles of it, and these are rectangles of logical tensors: a rank
+copies and reads its own ones, whatever ranks hold the others.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mlm_train.model.logical import LogicalSlice, Piece
 from mlm_train.parallel.engine.base import Engine
-from mlm_train.parallel.engine.flat import Flat, Run
+from mlm_train.parallel.engine.flat import Flat, Run, Share, rectangles, shares
+from mlm_train.utils.host_copy import copy_to_host
 
 STATE = ("weight", "exp_avg", "exp_avg_sq")
-BLOCK = 2**26  # elements gathered at once, in total
 
 
 def _state_of(engine: Engine, flat: Flat) -> dict[str, Any]:
@@ -39,74 +41,105 @@ def _values(engine: Engine, flat: Flat, key: str) -> Tensor:
     return flat.tensor.detach() if key == "weight" else _state_of(engine, flat)[key].view(-1)
 
 
-@torch.no_grad()
-def gather_state(engine: Engine) -> dict[str, dict[str, Tensor]]:
-    """STATE key -> parameter name -> whole fp32 tensor in host memory.
+class _Logical:
+    """The logical tensors that an engine's parameters are made of."""
 
-    Each parameter is on one rank of its data-parallel group.
+    def __init__(self, engine: Engine) -> None:
+        self.shapes = engine.shapes
+        self.pieces: dict[str, list[Piece]] = {}
+        for piece in engine.pieces:
+            self.pieces.setdefault(piece.parameter, []).append(piece)
+
+    def slices(self, runs: Mapping[str, Run], key: str, values: Tensor, low: int) -> Iterator[LogicalSlice]:
+        """The rectangles of logical tensors in `values`, a flat tensor's elements from `low` on, as views.
+
+        runs: by parameter, of the flat tensor.
+        """
+        for name, run in runs.items():
+            start, stop = max(run.position, low), min(run.position + run.length, low + len(values))
+            if start >= stop:
+                continue
+            shift = run.start - run.position
+            held, position = values[start - low : stop - low], 0
+            for rectangle in rectangles(self.shapes[name], start + shift, stop + shift):
+                sizes = [span.stop - span.start for span in rectangle]
+                block = held[position : position + math.prod(sizes)].view(sizes)
+                position += block.numel()
+                for piece in self.pieces.get(name, ()):
+                    if (found := piece.overlap(rectangle)) is not None:
+                        where, offset = found
+                        yield LogicalSlice(f"{key}/{piece.name}", piece.shape, offset, block[where])
+
+
+@torch.no_grad()
+def copy_state(engine: Engine) -> list[LogicalSlice]:
+    """Copies, in host memory, of the state that this rank writes to a checkpoint, by `STATE key/tensor`.
+
+    Every rank calls it. Of what several ranks hold, one has it, as in the gradient norm (Engine.counted).
     """
-    whole: dict[str, dict[str, Tensor]] = {key: {} for key in STATE}
-    for flat in engine.flats():
-        mine = [name for i, name in enumerate(flat.members) if i % flat.size == flat.rank]
-        for key in STATE:
-            for name in mine:
-                whole[key][name] = torch.empty(engine.shapes[name], dtype=torch.float32)
+    writes = (flat for flat in engine.flats() if engine.counted & flat.members.keys())
+    places = [(share.flat, key, share.mine) for share in shares(writes) for key in STATE]
+
+    def stored() -> Iterator[Tensor]:
+        for flat, key, (low, high) in places:
             values = _values(engine, flat, key)
             values = values if flat.order is None else flat.order.to_checkpoint(values)
-            for start, gathered in _gathered(values, flat):
-                for name in mine:
-                    _copy_block(whole[key][name].view(-1), flat.members[name], start, gathered)
-    return whole
+            yield values[low:high]
+
+    logical, copied = _Logical(engine), list[LogicalSlice]()
+    for (flat, key, (low, _)), values in zip(places, copy_to_host(stored()), strict=True):
+        counted = {name: run for name, run in flat.members.items() if name in engine.counted}
+        copied += logical.slices(counted, key, values, low)
+    return copied
 
 
-def _gathered(mine: Tensor, flat: Flat) -> Iterator[tuple[int, Tensor]]:
-    """Yield (start, block) for blocks [ranks, elements] of all ranks' flat tensors, in host memory."""
-    block = max(1, BLOCK // flat.size)
-    for start in range(0, mine.numel(), block):
-        local = mine[start : start + block].contiguous()
-        if flat.size == 1:
-            yield start, local.cpu().view(1, -1)
-            continue
-        gathered = local.new_empty(flat.size * local.numel())
-        dist.all_gather_into_tensor(gathered, local, group=flat.group)
-        yield start, gathered.view(flat.size, -1).cpu()
+class Restored:
+    """State to be read from a checkpoint: fill `slices`, then `finish`. Every rank does both.
 
-
-def _copy_block(target: Tensor, run_of: Callable[[int], Run], start: int, gathered: Tensor) -> None:
-    """Copy a parameter's elements of a block into `target`, the whole parameter [elements]."""
-    stop = start + gathered.shape[1]
-    for rank, values in enumerate(gathered):
-        run = run_of(rank)
-        low, high = max(run.position, start), min(run.position + run.length, stop)
-        if low < high:
-            offset = run.start - run.position
-            target[low + offset : high + offset] = values[low - start : high - start]
-
-
-@torch.no_grad()
-def scatter_state(engine: Engine, key: str, whole: dict[str, Tensor]) -> None:
-    """Copy whole tensors of one STATE key, of every parameter on every rank, into the flat tensors.
-
-    `finish_scatter` follows the last key.
+    keys: of STATE. All else in the flat tensors, which is padding, becomes zero.
     """
-    for flat in engine.flats():
-        values = _values(engine, flat, key)
-        for name, run_of in flat.members.items():
-            start, length, position = run_of(flat.rank)
-            read = whole[name].view(-1)[start : start + length]
-            values[position : position + length] = (
-                read if flat.order is None else flat.order.from_checkpoint(read)
-            )
+
+    @torch.no_grad()
+    def __init__(self, engine: Engine, keys: Sequence[str]) -> None:
+        self.engine, logical = engine, _Logical(engine)
+        self.parts: list[tuple[Share, Tensor, Tensor]] = []
+        self.slices: list[LogicalSlice] = []
+        for share in shares(engine.flats()):
+            for key in keys:
+                values = _values(engine, share.flat, key).zero_()
+                stored = values if share.flat.order is None else torch.zeros_like(values)
+                low, high = share.mine
+                self.slices += logical.slices(share.flat.members, key, stored[low:high], low)
+                self.parts.append((share, values, stored))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Pass on what was read for several ranks, and update the model's weights."""
+        for (flat, cuts), values, stored in self.parts:
+            if flat.order is not None:
+                values.copy_(flat.order.from_checkpoint(stored))
+            if flat.replicas is not None:
+                for rank in range(len(cuts) - 1):
+                    if cuts[rank] < cuts[rank + 1]:
+                        part = values[cuts[rank] : cuts[rank + 1]]
+                        dist.broadcast(part, group=flat.replicas, group_src=rank)
+        self.engine.refresh_model()
 
 
 @torch.no_grad()
-def finish_scatter(engine: Engine, steps: int) -> None:
-    """Set AdamW's number of updates, and copy its weights into the model."""
+def scatter_weights(engine: Engine, whole: dict[str, Tensor]) -> None:
+    """Copy this rank's elements of whole weights, of every parameter, into the flat tensors."""
     for flat in engine.flats():
-        _state_of(engine, flat)["step"] = _steps(flat, steps)
-    engine.refresh_model()
+        for name, (start, length, position) in flat.members.items():
+            flat.tensor.detach()[position : position + length] = whole[name].view(-1)[start : start + length]
 
 
 def optimizer_steps(engine: Engine) -> int:
     """Number of updates that AdamW has made; its bias correction depends on it."""
     return int(_state_of(engine, next(engine.flats()))["step"])
+
+
+def set_optimizer_steps(engine: Engine, steps: int) -> None:
+    """Set AdamW's number of updates."""
+    for flat in engine.flats():
+        _state_of(engine, flat)["step"] = _steps(flat, steps)

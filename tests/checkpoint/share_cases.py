@@ -1,0 +1,210 @@
+"""What the ranks of test_shares.py run: saves and loads in any layout, with bytes and opens counted."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from mlm_train.checkpoint import index as index_module
+from mlm_train.checkpoint.index import read_index
+from mlm_train.checkpoint.load import load_engine_weights, load_training_state, open_checkpoint
+from mlm_train.checkpoint.reading import slices
+from mlm_train.checkpoint.reading.slices import read_tensor
+from mlm_train.checkpoint.save import take_snapshot, write_checkpoint
+from mlm_train.checkpoint.shards import RNG
+from mlm_train.checkpoint.together import first_hash_fault
+from mlm_train.config import Config
+from mlm_train.data.order import ORDER
+from mlm_train.errors import UserError
+from mlm_train.parallel import runtime as processes
+from mlm_train.parallel.health.watchdog import watched
+from mlm_train.parallel.runtime import Runtime
+from mlm_train.train.preflight import newest_of, quick_check
+from mlm_train.train.resume import intact_checkpoint
+from mlm_train.train.step import Trainer
+from mlm_train.utils import files
+from tests.parallel.layouts import MODES
+from tests.parallel.parity_cases import make_trainer, my_batches
+from tests.parallel.reference import tiny_config
+
+Layout = dict[str, Any]  # {"mode": of MODES, "parallel": config section}
+
+
+def _config(model: dict, layout: Layout, **sections: dict) -> Config:
+    memory = {} if layout.get("mode") is None else {"memory": MODES[layout["mode"]]}
+    train = {"micro_batch_size": 1, "global_batch_size": 12} | sections.pop("train", {})
+    checkpoint = {"keep_latest_k": 1000} | sections.pop("checkpoint", {})
+    parallel = layout.get("parallel", {}) | sections.pop("parallel", {})
+    return tiny_config(model, parallel=parallel, train=train, checkpoint=checkpoint, **memory, **sections)
+
+
+def _save(folder: str, step: int, trainer: Trainer, config: Config, runtime: Runtime) -> Path:
+    progress = {"step": step, "samples": 0, "tokens": 0}
+    data = {"fingerprint": "", "order": ORDER, "eod_id": 0, "bos_id": None}
+    snapshot = take_snapshot(trainer.engine, runtime, config, progress, data)
+    return write_checkpoint(Path(folder), snapshot, runtime)
+
+
+def _tensors(checkpoint: Path) -> dict[str, Tensor]:
+    index = read_index(checkpoint, open_checkpoint(checkpoint).files)
+    return {name: read_tensor(index, name) for name in index.tensors if name != RNG}
+
+
+def save(folder: str, model: dict, layout: Layout, step: int = 1) -> list[int]:
+    """Train two steps, save. Returns the bytes of each file."""
+    config = _config(model, layout)
+    runtime = processes.start(config)
+    trainer = make_trainer(config, runtime)
+    for number in range(2):
+        trainer.step(my_batches(runtime, number, config), 1e-2)
+    return [entry.bytes for entry in open_checkpoint(_save(folder, step, trainer, config, runtime)).files]
+
+
+def move(folder: str, model: dict, layouts: dict[str, Layout]) -> dict[str, Any]:
+    """Load step 1 in each layout, save again: which tensors differ, bytes read over bytes, opens by rank."""
+    found: dict[str, Any] = {}
+    source = Path(folder) / "step-00000001"
+    expected = _tensors(source)
+    for number, (name, layout) in enumerate(layouts.items(), 100):
+        config = _config(model, layout)
+        runtime = processes.start(config)
+        trainer = make_trainer(config, runtime)
+        manifest = open_checkpoint(source)
+        with counted() as count:
+            load_training_state(source, manifest, trainer.engine, runtime)
+        counts = runtime.gather(lambda count=count: dict(count))
+        read, size = sum(rank["bytes"] for rank in counts), sum(entry.bytes for entry in manifest.files)
+        written = _save(folder, number, trainer, config, runtime)
+        again = _tensors(written)
+        assert again.keys() == expected.keys()
+        found[name] = {
+            "differ": [key for key in expected if not torch.equal(again[key], expected[key])],
+            "read": read / size,
+            "opens": [rank["opens"] for rank in counts],
+            "files": len(manifest.files),
+            "sizes": [entry.bytes for entry in open_checkpoint(written).files],
+            "weights": _weights_differ(source, expected, trainer, config, runtime, folder, number + 100),
+        }
+        trainer.step(my_batches(runtime, 2, config), 1e-2)  # the model has them too
+    return found
+
+
+def _weights_differ(
+    source: Path,
+    expected: dict[str, Tensor],
+    trainer: Trainer,
+    config: Config,
+    runtime: Runtime,
+    folder: str,
+    step: int,
+) -> list[str]:
+    """The same for a start from weights alone, after the moments were changed by a step."""
+    trainer.step(my_batches(runtime, 3, config), 1e-2)
+    load_engine_weights(source, open_checkpoint(source), trainer.engine, runtime)
+    again = _tensors(_save(folder, step, trainer, config, runtime))
+    equal = {key for key in expected if torch.equal(again[key], expected[key])}
+    assert not any(key.startswith("exp_avg_sq/model.layers") for key in equal)
+    load_training_state(source, open_checkpoint(source), trainer.engine, runtime)
+    return [key for key in expected if key.startswith("weight/") and key not in equal]
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Count the bytes that this rank preads from checkpoints, and the files it opens."""
+    counts: Counter[str] = Counter()
+    pread, opener = os.preadv, files.open_regular
+
+    def reading(descriptor: int, buffers: Any, offset: int) -> int:
+        count = pread(descriptor, buffers, offset)
+        counts["bytes"] += count
+        return count
+
+    def opening(path: Path) -> Any:
+        counts["opens"] += 1
+        return opener(path)
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(files.os, "preadv", reading))
+        for module in (index_module, slices):
+            stack.enter_context(patch.object(module, "open_regular", opening))
+        yield counts
+
+
+def refuse(folder: str, checks: list[str], model: dict, layout: Layout) -> list[str | None]:
+    """The line with which each rank refuses the run's checkpoint, for each of checkpoint.verify."""
+    lines: list[str | None] = []
+    for verify in checks:
+        checkpoint = {"fall_back": False, "verify": verify}
+        config = _config(model, layout, train={"output": folder}, checkpoint=checkpoint)
+        runtime = processes.start(config)
+        trainer = make_trainer(config, runtime)
+
+        def resume(
+            config: Config = config, runtime: Runtime = runtime, trainer: Trainer = trainer
+        ) -> str | None:
+            try:
+                found = intact_checkpoint(
+                    config, runtime, lambda faults: newest_of(config, quick_check(config), faults)
+                )
+                assert found is not None
+                load_training_state(found.folder, found.manifest, trainer.engine, runtime)
+            except UserError as error:
+                return str(error)
+            return None
+
+        line = resume()
+        everyone = runtime.gather(lambda line=line: line)
+        assert len(set(everyone)) == 1, everyone
+        lines.append(line)
+    return lines
+
+
+def fall_back(folder: str, model: dict, layout: Layout) -> list[str]:
+    """The checkpoint that every rank resumes from, and why newer ones are damaged."""
+    config = _config(model, layout, train={"output": folder})
+    runtime = processes.start(config)
+    found = intact_checkpoint(config, runtime, lambda faults: newest_of(config, quick_check(config), faults))
+    assert found is not None
+    names = [found.folder.name, *(fault for _, fault in found.damaged)]
+    everyone = runtime.gather(lambda: names)
+    assert all(each == names for each in everyone)
+    return names
+
+
+def hash_slowly(folder: str, model: dict, limit: float) -> float:
+    """Hash a checkpoint under a watchdog while the last rank's disk is slow. Returns the seconds it took."""
+    parallel = {"timeout": 2 * limit}
+    config = _config(model, {}, train={"output": folder, "watchdog_timeout": limit}, parallel=parallel)
+    runtime = processes.start(config)
+    checkpoint = Path(folder) / "step-00000001"
+    entries = open_checkpoint(checkpoint, "sizes").files
+    digest = files.hashlib.sha256
+
+    class Slow:
+        """SHA-256 whose every update takes a while."""
+
+        def __init__(self) -> None:
+            self.digest = digest()
+
+        def update(self, block: Any) -> None:
+            time.sleep(limit / 8)
+            self.digest.update(block)
+
+        def hexdigest(self) -> str:
+            return self.digest.hexdigest()
+
+    with watched(config, runtime.topology, runtime.marker), ExitStack() as stack:
+        runtime.marker.enter("resume")
+        if runtime.topology.rank == runtime.topology.world - 1:
+            stack.enter_context(patch.object(files.hashlib, "sha256", Slow))
+            stack.enter_context(patch.object(files, "HASHED", max(e.bytes for e in entries) // 20))
+        started = time.monotonic()
+        assert first_hash_fault(checkpoint, entries, runtime) is None
+        return time.monotonic() - started
