@@ -54,7 +54,8 @@ def _header(slices: Sequence[LogicalSlice]) -> tuple[bytes, int]:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
-    return memoryview(tensor.numpy()).cast("B")  # torch views no single element of a stride as bytes
+    # torch views no single element of a stride as bytes
+    return memoryview(tensor.numpy()).cast("B")  # type: ignore[arg-type]
 
 
 def _write_parts(path: Path, header: bytes, parts: Iterable[memoryview]) -> str:
