@@ -10,6 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,13 @@ def bytes_of(tensor: Tensor) -> memoryview:
 def _write_parts(path: Path, header: bytes, parts: Iterable[memoryview]) -> str:
     """Write header and parts one after the other and flush them to disk. Returns the SHA-256 of the file."""
     checksum = hashlib.sha256()
-    with path.open("wb", buffering=0) as file:
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, "checksum") as pool:
         for part in chain((memoryview(header),), parts):
             for start in range(0, len(part), BLOCK):
                 block = part[start : start + BLOCK]
-                checksum.update(block)
+                hashed = pool.submit(checksum.update, block)  # meanwhile the block is written
                 while block:  # on a disk that fills up, a partial write comes before the error
                     block = block[file.write(block) :]
+                hashed.result()
         os.fsync(file.fileno())
     return checksum.hexdigest()
