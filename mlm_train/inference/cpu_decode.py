@@ -66,7 +66,7 @@ class CpuDecode:
         ]
         norm, head = model.norm, model.head_weight
         assert norm is not None
-        self._described = _Model(
+        self._weights = _Model(
             layers=ctypes.addressof(self._layers),
             norm=norm.weight.data_ptr(),
             head=head.data_ptr(),
@@ -112,7 +112,7 @@ class CpuDecode:
             memory=ctypes.addressof(recalled),
             scratch=scratch.data_ptr(),
         )
-        self._decode(self._described, 0, 1, token, None)  # while the token's row is read
+        self._decode(self._weights, 0, 1, token, None)  # while the token's row is read
         if read is not None:
             rows = [
                 read(number).to(x0.dtype).contiguous() if layer.alpha else None
@@ -121,8 +121,8 @@ class CpuDecode:
             recalled[1:] = [None if row is None else row.data_ptr() for row in rows[1:]]
             if rows[0] is not None:
                 x.copy_(x.to(x0.dtype) + layers[0].alpha * rows[0].flatten())
-        logits = torch.empty(1, self._described.vocabulary, dtype=x0.dtype)
-        self._decode(self._described, 1, len(layers), token, logits.data_ptr())
+        logits = torch.empty(1, self._weights.vocabulary, dtype=x0.dtype)
+        self._decode(self._weights, 1, len(layers), token, logits.data_ptr())
         cache.advance(1)
         return logits
 
