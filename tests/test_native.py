@@ -68,12 +68,46 @@ def test_not_fatal(source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest
     assert len(caplog.messages) == 4
 
 
-def test_a_damaged_library_is_compiled_again(source: Path) -> None:
-    folder = source.parent / "cache/mlm_train"
-    folder.mkdir(parents=True)
-    (native.library_file(source, ["c++"])).write_bytes(b"half")
-    library = native.compiled_library(source)
-    assert library is not None and library.answer() == 42
+@pytest.mark.parametrize("compiler", ["", " ", "'c++", "sh -c 'echo >&2; exit 1'"])
+def test_odd_values_of_cxx(source: Path, compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty one is none; what cannot be a command, or fails and says nothing, is not fatal."""
+    monkeypatch.setenv("CXX", compiler)
+    assert (native.compiled_library(source) is None) == bool(compiler.strip())
+
+
+def test_no_home(source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """As in a container whose user is but a number."""
+
+    def nobody(_: int) -> None:
+        raise KeyError
+
+    caplog.set_level(logging.INFO)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert native.compiled_library(source) is None
+    assert "home" in caplog.messages[-1]
+
+
+def test_the_reason_is_the_first_error(
+    source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    source.write_text('#include "no-such-file"')  # the compiler's last line is "compilation terminated."
+    assert native.compiled_library(source) is None
+    assert "no-such-file" in caplog.messages[-1].rpartition(":")[0]
+
+
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.99])
+def test_a_damaged_library_is_compiled_again(source: Path, part: float) -> None:
+    """The half of a library can be loaded, and kills the process."""
+    library = native.library_file(source, ["c++"])
+    native._compile(["c++"], source, library)
+    whole = library.read_bytes()
+    library.write_bytes(whole[: int(part * len(whole))])
+    compiled = native.compiled_library(source)
+    assert compiled is not None and compiled.answer() == 42
+    assert len(library.read_bytes()) == len(whole)
 
 
 def test_processes_at_once(source: Path) -> None:

@@ -26,19 +26,23 @@ def compiled_library(source: Path) -> ctypes.CDLL | None:
     The compiler is $CXX or c++. Compiled once per source, flags and kind of processor: libraries are kept in
     $XDG_CACHE_HOME/mlm_train (~/.cache/mlm_train).
     """
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
     try:
+        compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
         library = library_file(source, compiler)
-        try:
-            return ctypes.CDLL(str(library))
-        except OSError:  # it is not there, or damaged
+        if not _is_whole(library):
             _compile(compiler, source, library)
         return ctypes.CDLL(str(library))
-    except (OSError, subprocess.SubprocessError) as error:
-        stderr = getattr(error, "stderr", None)
-        reason = stderr.strip().splitlines()[-1] if stderr else error
-        log.info("%s is not used, since it cannot be compiled: %s", source.name, reason)
+    # ValueError: quotes in CXX without an end; RuntimeError: a user without a home
+    except (OSError, subprocess.SubprocessError, ValueError, RuntimeError) as error:
+        log.info("%s is not used, since it cannot be compiled: %s", source.name, _reason(error))
         return None
+
+
+def _reason(error: Exception) -> str:
+    """In one line: the compiler's first error, where it gave one."""
+    said = getattr(error, "stderr", None)
+    lines = said.strip().splitlines() if isinstance(said, str) else []  # bytes of one that took too long
+    return next((line for line in lines if "error" in line), lines[-1] if lines else str(error))
 
 
 def library_file(source: Path, compiler: list[str]) -> Path:
@@ -56,8 +60,21 @@ def _compile(compiler: list[str], source: Path, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
         command = [*compiler, *FLAGS, str(source), "-o", str(made)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=120)
+        with made.open("r+b") as file:
+            digest = hashlib.sha256(file.read()).digest()
+            file.write(digest)  # which a loader does not look at
         made.replace(library)
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library ends in its digest: one that was cut off would end the process once it is used."""
+    try:
+        content = library.read_bytes()
+    except FileNotFoundError:
+        return False
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(content[:-size]).digest() == content[-size:]
 
 
 def _cache_folder() -> Path:
