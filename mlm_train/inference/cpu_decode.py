@@ -17,12 +17,18 @@ from mlm_train.inference.cache import KVCache
 from mlm_train.model.attention import Attention
 from mlm_train.model.block import BaseBlock, Block, MemoryBlock
 from mlm_train.model.feedforward import LinearFFN, SwiGLU
+from mlm_train.model.linear import FusedLinear, Linear
 from mlm_train.model.source import MemoryReader
-from mlm_train.model.transformer import Transformer
+from mlm_train.model.transformer import TokenEmbedding, Transformer
 from mlm_train.utils.native import compiled_library
 
 GRAIN = 2**20  # bytes of weights per layer and thread: of fewer, waiting for each other takes longer
 SOURCE = Path(__file__).with_name("cpu_decode.cpp")
+# The modules that the C++ knows; one of a subclass may compute something else.
+MODULES = {
+    *(Transformer, nn.ModuleDict, TokenEmbedding, BaseBlock, MemoryBlock, nn.RMSNorm, Attention),
+    *(SwiGLU, LinearFFN, FusedLinear, Linear),
+}
 
 
 class _Layer(ctypes.Structure):
@@ -52,7 +58,8 @@ class _Token(ctypes.Structure):
 class CpuDecode:
     """The layers and the head of a model for one token at a time; `of` makes it.
 
-    Results are those of the model up to rounding. Weights may change in place, but not be replaced.
+    Results are those of the model up to rounding. Weights may change in place; others that are put in their
+    place are not seen.
     """
 
     def __init__(self, library: ctypes.CDLL, model: Transformer) -> None:
@@ -64,6 +71,8 @@ class CpuDecode:
             for module in model.modules()
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
+        # Whose addresses the C++ has: they must not be freed, even where a parameter gets other data.
+        self._held = [weight.detach() for weight in model.parameters()]
         norm, head = model.norm, model.head_weight
         assert norm is not None
         self._weights = _Model(
@@ -86,18 +95,26 @@ class CpuDecode:
         library = compiled_library(SOURCE)
         return None if library is None else cls(library, model)
 
-    @property
-    def hooked(self) -> bool:
-        """Whether someone watches modules, whose hooks would not be called."""
-        return any(self._hooks)
+    def takes(self, ids: Tensor, cache: KVCache) -> bool:
+        """Whether `logits` can go on from a cache with ids [rows, columns]: one token of an unpadded row.
+
+        Not while someone watches the modules, whose hooks would not be called.
+        """
+        return (
+            ids.numel() == 1
+            and not cache.padded
+            and cache.layers().keys.dtype == torch.bfloat16
+            and not any(self._hooks)
+        )
 
     def logits(self, x0: Tensor, read: MemoryReader | None, cache: KVCache) -> Tensor:
         """x0 [1, 1, hidden], after what is cached of one row -> logits [1, vocabulary]."""
         config, layers = self._model.config, self._layers
         geometry, cached = cache.geometry(1, 1), cache.layers()
-        x = x0.flatten().float()
+        x = x0.reshape(config.hidden_size).float()
         width = 2 * (config.num_attention_heads + config.kv_heads) * config.attention_head_dim
-        scratch = torch.empty(width + config.hidden_size + max(layer.ffn for layer in layers))
+        # Not torch.empty, whose dtype and device are defaults that anyone may set.
+        scratch = x.new_empty(width + config.hidden_size + max(layer.ffn for layer in layers))
         recalled = (c_void_p * len(layers))()
         token = _Token(
             columns=cached.length,
@@ -113,33 +130,39 @@ class CpuDecode:
             scratch=scratch.data_ptr(),
         )
         self._decode(self._weights, 0, 1, token, None)  # while the token's row is read
-        if read is not None:
-            rows = [
-                read(number).to(x0.dtype).contiguous() if layer.alpha else None
-                for number, layer in enumerate(layers)
-            ]
-            recalled[1:] = [None if row is None else row.data_ptr() for row in rows[1:]]
-            if rows[0] is not None:
-                x.copy_(x.to(x0.dtype) + layers[0].alpha * rows[0].flatten())
-        logits = torch.empty(1, self._weights.vocabulary, dtype=x0.dtype)
+        rows = self._recalled(read, x0)
+        recalled[1:] = [None if row is None else row.data_ptr() for row in rows[1:]]
+        if rows[0] is not None:
+            x.copy_(x.to(x0.dtype) + layers[0].alpha * rows[0])
+        logits = x.new_empty(1, self._weights.vocabulary, dtype=x0.dtype)
         self._decode(self._weights, 1, len(layers), token, logits.data_ptr())
         cache.advance(1)
         return logits
 
+    def _recalled(self, read: MemoryReader | None, x0: Tensor) -> list[Tensor | None]:
+        """FFN-M's output [hidden] in each layer, as the C++ reads it; None where nothing is added."""
+        rows: list[Tensor | None] = []
+        for number, layer in enumerate(self._layers):
+            if layer.alpha:
+                assert read is not None, "a model with FFN-M needs a memory source"
+                rows.append(read(number).to(x0).reshape(layer.hidden).contiguous())
+            else:
+                rows.append(None)
+        return rows
+
 
 def _applies(model: Transformer) -> bool:
-    """Whether the model is one that the C++ knows."""
+    """Whether the model is a whole one, of modules and weights that the C++ knows."""
     return (
         model.norm is not None
+        and len(model.layers) == model.config.num_hidden_layers
+        and all(type(module) in MODULES for module in model.modules())
+        and not any(block.compiles for block in _blocks(model))
         and all(
-            type(block) in (BaseBlock, MemoryBlock)
-            and not block.compiles
-            and type(block.self_attn) is Attention
-            and type(_ffn(block)[1]) in (SwiGLU, LinearFFN, type(None))
-            for block in _blocks(model)
-        )
-        and all(
-            weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous()
+            type(weight) is nn.Parameter  # not one that is sharded or quantised
+            and weight.dtype == torch.bfloat16
+            and weight.device.type == "cpu"
+            and weight.is_contiguous()
             for weight in model.parameters()
         )
     )

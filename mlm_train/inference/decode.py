@@ -139,7 +139,7 @@ class Decoder:
     @torch.no_grad()
     def next_logits(self, ids: Tensor, cache: KVCache) -> Tensor:
         """ids int64 [rows, columns], after what is cached -> logits [rows, vocabulary] after them."""
-        if self._cpu is not None and ids.numel() == 1 and not cache.padded and not self._cpu.hooked:
+        if self._cpu is not None and self._cpu.takes(ids, cache):
             return self._cpu.logits(*self.model.open(ids, self.source), cache)
         return self.model.head(self._hidden(ids, cache)[:, -1])
 

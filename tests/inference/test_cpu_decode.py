@@ -11,10 +11,13 @@ from torch import Tensor
 
 from mlm_train.inference import cpu_decode
 from mlm_train.inference.cache import KVCache
+from mlm_train.inference.cpu_decode import CpuDecode
 from mlm_train.inference.decode import Decoder
 from mlm_train.inference.generation import Generation
 from mlm_train.inference.sampling import Sampling
 from mlm_train.inference.trace import traced
+from mlm_train.model.linear import Linear
+from mlm_train.model.source import MemoryReader
 from mlm_train.model.transformer import Transformer
 from tests.inference.test_decode import complete, random_model, source_of
 
@@ -118,6 +121,73 @@ def test_where_it_applies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(event["name"] == "layer 2" for event in trace._events) == 5
     complete(decoder, decoder.begin(alone, sampling))
     assert len(taken) == 4
+
+
+class Rows:
+    """A memory source of one tensor, for all layers."""
+
+    def __init__(self, row: Tensor) -> None:
+        self.row = row
+
+    def open(self, ids: Tensor, x0: Any) -> MemoryReader:
+        return lambda layer: self.row
+
+
+def test_rows_of_any_layout() -> None:
+    model = random_model(kind="memory").bfloat16()
+    both = torch.randn(1, 1, 64)
+    halves = both[..., ::2], both.bfloat16()[..., ::2]
+    for row in (*halves, torch.ones(1, 1, 1).bfloat16().expand(1, 1, 32)):
+        strided, whole = (Decoder(model, Rows(rows)) for rows in (row, row.bfloat16().contiguous()))
+        assert strided._cpu is not None and not row.is_contiguous()
+        assert torch.equal(fed(strided, IDS, 1)[0], fed(whole, IDS, 1)[0])
+    for source in (Rows(torch.ones(1, 1, 5)), None):
+        with pytest.raises((RuntimeError, AssertionError)):
+            fed(Decoder(model, source), IDS, 1)
+
+
+def test_torchs_defaults_have_no_effect() -> None:
+    decoder = decoder_of(random_model(kind="flex", flex_beta=3).bfloat16())
+    logits, cache = fed(decoder, IDS, 29)
+    cache.crop(29)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)  # as while a library makes its models
+        with torch.device("meta"):
+            again = decoder.next_logits(IDS[:, 29:], cache)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(again[0], logits[-1])
+
+
+def test_models_and_caches_that_it_does_not_know() -> None:
+    model = random_model(kind="base").bfloat16()
+    decoder = decoder_of(model)
+    assert decoder._cpu is not None
+    cache = KVCache(model.config, 4, dtype=torch.float32)
+    assert not decoder._cpu.takes(IDS[:, :1], cache)
+
+    class Doubled(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    changed = copy.deepcopy(model)
+    changed.block(1).self_attn.o_proj.__class__ = Doubled
+    assert decoder_of(changed)._cpu is None
+    assert CpuDecode.of(model.part([1, 2], heads=True)) is None
+    mixed = copy.deepcopy(model)
+    mixed.block(1).float()
+    assert CpuDecode.of(mixed) is None
+
+
+def test_weights_are_kept() -> None:
+    """Those whose addresses the C++ has, when a parameter gets other data."""
+    decoder = decoder_of(random_model(kind="base").bfloat16())
+    logits = fed(decoder, IDS, 1)[0]
+    for weight in decoder.model.layers.parameters():
+        weight.data = weight.data.clone()
+    taken_over = [torch.full_like(weight, torch.nan) for weight in decoder.model.parameters()]
+    assert torch.equal(fed(decoder, IDS, 1)[0], logits) and taken_over
 
 
 def texts(decoder: Decoder, prompts: list[list[int]], limits: list[int]) -> list[list[int]]:
