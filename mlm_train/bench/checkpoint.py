@@ -58,8 +58,7 @@ def _check(args: argparse.Namespace) -> None:
     refuse_below_one(args, "runs")
     if args.gib <= 0:
         raise UserError(f"--gib {args.gib}: give more than 0")
-    if args.json is not None:
-        report.check_writable(Path(args.json))
+    report.check_outputs(args)
     if not Path(args.folder).is_dir():
         raise UserError(f"--folder {args.folder}: name an existing folder")
     free = shutil.disk_usage(args.folder).free / GIB

@@ -71,8 +71,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(
             f"--heads {args.heads}: must divide --hidden {args.hidden} into heads of an even size"
         )
-    if args.json is not None:
-        report.check_writable(Path(args.json))
+    report.check_outputs(args)
 
 
 def _step(args: argparse.Namespace) -> tuple[Any, int, int]:

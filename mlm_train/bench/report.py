@@ -113,10 +113,11 @@ def check_writable(path: Path, option: str = "--json") -> None:
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """check_writable of --json and --plot, where they are given."""
-    for option, file in (("--json", args.json), ("--plot", args.plot)):
+    """check_writable of --json and --plot, where the benchmark has them and they are given."""
+    for name in ("json", "plot"):
+        file = getattr(args, name, None)
         if file is not None:
-            check_writable(Path(file), option)
+            check_writable(Path(file), f"--{name}")
 
 
 def _is_report(path: Path) -> bool:

@@ -39,10 +39,7 @@ def bench_scale(args: argparse.Namespace) -> int:
     for shape in shapes or ():
         if shape not in SHAPES:
             raise UserError(f"--shapes {shape}: choose from {', '.join(known)}")
-    if json_file is not None:
-        report.check_writable(Path(json_file))
-    if args.plot is not None:
-        report.check_writable(Path(args.plot), "--plot")
+    report.check_outputs(args)
     folder = PreparedData.open(data)
     if len(folder.split("train").tokens) < tokens:
         raise UserError(f"--data {data} has less than a step of {tokens:,} tokens: prepare more text")

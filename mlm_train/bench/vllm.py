@@ -57,8 +57,7 @@ def bench_vllm(args: argparse.Namespace) -> int:
     if args.worker:
         return serve_orders(Engine)
     refuse_below_one(args, "runs", "batch", "tokens")
-    if args.json is not None:
-        report.check_writable(Path(args.json))
+    report.check_outputs(args)
     if importlib.util.find_spec("vllm") is None:
         raise UserError("vLLM is not installed here: run this in its environment (docs/vllm.md)")
     os.environ.update(ENVIRONMENT)

@@ -20,6 +20,7 @@ from mlm_train.parallel.engine.base import Engine
 from mlm_train.parallel.engine.optimizer_state import STATE, Restored, set_optimizer_steps
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.utils.checks import Check
+from mlm_train.utils.files import finished
 
 
 def open_checkpoint(folder: Path, verify: Check = "full") -> Manifest:
@@ -121,5 +122,4 @@ def load_weights(folder: Path, manifest: Manifest, held: Iterable[Target]) -> No
         LogicalSlice(f"weight/{target.piece.name}", target.piece.shape, target.piece.offset, target.view)
         for target in held
     )
-    for _ in read_slices(read_index(folder, manifest.files), slices):
-        pass
+    finished(read_slices(read_index(folder, manifest.files), slices))

@@ -123,7 +123,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(
             f"{path} has version {str(described[1])[:80]}, but this program reads {versions}: use the other"
         )
-    return record_of(Manifest, tree, path, f"delete {folder} to fall back to an older one")
+    return record_of(Manifest, tree, path, _fix(folder))
 
 
 def verify_files(folder: Path, entries: Sequence[FileRecord], hashes: bool = True) -> None:
@@ -147,7 +147,11 @@ def verify_files(folder: Path, entries: Sequence[FileRecord], hashes: bool = Tru
 
 def damaged(folder: Path, fault: str) -> Damaged:
     """The error for a checkpoint with a damaged file."""
-    return Damaged(fault, f"delete {folder} to fall back to an older one")
+    return Damaged(fault, _fix(folder))
+
+
+def _fix(folder: Path) -> str:
+    return f"delete {folder} to fall back to an older one"
 
 
 def size_fault(path: Path, entry: FileRecord) -> str | None:

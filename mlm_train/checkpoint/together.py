@@ -1,7 +1,7 @@
 """Compare files with their checksums on all ranks together."""
 
 import heapq
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mlm_train.checkpoint.manifest import hash_fault
@@ -19,8 +19,7 @@ def first_hash_fault(folder: Path, files: Sequence[FileRecord], runtime: Runtime
 
     def work() -> Iterator[None]:
         for number in dealt(files, runtime.topology.world)[runtime.topology.rank]:
-            check: Generator[None, None, str | None] = hash_fault(folder / files[number].file, files[number])
-            fault = yield from check
+            fault = yield from hash_fault(folder / files[number].file, files[number])
             if fault is not None:
                 faults[number] = fault
 

@@ -109,12 +109,10 @@ class Decoder:
         cache = KVCache(self.model.config, longest + most, padding, self.dtype, self.device)
         chunks = prefill_chunks(rows)
         self._request(chunks[0])  # before the second chunk's rows, which would delay it
-        for chunk, next_chunk in itertools.zip_longest(chunks, chunks[1:]):
+        for chunk, next_chunk in itertools.pairwise(chunks):
             self._request(next_chunk)
-            if next_chunk is not None:
-                self._hidden(chunk, cache)
-        logits = self.next_logits(chunks[-1], cache)
-        self._extend(rows, logits)
+            self._hidden(chunk, cache)
+        self._extend(rows, self.next_logits(chunks[-1], cache))
         self.timing.prefill_ms = 1e3 * (time.perf_counter() - start)
         self._request(prefill_chunks(_longest_first(following))[0] if following else None)
         while True:

@@ -3,13 +3,14 @@
 import statistics
 from collections import deque
 from dataclasses import replace
+from functools import partial
 
 from mlm_train.checkpoint.load import load_training_state
 from mlm_train.config import Config
 from mlm_train.config.schema import SpikeConfig
 from mlm_train.errors import SharedUserError
 from mlm_train.monitor.report import Progress, Rollback
-from mlm_train.train.preflight import newest_of, quick_check
+from mlm_train.train.preflight import newest_of
 from mlm_train.train.resume import intact_checkpoint
 from mlm_train.train.setup import Run
 from mlm_train.train.step import StepResult
@@ -63,9 +64,7 @@ def roll_back(run: Run, progress: Progress) -> Progress | None:
         )
     run.runtime.marker.enter(f"rollback after step {progress.step}", patient=True)
     run.saver.settle()
-    newest = intact_checkpoint(
-        run.config, run.runtime, lambda faults: newest_of(run.config, quick_check(run.config), faults)
-    )
+    newest = intact_checkpoint(run.config, run.runtime, partial(newest_of, run.config))
     if newest is None:
         run.log.say(
             f"loss spike at step {progress.step}, but no checkpoint to roll back to; training continues"

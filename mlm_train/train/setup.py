@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mlm_train.checkpoint.folders import remove_partials
@@ -29,14 +30,7 @@ from mlm_train.parallel.build import build_engine, build_executor, build_model
 from mlm_train.parallel.engine import Engine
 from mlm_train.parallel.health.watchdog import watched
 from mlm_train.train.memory_mode import decide_mode
-from mlm_train.train.preflight import (
-    LOG,
-    Resumed,
-    check_output,
-    find_checkpoint,
-    quick_check,
-    warm_start_source,
-)
+from mlm_train.train.preflight import LOG, Resumed, check_output, find_checkpoint, warm_start_source
 from mlm_train.train.resume import intact_checkpoint, verified_checkpoint, verify_export
 from mlm_train.train.schedule import resumed_progress
 from mlm_train.train.signals import Signals
@@ -85,9 +79,7 @@ def opened_run(config: Config, data: Blend) -> Iterator[Run | None]:
 
         output = Path(config.train.output)
         runtime.broadcast(claim)
-        resumed = intact_checkpoint(
-            config, runtime, lambda faults: find_checkpoint(config, data, quick_check(config), faults)
-        )
+        resumed = intact_checkpoint(config, runtime, partial(find_checkpoint, config, data))
         lines = runtime.broadcast(lambda: _prepare_output(config, data, resumed))
         if resumed is not None and resumed.completes(config):
             if runtime.is_rank_0:

@@ -32,23 +32,19 @@ class HostCopy:
 def copy_to_host(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Copies of tensors on the CPU, complete on return.
 
-    An accelerator's go to pinned memory on a stream of their own, and are waited for once, all together.
+    An accelerator's go to pinned memory on a stream of their own, and are waited for when all are under way.
     """
-    copies: list[Tensor] = []
+    copies: list[HostCopy] = []
     sources: list[Tensor] = []  # kept until they are copied
     stream: torch.Stream | None = None
     for tensor in tensors:
         if tensor.device.type == "cpu":
-            copies.append(tensor.clone())
+            copies.append(HostCopy(tensor.clone()))
             continue
         if stream is None:
             stream = torch.Stream(tensor.device)
         stream.wait_stream(torch.accelerator.current_stream(tensor.device))
-        copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
         with stream:
-            copy.copy_(tensor, non_blocking=True)
-        copies.append(copy)
+            copies.append(HostCopy(tensor))
         sources.append(tensor)
-    if stream is not None:
-        stream.synchronize()
-    return copies
+    return [copy.wait() for copy in copies]

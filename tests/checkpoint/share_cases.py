@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,7 +27,7 @@ from mlm_train.errors import UserError
 from mlm_train.parallel import runtime as processes
 from mlm_train.parallel.health.watchdog import watched
 from mlm_train.parallel.runtime import Runtime
-from mlm_train.train.preflight import newest_of, quick_check
+from mlm_train.train.preflight import newest_of
 from mlm_train.train.resume import intact_checkpoint
 from mlm_train.train.step import Trainer
 from mlm_train.utils import files
@@ -150,9 +151,7 @@ def refuse(folder: str, checks: list[str], model: dict, layout: Layout) -> list[
             config: Config = config, runtime: Runtime = runtime, trainer: Trainer = trainer
         ) -> str | None:
             try:
-                found = intact_checkpoint(
-                    config, runtime, lambda faults: newest_of(config, quick_check(config), faults)
-                )
+                found = intact_checkpoint(config, runtime, partial(newest_of, config))
                 assert found is not None
                 load_training_state(found.folder, found.manifest, trainer.engine, runtime)
             except UserError as error:
@@ -170,7 +169,7 @@ def fall_back(folder: str, model: dict, layout: Layout) -> list[str]:
     """The checkpoint that every rank resumes from, and why newer ones are damaged."""
     config = _config(model, layout, train={"output": folder})
     runtime = processes.start(config)
-    found = intact_checkpoint(config, runtime, lambda faults: newest_of(config, quick_check(config), faults))
+    found = intact_checkpoint(config, runtime, partial(newest_of, config))
     assert found is not None
     names = [found.folder.name, *(fault for _, fault in found.damaged)]
     everyone = runtime.gather(lambda: names)

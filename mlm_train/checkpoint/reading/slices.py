@@ -1,7 +1,7 @@
 """Read rectangles of logical tensors: only their bytes, straight to where they belong."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from mlm_train.checkpoint.index import FIX, CheckpointIndex
 from mlm_train.checkpoint.shards import BLOCK, bytes_of
 from mlm_train.errors import UserError
 from mlm_train.model.logical import LogicalSlice
-from mlm_train.utils.files import open_regular, read_at
+from mlm_train.utils.files import finished, open_regular, read_at
 
 PAGE = 4096  # bytes: a gap that is smaller costs nothing to read
 
@@ -27,7 +27,7 @@ class _Transfer(NamedTuple):
     dtype: torch.dtype  # in the file
 
 
-def read_slices(index: CheckpointIndex, slices: Iterable[LogicalSlice]) -> Iterator[None]:
+def read_slices(index: CheckpointIndex, slices: Iterable[LogicalSlice]) -> Generator[None, None, None]:
     """Fill the tensors of slices; yields after each block, for its caller to report progress.
 
     Each file that is needed is opened once. Raises UserError for a tensor that is missing, incomplete or of
@@ -87,6 +87,5 @@ def read_tensor(index: CheckpointIndex, name: str, start: int = 0, stop: int | N
     rows = torch.empty(shape, dtype=stored.dtype)
     if len(rows):
         offset = (start, *(0 for _ in shape[1:]))
-        for _ in read_slices(index, [LogicalSlice(name, torch.Size(stored.shape), offset, rows)]):
-            pass
+        finished(read_slices(index, [LogicalSlice(name, torch.Size(stored.shape), offset, rows)]))
     return rows
