@@ -136,7 +136,7 @@ struct Token {
   float *x;                           // [hidden], in and out
   bf16 *keys, *values;                // of the first layer [kv_heads, columns, head_dim]
   const bf16 *cos, *sin;              // [head_dim]; the first half of sin is negated
-  const bf16 *const *memory;          // FFN-M's output [hidden] in each layer, or null
+  const bf16 *memory;                 // FFN-M's output in each layer [layers, hidden]; null: none, or not yet there
   float *scratch;                     // [2 * (heads + kv_heads) * head_dim + hidden + ffn]
 };
 
@@ -208,15 +208,19 @@ void attend(const Layer &layer, const Token &token, long number, const float *qk
   }
 }
 
+// A row of the residual stream after layer `number`, to which FFN-M's output is added where it is there.
+inline float recalled(const Layer &layer, const Token &token, long number, long row, float x) {
+  if (!token.memory || layer.alpha == 0)
+    return x;
+  return rounded(x + rounded(layer.alpha * value(token.memory[number * layer.hidden + row])));
+}
+
 // A layer, by all threads of a parallel region.
 void run(const Layer &layer, const Token &token, long number, std::vector<float> &normed) {
   const long hidden = layer.hidden, width = layer.heads * layer.head_dim;
   const long qkv_width = width + 2 * layer.kv_heads * layer.head_dim;
   float *x = token.x, *qkv = token.scratch, *attended = qkv + qkv_width, *y = attended + width, *inner = y + hidden;
-  const bf16 *memory = token.memory[number];
-  auto finish = [&](long row, float sum) {
-    x[row] = memory ? rounded(sum + rounded(layer.alpha * value(memory[row]))) : sum;
-  };
+  auto finish = [&](long row, float sum) { x[row] = recalled(layer, token, number, row, sum); };
   rms_norm(x, layer.norm, layer.eps, hidden, normed.data());
   product(layer.qkv, normed.data(), qkv_width, hidden, [&](long row, float dot) { qkv[row] = rounded(dot); });
 #pragma omp barrier
@@ -245,9 +249,12 @@ void run(const Layer &layer, const Token &token, long number, std::vector<float>
 
 } // namespace
 
-// Layers `first` to `last` - 1; after the last one, where `logits` are wanted, the final norm and the head.
+// Layers `first` to `last` - 1; after the last one, where `logits` are wanted, the final norm and the head. Layer
+// `first` - 1 ran before FFN-M's output was there, which is added to its own first.
 extern "C" void decode(const Model *model, int64_t first, int64_t last, const Token *token, bf16 *logits) {
   const long hidden = model->layers->hidden;
+  for (long row = 0; first && row < hidden; row++)
+    token->x[row] = recalled(model->layers[first - 1], *token, first - 1, row, token->x[row]);
 #pragma omp parallel num_threads(token->threads)
   {
     std::vector<float> normed(hidden);

@@ -12,6 +12,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mlm_train.inference.cache import KVCache
 from mlm_train.model.attention import Attention
@@ -71,6 +72,7 @@ class CpuDecode:
             for module in model.modules()
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
+        self._unwatched_at = -1  # value of torch's counter of hooks when there were none here
         # Whose addresses the C++ has: they must not be freed, even where a parameter gets other data.
         self._held = [weight.detach() for weight in model.parameters()]
         norm, head = model.norm, model.head_weight
@@ -84,6 +86,10 @@ class CpuDecode:
         )
         read = head.nbytes + sum(weight.nbytes for weight in model.layers.parameters())
         self._threads = max(1, read // (len(blocks) + 1) // GRAIN)
+        config = model.config
+        width = 2 * (config.num_attention_heads + config.kv_heads) * config.attention_head_dim
+        self._scratch = width + config.hidden_size + max(layer.ffn for layer in self._layers)  # floats
+        self._recalls = any(layer.alpha for layer in self._layers)
         self._decode = library.decode
         self._decode.argtypes = [POINTER(_Model), c_int64, c_int64, POINTER(_Token), c_void_p]
 
@@ -104,18 +110,23 @@ class CpuDecode:
             ids.numel() == 1
             and not cache.padded
             and cache.layers().keys.dtype == torch.bfloat16
-            and not any(self._hooks)
+            and not self._watched()
         )
+
+    def _watched(self) -> bool:
+        """Whether a module has a hook. They are looked for only once there are new ones in this process."""
+        if self._unwatched_at != RemovableHandle.next_id:
+            if any(self._hooks):
+                return True
+            self._unwatched_at = RemovableHandle.next_id
+        return False
 
     def logits(self, x0: Tensor, read: MemoryReader | None, cache: KVCache) -> Tensor:
         """x0 [1, 1, hidden], after what is cached of one row -> logits [1, vocabulary]."""
-        config, layers = self._model.config, self._layers
-        geometry, cached = cache.geometry(1, 1), cache.layers()
-        x = x0.reshape(config.hidden_size).float()
-        width = 2 * (config.num_attention_heads + config.kv_heads) * config.attention_head_dim
+        layers, cached, geometry = self._layers, cache.layers(), cache.geometry(1, 1)
+        x = x0.flatten().float()
         # Not torch.empty, whose dtype and device are defaults that anyone may set.
-        scratch = x.new_empty(width + config.hidden_size + max(layer.ffn for layer in layers))
-        recalled = (c_void_p * len(layers))()
+        scratch = x.new_empty(self._scratch)
         token = _Token(
             columns=cached.length,
             threads=min(self._threads, torch.get_num_threads()),
@@ -126,29 +137,30 @@ class CpuDecode:
             values=cached.values.data_ptr(),
             cos=geometry.cos.data_ptr(),
             sin=geometry.sin.data_ptr(),
-            memory=ctypes.addressof(recalled),
             scratch=scratch.data_ptr(),
         )
-        self._decode(self._weights, 0, 1, token, None)  # while the token's row is read
-        rows = self._recalled(read, x0)
-        recalled[1:] = [None if row is None else row.data_ptr() for row in rows[1:]]
-        if rows[0] is not None:
-            x.copy_(x.to(x0.dtype) + layers[0].alpha * rows[0])
+        rows: Tensor | None = None
+        first = 0
+        if self._recalls:
+            assert read is not None, "a model with FFN-M needs a memory source"
+            self._decode(self._weights, 0, 1, token, None)  # while the token's row is read
+            rows, first = self._recalled(read, x0).to(x0).contiguous(), 1
+            token.memory = rows.data_ptr()
         logits = x.new_empty(1, self._weights.vocabulary, dtype=x0.dtype)
-        self._decode(self._weights, 1, len(layers), token, logits.data_ptr())
+        self._decode(self._weights, first, len(layers), token, logits.data_ptr())
         cache.advance(1)
         return logits
 
-    def _recalled(self, read: MemoryReader | None, x0: Tensor) -> list[Tensor | None]:
-        """FFN-M's output [hidden] in each layer, as the C++ reads it; None where nothing is added."""
-        rows: list[Tensor | None] = []
-        for number, layer in enumerate(self._layers):
-            if layer.alpha:
-                assert read is not None, "a model with FFN-M needs a memory source"
-                rows.append(read(number).to(x0).reshape(layer.hidden).contiguous())
-            else:
-                rows.append(None)
-        return rows
+    def _recalled(self, read: MemoryReader, x0: Tensor) -> Tensor:
+        """FFN-M's output in all layers, [layers, hidden]; of those where nothing is added, any."""
+        of_token = getattr(read, "of_token", None)  # of a TokenReader
+        rows = None if of_token is None else of_token()
+        shape = len(self._layers), self._layers[0].hidden
+        if rows is not None:
+            return rows.view(shape)
+        none = x0.new_zeros(shape[1])
+        found = [read(number).flatten() if layer.alpha else none for number, layer in enumerate(self._layers)]
+        return torch.stack([row.to(x0) for row in found]).view(shape)
 
 
 def _applies(model: Transformer) -> bool:

@@ -18,6 +18,15 @@ class MemoryReader(Protocol):
         ...
 
 
+@runtime_checkable
+class TokenReader(MemoryReader, Protocol):
+    """A reader that may have all layers of a token together, as a decoder wants them."""
+
+    def of_token(self) -> Tensor | None:
+        """m_l of all layers of a token that was opened alone, [layers, hidden]; None: ask layer by layer."""
+        ...
+
+
 class MemorySource(Protocol):
     """Makes a reader for each micro-batch."""
 

@@ -61,7 +61,7 @@ class DiskStore:
         self.counters = Counters()
         shape = RowShape.of(index)
         self._row_bytes, self._size = index.row_bytes, span[1] - span[0]
-        self._starts = torch.tensor([partition.rows[0] for partition in index.partitions])
+        self._starts = [partition.rows[0] for partition in index.partitions]
         self._offsets = [
             len(shape.header(stop - start)) + span[0]
             for start, stop in (partition.rows for partition in index.partitions)
@@ -105,13 +105,13 @@ class DiskStore:
         self._end()
 
     def _reads(
-        self, parts: Sequence[tuple[int, Tensor]], missing: Tensor, cuts: Sequence[int]
+        self, parts: Sequence[tuple[int, Sequence[int]]], missing: Tensor, cuts: Sequence[int]
     ) -> Iterator[_Read]:
         """All reads, in the order in which their bytes are needed."""
         wanted, places = missing.tolist(), []
         row = 0
         for file, local in parts:
-            for number in local.tolist():
+            for number in local:
                 if wanted[row]:
                     places.append((file, self._offsets[file] + number * self._row_bytes, row))
                 row += 1

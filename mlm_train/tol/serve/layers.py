@@ -31,7 +31,7 @@ class DecodedLayers:
     ) -> None:
         self._decoder, self._rows, self._dtype, self._device = decoder, rows, dtype, device
         self._at_once = decoder.alike is not None and count * decoder.size <= TOGETHER
-        self._values: dict[int, Tensor] | None = None
+        self._values: Tensor | None = None
 
     def __call__(self, layer: int) -> Tensor | None:
         """A layer, or X0: [n, hidden]; None for one that is not stored. Waits for its bytes alone."""
@@ -41,10 +41,17 @@ class DecodedLayers:
         if not self._at_once or layer == X0:
             encoded = self._on_device(layer, *columns)
             return self._decoder.values(encoded, layer, self._dtype).to(self._dtype)
+        return self._together()[:, self._decoder.number(layer)]
+
+    def all_layers(self) -> Tensor | None:
+        """All of the model's, [n, layers, hidden]; None where they are not decoded together."""
+        return self._together() if self._at_once and self._decoder.complete else None
+
+    def _together(self) -> Tensor:
         if self._values is None:
-            rows = self._on_device(layer, self._decoder.start, self._decoder.size)
+            rows = self._on_device(0, self._decoder.start, self._decoder.size)
             self._values = self._decoder.all_values(rows, self._dtype)
-        return self._values[layer]
+        return self._values
 
     def _on_device(self, layer: int, first: int, last: int) -> Tensor:
         with span("tol.wait", _Waiting(layer)):

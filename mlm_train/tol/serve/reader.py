@@ -32,6 +32,7 @@ class RowDecoder:
     layers: those that will be asked for (None: all that are stored). span: the bytes [first, last) of a row
     that hold them, from which all others count. start: where the first layer begins. alike: that layer's
     encoding, where the rest of the span is layers of the same encoding and of full rank, one by one.
+    complete: whether these are all layers of the model.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class RowDecoder:
         self._layers = [layer for layer in self._fields if layer != X0]
         self.start = self._fields[self._layers[0]][0] if self._layers else 0
         self.alike = self._all_alike()
+        self.complete = self._layers == list(range(index.num_layers))
+        self._numbers = {layer: number for number, layer in enumerate(self._layers)}
 
     @property
     def size(self) -> int:
@@ -88,15 +91,18 @@ class RowDecoder:
             return decoded
         return decoded.to(dtype) @ self._basis(layer, dtype).to(columns.device)
 
-    def all_values(self, rows: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
-        """Decode all stored layers of rows from `start` on, uint8 [n, bytes], at once: [n, hidden] by layer.
+    def number(self, layer: int) -> int:
+        """The place of a stored layer in what all_values returns."""
+        return self._numbers[layer]
+
+    def all_values(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Decode all stored layers of rows from `start` on, uint8 [n, bytes], at once: [n, layers, hidden].
 
         They must be stored alike. `dtype`: of the values.
         """
         assert self.alike is not None
         parts = rows.reshape(rows.shape[0] * len(self._layers), -1)
-        values = decode(self.alike, parts, self.hidden).to(dtype).view(rows.shape[0], -1, self.hidden)
-        return dict(zip(self._layers, values.unbind(1), strict=True))
+        return decode(self.alike, parts, self.hidden).to(dtype).view(rows.shape[0], -1, self.hidden)
 
     def _basis(self, layer: int, dtype: torch.dtype) -> Tensor:
         found = self._rounded.get((layer, dtype))

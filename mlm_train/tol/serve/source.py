@@ -1,9 +1,10 @@
 """A memory source that looks FFN-M's output up in a ToL instead of computing it."""
 
+import functools
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -13,12 +14,12 @@ from mlm_train.checkpoint.hf.manifest import read_manifest
 from mlm_train.checkpoint.reading.logical_folder import ModelFolder
 from mlm_train.config import ModelConfig
 from mlm_train.errors import UserError
-from mlm_train.model.source import MemoryReader
+from mlm_train.model.source import TokenReader
 from mlm_train.tol.format.index import X0, TolIndex, check_fits
 from mlm_train.tol.format.index_file import read_index
 from mlm_train.tol.serve.disk import DiskStore
 from mlm_train.tol.serve.layers import DecodedLayers
-from mlm_train.tol.serve.patch import Overlay, Patch
+from mlm_train.tol.serve.patch import Overlaid, Overlay, Patch
 from mlm_train.tol.serve.reader import RowDecoder, open_partitions, read_bases
 from mlm_train.tol.serve.store import MemoryStore, Rows, RowStore, StoreOptions, Touch
 from mlm_train.utils.host_memory import lock_memory
@@ -108,7 +109,7 @@ class TolSource:
             return  # a batch asks for its first chunk, which the batch before it has asked for
         self._requested.append((distinct, self.store.fetch(distinct)))
 
-    def open(self, ids: Tensor, x0: Tensor) -> MemoryReader:
+    def open(self, ids: Tensor, x0: Tensor) -> TokenReader:
         """Begin to read each distinct id's row, for all layers; a layer waits for its own bytes alone.
 
         ids: [batch, sequence], or [tokens]; x0: [*ids.shape, hidden], of which the dtype and the device are
@@ -121,13 +122,13 @@ class TolSource:
         """Whether the table has x0, so that the model needs no embedding."""
         return self._decoder.columns(X0) is not None
 
-    def open_with_x0(self, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, MemoryReader]:
+    def open_with_x0(self, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, TokenReader]:
         """See model.source.EmbeddingSource; for a table that has embeddings."""
         assert self.has_embeddings
         read = self._reader(ids, dtype, ids.device)
         return read(X0), read
 
-    def _reader(self, ids: Tensor, dtype: torch.dtype, device: torch.device) -> MemoryReader:
+    def _reader(self, ids: Tensor, dtype: torch.dtype, device: torch.device) -> TokenReader:
         distinct, inverse = ids.flatten(), None
         if len(distinct) > 1:  # a token that is decoded alone is distinct
             distinct, inverse = distinct.unique(return_inverse=True)
@@ -135,18 +136,8 @@ class TolSource:
         rows, patched = self._rows(asked), self._overlay.over(asked, dtype, device)
         self.store.counters.rows += ids.numel()
         layers = DecodedLayers(self._decoder, rows, len(asked), dtype, device)
-
-        def read(layer: int) -> Tensor:
-            values = layers(layer)
-            if values is None:
-                return torch.zeros(*ids.shape, self._decoder.hidden, dtype=dtype, device=device)
-            if patched is not None and layer != X0:  # a patch changes what FFN-M recalls
-                values = patched.apply(values, layer)
-            if inverse is not None:
-                values = values.index_select(0, inverse)
-            return values.view(*ids.shape, -1)
-
-        return read
+        none = functools.partial(torch.zeros, *ids.shape, self._decoder.hidden, dtype=dtype, device=device)
+        return _Read(layers, patched, inverse, ids.shape, none)
 
     def _rows(self, distinct: Tensor) -> Rows:
         for number, (requested, rows) in enumerate(self._requested):
@@ -154,6 +145,30 @@ class TolSource:
                 del self._requested[number]
                 return rows
         return self.store.fetch(distinct)
+
+
+class _Read(NamedTuple):
+    """The rows of one forward pass, a reader of them (model.source.TokenReader)."""
+
+    layers: DecodedLayers
+    patched: Overlaid | None
+    inverse: Tensor | None  # of each position: which row; None where there is but one
+    shape: torch.Size  # of the ids
+    none: Callable[[], Tensor]  # what a layer adds that is not stored
+
+    def __call__(self, layer: int) -> Tensor:
+        values = self.layers(layer)
+        if values is None:
+            return self.none()
+        if self.patched is not None and layer != X0:  # a patch changes what FFN-M recalls
+            values = self.patched.apply(values, layer)
+        if self.inverse is not None:
+            values = values.index_select(0, self.inverse)
+        return values.view(*self.shape, -1)
+
+    def of_token(self) -> Tensor | None:
+        values = self.layers.all_layers() if self.patched is None and self.inverse is None else None
+        return None if values is None else values[0]
 
 
 def _check_origin(

@@ -6,6 +6,7 @@ at a time, as late as it can; what must be read from a disk is read in between (
 
 import itertools
 import time
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ from mlm_train.utils.host_memory import will_need
 from mlm_train.utils.units import in_units
 
 Tier = Literal["resident", "shared", "disk"]
+_Found = tuple[Tensor, Sequence[int]]  # a partition, and numbers of rows in it
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class MemoryStore:
     ) -> None:
         self.counters, self._mapped = Counters(), mapped
         self._beside = None if device is None else stream_beside(device)
-        self._partitions, self._starts, self._touch = partitions, torch.tensor(starts), touch
+        self._partitions, self._starts, self._touch = partitions, starts, touch
 
     def fetch(self, ids: Tensor) -> Rows:
         """Begin to read the rows in, where they are mapped; the first `columns` copies them."""
@@ -155,14 +157,10 @@ class MemoryStore:
         self.counters.misses += len(ids)
         whole = self._partitions[0].shape[1]
         self.counters.bytes += len(ids) * whole
-        found = []
-        for number, local in parts:
-            rows = self._partitions[number]
-            # To a device here, where the ids were waited for, and not when a layer asks.
-            found.append((rows, local.to(rows.device)))
+        found = [(self._partitions[number], local) for number, local in parts]
         # All at once: touched one after the other, each would wait for the disk.
         for rows, local in found if self._mapped else ():
-            for number in local.tolist():
+            for number in local:
                 will_need(rows.data_ptr() + number * rows.stride(0), rows.shape[1])
         if self._beside is not None:
             return _Sent(found, Parts(len(ids), cut(len(ids), whole), self._beside), self.counters)
@@ -174,23 +172,31 @@ class MemoryStore:
 
 
 class _Gathered:
-    def __init__(self, parts: list[tuple[Tensor, Tensor]], count: int, counters: Counters) -> None:
-        self._parts, self._count, self._counters = parts, count, counters
+    """Rows copied beside each other, on the device where they are; one alone is used where it lies."""
+
+    def __init__(self, found: Sequence[_Found], count: int, counters: Counters) -> None:
+        self._found, self._count, self._counters = found, count, counters
+        self._indices: list[Tensor] = []
+        if count > 1 and found[0][0].device.type != "cpu":
+            # To the device here, where the ids were waited for, and not when a layer asks.
+            self._indices = [torch.tensor(local, device=rows.device) for rows, local in found]
 
     @cached_property
     def _rows(self) -> Tensor:
-        """Whole rows, on the device where they are."""
-        started, rows = time.perf_counter(), self._parts[0][0]
-        found, done = rows.new_empty(self._count, rows.shape[1]), 0
-        for rows, local in self._parts:
-            some = found[done : done + len(local)]
-            if rows.device.type == "cpu":
-                copy_rows(rows, local.tolist(), some, range(len(local)))
+        rows, local = self._found[0]
+        if self._count == 1:
+            return rows[local[0] : local[0] + 1]
+        started, done = time.perf_counter(), 0
+        gathered = rows.new_empty(self._count, rows.shape[1])
+        for number, (rows, local) in enumerate(self._found):
+            some = gathered[done : done + len(local)]
+            if self._indices:
+                torch.index_select(rows, 0, self._indices[number], out=some)
             else:
-                torch.index_select(rows, 0, local, out=some)
+                copy_rows(rows, local, some, range(len(local)))
             done += len(local)
         self._counters.wait += time.perf_counter() - started
-        return found
+        return gathered
 
     def columns(self, first: int, last: int) -> Tensor:
         return self._rows[:, first:last]
@@ -199,7 +205,7 @@ class _Gathered:
 class _Sent:
     """Rows that go to an accelerator: a part is gathered and sent when the first layer asks for it."""
 
-    def __init__(self, found: list[tuple[Tensor, Tensor]], parts: Parts, counters: Counters) -> None:
+    def __init__(self, found: Sequence[_Found], parts: Parts, counters: Counters) -> None:
         self._found, self._parts, self._counters = found, parts, counters
         self._sent = set[int]()
 
@@ -216,7 +222,7 @@ class _Sent:
         done, (start, stop) = 0, self._parts.cuts[part : part + 2]
         for rows, local in self._found:
             places = range(done, done + len(local))
-            copy_rows(rows[:, start:stop], local.tolist(), self._parts.blocks[part], places)
+            copy_rows(rows[:, start:stop], local, self._parts.blocks[part], places)
             done += len(local)
         self._parts.filled(part)
 
@@ -227,11 +233,12 @@ def copy_rows(rows: Tensor, numbers: Sequence[int], into: Tensor, places: Sequen
         into[place].copy_(rows[number])
 
 
-def split(ids: Tensor, starts: Tensor) -> list[tuple[int, Tensor]]:
+def split(ids: Tensor, starts: Sequence[int]) -> list[tuple[int, list[int]]]:
     """Ascending ids [n] by partition: its number, and their row numbers within it, in order."""
-    edges = [*torch.searchsorted(ids, starts).tolist(), len(ids)]
+    numbers = ids.tolist()
+    edges = [*(bisect_left(numbers, start) for start in starts), len(numbers)]
     return [
-        (number, ids[first:last] - starts[number])
+        (number, [row - starts[number] for row in numbers[first:last]])
         for number, (first, last) in enumerate(itertools.pairwise(edges))
         if first < last
     ]
