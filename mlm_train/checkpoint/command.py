@@ -128,7 +128,7 @@ def _run_keeps(newest: Path, manifests: "Manifests") -> "Keep":
 
     try:
         manifest = manifests.of(newest)
-        verify_files(newest, manifest.files, hashes=False)
+        verify_files(newest, manifest, hashes=False)
         return Keep.of(config_of(manifest).checkpoint)
     except UserError:
         return Keep(1)
@@ -145,7 +145,7 @@ def _row(folder: Path, manifests: "Manifests") -> dict[str, Any]:
     row["written"] = datetime.fromtimestamp(written_last.stat().st_mtime).isoformat(" ", "seconds")
     try:
         manifest = manifests.of(folder)
-        verify_files(folder, manifest.files, hashes=False)
+        verify_files(folder, manifest, hashes=False)
     except UserError as error:
         return row | {"fault": str(error)}
     parallel = config_of(manifest).parallel

@@ -19,6 +19,7 @@ from mlm_train.parallel.runtime import Runtime
 
 FAILURES = 3  # failed saves in a row that end the run: a disk may be full for a while
 NICE = 5  # of the writing thread: on a busy core a third of the time that training's thread has
+LOOK = 1.0  # seconds between looks at its progress
 LEAVE = 60.0  # seconds that a failing run waits for a checkpoint being written
 
 
@@ -54,8 +55,10 @@ class Saver:
         self.settle()
         self.runtime.marker.at("copy")
         snapshot = take_snapshot(self.engine, self.runtime, self.config, progress, self.data, validation)
-        self.write = _Write(self.root, snapshot, self.thread_runtime, started)
-        if self.config.checkpoint.async_save:
+        in_background = self.config.checkpoint.async_save
+        runtime = self.thread_runtime if in_background else self.runtime
+        self.write = _Write(self.root, snapshot, runtime, started)
+        if in_background:
             self.write.start()
         else:
             self.write.run()
@@ -87,8 +90,7 @@ class Saver:
         if write is None:
             return None
         if write.is_alive():
-            self.runtime.marker.at(f"wait for the checkpoint of step {write.snapshot.step}")
-            write.join()
+            self._await(write)
         self.poll()
         self.write, error = None, write.error
         if error is None:
@@ -101,6 +103,15 @@ class Saver:
         kept = "there is no checkpoint yet" if last is None else f"the last good one is {last.name}"
         self.say(f"NOT saved: {error} | {kept}; training continues")
         return error
+
+    def _await(self, write: "_Write") -> None:
+        """Wait for the thread, however slow the disk: as long as it makes progress, so does this one."""
+        seen = None
+        while write.is_alive():
+            if write.runtime.marker.mark != seen:
+                seen = write.runtime.marker.mark
+                self.runtime.marker.at(f"wait for the checkpoint of step {write.snapshot.step}")
+            write.join(LOOK)
 
 
 class _Write(threading.Thread):

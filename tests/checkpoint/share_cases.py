@@ -1,10 +1,7 @@
 """What the ranks of test_shares.py run: saves and loads in any layout, with bytes and opens counted."""
 
-import os
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +10,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from mlm_train.checkpoint import index as index_module
+from mlm_train.bench.file_traffic import FileTraffic
+from mlm_train.checkpoint import digests
 from mlm_train.checkpoint.index import read_index
 from mlm_train.checkpoint.load import load_engine_weights, load_training_state, open_checkpoint
-from mlm_train.checkpoint.reading import slices
 from mlm_train.checkpoint.reading.slices import read_tensor
 from mlm_train.checkpoint.save import take_snapshot, write_checkpoint
 from mlm_train.checkpoint.shards import RNG
@@ -30,7 +27,6 @@ from mlm_train.parallel.runtime import Runtime
 from mlm_train.train.preflight import newest_of
 from mlm_train.train.resume import intact_checkpoint
 from mlm_train.train.step import Trainer
-from mlm_train.utils import files
 from tests.parallel.layouts import MODES
 from tests.parallel.parity_cases import make_trainer, my_batches
 from tests.parallel.reference import tiny_config
@@ -54,7 +50,8 @@ def _save(folder: str, step: int, trainer: Trainer, config: Config, runtime: Run
 
 
 def _tensors(checkpoint: Path) -> dict[str, Tensor]:
-    index = read_index(checkpoint, open_checkpoint(checkpoint).files)
+    manifest = open_checkpoint(checkpoint)
+    index = read_index(checkpoint, manifest.files, manifest.index)
     return {name: read_tensor(index, name) for name in index.tensors if name != RNG}
 
 
@@ -78,17 +75,17 @@ def move(folder: str, model: dict, layouts: dict[str, Layout]) -> dict[str, Any]
         runtime = processes.start(config)
         trainer = make_trainer(config, runtime)
         manifest = open_checkpoint(source)
-        with counted() as count:
+        with FileTraffic(source) as count:
             load_training_state(source, manifest, trainer.engine, runtime)
-        counts = runtime.gather(lambda count=count: dict(count))
-        read, size = sum(rank["bytes"] for rank in counts), sum(entry.bytes for entry in manifest.files)
+        counts = runtime.gather(lambda count=count: (count.bytes_read, count.opens))
+        read, size = sum(read for read, _ in counts), sum(entry.bytes for entry in manifest.every_file)
         written = _save(folder, number, trainer, config, runtime)
         again = _tensors(written)
         assert again.keys() == expected.keys()
         found[name] = {
             "differ": [key for key in expected if not torch.equal(again[key], expected[key])],
             "read": read / size,
-            "opens": [rank["opens"] for rank in counts],
+            "opens": [opens for _, opens in counts],
             "files": len(manifest.files),
             "sizes": [entry.bytes for entry in open_checkpoint(written).files],
             "weights": _weights_differ(source, expected, trainer, config, runtime, folder, number + 100),
@@ -114,28 +111,6 @@ def _weights_differ(
     assert not any(key.startswith("exp_avg_sq/model.layers") for key in equal)
     load_training_state(source, open_checkpoint(source), trainer.engine, runtime)
     return [key for key in expected if key.startswith("weight/") and key not in equal]
-
-
-@contextmanager
-def counted() -> Iterator[Counter[str]]:
-    """Count the bytes that this rank preads from checkpoints, and the files it opens."""
-    counts: Counter[str] = Counter()
-    pread, opener = os.preadv, files.open_regular
-
-    def reading(descriptor: int, buffers: Any, offset: int) -> int:
-        count = pread(descriptor, buffers, offset)
-        counts["bytes"] += count
-        return count
-
-    def opening(path: Path) -> Any:
-        counts["opens"] += 1
-        return opener(path)
-
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(files.os, "preadv", reading))
-        for module in (index_module, slices):
-            stack.enter_context(patch.object(module, "open_regular", opening))
-        yield counts
 
 
 def refuse(folder: str, checks: list[str], model: dict, layout: Layout) -> list[str | None]:
@@ -184,26 +159,18 @@ def hash_slowly(folder: str, model: dict, limit: float) -> float:
     runtime = processes.start(config)
     checkpoint = Path(folder) / "step-00000001"
     entries = open_checkpoint(checkpoint, "sizes").files
-    digest = files.hashlib.sha256
+    read = digests.read_at
 
-    class Slow:
-        """SHA-256 whose every update takes a while."""
-
-        def __init__(self) -> None:
-            self.digest = digest()
-
-        def update(self, block: Any) -> None:
-            time.sleep(limit / 8)
-            self.digest.update(block)
-
-        def hexdigest(self) -> str:
-            return self.digest.hexdigest()
+    def slowly(*arguments: Any) -> int:
+        time.sleep(limit / 4)
+        return read(*arguments)
 
     with watched(config, runtime.topology, runtime.marker), ExitStack() as stack:
         runtime.marker.enter("resume")
         if runtime.topology.rank == runtime.topology.world - 1:
-            stack.enter_context(patch.object(files.hashlib, "sha256", Slow))
-            stack.enter_context(patch.object(files, "HASHED", max(e.bytes for e in entries) // 20))
+            stack.enter_context(patch.object(digests, "read_at", slowly))
+            stack.enter_context(patch.object(digests, "THREADS", 1))
+            stack.enter_context(patch.object(digests, "_PIECE", max(e.bytes for e in entries) // 10))
         started = time.monotonic()
         assert first_hash_fault(checkpoint, entries, runtime) is None
         return time.monotonic() - started

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
+from mlm_train.checkpoint.digests import ShardRecord
 from mlm_train.checkpoint.index import CheckpointIndex, read_index
 from mlm_train.checkpoint.reading import slices as reading
 from mlm_train.checkpoint.reading.slices import read_slices, read_tensor
@@ -21,6 +22,7 @@ from mlm_train.checkpoint.shards import OFFSETS, write_shard
 from mlm_train.errors import UserError
 from mlm_train.model.logical import LogicalSlice
 from mlm_train.parallel.engine.flat import Run, cut_anywhere, cut_evenly, rectangles
+from mlm_train.utils.files import finished
 from mlm_train.utils.records import FileRecord
 
 SHAPES: list[tuple[int, ...]] = [(7,), (1, 5), (5, 1), (4, 3), (2, 3, 4), (3, 1, 2, 2)]
@@ -61,10 +63,10 @@ def parts_of(name: str, whole: Tensor, chance: random.Random) -> list[LogicalSli
     return [LogicalSlice(name, whole.shape, tuple(s.start for s in box), whole[box]) for box in boxes]
 
 
-def written(folder: Path, files: Sequence[Sequence[LogicalSlice]]) -> list[FileRecord]:
+def written(folder: Path, files: Sequence[Sequence[LogicalSlice]]) -> list[ShardRecord]:
     """Files of these parts; their manifest entries."""
     return [
-        FileRecord(**write_shard(folder / f"shard-{number:05d}.safetensors", parts))
+        finished(write_shard(folder / f"shard-{number:05d}.safetensors", parts)).entry
         for number, parts in enumerate(files)
         if parts
     ]
@@ -104,7 +106,7 @@ def test_any_rectangle_is_read_from_any_parts(
         assert all(torch.equal(part.tensor, tensor) for part, tensor in zip(wanted, expected, strict=True))
 
 
-def two_halves(folder: Path) -> tuple[Tensor, list[FileRecord]]:
+def two_halves(folder: Path) -> tuple[Tensor, list[ShardRecord]]:
     """A tensor of 6 x 4, three rows in each of two files."""
     whole = torch.rand(6, 4)
     files = [[LogicalSlice("weight/a", whole.shape, (row, 0), whole[row : row + 3])] for row in (0, 3)]

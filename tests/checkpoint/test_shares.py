@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mlm_train.checkpoint.digests import ShardRecord, Unit, units
 from mlm_train.checkpoint.together import dealt
 from mlm_train.utils.records import FileRecord
 from tests.ranks import run_on_ranks
@@ -109,17 +110,21 @@ def test_all_ranks_together_read_a_checkpoint_once(tmp_path: Path) -> None:
     for name, counts in found.items():
         print(name, counts["read"], counts["opens"])
         assert counts["differ"] == [] and counts["read"] <= 1.05, (name, counts)
-    # Rank 0 reads the headers, and torch's random number state, as well.
-    assert found["FSDP"]["opens"] == [4 + 1 + 1, 1, 1, 1]
+    assert found["FSDP"]["opens"] == [1 + 1, 1, 1, 1]  # rank 0 reads the index as well
 
 
-def test_files_are_dealt_by_size() -> None:
-    sizes = [5, 100, 1, 60, 30, 10, 4]
-    entries = [FileRecord(file=str(size), bytes=size, sha256="") for size in sizes]
-    shares = dealt(entries, 3)
-    assert sorted(number for share in shares for number in share) == list(range(len(sizes)))
-    assert [sum(sizes[number] for number in share) for share in shares] == [100, 60, 50]
-    assert dealt(entries[:1], 3) == [[0], [], []]
+def test_bytes_are_dealt_evenly_and_in_order() -> None:
+    """A huge file too: in blocks. Those of old checkpoints are hashed whole."""
+    sizes = [500, 100, 1, 0, 60, 300, 10]
+    old = [FileRecord(file=str(size), bytes=size, sha256="") for size in sizes]
+    new = [ShardRecord(**entry.model_dump(), block=20) for entry in old]
+    for entries, largest in ((old, 500), (new, 20)):
+        for ranks in (1, 2, 3, 8):
+            shares = dealt(units(entries), ranks)
+            assert [unit for share in shares for unit in share] == units(entries)
+            assert all(sum(unit.size for unit in share) <= sum(sizes) / ranks + largest for share in shares)
+    assert [unit.size for unit in units(new[:1])] == [20] * 25
+    assert units(new[2:4]) == [Unit(0, 0, 1), Unit(1, 0, 0)]
 
 
 def middle_flipped(file: Path) -> None:
