@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mlm_train import __version__
 from mlm_train.checkpoint.folders import PARTIAL, commit, step_folder
@@ -46,13 +47,14 @@ def take_snapshot(
     progress: dict[str, Any],
     data: dict[str, Any],
     validation: Validation | None = None,
+    room: list[Tensor] | None = None,
 ) -> Snapshot:
     """Copy the state for a checkpoint of `progress["step"]`; every rank calls it.
 
     `data` describes the training data: `fingerprint`, `order` of its samples, and `eod_id` for exports.
-    `validation`: of these same weights.
+    `validation`: of these same weights. `room`: memory of an earlier snapshot that is on disk (copy_to_host).
     """
-    state = copy_state(engine)
+    state = copy_state(engine, room)
     if runtime.is_rank_0:
         rng = torch.get_rng_state()
         state.append(LogicalSlice(RNG, rng.shape, (0,), rng))

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mlm_train.checkpoint.folders import newest
 from mlm_train.checkpoint.manifest import Validation
 from mlm_train.checkpoint.save import Snapshot, take_snapshot, write_checkpoint
@@ -45,6 +47,7 @@ class Saver:
         self.thread_runtime = runtime.for_thread(config.parallel.timeout)
         self.failures = 0
         self.write: _Write | None = None
+        self.room: list[Tensor] = []  # in host memory, for the copies of one save after the other
 
     def save(self, progress: dict[str, Any], validation: Validation | None = None) -> None:
         """Wait for the previous checkpoint, copy the state, and start writing it.
@@ -54,7 +57,9 @@ class Saver:
         started = time.monotonic()
         self.settle()
         self.runtime.marker.at("copy")
-        snapshot = take_snapshot(self.engine, self.runtime, self.config, progress, self.data, validation)
+        snapshot = take_snapshot(
+            self.engine, self.runtime, self.config, progress, self.data, validation, self.room
+        )
         in_background = self.config.checkpoint.async_save
         runtime = self.thread_runtime if in_background else self.runtime
         self.write = _Write(self.root, snapshot, runtime, started)
