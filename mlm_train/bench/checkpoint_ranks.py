@@ -50,7 +50,7 @@ def work(order_file: str) -> int:
     for _ in track(turns, "measuring", console=console, transient=True, disable=not runtime.is_rank_0):
         benchmark.turn()
     if runtime.is_rank_0:
-        parameters = count_parameters(benchmark.config.model).total
+        parameters = count_parameters(benchmark.config.model).stored
         result = {"values": benchmark.values, "bytes": benchmark.bytes, "parameters": parameters}
         report.write_result(order_file, result)
     runtime.barrier()

@@ -68,7 +68,7 @@ def take_snapshot(
         "config": config.model_dump(mode="json", exclude_none=True),
         "world": runtime.topology.world,
     }
-    size = len(STATE) * FP32 * count_parameters(config.model).total
+    size = len(STATE) * FP32 * count_parameters(config.model).stored
     return Snapshot(progress["step"], state, manifest, Keep.of(config.checkpoint), size)
 
 

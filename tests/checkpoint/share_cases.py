@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from mlm_train.bench.file_traffic import FileTraffic
-from mlm_train.checkpoint import digests
+from mlm_train.checkpoint import digests, shards
 from mlm_train.checkpoint.index import read_index
 from mlm_train.checkpoint.load import load_engine_weights, load_training_state, open_checkpoint
 from mlm_train.checkpoint.reading.slices import read_tensor
 from mlm_train.checkpoint.save import take_snapshot, write_checkpoint
+from mlm_train.checkpoint.saver import Saver
 from mlm_train.checkpoint.shards import RNG
 from mlm_train.checkpoint.together import first_hash_fault
 from mlm_train.config import Config
@@ -27,6 +28,7 @@ from mlm_train.parallel.runtime import Runtime
 from mlm_train.train.preflight import newest_of
 from mlm_train.train.resume import intact_checkpoint
 from mlm_train.train.step import Trainer
+from mlm_train.utils.direct import PAGE
 from tests.parallel.layouts import MODES
 from tests.parallel.parity_cases import make_trainer, my_batches
 from tests.parallel.reference import tiny_config
@@ -46,7 +48,8 @@ def _save(folder: str, step: int, trainer: Trainer, config: Config, runtime: Run
     progress = {"step": step, "samples": 0, "tokens": 0}
     data = {"fingerprint": "", "order": ORDER, "eod_id": 0, "bos_id": None}
     snapshot = take_snapshot(trainer.engine, runtime, config, progress, data)
-    return write_checkpoint(Path(folder), snapshot, runtime)
+    with patch.object(shards, "BLOCK", 4 * PAGE):  # so that files have several blocks
+        return write_checkpoint(Path(folder), snapshot, runtime)
 
 
 def _tensors(checkpoint: Path) -> dict[str, Tensor]:
@@ -152,25 +155,47 @@ def fall_back(folder: str, model: dict, layout: Layout) -> list[str]:
     return names
 
 
-def hash_slowly(folder: str, model: dict, limit: float) -> float:
-    """Hash a checkpoint under a watchdog while the last rank's disk is slow. Returns the seconds it took."""
-    parallel = {"timeout": 2 * limit}
-    config = _config(model, {}, train={"output": folder, "watchdog_timeout": limit}, parallel=parallel)
+def slow_disk(folder: str, model: dict, limit: float) -> dict[str, float]:
+    """Save, in the background and not, and hash under a watchdog, while the last rank's disk is slow.
+
+    limit: seconds of a collective, and more than the watchdog waits. Returns the seconds of each.
+    """
+    parallel = {"timeout": limit}
+    config = _config(model, {}, train={"output": folder, "watchdog_timeout": 0.85 * limit}, parallel=parallel)
     runtime = processes.start(config)
-    checkpoint = Path(folder) / "step-00000001"
-    entries = open_checkpoint(checkpoint, "sizes").files
-    read = digests.read_at
-
-    def slowly(*arguments: Any) -> int:
-        time.sleep(limit / 4)
-        return read(*arguments)
-
+    trainer = make_trainer(config, runtime)
+    data = {"fingerprint": "", "order": ORDER, "eod_id": 0, "bos_id": None}
+    seconds: dict[str, float] = {}
     with watched(config, runtime.topology, runtime.marker), ExitStack() as stack:
-        runtime.marker.enter("resume")
+        for module in (shards, digests):
+            stack.enter_context(patch.object(module, "BLOCK", 3 * PAGE))
+            stack.enter_context(patch.object(module, "THREADS", 1))
         if runtime.topology.rank == runtime.topology.world - 1:
-            stack.enter_context(patch.object(digests, "read_at", slowly))
-            stack.enter_context(patch.object(digests, "THREADS", 1))
-            stack.enter_context(patch.object(digests, "_PIECE", max(e.bytes for e in entries) // 10))
+            for owner, name in ((digests, "read_at"), (shards.DirectFile, "write")):
+                stack.enter_context(patch.object(owner, name, _slow(getattr(owner, name), limit / 8)))
+        for step, in_background in enumerate((True, False), 1):
+            section = config.checkpoint.model_copy(update={"async_save": in_background})
+            own = config.model_copy(update={"checkpoint": section})
+            saver = Saver(trainer.engine, runtime, own, data, lambda saved: None, print)
+            started = time.monotonic()
+            runtime.marker.enter("checkpoint", patient=True)
+            saver.save({"step": step, "samples": 0, "tokens": 0})
+            saver.finish()
+            seconds["background" if in_background else "foreground"] = time.monotonic() - started
+        checkpoint = Path(folder) / "checkpoints" / "step-00000002"
+        runtime.marker.enter("resume")
         started = time.monotonic()
-        assert first_hash_fault(checkpoint, entries, runtime) is None
-        return time.monotonic() - started
+        manifest = open_checkpoint(checkpoint, "sizes")
+        assert first_hash_fault(checkpoint, manifest.every_file, runtime) is None
+        seconds["verify"] = time.monotonic() - started
+    return seconds
+
+
+def _slow(work: Any, seconds: float) -> Any:
+    """The same, after some seconds."""
+
+    def late(*arguments: Any) -> Any:
+        time.sleep(seconds)
+        return work(*arguments)
+
+    return late

@@ -180,11 +180,10 @@ def test_ranks_fall_back_together(tmp_path: Path) -> None:
     assert "bytes instead of" in faults[0] and "checksum differs" in faults[1]
 
 
-def test_slow_hashing_is_no_hang(tmp_path: Path) -> None:
-    """One rank hashes for longer than the watchdog and a collective allow; the others wait."""
-    run_on_ranks("tests.checkpoint.share_cases:save", 2, folder=str(tmp_path), model=ODD, layout=FSDP)
-    limit = 4.0
+def test_a_slow_disk_is_no_hang(tmp_path: Path) -> None:
+    """One rank writes, and hashes, for longer than the watchdog and a collective allow; the other waits."""
+    limit = 3.0
     took = run_on_ranks(
-        "tests.checkpoint.share_cases:hash_slowly", 2, folder=str(tmp_path), model=ODD, limit=limit
+        "tests.checkpoint.share_cases:slow_disk", 2, folder=str(tmp_path), model=ODD, limit=limit
     )
-    assert took > 2 * limit
+    assert min(took.values()) > 1.5 * limit, took
