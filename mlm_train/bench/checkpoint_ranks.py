@@ -68,7 +68,8 @@ def make_config(gib: float, world: int, folder: Path) -> Config:
         "num_attention_heads": 8,
         "intermediate_size": 8 * HIDDEN // 3,
     }
-    return step_config(model, None, LENGTH, 1, world, {"output": str(folder)}, {"zero_stage": 1})
+    parallel = {"zero_stage": 1} if world > 1 else {}  # alone, every engine writes the same
+    return step_config(model, None, LENGTH, 1, world, {"output": str(folder)}, parallel)
 
 
 class _Benchmark:

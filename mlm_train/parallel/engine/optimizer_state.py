@@ -107,10 +107,13 @@ class Restored:
         self.slices: list[LogicalSlice] = []
         for share in shares(engine.flats()):
             for key in keys:
-                values = _values(engine, share.flat, key).zero_()
+                values = _values(engine, share.flat, key)
                 stored = values if share.flat.order is None else torch.zeros_like(values)
                 low, high = share.mine
-                self.slices += logical.slices(share.flat.members, key, stored[low:high], low)
+                found = list(logical.slices(share.flat.members, key, stored[low:high], low))
+                if sum(part.tensor.numel() for part in found) < high - low:
+                    stored[low:high].zero_()
+                self.slices += found
                 self.parts.append((share, values, stored))
 
     @torch.no_grad()
