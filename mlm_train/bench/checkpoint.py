@@ -20,13 +20,14 @@ from mlm_train.utils.arguments import refuse_below_one
 
 GIB = 2**30
 Values = dict[str, list[float]]  # figure -> its value in each turn
-COUNTS = ("copied", "written", "read", "opens", "cached")  # figures that are not seconds
+UNITS = {"copied": "bytes", "written": "bytes", "read": "bytes", "opens": "files", "cached": "fraction"}
 WITHOUT_FILE = ("copy", "stall", "step", "step_meanwhile")  # seconds without a bandwidth
 # Name of a ratio -> the figures above and below, of one process.
 ALONE = {
     "stall_over_copy": ("stall", "copy"),
     "stall_over_save": ("stall", "save"),
     "save_bandwidth_over_plain": ("plain_write", "save"),
+    "save_bandwidth_over_plain_direct": ("plain_write_direct", "save"),
     "background_over_foreground": ("background_save", "save"),
     "load_bandwidth_over_plain": ("plain_read", "load_verified"),
     "load_bandwidth_over_plain_unverified": ("plain_read", "load"),
@@ -84,16 +85,14 @@ def _check(args: argparse.Namespace) -> None:
 def _rows(worlds: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
     """Report rows; those of several processes begin with their number, and have the slowest rank's values."""
     return [
-        report.row(name if world == 1 else f"dp{world}.{name}", values, _unit(name.removesuffix("_verified")))
+        report.row(name if world == 1 else f"dp{world}.{name}", values, _unit(name))
         for world, found in worlds.items()
         for name, values in found["values"].items()
     ]
 
 
 def _unit(name: str) -> str:
-    if name not in COUNTS:
-        return "s"
-    return {"opens": "files", "cached": "fraction"}.get(name, "bytes")
+    return UNITS.get(name.removesuffix("_verified"), "s")
 
 
 def _ratios(worlds: dict[int, dict[str, Any]]) -> dict[str, float]:

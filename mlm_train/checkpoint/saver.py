@@ -20,7 +20,7 @@ from mlm_train.parallel.engine.base import Engine
 from mlm_train.parallel.runtime import Runtime
 
 FAILURES = 3  # failed saves in a row that end the run: a disk may be full for a while
-NICE = 10  # of the writing threads: on a busy core a tenth of the time that training's thread has
+NICE = 19  # of the writing threads, the most: on a busy core a hundredth of the time of training's thread
 LOOK = 1.0  # seconds between looks at its progress
 LEAVE = 60.0  # seconds that a failing run waits for a checkpoint being written
 

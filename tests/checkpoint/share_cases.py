@@ -23,6 +23,7 @@ from mlm_train.config import Config
 from mlm_train.data.order import ORDER
 from mlm_train.errors import UserError
 from mlm_train.parallel import runtime as processes
+from mlm_train.parallel.engine.optimizer_state import optimizer_steps
 from mlm_train.parallel.health.watchdog import watched
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.train.preflight import newest_of
@@ -147,8 +148,11 @@ def fall_back(folder: str, model: dict, layout: Layout) -> list[str]:
     """The checkpoint that every rank resumes from, and why newer ones are damaged."""
     config = _config(model, layout, train={"output": folder})
     runtime = processes.start(config)
+    trainer = make_trainer(config, runtime)
     found = intact_checkpoint(config, runtime, partial(newest_of, config))
     assert found is not None
+    load_training_state(found.folder, found.manifest, trainer.engine, runtime)
+    assert optimizer_steps(trainer.engine) == 2
     names = [found.folder.name, *(fault for _, fault in found.damaged)]
     everyone = runtime.gather(lambda: names)
     assert all(each == names for each in everyone)

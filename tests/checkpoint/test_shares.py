@@ -1,13 +1,16 @@
 """Each rank writes, reads and hashes its own share of a checkpoint, once, in any layout."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mlm_train.checkpoint.digests import ShardRecord, Unit, units
+from mlm_train.checkpoint.manifest import MANIFEST, write_manifest
 from mlm_train.checkpoint.together import dealt
-from mlm_train.utils.records import FileRecord
+from mlm_train.utils.records import SEAL, FileRecord
 from tests.ranks import run_on_ranks
 
 EVEN = {"kind": "memory", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128}
@@ -164,13 +167,25 @@ def test_every_rank_names_the_damaged_file(tmp_path: Path, kind: str) -> None:
         assert ("shard-7" if kind == "foreign" else victim.name) in line
 
 
+def as_version_3(folder: Path) -> None:
+    """Without an index, and with checksums of whole files."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / manifest.pop("index")["file"]).unlink()
+    del manifest[SEAL]
+    for entry in manifest["files"]:
+        del entry["block"]
+        entry["sha256"] = hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest()
+    write_manifest(folder, manifest | {"version": 3})
+
+
 def test_ranks_fall_back_together(tmp_path: Path) -> None:
-    """Past two damaged ones: one by its size, one by its content."""
+    """Past two damaged ones, one by its size, one by its content, to one of version 3."""
     root = tmp_path / "checkpoints"
     for step in (1, 2, 3):
         run_on_ranks(
             "tests.checkpoint.share_cases:save", 2, folder=str(root), model=ODD, layout=FSDP, step=step
         )
+    as_version_3(root / "step-00000001")
     middle_flipped(root / "step-00000002" / "shard-00001.safetensors")
     (root / "step-00000003" / "shard-00000.safetensors").write_bytes(b"")
     name, *faults = run_on_ranks(
