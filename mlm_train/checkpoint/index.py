@@ -114,7 +114,7 @@ def read_index(folder: Path, files: Sequence[FileRecord], index: FileRecord | No
     if index is None:
         tensors = read_headers(folder, paths)
     else:
-        tensors = load_index(listed(folder, index.file, MANIFEST), index, len(files))
+        tensors = load_index(listed(folder, index.file, MANIFEST), index, [path.name for path in paths])
     stored = {name: Stored.of(part) for name, part in tensors.items()}
     sizes = None if index is None else [entry.bytes for entry in files]
     return CheckpointIndex(folder, [path.name for path in paths], stored, sizes)

@@ -1,8 +1,9 @@
 """A checkpoint's file `index`: what is where in the others, so that a load opens none for its header alone.
 
-8 bytes, little-endian: the length of a JSON object, which follows: by tensor its dtype as safetensors spells
-it, its shape, and how many rectangles the files have of it. Then their rows, int64, in the same order: number
-of the file in the manifest's list, first byte there, first element in the tensor, and its end.
+8 bytes, little-endian: the length of a JSON object, which follows: `files`, the manifest's list of names,
+and `tensors`: of each its dtype as safetensors spells it, its shape, and how many rectangles it has there.
+Then their rows, int64, in the same order: number of the file, first byte there, first element in the tensor,
+and its end.
 """
 
 import hashlib
@@ -23,12 +24,19 @@ LARGEST = 2**33  # bytes of an index that is read: 150 million rectangles
 _INT64 = np.dtype("<i8")
 
 
-class _Entry(Record):
+class _Tensor(Record):
     """A tensor in the JSON object."""
 
     dtype: str
     shape: list[Count]
     rectangles: Count
+
+
+class _Header(Record):
+    """The JSON object."""
+
+    files: list[str]
+    tensors: dict[str, _Tensor]
 
 
 def merged(files: Sequence[Mapping[str, Rectangles]]) -> dict[str, Rectangles]:
@@ -45,13 +53,13 @@ def merged(files: Sequence[Mapping[str, Rectangles]]) -> dict[str, Rectangles]:
     return tensors
 
 
-def write_index(folder: Path, tensors: Mapping[str, Rectangles]) -> FileRecord:
-    """Write the index of a checkpoint and flush it. Returns its manifest entry."""
+def write_index(folder: Path, files: Sequence[str], tensors: Mapping[str, Rectangles]) -> FileRecord:
+    """Write the index of a checkpoint's files and flush it. Returns its manifest entry."""
     entries = {
         name: {"dtype": dtype, "shape": shape, "rectangles": len(rows)}
         for name, (dtype, shape, rows) in tensors.items()
     }
-    text = json.dumps(entries).encode()
+    text = json.dumps({"files": files, "tensors": entries}).encode()
     text += b" " * (-len(text) % 8)
     rows = b"".join(part.rows.astype(_INT64).tobytes() for part in tensors.values())
     data = len(text).to_bytes(8, "little") + text + rows
@@ -59,8 +67,8 @@ def write_index(folder: Path, tensors: Mapping[str, Rectangles]) -> FileRecord:
     return FileRecord(file=INDEX, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def load_index(path: Path, entry: FileRecord, files: int) -> dict[str, Rectangles]:
-    """Read and check the index of so many files. UserError where it is missing or damaged."""
+def load_index(path: Path, entry: FileRecord, files: Sequence[str]) -> dict[str, Rectangles]:
+    """Read and check the index of these files. UserError where it is missing, damaged, or of others."""
     try:
         data = read_regular(path, LARGEST)
     except FileNotFoundError:
@@ -70,16 +78,15 @@ def load_index(path: Path, entry: FileRecord, files: int) -> dict[str, Rectangle
     if hashlib.sha256(data).hexdigest() != entry.sha256:
         raise UserError(f"{path} is damaged: its checksum differs; {FIX}")
     end = 8 + int.from_bytes(data[:8], "little")
-    header = parse_json(data[8:end], path, FIX)
-    return dict(_tensors(path, header, data, end, files))
+    header = record_of(_Header, parse_json(data[8:end], path, FIX), path, FIX)
+    if header.files != files:
+        raise UserError(f"{path} lists other files than the manifest; {FIX}")
+    return dict(_tensors(path, header, data, end))
 
 
-def _tensors(
-    path: Path, header: Mapping[str, object], data: bytes, at: int, files: int
-) -> Iterator[tuple[str, Rectangles]]:
+def _tensors(path: Path, header: _Header, data: bytes, at: int) -> Iterator[tuple[str, Rectangles]]:
     """The tensors in the bytes of an index, whose rows begin at `at`."""
-    for name, value in header.items():
-        entry = record_of(_Entry, value if isinstance(value, dict) else {}, path, FIX)
+    for name, entry in header.tensors.items():
         dims = len(entry.shape)
         count = entry.rectangles * (2 + 2 * dims)
         if not dims or entry.dtype not in DTYPES.values() or at + count * _INT64.itemsize > len(data):
@@ -89,7 +96,7 @@ def _tensors(
         if (
             not len(rows)
             or (rows < 0).any()
-            or (rows[:, 0] >= files).any()
+            or (rows[:, 0] >= len(header.files)).any()
             or (start >= stop).any()
             or (stop > np.array(entry.shape)).any()
         ):

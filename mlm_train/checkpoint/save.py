@@ -126,7 +126,8 @@ def _write_shard(
 def _finish(partial: Path, final: Path, snapshot: Snapshot, files: Sequence[Written]) -> None:
     """Write index and manifest and commit, unless a newer attempt of the job has taken over."""
     with writing(final.parent):
-        index = write_index(partial, merged([one.places for one in files]))
+        names, places = [one.entry.file for one in files], [one.places for one in files]
+        index = write_index(partial, names, merged(places))
         entries = {"files": [one.entry.model_dump() for one in files], "index": index.model_dump()}
         write_manifest(partial, snapshot.manifest | entries)
         refuse_superseded(final.parent.parent)

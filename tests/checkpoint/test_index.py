@@ -182,7 +182,8 @@ def test_the_index_says_what_the_headers_say(tmp_path: Path) -> None:
         for number, parts in enumerate(files)
     ]
     entries = [one.entry for one in written_files]
-    record = write_index(tmp_path, merged([one.places for one in written_files]))
+    names = [entry.file for entry in entries]
+    record = write_index(tmp_path, names, merged([one.places for one in written_files]))
     headers, index = read_index(tmp_path, entries), read_index(tmp_path, entries, record)
     assert headers.tensors.keys() == index.tensors.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -191,6 +192,9 @@ def test_the_index_says_what_the_headers_say(tmp_path: Path) -> None:
         for field in ("start", "stop", "file", "begin"):
             assert np.array_equal(getattr(one, field), getattr(other, field)), (name, field)
         assert torch.equal(read_tensor(index, name), tensor)
+    for others in (entries[1:], entries[::-1]):
+        line = line_of(lambda others=others: read_index(tmp_path, others, record))
+        assert f"{tmp_path / record.file} lists other files than the manifest" in line
     path = tmp_path / record.file
     contents = path.read_bytes()
     damages: dict[str, tuple[bytes, str]] = {

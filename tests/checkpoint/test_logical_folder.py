@@ -150,8 +150,10 @@ def test_a_tensor_without_all_its_parts_is_refused(data: Path, tmp_path: Path) -
     manifest = open_checkpoint(folder)
     for left_out in range(len(manifest.files)):
         files = [entry for number, entry in enumerate(manifest.files) if number != left_out]
-        with pytest.raises(UserError, match=r"incomplete|missing|shape"):
-            open_joined(folder, files).check(config_of(manifest).model)
+        for index, said in ((manifest.index, "lists other files"), (None, r"incomplete|missing|shape")):
+            fewer = manifest.model_copy(update={"files": files, "index": index})
+            with pytest.raises(UserError, match=said):
+                open_joined(folder, fewer).check(config_of(manifest).model)
 
 
 def test_a_base_model_is_refused_where_ffn_m_is_needed(data: Path, tmp_path: Path) -> None:
