@@ -1,10 +1,13 @@
 """Each rank writes, reads and hashes its own share of a checkpoint, once, in any layout."""
 
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from mlm_train.checkpoint.load import open_checkpoint
 from mlm_train.checkpoint.together import dealt
 from mlm_train.utils.records import FileRecord
 from tests.ranks import run_on_ranks
@@ -113,6 +116,36 @@ def test_all_ranks_together_read_a_checkpoint_once(tmp_path: Path) -> None:
     assert found["FSDP"]["opens"] == [4 + 1 + 1, 1, 1, 1]
 
 
+BESIDE = {1: {"alone": fsdp()}, 2: {"ZeRO-1": zero(1), "FSDP": fsdp()}}
+
+
+@pytest.mark.parametrize("world", BESIDE)
+def test_background_saves_are_those_of_their_steps(tmp_path: Path, world: int) -> None:
+    """Two in a row, the second one also asked for while the first is still written."""
+    found = run_on_ranks(
+        "tests.checkpoint.share_cases:save_twice",
+        world,
+        folder=str(tmp_path),
+        model=ODD,
+        layouts=BESIDE[world],
+    )
+    assert len(found) == 2 * len(BESIDE[world])
+    assert all(same == [True] * 3 for same in found.values()), found
+
+
+def test_a_rank_that_cannot_write_on_leaves_nothing(tmp_path: Path) -> None:
+    """Its disk ends within its file: the others hear of it, the older checkpoint stays, the next is whole."""
+    found = run_on_ranks(
+        "tests.checkpoint.share_cases:fail_on_one_rank", 3, folder=str(tmp_path), model=ODD, layout=FSDP
+    )
+    (line,) = found["said"]
+    assert line.startswith(f"NOT saved: {tmp_path}/checkpoints cannot be written: File too large; ")
+    assert line.endswith(" | the last good one is step-00000001; training continues")
+    one, two, three = (f"step-{step:08d}" for step in (1, 2, 3))
+    assert found["left"] == [["latest", one], ["latest", one], ["latest", one, three]], two
+    assert open_checkpoint(tmp_path / "checkpoints" / three).progress.step == 3
+
+
 def test_files_are_dealt_by_size() -> None:
     sizes = [5, 100, 1, 60, 30, 10, 4]
     entries = [FileRecord(file=str(size), bytes=size, sha256="") for size in sizes]
@@ -136,27 +169,53 @@ def joined_by_another(file: Path) -> None:
     file.with_name("shard-7.safetensors").write_bytes(b"x")
 
 
+def of_another_step(file: Path) -> None:
+    """The same name, size and tensors, other values."""
+    other = file.parents[1] / "step-00000002" / file.name
+    assert other.stat().st_size == file.stat().st_size
+    file.write_bytes(other.read_bytes())
+
+
+def of_another_rank(file: Path) -> None:
+    """Each header fits its file; without a look at the manifest, elements are there twice or never."""
+    file.write_bytes(file.with_name("shard-00002.safetensors").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two checkpoints of four ranks, of different steps."""
+    root = tmp_path_factory.mktemp("written")
+    for step in (1, 2):
+        run_on_ranks(
+            "tests.checkpoint.share_cases:save", 4, folder=str(root), model=ODD, layout=FSDP, step=step
+        )
+    return root
+
+
 EVERY_CHECK = ["full", "sizes", "none"]
 DAMAGE: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "flipped": (middle_flipped, ["full"], "is damaged: its checksum differs"),
     "short": (cut_short, EVERY_CHECK, "bytes instead of"),
     "missing": (Path.unlink, EVERY_CHECK, "is missing"),
     "foreign": (joined_by_another, ["full", "sizes"], "is not in"),
+    "of another step": (of_another_step, ["full"], "is damaged: its checksum differs"),
+    "of another rank": (of_another_rank, ["full", "none"], "bytes instead of|is incomplete"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_every_rank_names_the_damaged_file(tmp_path: Path, kind: str) -> None:
-    run_on_ranks(
-        "tests.checkpoint.share_cases:save", 2, folder=str(tmp_path / "checkpoints"), model=ODD, layout=FSDP
-    )
+def test_every_rank_names_the_damaged_file(tmp_path: Path, written: Path, kind: str) -> None:
+    root = shutil.copytree(written, tmp_path / "checkpoints")
     damage, checks, said = DAMAGE[kind]
-    victim = max((tmp_path / "checkpoints" / "step-00000001").glob("*.safetensors"))
+    victim = max((root / "step-00000001").glob("*.safetensors"))
+    assert victim.name == "shard-00003.safetensors"
     damage(victim)
+    shutil.rmtree(root / "step-00000002")
     arguments = {"folder": str(tmp_path), "model": ODD, "layout": FSDP}
     for line in run_on_ranks("tests.checkpoint.share_cases:refuse", 3, checks=checks, **arguments):
-        assert line is not None and said in line and "\n" not in line, line
-        assert ("shard-7" if kind == "foreign" else victim.name) in line
+        assert line is not None and re.search(said, line) and "\n" not in line, line
+        assert ("shard-7" if kind == "foreign" else victim.name) in line or "is incomplete" in line
+        assert str(root / "step-00000001") in line
 
 
 def test_ranks_fall_back_together(tmp_path: Path) -> None:
@@ -176,10 +235,11 @@ def test_ranks_fall_back_together(tmp_path: Path) -> None:
 
 
 def test_slow_hashing_is_no_hang(tmp_path: Path) -> None:
-    """One rank hashes for longer than the watchdog and a collective allow; the others wait."""
-    run_on_ranks("tests.checkpoint.share_cases:save", 2, folder=str(tmp_path), model=ODD, layout=FSDP)
-    limit = 4.0
+    """A resume in which one rank hashes ten times as long as the watchdog allows; the others wait."""
+    root = tmp_path / "checkpoints"
+    run_on_ranks("tests.checkpoint.share_cases:save", 2, folder=str(root), model=ODD, layout=FSDP)
+    limit = 1.0
     took = run_on_ranks(
-        "tests.checkpoint.share_cases:hash_slowly", 2, folder=str(tmp_path), model=ODD, limit=limit
+        "tests.checkpoint.share_cases:resume_slowly", 2, folder=str(tmp_path), model=ODD, limit=limit
     )
-    assert took > 2 * limit
+    assert took > 10 * limit
