@@ -202,6 +202,8 @@ def _prune(path: Path, args: argparse.Namespace) -> int:
         keep = Keep(args.keep_latest_k, every, best)
         manifests = Manifests()
         kept = keep.reasons(committed(root), manifests)
+        # First, so that none names a folder that is deleted.
+        named = args.dry_run or write_names(root, keep, manifests)
         for folder, reasons in kept.items():
             if NEWEST in reasons:
                 continue
@@ -213,6 +215,7 @@ def _prune(path: Path, args: argparse.Namespace) -> int:
             print(f"{'would delete' if args.dry_run else 'deleted'} {folder}")
         if not args.dry_run:
             remove_partials(root)
+        if not named:
             write_names(root, keep, manifests)
     print(f"{sum(map(bool, kept.values()))} of {len(kept)} checkpoints kept in {root}")
     return 0
