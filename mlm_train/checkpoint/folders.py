@@ -15,6 +15,7 @@ from mlm_train.checkpoint.keep import Keep, Manifests, best_of, step_of
 from mlm_train.checkpoint.manifest import MANIFEST
 from mlm_train.errors import UserError
 from mlm_train.utils.files import sync, write_text
+from mlm_train.utils.urls import url_in
 
 LATEST, BEST = "latest", "best"
 PARTIAL = ".partial-"
@@ -48,12 +49,21 @@ def names_one(path: Path) -> bool:
     return path.name in (LATEST, BEST) and not path.is_dir()
 
 
+def refuse_url(path: str | Path) -> None:
+    """Raise UserError for a URL where a model's folder is needed."""
+    if (url := url_in(path)) is not None:
+        raise UserError(
+            f"{url} is a URL; give a folder. `mlm-train checkpoint fetch {url} FOLDER` copies a checkpoint"
+        )
+
+
 def resolve(path: Path) -> Path:
     """Resolve a user's path to a checkpoint folder: itself, or the newest of a run or a checkpoints folder.
 
     `best` and `latest` below a run or a checkpoints folder are resolved too. A half-copied newest checkpoint
     is not skipped: reading its manifest reports it. Raises UserError where there is no checkpoint.
     """
+    refuse_url(path)
     if (path / MANIFEST).is_file() or (path.is_dir() and NAME.fullmatch(path.name)):
         return path
     if path.name == BEST and names_one(path):
