@@ -47,7 +47,11 @@ class CheckpointStore:
 
     def committed(self) -> list[str]:
         """Names of the committed checkpoints, oldest first."""
-        return [name for name in self.folders() if self.manifest_bytes(name) is not None]
+        return [name for name in self.folders() if self._has_manifest(name)]
+
+    def _has_manifest(self, name: str) -> bool:
+        folder = self._folder(name)
+        return answered(self.at(name), lambda: folder.size(MANIFEST)) is not None
 
     def manifest_bytes(self, name: str) -> bytes | None:
         """The text of a checkpoint's manifest; None where it is not committed."""
