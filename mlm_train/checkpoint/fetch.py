@@ -10,8 +10,7 @@ from typing import NamedTuple
 from mlm_train.checkpoint.folders import NAME, PARTIAL, commit, newest
 from mlm_train.checkpoint.keep import Keep, step_of
 from mlm_train.checkpoint.manifest import MANIFEST, Damaged, Manifest, parse_manifest
-from mlm_train.checkpoint.store import CheckpointStore
-from mlm_train.checkpoint.together import dealt
+from mlm_train.checkpoint.store import CheckpointStore, mine_of
 from mlm_train.config import Config
 from mlm_train.errors import SharedUserError, UserError
 from mlm_train.parallel.runtime import Runtime
@@ -66,8 +65,7 @@ def _fault(url: str, root: Path, name: str, files: Sequence[FileRecord], runtime
     found: list[str] = []
 
     def work() -> Iterator[None]:
-        numbers = dealt(files, runtime.topology.world)[runtime.topology.rank]
-        mine = [files[number] for number in numbers]
+        mine = mine_of(files, runtime.topology.rank, runtime.topology.world)
         found.extend((yield from CheckpointStore(url).download(name, mine, _partial(root, name))))
 
     runtime.in_rounds(f"fetch {name}", work())

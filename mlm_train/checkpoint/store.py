@@ -126,6 +126,12 @@ class CheckpointStore:
         return [] if digest.hexdigest() == entry.sha256 else [f"{shown} is damaged: its checksum differs"]
 
 
+def mine_of(files: Sequence[FileRecord], rank: int, world: int) -> list[FileRecord]:
+    """The files that a rank copies: its own, which its node may have in memory, and some of no rank."""
+    own = {f"shard-{number:05d}.safetensors": number for number in range(world)}
+    return [entry for number, entry in enumerate(files) if own.get(entry.file, number % world) == rank]
+
+
 def _opened(folder: Path, entry: FileRecord) -> BinaryIO:
     path = listed(folder, entry.file, MANIFEST)
     try:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from mlm_train.checkpoint.folders import committed
 from mlm_train.checkpoint.keep import NEWEST, Keep, Manifests, step_of
 from mlm_train.checkpoint.manifest import MANIFEST
-from mlm_train.checkpoint.store import CheckpointStore
+from mlm_train.checkpoint.store import CheckpointStore, mine_of
 from mlm_train.config import Config
 from mlm_train.errors import UserError
 from mlm_train.parallel.health.failures import one_line
@@ -111,16 +111,9 @@ class Uploads:
         return missing
 
     def _upload(self, folder: Path, files: Sequence[FileRecord]) -> Iterator[None]:
-        topology = self.runtime.topology
-        mine = mine_of(files, topology.rank, topology.world)
+        mine = mine_of(files, self.runtime.topology.rank, self.runtime.topology.world)
         if mine:
             yield from CheckpointStore(self.url).upload(folder, mine)
 
     def _commit(self, folder: Path, manifest: bytes) -> None:
         CheckpointStore(self.url).commit(folder.name, manifest)
-
-
-def mine_of(files: Sequence[FileRecord], rank: int, world: int) -> list[FileRecord]:
-    """The files that a rank uploads: its own, which its node may have in memory, and some of no rank."""
-    own = {f"shard-{number:05d}.safetensors": number for number in range(world)}
-    return [entry for number, entry in enumerate(files) if own.get(entry.file, number % world) == rank]
