@@ -1,8 +1,6 @@
 """What the ranks of test_shares.py run: saves and loads in any layout, with bytes and opens counted."""
 
 import os
-import resource
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,14 +14,13 @@ import torch
 from torch import Tensor
 
 from mlm_train.checkpoint import index as index_module
-from mlm_train.checkpoint import saver as saver_module
 from mlm_train.checkpoint.index import read_index
 from mlm_train.checkpoint.load import load_engine_weights, load_training_state, open_checkpoint
 from mlm_train.checkpoint.reading import slices
 from mlm_train.checkpoint.reading.slices import read_tensor
-from mlm_train.checkpoint.save import Snapshot, take_snapshot, write_checkpoint
-from mlm_train.checkpoint.saver import Saver
+from mlm_train.checkpoint.save import take_snapshot, write_checkpoint
 from mlm_train.checkpoint.shards import RNG
+from mlm_train.checkpoint.together import first_hash_fault
 from mlm_train.config import Config
 from mlm_train.data.order import ORDER
 from mlm_train.errors import UserError
@@ -49,15 +46,10 @@ def _config(model: dict, layout: Layout, **sections: dict) -> Config:
     return tiny_config(model, parallel=parallel, train=train, checkpoint=checkpoint, **memory, **sections)
 
 
-DATA = {"fingerprint": "", "order": ORDER, "eod_id": 0, "bos_id": None}
-
-
-def _progress(step: int) -> dict[str, int]:
-    return {"step": step, "samples": 0, "tokens": 0}
-
-
-def _save(folder: str | Path, step: int, trainer: Trainer, config: Config, runtime: Runtime) -> Path:
-    snapshot = take_snapshot(trainer.engine, runtime, config, _progress(step), DATA)
+def _save(folder: str, step: int, trainer: Trainer, config: Config, runtime: Runtime) -> Path:
+    progress = {"step": step, "samples": 0, "tokens": 0}
+    data = {"fingerprint": "", "order": ORDER, "eod_id": 0, "bos_id": None}
+    snapshot = take_snapshot(trainer.engine, runtime, config, progress, data)
     return write_checkpoint(Path(folder), snapshot, runtime)
 
 
@@ -185,14 +177,13 @@ def fall_back(folder: str, model: dict, layout: Layout) -> list[str]:
     return names
 
 
-def resume_slowly(folder: str, model: dict, limit: float) -> float:
-    """Resume under a watchdog while the last rank's disk is slow. Returns the seconds of verification."""
+def hash_slowly(folder: str, model: dict, limit: float) -> float:
+    """Hash a checkpoint under a watchdog while the last rank's disk is slow. Returns the seconds it took."""
     parallel = {"timeout": 2 * limit}
     config = _config(model, {}, train={"output": folder, "watchdog_timeout": limit}, parallel=parallel)
     runtime = processes.start(config)
-    trainer = make_trainer(config, runtime)
-    checkpoint = Path(folder) / "checkpoints" / "step-00000001"
-    largest = max(entry.bytes for entry in open_checkpoint(checkpoint, "sizes").files)
+    checkpoint = Path(folder) / "step-00000001"
+    entries = open_checkpoint(checkpoint, "sizes").files
     digest = files.hashlib.sha256
 
     class Slow:
@@ -210,87 +201,9 @@ def resume_slowly(folder: str, model: dict, limit: float) -> float:
 
     with watched(config, runtime.topology, runtime.marker), ExitStack() as stack:
         runtime.marker.enter("resume")
-        stack.enter_context(patch.object(processes, "ROUND", limit / 4))
         if runtime.topology.rank == runtime.topology.world - 1:
             stack.enter_context(patch.object(files.hashlib, "sha256", Slow))
-            stack.enter_context(patch.object(files, "HASHED", largest // 90))
+            stack.enter_context(patch.object(files, "HASHED", max(e.bytes for e in entries) // 20))
         started = time.monotonic()
-        found = intact_checkpoint(config, runtime, partial(newest_of, config))
-        took = time.monotonic() - started
-        assert found is not None and found.folder == checkpoint
-        load_training_state(found.folder, found.manifest, trainer.engine, runtime)
-        return took
-
-
-def save_twice(folder: str, model: dict, layouts: dict[str, Layout]) -> dict[str, list[bool]]:
-    """Save in the background after each of two steps, and beside it synchronously.
-
-    Returns for each layout, with the first write held up until the second save waits for it and without,
-    whether every tensor differs between the two, and whether each is the synchronous one, bit for bit.
-    """
-    found: dict[str, list[bool]] = {}
-    for name, layout in layouts.items():
-        for held in (True, False):
-            root = Path(folder) / f"{name}-{held}"
-            config = _config(model, layout, train={"output": str(root)})
-            runtime = processes.start(config)
-            trainer = make_trainer(config, runtime)
-            with _first_write_waits(runtime) if held else ExitStack():
-                saver = Saver(trainer.engine, runtime, config, DATA, lambda _: None, print)
-                for step in (1, 2):
-                    trainer.step(my_batches(runtime, step, config), 1e-2)
-                    _save(root / "alone", step, trainer, config, runtime)
-                    saver.save(_progress(step))
-                trainer.step(my_batches(runtime, 3, config), 1e-2)
-                saver.finish()
-            if runtime.is_rank_0:
-                found[root.name] = _compared(root)
-            runtime.barrier()
-    return found
-
-
-@contextmanager
-def _first_write_waits(runtime: Runtime) -> Iterator[None]:
-    """The thread begins to write step 1 when the main thread waits for it, to save step 2."""
-
-    def late(root: Path, snapshot: Snapshot, thread_runtime: Runtime) -> Path:
-        end = time.monotonic() + 60
-        while snapshot.step == 1 and not runtime.marker.mark.phase.startswith("wait for the checkpoint"):
-            assert threading.current_thread() is not threading.main_thread() and time.monotonic() < end
-            time.sleep(0.001)
-        return write_checkpoint(root, snapshot, thread_runtime)
-
-    with patch.object(saver_module, "write_checkpoint", late):
-        yield
-
-
-def _compared(root: Path) -> list[bool]:
-    names = [f"step-{step:08d}" for step in (1, 2)]
-    first, second = (_tensors(root / "checkpoints" / name) for name in names)
-    differ = all(not torch.equal(first[name], second[name]) for name in first.keys() | second.keys())
-    same = (
-        open_checkpoint(root / "checkpoints" / name) == open_checkpoint(root / "alone" / name)
-        for name in names
-    )
-    return [differ, *same]
-
-
-def fail_on_one_rank(folder: str, model: dict, layout: Layout) -> dict[str, Any]:
-    """Save three times in the background; the second file of the last rank ends in its middle."""
-    config = _config(model, layout, train={"output": folder})
-    runtime = processes.start(config)
-    trainer, said = make_trainer(config, runtime), list[str]()
-    saver = Saver(trainer.engine, runtime, config, DATA, lambda _: None, said.append)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    left: list[list[str]] = []
-    for step in (1, 2, 3):
-        trainer.step(my_batches(runtime, step, config), 1e-2)
-        if step == 2 and runtime.topology.rank == runtime.topology.world - 1:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        saver.save(_progress(step))
-        saver.settle()
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        left.append(sorted(path.name for path in (Path(folder) / "checkpoints").iterdir()))
-    everyone = runtime.gather(lambda: said)
-    assert all(lines == said for lines in everyone), everyone
-    return {"said": said, "left": left}
+        assert first_hash_fault(checkpoint, entries, runtime) is None
+        return time.monotonic() - started

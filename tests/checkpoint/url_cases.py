@@ -4,7 +4,6 @@ import os
 from collections.abc import Generator
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -18,7 +17,8 @@ from mlm_train.train.preflight import newest_of
 from mlm_train.train.resume import intact_checkpoint
 from mlm_train.utils import url_folder
 from mlm_train.utils.url_folder import UrlFolder
-from tests.checkpoint.share_cases import DATA, Layout, _config, _progress, _save, _tensors
+from tests.checkpoint.save_cases import DATA, progress_at
+from tests.checkpoint.share_cases import Layout, _config, _save, _tensors
 from tests.parallel.parity_cases import make_trainer, my_batches
 
 
@@ -43,7 +43,7 @@ def save(
         saver = Saver(trainer.engine, runtime, config, DATA, lambda _: None, said.append)
         for step in range(1, steps + 1):
             trainer.step(my_batches(runtime, step, config), 1e-2)
-            saver.save(_progress(step))
+            saver.save(progress_at(step))
             saver.finish()
         return {"said": said, "files": runtime.gather(lambda: files)}
 
@@ -66,7 +66,7 @@ def resume(folder: str, url: str, model: dict, layout: Layout, environment: dict
         found = intact_checkpoint(config, runtime, partial(newest_of, config))
         assert found is not None
         load_training_state(found.folder, found.manifest, trainer.engine, runtime)
-    written = _save(Path(folder) / "again", found.progress.step, trainer, config, runtime)
+    written = _save(f"{folder}/again", found.progress.step, trainer, config, runtime)
     differ = list[str]()
     if runtime.is_rank_0:
         one, other = _tensors(found.folder), _tensors(written)
