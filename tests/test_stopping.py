@@ -16,7 +16,7 @@ from mlm_train.checkpoint.reading import slices
 from mlm_train.checkpoint.shards import write_shard
 from mlm_train.errors import Terminated, UserError
 from mlm_train.model.logical import LogicalSlice
-from mlm_train.utils.records import FileRecord
+from mlm_train.utils.files import finished
 from mlm_train.utils.signals import heard, held, stoppable
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
@@ -119,7 +119,7 @@ def test_ignored_where_the_shell_has_it_ignored() -> None:
 def test_a_checkpoint_is_not_damaged_by_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not taken for a read error."""
     part = LogicalSlice("weight/a", torch.Size([4]), (0,), torch.ones(4))
-    index = read_index(tmp_path, [FileRecord(**write_shard(tmp_path / "shard.safetensors", [part]))])
+    index = read_index(tmp_path, [finished(write_shard(tmp_path / "shard.safetensors", [part])).entry])
     read = slices.read_at
 
     def interrupted(*args: Any) -> Any:

@@ -1,62 +1,78 @@
-"""`bench checkpoint`: how long a checkpoint blocks training, and the disk bandwidth of saves and loads.
+"""`bench checkpoint`: what saves and loads cost, beside plain files and copies of as many bytes.
 
-One process trains a base model. Alternating: as many bytes are written to a plain file, a checkpoint is saved
-while training waits, one is saved during training, and both are read back.
+One process, then several that share the state (checkpoint_ranks.py).
 """
 
 import argparse
-import os
 import shutil
+import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from mlm_train.bench import report
-from mlm_train.bench.built import SEED, build, step_config
-from mlm_train.checkpoint.load import load_training_state, open_checkpoint
-from mlm_train.checkpoint.saver import Saver
-from mlm_train.config import Config
 from mlm_train.errors import UserError
-from mlm_train.monitor.report import Saved
-from mlm_train.parallel.build import build_engine
-from mlm_train.train.batches import MicroBatch
-from mlm_train.train.step import Trainer
+from mlm_train.parallel.launch.launcher import launch_ranks
 from mlm_train.utils.arguments import refuse_below_one
-from mlm_train.utils.files import sync
 
 GIB = 2**30
-VOCABULARY, HIDDEN, LENGTH = 32768, 512, 128
-LAYER = 12 * HIDDEN**2  # approximate parameters of a layer
-BLOCK = 2**24  # bytes per write
-WITHOUT_FILE = ("stall", "step", "step_meanwhile")  # figures without a bandwidth
+Values = dict[str, list[float]]  # figure -> its value in each turn
+UNITS = {"copied": "bytes", "written": "bytes", "read": "bytes", "opens": "files", "cached": "fraction"}
+WITHOUT_FILE = ("copy", "stall", "step", "step_meanwhile")  # seconds without a bandwidth
+# Name of a ratio -> the figures above and below, of one process.
+ALONE = {
+    "stall_over_copy": ("stall", "copy"),
+    "stall_over_save": ("stall", "save"),
+    "save_bandwidth_over_plain": ("plain_write", "save"),
+    "save_bandwidth_over_plain_direct": ("plain_write_direct", "save"),
+    "background_over_foreground": ("background_save", "save"),
+    "load_bandwidth_over_plain": ("plain_read", "load_verified"),
+    "load_bandwidth_over_plain_unverified": ("plain_read", "load"),
+    "load_bandwidth_over_plain_cached": ("plain_read_cached", "load_verified_cached"),
+    "step_meanwhile_over_step": ("step_meanwhile", "step"),
+}
+# The same for several processes over one.
+SHARED = {
+    "save_bytes_per_rank_{}_over_dp1": "written",
+    "copied_bytes_per_rank_{}_over_dp1": "copied",
+    "stall_{}_over_dp1": "stall",
+    "copy_{}_over_dp1": "copy",
+    "opens_per_rank_{}_over_dp1": "opens",
+}
 
 
 def bench_checkpoint(args: argparse.Namespace) -> int:
-    """Measure, print and write the report. Returns 0."""
+    """Measure, print and write the report. Returns 0, or the exit code of ranks that failed."""
     _check(args)
-    machine = report.machine()
-    with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=args.folder) as folder:
-        benchmark = _Benchmark(Path(folder), args.gib)
-        console = Console(stderr=True)
-        for _ in track(range(args.runs), "measuring", console=console, transient=True):
-            benchmark.turn()
-    rows, ratios = benchmark.rows(), benchmark.ratios()
-    _show(rows, ratios, machine, benchmark.bytes)
+    machine, console = report.machine(), Console(stderr=True)
+    worlds: dict[int, dict[str, Any]] = {}
+    for world in dict.fromkeys((1, args.ranks)):
+        console.print(f"{world} process{'es' if world > 1 else ''}, {args.runs} turns")
+        outcome = _launch(args, world)
+        if isinstance(outcome, int):
+            return outcome
+        worlds[world] = outcome
+    rows, ratios = _rows(worlds), _ratios(worlds)
+    _show(worlds, rows, ratios, machine)
     if args.json is not None:
         report.write_report(Path(args.json), machine, rows, ratios)
     return 0
 
 
+def _launch(args: argparse.Namespace, world: int) -> dict[str, Any] | int:
+    """Launch ranks. Returns their result, or the exit code where they failed."""
+    command = ["bench", "checkpoint", "--worker"]
+    with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=args.folder) as folder:
+        order = {"folder": folder, "gib": args.gib, "runs": args.runs, "world": world}
+        return report.by_worker(order, lambda file: launch_ranks([*command, file], world))
+
+
 def _check(args: argparse.Namespace) -> None:
-    refuse_below_one(args, "runs")
-    if args.gib <= 0:
+    refuse_below_one(args, "runs", "ranks")
+    if not 0 < args.gib < float("inf"):
         raise UserError(f"--gib {args.gib}: give more than 0")
     report.check_outputs(args)
     if not Path(args.folder).is_dir():
@@ -66,121 +82,58 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--folder {args.folder} has {free:.1f} GiB free, but {4 * args.gib:.1f} are needed")
 
 
+def _rows(worlds: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Report rows; those of several processes begin with their number, and have the slowest rank's values."""
+    return [
+        report.row(name if world == 1 else f"dp{world}.{name}", values, _unit(name))
+        for world, found in worlds.items()
+        for name, values in found["values"].items()
+    ]
+
+
+def _unit(name: str) -> str:
+    return UNITS.get(name.removesuffix("_verified"), "s")
+
+
+def _ratios(worlds: dict[int, dict[str, Any]]) -> dict[str, float]:
+    """Ratios of pairs of figures, as medians over turns."""
+    alone: Values = worlds[1]["values"]
+    ratios = {name: _median_ratio(alone[above], alone[below]) for name, (above, below) in ALONE.items()}
+    for world, found in worlds.items():
+        if world > 1:
+            values: Values = found["values"]
+            for name, figure in SHARED.items():
+                ratios[name.format(f"dp{world}")] = _median_ratio(values[figure], alone[figure])
+            size = [found["bytes"]] * len(values["read"])
+            ratios[f"load_bytes_over_model_dp{world}"] = _median_ratio(values["read"], size)
+            ratios[f"load_bytes_over_model_dp{world}_verified"] = _median_ratio(values["read_verified"], size)
+            ratios[f"stall_over_copy_dp{world}"] = _median_ratio(values["stall"], values["copy"])
+    return ratios
+
+
+def _median_ratio(above: list[float], below: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
 def _show(
-    rows: list[dict[str, Any]], ratios: dict[str, float], machine: dict[str, Any], written: int
+    worlds: dict[int, dict[str, Any]],
+    rows: list[dict[str, Any]],
+    ratios: dict[str, float],
+    machine: dict[str, Any],
 ) -> None:
     """Print seconds, bandwidths and ratios."""
-    table = Table("what", "s", "min", "max", "GiB/s", title=f"a checkpoint of {written / GIB:.2f} GiB")
+    size, parameters = worlds[1]["bytes"], worlds[1]["parameters"]
+    title = f"{parameters / 1e6:.1f} M parameters, a checkpoint of {size / GIB:.2f} GiB"
+    table = Table("what", "median", "min", "max", "", "GiB/s", title=title)
     for row in rows:
-        seconds = [f"{row[key]:.3f}" for key in ("median", "min", "max")]
-        moved = "" if row["name"] in WITHOUT_FILE else f"{written / GIB / row['median']:.2f}"
-        table.add_row(row["name"], *seconds, moved)
+        is_time = row["unit"] == "s"
+        figures = [f"{row[key]:.3f}" if is_time else f"{row[key]:,.4g}" for key in ("median", "min", "max")]
+        moves = is_time and row["name"].rpartition(".")[2] not in WITHOUT_FILE
+        table.add_row(
+            row["name"], *figures, row["unit"], f"{size / GIB / row['median']:.2f}" if moves else ""
+        )
     wide = Console(width=110, soft_wrap=True)
     wide.print(table, soft_wrap=False)
     for name, ratio in ratios.items():
         wide.print(f"{name}: {ratio:.3f}")
     wide.print(report.describe(machine))
-
-
-class _Benchmark:
-    """A model in training, and the measurements on it."""
-
-    def __init__(self, folder: Path, gib: float) -> None:
-        layers = max(1, round((gib * GIB / 12 - 2 * VOCABULARY * HIDDEN) / LAYER))
-        model = {
-            "vocab_size": VOCABULARY if gib >= 0.5 else 512,
-            "hidden_size": HIDDEN,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 8,
-            "intermediate_size": 8 * HIDDEN // 3,
-        }
-        config = step_config(model, None, LENGTH, 1, 1, {"output": str(folder)})
-        self.config: Config = config
-        network, executor, self.runtime = build(config)
-        self.engine = build_engine(network, executor, config, self.runtime)
-        self.trainer = Trainer(self.engine, executor, self.runtime)
-        ids = torch.randint(
-            config.model.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(SEED)
-        )
-        self.batch = MicroBatch(ids, ids)
-        self.folder, self.bytes, self.number = folder, 0, 0
-        self.values: dict[str, list[float]] = {}
-        self.step()
-        self._saved(async_save=False)  # warm-up: libraries are loaded, memory is allocated
-
-    def step(self) -> float:
-        """Run one training step. Returns its seconds."""
-        started = time.perf_counter()
-        self.trainer.step([self.batch], 1e-5)
-        return time.perf_counter() - started
-
-    def turn(self) -> None:
-        """Measure everything once."""
-        self._keep("plain_write", _timed(self._write_plain))
-        blocking, folder = self._saved(async_save=False)
-        self._keep("save", blocking.seconds)
-        alone = [self.step() for _ in range(4)]
-        background, _ = self._saved(async_save=True)
-        self._keep("background_save", background.seconds)
-        self._keep("stall", background.stall)
-        self._keep("step", sorted(alone)[1])
-        self._keep("step_meanwhile", self.meanwhile)
-        self._keep("plain_read", _timed(lambda: (self.folder / "plain").read_bytes()))
-        manifest = open_checkpoint(folder, "sizes")
-        self._keep("verify", _timed(lambda: open_checkpoint(folder)))
-        self._keep("load", _timed(lambda: load_training_state(folder, manifest, self.engine, self.runtime)))
-
-    def _saved(self, async_save: bool) -> tuple[Saved, Path]:
-        """Save, and with async_save train meanwhile. Returns the outcome and the checkpoint's folder."""
-        section = self.config.checkpoint.model_copy(update={"async_save": async_save})
-        config = self.config.model_copy(update={"checkpoint": section})
-        committed: list[Saved] = []
-        data = {"fingerprint": "", "eod_id": 0}
-        saver = Saver(self.engine, self.runtime, config, data, committed.append, print)
-        self.number += 1
-        saver.save({"step": self.number, "samples": 0, "tokens": 0})
-        steps = []
-        while async_save and not committed:
-            steps.append(self.step())
-            saver.poll()
-        saver.finish()
-        self.meanwhile = sorted(steps)[len(steps) // 2] if steps else 0.0
-        self.bytes = sum(file.stat().st_size for file in committed[0].folder.iterdir())
-        return committed[0], committed[0].folder
-
-    def _write_plain(self) -> None:
-        """Write as many bytes to a plain file, flushed to disk."""
-        block = os.urandom(BLOCK)
-        path = self.folder / "plain"
-        with path.open("wb") as file:
-            for _ in range(-(-self.bytes // BLOCK)):
-                file.write(block)
-        sync(path)
-
-    def _keep(self, name: str, seconds: float) -> None:
-        self.values.setdefault(name, []).append(seconds)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Report rows: seconds of each measurement."""
-        return [report.row(name, values, "s") for name, values in self.values.items()]
-
-    def ratios(self) -> dict[str, float]:
-        """Ratios of pairs of figures, as medians over turns."""
-        pairs = {
-            "stall_over_save": ("stall", "save"),
-            "save_bandwidth_over_plain": ("plain_write", "save"),
-            "background_bandwidth_over_plain": ("plain_write", "background_save"),
-            "load_bandwidth_over_plain": ("plain_read", "load"),
-            "step_meanwhile_over_step": ("step_meanwhile", "step"),
-        }
-        medians = {}
-        for name, (above, below) in pairs.items():
-            ratios = [a / b for a, b in zip(self.values[above], self.values[below], strict=True)]
-            medians[name] = sorted(ratios)[len(ratios) // 2]
-        return medians
-
-
-def _timed(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started

@@ -82,7 +82,8 @@ examples:
 
 _CHECKPOINT_HELP = """Compare blocking and background saves and loads of a checkpoint with plain files.
 
-One process on CPU trains a base model of that size meanwhile; the measurements alternate.
+One process on CPU trains a base model of that size meanwhile; the measurements alternate. Then --ranks
+data-parallel processes (ZeRO-1) save and load the same model: what each copies, writes, opens and reads.
 
 examples:
   mlm-train bench checkpoint
@@ -139,7 +140,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     checkpoint.add_argument(
         "--runs", type=int, metavar="N", default=5, help="number of measurements (default 5)"
     )
+    checkpoint.add_argument(
+        "--ranks", type=int, metavar="N", default=8, help="data-parallel processes (default 8; 1: leave out)"
+    )
     checkpoint.add_argument("--json", metavar="FILE", help="write the figures to a JSON file")
+    checkpoint.add_argument("--worker", help=argparse.SUPPRESS)  # for the ranks
     _add_data(actions)
     _add_tol(actions)
     loss = add_action(actions, "loss", "compare the chunked head and loss with the plain one", _LOSS_HELP)
@@ -296,9 +301,7 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "train":
         return _run_train(args)
     if args.action == "checkpoint":
-        from mlm_train.bench.checkpoint import bench_checkpoint
-
-        return bench_checkpoint(args)
+        return _run_checkpoint(args)
     if args.action == "loss":
         return _run_loss(args)
     if args.action == "auto":
@@ -347,6 +350,16 @@ def _run_scale(args: argparse.Namespace) -> int:
     from mlm_train.bench.scale import bench_scale
 
     return bench_scale(args)
+
+
+def _run_checkpoint(args: argparse.Namespace) -> int:
+    if args.worker is not None:
+        from mlm_train.bench.checkpoint_ranks import work
+
+        return work(args.worker)
+    from mlm_train.bench.checkpoint import bench_checkpoint
+
+    return bench_checkpoint(args)
 
 
 def _run_train(args: argparse.Namespace) -> int:

@@ -179,7 +179,7 @@ def _run_keeps(newest: Path, manifests: "Manifests") -> "Keep":
 
     try:
         manifest = manifests.of(newest)
-        verify_files(newest, manifest.files, hashes=False)
+        verify_files(newest, manifest, hashes=False)
         return Keep.of(config_of(manifest).checkpoint)
     except UserError:
         return Keep(1)
@@ -195,7 +195,7 @@ def _row(folder: Path, manifests: "Manifests") -> dict[str, Any]:
     row["written"] = datetime.fromtimestamp(written_last.stat().st_mtime).isoformat(" ", "seconds")
     try:
         manifest = manifests.of(folder)
-        verify_files(folder, manifest.files, hashes=False)
+        verify_files(folder, manifest, hashes=False)
     except UserError as error:
         return row | {"fault": str(error)}
     return row | _described(manifest) | {"fault": None}
@@ -251,7 +251,7 @@ def _verify_at(url: str) -> int:
     for name in [chosen] if chosen is not None else committed_at(store):
         try:
             manifest = store.manifest(name)
-            faults = finished(store.verify(name, manifest.files))
+            faults = finished(store.verify(name, manifest.every_file))
         except Damaged as error:
             faults = [error.fault]
         for fault in faults:

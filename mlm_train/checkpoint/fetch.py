@@ -130,7 +130,7 @@ def _begin(url: str, root: Path, name: str, fits: Fits) -> _Begun:
     except Damaged as error:
         return _Begun(fault=error.fault)
     fits(store.at(name), manifest)
-    folder, size = _partial(root, name), sum(entry.bytes for entry in manifest.files)
+    folder, size = _partial(root, name), sum(entry.bytes for entry in manifest.every_file)
     shutil.rmtree(folder, ignore_errors=True)
     with writing(root):
         folder.mkdir(parents=True)
@@ -140,7 +140,7 @@ def _begin(url: str, root: Path, name: str, fits: Fits) -> _Begun:
             f"{store.at(name)} needs {in_units(size)}, but {root} has {in_units(free)} free: free space, or "
             "choose another folder"
         )
-    return _Begun(manifest.files, data or b"")
+    return _Begun(manifest.every_file, data or b"")
 
 
 def _finish(root: Path, name: str, manifest: bytes, keep: Keep) -> Path:

@@ -4,11 +4,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from mlm_train.checkpoint.index import CheckpointIndex, read_index
 from mlm_train.checkpoint.manifest import MANIFEST, Manifest, read_manifest, verify_files
-from mlm_train.checkpoint.reading.slices import read_slices, read_tensor
+from mlm_train.checkpoint.reading.slices import read_slices
 from mlm_train.checkpoint.shards import RNG
 from mlm_train.config import Config, ModelConfig
 from mlm_train.config.load import parse_config
@@ -27,7 +26,7 @@ def open_checkpoint(folder: Path, verify: Check = "full") -> Manifest:
     """Verify a checkpoint folder. Returns its manifest; raises UserError naming what is damaged."""
     manifest = read_manifest(folder)
     if verify != "none":
-        verify_files(folder, manifest.files, hashes=verify == "full")
+        verify_files(folder, manifest, hashes=verify == "full")
     return manifest
 
 
@@ -91,28 +90,39 @@ def check_steps(folder: Path | str, manifest: Manifest, config: Config) -> None:
 def load_training_state(folder: Path, manifest: Manifest, engine: Engine, runtime: Runtime) -> None:
     """Load weights, moments and RNG state from a verified checkpoint; every rank calls it.
 
-    Rank 0 reads the files' headers; each rank then reads its own elements, from the files that hold some.
+    Rank 0 reads the index; each rank then reads its own elements, from the files that hold some.
     Raises UserError on every rank where any rank could not read.
     """
-
-    def opened() -> tuple[CheckpointIndex, Tensor]:
-        index = read_index(folder, manifest.files)
-        return index, read_tensor(index, RNG)
-
-    index, rng = runtime.broadcast(opened)
-    torch.set_rng_state(rng)
-    _restore(engine, STATE, index, runtime)
+    index = _broadcast_index(folder, manifest, runtime)
+    slices = []
+    if runtime.is_rank_0:
+        stored = index.stored(RNG)
+        rng = torch.empty(stored.shape, dtype=stored.dtype)
+        slices = [LogicalSlice(RNG, rng.shape, (0,), rng)]
+    _restore(engine, STATE, index, runtime, slices)
+    torch.set_rng_state(runtime.broadcast(lambda: rng))
     set_optimizer_steps(engine, manifest.progress.optimizer_steps)
 
 
 def load_engine_weights(folder: Path, manifest: Manifest, engine: Engine, runtime: Runtime) -> None:
     """Load the weights alone, as load_training_state does."""
-    _restore(engine, ("weight",), runtime.broadcast(lambda: read_index(folder, manifest.files)), runtime)
+    _restore(engine, ("weight",), _broadcast_index(folder, manifest, runtime), runtime)
 
 
-def _restore(engine: Engine, keys: Sequence[str], index: CheckpointIndex, runtime: Runtime) -> None:
+def _broadcast_index(folder: Path, manifest: Manifest, runtime: Runtime) -> CheckpointIndex:
+    return runtime.broadcast(lambda: read_index(folder, manifest.files, manifest.index))
+
+
+def _restore(
+    engine: Engine,
+    keys: Sequence[str],
+    index: CheckpointIndex,
+    runtime: Runtime,
+    more: Sequence[LogicalSlice] = (),
+) -> None:
+    """Read the state of `keys` and `more` slices; every rank calls it."""
     restored = Restored(engine, keys)
-    runtime.in_rounds(f"read {index.folder.name}", read_slices(index, restored.slices))
+    runtime.in_rounds(f"read {index.folder.name}", read_slices(index, [*restored.slices, *more]))
     restored.finish()
 
 
@@ -122,4 +132,4 @@ def load_weights(folder: Path, manifest: Manifest, held: Iterable[Target]) -> No
         LogicalSlice(f"weight/{target.piece.name}", target.piece.shape, target.piece.offset, target.view)
         for target in held
     )
-    finished(read_slices(read_index(folder, manifest.files), slices))
+    finished(read_slices(read_index(folder, manifest.files, manifest.index), slices))

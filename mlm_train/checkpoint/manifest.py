@@ -3,14 +3,14 @@
 It has its own checksum, so that a changed digit is found as damage instead of moving the data cursor.
 """
 
-from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from mlm_train.checkpoint.digests import ShardRecord, first_fault, hashed, units
 from mlm_train.errors import UserError
-from mlm_train.utils.files import finished, hashing, listed
+from mlm_train.utils.files import finished, listed
 from mlm_train.utils.records import (
     SEAL,
     Count,
@@ -25,9 +25,10 @@ from mlm_train.utils.records import (
 
 MANIFEST = "manifest.json"
 FORMAT = "mlm-checkpoint"
-VERSION = 3
-# Version 1 had no checksum of the manifest; in version 2 a file held one part of a tensor, under its name.
-READABLE = (2, VERSION)
+VERSION = 4
+# Version 1 had no checksum of the manifest; in version 2 a file held one part of a tensor, under its name;
+# version 3 had no index, and the SHA-256 of whole files instead of blocks.
+READABLE = (2, 3, VERSION)
 
 
 class Rewarmed(Record):
@@ -76,14 +77,20 @@ class Manifest(Record):
     """The contents of manifest.json, without its own checksum."""
 
     format: Literal["mlm-checkpoint"]
-    version: Literal[2, 3]
+    version: Literal[2, 3, 4]
     tool: str
     progress: Reached
     validation: Validation | None = None  # where the weights were evaluated
     data: TrainedOn
     config: dict[str, Any]  # of the run, for config.load.parse_config
     world: Annotated[Count, Field(ge=1)]
-    files: Annotated[list[FileRecord], Field(min_length=1)]
+    files: Annotated[list[ShardRecord], Field(min_length=1)]
+    index: FileRecord | None = None  # what is where in them; since version 4
+
+    @property
+    def every_file(self) -> list[FileRecord]:
+        """All files but the manifest itself."""
+        return [*self.files, *([] if self.index is None else [self.index])]
 
 
 class Damaged(UserError):
@@ -128,25 +135,24 @@ def parse_manifest(data: bytes | None, folder: Path | str) -> Manifest:
     if described[0] != FORMAT:
         raise UserError(f"{path} does not describe a {FORMAT}")
     if described[1] not in READABLE:
-        versions = " and ".join(map(str, READABLE))
+        versions = ", ".join(map(str, READABLE))
         raise UserError(
             f"{path} has version {str(described[1])[:80]}, but this program reads {versions}: use the other"
         )
     return record_of(Manifest, tree, path, _fix(folder))
 
 
-def verify_files(folder: Path, entries: Sequence[FileRecord], hashes: bool = True) -> None:
+def verify_files(folder: Path, manifest: Manifest, hashes: bool = True) -> None:
     """Check presence, size and (with `hashes`) content of files; Damaged names the first bad one.
 
     A file that no entry names is rejected too: it is no part of what was committed.
     """
+    entries = manifest.every_file
     for entry in entries:
-        path = listed(folder, entry.file, MANIFEST)
-        fault = size_fault(path, entry)
-        if fault is None and hashes:
-            fault = finished(hash_fault(path, entry))
-        if fault is not None:
+        if (fault := size_fault(listed(folder, entry.file, MANIFEST), entry)) is not None:
             raise damaged(folder, fault)
+    if hashes and (fault := first_fault(folder, entries, finished(hashed(folder, entries, units(entries))))):
+        raise damaged(folder, fault)
     unknown = {path.name for path in folder.glob("*.safetensors")} - {entry.file for entry in entries}
     if unknown:
         raise UserError(
@@ -169,15 +175,3 @@ def size_fault(path: Path, entry: FileRecord) -> str | None:
         return f"{path} is missing"
     size = path.stat().st_size
     return None if size == entry.bytes else f"{path} is damaged: {size} bytes instead of {entry.bytes}"
-
-
-def hash_fault(path: Path, entry: FileRecord) -> Generator[None, None, str | None]:
-    """What is wrong with a file's content, naming it; None: nothing. Yields after each block.
-
-    Raises UserError where it cannot be read: the file may be whole.
-    """
-    try:
-        digest = yield from hashing(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    return None if digest == entry.sha256 else f"{path} is damaged: its checksum differs"

@@ -1,18 +1,22 @@
 """Write a checkpoint: each rank its own rectangles of logical tensors, rank 0 the manifest last."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mlm_train import __version__
+from mlm_train.checkpoint.digests import THREADS
 from mlm_train.checkpoint.folders import PARTIAL, commit, step_folder
+from mlm_train.checkpoint.index_file import merged, write_index
 from mlm_train.checkpoint.keep import Keep
 from mlm_train.checkpoint.manifest import FORMAT, VERSION, Validation, write_manifest
-from mlm_train.checkpoint.shards import RNG, write_shard
+from mlm_train.checkpoint.shards import RNG, NonFinite, Written, write_shard
 from mlm_train.config import Config
 from mlm_train.errors import UserError
 from mlm_train.model.counts import count_parameters
@@ -21,10 +25,10 @@ from mlm_train.parallel.engine.base import Engine
 from mlm_train.parallel.engine.optimizer_state import STATE, copy_state, optimizer_steps
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.utils.files import writing
-from mlm_train.utils.nonfinite import nonfinite
 from mlm_train.utils.run_lock import SlurmAttempt, refuse_superseded
 
 FP32, GIB = 4, 2**30
+BACKGROUND_THREADS = 2  # that write while training goes on: half as many take 1.5 times as long (docs/run.md)
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,10 @@ class Snapshot:
 
     step: int
     state: Sequence[LogicalSlice]  # what this rank writes, in host memory
-    manifest: dict[str, Any]  # without `files`
+    manifest: dict[str, Any]  # without `files` and `index`
     keep: Keep  # which checkpoints of the run are kept
     bytes: int  # approximate, of all ranks
+    threads: int  # that write
 
 
 def take_snapshot(
@@ -45,13 +50,14 @@ def take_snapshot(
     progress: dict[str, Any],
     data: dict[str, Any],
     validation: Validation | None = None,
+    room: list[Tensor] | None = None,
 ) -> Snapshot:
     """Copy the state for a checkpoint of `progress["step"]`; every rank calls it.
 
     `data` describes the training data: `fingerprint`, `order` of its samples, and `eod_id` for exports.
-    `validation`: of these same weights.
+    `validation`: of these same weights. `room`: memory of an earlier snapshot that is on disk (copy_to_host).
     """
-    state = copy_state(engine)
+    state = copy_state(engine, room)
     if runtime.is_rank_0:
         rng = torch.get_rng_state()
         state.append(LogicalSlice(RNG, rng.shape, (0,), rng))
@@ -65,8 +71,9 @@ def take_snapshot(
         "config": config.model_dump(mode="json", exclude_none=True),
         "world": runtime.topology.world,
     }
-    size = len(STATE) * FP32 * count_parameters(config.model).total
-    return Snapshot(progress["step"], state, manifest, Keep.of(config.checkpoint), size)
+    size = len(STATE) * FP32 * count_parameters(config.model).stored
+    threads = BACKGROUND_THREADS if config.checkpoint.async_save else THREADS
+    return Snapshot(progress["step"], state, manifest, Keep.of(config.checkpoint), size, threads)
 
 
 def write_checkpoint(root: Path, snapshot: Snapshot, runtime: Runtime) -> Path:
@@ -77,47 +84,53 @@ def write_checkpoint(root: Path, snapshot: Snapshot, runtime: Runtime) -> Path:
     """
     final = step_folder(root, snapshot.step)
     partial = root / f"{PARTIAL}{final.name}{SlurmAttempt.suffix()}"
-    marker = runtime.marker  # each phase may take long
+    marker = runtime.marker
     marker.at("space")
     runtime.broadcast(lambda: _prepare(partial, snapshot))
     try:
-        marker.at("check for non-finite values")
-        runtime.gather(lambda: _refuse_nonfinite(snapshot))
-        marker.at("write")
-        entries = runtime.gather(lambda: _write_shard(partial, runtime.topology.rank, snapshot.state))
+        written: list[Written] = []
+        # As long as all ranks write on, however slowly, none waits longer for another than for a round.
+        with closing(_write_shard(partial, runtime.topology.rank, snapshot, written)) as work:
+            runtime.in_rounds("write", work)
         marker.at("commit")
-        manifest = snapshot.manifest | {"files": [entry for entry in entries if entry is not None]}
-        runtime.broadcast(lambda: _finish(partial, manifest, final, snapshot.keep))
+        # The index is rank 0's work: no other needs what the files of all ranks have.
+        every = runtime.gather_on_rank_0(written)
+        runtime.broadcast(lambda: _finish(partial, final, snapshot, [one for of in every for one in of]))
     except UserError:
         runtime.broadcast(lambda: shutil.rmtree(partial, ignore_errors=True))
         raise
     return final
 
 
-def _refuse_nonfinite(snapshot: Snapshot) -> None:
-    """Raise UserError for non-finite values: no run can resume from them, and a good checkpoint would go."""
-    parts = {number: part.tensor for number, part in enumerate(snapshot.state) if part.name != RNG}
-    if found := nonfinite(parts):
+def _write_shard(
+    partial: Path, rank: int, snapshot: Snapshot, written: list[Written]
+) -> Generator[None, None, None]:
+    """Write this rank's file, if it has something to write, and append it to `written`.
+
+    Raises UserError for non-finite values: no run can resume from them, and a good checkpoint would go.
+    """
+    if not snapshot.state:
+        return
+    try:
+        with writing(partial.parent):
+            written.append(
+                (yield from write_shard(partial / f"shard-{rank:05d}.safetensors", snapshot.state))
+            )
+    except NonFinite as error:
         raise UserError(
-            f"the state after step {snapshot.step} holds infinity or NaN in {snapshot.state[found[0]].name}: "
+            f"the state after step {snapshot.step} holds infinity or NaN in {error}: "
             "restart from the newest checkpoint"
-        )
+        ) from None
 
 
-def _write_shard(partial: Path, rank: int, state: Sequence[LogicalSlice]) -> dict[str, Any] | None:
-    """Write this rank's file. Returns its manifest entry; None where the rank has nothing to write."""
-    if not state:
-        return None
-    with writing(partial.parent):
-        return write_shard(partial / f"shard-{rank:05d}.safetensors", state)
-
-
-def _finish(partial: Path, manifest: dict[str, Any], final: Path, keep: Keep) -> None:
-    """Write the manifest and commit, unless a newer attempt of the job has taken over."""
+def _finish(partial: Path, final: Path, snapshot: Snapshot, files: Sequence[Written]) -> None:
+    """Write index and manifest and commit, unless a newer attempt of the job has taken over."""
     with writing(final.parent):
-        write_manifest(partial, manifest)
+        index = write_index(partial, merged([one.places for one in files]))
+        entries = {"files": [one.entry.model_dump() for one in files], "index": index.model_dump()}
+        write_manifest(partial, snapshot.manifest | entries)
         refuse_superseded(final.parent.parent)
-        commit(partial, final, keep)
+        commit(partial, final, snapshot.keep)
 
 
 def _prepare(partial: Path, snapshot: Snapshot) -> None:

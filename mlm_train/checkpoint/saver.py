@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mlm_train.checkpoint.folders import newest
 from mlm_train.checkpoint.manifest import Validation
 from mlm_train.checkpoint.save import Snapshot, take_snapshot, write_checkpoint
@@ -18,6 +20,7 @@ from mlm_train.parallel.runtime import Runtime
 from mlm_train.utils.priority import yield_to_training
 
 FAILURES = 3  # failed saves in a row that end the run: a disk may be full for a while
+LOOK = 1.0  # seconds between looks at its progress
 LEAVE = 60.0  # seconds that a failing run waits for a checkpoint being written
 
 
@@ -45,6 +48,7 @@ class Saver:
         self.uploads = None if url is None else Uploads(url, self.root, config, runtime)
         self.failures = 0
         self.write: _Write | None = None
+        self.room: list[Tensor] = []  # in host memory, for the copies of one save after the other
 
     def save(self, progress: dict[str, Any], validation: Validation | None = None) -> None:
         """Wait for the previous checkpoint, copy the state, and start writing it.
@@ -54,9 +58,13 @@ class Saver:
         started = time.monotonic()
         self.settle()
         self.runtime.marker.at("copy")
-        snapshot = take_snapshot(self.engine, self.runtime, self.config, progress, self.data, validation)
-        self.write = _Write(self.root, snapshot, self.thread_runtime, self.uploads, started)
-        if self.config.checkpoint.async_save:
+        snapshot = take_snapshot(
+            self.engine, self.runtime, self.config, progress, self.data, validation, self.room
+        )
+        in_background = self.config.checkpoint.async_save
+        runtime = self.thread_runtime if in_background else self.runtime
+        self.write = _Write(self.root, snapshot, runtime, self.uploads, started)
+        if in_background:
             self.write.start()
         else:
             self.write.run()
@@ -93,8 +101,7 @@ class Saver:
         if write is None:
             return None
         if write.is_alive():
-            self.runtime.marker.at(f"wait for the checkpoint of step {write.snapshot.step}")
-            write.join()
+            self._await(write)
         self.poll()
         self.write, error = None, write.error
         if error is None:
@@ -107,6 +114,15 @@ class Saver:
         kept = "there is no checkpoint yet" if last is None else f"the last good one is {last.name}"
         self.say(f"NOT saved: {error} | {kept}; training continues")
         return error
+
+    def _await(self, write: "_Write") -> None:
+        """Wait for the thread, however slow the disk: as long as it makes progress, so does this one."""
+        seen = None
+        while write.is_alive():
+            if write.runtime.marker.mark != seen:
+                seen = write.runtime.marker.mark
+                self.runtime.marker.at(f"wait for the checkpoint of step {write.snapshot.step}")
+            write.join(LOOK)
 
 
 class _Write(threading.Thread):

@@ -4,7 +4,6 @@ A store has no rename of a folder. A checkpoint there counts once it has its man
 all files are, and removed before any of them.
 """
 
-import hashlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -13,6 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from mlm_train.checkpoint.digests import Streamed
 from mlm_train.checkpoint.folders import NAME
 from mlm_train.checkpoint.keep import Keep, Manifests, step_of
 from mlm_train.checkpoint.manifest import MANIFEST, Manifest, parse_manifest
@@ -111,7 +111,7 @@ class CheckpointStore:
         return faults
 
     def _read(self, name: str, entry: FileRecord, use: Callable[[bytes], object]) -> Checking:
-        folder, digest, count = self._folder(name), hashlib.sha256(), 0
+        folder, digest, count = self._folder(name), Streamed(entry), 0
         shown = folder.at(entry.file)
         if answered(shown, partial(folder.size, entry.file)) is None:
             return [f"{shown} is missing"]

@@ -1,10 +1,10 @@
 """Compare files with their checksums on all ranks together."""
 
-import heapq
+from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mlm_train.checkpoint.manifest import hash_fault
+from mlm_train.checkpoint.digests import Unit, first_fault, hashed, units
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.utils.records import FileRecord
 
@@ -12,30 +12,28 @@ from mlm_train.utils.records import FileRecord
 def first_hash_fault(folder: Path, files: Sequence[FileRecord], runtime: Runtime) -> str | None:
     """What is wrong with the content of the first damaged file, naming it, on every rank; None: nothing.
 
-    Every rank calls it with the same files and reads some of them. Raises UserError, on every rank, where one
-    cannot be read.
+    Every rank calls it with the same files and hashes a part of them. Raises UserError, on every rank, where
+    one cannot be read.
     """
-    faults: dict[int, str] = {}
+    found: dict[Unit, bytes] = {}
 
     def work() -> Iterator[None]:
-        for number in dealt(files, runtime.topology.world)[runtime.topology.rank]:
-            fault = yield from hash_fault(folder / files[number].file, files[number])
-            if fault is not None:
-                faults[number] = fault
+        mine = dealt(units(files), runtime.topology.world)[runtime.topology.rank]
+        found.update((yield from hashed(folder, files, mine)))
 
     runtime.in_rounds(f"verify {folder.name}", work())
-    found: dict[int, str] = {}
-    for of_rank in runtime.gather(lambda: faults):
-        found |= of_rank
-    return found[min(found)] if found else None
+    of_ranks = runtime.gather(lambda: found)
+    return first_fault(folder, files, dict(ChainMap(*of_ranks)))
 
 
-def dealt(files: Sequence[FileRecord], ranks: int) -> list[list[int]]:
-    """Numbers of the files that each rank reads: largest first, each to the rank with the fewest bytes."""
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [(0, rank) for rank in range(ranks)]
-    for number in sorted(range(len(files)), key=lambda number: -files[number].bytes):
-        load, rank = heapq.heappop(loads)
-        shares[rank].append(number)
-        heapq.heappush(loads, (load + files[number].bytes, rank))
+def dealt(work: Sequence[Unit], ranks: int) -> list[list[Unit]]:
+    """The units that each rank hashes: as many bytes each, one after the other.
+
+    So a rank hashes what it has written and will read, and its node need not fetch these bytes twice.
+    """
+    shares: list[list[Unit]] = [[] for _ in range(ranks)]
+    total, done = max(sum(unit.size for unit in work), 1), 0
+    for unit in work:
+        shares[min((2 * done + unit.size) * ranks // (2 * total), ranks - 1)].append(unit)
+        done += unit.size
     return shares

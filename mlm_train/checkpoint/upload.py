@@ -107,7 +107,7 @@ class Uploads:
             data = (folder / MANIFEST).read_bytes()
             if folder.name not in there or store.manifest_bytes(folder.name) != data:
                 store.withdraw(folder.name)
-                missing.append(_Missing(folder, manifests.of(folder).files, data))
+                missing.append(_Missing(folder, manifests.of(folder).every_file, data))
         return missing
 
     def _upload(self, folder: Path, files: Sequence[FileRecord]) -> Iterator[None]:

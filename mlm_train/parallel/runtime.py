@@ -103,6 +103,12 @@ class Runtime:
             raise error
         return [outcome.result() for outcome in outcomes]
 
+    def gather_on_rank_0(self, value: Result) -> list[Result]:
+        """The values of all ranks, by rank, on rank 0; nothing on the others."""
+        values: list[Any] | None = [None] * self.topology.world if self.is_rank_0 else None
+        dist.gather_object(value, values, dst=0, group=self.groups.control)
+        return values or []
+
     def in_rounds(self, phase: str, work: Iterator[None]) -> None:
         """Run every rank's `work` to its end; raise the first failure on every rank.
 

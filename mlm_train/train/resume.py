@@ -27,7 +27,10 @@ def intact_checkpoint(
     faults: dict[Path, str] = {}
     while True:
         found = runtime.broadcast(lambda: find(quick_check(config), faults))
-        if found is None or (fault := _fault(found.folder, found.manifest.files, config, runtime)) is None:
+        if (
+            found is None
+            or (fault := _fault(found.folder, found.manifest.every_file, config, runtime)) is None
+        ):
             return found
         if not config.checkpoint.fall_back:
             raise SharedUserError(str(damaged(found.folder, fault)))
@@ -37,7 +40,7 @@ def intact_checkpoint(
 def verified_checkpoint(folder: Path, config: Config, runtime: Runtime) -> Manifest:
     """The manifest of a checkpoint to start from, verified on all ranks together. Raises UserError on all."""
     manifest = runtime.broadcast(lambda: open_checkpoint(folder, quick_check(config)))
-    if fault := _fault(folder, manifest.files, config, runtime):
+    if fault := _fault(folder, manifest.every_file, config, runtime):
         raise SharedUserError(str(damaged(folder, fault)))
     return manifest
 

@@ -12,9 +12,10 @@ from unittest.mock import patch
 
 import torch
 
+from mlm_train.checkpoint import digests
 from mlm_train.checkpoint import saver as saver_module
 from mlm_train.checkpoint.load import load_training_state, open_checkpoint
-from mlm_train.checkpoint.save import Snapshot, write_checkpoint
+from mlm_train.checkpoint.save import Snapshot, take_snapshot, write_checkpoint
 from mlm_train.checkpoint.saver import Saver
 from mlm_train.data.order import ORDER
 from mlm_train.parallel import runtime as processes
@@ -22,8 +23,7 @@ from mlm_train.parallel.health.watchdog import watched
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.train.preflight import newest_of
 from mlm_train.train.resume import intact_checkpoint
-from mlm_train.utils import files
-from tests.checkpoint.share_cases import Layout, _config, _save, _tensors
+from tests.checkpoint.share_cases import Layout, _config, _slow, _tensors
 from tests.parallel.parity_cases import make_trainer, my_batches
 
 DATA = {"fingerprint": "", "order": ORDER, "eod_id": 0, "bos_id": None}
@@ -41,28 +41,12 @@ def resume_slowly(folder: str, model: dict, limit: float) -> float:
     runtime = processes.start(config)
     trainer = make_trainer(config, runtime)
     checkpoint = Path(folder) / "checkpoints" / "step-00000001"
-    largest = max(entry.bytes for entry in open_checkpoint(checkpoint, "sizes").files)
-    digest = files.hashlib.sha256
-
-    class Slow:
-        """SHA-256 whose every update takes a while."""
-
-        def __init__(self) -> None:
-            self.digest = digest()
-
-        def update(self, block: Any) -> None:
-            time.sleep(limit / 8)
-            self.digest.update(block)
-
-        def hexdigest(self) -> str:
-            return self.digest.hexdigest()
-
     with watched(config, runtime.topology, runtime.marker), ExitStack() as stack:
         runtime.marker.enter("resume")
         stack.enter_context(patch.object(processes, "ROUND", limit / 4))
         if runtime.topology.rank == runtime.topology.world - 1:
-            stack.enter_context(patch.object(files.hashlib, "sha256", Slow))
-            stack.enter_context(patch.object(files, "HASHED", largest // 90))
+            stack.enter_context(patch.object(digests, "THREADS", 1))
+            stack.enter_context(patch.object(digests, "read_at", _slow(digests.read_at, 0.7 * limit)))
         started = time.monotonic()
         found = intact_checkpoint(config, runtime, partial(newest_of, config))
         took = time.monotonic() - started
@@ -88,7 +72,8 @@ def save_twice(folder: str, model: dict, layouts: dict[str, Layout]) -> dict[str
                 saver = Saver(trainer.engine, runtime, config, DATA, lambda _: None, print)
                 for step in (1, 2):
                     trainer.step(my_batches(runtime, step, config), 1e-2)
-                    _save(str(root / "alone"), step, trainer, config, runtime)
+                    snapshot = take_snapshot(trainer.engine, runtime, config, progress_at(step), DATA)
+                    write_checkpoint(root / "alone", snapshot, runtime)
                     saver.save(progress_at(step))
                 trainer.step(my_batches(runtime, 3, config), 1e-2)
                 saver.finish()

@@ -1,10 +1,7 @@
 """What the ranks of test_shares.py run: saves and loads in any layout, with bytes and opens counted."""
 
-import os
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,24 +10,26 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from mlm_train.checkpoint import index as index_module
+from mlm_train.bench.file_traffic import FileTraffic
+from mlm_train.checkpoint import digests, shards
 from mlm_train.checkpoint.index import read_index
 from mlm_train.checkpoint.load import load_engine_weights, load_training_state, open_checkpoint
-from mlm_train.checkpoint.reading import slices
 from mlm_train.checkpoint.reading.slices import read_tensor
 from mlm_train.checkpoint.save import take_snapshot, write_checkpoint
+from mlm_train.checkpoint.saver import Saver
 from mlm_train.checkpoint.shards import RNG
 from mlm_train.checkpoint.together import first_hash_fault
 from mlm_train.config import Config
 from mlm_train.data.order import ORDER
 from mlm_train.errors import UserError
 from mlm_train.parallel import runtime as processes
+from mlm_train.parallel.engine.optimizer_state import optimizer_steps
 from mlm_train.parallel.health.watchdog import watched
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.train.preflight import newest_of
 from mlm_train.train.resume import intact_checkpoint
 from mlm_train.train.step import Trainer
-from mlm_train.utils import files
+from mlm_train.utils.direct import PAGE
 from tests.parallel.layouts import MODES
 from tests.parallel.parity_cases import make_trainer, my_batches
 from tests.parallel.reference import tiny_config
@@ -50,11 +49,13 @@ def _save(folder: str, step: int, trainer: Trainer, config: Config, runtime: Run
     progress = {"step": step, "samples": 0, "tokens": 0}
     data = {"fingerprint": "", "order": ORDER, "eod_id": 0, "bos_id": None}
     snapshot = take_snapshot(trainer.engine, runtime, config, progress, data)
-    return write_checkpoint(Path(folder), snapshot, runtime)
+    with patch.object(shards, "BLOCK", 4 * PAGE):  # so that files have several blocks
+        return write_checkpoint(Path(folder), snapshot, runtime)
 
 
 def _tensors(checkpoint: Path) -> dict[str, Tensor]:
-    index = read_index(checkpoint, open_checkpoint(checkpoint).files)
+    manifest = open_checkpoint(checkpoint)
+    index = read_index(checkpoint, manifest.files, manifest.index)
     return {name: read_tensor(index, name) for name in index.tensors if name != RNG}
 
 
@@ -78,17 +79,17 @@ def move(folder: str, model: dict, layouts: dict[str, Layout]) -> dict[str, Any]
         runtime = processes.start(config)
         trainer = make_trainer(config, runtime)
         manifest = open_checkpoint(source)
-        with counted() as count:
+        with FileTraffic(source) as count:
             load_training_state(source, manifest, trainer.engine, runtime)
-        counts = runtime.gather(lambda count=count: dict(count))
-        read, size = sum(rank["bytes"] for rank in counts), sum(entry.bytes for entry in manifest.files)
+        counts = runtime.gather(lambda count=count: (count.bytes_read, count.opens))
+        read, size = sum(read for read, _ in counts), sum(entry.bytes for entry in manifest.every_file)
         written = _save(folder, number, trainer, config, runtime)
         again = _tensors(written)
         assert again.keys() == expected.keys()
         found[name] = {
             "differ": [key for key in expected if not torch.equal(again[key], expected[key])],
             "read": read / size,
-            "opens": [rank["opens"] for rank in counts],
+            "opens": [opens for _, opens in counts],
             "files": len(manifest.files),
             "sizes": [entry.bytes for entry in open_checkpoint(written).files],
             "weights": _weights_differ(source, expected, trainer, config, runtime, folder, number + 100),
@@ -114,28 +115,6 @@ def _weights_differ(
     assert not any(key.startswith("exp_avg_sq/model.layers") for key in equal)
     load_training_state(source, open_checkpoint(source), trainer.engine, runtime)
     return [key for key in expected if key.startswith("weight/") and key not in equal]
-
-
-@contextmanager
-def counted() -> Iterator[Counter[str]]:
-    """Count the bytes that this rank preads from checkpoints, and the files it opens."""
-    counts: Counter[str] = Counter()
-    pread, opener = os.preadv, files.open_regular
-
-    def reading(descriptor: int, buffers: Any, offset: int) -> int:
-        count = pread(descriptor, buffers, offset)
-        counts["bytes"] += count
-        return count
-
-    def opening(path: Path) -> Any:
-        counts["opens"] += 1
-        return opener(path)
-
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(files.os, "preadv", reading))
-        for module in (index_module, slices):
-            stack.enter_context(patch.object(module, "open_regular", opening))
-        yield counts
 
 
 def refuse(folder: str, checks: list[str], model: dict, layout: Layout) -> list[str | None]:
@@ -169,41 +148,58 @@ def fall_back(folder: str, model: dict, layout: Layout) -> list[str]:
     """The checkpoint that every rank resumes from, and why newer ones are damaged."""
     config = _config(model, layout, train={"output": folder})
     runtime = processes.start(config)
+    trainer = make_trainer(config, runtime)
     found = intact_checkpoint(config, runtime, partial(newest_of, config))
     assert found is not None
+    load_training_state(found.folder, found.manifest, trainer.engine, runtime)
+    assert optimizer_steps(trainer.engine) == 2
     names = [found.folder.name, *(fault for _, fault in found.damaged)]
     everyone = runtime.gather(lambda: names)
     assert all(each == names for each in everyone)
     return names
 
 
-def hash_slowly(folder: str, model: dict, limit: float) -> float:
-    """Hash a checkpoint under a watchdog while the last rank's disk is slow. Returns the seconds it took."""
-    parallel = {"timeout": 2 * limit}
-    config = _config(model, {}, train={"output": folder, "watchdog_timeout": limit}, parallel=parallel)
+def slow_disk(folder: str, model: dict, limit: float) -> dict[str, float]:
+    """Save, in the background and not, and hash under a watchdog, while the last rank's disk is slow.
+
+    limit: seconds of a collective, and more than the watchdog waits. Returns the seconds of each.
+    """
+    parallel = {"timeout": limit}
+    config = _config(model, {}, train={"output": folder, "watchdog_timeout": 0.85 * limit}, parallel=parallel)
     runtime = processes.start(config)
-    checkpoint = Path(folder) / "step-00000001"
-    entries = open_checkpoint(checkpoint, "sizes").files
-    digest = files.hashlib.sha256
-
-    class Slow:
-        """SHA-256 whose every update takes a while."""
-
-        def __init__(self) -> None:
-            self.digest = digest()
-
-        def update(self, block: Any) -> None:
-            time.sleep(limit / 8)
-            self.digest.update(block)
-
-        def hexdigest(self) -> str:
-            return self.digest.hexdigest()
-
+    trainer = make_trainer(config, runtime)
+    data = {"fingerprint": "", "order": ORDER, "eod_id": 0, "bos_id": None}
+    seconds: dict[str, float] = {}
     with watched(config, runtime.topology, runtime.marker), ExitStack() as stack:
-        runtime.marker.enter("resume")
+        for module in (shards, digests):
+            stack.enter_context(patch.object(module, "BLOCK", 3 * PAGE))
+            stack.enter_context(patch.object(module, "THREADS", 1))
         if runtime.topology.rank == runtime.topology.world - 1:
-            stack.enter_context(patch.object(files.hashlib, "sha256", Slow))
-            stack.enter_context(patch.object(files, "HASHED", max(e.bytes for e in entries) // 20))
+            for owner, name in ((digests, "read_at"), (shards.DirectFile, "write")):
+                stack.enter_context(patch.object(owner, name, _slow(getattr(owner, name), limit / 8)))
+        for step, in_background in enumerate((True, False), 1):
+            section = config.checkpoint.model_copy(update={"async_save": in_background})
+            own = config.model_copy(update={"checkpoint": section})
+            saver = Saver(trainer.engine, runtime, own, data, lambda saved: None, print)
+            started = time.monotonic()
+            runtime.marker.enter("checkpoint", patient=True)
+            saver.save({"step": step, "samples": 0, "tokens": 0})
+            saver.finish()
+            seconds["background" if in_background else "foreground"] = time.monotonic() - started
+        checkpoint = Path(folder) / "checkpoints" / "step-00000002"
+        runtime.marker.enter("resume")
         started = time.monotonic()
-        assert first_hash_fault(checkpoint, entries, runtime) is None
-        return time.monotonic() - started
+        manifest = open_checkpoint(checkpoint, "sizes")
+        assert first_hash_fault(checkpoint, manifest.every_file, runtime) is None
+        seconds["verify"] = time.monotonic() - started
+    return seconds
+
+
+def _slow(work: Any, seconds: float) -> Any:
+    """The same, after some seconds."""
+
+    def late(*arguments: Any) -> Any:
+        time.sleep(seconds)
+        return work(*arguments)
+
+    return late

@@ -1,5 +1,6 @@
 """Rectangles of logical tensors: written, found and read bit for bit, gaps and damage included."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -7,6 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -14,13 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
+from mlm_train.checkpoint import shards
+from mlm_train.checkpoint.digests import ShardRecord, first_fault, hashed, units
 from mlm_train.checkpoint.index import CheckpointIndex, read_index
+from mlm_train.checkpoint.index_file import merged, write_index
 from mlm_train.checkpoint.reading import slices as reading
 from mlm_train.checkpoint.reading.slices import read_slices, read_tensor
 from mlm_train.checkpoint.shards import OFFSETS, write_shard
 from mlm_train.errors import UserError
 from mlm_train.model.logical import LogicalSlice
 from mlm_train.parallel.engine.flat import Run, cut_anywhere, cut_evenly, rectangles
+from mlm_train.utils.direct import PAGE
+from mlm_train.utils.files import finished
 from mlm_train.utils.records import FileRecord
 
 SHAPES: list[tuple[int, ...]] = [(7,), (1, 5), (5, 1), (4, 3), (2, 3, 4), (3, 1, 2, 2)]
@@ -61,10 +68,10 @@ def parts_of(name: str, whole: Tensor, chance: random.Random) -> list[LogicalSli
     return [LogicalSlice(name, whole.shape, tuple(s.start for s in box), whole[box]) for box in boxes]
 
 
-def written(folder: Path, files: Sequence[Sequence[LogicalSlice]]) -> list[FileRecord]:
+def written(folder: Path, files: Sequence[Sequence[LogicalSlice]]) -> list[ShardRecord]:
     """Files of these parts; their manifest entries."""
     return [
-        FileRecord(**write_shard(folder / f"shard-{number:05d}.safetensors", parts))
+        finished(write_shard(folder / f"shard-{number:05d}.safetensors", parts)).entry
         for number, parts in enumerate(files)
         if parts
     ]
@@ -104,7 +111,7 @@ def test_any_rectangle_is_read_from_any_parts(
         assert all(torch.equal(part.tensor, tensor) for part, tensor in zip(wanted, expected, strict=True))
 
 
-def two_halves(folder: Path) -> tuple[Tensor, list[FileRecord]]:
+def two_halves(folder: Path) -> tuple[Tensor, list[ShardRecord]]:
     """A tensor of 6 x 4, three rows in each of two files."""
     whole = torch.rand(6, 4)
     files = [[LogicalSlice("weight/a", whole.shape, (row, 0), whole[row : row + 3])] for row in (0, 3)]
@@ -163,6 +170,75 @@ def test_files_that_are_not_whole_are_named(tmp_path: Path) -> None:
     assert f"{path} is missing" in line_of(lambda: read_index(tmp_path, entries))
     outside = entries[1].model_copy(update={"file": "../secret"})
     assert "not a file of that folder" in line_of(lambda: read_index(tmp_path, [outside]))
+
+
+def test_the_index_says_what_the_headers_say(tmp_path: Path) -> None:
+    """And a load then opens no file for its header; damage of the index is one line."""
+    chance = random.Random(3)
+    tensors = {f"weight/{i}": torch.rand(chance.choice(SHAPES)) for i in range(6)}
+    files = [parts_of(name, tensor, chance) for name, tensor in tensors.items()]
+    written_files = [
+        finished(write_shard(tmp_path / f"shard-{number:05d}.safetensors", parts))
+        for number, parts in enumerate(files)
+    ]
+    entries = [one.entry for one in written_files]
+    record = write_index(tmp_path, merged([one.places for one in written_files]))
+    headers, index = read_index(tmp_path, entries), read_index(tmp_path, entries, record)
+    assert headers.tensors.keys() == index.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        one, other = headers.tensors[name], index.tensors[name]
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        for field in ("start", "stop", "file", "begin"):
+            assert np.array_equal(getattr(one, field), getattr(other, field)), (name, field)
+        assert torch.equal(read_tensor(index, name), tensor)
+    path = tmp_path / record.file
+    contents = path.read_bytes()
+    damages: dict[str, tuple[bytes, str]] = {
+        "another": (contents[:-1] + b"?", "its checksum differs"),
+        "short": (contents[:-8], "is damaged (at weight/"),
+        "long": (contents + bytes(8), "is damaged (at its end)"),
+        "empty": (b"", "is not JSON"),
+        "no file": (contents.replace(b'"rectangles": ', b'"rectangles":9'), "is damaged (at weight/"),
+        "far": (contents[:-8] + (2**40).to_bytes(8, "little"), "is damaged (at weight/"),
+        "negative": (contents[:-8] + b"\xff" * 8, "is damaged (at weight/"),
+    }
+    for kind, (changed, said) in damages.items():
+        path.write_bytes(changed)
+        digest = record.sha256 if kind == "another" else hashlib.sha256(changed).hexdigest()
+        line = line_of(lambda digest=digest: read_index(tmp_path, entries, named(record.file, digest)))
+        assert said in line and path.name in line, (kind, line)
+    path.unlink()
+    assert f"{path} is missing" in line_of(lambda: read_index(tmp_path, entries, record))
+    assert "not a file of that folder" in line_of(
+        lambda: read_index(tmp_path, entries, named("../index", record.sha256))
+    )
+
+
+def named(file: str, sha256: str) -> FileRecord:
+    """An entry of a manifest."""
+    return FileRecord(file=file, bytes=0, sha256=sha256)
+
+
+def test_a_file_of_many_blocks_is_its_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the blocks' borders cut. Infinity and NaN are found; numbers whose sum overflows are fine."""
+    monkeypatch.setattr(shards, "BLOCK", PAGE)
+    monkeypatch.setattr(shards, "_PIECE", 1000)
+    whole = torch.full((61, 43), 3e38)
+    parts = [LogicalSlice("weight/a", whole.shape, (0, 0), whole[:30])]
+    parts += [LogicalSlice("weight/a", whole.shape, (30, 0), whole[30:])]
+    path = tmp_path / "shard-00000.safetensors"
+    entry = finished(write_shard(path, parts)).entry
+    assert entry.bytes == path.stat().st_size > 2 * PAGE and entry.block == PAGE
+    assert torch.equal(read_tensor(read_index(tmp_path, [entry]), "weight/a"), whole)
+    blocks = [path.read_bytes()[begin : begin + PAGE] for begin in range(0, entry.bytes, PAGE)]
+    together = hashlib.sha256(b"".join(hashlib.sha256(block).digest() for block in blocks))
+    assert entry.sha256 == together.hexdigest()
+    assert first_fault(tmp_path, [entry], finished(hashed(tmp_path, [entry], units([entry])))) is None
+    for place in (0, 1234, whole.numel() - 1):
+        broken = whole.clone()
+        broken.view(-1)[place] = (math.nan, math.inf, -math.inf)[place % 3]
+        with pytest.raises(shards.NonFinite, match="weight/b"):
+            finished(write_shard(path, [LogicalSlice("weight/b", whole.shape, (0, 0), broken)]))
 
 
 def test_version_2_and_torch_agree_on_the_files(tmp_path: Path) -> None:

@@ -75,5 +75,5 @@ def resume(folder: str, url: str, model: dict, layout: Layout, environment: dict
         "lines": lines,
         "differ": differ,
         "read": runtime.gather(lambda: read[0]),
-        "bytes": sum(entry.bytes for entry in found.manifest.files),
+        "bytes": sum(entry.bytes for entry in found.manifest.every_file),
     }

@@ -1,17 +1,17 @@
 """Read a checkpoint's weights by slice, whatever layout wrote them, without a model or process groups."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mlm_train.checkpoint.headers import FIX
 from mlm_train.checkpoint.hf.folder import FolderTensors
-from mlm_train.checkpoint.index import FIX, CheckpointIndex, read_index
+from mlm_train.checkpoint.index import CheckpointIndex, read_index
+from mlm_train.checkpoint.manifest import Manifest
 from mlm_train.checkpoint.reading.slices import read_tensor
 from mlm_train.checkpoint.shards import DTYPES
 from mlm_train.errors import UserError
-from mlm_train.utils.records import FileRecord
 
 WEIGHT = "weight/"  # prefix of weights; the optimizer's moments have others
 
@@ -39,12 +39,12 @@ class _Joined:
         return read_tensor(self._index, self._name, rows.start or 0, rows.stop)
 
 
-def open_joined(folder: Path, files: Sequence[FileRecord]) -> FolderTensors:
-    """The weights of a checkpoint by export name. files: its manifest's, already verified.
+def open_joined(folder: Path, manifest: Manifest) -> FolderTensors:
+    """The weights of a checkpoint by export name. Its files are verified already.
 
     Raises UserError for a file that is not safetensors and for a tensor with missing parts.
     """
-    index = read_index(folder, files)
+    index = read_index(folder, manifest.files, manifest.index)
     names = [name for name in index.tensors if name.startswith(WEIGHT)]
     for name in names:
         index.check_whole(name)

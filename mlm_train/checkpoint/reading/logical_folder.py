@@ -170,7 +170,7 @@ def open_model(
     else:
         from mlm_train.checkpoint.reading.joined import open_joined
 
-        tensors = open_joined(folder.path, folder.manifest.files)
+        tensors = open_joined(folder.path, folder.manifest)
     tensors.check(folder.config, with_memory, embeds)
     return OpenedModel(folder, tensors)
 
@@ -207,7 +207,7 @@ def find_model(path: str | Path, verify: Check = "sizes", needs_ffn_m: bool = Fa
     if folder.manifest is None:
         folder.digests = verify_folder(folder.path, verify)
     elif verify != "none":
-        verify_files(folder.path, folder.manifest.files, hashes=verify == "full")
+        verify_files(folder.path, folder.manifest, hashes=verify == "full")
     return folder
 
 

@@ -72,10 +72,11 @@ class _Logical:
 
 
 @torch.no_grad()
-def copy_state(engine: Engine) -> list[LogicalSlice]:
+def copy_state(engine: Engine, room: list[Tensor] | None = None) -> list[LogicalSlice]:
     """Copies, in host memory, of the state that this rank writes to a checkpoint, by `STATE key/tensor`.
 
     Every rank calls it. Of what several ranks hold, one has it, as in the gradient norm (Engine.counted).
+    room: memory to use again; see copy_to_host.
     """
     writes = (flat for flat in engine.flats() if engine.counted & flat.members.keys())
     places = [(share.flat, key, share.mine) for share in shares(writes) for key in STATE]
@@ -87,7 +88,7 @@ def copy_state(engine: Engine) -> list[LogicalSlice]:
             yield values[low:high]
 
     logical, copied = _Logical(engine), list[LogicalSlice]()
-    for (flat, key, (low, _)), values in zip(places, copy_to_host(stored()), strict=True):
+    for (flat, key, (low, _)), values in zip(places, copy_to_host(stored(), room), strict=True):
         counted = {name: run for name, run in flat.members.items() if name in engine.counted}
         copied += logical.slices(counted, key, values, low)
     return copied
@@ -106,10 +107,13 @@ class Restored:
         self.slices: list[LogicalSlice] = []
         for share in shares(engine.flats()):
             for key in keys:
-                values = _values(engine, share.flat, key).zero_()
+                values = _values(engine, share.flat, key)
                 stored = values if share.flat.order is None else torch.zeros_like(values)
                 low, high = share.mine
-                self.slices += logical.slices(share.flat.members, key, stored[low:high], low)
+                found = list(logical.slices(share.flat.members, key, stored[low:high], low))
+                if sum(part.tensor.numel() for part in found) < high - low:
+                    stored[low:high].zero_()
+                self.slices += found
                 self.parts.append((share, values, stored))
 
     @torch.no_grad()
