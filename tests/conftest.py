@@ -2,7 +2,9 @@
 
 import os
 import signal
+import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from tests.commands import mlm_train
+from tests.objects import Objects
 
 pytest_plugins = ["tests.order"]
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process that a test starts compiles all modules
@@ -69,3 +72,35 @@ def fifo() -> Iterator[Callable[[Path], Path]]:
     yield make
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="session")
+def s3_socket() -> Iterator[socket.socket]:
+    """The socket of the `objects` S3; set before Ray starts, whose workers inherit its address."""
+    with socket.socket() as waiting, pytest.MonkeyPatch.context() as environment:
+        waiting.bind(("127.0.0.1", 0))
+        environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{waiting.getsockname()[1]}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            environment.setenv(name, "test")
+        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        environment.setenv("NO_PROXY", "127.0.0.1")
+        yield waiting
+
+
+@pytest.fixture(scope="session")
+def objects(s3_socket: socket.socket) -> Iterator[Objects]:
+    """An S3 with the bucket "bucket"."""
+    objects = Objects(s3_socket)
+    threading.Thread(target=objects.server.serve_forever, daemon=True).start()
+    import fsspec
+
+    fsspec.filesystem("s3").mkdir("bucket")
+    yield objects
+    objects.release()
+    objects.server.shutdown()
+
+
+@pytest.fixture
+def s3(objects: Objects, tmp_path: Path) -> str:
+    """A new folder in the S3."""
+    return f"s3://bucket/{tmp_path.name}"

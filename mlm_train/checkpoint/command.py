@@ -1,4 +1,4 @@
-"""`mlm-train checkpoint`: list, verify and prune the checkpoints of a run."""
+"""`mlm-train checkpoint`: list, verify, fetch and prune the checkpoints of a run."""
 
 import argparse
 import json
@@ -9,28 +9,43 @@ from typing import TYPE_CHECKING, Any
 
 from mlm_train.errors import UserError, escaped
 from mlm_train.utils.arguments import add_action
+from mlm_train.utils.urls import is_url, redacted
 
 if TYPE_CHECKING:
     from mlm_train.checkpoint.keep import Keep, Manifests
+    from mlm_train.checkpoint.manifest import Manifest
 
-HELP = """List, verify and prune the checkpoints of a run.
+HELP = """List, verify, fetch and prune the checkpoints of a run.
 
 examples:
   mlm-train checkpoint list runs/micro
   mlm-train checkpoint verify runs/micro
+  mlm-train checkpoint fetch s3://bucket/runs/micro copies/micro
   mlm-train checkpoint prune runs/micro --keep-latest-k 1 --dry-run"""
 
 _LIST_HELP = """Show steps, tokens, sizes, validation losses, why each is kept (newest,
-checkpoint.keep_interval, best), and the parallel layout that wrote it. Only file sizes are checked.
+checkpoint.keep_interval, best), and the parallel layout that wrote it. Only file sizes are checked; at a
+URL (checkpoint.url) only manifests are read.
 
-example:
-  mlm-train checkpoint list runs/micro"""
+examples:
+  mlm-train checkpoint list runs/micro
+  mlm-train checkpoint list s3://bucket/runs/micro"""
 
 _VERIFY_HELP = """Read every file and compare its checksum. A damaged file: exit code 2 and a line naming it.
 
 examples:
   mlm-train checkpoint verify runs/micro
-  mlm-train checkpoint verify runs/micro/checkpoints/step-00000100"""
+  mlm-train checkpoint verify runs/micro/checkpoints/step-00000100
+  mlm-train checkpoint verify s3://bucket/runs/micro"""
+
+_FETCH_HELP = """Copy a checkpoint from a URL (checkpoint.url) into a folder, and compare its checksums.
+
+Give FOLDER to export, evaluate, checkpoint.warm_start, or anything else that reads a run. A run with
+checkpoint.url resumes from there without it.
+
+examples:
+  mlm-train checkpoint fetch s3://bucket/runs/micro copies/micro                    # the newest one
+  mlm-train checkpoint fetch s3://bucket/runs/micro/step-00000100 copies/micro"""
 
 _PRUNE_HELP = """Delete all but the newest checkpoints, and the leftovers of killed saves.
 
@@ -45,15 +60,20 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `list`, `verify` and `prune`."""
+    """Add `list`, `verify`, `fetch` and `prune`."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     listed = add_action(actions, "list", "list a run's checkpoints", _LIST_HELP)
-    listed.add_argument("run", metavar="RUN", help="a run's folder")
+    listed.add_argument("run", metavar="RUN", help="a run's folder, or its checkpoint.url")
     listed.add_argument("--json", action="store_true", help="write a JSON list instead of a table")
     verify = add_action(actions, "verify", "read every file and compare its checksum", _VERIFY_HELP)
     verify.add_argument(
-        "path", metavar="PATH", help="a run's folder (all of its checkpoints), one checkpoint, or RUN/best"
+        "path",
+        metavar="PATH",
+        help="a run's folder or checkpoint.url (all of its checkpoints), one checkpoint, or RUN/best",
     )
+    fetch = add_action(actions, "fetch", "copy a checkpoint from a URL into a folder", _FETCH_HELP)
+    fetch.add_argument("url", metavar="URL", help="a run's checkpoint.url, or one checkpoint there")
+    fetch.add_argument("folder", metavar="FOLDER", help="new folder, or one of earlier copies")
     prune = add_action(actions, "prune", "delete all but the newest", _PRUNE_HELP)
     prune.add_argument("run", metavar="RUN", help="a run's folder")
     prune.add_argument(
@@ -72,9 +92,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the chosen action. Returns 0, or 2 where `verify` finds a damaged checkpoint."""
     if args.action == "list":
-        return _list(Path(args.run), args.json)
+        rows = _rows_at(args.run) if is_url(args.run) else _rows(_step_folders(Path(args.run)))
+        return _list(rows, args.json)
     if args.action == "verify":
-        return _verify(Path(args.path))
+        return _verify_at(args.path) if is_url(args.path) else _verify(Path(args.path))
+    if args.action == "fetch":
+        return _fetch(args.url, args.folder)
+    if is_url(args.run):
+        raise UserError(f"{redacted(args.run)} is a URL; give a run's folder: a run prunes its own URL")
     return _prune(Path(args.run), args)
 
 
@@ -85,8 +110,7 @@ def _step_folders(path: Path) -> list[Path]:
     return step_folders(resolve(path).parent)
 
 
-def _list(path: Path, as_json: bool) -> int:
-    rows = _rows(_step_folders(path))
+def _list(rows: list[dict[str, Any]], as_json: bool) -> int:
     if as_json:
         print(json.dumps(rows, indent=1))
         return 0
@@ -96,7 +120,7 @@ def _list(path: Path, as_json: bool) -> int:
     from rich.text import Text
 
     columns = ("step", "tokens", "GiB", "written", "by", "validation", "kept as", "whole")
-    table = Table(*columns, box=box.SIMPLE, title=Text(escaped(str(_step_folders(path)[0].parent))))
+    table = Table(*columns, box=box.SIMPLE, title=Text(escaped(rows[0]["folder"].rpartition("/")[0])))
     for row in rows:
         cells = (f"{row['step']:,}", f"{row['tokens']:,}", f"{row['bytes'] / 2**30:.3g}")
         loss = "" if row["validation_loss"] is None else f"{row['validation_loss']:.4f}"
@@ -112,11 +136,38 @@ def _rows(folders: list[Path]) -> list[dict[str, Any]]:
 
     manifests = Manifests()
     reasons = _run_keeps(folders[-1], manifests).reasons(folders, manifests)
-    rows = []
+    return [
+        _row(folder, manifests) | {"validation_loss": _loss(folder, manifests), "kept": reasons[folder]}
+        for folder in folders
+    ]
+
+
+def _loss(folder: Path, manifests: "Manifests") -> float | None:
+    evaluation = manifests.evaluation(folder)
+    return None if evaluation is None else evaluation.validation.loss
+
+
+def _rows_at(url: str) -> list[dict[str, Any]]:
+    """_rows of the committed checkpoints at a URL."""
+    from mlm_train.checkpoint.fetch import committed_at, opened
+    from mlm_train.checkpoint.keep import Keep, Manifests
+    from mlm_train.checkpoint.load import config_of
+
+    store, _ = opened(url)
+    manifests = Manifests(lambda folder: store.manifest(folder.name))
+    folders, rows = [Path(name) for name in committed_at(store)], []
+    try:
+        keep = Keep.of(config_of(manifests.of(folders[-1])).checkpoint)
+    except UserError:
+        keep = Keep(1)
+    reasons = keep.reasons(folders, manifests)
     for folder in folders:
-        evaluation = manifests.evaluation(folder)
-        loss = None if evaluation is None else evaluation.validation.loss
-        rows.append(_row(folder, manifests) | {"validation_loss": loss, "kept": reasons[folder]})
+        row: dict[str, Any] = {"folder": store.at(folder.name), "step": int(folder.name[5:]), "written": ""}
+        try:
+            row |= _described(manifests.of(folder)) | {"fault": None}
+        except UserError as error:
+            row |= {"tokens": 0, "bytes": 0, "layout": "?", "fault": str(error)}
+        rows.append(row | {"validation_loss": _loss(folder, manifests), "kept": reasons[folder]})
     return rows
 
 
@@ -136,7 +187,6 @@ def _run_keeps(newest: Path, manifests: "Manifests") -> "Keep":
 
 def _row(folder: Path, manifests: "Manifests") -> dict[str, Any]:
     """A table row; `fault`: the message about a missing file or one of another size, else None."""
-    from mlm_train.checkpoint.load import config_of
     from mlm_train.checkpoint.manifest import MANIFEST, verify_files
 
     step = int(folder.name.removeprefix("step-"))
@@ -148,13 +198,19 @@ def _row(folder: Path, manifests: "Manifests") -> dict[str, Any]:
         verify_files(folder, manifest, hashes=False)
     except UserError as error:
         return row | {"fault": str(error)}
+    return row | _described(manifest) | {"fault": None}
+
+
+def _described(manifest: "Manifest") -> dict[str, Any]:
+    """What a table row takes from a manifest."""
+    from mlm_train.checkpoint.load import config_of
+
     parallel = config_of(manifest).parallel
-    row |= {
+    return {
         "tokens": manifest.progress.tokens,
         "bytes": sum(entry.bytes for entry in manifest.files),
         "layout": f"{manifest.world} ranks, TP{parallel.tensor} PP{parallel.pipeline} {parallel.engine_name}",
     }
-    return row | {"fault": None}
 
 
 def _verify(path: Path) -> int:
@@ -175,9 +231,47 @@ def _verify(path: Path) -> int:
             print(f"mlm-train: {escaped(str(error))}", file=sys.stderr)
             code = 2
             continue
-        size = sum(entry.bytes for entry in manifest.files)
-        print(f"{folder}: whole, {len(manifest.files)} files, {size / 2**30:.2f} GiB")
+        _say_whole(str(folder), manifest)
     return code
+
+
+def _say_whole(where: str, manifest: "Manifest") -> None:
+    size = sum(entry.bytes for entry in manifest.files)
+    print(f"{where}: whole, {len(manifest.files)} files, {size / 2**30:.2f} GiB")
+
+
+def _verify_at(url: str) -> int:
+    """_verify of one checkpoint at a URL, or of all."""
+    from mlm_train.checkpoint.fetch import committed_at, opened
+    from mlm_train.checkpoint.manifest import Damaged
+    from mlm_train.utils.files import finished
+
+    store, chosen = opened(url)
+    code = 0
+    for name in [chosen] if chosen is not None else committed_at(store):
+        try:
+            manifest = store.manifest(name)
+            faults = finished(store.verify(name, manifest.every_file))
+        except Damaged as error:
+            faults = [error.fault]
+        for fault in faults:
+            print(f"mlm-train: {escaped(fault)}; remove {store.at(name)}", file=sys.stderr)
+            code = 2
+        if not faults:
+            _say_whole(store.at(name), manifest)
+    return code
+
+
+def _fetch(url: str, folder: str) -> int:
+    """Fetch a checkpoint."""
+    from mlm_train.checkpoint.fetch import fetch_checkpoint
+
+    if not is_url(url):
+        raise UserError(f"{url} is not a URL; copy a folder with `cp -r`")
+    if is_url(folder):
+        raise UserError(f"{redacted(folder)} is a URL; name a folder: a checkpoint is read from there")
+    print(f"{fetch_checkpoint(url, Path(folder))}: whole, copied from {redacted(url)}")
+    return 0
 
 
 def _prune(path: Path, args: argparse.Namespace) -> int:
@@ -202,6 +296,8 @@ def _prune(path: Path, args: argparse.Namespace) -> int:
         keep = Keep(args.keep_latest_k, every, best)
         manifests = Manifests()
         kept = keep.reasons(committed(root), manifests)
+        # First, so that none names a folder that is deleted.
+        named = args.dry_run or write_names(root, keep, manifests)
         for folder, reasons in kept.items():
             if NEWEST in reasons:
                 continue
@@ -213,6 +309,7 @@ def _prune(path: Path, args: argparse.Namespace) -> int:
             print(f"{'would delete' if args.dry_run else 'deleted'} {folder}")
         if not args.dry_run:
             remove_partials(root)
+        if not named:
             write_names(root, keep, manifests)
     print(f"{sum(map(bool, kept.values()))} of {len(kept)} checkpoints kept in {root}")
     return 0

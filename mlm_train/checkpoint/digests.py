@@ -51,6 +51,37 @@ def units(files: Sequence[FileRecord]) -> list[Unit]:
     return found
 
 
+class Streamed:
+    """The digest of a file that arrives from start to end."""
+
+    def __init__(self, entry: FileRecord) -> None:
+        self.block, self.count, self.done = block_of(entry), 0, list[bytes]()
+        self.digest = hashlib.sha256()
+
+    def update(self, data: bytes) -> None:
+        """The next bytes."""
+        view = memoryview(data)
+        while view:
+            rest = self.block - self.count % self.block if self.block else len(view)
+            self.digest.update(view[:rest])
+            self.count += len(view[:rest])
+            view = view[rest:]
+            if self.block and self.count % self.block == 0:
+                self._end_block()
+
+    def _end_block(self) -> None:
+        self.done.append(self.digest.digest())
+        self.digest = hashlib.sha256()
+
+    def hexdigest(self) -> str:
+        """Of all bytes so far."""
+        if not self.block:
+            return self.digest.hexdigest()
+        if self.count % self.block or not self.count:
+            self._end_block()
+        return joined(self.done)
+
+
 def joined(digests: Iterable[bytes]) -> str:
     """The digest, in hexadecimal, of a file whose blocks have these."""
     return hashlib.sha256(b"".join(digests)).hexdigest()

@@ -15,6 +15,7 @@ from mlm_train.checkpoint.keep import Keep, Manifests, best_of, step_of
 from mlm_train.checkpoint.manifest import MANIFEST
 from mlm_train.errors import UserError
 from mlm_train.utils.files import sync, write_text
+from mlm_train.utils.urls import url_in
 
 LATEST, BEST = "latest", "best"
 PARTIAL = ".partial-"
@@ -48,12 +49,21 @@ def names_one(path: Path) -> bool:
     return path.name in (LATEST, BEST) and not path.is_dir()
 
 
+def refuse_url(path: str | Path) -> None:
+    """Raise UserError for a URL where a model's folder is needed."""
+    if (url := url_in(path)) is not None:
+        raise UserError(
+            f"{url} is a URL; give a folder. `mlm-train checkpoint fetch {url} FOLDER` copies a checkpoint"
+        )
+
+
 def resolve(path: Path) -> Path:
     """Resolve a user's path to a checkpoint folder: itself, or the newest of a run or a checkpoints folder.
 
     `best` and `latest` below a run or a checkpoints folder are resolved too. A half-copied newest checkpoint
     is not skipped: reading its manifest reports it. Raises UserError where there is no checkpoint.
     """
+    refuse_url(path)
     if (path / MANIFEST).is_file() or (path.is_dir() and NAME.fullmatch(path.name)):
         return path
     if path.name == BEST and names_one(path):
@@ -73,7 +83,7 @@ def _folders_of(path: Path) -> list[Path]:
 
 
 def commit(partial: Path, final: Path, keep: Keep) -> None:
-    """Rename a written folder to its final name, delete checkpoints no longer kept, update `latest`, `best`.
+    """Rename a written folder to its final name, update `latest`, `best`, delete checkpoints no longer kept.
 
     What follows the rename may fail, as on a full disk; the next commit repeats it.
     """
@@ -84,22 +94,34 @@ def commit(partial: Path, final: Path, keep: Keep) -> None:
     sync(root)
     with contextlib.suppress(OSError):
         manifests = Manifests()
-        for folder, reasons in keep.reasons(committed(root), manifests).items():
+        kept = keep.reasons(committed(root), manifests)
+        named = write_names(root, keep, manifests)  # first, so that none names a folder that is deleted
+        for folder, reasons in kept.items():
             if not reasons:
                 delete(folder)
         remove_partials(root)
-        write_names(root, keep, manifests)
+        if not named:
+            write_names(root, keep, manifests)
 
 
-def write_names(root: Path, keep: Keep, manifests: Manifests) -> None:
-    """Write the files `latest`, and `best` where the best are kept."""
+def write_names(root: Path, keep: Keep, manifests: Manifests) -> bool:
+    """Write the files `latest`, and `best` where the best are kept. Returns whether they could be written.
+
+    A name that cannot be written is removed: it may soon be that of a deleted folder.
+    """
     folders = committed(root)
-    write_text(root / LATEST, folders[-1].name + "\n")
     best = best_of(folders, manifests) if keep.best else None
-    if best is not None:
-        write_text(root / BEST, best.name + "\n")
-    else:
-        (root / BEST).unlink(missing_ok=True)
+    names = {LATEST: folders[-1], BEST: best}
+    written = True
+    for name, folder in names.items():
+        try:
+            if folder is not None:
+                write_text(root / name, folder.name + "\n")
+                continue
+        except OSError:
+            written = False
+        (root / name).unlink(missing_ok=True)
+    return written
 
 
 def delete(folder: Path) -> None:

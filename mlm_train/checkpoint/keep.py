@@ -4,7 +4,7 @@ This follows from the folders alone, so that a restarted run decides as the one 
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,14 +26,14 @@ class Evaluation(NamedTuple):
 class Manifests:
     """Manifests of checkpoints, each read once, when it is first needed."""
 
-    def __init__(self) -> None:
-        self._read: dict[Path, Manifest | UserError] = {}
+    def __init__(self, read: Callable[[Path], Manifest] = read_manifest) -> None:
+        self._reader, self._read = read, dict[Path, Manifest | UserError]()
 
     def of(self, folder: Path) -> Manifest:
         """A folder's manifest. Raises what read_manifest raised for it."""
         if folder not in self._read:
             try:
-                self._read[folder] = read_manifest(folder)
+                self._read[folder] = self._reader(folder)
             except UserError as error:
                 self._read[folder] = error
         manifest = self._read[folder]

@@ -35,7 +35,7 @@ def config_of(manifest: Manifest) -> Config:
     return parse_config(with_new_names(manifest.config, MANIFEST))
 
 
-def check_fits(folder: Path, manifest: Manifest, config: Config, fingerprint: str) -> None:
+def check_fits(folder: Path | str, manifest: Manifest, config: Config, fingerprint: str) -> None:
     """Raise UserError where a run would continue with another model, other data, or another sample order."""
     written = config_of(manifest)
     check_same_model(folder, written.model, config.model)
@@ -66,7 +66,7 @@ def _names(accepted: str | None, fingerprint: str) -> bool:
     return accepted is not None and fingerprint.startswith(accepted.removeprefix("sha256:"))
 
 
-def check_same_model(folder: Path, written: ModelConfig, model: ModelConfig) -> None:
+def check_same_model(folder: Path | str, written: ModelConfig, model: ModelConfig) -> None:
     """Raise UserError naming the first field in which the model of a checkpoint or an export differs."""
     old, new = written.model_dump(), model.model_dump()
     for name in sorted(old.keys() - {"init_std", "flex_beta"}):  # the size that flex_beta gives is compared
@@ -77,7 +77,7 @@ def check_same_model(folder: Path, written: ModelConfig, model: ModelConfig) -> 
             )
 
 
-def check_steps(folder: Path, manifest: Manifest, config: Config) -> None:
+def check_steps(folder: Path | str, manifest: Manifest, config: Config) -> None:
     """Raise UserError for a train.steps that the run has passed."""
     done = manifest.progress.step
     if config.train.steps < done:

@@ -110,13 +110,22 @@ def read_manifest(folder: Path) -> Manifest:
     """Read a folder's manifest. UserError for another format or version, Damaged where it was changed."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise damaged(folder, f"{folder} is not a complete {FORMAT} folder: {MANIFEST} is missing")
+        return parse_manifest(None, folder)
     try:
-        tree = json_value(read_regular(path))
-    except ValueError:
-        raise damaged(folder, f"{path} is damaged: it is not JSON") from None
+        return parse_manifest(read_regular(path), folder)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def parse_manifest(data: bytes | None, folder: Path | str) -> Manifest:
+    """read_manifest of the bytes of a manifest (None: there is none) in a folder, or at a URL."""
+    path = f"{folder}/{MANIFEST}"
+    if data is None:
+        raise damaged(folder, f"{folder} is not a complete {FORMAT} folder: {MANIFEST} is missing")
+    try:
+        tree = json_value(data)
+    except ValueError:
+        raise damaged(folder, f"{path} is damaged: it is not JSON") from None
     if not isinstance(tree, dict):
         raise damaged(folder, f"{path} is damaged: it does not describe a {FORMAT}")
     seal = tree.pop(SEAL, None)
@@ -151,12 +160,12 @@ def verify_files(folder: Path, manifest: Manifest, hashes: bool = True) -> None:
         )
 
 
-def damaged(folder: Path, fault: str) -> Damaged:
+def damaged(folder: Path | str, fault: str) -> Damaged:
     """The error for a checkpoint with a damaged file."""
     return Damaged(fault, _fix(folder))
 
 
-def _fix(folder: Path) -> str:
+def _fix(folder: Path | str) -> str:
     return f"delete {folder} to fall back to an older one"
 
 

@@ -1,7 +1,5 @@
 """Asynchronous saves: the state is copied at once, and a background thread writes it during training."""
 
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,14 +11,15 @@ from torch import Tensor
 from mlm_train.checkpoint.folders import newest
 from mlm_train.checkpoint.manifest import Validation
 from mlm_train.checkpoint.save import Snapshot, take_snapshot, write_checkpoint
+from mlm_train.checkpoint.upload import Uploads
 from mlm_train.config import Config
 from mlm_train.errors import UserError
 from mlm_train.monitor.report import Saved
 from mlm_train.parallel.engine.base import Engine
 from mlm_train.parallel.runtime import Runtime
+from mlm_train.utils.priority import yield_to_training
 
 FAILURES = 3  # failed saves in a row that end the run: a disk may be full for a while
-NICE = 19  # of the writing threads, the most: on a busy core a hundredth of the time of training's thread
 LOOK = 1.0  # seconds between looks at its progress
 LEAVE = 60.0  # seconds that a failing run waits for a checkpoint being written
 
@@ -45,6 +44,8 @@ class Saver:
         self.root = Path(config.train.output) / "checkpoints"
         # Process groups of its own: the thread's collectives must not mix with the main thread's.
         self.thread_runtime = runtime.for_thread(config.parallel.timeout)
+        url = config.checkpoint.url
+        self.uploads = None if url is None else Uploads(url, self.root, config, runtime)
         self.failures = 0
         self.write: _Write | None = None
         self.room: list[Tensor] = []  # in host memory, for the copies of one save after the other
@@ -62,7 +63,7 @@ class Saver:
         )
         in_background = self.config.checkpoint.async_save
         runtime = self.thread_runtime if in_background else self.runtime
-        self.write = _Write(self.root, snapshot, runtime, started)
+        self.write = _Write(self.root, snapshot, runtime, self.uploads, started)
         if in_background:
             self.write.start()
         else:
@@ -75,12 +76,17 @@ class Saver:
         if write is not None and write.folder is not None and not write.reported:
             write.reported = True
             self.committed(Saved(write.folder, write.seconds, write.stall))
+        while self.uploads is not None and self.uploads.lines:
+            self.say(self.uploads.lines.popleft())
 
     def finish(self) -> None:
-        """Wait until the last save is on disk. Raises UserError where it failed."""
+        """Wait until the last save is on disk, and uploaded. Raises UserError where it is not on disk."""
         error = self.settle()
         if error is not None:
             raise error
+        if self.uploads is not None:
+            self.uploads.finish(self.runtime)
+            self.poll()
 
     def leave(self) -> None:
         """Give a checkpoint being written up to LEAVE seconds, when the run ends by another failure."""
@@ -122,9 +128,12 @@ class Saver:
 class _Write(threading.Thread):
     """Writes one snapshot."""
 
-    def __init__(self, root: Path, snapshot: Snapshot, runtime: Runtime, started: float) -> None:
+    def __init__(
+        self, root: Path, snapshot: Snapshot, runtime: Runtime, uploads: Uploads | None, started: float
+    ) -> None:
         super().__init__(name="checkpoint", daemon=True)
-        self.root, self.snapshot, self.runtime, self.started = root, snapshot, runtime, started
+        self.root, self.snapshot, self.runtime, self.uploads = root, snapshot, runtime, uploads
+        self.started = started
         self.stall = self.seconds = 0.0
         self.folder: Path | None = None  # once it is committed
         self.error: Exception | None = None
@@ -133,21 +142,12 @@ class _Write(threading.Thread):
     def run(self) -> None:
         """Write the snapshot, in the thread or called directly."""
         if threading.current_thread() is self:
-            _let_training_go_first()
+            yield_to_training()
         try:
             folder = write_checkpoint(self.root, self.snapshot, self.runtime)
             self.seconds = time.monotonic() - self.started
             self.folder = folder  # set last: the main thread polls it
+            if self.uploads is not None:
+                self.uploads.start(self.runtime)
         except Exception as error:  # raised by `settle`
             self.error = error
-
-
-def _let_training_go_first() -> None:
-    """Lower this thread's priority, and that of the threads it starts; on Linux, where threads have one each.
-
-    Without cores to spare, each step on a CPU would wait for its own threads: 3.5 s instead of 0.4
-    (docs/run.md). A process that runs at a lower priority itself keeps it.
-    """
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, max(os.getpriority(os.PRIO_PROCESS, thread), NICE))

@@ -12,6 +12,7 @@ from mlm_train.config.schedule import ScheduleConfig, check_schedule
 from mlm_train.config.section import Section, reject
 from mlm_train.errors import UserError
 from mlm_train.utils.checks import Check
+from mlm_train.utils.urls import is_url
 
 
 class BlendSource(Section):
@@ -168,7 +169,14 @@ class CheckpointConfig(Section):
         description="also keep this many checkpoints of the lowest validation loss; RUN/best names one",
     )
     async_save: bool = Field(True, description="continue training while a checkpoint is written from a copy")
-    resume: bool = Field(True, description="continue from the newest checkpoint of train.output")
+    url: str | None = Field(
+        None,
+        description="URL (s3://, gs://, ..., of a package that fsspec knows) to which every checkpoint is "
+        "uploaded too, during training; a run resumes from there where its folder has no newer one",
+    )
+    resume: bool = Field(
+        True, description="continue from the newest checkpoint of train.output or checkpoint.url"
+    )
     fall_back: bool = Field(
         True,
         description="rename a damaged newest checkpoint, and continue from the newest intact one; false: "
@@ -210,6 +218,7 @@ class Config(Section):
         check_schedule(self.schedule, self.optimizer.lr, self.train.steps)
         self._check_batch()
         self._check_keep()
+        self._check_url()
         if self.data.sequence_length > self.model.max_position_embeddings:
             reject(
                 "data.sequence_length",
@@ -304,6 +313,11 @@ class Config(Section):
             reject("memory.mode", self.memory.mode, "has no effect with model.kind=base; leave it out")
         if self.memory is not None:
             check_memory(self.memory, self.parallel, self.train.precision)
+
+    def _check_url(self) -> None:
+        url = self.checkpoint.url
+        if url is not None and not is_url(url):
+            reject("checkpoint.url", url, "is not a URL: give s3://..., gs://..., sftp://... or file:///...")
 
     def _check_keep(self) -> None:
         checkpoint, eval_interval = self.checkpoint, self.train.eval_interval

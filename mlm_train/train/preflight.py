@@ -28,6 +28,7 @@ from mlm_train.plan.fit import check_memory, rank_bytes
 from mlm_train.train.schedule import resumed_progress
 from mlm_train.utils.checks import Check
 from mlm_train.utils.extensions import find
+from mlm_train.utils.url_folder import check_url
 
 NO_FAULTS: Mapping[Path, str] = MappingProxyType({})
 LOG = "train.log"  # the first file of a run: marks a folder as a run
@@ -72,6 +73,8 @@ def preflight(config: Config, world: int, local_world: int | None) -> Blend:
     topology = Topology.of(config.parallel, world)
     topology.check_batch(config)
     check_parts(config)
+    if config.checkpoint.url is not None:
+        check_url(config.checkpoint.url)
     if local_world is not None:
         check_device(config.train.device, local_world)
         check_compiler(config.train)

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from mlm_train.checkpoint.fetch import fetch_newer
 from mlm_train.checkpoint.folders import remove_partials
 from mlm_train.checkpoint.hf.files import carry_over
 from mlm_train.checkpoint.hf.folder import open_tensors
-from mlm_train.checkpoint.load import load_engine_weights, load_training_state
+from mlm_train.checkpoint.load import check_fits, check_steps, load_engine_weights, load_training_state
+from mlm_train.checkpoint.manifest import Manifest
 from mlm_train.checkpoint.saver import Saver
 from mlm_train.config import Config, changed_fields, dump_config
 from mlm_train.data.blend import Blend
@@ -79,8 +81,8 @@ def opened_run(config: Config, data: Blend) -> Iterator[Run | None]:
 
         output = Path(config.train.output)
         runtime.broadcast(claim)
-        resumed = intact_checkpoint(config, runtime, partial(find_checkpoint, config, data))
-        lines = runtime.broadcast(lambda: _prepare_output(config, data, resumed))
+        fetched, resumed = _checkpoint(config, data, runtime)
+        lines = fetched + runtime.broadcast(lambda: _prepare_output(config, data, resumed))
         if resumed is not None and resumed.completes(config):
             if runtime.is_rank_0:
                 _say_done(config, resumed, lines)
@@ -95,6 +97,23 @@ def opened_run(config: Config, data: Blend) -> Iterator[Run | None]:
             _say_start(run, resumed)
             yield run
     processes.stop()
+
+
+def _checkpoint(config: Config, data: Blend, runtime: processes.Runtime) -> tuple[list[str], Resumed | None]:
+    """The checkpoint to resume from, fetched where checkpoint.url has a newer one; log lines."""
+
+    def fits(where: str, manifest: Manifest) -> None:
+        check_fits(where, manifest, config, data.fingerprint)
+        check_steps(where, manifest, config)
+        (Path(config.train.output) / LOG).touch()  # marks the folder as a run's, if this ends half way
+
+    lines = fetch_newer(config, runtime, fits)
+    resumed = intact_checkpoint(config, runtime, partial(find_checkpoint, config, data))
+    if config.checkpoint.url is not None and resumed is not None and resumed.damaged:
+        lines += runtime.broadcast(resumed.set_damaged_aside)
+        lines += fetch_newer(config, runtime, fits)  # the store may have it intact
+        resumed = intact_checkpoint(config, runtime, partial(find_checkpoint, config, data))
+    return lines, resumed
 
 
 def _prepare_output(config: Config, data: Blend, resumed: Resumed | None) -> list[str]:

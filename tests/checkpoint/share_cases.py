@@ -64,7 +64,7 @@ def save(folder: str, model: dict, layout: Layout, step: int = 1) -> list[int]:
     config = _config(model, layout)
     runtime = processes.start(config)
     trainer = make_trainer(config, runtime)
-    for number in range(2):
+    for number in (step - 1, step):
         trainer.step(my_batches(runtime, number, config), 1e-2)
     return [entry.bytes for entry in open_checkpoint(_save(folder, step, trainer, config, runtime)).files]
 

@@ -1,5 +1,6 @@
 """Checkpoints kept on purpose: those at certain steps, and the best by validation loss."""
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -8,8 +9,12 @@ from typing import Any
 
 import pytest
 
-from mlm_train.checkpoint.folders import committed
+from mlm_train.checkpoint import folders as folders_module
+from mlm_train.checkpoint.folders import commit, committed, delete, step_folder
+from mlm_train.checkpoint.keep import Keep
+from mlm_train.checkpoint.manifest import MANIFEST
 from mlm_train.parallel import runtime
+from mlm_train.utils.files import write_text
 from tests.commands import TINY, mlm_train, refused, scalars
 from tests.train.short_runs import snapshot
 
@@ -207,3 +212,31 @@ def test_a_loss_belongs_to_the_weights_it_was_measured_on(
     found = {row["step"]: row["validation_loss"] for row in listed(run, capsys)}
     assert [found[step] for step in (1, 3, 5)] == [None] * 3
     assert [found[step] for step in (2, 4)] == pytest.approx(list(losses.values()), rel=1e-6)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_no_name_is_that_of_a_deleted_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    """`latest` is written before older checkpoints are deleted, or is gone where the disk had no space."""
+    deleted, latest = list[str](), tmp_path / "latest"
+
+    def deleting(folder: Path) -> None:
+        assert not latest.exists() if full else latest.read_text() != f"{folder.name}\n"
+        deleted.append(folder.name)
+        delete(folder)
+
+    def writing(path: Path, text: str) -> None:
+        if full and len(committed(tmp_path)) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_text(path, text)
+
+    monkeypatch.setattr(folders_module, "delete", deleting)
+    monkeypatch.setattr(folders_module, "write_text", writing)
+    for step in (1, 2, 3):
+        partial = tmp_path / f".partial-{step}"
+        partial.mkdir()
+        (partial / MANIFEST).touch()
+        commit(partial, step_folder(tmp_path, step), Keep(1))
+        assert latest.read_text() == f"step-{step:08d}\n"
+    assert deleted == ["step-00000001", "step-00000002"]

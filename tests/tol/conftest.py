@@ -1,4 +1,4 @@
-"""An export with random weights, one Ray for all tests of this folder, a cluster, and an object store."""
+"""An export with random weights, one Ray for all tests of this folder, a cluster."""
 
 import os
 import shutil
@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,9 +19,10 @@ from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.tol.build.ray_cluster import ray_cluster
 from mlm_train.tol.storage import lease
+from tests.objects import Objects
 from tests.tol.built import build_tol
 from tests.tol.processes import kill_leftovers
-from tests.tol.stores import Objects, build
+from tests.tol.stores import build
 
 CLUSTER = """
 import sys
@@ -38,42 +38,10 @@ cluster.shutdown()
 """
 
 
-@pytest.fixture(scope="session")
-def s3_socket() -> Iterator[socket.socket]:
-    """The socket of the `objects` S3; set before Ray starts, whose workers inherit its address."""
-    with socket.socket() as waiting, pytest.MonkeyPatch.context() as environment:
-        waiting.bind(("127.0.0.1", 0))
-        environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{waiting.getsockname()[1]}")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            environment.setenv(name, "test")
-        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        environment.setenv("NO_PROXY", "127.0.0.1")
-        yield waiting
-
-
 @pytest.fixture(scope="package")  # an idle Ray takes 4% of a core
 def ray(s3_socket: socket.socket) -> Iterator[None]:
     with ray_cluster(workers=2):
         yield
-
-
-@pytest.fixture(scope="session")
-def objects(s3_socket: socket.socket) -> Iterator[Objects]:
-    """An S3 with the bucket "bucket"."""
-    objects = Objects(s3_socket)
-    threading.Thread(target=objects.server.serve_forever, daemon=True).start()
-    import fsspec
-
-    fsspec.filesystem("s3").mkdir("bucket")
-    yield objects
-    objects.release()
-    objects.server.shutdown()
-
-
-@pytest.fixture
-def s3(objects: Objects, tmp_path: Path) -> str:
-    """A new folder in the S3."""
-    return f"s3://bucket/{tmp_path.name}"
 
 
 @pytest.fixture(params=["s3", "file"])

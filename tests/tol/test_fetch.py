@@ -10,13 +10,14 @@ from mlm_train.errors import UserError
 from mlm_train.tol.build.builder import Build
 from mlm_train.tol.format.index import FETCHED, INDEX
 from mlm_train.tol.format.index_file import index_at
-from mlm_train.tol.storage.object_store import store_errors
 from mlm_train.tol.storage.resolve import storage_at
 from mlm_train.tol.storage.urls import refuse_url
 from mlm_train.tol.tools.fetch import fetch_tol
 from mlm_train.tol.tools.verify import verify_tol
+from mlm_train.utils.url_folder import store_errors
 from tests.commands import refused, start
-from tests.tol.stores import PARTITIONS, Objects, build, flip
+from tests.objects import Objects
+from tests.tol.stores import PARTITIONS, build, flip
 from tests.tol.test_faults import same
 
 pytestmark = pytest.mark.usefixtures("short_settle")

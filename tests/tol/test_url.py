@@ -24,9 +24,10 @@ from mlm_train.tol.storage.resolve import storage_at
 from mlm_train.tol.tools.fetch import fetch_tol
 from mlm_train.tol.tools.verify import verify_tol
 from tests.commands import ROOT, refused, start
+from tests.objects import Objects
 from tests.tol.conftest import export, random_model
 from tests.tol.processes import kill_leftovers, worker_processes
-from tests.tol.stores import OPTIONS, Objects, build, done, kill, names, put, wait_until
+from tests.tol.stores import OPTIONS, build, done, kill, names, put, wait_until
 from tests.tol.test_compress import MIXED
 from tests.tol.test_faults import same
 

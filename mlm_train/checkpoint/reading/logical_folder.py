@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from mlm_train.checkpoint.folders import names_one, resolve
+from mlm_train.checkpoint.folders import names_one, refuse_url, resolve
 from mlm_train.checkpoint.hf.config import config_json
 from mlm_train.checkpoint.hf.files import first_id, special_tokens
 from mlm_train.checkpoint.hf.folder import (
@@ -199,6 +199,7 @@ def find_model(path: str | Path, verify: Check = "sizes", needs_ffn_m: bool = Fa
 
     `needs_ffn_m`: reject a base model. Raises UserError.
     """
+    refuse_url(path)
     path = Path(path)
     folder = _exported(path) if _looks_exported(path) else _checkpoint(path)
     if needs_ffn_m and not folder.config.has_memory:

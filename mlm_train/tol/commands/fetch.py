@@ -28,8 +28,9 @@ def add_fetch(actions: "Actions") -> None:
 
 def run_fetch(args: argparse.Namespace) -> int:
     """Fetch, print a summary, and return exit code 0."""
-    from mlm_train.tol.storage.urls import redacted, refuse_url_output
+    from mlm_train.tol.storage.urls import refuse_url_output
     from mlm_train.tol.tools.fetch import fetch_tol
+    from mlm_train.utils.urls import redacted
 
     refuse_url_output(args.folder, "a copy is read from there")
     index = fetch_tol(args.source, args.folder)

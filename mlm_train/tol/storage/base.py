@@ -21,7 +21,6 @@ from mlm_train.utils.files import draft_of
 from mlm_train.utils.units import in_units
 
 DRAFTS = ".*.part"  # glob of drafts
-BLOCK_BYTES = 8 * 2**20  # of one read or write of a file that is streamed
 
 
 class StorageReader(Protocol):

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlm_train.errors import UserError
-from mlm_train.tol.storage.base import BLOCK_BYTES, Storage, draft_name
+from mlm_train.tol.storage.base import Storage, draft_name
 from mlm_train.tol.storage.direct_io import FileSink, Sink
 from mlm_train.utils.files import listed, open_regular, replace_file, sha256_of, sync, writing
 from mlm_train.utils.records import read_regular
 from mlm_train.utils.run_lock import owned
+from mlm_train.utils.url_folder import BLOCK_BYTES
 
 
 class LocalFolder:

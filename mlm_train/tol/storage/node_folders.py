@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from mlm_train.errors import UserError
-from mlm_train.tol.storage.base import BLOCK_BYTES
 from mlm_train.tol.storage.direct_io import FileSink, Sink
 from mlm_train.tol.storage.local import LocalFolder
+from mlm_train.utils.url_folder import BLOCK_BYTES
 
 
 class NodeFolder(LocalFolder):

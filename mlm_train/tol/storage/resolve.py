@@ -8,8 +8,8 @@ from mlm_train.tol.storage.base import Storage, StorageReader
 from mlm_train.tol.storage.local import LocalFolder
 from mlm_train.tol.storage.node_folders import SERVED, ServedFolder
 from mlm_train.tol.storage.object_store import ObjectStorage
-from mlm_train.tol.storage.urls import is_url
 from mlm_train.utils.extensions import added, load
+from mlm_train.utils.urls import is_url
 
 
 def _folder(path: str) -> Storage:

@@ -9,12 +9,13 @@ import torch
 from mlm_train.errors import UserError
 from mlm_train.tol.format.index import FETCHED, INDEX, TableFile, TolIndex
 from mlm_train.tol.format.index_file import index_bytes, is_intact, parse_index
-from mlm_train.tol.storage.base import BLOCK_BYTES, StorageReader, check_space, refuse_used, remove_drafts
+from mlm_train.tol.storage.base import StorageReader, check_space, refuse_used, remove_drafts
 from mlm_train.tol.storage.direct_io import Stream, buffers
 from mlm_train.tol.storage.local import LocalFolder
 from mlm_train.tol.storage.resolve import storage_at
 from mlm_train.tol.storage.urls import refuse_url
 from mlm_train.utils.progress import ByteProgress
+from mlm_train.utils.url_folder import BLOCK_BYTES
 
 
 def fetch_tol(source: str | Path, folder: str | Path) -> TolIndex:

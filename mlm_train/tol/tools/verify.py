@@ -20,9 +20,9 @@ from mlm_train.tol.serve.reader import TableReader, read_bases
 from mlm_train.tol.storage.base import Storage
 from mlm_train.tol.storage.local import LocalFolder
 from mlm_train.tol.storage.resolve import storage_at
-from mlm_train.tol.storage.urls import is_url
 from mlm_train.utils.files import sha256_of
 from mlm_train.utils.progress import ByteProgress
+from mlm_train.utils.urls import is_url
 
 CHUNK_ROWS = 512
 # Tolerance relative to a row's largest value: other thread counts and chunk sizes sum in another order, and
