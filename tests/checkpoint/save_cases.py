@@ -14,7 +14,7 @@ import torch
 
 from mlm_train.checkpoint import saver as saver_module
 from mlm_train.checkpoint.load import load_training_state, open_checkpoint
-from mlm_train.checkpoint.save import Snapshot, write_checkpoint
+from mlm_train.checkpoint.save import Snapshot, take_snapshot, write_checkpoint
 from mlm_train.checkpoint.saver import Saver
 from mlm_train.data.order import ORDER
 from mlm_train.parallel import runtime as processes
@@ -23,7 +23,7 @@ from mlm_train.parallel.runtime import Runtime
 from mlm_train.train.preflight import newest_of
 from mlm_train.train.resume import intact_checkpoint
 from mlm_train.utils import files
-from tests.checkpoint.share_cases import Layout, _config, _save, _tensors
+from tests.checkpoint.share_cases import Layout, _config, _tensors
 from tests.parallel.parity_cases import make_trainer, my_batches
 
 DATA = {"fingerprint": "", "order": ORDER, "eod_id": 0, "bos_id": None}
@@ -88,7 +88,8 @@ def save_twice(folder: str, model: dict, layouts: dict[str, Layout]) -> dict[str
                 saver = Saver(trainer.engine, runtime, config, DATA, lambda _: None, print)
                 for step in (1, 2):
                     trainer.step(my_batches(runtime, step, config), 1e-2)
-                    _save(str(root / "alone"), step, trainer, config, runtime)
+                    snapshot = take_snapshot(trainer.engine, runtime, config, progress_at(step), DATA)
+                    write_checkpoint(root / "alone", snapshot, runtime)
                     saver.save(progress_at(step))
                 trainer.step(my_batches(runtime, 3, config), 1e-2)
                 saver.finish()

@@ -253,14 +253,14 @@ def test_ranks_upload_and_fetch_together(tmp_path: Path, objects: Objects, s3: s
         "tests.checkpoint.url_cases:save",
         2, folder=str(tmp_path / "run"), url=s3, layout=FSDP, patience=60, steps=2, **shared,
     )  # fmt: skip
-    assert saved["files"] == [
+    assert [[name for name in files if "shard" in name] for files in saved["files"]] == [
         [f"step-0000000{step}/shard-0000{rank}.safetensors" for step in (1, 2)] for rank in (0, 1)
     ]
     zero = {"mode": "unique", "parallel": {"zero_stage": 1}}
     found = run_on_ranks(
         "tests.checkpoint.url_cases:resume", 3, folder=str(tmp_path / "new"), url=s3, layout=zero, **shared
     )
-    assert found["differ"] == [] and sum(found["read"]) == found["bytes"] and found["read"][2] == 0
+    assert found["differ"] == [] and sum(found["read"]) == found["bytes"]
     assert found["lines"][0].startswith(f"step-00000002 fetched from {s3} in ")
 
     objects.hold("PUT", "shard-00001")
