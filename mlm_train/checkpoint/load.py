@@ -1,6 +1,6 @@
 """Read a checkpoint: verify it, check that it fits the config, load it into model and optimizer."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -93,7 +93,7 @@ def load_training_state(folder: Path, manifest: Manifest, engine: Engine, runtim
     Rank 0 reads the index; each rank then reads its own elements, from the files that hold some.
     Raises UserError on every rank where any rank could not read.
     """
-    index = _broadcast_index(folder, manifest, runtime)
+    index = runtime.broadcast(lambda: index_of(folder, manifest))
     slices = []
     if runtime.is_rank_0:
         stored = index.stored(RNG)
@@ -104,13 +104,9 @@ def load_training_state(folder: Path, manifest: Manifest, engine: Engine, runtim
     set_optimizer_steps(engine, manifest.progress.optimizer_steps)
 
 
-def load_engine_weights(folder: Path, manifest: Manifest, engine: Engine, runtime: Runtime) -> None:
-    """Load the weights alone, as load_training_state does."""
-    _restore(engine, ("weight",), _broadcast_index(folder, manifest, runtime), runtime)
-
-
-def _broadcast_index(folder: Path, manifest: Manifest, runtime: Runtime) -> CheckpointIndex:
-    return runtime.broadcast(lambda: read_index(folder, manifest.files, manifest.index))
+def load_engine_weights(read: Callable[[], CheckpointIndex], engine: Engine, runtime: Runtime) -> None:
+    """Load the weights alone, as load_training_state does; `read` on rank 0 reads the index."""
+    _restore(engine, ("weight",), runtime.broadcast(read), runtime)
 
 
 def _restore(
@@ -126,10 +122,15 @@ def _restore(
     restored.finish()
 
 
+def index_of(folder: Path, manifest: Manifest) -> CheckpointIndex:
+    """What is where in a checkpoint's files. Raises UserError as read_index does."""
+    return read_index(folder, manifest.files, manifest.index)
+
+
 def load_weights(folder: Path, manifest: Manifest, held: Iterable[Target]) -> None:
     """Load weights from a checkpoint into pieces of a model, in this process alone."""
     slices = (
         LogicalSlice(f"weight/{target.piece.name}", target.piece.shape, target.piece.offset, target.view)
         for target in held
     )
-    finished(read_slices(read_index(folder, manifest.files, manifest.index), slices))
+    finished(read_slices(index_of(folder, manifest), slices))

@@ -26,7 +26,14 @@ from mlm_train.utils.threads import in_threads
 
 OFFSETS = "DCP_SHARDING_INFO"  # metadata key of each rectangle's offset, its tensor's name and whole shape
 RNG = "rng"  # name of torch's random number state
-DTYPES = {torch.float32: "F32", torch.uint8: "U8"}  # of a checkpoint's tensors, as safetensors spells them
+# As safetensors spells them: those of a checkpoint's tensors, and those that an export may have too.
+DTYPES = {
+    torch.float32: "F32",
+    torch.uint8: "U8",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+}
 _PIECE = 2**20  # bytes copied, checked and hashed at once: they stay in a core's cache
 _buffer = local()
 
@@ -146,4 +153,4 @@ def _header(slices: Sequence[LogicalSlice]) -> bytes:
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
     # torch views no single element of a stride as bytes
-    return memoryview(tensor.numpy()).cast("B")  # type: ignore[arg-type]
+    return memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 import shutil
 import socket
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,8 +12,14 @@ from pathlib import Path
 from mlm_train.checkpoint.fetch import fetch_newer
 from mlm_train.checkpoint.folders import remove_partials
 from mlm_train.checkpoint.hf.files import carry_over
-from mlm_train.checkpoint.hf.folder import open_tensors
-from mlm_train.checkpoint.load import check_fits, check_steps, load_engine_weights, load_training_state
+from mlm_train.checkpoint.hf.index import export_index
+from mlm_train.checkpoint.load import (
+    check_fits,
+    check_steps,
+    index_of,
+    load_engine_weights,
+    load_training_state,
+)
 from mlm_train.checkpoint.manifest import Manifest
 from mlm_train.checkpoint.saver import Saver
 from mlm_train.config import Config, changed_fields, dump_config
@@ -21,7 +27,6 @@ from mlm_train.data.blend import Blend
 from mlm_train.data.order import ORDER
 from mlm_train.data.samples import Consumed, Samples
 from mlm_train.model.initial import fill_initial
-from mlm_train.model.logical import Target
 from mlm_train.monitor.build import build_callbacks
 from mlm_train.monitor.callback import Callbacks, Context
 from mlm_train.monitor.log import Log
@@ -198,15 +203,11 @@ def _init_weights(engine: Engine, config: Config, runtime: processes.Runtime) ->
         return
     folder = runtime.broadcast(lambda: warm_start_source(config))
     if not (folder / "config.json").is_file():
-        load_engine_weights(folder, verified_checkpoint(folder, config, runtime), engine, runtime)
+        manifest = verified_checkpoint(folder, config, runtime)
+        load_engine_weights(lambda: index_of(folder, manifest), engine, runtime)
         return
     verify_export(folder, config, runtime)
-
-    def load(held: Iterable[Target]) -> None:
-        with open_tensors(folder) as tensors:
-            tensors.fill(held, config.model)
-
-    runtime.gather(lambda: engine.fill(load))
+    load_engine_weights(lambda: export_index(folder, config.model), engine, runtime)
 
 
 def _say_start(run: Run, resumed: Resumed | None) -> None:

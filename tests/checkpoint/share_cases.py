@@ -12,8 +12,10 @@ from torch import Tensor
 
 from mlm_train.bench.file_traffic import FileTraffic
 from mlm_train.checkpoint import digests, shards
+from mlm_train.checkpoint.hf.folder import write_folder
+from mlm_train.checkpoint.hf.index import export_index
 from mlm_train.checkpoint.index import read_index
-from mlm_train.checkpoint.load import load_engine_weights, load_training_state, open_checkpoint
+from mlm_train.checkpoint.load import index_of, load_engine_weights, load_training_state, open_checkpoint
 from mlm_train.checkpoint.reading.slices import read_tensor
 from mlm_train.checkpoint.save import take_snapshot, write_checkpoint
 from mlm_train.checkpoint.saver import Saver
@@ -98,6 +100,40 @@ def move(folder: str, model: dict, layouts: dict[str, Layout]) -> dict[str, Any]
     return found
 
 
+def warm(folder: str, model: dict, layouts: dict[str, Layout]) -> dict[str, Any]:
+    """Start in each layout from a bfloat16 export of step 1: which weights differ, bytes read over bytes."""
+    source, export, found = Path(folder) / "step-00000001", Path(folder) / "export", {}
+    weights = {
+        name.removeprefix("weight/"): tensor.bfloat16()
+        for name, tensor in _tensors(source).items()
+        if name.startswith("weight/")
+    }
+    for number, (name, layout) in enumerate(layouts.items(), 300):
+        config = _config(model, layout)
+        runtime = processes.start(config)
+        trainer = make_trainer(config, runtime)
+        if not found:
+            runtime.broadcast(
+                lambda config=config: write_folder(
+                    export, config.model, iter(weights.items()), {}, torch.bfloat16, shard_bytes=2**16
+                )
+            )
+        with FileTraffic(export) as count:
+            load_engine_weights(lambda c=config: export_index(export, c.model), trainer.engine, runtime)
+        counts = runtime.gather(lambda count=count: (count.bytes_read, count.opens))
+        again = _tensors(_save(folder, number, trainer, config, runtime))
+        sizes = [file.stat().st_size for file in export.glob("*.safetensors")]
+        found[name] = {
+            "differ": [
+                key for key in weights if not torch.equal(again[f"weight/{key}"], weights[key].float())
+            ],
+            "read": sum(read for read, _ in counts) / sum(sizes),
+            "opens": [opens for _, opens in counts],
+            "files": len(sizes),
+        }
+    return found
+
+
 def _weights_differ(
     source: Path,
     expected: dict[str, Tensor],
@@ -109,7 +145,7 @@ def _weights_differ(
 ) -> list[str]:
     """The same for a start from weights alone, after the moments were changed by a step."""
     trainer.step(my_batches(runtime, 3, config), 1e-2)
-    load_engine_weights(source, open_checkpoint(source), trainer.engine, runtime)
+    load_engine_weights(lambda: index_of(source, open_checkpoint(source)), trainer.engine, runtime)
     again = _tensors(_save(folder, step, trainer, config, runtime))
     equal = {key for key in expected if torch.equal(again[key], expected[key])}
     assert not any(key.startswith("exp_avg_sq/model.layers") for key in equal)

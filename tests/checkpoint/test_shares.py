@@ -116,6 +116,13 @@ def test_all_ranks_together_read_a_checkpoint_once(tmp_path: Path) -> None:
         print(name, counts["read"], counts["opens"])
         assert counts["differ"] == [] and counts["read"] <= 1.05, (name, counts)
     assert found["FSDP"]["opens"] == [1 + 1, 1, 1, 1]  # rank 0 reads the index as well
+    some = {name: layouts[name] for name in ("FSDP", "HSDP", "owned", "ZeRO-1")}
+    started = run_on_ranks(
+        "tests.checkpoint.share_cases:warm", 4, folder=str(tmp_path), model=EVEN, layouts=some
+    )
+    for name, counts in started.items():
+        print(name, counts)
+        assert counts["differ"] == [] and counts["read"] <= 1.1, (name, counts)
 
 
 def test_bytes_are_dealt_evenly_and_in_order() -> None:

@@ -218,7 +218,7 @@ def open_tensors(path: str | Path) -> FolderTensors:
     """Open an export's weights. UserError for a missing or damaged file."""
     path = Path(path)
     file_of: dict[str, Any] = {}
-    for file in _weight_files(path):
+    for file in weight_files(path):
         opened = open_weights(file, AGAIN)
         file_of |= dict.fromkeys(opened.keys(), opened)
     return FolderTensors(path, file_of)
@@ -233,7 +233,8 @@ def open_weights(file: Path, fix: str) -> Any:
         raise UserError(f"{file} is damaged ({reason}); {fix}") from None
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold an export's weights, by name. Raises UserError where some are missing."""
     if (path / ADAPTER).exists():
         raise UserError(f"{path / ADAPTER}: adapters are not supported; merge it, and save the whole model")
     if (path / SINGLE).is_file():  # before an index, as in transformers
@@ -261,7 +262,7 @@ def verify_folder(path: str | Path, check: Check) -> Mapping[str, str]:
     path = Path(path)
     if check == "none":
         return {}
-    return hf_manifest.verify_export(path, check, [path / "config.json", *_weight_files(path)], _around(path))
+    return hf_manifest.verify_export(path, check, [path / "config.json", *weight_files(path)], _around(path))
 
 
 def _other_weights(path: Path) -> str:
@@ -288,7 +289,7 @@ def fingerprint(path: str | Path, known: Mapping[str, str] | None = None) -> str
     """
     path, known = Path(path), known or {}
     read_config(path)
-    files = [path / "config.json", *_weight_files(path)]
+    files = [path / "config.json", *weight_files(path)]
     digests = {**known, **hf_manifest.digests([file for file in files if file.name not in known])}
     lines = (f"{file.name} {digests[file.name]}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
