@@ -153,4 +153,6 @@ def _header(slices: Sequence[LogicalSlice]) -> bytes:
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
     # torch views no single element of a stride as bytes
-    return memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+    if tensor.dtype == torch.bfloat16:  # which numpy does not have
+        tensor = tensor.view(torch.int16)
+    return memoryview(tensor.numpy()).cast("B")  # type: ignore[arg-type]
