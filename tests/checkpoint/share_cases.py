@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mlm_train.bench.file_traffic import FileTraffic
 from mlm_train.checkpoint import digests, shards
-from mlm_train.checkpoint import save as saving
 from mlm_train.checkpoint.index import read_index
 from mlm_train.checkpoint.load import load_engine_weights, load_training_state, open_checkpoint
 from mlm_train.checkpoint.reading.slices import read_tensor
@@ -172,9 +171,9 @@ def slow_disk(folder: str, model: dict, limit: float) -> dict[str, float]:
     data = {"fingerprint": "", "order": ORDER, "eod_id": 0, "bos_id": None}
     seconds: dict[str, float] = {}
     with watched(config, runtime.topology, runtime.marker), ExitStack() as stack:
-        stack.enter_context(patch.object(shards, "BLOCK", 3 * PAGE))
-        for module, name in ((saving, "THREADS"), (saving, "BACKGROUND_THREADS"), (digests, "THREADS")):
-            stack.enter_context(patch.object(module, name, 1))
+        stack.enter_context(patch.object(shards, "BLOCK", 5 * PAGE))
+        for module in (shards, digests):
+            stack.enter_context(patch.object(module, "THREADS", 1))
         if runtime.topology.rank == runtime.topology.world - 1:
             for owner, name in ((digests, "read_at"), (shards.DirectFile, "write")):
                 stack.enter_context(patch.object(owner, name, _slow(getattr(owner, name), limit / 8)))
