@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from mlm_train import __version__
-from mlm_train.checkpoint.digests import THREADS
 from mlm_train.checkpoint.folders import PARTIAL, commit, step_folder
 from mlm_train.checkpoint.index_file import merged, write_index
 from mlm_train.checkpoint.keep import Keep
@@ -28,7 +27,6 @@ from mlm_train.utils.files import writing
 from mlm_train.utils.run_lock import SlurmAttempt, refuse_superseded
 
 FP32, GIB = 4, 2**30
-BACKGROUND_THREADS = 2  # that write while training goes on: half as many take 1.5 times as long (docs/run.md)
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,6 @@ class Snapshot:
     manifest: dict[str, Any]  # without `files` and `index`
     keep: Keep  # which checkpoints of the run are kept
     bytes: int  # approximate, of all ranks
-    threads: int  # that write
 
 
 def take_snapshot(
@@ -72,8 +69,7 @@ def take_snapshot(
         "world": runtime.topology.world,
     }
     size = len(STATE) * FP32 * count_parameters(config.model).stored
-    threads = BACKGROUND_THREADS if config.checkpoint.async_save else THREADS
-    return Snapshot(progress["step"], state, manifest, Keep.of(config.checkpoint), size, threads)
+    return Snapshot(progress["step"], state, manifest, Keep.of(config.checkpoint), size)
 
 
 def write_checkpoint(root: Path, snapshot: Snapshot, runtime: Runtime) -> Path:

@@ -60,9 +60,7 @@ class Written(NamedTuple):
     places: dict[str, Rectangles]
 
 
-def write_shard(
-    path: Path, slices: Sequence[LogicalSlice], threads: int = THREADS
-) -> Generator[None, None, Written]:
+def write_shard(path: Path, slices: Sequence[LogicalSlice]) -> Generator[None, None, Written]:
     """Write a file to disk by several threads, without another copy of all in memory.
 
     Yields after each block that is on disk, for its caller to report progress. Raises NonFinite.
@@ -92,7 +90,7 @@ def write_shard(
 
     digests = []
     with DirectFile(path) as file:
-        for digest in in_threads(write_block, range(0, ends[-1], BLOCK), threads):
+        for digest in in_threads(write_block, range(0, ends[-1], BLOCK), THREADS):
             digests.append(digest)
             yield
         file.finish(ends[-1])

@@ -207,8 +207,8 @@ def slow_disk(folder: str, model: dict, limit: float) -> dict[str, float]:
     data = {"fingerprint": "", "order": ORDER, "eod_id": 0, "bos_id": None}
     seconds: dict[str, float] = {}
     with watched(config, runtime.topology, runtime.marker), ExitStack() as stack:
+        stack.enter_context(patch.object(shards, "BLOCK", 5 * PAGE))
         for module in (shards, digests):
-            stack.enter_context(patch.object(module, "BLOCK", 3 * PAGE))
             stack.enter_context(patch.object(module, "THREADS", 1))
         if runtime.topology.rank == runtime.topology.world - 1:
             for owner, name in ((digests, "read_at"), (shards.DirectFile, "write")):
