@@ -10,7 +10,7 @@ NICE = 19  # the most: on a busy core a hundredth of the time of training's thre
 def yield_to_training() -> None:
     """Lower this thread's priority, and that of the threads it starts; on Linux, where threads have one each.
 
-    Without cores to spare, each step on a CPU would wait for its own threads: 3.5 s instead of 0.4
+    Without cores to spare, each step on a CPU would wait for its own threads
     (docs/run.md). A process that runs at a lower priority itself keeps it.
     """
     if sys.platform == "linux":
