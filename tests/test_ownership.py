@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlm_train.errors import UserError
-from mlm_train.utils.run_lock import SlurmAttempt, owned, refuse_superseded
+from mlm_train.utils.run_lock import Attempt, owned, refuse_superseded
 from tests.commands import ROOT
 
 HOLD = """
@@ -56,7 +56,7 @@ def test_a_later_attempt_takes_over_from_one_that_lives_on(
             refuse_superseded(folder)
         with pytest.raises(UserError, match="taken over by restart 2"), owned(folder, "being trained"):
             pass
-        assert SlurmAttempt.suffix() == ".17-1"
+        assert Attempt.suffix() == ".17-1"
         attempt(monkeypatch, "17", 2)
     assert not list(tmp_path.glob(".*"))
 
@@ -64,6 +64,6 @@ def test_a_later_attempt_takes_over_from_one_that_lives_on(
 def test_outside_slurm_there_is_only_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with owned(tmp_path / "run", "being trained"):
-        assert [path.name for path in tmp_path.glob(".*")] == [".run.lock"] and SlurmAttempt.suffix() == ""
+        assert [path.name for path in tmp_path.glob(".*")] == [".run.lock"] and Attempt.suffix() == ""
         with pytest.raises(UserError, match="another process"), owned(tmp_path / "run", "being trained"):
             pass

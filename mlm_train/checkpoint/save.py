@@ -22,7 +22,7 @@ from mlm_train.parallel.engine.optimizer_state import STATE, copy_state, optimiz
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.utils.files import writing
 from mlm_train.utils.nonfinite import nonfinite
-from mlm_train.utils.run_lock import SlurmAttempt, refuse_superseded
+from mlm_train.utils.run_lock import Attempt, refuse_superseded
 
 FP32, GIB = 4, 2**30
 
@@ -76,7 +76,7 @@ def write_checkpoint(root: Path, snapshot: Snapshot, runtime: Runtime) -> Path:
     until its manifest is on disk. Raises UserError on every rank where any rank could not write.
     """
     final = step_folder(root, snapshot.step)
-    partial = root / f"{PARTIAL}{final.name}{SlurmAttempt.suffix()}"
+    partial = root / f"{PARTIAL}{final.name}{Attempt.suffix()}"
     marker = runtime.marker  # each phase may take long
     marker.at("space")
     runtime.broadcast(lambda: _prepare(partial, snapshot))

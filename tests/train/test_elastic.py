@@ -105,4 +105,5 @@ def test_conflicting_options_are_rejected(data: Path, tmp_path: Path) -> None:
     assert "--nodes 2:1: the second number must be the larger one" in refused(*launch, "--nodes", "2:1")
     assert "--nodes and --rendezvous HOST:PORT" in refused(*launch, "--nodes", "1:2")
     assert "--max-restarts -1: give 0 or more" in refused(*launch, "--max-restarts", -1)
-    assert "restarted by Slurm" in refused(*launch, "--slurm", "--max-restarts", 2)
+    assert "--spares -1: give 0 or more" in refused(*launch, "--spares", -1)
+    assert "--spares has an effect only with --slurm" in refused(*launch, "--spares", 1)

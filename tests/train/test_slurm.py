@@ -74,6 +74,6 @@ def test_advice_for_what_slurm_says() -> None:
         "Job violates accounting/QOS policy (job submit limit)": "--account us: ",
         "Job submission disabled": "check `sinfo`",
     }
-    job = SlurmJob("a.yaml", (), nodes=2, processes=8, gpus=8, account="us")
+    job = SlurmJob("a.yaml", (), nodes=(2, 2), processes=8, gpus=8, account="us")
     for reason, advice in advice_for.items():
         assert _advice(f"sbatch: error: {reason}", job).startswith(advice), reason
