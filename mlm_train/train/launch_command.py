@@ -109,7 +109,7 @@ def _fitting(config: Config, fewest: int, most: int, processes: int) -> tuple[in
             raise faults[nodes]
         if nodes in faults:
             fits = f"from {fewest} to {most} these fit: {', '.join(map(str, fitting)) or 'none'}"
-            raise UserError(f"--nodes {fewest}:{most}: {nodes} nodes do not fit ({faults[nodes]}); {fits}")
+            raise UserError(f"--nodes {fewest}:{most}: not with {nodes} ({faults[nodes]}); {fits}")
     return fitting
 
 

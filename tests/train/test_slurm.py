@@ -35,7 +35,12 @@ def test_the_command_is_shown(data: Path, tmp_path: Path, capsys: pytest.Capture
     assert words[script + 1] == "configs/micro.yaml" and Path(words[script]).is_file()
     assert any(word.endswith("slurm-logs/%x-%j.log") for word in words)
     given = {f"MLM_ROOT={ROOT}", f"MLM_PYTHON={sys.executable}", "MLM_NPROC=8"}
-    assert set(words[1:4]) == given and "--export=ALL" in words
+    assert set(words[1:4]) == given and "--export=ALL" in words and "--no-kill" not in words
+
+    spare = ("--nproc", 1, "--nodes", "2:4", "--spares", 1, "--max-restarts", 3, "--render")
+    mlm_train(*JOB, *overrides, *spare)
+    words = shlex.split(capsys.readouterr().out)
+    assert {"--nodes=5", "--no-kill", "MLM_NODES=2:4", "MLM_RANK_RESTARTS=3"} <= set(words)
 
 
 def test_bad_input(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
