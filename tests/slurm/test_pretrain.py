@@ -111,8 +111,8 @@ def test_a_spare_node_replaces_one_whose_network_is_lost(
         cluster.cut_off(node, connected=True)
     late.wait(timeout=60)
     assert job.end() == "COMPLETED" and job.field("Restarts") == "0", job.text()
-    assert job.text().count("restart 1 of at most 1") == 1 and node not in job.other_nodes()
-    assert "2 processes on" in job.text().partition("resumed from")[2]
+    # Ranks were started twice; the node that is back may have joined again, and waits.
+    assert job.text().count("| 2 processes on") == 2 and job.text().count("resumed from") == 1
     for folder in committed(run / "checkpoints"):
         open_checkpoint(folder)
     print(recovery(run, lost))
