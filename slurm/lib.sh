@@ -44,6 +44,20 @@ if [[ -n ${MLM_IMAGE:-} ]]; then
         --container-workdir="$PWD")
 fi
 
+# launch OPTIONS... CONFIG...: torchrun's agent on every node. With MLM_NODES, N or MIN:MAX, the run takes so many
+# of the job's nodes, and another one replaces a lost one, as often as there may be lost ones, or
+# MLM_RANK_RESTARTS times.
+launch() {
+    local fewest=${MLM_NODES:-$SLURM_NNODES} keep=() meet=()
+    local most=${fewest#*:}
+    fewest=${fewest%:*}
+    ((most <= SLURM_NNODES)) || die "MLM_NODES=$MLM_NODES: the job has $SLURM_NNODES nodes"
+    if ((fewest < SLURM_NNODES)); then keep=(--no-kill); fi
+    if ((SLURM_NNODES > 1)); then meet=(--nodes "$fewest:$most" --rendezvous "$MASTER_ADDR:$MASTER_PORT"); fi
+    step per_node "${keep[@]}" "$MLM_PYTHON" -m mlm_train launch --nproc "$processes" "${meet[@]}" \
+        --max-restarts "${MLM_RANK_RESTARTS:-$((SLURM_NNODES - fewest))}" "$@"
+}
+
 # per_node COMMAND...: one task on every node, with all of its CPUs. Replaces the shell: call it in `step`.
 # --ntasks too, since the allocation's own overrides --ntasks-per-node. After a failed task the others have a
 # minute to end and report; killed at once, their exit codes would hide the first one's.

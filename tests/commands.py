@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -145,6 +146,17 @@ def scalars(run: Path, tag: str) -> dict[int, float]:
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     return {event.step: event.value for event in events.Scalars(tag)}
+
+
+def recovery(run: Path, lost: float) -> str:
+    """What the loss of a machine at that time has cost: from the log, so to a second."""
+    before, _, after = run.joinpath("train.log").read_text().rpartition("resumed from ")
+    done = int(re.findall(r" step (\d+)/", before)[-1])
+    again = re.search(r" at step (\d+) .*?\n(\S+ \S+) step ", after, re.DOTALL)
+    assert again is not None, after
+    seconds = time.mktime(time.strptime(again[2], "%Y-%m-%d %H:%M:%S")) - lost
+    repeated = done - int(again[1])
+    return f"{seconds:.0f} s from the loss to the first step after it, {repeated} steps repeated"
 
 
 def same_losses(run: Path, other: Path, tolerance: float = 2e-5, norms: float | None = None) -> None:

@@ -17,7 +17,7 @@ from mlm_train.checkpoint.manifest import write_manifest
 from mlm_train.parallel import runtime
 from mlm_train.tol.allocate.sensitivity import Notes, Sums
 from mlm_train.utils.records import SEAL, json_value
-from mlm_train.utils.run_lock import SlurmAttempt, _path, _record, _recorded
+from mlm_train.utils.run_lock import Attempt, _path, _record, _recorded
 from tests.commands import TINY, mlm_train, outcome, refused
 from tests.test_security import sharded_export, tol
 
@@ -227,8 +227,8 @@ def test_notes_that_are_damaged_are_as_none(tmp_path: Path, fifo: Fifo) -> None:
         fifo(path)
     assert _recorded(folder) is None and notes.read() is None
     _path(folder).unlink()
-    _record(folder, SlurmAttempt(job="7", restart=2))
-    assert _recorded(folder) == SlurmAttempt(job="7", restart=2)
+    _record(folder, Attempt(job="7", restart=2))
+    assert _recorded(folder) == Attempt(job="7", restart=2)
     notes.path.unlink()
     sums = Sums(np.array([[0.5]]), np.array([[0.25]]), 3)
     notes.write(sums)

@@ -34,7 +34,7 @@ from mlm_train.tol.format.schemes import Scheme
 from mlm_train.tol.storage.lease import OWNER, Owner
 from mlm_train.tol.storage.local import LocalFolder
 from mlm_train.utils.records import SEAL, seal_of
-from mlm_train.utils.run_lock import SlurmAttempt, _record
+from mlm_train.utils.run_lock import Attempt, _record
 
 
 def reseal(file: Path) -> Callable[[Any], bytes] | None:
@@ -111,7 +111,7 @@ def _write_small(small: Path) -> None:
     (small / "allocation.json").write_text(json.dumps(allocation))
     save_file({"tokens": torch.arange(12).view(2, 6)}, small / "tokens.safetensors")
     (small / "report.json").write_text(json.dumps({"machine": {}, "rows": [1, {"a": 2.5}], "ratios": {}}))
-    _record(small / "run", SlurmAttempt(job="7", restart=2))
+    _record(small / "run", Attempt(job="7", restart=2))
     Notes(small / "mix.json", ["about"]).write(Sums(np.ones((2, 3)), np.zeros((2, 3)), 4))
     (small / OWNER).write_text(json.dumps(Owner.here().model_dump()))
 

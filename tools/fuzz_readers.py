@@ -37,7 +37,7 @@ from mlm_train.tol.storage.lease import OWNER, Owner, _read
 from mlm_train.tol.storage.local import LocalFolder
 from mlm_train.train.preflight import find_checkpoint
 from mlm_train.utils.records import SEAL
-from mlm_train.utils.run_lock import SlurmAttempt, _recorded
+from mlm_train.utils.run_lock import Attempt, _recorded
 
 TINY = (
     "model.vocab_size=384", "model.hidden_size=16", "model.num_hidden_layers=2",
@@ -220,7 +220,7 @@ def _small(folder: Path) -> str:
     owner = _read(LocalFolder(folder))  # type: ignore[arg-type]
     attempt = _recorded(folder / "run")
     if attempt is not None:
-        attempt.follows(SlurmAttempt(job="1", restart=1))
+        attempt.follows(Attempt(job="1", restart=1))
     if owner is not None:
         Owner.here().follows(owner)
     return ""

@@ -16,7 +16,7 @@ from mlm_train.errors import SharedUserError, UserError
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.utils.files import finished, replace_file, writing
 from mlm_train.utils.records import FileRecord
-from mlm_train.utils.run_lock import SlurmAttempt
+from mlm_train.utils.run_lock import Attempt
 from mlm_train.utils.units import in_units
 
 Fits = Callable[[str, Manifest], None]  # raises UserError where a run cannot continue from a checkpoint
@@ -118,7 +118,7 @@ def _newer(url: str, root: Path, resume: bool) -> tuple[list[str], list[str]]:
 
 
 def _partial(root: Path, name: str) -> Path:
-    return root / f"{PARTIAL}fetched-{name}{SlurmAttempt.suffix()}"
+    return root / f"{PARTIAL}fetched-{name}{Attempt.suffix()}"
 
 
 def _begin(url: str, root: Path, name: str, fits: Fits) -> _Begun:

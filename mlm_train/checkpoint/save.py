@@ -24,7 +24,7 @@ from mlm_train.parallel.engine.base import Engine
 from mlm_train.parallel.engine.optimizer_state import STATE, copy_state, optimizer_steps
 from mlm_train.parallel.runtime import Runtime
 from mlm_train.utils.files import writing
-from mlm_train.utils.run_lock import SlurmAttempt, refuse_superseded
+from mlm_train.utils.run_lock import Attempt, refuse_superseded
 
 FP32, GIB = 4, 2**30
 
@@ -79,7 +79,7 @@ def write_checkpoint(root: Path, snapshot: Snapshot, runtime: Runtime) -> Path:
     until its manifest is on disk. Raises UserError on every rank where any rank could not write.
     """
     final = step_folder(root, snapshot.step)
-    partial = root / f"{PARTIAL}{final.name}{SlurmAttempt.suffix()}"
+    partial = root / f"{PARTIAL}{final.name}{Attempt.suffix()}"
     marker = runtime.marker
     marker.at("space")
     runtime.broadcast(lambda: _prepare(partial, snapshot))

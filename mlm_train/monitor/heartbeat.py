@@ -11,7 +11,7 @@ from typing import Any
 from mlm_train.monitor.callback import Callback, Context
 from mlm_train.monitor.report import Progress, StepReport
 from mlm_train.monitor.time_left import TimeLeft
-from mlm_train.utils.run_lock import SlurmAttempt
+from mlm_train.utils.run_lock import Attempt
 
 INTERVAL = 1.0  # least seconds between writes
 
@@ -25,7 +25,7 @@ class HeartbeatFile:
     def __init__(self, folder: Path) -> None:
         self.path, self.next = folder / "heartbeat.json", 0.0
         self.values: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
-        if (attempt := SlurmAttempt.here()) is not None:
+        if (attempt := Attempt.here()) is not None and attempt.job is not None:
             self.values["job"] = str(attempt)
 
     def beat(self, state: str, **values: Any) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from mlm_train.config import load_config
+from mlm_train.config import Config, load_config
 from mlm_train.errors import UserError
 from mlm_train.train.command import add_config_arguments
 
@@ -16,7 +16,9 @@ examples:
   mlm-train launch --slurm configs/memory-1b.yaml --nodes 4 --gpus-per-node 8 --render
   mlm-train launch --nproc 8 --nodes 4 --rendezvous node1:29500 CONFIG    (the same on all four)
   mlm-train launch --nproc 8 --nodes 2:4 --max-restarts 10 --rendezvous node1:29500 CONFIG
-                                              (runs on as many of the four as are available)"""
+                                              (runs on as many of the four as are available)
+  mlm-train launch --slurm configs/memory-1b.yaml --nodes 4 --spares 1 --gpus-per-node 8
+                                              (a fifth node waits, and replaces a lost one)"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="R",
         help="restart all ranks from the newest checkpoint when one fails or hangs, at most R times "
-        "(default 0, with MIN:MAX 3)",
+        "(default 0, with MIN:MAX 3; in a Slurm job as many as nodes may be lost)",
     )
     parser.add_argument(
         "--rendezvous", metavar="HOST:PORT", help="with several machines: one of them and a free port of it"
@@ -38,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     slurm = parser.add_argument_group("as a Slurm job")
     slurm.add_argument("--slurm", action="store_true", help="submit slurm/pretrain.sbatch")
+    slurm.add_argument(
+        "--spares",
+        type=int,
+        default=0,
+        metavar="S",
+        help="nodes beside those of --nodes, which wait and replace lost ones without a requeue (default 0)",
+    )
     slurm.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs per node, each with one process")
     slurm.add_argument("--partition", help="default: SBATCH_PARTITION, or the cluster's")
     slurm.add_argument("--account", help="default: SBATCH_ACCOUNT, or your own")
@@ -48,14 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check everything, then run the ranks or submit the job. Returns their exit code."""
     _check_counts(args)
-    from mlm_train.parallel.mesh.topology import Topology
     from mlm_train.train.preflight import preflight
 
     processes = args.nproc or args.gpus_per_node
     config = load_config(args.config, args.overrides)
     fewest, most = args.nodes
-    for nodes in range(fewest, most + 1):
-        Topology.of(config.parallel, nodes * processes).check_batch(config)
+    fitting = _fitting(config, fewest, most, processes)
     preflight(config, most * processes, None if args.slurm else processes)
     if args.slurm:
         from mlm_train.train.slurm import SlurmJob, submit
@@ -63,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
         job = SlurmJob(
             config=args.config,
             overrides=tuple(args.overrides),
-            nodes=most,
+            nodes=(fewest, most),
+            spares=args.spares,
+            restarts=args.max_restarts,
             processes=processes,
             gpus=args.gpus_per_node,
             partition=args.partition,
@@ -78,7 +87,30 @@ def run(args: argparse.Namespace) -> int:
     restarts = args.max_restarts
     if restarts is None:
         restarts = 3 if fewest < most else 0
-    return launch_ranks(arguments, args.nproc, Nodes(fewest, most, args.rendezvous), restarts)
+    return launch_ranks(arguments, args.nproc, Nodes(fitting, args.rendezvous), restarts)
+
+
+def _fitting(config: Config, fewest: int, most: int, processes: int) -> tuple[int, ...]:
+    """The numbers of nodes from `fewest` to `most` on which layout and batch fit.
+
+    Raises UserError where `fewest` or `most` is none of them, and names those that are.
+    """
+    from mlm_train.parallel.mesh.topology import Topology
+
+    faults: dict[int, UserError] = {}
+    for nodes in range(fewest, most + 1):
+        try:
+            Topology.of(config.parallel, nodes * processes).check_batch(config)
+        except UserError as error:
+            faults[nodes] = error
+    fitting = tuple(nodes for nodes in range(fewest, most + 1) if nodes not in faults)
+    for nodes in (fewest, most):
+        if nodes in faults and fewest == most:
+            raise faults[nodes]
+        if nodes in faults:
+            fits = f"from {fewest} to {most} these fit: {', '.join(map(str, fitting)) or 'none'}"
+            raise UserError(f"--nodes {fewest}:{most}: not with {nodes} ({faults[nodes]}); {fits}")
+    return fitting
 
 
 def _counts(text: str) -> tuple[int, int]:
@@ -97,11 +129,9 @@ def _check_counts(args: argparse.Namespace) -> None:
         raise UserError(f"--nodes {fewest}:{most}: the second number must be the larger one")
     if args.max_restarts is not None and args.max_restarts < 0:
         raise UserError(f"--max-restarts {args.max_restarts}: give 0 or more")
+    if args.spares < 0:
+        raise UserError(f"--spares {args.spares}: give 0 or more")
     if args.slurm:
-        if fewest != most or args.max_restarts:
-            raise UserError(
-                "--nodes MIN:MAX and --max-restarts: a Slurm job is restarted by Slurm; leave them out"
-            )
         if (args.nproc is None) == (args.gpus_per_node is None):
             raise UserError("--slurm needs --gpus-per-node, or --nproc for processes on CPUs")
         if args.rendezvous is not None:
@@ -109,8 +139,8 @@ def _check_counts(args: argparse.Namespace) -> None:
         return
     if args.nproc is None:
         raise UserError("--nproc is missing: give the number of processes on this machine")
-    if (most > 1) != (args.rendezvous is not None):
+    if most > 1 and args.rendezvous is None:
         raise UserError("--nodes and --rendezvous HOST:PORT go together: give both for several machines")
-    for name in ("gpus_per_node", "partition", "account", "time", "render"):
+    for name in ("spares", "gpus_per_node", "partition", "account", "time", "render"):
         if getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')} has an effect only with --slurm")

@@ -23,8 +23,10 @@ class SlurmJob:
 
     config: str
     overrides: tuple[str, ...]
-    nodes: int
+    nodes: tuple[int, int]  # the fewest and the most that run
     processes: int  # per node
+    spares: int = 0  # nodes beside these, which replace lost ones
+    restarts: int | None = None  # of the ranks within the job; None: one for each node that may be lost
     gpus: int | None = None  # per node
     partition: str | None = None
     account: str | None = None
@@ -39,7 +41,7 @@ class SlurmJob:
         """sbatch's options, beside those in `slurm/pretrain.sbatch`."""
         values = {
             "job-name": self.name,
-            "nodes": self.nodes,
+            "nodes": self.nodes[1] + self.spares,
             "gpus-per-node": self.gpus,
             "partition": self.partition,
             "account": self.account,
@@ -48,12 +50,23 @@ class SlurmJob:
             "output": LOGS / "%x-%j.log",  # relative: a % in an absolute path would be read as a pattern
             "export": "ALL",
         }
-        return [f"--{name}={value}" for name, value in values.items() if value is not None]
+        options = [f"--{name}={value}" for name, value in values.items() if value is not None]
+        return [*options, "--no-kill"] if self.may_lose_nodes else options
+
+    @property
+    def may_lose_nodes(self) -> bool:
+        """Whether the job goes on without a lost node."""
+        return self.spares > 0 or self.nodes[0] < self.nodes[1]
 
     @property
     def environment(self) -> dict[str, str]:
         """Environment variables of the script; --export would split values at commas."""
-        return {"MLM_ROOT": str(ROOT), "MLM_PYTHON": sys.executable, "MLM_NPROC": str(self.processes)}
+        given = {"MLM_ROOT": str(ROOT), "MLM_PYTHON": sys.executable, "MLM_NPROC": str(self.processes)}
+        if self.may_lose_nodes:
+            given["MLM_NODES"] = ":".join(map(str, self.nodes))
+        if self.restarts is not None:
+            given["MLM_RANK_RESTARTS"] = str(self.restarts)
+        return given
 
     def command(self, *more: str) -> list[str]:
         """The sbatch command, to be run with `environment`."""
@@ -77,7 +90,10 @@ def submit(job: SlurmJob, render: bool = False) -> int:
     _sbatch(job.command("--test-only"), job)
     number = _sbatch(job.command("--parsable"), job).strip().partition(";")[0]
     log = LOGS / f"{job.name}-{number}.log"
-    print(f"submitted job {number}: {job.nodes} nodes x {job.processes} processes")
+    fewest, most = job.nodes
+    nodes = f"{most} nodes" if fewest == most else f"{fewest} to {most} nodes"
+    spares = f" and {job.spares} spare" if job.spares else ""
+    print(f"submitted job {number}: {nodes}{spares} x {job.processes} processes")
     print(f"watch: squeue -j {number}; tail -F {shlex.quote(str(log))}")
     print(f"stop:  scancel --signal=TERM {number}  (after a checkpoint), scancel {number}  (at once)")
     return 0
@@ -103,6 +119,8 @@ def _advice(reason: str, job: SlurmJob) -> str:
     if "time" in lower:
         return f"--time {job.time or 'HH:MM:SS'}: `sinfo -o '%P %l'` shows the limits"
     if "node" in lower or "gres" in lower:
-        asked = f"--nodes {job.nodes}" + (f" --gpus-per-node {job.gpus}" if job.gpus else "")
+        asked = f"--nodes {job.nodes[1]}"
+        asked += f" --spares {job.spares}" if job.spares else ""
+        asked += f" --gpus-per-node {job.gpus}" if job.gpus else ""
         return f"{asked}: `sinfo -o '%P %D %G'` shows nodes and GPUs of each partition"
     return "check `sinfo` and the command that --render prints"

@@ -1,6 +1,6 @@
-"""Lock a run's folder for one process, and for the newest attempt of a job that Slurm restarted.
+"""Lock a run's folder for one process, and for the newest attempt of a job or a launch that was restarted.
 
-When a node's slurmd dies, its ranks keep running beside the restarted job and hold the folder's lock. So
+When a node is given up, its ranks may keep running beside the restarted ones and hold the folder's lock. So
 each attempt writes its number to a file beside the folder. An attempt that reads a newer number there ends
 at once and commits nothing more; the newer one waits for the lock.
 """
@@ -20,47 +20,64 @@ from mlm_train.utils.files import locked, write_text
 from mlm_train.utils.records import Record, json_value, read_regular
 
 POLL_SECONDS = 3.0
-STARTED_AGAIN = "MLM_STARTED_AGAIN"  # set where an agent may restart the ranks
+LAUNCH = "MLM_LAUNCH"  # `LAUNCH NUMBER`, set where an agent may restart the ranks (launch/agent.py)
 PATIENCE_SECONDS = 120.0  # a shared file system takes 90 s to release the locks of a lost machine
 
 
-class SlurmAttempt(Record):
-    """A Slurm job and how often it has been restarted; also the file beside a folder."""
+class Attempt(Record):
+    """A Slurm job and how often it has been restarted, or a launch and which start of its ranks this is, or
+    both; also the file beside a folder.
 
-    job: str
-    restart: Annotated[int, Field(strict=True, ge=0)]
+    start: counted from 1; 0 where no agent may start the ranks again.
+    """
+
+    job: str | None = None
+    restart: Annotated[int, Field(strict=True, ge=0)] = 0
+    launch: str = ""
+    start: Annotated[int, Field(strict=True, ge=0)] = 0
 
     @classmethod
-    def here(cls) -> "SlurmAttempt | None":
-        """This process's attempt; None outside Slurm."""
-        job = os.environ.get("SLURM_JOB_ID")
-        restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-        return None if job is None else cls(job=job, restart=restart)
+    def here(cls) -> "Attempt | None":
+        """This process's attempt; None outside Slurm where nothing restarts it."""
+        job, (launch, _, start) = os.environ.get("SLURM_JOB_ID"), os.environ.get(LAUNCH, "").partition(" ")
+        if job is None and not launch:
+            return None
+        restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0) if job else 0
+        return cls(job=job, restart=restart, launch=launch, start=int(start or 0))
 
     @classmethod
     def suffix(cls) -> str:
         """A suffix for names of unfinished files, so that no two attempts write the same one."""
         attempt = cls.here()
-        return "" if attempt is None else f".{attempt.job}-{attempt.restart}"
+        if attempt is None:
+            return ""
+        job = [] if attempt.job is None else [attempt.job, str(attempt.restart)]
+        return "." + "-".join([*job, *([attempt.launch[:8], str(attempt.start)] if attempt.launch else [])])
 
-    def follows(self, other: "SlurmAttempt | None") -> bool:
-        """Whether this is a later attempt of the same job."""
-        return other is not None and other.job == self.job and other.restart < self.restart
+    def follows(self, other: "Attempt | None") -> bool:
+        """Whether this is a later attempt of the same job or launch."""
+        if other is None or other.job != self.job:
+            return False
+        if self.job is not None and other.restart != self.restart:
+            return other.restart < self.restart
+        return other.launch == self.launch and other.start < self.start
 
     def __str__(self) -> str:
-        return f"restart {self.restart} of job {self.job}"
+        job = f"restart {self.restart} of job {self.job}"
+        if not self.launch:
+            return job
+        return f"start {self.start} of {f'the ranks in {job}' if self.job else f'launch {self.launch[:8]}'}"
 
 
 @contextlib.contextmanager
 def owned(folder: Path, doing: str) -> Iterator[None]:
-    """Lock a folder like `files.locked`; take it over from an earlier attempt of the same Slurm job.
+    """Lock a folder like `files.locked`; take it over from an earlier attempt of the same job or launch.
 
     Raises UserError where another process holds it, or a later attempt has taken it over.
     """
-    attempt = SlurmAttempt.here()
+    attempt = Attempt.here()
     if attempt is None:
-        # Restarted ranks may meet their predecessors, still running on a lost machine.
-        with locked(folder, doing, PATIENCE_SECONDS if STARTED_AGAIN in os.environ else 0.0):
+        with locked(folder, doing, 0.0):
             yield
         return
     refuse_superseded(folder)
@@ -79,8 +96,8 @@ def owned(folder: Path, doing: str) -> Iterator[None]:
 
 
 def refuse_superseded(folder: Path) -> None:
-    """Raise UserError where a later attempt of this process's job has taken over the folder."""
-    attempt, recorded = SlurmAttempt.here(), _recorded(folder)
+    """Raise UserError where a later attempt of this process's job or launch has taken over the folder."""
+    attempt, recorded = Attempt.here(), _recorded(folder)
     if attempt is not None and recorded is not None and recorded.follows(attempt):
         raise UserError(f"{folder} was taken over by {recorded}; {attempt} ends and writes nothing more")
 
@@ -91,15 +108,15 @@ def _path(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.attempt")
 
 
-def _record(folder: Path, attempt: SlurmAttempt) -> None:
+def _record(folder: Path, attempt: Attempt) -> None:
     _path(folder).parent.mkdir(parents=True, exist_ok=True)
     write_text(_path(folder), attempt.model_dump_json())
 
 
-def _recorded(folder: Path) -> SlurmAttempt | None:
+def _recorded(folder: Path) -> Attempt | None:
     """The attempt that took the folder last; None where there is none, or it cannot be read now."""
     try:
-        return SlurmAttempt.model_validate(json_value(read_regular(_path(folder))))
+        return Attempt.model_validate(json_value(read_regular(_path(folder))))
     except (OSError, ValueError, UserError):
         return None
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.commands import ROOT, TINY, mlm_train
@@ -64,6 +65,24 @@ class Cluster:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
 
+    def cut_off(self, node: str, connected: bool = False) -> None:
+        """The node's network is gone, or back; what runs on it goes on."""
+        number = (self.folder / "run/number").read_text().strip()
+        link = f"mlmslurm{number}-{node.removeprefix('node')}"
+        self.do("ip", "link", "set", link, "up" if connected else "down")
+
+    def ranks(self, job: "SlurmJob", node: str) -> list[psutil.Process]:
+        """The job's ranks on a node."""
+        pids = map(int, self.do("ip", "netns", "pids", self.namespace(node)).split())
+        found = []
+        for pid in pids:
+            with contextlib.suppress(psutil.Error):  # one that has just ended
+                process = psutil.Process(pid)
+                own = process.environ().get("SLURM_JOB_ID") == job.number
+                if own and "pretrain" in process.cmdline() and "RANK" in process.environ():
+                    found.append(process)
+        return found
+
     def restore(self, node: str) -> None:
         """It is back."""
         self.do(HERE / "cluster_up.sh", "--node", node)
@@ -85,6 +104,11 @@ class SlurmJob:
         found = re.search(rf"\b{name}=(\S*)", self.cluster.do("scontrol", "show", "job", self.number))
         assert found is not None, name
         return found[1]
+
+    def other_nodes(self) -> list[str]:
+        """Its nodes without the one that runs the script."""
+        nodes = self.cluster.do("scontrol", "show", "hostnames", self.field("NodeList")).split()
+        return [node for node in nodes if node != self.field("BatchHost")]
 
     def text(self) -> str:
         """The log so far."""

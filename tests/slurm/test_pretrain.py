@@ -13,7 +13,7 @@ import pytest
 
 from mlm_train.checkpoint.folders import committed, newest
 from mlm_train.checkpoint.load import open_checkpoint
-from tests.commands import ROOT, refused, same_losses
+from tests.commands import ROOT, recovery, refused, same_losses
 from tests.slurm.conftest import Cluster, SlurmJob, words
 
 PRETRAIN = ROOT / "slurm/pretrain.sbatch"
@@ -76,12 +76,7 @@ def test_a_lost_node_and_ranks_that_live_on_there(
     job = cluster.submit(tmp_path / "log", "--nodes=1", PRETRAIN, *words(data, run))
     job.wait_for("step 12/")
     node = job.field("BatchHost")
-    (rank,) = [
-        process
-        for process in psutil.process_iter(["cmdline", "environ"])  # None of one that has just ended
-        if "pretrain" in (process.info["cmdline"] or ())
-        and (process.info["environ"] or {}).get("SLURM_JOB_ID") == job.number
-    ]
+    (rank,) = cluster.ranks(job, node)
     os.kill(int((cluster.folder / f"run/slurmd.{node}.pid").read_text()), signal.SIGKILL)
     rank.suspend()
     job.wait_for("restart 1 of job")
@@ -95,6 +90,60 @@ def test_a_lost_node_and_ranks_that_live_on_there(
     assert {path.name[:5] for path in (run / "checkpoints").iterdir()} == {"lates", "step-"}
     same_losses(run, unbroken)
     cluster.restore(node)
+
+
+def test_a_spare_node_replaces_one_whose_network_is_lost(
+    cluster: Cluster, unbroken: Path, data: Path, tmp_path: Path
+) -> None:
+    """No connection is closed, and the lost node's ranks live on. Then its network is back."""
+    run = tmp_path / "run"
+    three = ("--nodes=3", "--no-kill", PRETRAIN, *words(data, run))
+    job = cluster.submit(tmp_path / "log", *three, MLM_NODES="2")
+    job.wait_for("step-00000010 committed")
+    (node,) = (node for node in job.other_nodes() if cluster.ranks(job, node))
+    (late,) = cluster.ranks(job, node)
+    lost = time.time()
+    cluster.cut_off(node)
+    try:
+        job.wait_for("resumed from")
+        assert late.is_running()
+    finally:
+        cluster.cut_off(node, connected=True)
+    late.wait(timeout=60)
+    assert job.end() == "COMPLETED" and job.field("Restarts") == "0", job.text()
+    # Ranks were started twice; the node that is back may have joined again, and waits.
+    assert job.text().count("| 2 processes on") == 2 and job.text().count("resumed from") == 1
+    for folder in committed(run / "checkpoints"):
+        open_checkpoint(folder)
+    print(recovery(run, lost))
+    same_losses(run, unbroken)
+
+
+@pytest.mark.long
+def test_fewer_nodes_go_on_and_too_few_are_requeued(
+    cluster: Cluster, unbroken: Path, data: Path, tmp_path: Path
+) -> None:
+    """Of two nodes one is lost, and the other one goes on alone. Then the script's own node is lost."""
+    run = tmp_path / "run"
+    two = ("--nodes=2", "--no-kill", PRETRAIN, *words(data, run, "train.steps=400"))
+    job = cluster.submit(tmp_path / "log", *two, MLM_NODES="1:2")
+    job.wait_for("step-00000010 committed")
+    (node,) = job.other_nodes()
+    lost = time.time()
+    cluster.lose(node)
+    job.wait_for("| 1 processes on")
+    job.wait_for("step 60/")
+    assert job.field("Restarts") == "0"
+    print(recovery(run, lost))
+    host = job.field("BatchHost")
+    lost = time.time()
+    cluster.lose(host)
+    job.wait_for("restart 1 of job")
+    assert job.field("Restarts") == "1"
+    cluster.do("scancel", "--batch", "--signal=TERM", job.number)
+    job.end()
+    cluster.restore(node)
+    cluster.restore(host)
 
 
 def test_a_job_that_crashes_again_and_again_ends(cluster: Cluster, data: Path, tmp_path: Path) -> None:

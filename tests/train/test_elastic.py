@@ -15,6 +15,7 @@ from tests.commands import (
     free_port,
     listening,
     ranks_under,
+    recovery,
     refused,
     same_losses,
     start,
@@ -100,9 +101,52 @@ def test_a_machine_leaves_and_comes_back(unbroken: Path, data: Path, tmp_path: P
     same_losses(run, unbroken, tolerance=1e-4)
 
 
+@pytest.mark.long
+def test_a_lost_machine_is_replaced_by_one_that_did_not_fit(
+    unbroken: Path, data: Path, tmp_path: Path
+) -> None:
+    """Three agents, of which a batch of eight takes two."""
+    run = tmp_path / "run"
+    meet = f"127.0.0.1:{free_port()}"
+    command = ("launch", "--nproc", 1, "--nodes", "1:4", "--max-restarts", 1, "--rendezvous", meet)
+    first = start(*command, *words(data, run))
+    while not listening(psutil.Process(first.pid)):  # it hosts the rendezvous
+        time.sleep(0.05)
+    others = [start(*command, *words(data, run)) for _ in range(2)]
+    wait_for("step-00000005 committed", run, first, *others)
+    assert "| 2 processes on" in run.joinpath("train.log").read_text()
+    (used,) = (agent for agent in others if ranks_under(agent.pid))
+    (waits,) = (agent for agent in others if agent is not used)
+    (rank,) = ranks_under(used.pid)
+    lost = time.time()
+    rank.suspend()  # it must not outlive its agent and exit cleanly
+    os.kill(used.pid, signal.SIGKILL)
+    rank.kill()
+    used.communicate()
+    outputs = [agent.communicate(timeout=300)[0] for agent in (first, waits)]
+    assert (first.returncode, waits.returncode) == (0, 0), outputs
+    assert "3 nodes have joined, and the run fits 2 of them: this one waits" in outputs[1]
+    assert outputs[0].count("restart 1 of at most 1") == 1
+    assert f"(process {used.pid}) and with " in outputs[0] and ", on 2 nodes" in outputs[0]
+    assert run.joinpath("train.log").read_text().count("| 2 processes on") == 2
+    print(recovery(run, lost))
+    same_losses(run, unbroken, tolerance=1e-4)
+
+
+def test_numbers_of_machines_that_do_not_fit(data: Path, tmp_path: Path) -> None:
+    meet = ("--nproc", 2, "--rendezvous", "nowhere:1", "--nodes")
+    launch = ("launch", *words(data, tmp_path / "run", "parallel.pipeline=2", "parallel.tensor=2"), *meet)
+    assert (
+        "--nodes 1:4: not with 1 (2 processes cannot hold parallel.tensor=2 x parallel.pipeline=2: "
+        "start 4); from 1 to 4 these fit: 2, 4" in refused(*launch, "1:4")
+    )
+    assert "--nodes 2:3: not with 3 (" in refused(*launch, "2:3")
+
+
 def test_conflicting_options_are_rejected(data: Path, tmp_path: Path) -> None:
     launch = ("launch", "--nproc", 1, *words(data, tmp_path / "run"))
     assert "--nodes 2:1: the second number must be the larger one" in refused(*launch, "--nodes", "2:1")
     assert "--nodes and --rendezvous HOST:PORT" in refused(*launch, "--nodes", "1:2")
     assert "--max-restarts -1: give 0 or more" in refused(*launch, "--max-restarts", -1)
-    assert "restarted by Slurm" in refused(*launch, "--slurm", "--max-restarts", 2)
+    assert "--spares -1: give 0 or more" in refused(*launch, "--spares", -1)
+    assert "--spares has an effect only with --slurm" in refused(*launch, "--spares", 1)

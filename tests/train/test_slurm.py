@@ -35,7 +35,12 @@ def test_the_command_is_shown(data: Path, tmp_path: Path, capsys: pytest.Capture
     assert words[script + 1] == "configs/micro.yaml" and Path(words[script]).is_file()
     assert any(word.endswith("slurm-logs/%x-%j.log") for word in words)
     given = {f"MLM_ROOT={ROOT}", f"MLM_PYTHON={sys.executable}", "MLM_NPROC=8"}
-    assert set(words[1:4]) == given and "--export=ALL" in words
+    assert set(words[1:4]) == given and "--export=ALL" in words and "--no-kill" not in words
+
+    spare = ("--nproc", 1, "--nodes", "2:4", "--spares", 1, "--max-restarts", 3, "--render")
+    mlm_train(*JOB, *overrides, *spare)
+    words = shlex.split(capsys.readouterr().out)
+    assert {"--nodes=5", "--no-kill", "MLM_NODES=2:4", "MLM_RANK_RESTARTS=3"} <= set(words)
 
 
 def test_bad_input(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +79,6 @@ def test_advice_for_what_slurm_says() -> None:
         "Job violates accounting/QOS policy (job submit limit)": "--account us: ",
         "Job submission disabled": "check `sinfo`",
     }
-    job = SlurmJob("a.yaml", (), nodes=2, processes=8, gpus=8, account="us")
+    job = SlurmJob("a.yaml", (), nodes=(2, 2), processes=8, gpus=8, account="us")
     for reason, advice in advice_for.items():
         assert _advice(f"sbatch: error: {reason}", job).startswith(advice), reason

@@ -1,6 +1,6 @@
 """Start the ranks of a run on this node: torchrun's own agent, without its pages of output.
 
-Where that is asked for, it restarts them after a failure, on as many nodes as there are then.
+Where that is asked for, it restarts them after a failure, on as many nodes as there are then (agent.py).
 """
 
 import contextlib
@@ -11,35 +11,30 @@ import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
-from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec, WorkerState
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.agent.server import WorkerSpec
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from mlm_train.errors import HUNG, START_AGAIN, PeerFailure
+from mlm_train.errors import HUNG, START_AGAIN
+from mlm_train.parallel.launch.agent import STOPPED, USER_ERROR, Agent, first, first_failure
 from mlm_train.parallel.launch.rendezvous import LOOPBACK, rendezvous_errors
-from mlm_train.utils.run_lock import STARTED_AGAIN
 
-USER_ERROR = 2  # exit code of a rank that has reported bad input in one line
-STOPPED = 128 + signal.SIGTERM  # exit code of a rank that SIGTERM ended after a checkpoint
 FORWARDED = (signal.SIGUSR1, signal.SIGTERM)  # signals that the ranks handle (train/signals.py)
-FINAL = {USER_ERROR, START_AGAIN, STOPPED}  # exit codes after which the ranks are not restarted
-# Seconds until ranks that were asked to end are killed: after a failure, and where another node joins.
-FAILED_SHUTDOWN_SECONDS, RESIZE_SHUTDOWN_SECONDS = 30, 600
 LAST_CALL_SECONDS = 15.0  # how long fewer than all nodes wait for another one
 
 
 class Nodes(NamedTuple):
-    """How many nodes run this same command, and their rendezvous: HOST:PORT of one of them."""
+    """The numbers of nodes on which the run fits, ascending, and their rendezvous: HOST:PORT of one of them.
 
-    fewest: int = 1
-    most: int = 1
+    Each of them runs this same command; so may further ones, which wait and replace a lost one.
+    """
+
+    fitting: tuple[int, ...] = (1,)
     rendezvous: str | None = None
 
 
@@ -51,20 +46,21 @@ def launch_ranks(
     0; 2 where a rank reported bad input; 75 where the watchdog ended a hang; 85 or 143 where SIGUSR1 or
     SIGTERM ended it after a checkpoint; otherwise 1, after a line that names the rank which failed first.
     The other ranks are ended; after 1 and 75 all are restarted, up to max_restarts times. Raises UserError
-    where the rendezvous of the nodes fails, PeerFailure where the run has ended on another node.
+    where the rendezvous of the nodes fails, PeerFailure where the run has ended on another node. A node that
+    the run has not needed to the end returns 0.
     """
     nodes = nodes or Nodes()
+    restarts = max_restarts > 0 or len(nodes.fitting) > 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"  # these end the ranks at once
-    if max_restarts or nodes.most > nodes.fewest:
-        # Otherwise the agent gives all attempts one store, with the keys of earlier ones.
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = os.environ[STARTED_AGAIN] = "1"
+    if restarts:  # otherwise the agent gives all starts one store, with the keys of earlier ones
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     forwarded: list[signal.Signals] = []
-    attempts: list[int] = []
+    agent: Agent | None = None
     errors: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if nodes.rendezvous is not None:
-        errors = rendezvous_errors(nodes.rendezvous, nodes.fewest, lambda: bool(attempts))
+        errors = rendezvous_errors(nodes.rendezvous, nodes.fitting[0], lambda: bool(agent and agent.starts))
     try:
         with _forwarding(forwarded), errors:
             rendezvous = _rendezvous(nodes)
@@ -77,11 +73,15 @@ def launch_ranks(
                 max_restarts=max_restarts,
                 monitor_interval=0.2,
             )
-            result = _Agent(spec, forwarded, attempts).run()
+            agent = Agent(spec, nodes.fitting, forwarded, restarts)
+            result = agent.run()
     except SignalException as error:
+        if error.sigval == signal.SIGUSR1 and nodes.rendezvous is not None:
+            return START_AGAIN  # as the other nodes, whose ranks save a checkpoint
         return _ended_by(error.sigval)
     if result is None:
-        raise PeerFailure("the run has ended on the other nodes, without this one")
+        print("mlm-train: the run has ended on the other nodes, without this one", file=sys.stderr)
+        return 0
     rendezvous.shutdown()  # on all nodes
     return _exit_code(result.failures, forwarded) if result.is_failed() else 0
 
@@ -93,56 +93,11 @@ def _rendezvous(nodes: Nodes) -> RendezvousHandler:
             backend="c10d" if nodes.rendezvous else LOOPBACK,
             endpoint=nodes.rendezvous or "",
             run_id=nodes.rendezvous or uuid.uuid4().hex,
-            min_nodes=nodes.fewest,
-            max_nodes=nodes.most,
+            min_nodes=nodes.fitting[0],
+            max_nodes=nodes.fitting[-1],
             last_call_timeout=LAST_CALL_SECONDS,
         )
     )
-
-
-class _Agent(LocalElasticAgent):
-    """torchelastic's agent; restarts ranks where that may help, and logs it.
-
-    forwarded: signals that were forwarded to the ranks. attempts: gets one entry per start of the ranks.
-    """
-
-    def __init__(self, spec: WorkerSpec, forwarded: Sequence[signal.Signals], attempts: list[int]) -> None:
-        super().__init__(spec, logs_specs=DefaultLogsSpecs())
-        self.forwarded, self.attempts = forwarded, attempts
-
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        self.attempts.append(len(self.attempts))
-        return super()._start_workers(worker_group)
-
-    def _restart_workers(self, worker_group: WorkerGroup) -> None:
-        # Healthy ranks end because another node joins: their step and checkpoint may take a while.
-        healthy = worker_group.state == WorkerState.HEALTHY
-        self._shutdown_timeout = RESIZE_SHUTDOWN_SECONDS if healthy else FAILED_SHUTDOWN_SECONDS
-        super()._restart_workers(worker_group)
-        self._shutdown_timeout = FAILED_SHUTDOWN_SECONDS
-
-    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        result = super()._monitor_workers(worker_group)
-        if result.state != WorkerState.FAILED:
-            return result
-        if self.forwarded or self._is_final({failure.exitcode for failure in result.failures.values()}):
-            self._remaining_restarts = 0
-        elif self._remaining_restarts:
-            most = worker_group.spec.max_restarts
-            number = most - self._remaining_restarts + 1
-            print(
-                f"mlm-train: {_first_failure(result.failures)}; restarting the ranks of this node from the "
-                f"newest checkpoint: restart {number} of at most {most}",
-                file=sys.stderr,
-                flush=True,
-            )
-        return result
-
-    def _is_final(self, codes: set[int]) -> bool:
-        """Whether the ranks have ended by exit codes after which they are not restarted."""
-        # Another node's agent may have ended them because a node joins, before this agent knew.
-        resizing = codes == {STOPPED} and self._worker_group.spec.rdzv_handler.num_nodes_waiting() > 0
-        return bool(FINAL & codes) and not resizing
 
 
 @contextlib.contextmanager
@@ -181,30 +136,15 @@ def _exit_code(failures: dict[int, ProcessFailure], forwarded: Sequence[signal.S
     for code in (USER_ERROR, HUNG, START_AGAIN, STOPPED):
         if code in codes:
             return code
-    _, first = _first(failures)
-    if -first.exitcode in forwarded:  # before the rank's signal handlers were set
-        return _ended_by(signal.Signals(-first.exitcode))
-    print(f"mlm-train: {_first_failure(failures)}", file=sys.stderr)
+    if not failures:  # the agent has ended the ranks, and said why
+        return 1
+    _, failure = first(failures)
+    if -failure.exitcode in forwarded:  # before the rank's signal handlers were set
+        return _ended_by(signal.Signals(-failure.exitcode))
+    print(f"mlm-train: {first_failure(failures)}", file=sys.stderr)
     return 1
-
-
-def _first(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """The rank that failed first."""
-    return min(failures.items(), key=lambda entry: entry[1].timestamp)
-
-
-def _first_failure(failures: dict[int, ProcessFailure]) -> str:
-    rank, failure = _first(failures)
-    return f"rank {rank} failed first: {_reason(failure.exitcode)}"
 
 
 def _ended_by(number: signal.Signals) -> int:
     print(f"mlm-train: ended by {number.name}", file=sys.stderr)
     return 128 + number
-
-
-def _reason(exit_code: int) -> str:
-    """Text for a process's exit code; negative ones are signals."""
-    if exit_code >= 0:
-        return f"exit code {exit_code}; its traceback is above"
-    return f"killed by {signal.Signals(-exit_code).name}"

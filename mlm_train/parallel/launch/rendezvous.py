@@ -7,17 +7,26 @@ its "c10d" rendezvous, which several nodes use, unpickles what it finds in one.
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
 
 import psutil
-from torch.distributed import TCPStore
+from torch.distributed import PrefixStore, Store, TCPStore
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
+    RendezvousHandler,
     RendezvousInfo,
     RendezvousParameters,
     rendezvous_handler_registry,
 )
 from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousTimeoutError
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
+    DynamicRendezvousHandler,
+    RendezvousTimeout,
+)
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname, parse_rendezvous_endpoint
 
@@ -27,6 +36,7 @@ LOOPBACK = "loopback"  # the name of this rendezvous for torch
 _HOST = "127.0.0.1"
 _STORE_SECONDS = 600  # timeout of the store
 _HOST_SECONDS = 60  # until the node of --rendezvous listens
+_LAUNCH, _STARTS, _START = "mlm-train/launch", "mlm-train/starts", "mlm-train/start"  # keys of the store
 
 
 class _Loopback(StaticTCPRendezvous):
@@ -34,6 +44,7 @@ class _Loopback(StaticTCPRendezvous):
 
     def __init__(self, parameters: RendezvousParameters) -> None:
         super().__init__(_HOST, 0, rank=0, world_size=1, run_id=parameters.run_id, timeout=_STORE_SECONDS)
+        self.starts = 0
 
     def next_rendezvous(self) -> RendezvousInfo:
         """The store for the ranks that are started next."""
@@ -46,6 +57,9 @@ class _Loopback(StaticTCPRendezvous):
             timeout=self.timeout,
             master_listen_fd=listener.detach(),
         )
+        self._store.set(_LAUNCH, self.run_id)
+        self._store.add(_STARTS, self.starts)
+        self.starts += 1
         return super().next_rendezvous()
 
     def get_backend(self) -> str:
@@ -54,6 +68,62 @@ class _Loopback(StaticTCPRendezvous):
 
 
 rendezvous_handler_registry.register(LOOPBACK, _Loopback)
+
+
+def start_of_ranks(store: Store, node: int) -> str:
+    """`LAUNCH NUMBER`: this launch's own name, and how often its ranks have been started, alike on all nodes.
+
+    store: of this start. node: the number of this node in it.
+    """
+    if node == 0:
+        assert isinstance(store, PrefixStore)
+        common = store.underlying_store  # of all starts
+        launch = common.compare_set(_LAUNCH, "", uuid.uuid4().hex).decode()
+        store.set(_START, f"{launch} {common.add(_STARTS, 1)}")
+    return str(store.get(_START).decode())
+
+
+def wait_at_most(handler: RendezvousHandler, seconds: float) -> None:
+    """Have the next rendezvous fail where too few nodes have joined after so long."""
+    if isinstance(handler, DynamicRendezvousHandler):
+        timeout = RendezvousTimeout(join=timedelta(seconds=seconds))
+        handler._settings = replace(handler._settings, timeout=timeout)
+
+
+class Members:
+    """The nodes on which the ranks run; a single node without a rendezvous has none.
+
+    torch has no public name for them. handler: a rendezvous that this node has joined. used: how many of its
+    nodes the run uses.
+    """
+
+    def __init__(self, handler: RendezvousHandler, used: int) -> None:
+        self.handler = handler if isinstance(handler, DynamicRendezvousHandler) else None
+        self.nodes = {node for node, rank in self._joined().items() if rank < used}
+
+    def gone(self) -> str:
+        """Those that have left since, or have given no sign for 15 s; empty where all are there."""
+        if self.handler is None or self.handler._state_holder.state.closed:  # they end
+            return ""
+        return _named(self.nodes - self._joined().keys())
+
+    def change_from(self, before: "Members") -> str:
+        """A line about the nodes, where others ran the ranks before."""
+        lost, new = _named(before.nodes - self.nodes), _named(self.nodes - before.nodes)
+        if not before.nodes or not (lost or new):
+            return ""
+        changes = [f"without {lost}"] * bool(lost) + [f"with {new}"] * bool(new)
+        return f"the run goes on {' and '.join(changes)}, on {len(self.nodes)} nodes"
+
+    def _joined(self) -> dict[Any, int]:
+        if self.handler is None:
+            return {}
+        with self.handler._heartbeat_lock:  # whose thread changes them
+            return dict(self.handler._state_holder.state.participants)
+
+
+def _named(nodes: Iterable[Any]) -> str:
+    return ", ".join(sorted(f"{node.addr} (process {node.pid})" for node in nodes))
 
 
 @contextlib.contextmanager
@@ -69,6 +139,8 @@ def rendezvous_errors(endpoint: str, nodes: int, joined: Callable[[], bool]) -> 
         raise PeerFailure("the run has ended on another node") from None
     except RendezvousError as error:
         if joined():
+            if isinstance(error, RendezvousTimeoutError):
+                raise PeerFailure(f"fewer than {nodes} nodes are left, which the run needs") from None
             raise PeerFailure(f"the node of --rendezvous {endpoint} is gone or has ended: {error}") from None
         raise _not_joined(endpoint, nodes, error) from None
 

@@ -23,7 +23,7 @@ from pydantic import Field
 from mlm_train.errors import UserError, escaped
 from mlm_train.tol.storage.base import Storage
 from mlm_train.utils.records import Record, json_value
-from mlm_train.utils.run_lock import SlurmAttempt
+from mlm_train.utils.run_lock import Attempt
 
 OWNER = "tol.owner.json"
 # Seconds until a lease expires. All processes must agree on it, so only tests may change it.
@@ -49,7 +49,7 @@ class Owner(Record):
     @classmethod
     def here(cls) -> "Owner":
         """This process, with a new id."""
-        attempt = SlurmAttempt.here()
+        attempt = Attempt.here()
         return cls(
             id=secrets.token_hex(8),
             host=socket.gethostname(),
