@@ -4,9 +4,9 @@ It has its own checksum, so that a changed digit is found as damage instead of m
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from mlm_train.checkpoint.digests import ShardRecord, first_fault, hashed, units
 from mlm_train.errors import UserError
@@ -86,6 +86,12 @@ class Manifest(Record):
     world: Annotated[Count, Field(ge=1)]
     files: Annotated[list[ShardRecord], Field(min_length=1)]
     index: FileRecord | None = None  # what is where in them; since version 4
+
+    @model_validator(mode="after")
+    def _has_its_index(self) -> Self:
+        if (self.version >= 4) != (self.index is not None):
+            raise ValueError("index: must be there since version 4, and in no older one")
+        return self
 
     @property
     def every_file(self) -> list[FileRecord]:
