@@ -200,10 +200,12 @@ def slow_disk(folder: str, model: dict, limit: float) -> dict[str, float]:
 
     limit: seconds of a collective, and more than the watchdog waits. Returns the seconds of each.
     """
-    parallel = {"timeout": limit}
-    config = _config(model, {}, train={"output": folder, "watchdog_timeout": 0.85 * limit}, parallel=parallel)
+    config = _config(model, {}, train={"output": folder, "watchdog_timeout": 0.85 * limit})
     runtime = processes.start(config)
     trainer = make_trainer(config, runtime)
+    # Of the saves alone: when ranks start, a busy machine may delay one of them.
+    parallel = config.parallel.model_copy(update={"timeout": limit})
+    runtime.barrier()
     data = {"fingerprint": "", "order": ORDER, "eod_id": 0, "bos_id": None}
     seconds: dict[str, float] = {}
     with watched(config, runtime.topology, runtime.marker), ExitStack() as stack:
@@ -215,7 +217,7 @@ def slow_disk(folder: str, model: dict, limit: float) -> dict[str, float]:
                 stack.enter_context(patch.object(owner, name, _slow(getattr(owner, name), limit / 8)))
         for step, in_background in enumerate((True, False), 1):
             section = config.checkpoint.model_copy(update={"async_save": in_background})
-            own = config.model_copy(update={"checkpoint": section})
+            own = config.model_copy(update={"checkpoint": section, "parallel": parallel})
             saver = Saver(trainer.engine, runtime, own, data, lambda saved: None, print)
             started = time.monotonic()
             runtime.marker.enter("checkpoint", patient=True)
