@@ -55,7 +55,6 @@ CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "open")  # audited,
 PHASES = {  # of the thread's marker
     "copy": "copying",
     "space": "making the folder",
-    "check for non-finite values": "looking for infinity and NaN",
     "write": "writing and hashing",
     "commit": "manifest",
 }
