@@ -48,14 +48,27 @@ fi
 # of the job's nodes, and another one replaces a lost one, as often as there may be lost ones, or
 # MLM_RANK_RESTARTS times.
 launch() {
-    local fewest=${MLM_NODES:-$SLURM_NNODES} keep=() meet=()
+    local fewest=${MLM_NODES:-$SLURM_NNODES} meet=()
     local most=${fewest#*:}
     fewest=${fewest%:*}
     ((most <= SLURM_NNODES)) || die "MLM_NODES=$MLM_NODES: the job has $SLURM_NNODES nodes"
-    if ((fewest < SLURM_NNODES)); then keep=(--no-kill); fi
     if ((SLURM_NNODES > 1)); then meet=(--nodes "$fewest:$most" --rendezvous "$MASTER_ADDR:$MASTER_PORT"); fi
-    step per_node "${keep[@]}" "$MLM_PYTHON" -m mlm_train launch --nproc "$processes" "${meet[@]}" \
-        --max-restarts "${MLM_RANK_RESTARTS:-$((SLURM_NNODES - fewest))}" "$@"
+    local command=("$MLM_PYTHON" -m mlm_train launch --nproc "$processes" "${meet[@]}"
+        --max-restarts "${MLM_RANK_RESTARTS:-$((SLURM_NNODES - fewest))}" "$@")
+    if ((fewest == SLURM_NNODES)); then
+        step per_node "${command[@]}"
+        return
+    fi
+    # srun's exit code counts the tasks of lost nodes, which Slurm kills. Those that end by themselves leave theirs.
+    rm -f "$begins".task-*
+    # shellcheck disable=SC2016
+    step per_node --no-kill bash -c 'trap : USR1 TERM
+        "$@"
+        code=$?
+        echo "$code" >"$0.task-$SLURM_PROCID"
+        exit "$code"' "$begins" "${command[@]}"
+    if [[ -s $begins.task-0 ]]; then code=$(sort -n "$begins".task-* | tail -n 1); fi # 0: on this node
+    rm -f "$begins".task-*
 }
 
 # per_node COMMAND...: one task on every node, with all of its CPUs. Replaces the shell: call it in `step`.

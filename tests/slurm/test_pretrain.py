@@ -123,9 +123,9 @@ def test_a_spare_node_replaces_one_whose_network_is_lost(
 def test_fewer_nodes_go_on_and_too_few_are_requeued(
     cluster: Cluster, unbroken: Path, data: Path, tmp_path: Path
 ) -> None:
-    """Of two nodes one is lost, and the other one goes on alone. Then the script's own node is lost."""
+    """One of two nodes is lost; the other goes on alone, to a signal. Then the script's own node is lost."""
     run = tmp_path / "run"
-    two = ("--nodes=2", "--no-kill", PRETRAIN, *words(data, run, "train.steps=400"))
+    two = ("--nodes=2", "--no-kill", PRETRAIN, *words(data, run, "train.steps=3000"))
     job = cluster.submit(tmp_path / "log", *two, MLM_NODES="1:2")
     job.wait_for("step-00000010 committed")
     (node,) = job.other_nodes()
@@ -135,11 +135,16 @@ def test_fewer_nodes_go_on_and_too_few_are_requeued(
     job.wait_for("step 60/")
     assert job.field("Restarts") == "0"
     print(recovery(run, lost))
+    cluster.do("scancel", "--batch", "--signal=USR1", job.number)
+    job.wait_for("saved a checkpoint, back into the queue")
+    job.wait_for("in restart 1 of job")
+    stopped = re.search(r"stopped by SIGUSR1 after step (\d+)", job.text())
+    assert stopped is not None
+    job.wait_for(f"at step {stopped[1]} | 2 processes on")
     host = job.field("BatchHost")
-    lost = time.time()
     cluster.lose(host)
-    job.wait_for("restart 1 of job")
-    assert job.field("Restarts") == "1"
+    job.wait_for("restart 2 of job")
+    assert job.field("Restarts") == "2"
     cluster.do("scancel", "--batch", "--signal=TERM", job.number)
     job.end()
     cluster.restore(node)

@@ -20,9 +20,9 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from mlm_train.errors import HUNG, START_AGAIN
+from mlm_train.errors import HUNG, START_AGAIN, escaped
 from mlm_train.parallel.launch.agent import STOPPED, USER_ERROR, Agent, first, first_failure
-from mlm_train.parallel.launch.rendezvous import LOOPBACK, rendezvous_errors
+from mlm_train.parallel.launch.rendezvous import LOOPBACK, EndedElsewhere, NoHost, rendezvous_errors
 
 FORWARDED = (signal.SIGUSR1, signal.SIGTERM)  # signals that the ranks handle (train/signals.py)
 LAST_CALL_SECONDS = 15.0  # how long fewer than all nodes wait for another one
@@ -47,7 +47,7 @@ def launch_ranks(
     SIGTERM ended it after a checkpoint; otherwise 1, after a line that names the rank which failed first.
     The other ranks are ended; after 1 and 75 all are restarted, up to max_restarts times. Raises UserError
     where the rendezvous of the nodes fails, PeerFailure where the run has ended on another node. A node that
-    the run has not needed to the end returns 0.
+    the run has not needed to the end returns 0; so does a lost or late one in a Slurm job.
     """
     nodes = nodes or Nodes()
     restarts = max_restarts > 0 or len(nodes.fitting) > 1
@@ -79,6 +79,11 @@ def launch_ranks(
         if error.sigval == signal.SIGUSR1 and nodes.rendezvous is not None:
             return START_AGAIN  # as the other nodes, whose ranks save a checkpoint
         return _ended_by(error.sigval)
+    except (EndedElsewhere, NoHost) as error:
+        if not restarts or "SLURM_JOB_ID" not in os.environ:
+            raise
+        print(f"mlm-train: {escaped(str(error))}", file=sys.stderr)
+        return 0  # the job takes the highest exit code: the nodes that the run uses decide, not a lost one
     if result is None:
         print("mlm-train: the run has ended on the other nodes, without this one", file=sys.stderr)
         return 0

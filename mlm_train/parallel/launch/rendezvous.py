@@ -126,6 +126,14 @@ def _named(nodes: Iterable[Any]) -> str:
     return ", ".join(sorted(f"{node.addr} (process {node.pid})" for node in nodes))
 
 
+class EndedElsewhere(PeerFailure):
+    """The run has ended, or gone on, without this node, which cannot know how."""
+
+
+class NoHost(UserError):
+    """The node of --rendezvous does not answer: not yet started, unreachable, or its run has ended."""
+
+
 @contextlib.contextmanager
 def rendezvous_errors(endpoint: str, nodes: int, joined: Callable[[], bool]) -> Iterator[None]:
     """Check the endpoint HOST:PORT, and turn torch's rendezvous errors in the body into one line.
@@ -136,12 +144,13 @@ def rendezvous_errors(endpoint: str, nodes: int, joined: Callable[[], bool]) -> 
     try:
         yield
     except RendezvousClosedError:
-        raise PeerFailure("the run has ended on another node") from None
+        raise EndedElsewhere("the run has ended on another node") from None
     except RendezvousError as error:
         if joined():
             if isinstance(error, RendezvousTimeoutError):
                 raise PeerFailure(f"fewer than {nodes} nodes are left, which the run needs") from None
-            raise PeerFailure(f"the node of --rendezvous {endpoint} is gone or has ended: {error}") from None
+            line = f"the node of --rendezvous {endpoint} is gone or has ended: {error}"
+            raise EndedElsewhere(line) from None
         raise _not_joined(endpoint, nodes, error) from None
 
 
@@ -151,7 +160,7 @@ def _not_joined(endpoint: str, nodes: int, error: RendezvousError) -> UserError:
         return UserError(
             f"--rendezvous {endpoint}: not all of {nodes} nodes joined; start the same command on each"
         )
-    return UserError(
+    return NoHost(
         f"--rendezvous {endpoint}: no run of this command answers there; start it on that node too, or "
         "give another port, the same on every node"
     )
@@ -196,7 +205,7 @@ def _wait_for(endpoint: str, host: str, port: int) -> None:
             raise UserError(f"--rendezvous {endpoint}: unknown host ({error.strerror})") from None
         except OSError as error:
             if time.monotonic() > end:
-                raise UserError(
+                raise NoHost(
                     f"--rendezvous {endpoint}: nothing answered there for {_HOST_SECONDS} s ({error}); start "
                     "the same command on that node too, and make its port reachable from here"
                 ) from None
