@@ -92,6 +92,7 @@ def test_a_lost_node_and_ranks_that_live_on_there(
     cluster.restore(node)
 
 
+@pytest.mark.long
 def test_a_spare_node_replaces_one_whose_network_is_lost(
     cluster: Cluster, unbroken: Path, data: Path, tmp_path: Path
 ) -> None:
