@@ -5,7 +5,6 @@ One process, then several that share the state (checkpoint_ranks.py).
 
 import argparse
 import shutil
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -98,21 +97,19 @@ def _unit(name: str) -> str:
 def _ratios(worlds: dict[int, dict[str, Any]]) -> dict[str, float]:
     """Ratios of pairs of figures, as medians over turns."""
     alone: Values = worlds[1]["values"]
-    ratios = {name: _median_ratio(alone[above], alone[below]) for name, (above, below) in ALONE.items()}
+    ratios = {name: report.median_ratio(alone[above], alone[below]) for name, (above, below) in ALONE.items()}
     for world, found in worlds.items():
         if world > 1:
             values: Values = found["values"]
             for name, figure in SHARED.items():
-                ratios[name.format(f"dp{world}")] = _median_ratio(values[figure], alone[figure])
+                ratios[name.format(f"dp{world}")] = report.median_ratio(values[figure], alone[figure])
             size = [found["bytes"]] * len(values["read"])
-            ratios[f"load_bytes_over_model_dp{world}"] = _median_ratio(values["read"], size)
-            ratios[f"load_bytes_over_model_dp{world}_verified"] = _median_ratio(values["read_verified"], size)
-            ratios[f"stall_over_copy_dp{world}"] = _median_ratio(values["stall"], values["copy"])
+            ratios[f"load_bytes_over_model_dp{world}"] = report.median_ratio(values["read"], size)
+            ratios[f"load_bytes_over_model_dp{world}_verified"] = report.median_ratio(
+                values["read_verified"], size
+            )
+            ratios[f"stall_over_copy_dp{world}"] = report.median_ratio(values["stall"], values["copy"])
     return ratios
-
-
-def _median_ratio(above: list[float], below: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def _show(

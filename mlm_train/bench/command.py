@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from mlm_train.bench.checkpoint_command import add_checkpoint, run_checkpoint
 from mlm_train.bench.serving_command import SERVING, add_serving
 from mlm_train.errors import UserError
 from mlm_train.utils.arguments import add_action, refuse_below_one
@@ -80,15 +81,6 @@ examples:
   mlm-train bench loss
   mlm-train bench loss --vocabulary 32000 --tokens 2048 --precision fp32 --runs 5 --json loss.json"""
 
-_CHECKPOINT_HELP = """Compare blocking and background saves and loads of a checkpoint with plain files.
-
-One process on CPU trains a base model of that size meanwhile; the measurements alternate. Then --ranks
-data-parallel processes (ZeRO-1) save and load the same model: what each copies, writes, opens and reads.
-
-examples:
-  mlm-train bench checkpoint
-  mlm-train bench checkpoint --gib 4 --folder /shared --json checkpoint.json"""
-
 _DATA_HELP = """Compare samples per second of our loader and of megatron-core's GPTDataset, on the same files.
 
 One process, the two alternating, batches of ids and labels; `start` is the time to the first sample.
@@ -130,21 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     auto.add_argument("--runs", type=int, metavar="N", default=7, help="timed steps per mode (default 7)")
     auto.add_argument("--shapes", nargs="+", metavar="NAME", help="default: all six")
     auto.add_argument("--json", metavar="FILE", help="write the figures to a JSON file")
-    checkpoint = add_action(actions, "checkpoint", "compare checkpoints with plain files", _CHECKPOINT_HELP)
-    checkpoint.add_argument(
-        "--gib", type=float, metavar="G", default=1.0, help="size of the checkpoint (default 1)"
-    )
-    checkpoint.add_argument(
-        "--folder", metavar="DIR", default=".", help="folder on the disk to measure (default .)"
-    )
-    checkpoint.add_argument(
-        "--runs", type=int, metavar="N", default=5, help="number of measurements (default 5)"
-    )
-    checkpoint.add_argument(
-        "--ranks", type=int, metavar="N", default=8, help="data-parallel processes (default 8; 1: leave out)"
-    )
-    checkpoint.add_argument("--json", metavar="FILE", help="write the figures to a JSON file")
-    checkpoint.add_argument("--worker", help=argparse.SUPPRESS)  # for the ranks
+    add_checkpoint(actions)
     _add_data(actions)
     _add_tol(actions)
     loss = add_action(actions, "loss", "compare the chunked head and loss with the plain one", _LOSS_HELP)
@@ -301,7 +279,7 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "train":
         return _run_train(args)
     if args.action == "checkpoint":
-        return _run_checkpoint(args)
+        return run_checkpoint(args)
     if args.action == "loss":
         return _run_loss(args)
     if args.action == "auto":
@@ -350,16 +328,6 @@ def _run_scale(args: argparse.Namespace) -> int:
     from mlm_train.bench.scale import bench_scale
 
     return bench_scale(args)
-
-
-def _run_checkpoint(args: argparse.Namespace) -> int:
-    if args.worker is not None:
-        from mlm_train.bench.checkpoint_ranks import work
-
-        return work(args.worker)
-    from mlm_train.bench.checkpoint import bench_checkpoint
-
-    return bench_checkpoint(args)
 
 
 def _run_train(args: argparse.Namespace) -> int:

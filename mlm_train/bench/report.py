@@ -28,6 +28,11 @@ def row(name: str, values: Sequence[float], unit: str) -> dict[str, Any]:
     }
 
 
+def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """The median over turns of the ratio of two measurements."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
 def machine(device: str = "cpu") -> dict[str, Any]:
     """The machine of a measurement. load_at_start: the load average of the last minute.
 

@@ -72,8 +72,7 @@ class Repeated:
 
     def ratio(self, above: str, below: str) -> float:
         """The median over turns of the ratio of two measurements."""
-        pairs = zip(self.values[above], self.values[below], strict=True)
-        return statistics.median(a / b for a, b in pairs)
+        return report.median_ratio(self.values[above], self.values[below])
 
     @property
     def best_chunk(self) -> str:
@@ -251,6 +250,8 @@ class MemorySampler:
                 except psutil.Error:
                     continue  # it has just ended
                 took += time.perf_counter() - started
+                if not now.uss:
+                    continue  # it is ending, and has given its memory back
                 before = self.peaks.setdefault(process.pid, {})
                 for kind, size in (("private", now.uss), ("share", now.pss), ("resident", now.rss)):
                     before[kind] = max(before.get(kind, 0), size)

@@ -150,7 +150,7 @@ def _loss(folder: Path, manifests: "Manifests") -> float | None:
 def _rows_at(url: str) -> list[dict[str, Any]]:
     """_rows of the committed checkpoints at a URL."""
     from mlm_train.checkpoint.fetch import committed_at, opened
-    from mlm_train.checkpoint.keep import Keep, Manifests
+    from mlm_train.checkpoint.keep import Keep, Manifests, step_of
     from mlm_train.checkpoint.load import config_of
 
     store, _ = opened(url)
@@ -162,7 +162,7 @@ def _rows_at(url: str) -> list[dict[str, Any]]:
         keep = Keep(1)
     reasons = keep.reasons(folders, manifests)
     for folder in folders:
-        row: dict[str, Any] = {"folder": store.at(folder.name), "step": int(folder.name[5:]), "written": ""}
+        row: dict[str, Any] = {"folder": store.at(folder.name), "step": step_of(folder), "written": ""}
         try:
             row |= _described(manifests.of(folder)) | {"fault": None}
         except UserError as error:
@@ -187,9 +187,10 @@ def _run_keeps(newest: Path, manifests: "Manifests") -> "Keep":
 
 def _row(folder: Path, manifests: "Manifests") -> dict[str, Any]:
     """A table row; `fault`: the message about a missing file or one of another size, else None."""
+    from mlm_train.checkpoint.keep import step_of
     from mlm_train.checkpoint.manifest import MANIFEST, verify_files
 
-    step = int(folder.name.removeprefix("step-"))
+    step = step_of(folder)
     row: dict[str, Any] = {"folder": str(folder), "step": step, "tokens": 0, "bytes": 0, "layout": "?"}
     written_last = folder / MANIFEST if (folder / MANIFEST).is_file() else folder
     row["written"] = datetime.fromtimestamp(written_last.stat().st_mtime).isoformat(" ", "seconds")

@@ -18,7 +18,7 @@ from mlm_train.utils.threads import in_threads
 
 BLOCK = 2**24  # bytes of a block in new checkpoints
 THREADS = 4  # that hash, each while others wait for the disk
-_PIECE = 2**20  # bytes read and hashed at once: they stay in a core's cache
+PIECE = 2**20  # bytes read or copied, and hashed at once: they stay in a core's cache
 _buffer = local()
 
 
@@ -116,8 +116,8 @@ def hashed(
 def _hashed_block(descriptor: int, unit: Unit) -> bytes:
     digest, end = hashlib.sha256(), unit.begin + unit.size
     if not hasattr(_buffer, "piece"):
-        _buffer.piece = memoryview(bytearray(_PIECE))
-    for begin in range(unit.begin, end, _PIECE):
+        _buffer.piece = memoryview(bytearray(PIECE))
+    for begin in range(unit.begin, end, PIECE):
         count = read_at(descriptor, _buffer.piece[: end - begin], begin)
         digest.update(_buffer.piece[:count])
     return digest.digest()

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from mlm_train.checkpoint.folders import NAME, PARTIAL, commit, newest
+from mlm_train.checkpoint.folders import NAME, PARTIAL, commit, make_partial, newest
 from mlm_train.checkpoint.keep import Keep, step_of
 from mlm_train.checkpoint.manifest import MANIFEST, Damaged, Manifest, parse_manifest
 from mlm_train.checkpoint.store import CheckpointStore, mine_of
@@ -131,11 +131,7 @@ def _begin(url: str, root: Path, name: str, fits: Fits) -> _Begun:
         return _Begun(fault=error.fault)
     fits(store.at(name), manifest)
     folder, size = _partial(root, name), sum(entry.bytes for entry in manifest.every_file)
-    shutil.rmtree(folder, ignore_errors=True)
-    with writing(root):
-        folder.mkdir(parents=True)
-    if (free := shutil.disk_usage(folder).free) < size:
-        folder.rmdir()
+    if (free := make_partial(folder, size)) is not None:
         raise UserError(
             f"{store.at(name)} needs {in_units(size)}, but {root} has {in_units(free)} free: free space, or "
             "choose another folder"

@@ -14,7 +14,7 @@ from pathlib import Path
 from mlm_train.checkpoint.keep import Keep, Manifests, best_of, step_of
 from mlm_train.checkpoint.manifest import MANIFEST
 from mlm_train.errors import UserError
-from mlm_train.utils.files import sync, write_text
+from mlm_train.utils.files import sync, write_text, writing
 from mlm_train.utils.urls import url_in
 
 LATEST, BEST = "latest", "best"
@@ -47,6 +47,18 @@ def newest(root: Path) -> Path | None:
 def names_one(path: Path) -> bool:
     """Whether a user's path is `best` or `latest` below a run or its checkpoints folder."""
     return path.name in (LATEST, BEST) and not path.is_dir()
+
+
+def make_partial(partial: Path, size: int) -> int | None:
+    """Make an empty folder for so many bytes. Where fewer are free: returns how many, and makes none."""
+    shutil.rmtree(partial, ignore_errors=True)
+    with writing(partial.parent):
+        partial.mkdir(parents=True)
+    free = shutil.disk_usage(partial).free
+    if free >= size:
+        return None
+    partial.rmdir()
+    return free
 
 
 def refuse_url(path: str | Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mlm_train import __version__
-from mlm_train.checkpoint.folders import PARTIAL, commit, step_folder
+from mlm_train.checkpoint.folders import PARTIAL, commit, make_partial, step_folder
 from mlm_train.checkpoint.index_file import merged, write_index
 from mlm_train.checkpoint.keep import Keep
 from mlm_train.checkpoint.manifest import FORMAT, VERSION, Validation, write_manifest
@@ -131,13 +131,8 @@ def _finish(partial: Path, final: Path, snapshot: Snapshot, files: Sequence[Writ
 
 
 def _prepare(partial: Path, snapshot: Snapshot) -> None:
-    """Make an empty folder after checking for free space."""
-    shutil.rmtree(partial, ignore_errors=True)
-    with writing(partial.parent):
-        partial.mkdir(parents=True)
-    free = shutil.disk_usage(partial).free
-    if free < snapshot.bytes:
-        partial.rmdir()
+    """Make an empty folder. UserError where the disk has too little space."""
+    if (free := make_partial(partial, snapshot.bytes)) is not None:
         raise UserError(
             f"the checkpoint of step {snapshot.step} needs {snapshot.bytes / GIB:.3g} GiB, but "
             f"{partial.parent} has {free / GIB:.3g} GiB free: free space, or choose another train.output"

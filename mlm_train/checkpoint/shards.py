@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlm_train.checkpoint.digests import BLOCK, THREADS, ShardRecord, joined
+from mlm_train.checkpoint.digests import BLOCK, PIECE, THREADS, ShardRecord, joined
 from mlm_train.model.logical import LogicalSlice
 from mlm_train.utils.direct import PAGE, DirectFile, page_aligned
 from mlm_train.utils.threads import in_threads
@@ -34,7 +34,6 @@ DTYPES = {
     torch.float16: "F16",
     torch.float64: "F64",
 }
-_PIECE = 2**20  # bytes copied, checked and hashed at once: they stay in a core's cache
 _buffer = local()
 
 
@@ -78,7 +77,7 @@ def write_shard(path: Path, slices: Sequence[LogicalSlice]) -> Generator[None, N
         end = min(begin + BLOCK, ends[-1])
         at, number = begin, bisect_right(ends, begin)
         while at < end:
-            part, stop = contents[number], min(at + _PIECE, end, ends[number])
+            part, stop = contents[number], min(at + PIECE, end, ends[number])
             piece = block[at - begin : stop - begin]
             first = ends[number] - len(part.bytes)
             np.copyto(piece, part.bytes[at - first : stop - first])

@@ -1,4 +1,4 @@
-"""Decoding one token in bfloat16 on a CPU: a layer is one call of C++ (cpu_decode.cpp).
+"""Decoding one token in bfloat16 on a CPU: all layers in one or two calls of C++ (cpu_decode.cpp).
 
 Such a token takes the time of reading the weights. torch's products read them nearly as fast, but between
 them are some thirty small operations per layer, which find the caches cold, and these are the same in every

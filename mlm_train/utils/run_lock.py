@@ -77,7 +77,7 @@ def owned(folder: Path, doing: str) -> Iterator[None]:
     """
     attempt = Attempt.here()
     if attempt is None:
-        with locked(folder, doing, 0.0):
+        with locked(folder, doing):
             yield
         return
     refuse_superseded(folder)

@@ -1,5 +1,6 @@
 """Work done by a few threads: reading, hashing and writing release Python's lock."""
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,6 +8,20 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def begun(work: Callable[[], Result]) -> Future[Result]:
+    """Start work that may never return, in a thread that ends with the process."""
+    future: Future[Result] = Future()
+
+    def attempt() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=attempt, daemon=True).start()
+    return future
 
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:

@@ -6,8 +6,8 @@ own name and is renamed.
 """
 
 import contextlib
-import threading
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from mlm_train.errors import UserError
 from mlm_train.utils.files import draft_of, with_fix
+from mlm_train.utils.threads import begun
 from mlm_train.utils.urls import redacted
 
 Result = TypeVar("Result")
@@ -44,22 +45,10 @@ def answered(url: str, work: Callable[[], Result]) -> Result:
 
     Libraries wait for minutes, or for ever. The abandoned call goes on in a thread and ends with the process.
     """
-    results, errors = list[Result](), list[BaseException]()
-
-    def attempt() -> None:
-        try:
-            results.append(work())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=attempt, name="store", daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    if errors:
-        raise errors[0]
-    if not results:
+    call = begun(work)
+    if not wait([call], PATIENCE).done:
         raise UserError(f"{url} has not answered for {PATIENCE:.0f} s: check the address and the network")
-    return results[0]
+    return call.result()
 
 
 def each_answered(url: str, work: Generator[None, None, None]) -> Iterator[None]:

@@ -226,7 +226,7 @@ def named(file: str, sha256: str) -> FileRecord:
 def test_a_file_of_many_blocks_is_its_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the blocks' borders cut. Infinity and NaN are found; numbers whose sum overflows are fine."""
     monkeypatch.setattr(shards, "BLOCK", PAGE)
-    monkeypatch.setattr(shards, "_PIECE", 1000)
+    monkeypatch.setattr(shards, "PIECE", 1000)
     whole = torch.full((61, 43), 3e38)
     parts = [LogicalSlice("weight/a", whole.shape, (0, 0), whole[:30])]
     parts += [LogicalSlice("weight/a", whole.shape, (30, 0), whole[30:])]

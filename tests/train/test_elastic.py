@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -32,6 +33,14 @@ def words(data: Path, run: Path, *more: str) -> list[str]:
         "checkpoint.interval=5", "memory.mode=unique", "monitor.peak_tflops=1",
         "train.micro_batch_size=1", *more,
     ]  # fmt: skip
+
+
+def hosting(*command: object) -> subprocess.Popen[str]:
+    """Start the agent that hosts the rendezvous, and wait until it listens."""
+    agent = start(*command)
+    while not listening(psutil.Process(agent.pid)):
+        time.sleep(0.05)
+    return agent
 
 
 def is_asked_to_end(process: psutil.Process) -> bool:
@@ -74,9 +83,7 @@ def test_a_machine_leaves_and_comes_back(unbroken: Path, data: Path, tmp_path: P
     run = tmp_path / "run"
     meet = f"127.0.0.1:{free_port()}"
     command = ("launch", "--nproc", 1, "--nodes", "1:2", "--max-restarts", 3, "--rendezvous", meet)
-    first = start(*command, *words(data, run))
-    while not listening(psutil.Process(first.pid)):  # it hosts the rendezvous
-        time.sleep(0.05)
+    first = hosting(*command, *words(data, run))
     second = start(*command, *words(data, run))
     wait_for("step-00000005 committed", run, first, second)
     assert "| 2 processes on" in run.joinpath("train.log").read_text()
@@ -109,9 +116,7 @@ def test_a_lost_machine_is_replaced_by_one_that_did_not_fit(
     run = tmp_path / "run"
     meet = f"127.0.0.1:{free_port()}"
     command = ("launch", "--nproc", 1, "--nodes", "1:4", "--max-restarts", 1, "--rendezvous", meet)
-    first = start(*command, *words(data, run))
-    while not listening(psutil.Process(first.pid)):  # it hosts the rendezvous
-        time.sleep(0.05)
+    first = hosting(*command, *words(data, run))
     others = [start(*command, *words(data, run)) for _ in range(2)]
     wait_for("step-00000005 committed", run, first, *others)
     assert "| 2 processes on" in run.joinpath("train.log").read_text()

@@ -2,31 +2,24 @@
 
 import json
 import os
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+from mlm_train.utils.threads import begun
 
 Result = TypeVar("Result")
 
 
 def with_timeout(work: Callable[[], Result], seconds: float) -> Result | None:
     """The result of `work`, or None where it fails or takes longer: a store or disk may hang too."""
-    results: list[Result] = []
-
-    def attempt() -> None:
-        try:
-            results.append(work())
-        except Exception:
-            return  # the caller can only go on without a result
-
-    thread = threading.Thread(target=attempt, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return results[0] if results else None
+    attempt = begun(work)
+    ended = wait([attempt], seconds).done
+    return attempt.result() if ended and attempt.exception() is None else None
 
 
 class StatusStore:
