@@ -98,7 +98,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "schedule.warmup_steps=0",
         )
         mlm_train("pretrain", "configs/micro.yaml", *words)
-        write_evidence(run / "failures", 0, "a report", flight_record())
+        write_evidence(run / "failures" / "rank-00000", 0, "a report", flight_record())
     runtime.stop()
     return run
 

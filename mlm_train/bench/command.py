@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from mlm_train.bench.checkpoint_command import add_checkpoint, run_checkpoint
 from mlm_train.bench.serving_command import SERVING, add_serving
+from mlm_train.bench.starting_command import STARTING, add_starting
 from mlm_train.errors import UserError
 from mlm_train.utils.arguments import add_action, refuse_below_one
 
@@ -116,6 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_train(actions)
     _add_x0(actions)
     _add_scale(actions)
+    add_starting(actions)
     add_serving(actions)
     _add_profile(actions)
     auto = add_action(actions, "auto", "compare memory.mode=auto with every mode", _AUTO_HELP)
@@ -297,6 +299,8 @@ def run(args: argparse.Namespace) -> int:
         return bench_tol(args)
     if args.action in SERVING:
         return SERVING[args.action](args)
+    if args.action in STARTING:
+        return STARTING[args.action](args)
     if args.action == "scale":
         return _run_scale(args)
     if args.action == "profile":

@@ -20,6 +20,7 @@ from mlm_train.errors import PeerFailure, SharedUserError, UserError
 from mlm_train.parallel.health.failures import one_line
 from mlm_train.parallel.health.progress_marker import ProgressMarker
 from mlm_train.parallel.health.thread_stacks import keep_flight_records
+from mlm_train.parallel.mesh.exchange import largest
 from mlm_train.parallel.mesh.groups import ProcessGroups, create_groups, forget_groups
 from mlm_train.parallel.mesh.topology import Topology
 from mlm_train.utils.files import with_fix
@@ -27,6 +28,7 @@ from mlm_train.utils.host_memory import keep_freed
 
 Result = TypeVar("Result")
 ROUND = 2.0  # seconds
+_DONE, _GOES_ON, _FAILED = range(3)  # a rank's work after a round; the largest is that of all
 ZERO_BUBBLE_TORCH = (2, 13)  # older ones do not run zero-bubble schedules over our stages
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
@@ -81,7 +83,8 @@ class Runtime:
 
         timeout: of the group's collectives, in seconds.
         """
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        backend = None if dist.get_backend() == "fake" else "gloo"
+        group = dist.new_group(backend=backend, timeout=timedelta(seconds=timeout))
         return replace(self, marker=ProgressMarker(), groups=replace(self.groups, control=group))
 
     def broadcast(self, work: Callable[[], Result]) -> Result:
@@ -96,8 +99,11 @@ class Runtime:
 
     def gather(self, work: Callable[[], Result]) -> list[Result]:
         """Run `work` on every rank; return the results by rank, or raise the first failure, on every rank."""
+        return self._share(*_attempt(work))
+
+    def _share(self, outcome: "_Outcome", error: Exception | None) -> list[Any]:
+        """The results of all ranks by rank; raises the first failure. error: this rank's own."""
         outcomes: list[Any] = [None] * self.topology.world
-        outcome, error = _attempt(work)
         dist.all_gather_object(outcomes, outcome, group=self.groups.control)
         if error is not None:
             raise error
@@ -113,21 +119,25 @@ class Runtime:
         """Run every rank's `work` to its end; raise the first failure on every rank.
 
         The ranks meet every ROUND seconds, so that one that has finished is not taken for stuck while it
-        waits for others: as long as all of them go on, all report progress.
+        waits for others: as long as all of them go on, all report progress. They exchange a number each
+        time, and objects only where a rank has failed.
         """
-        done = False
-        while not done:
+        state = _GOES_ON
+        while state == _GOES_ON:
             self.marker.at(phase)
-            done = all(self.gather(lambda: self._continue(phase, work)))
+            outcome, error = _attempt(lambda: self._continue(phase, work))
+            state = largest(outcome.value if outcome.is_good else _FAILED, self.groups.control, self.device)
+        if state == _FAILED:
+            self._share(outcome, error)
 
-    def _continue(self, phase: str, work: Iterator[None]) -> bool:
-        """Work for ROUND seconds. Returns whether it is finished."""
+    def _continue(self, phase: str, work: Iterator[None]) -> int:
+        """Work for ROUND seconds. Returns _GOES_ON, or _DONE where it is finished."""
         end = time.monotonic() + ROUND
         for _ in work:
             self.marker.at(phase)
             if time.monotonic() >= end:
-                return False
-        return True
+                return _GOES_ON
+        return _DONE
 
 
 @dataclass(frozen=True)
@@ -137,6 +147,11 @@ class _Outcome:
     value: Any = None
     user_error: str | None = None
     failure: str | None = None
+
+    @property
+    def is_good(self) -> bool:
+        """Whether there is a value."""
+        return self.user_error is None and self.failure is None
 
     def result(self) -> Any:
         """The value; raises the failure on every rank alike, so that none waits for another."""
@@ -225,6 +240,8 @@ def start(config: Config) -> Runtime:
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=config.parallel.timeout)
     if not dist.is_initialized():
+        # Sockets to the ranks that a collective sends to, rather than to every rank from every group.
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
         keep_flight_records()
         if world_size() == local_world_size():
             _use_loopback()
@@ -232,7 +249,7 @@ def start(config: Config) -> Runtime:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    return Runtime(topology, device, create_groups(topology, device, timeout), ProgressMarker(device))
+    return Runtime(topology, device, create_groups(config, topology, device, timeout), ProgressMarker(device))
 
 
 def _loopback() -> str | None:

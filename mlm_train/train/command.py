@@ -51,13 +51,16 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     if args.dry_run:
         return _dry_run(config, args.world or world_size(), args.rank_memory)
-    from mlm_train.train.preflight import preflight
-
-    data = preflight(config, world_size(), local_world_size())
     from mlm_train.train.loop import train
+    from mlm_train.train.preflight import preflight
     from mlm_train.train.setup import opened_run
+    from mlm_train.train.start_times import StartTimes
 
-    with opened_run(config, data) as run:
+    times = StartTimes()
+    times.done("imports")
+    data = preflight(config, world_size(), local_world_size())
+    times.done("checks")
+    with opened_run(config, data, times) as run:
         if run is None:
             return 0
         if run.runtime.is_rank_0:

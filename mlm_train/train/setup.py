@@ -41,6 +41,7 @@ from mlm_train.train.preflight import LOG, Resumed, check_output, find_checkpoin
 from mlm_train.train.resume import intact_checkpoint, verified_checkpoint, verify_export
 from mlm_train.train.schedule import resumed_progress
 from mlm_train.train.signals import Signals
+from mlm_train.train.start_times import StartTimes
 from mlm_train.train.step import Trainer
 from mlm_train.utils.files import write_text, writing
 from mlm_train.utils.run_lock import owned
@@ -61,6 +62,7 @@ class Run:
     writers: Writers
     callbacks: Callbacks
     saver: Saver
+    start_seconds: list[dict[str, float]]  # of each rank, by part, until all had their weights
 
     def consumed(self, progress: Progress) -> dict[str, Consumed]:
         """What the run has consumed of each data source, by name."""
@@ -68,13 +70,16 @@ class Run:
 
 
 @contextmanager
-def opened_run(config: Config, data: Blend) -> Iterator[Run | None]:
+def opened_run(config: Config, data: Blend, times: StartTimes | None = None) -> Iterator[Run | None]:
     """A run on all ranks, its output folder locked by rank 0 until the end; None if it is already done.
 
     Every rank handles signals from before the folder is locked until the last checkpoint is written. Process
-    groups are destroyed only after a clean end: a rank that fails must not wait for the others.
+    groups are destroyed only after a clean end: a rank that fails must not wait for the others. times: of the
+    start so far, for the log.
     """
+    times = times or StartTimes()
     runtime, signals = processes.start(config), Signals()
+    times.done("process groups")
     with watched(config, runtime.topology, runtime.marker), signals.listening(), ExitStack() as stack:
 
         def claim() -> None:
@@ -88,18 +93,21 @@ def opened_run(config: Config, data: Blend) -> Iterator[Run | None]:
         runtime.broadcast(claim)
         fetched, resumed = _checkpoint(config, data, runtime)
         lines = fetched + runtime.broadcast(lambda: _prepare_output(config, data, resumed))
+        times.done("checkpoint")
         if resumed is not None and resumed.completes(config):
             if runtime.is_rank_0:
                 _say_done(config, resumed, lines)
             yield None
         else:
-            run = _build(config, runtime, signals, data, resumed)
+            run = _build(config, runtime, signals, data, resumed, times)
             for end in (run.log.close, run.writers.close, run.callbacks.on_train_end, run.saver.leave):
                 stack.callback(end)  # they run last to first
             run.callbacks.on_train_start(run.progress)
             for line in lines:
                 run.log.say(line)
             _say_start(run, resumed)
+            times.done("callbacks")
+            run.log.say(times.line(run.start_seconds))
             yield run
     processes.stop()
 
@@ -157,7 +165,12 @@ def _copy_hf_files(source: Path, output: Path, data: Blend) -> list[str]:
 
 
 def _build(
-    config: Config, runtime: processes.Runtime, signals: Signals, data: Blend, resumed: Resumed | None
+    config: Config,
+    runtime: processes.Runtime,
+    signals: Signals,
+    data: Blend,
+    resumed: Resumed | None,
+    times: StartTimes,
 ) -> Run:
     """Allocate model and optimizer, and load weights or training state. Every rank calls it."""
     length, seed = config.data.sequence_length, config.train.seed
@@ -167,15 +180,18 @@ def _build(
     executor = build_executor(model, config, runtime)
     engine = build_engine(model, executor, config, runtime)
     progress = Progress()
+    times.done("model")
     if resumed is None:
         _init_weights(engine, config, runtime)
         engine.refresh_model()
     else:
         load_training_state(resumed.folder, resumed.manifest, engine, runtime)
         progress, _ = resumed_progress(resumed.progress, resumed.config, config)
+    times.done("weights")
     log, writers = Log(Path(config.train.output) if runtime.is_rank_0 else None), Writers()
     runtime.broadcast(lambda: writers.open(config, progress.step + 1))
-    context = Context(config, runtime, runtime.gather(socket.gethostname), log, writers)
+    ranks = runtime.gather(lambda: (socket.gethostname(), times.seconds))
+    context = Context(config, runtime, [host for host, _ in ranks], log, writers)
     callbacks = build_callbacks(context)
     trained_on = {"fingerprint": data.fingerprint, "eod_id": data.eod_id, "bos_id": data.bos_id}
     run = Run(
@@ -189,6 +205,7 @@ def _build(
         log=log,
         writers=writers,
         callbacks=callbacks,
+        start_seconds=[seconds for _, seconds in ranks],
         saver=Saver(engine, runtime, config, trained_on | {"order": ORDER}, callbacks.after_save, log.say),
     )
     if mode:

@@ -83,7 +83,7 @@ def test_a_stage_that_never_ends_is_named_and_every_rank_ends_itself(data: Path,
     assert re.search(waiting, report), report
     (folder,) = (run / "failures").iterdir()
     assert "sleep_for_ever" in (folder / "rank-00001.txt").read_text()
-    assert "gloo:broadcast" in (folder / "rank-00000.flight.json").read_text()
+    assert "gloo:broadcast" in (folder / "rank-00000.flight.jsonl").read_text()
 
 
 def test_a_stuck_rank_under_torchrun_and_then_a_merely_slow_one(data: Path, tmp_path: Path) -> None:

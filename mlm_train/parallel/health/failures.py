@@ -8,9 +8,10 @@ import traceback
 from pathlib import Path
 
 from mlm_train.errors import PeerFailure, SharedUserError
-from mlm_train.parallel.health.status_store import StatusStore, with_timeout
+from mlm_train.parallel.health.peers import FAILED_EVENT, HUNG_EVENT, Peers
+from mlm_train.parallel.health.status_store import with_timeout
+from mlm_train.parallel.health.thread_stacks import append
 
-FAILED = "failed"  # the status store's key of the first failure
 # Errors of gloo, NCCL and the store when a peer is gone, and in any communication.
 _LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Connection refused|remote process exited")
 _COMMUNICATION = re.compile(r"gloo|NCCL|[Tt]imed out|[Tt]imeout|socket|TCPStore|c10d", re.IGNORECASE)
@@ -38,12 +39,7 @@ def now() -> str:
     return time.strftime("%Y-%m-%d_%H-%M-%S")
 
 
-def _write(path: Path, text: str) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.write_text(text, encoding="utf-8")
-
-
-def explain_failure(error: Exception, store: StatusStore, position: str, output: Path, linger: float) -> None:
+def explain_failure(error: Exception, peers: Peers, position: str, output: Path, linger: float) -> None:
     """Return where this rank failed first: the caller raises its error. Otherwise raise PeerFailure.
 
     `position`: where the rank was (step, stage, micro-batch), added to the traceback. The traceback of a rank
@@ -58,22 +54,35 @@ def explain_failure(error: Exception, store: StatusStore, position: str, output:
     lost = isinstance(cause, RuntimeError) and _LOST.search(str(cause))
     communication = isinstance(cause, RuntimeError) and _COMMUNICATION.search(str(cause))
     if communication or lost:
-        store.wait_for(FAILED, RECORD_SECONDS)
+        peers.event_within(RECORD_SECONDS)
     reason = "lost the connection to another rank" if lost else one_line(error)
-    first = store.claim(FAILED, {"rank": store.rank, "error": reason, "when": now()})
-    if first["rank"] == store.rank and not lost:
-        error.add_note(f"on rank {store.rank} of {store.world}: {position}")
-        if store.hosted_here:
+    own = {"kind": FAILED_EVENT, "rank": peers.rank, "error": reason, "when": now()}
+    first = peers.claim(own)
+    is_first = first["rank"] == peers.rank and first["kind"] == FAILED_EVENT
+    hung = first["kind"] == HUNG_EVENT
+    if (is_first and not lost) or (hung and not lost and not communication):
+        error.add_note(f"on rank {peers.rank} of {peers.world}: {position}")
+        if peers.store.hosted_here:
             time.sleep(linger)  # the store ends with this process: let the others read who failed
         return
-    text = "".join(traceback.format_exception(error))
-    path = folder_of(output, first["when"]) / f"rank-{store.rank:05}.traceback.txt"
-    written = with_timeout(lambda: _write(path, text), 5)
+    path = folder_of(output, first["when"]) / f"{peers.name}.tracebacks.txt"
+    written = with_timeout(lambda: _add_traceback(path, error, peers.rank), 5)
     where = f" (traceback: {path})" if written is not None else ""
-    if first["rank"] == store.rank:
+    if is_first:
         raise PeerFailure(
             f"stopped in {position}: lost the connection to another rank, which was killed or whose node is "
             f"gone{where}"
         ) from error
-    own = "" if communication or lost else f"; own error: {one_line(error)}{where}"
-    raise PeerFailure(f"stopped because rank {first['rank']} failed first: {first['error']}{own}") from error
+    if hung:
+        time.sleep(EXIT_SECONDS / 2)  # this rank's watchdog ends it, with the exit code of a hang
+        raise PeerFailure(f"stopped because rank {first['rank']} reports a hang{where}") from error
+    shown = "" if communication or lost else f"; own error: {one_line(error)}{where}"
+    raise PeerFailure(
+        f"stopped because rank {first['rank']} failed first: {first['error']}{shown}"
+    ) from error
+
+
+def _add_traceback(path: Path, error: Exception, rank: int) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    append(path, f"rank {rank}:\n{''.join(traceback.format_exception(error))}\n")
+    return True

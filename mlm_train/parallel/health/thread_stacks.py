@@ -4,6 +4,7 @@ import faulthandler
 import json
 import os
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from types import FrameType
@@ -91,12 +92,25 @@ def pending(record: dict[str, Any] | None) -> list[str]:
     return [e["profiling_name"] for e in entries if not e["retired"] and e["state"] != "completed"]
 
 
-def write_evidence(folder: Path, rank: int, report: str, record: dict[str, Any] | None) -> None:
-    """Write rank-N.txt (report and stacks of all threads) and rank-N.flight.json (flight recorder)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"rank-{rank:05}.txt").open("w", encoding="utf-8") as file:
-        file.write(f"{report}\n\n")
-        file.flush()
+def write_evidence(files: Path, rank: int, report: str, record: dict[str, Any] | None) -> None:
+    """Add a rank's report and the stacks of all threads to FILES.txt, its record to FILES.flight.jsonl.
+
+    The ranks of a node have the same files: a shared folder need not hold thousands.
+    """
+    files.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
         faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        append(files.with_name(f"{files.name}.txt"), f"{report}\n\n{file.read()}\n")
     if record is not None:
-        (folder / f"rank-{rank:05}.flight.json").write_text(json.dumps(record), encoding="utf-8")
+        line = json.dumps({"rank": rank} | record)
+        append(files.with_name(f"{files.name}.flight.jsonl"), f"{line}\n")
+
+
+def append(path: Path, text: str) -> None:
+    """Add text to a file that other processes of this node add to: in one piece."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, text.encode())
+    finally:
+        os.close(descriptor)

@@ -41,6 +41,28 @@ def exchange(
     return output, work
 
 
+def largest(number: int, group: Any, device: torch.device) -> int:
+    """The largest of every rank's number, on every rank. device: where NCCL takes it.
+
+    gloo's own all-reduce passes it from rank to rank, 2 (n - 1) times; this takes log2(n) exchanges.
+    """
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    if dist.get_backend(group) != "gloo":
+        value = torch.tensor([number], device=device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
+        return int(value)
+    value, other = torch.tensor([number]), torch.empty(1, dtype=torch.int64)
+    distance = 1
+    while distance < ranks:  # after each exchange it is the largest of twice as many ranks before this one
+        sent = dist.isend(value.clone(), group=group, group_dst=(rank + distance) % ranks)
+        dist.recv(other, group=group, group_src=(rank - distance) % ranks)
+        assert sent is not None
+        sent.wait()
+        value = torch.maximum(value, other)
+        distance *= 2
+    return int(value)
+
+
 def counts_of(ranks_of_rows: Tensor, ranks: int) -> list[int]:
     """Rows of each rank. ranks_of_rows int64 [rows]."""
     counts: list[int] = ranks_of_rows.bincount(minlength=ranks).tolist()

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from mlm_train.config import Config
 from mlm_train.parallel.mesh.topology import Topology
 
 
@@ -35,14 +36,15 @@ class ProcessGroups:
     stages of one replica. model: tensor x pipeline, the ranks of one replica. stage: data x tensor, the
     ranks of a pipeline stage; stage_cpu, data_cpu: for tensors on the CPU. embedding: first and last stage,
     for a tied head; None in between. control: all ranks, for small messages of one thread; None is
-    torch's default group.
+    torch's default group. What a config does not use (`used_axes`) is None too: each group takes a call of
+    every rank, for each of its kind.
     """
 
     tensor: Any
     data: Any
     pipeline: Any
-    model: Any
-    embedding: Any
+    model: Any = None
+    embedding: Any = None
     stage: Any = None
     stage_cpu: CpuGroups = NO_GROUPS
     data_cpu: CpuGroups = NO_GROUPS
@@ -62,7 +64,21 @@ class ProcessGroups:
         return DeviceMesh.from_group(groups, device.type, mesh=mine, mesh_dim_names=("replicate", "shard"))
 
 
-def create_groups(topology: Topology, device: torch.device, timeout: timedelta) -> ProcessGroups:
+def used_axes(config: Config) -> list[str]:
+    """The axes, beside tensor, data and pipeline, whose groups this config uses."""
+    owns = config.memory is not None and config.memory.owned
+    tied, fsdp = config.model.tie_word_embeddings, config.parallel.engine == "fsdp"
+    used = {
+        "model": not fsdp,  # DeepSpeed's, and maybe that of a user's engine
+        "embedding": tied and config.parallel.pipeline > 1,
+        "stage": owns or (fsdp and not tied),  # owned FFN-M, and the embedding's rows
+    }
+    return [axis for axis, is_used in used.items() if is_used]
+
+
+def create_groups(
+    config: Config, topology: Topology, device: torch.device, timeout: timedelta
+) -> ProcessGroups:
     """Create the groups of a layout over all ranks; every rank calls it.
 
     Those for the training device have this timeout, and serve again where a process starts the layout anew.
@@ -71,20 +87,20 @@ def create_groups(topology: Topology, device: torch.device, timeout: timedelta) 
         alone = dist.group.WORLD
         both = CpuGroups(alone, alone)
         return ProcessGroups(alone, alone, alone, alone, alone, alone, both, both)
-    held = _on_device(topology.world, topology.tensor, topology.pipeline, timeout)
-    on_cpu = device.type == "cpu"
-    return ProcessGroups(
-        **held,
-        stage_cpu=_on_cpu(topology, "stage", held["stage"] if on_cpu else None),
-        data_cpu=_on_cpu(topology, "data", held["data"] if on_cpu else None),
-    )
+    layout = topology.world, topology.tensor, topology.pipeline
+    axes = ["tensor", "data", "pipeline", *used_axes(config)]
+    held = {axis: _on_device(*layout, axis, timeout) for axis in axes}
+    on_cpu, shares = device.type == "cpu", config.memory is not None and config.memory.shared
+    on_the_cpu = {"data_cpu": _on_cpu(topology, "data", held["data"] if on_cpu else None, ahead=shares)}
+    if "stage" in held:
+        on_the_cpu["stage_cpu"] = _on_cpu(topology, "stage", held["stage"] if on_cpu else None, ahead=True)
+    return ProcessGroups(**held, **on_the_cpu)
 
 
 @functools.cache
-def _on_device(world: int, tensor: int, pipeline: int, timeout: timedelta) -> dict[str, Any]:
-    """This rank's group of each axis, for the training device."""
-    axes = ranks_along(world, tensor, pipeline)
-    return {axis: _group(lists, timeout=timeout) for axis, lists in axes.items()}
+def _on_device(world: int, tensor: int, pipeline: int, axis: str, timeout: timedelta) -> Any:
+    """This rank's group of an axis, for the training device."""
+    return _group(ranks_along(world, tensor, pipeline)[axis], timeout=timeout)
 
 
 def ranks_along(world: int, tensor: int, pipeline: int) -> dict[str, list[list[int]]]:
@@ -107,11 +123,14 @@ def _group(lists: list[list[int]], backend: str | None = None, timeout: timedelt
     return dist.new_subgroups_by_enumeration(lists, timeout=timeout, backend=backend)[0]
 
 
-def _on_cpu(topology: Topology, axis: Literal["stage", "data"], main: Any) -> CpuGroups:
-    """This rank's stage or data-parallel group for tensors on the CPU; `main`: where there is one already."""
+def _on_cpu(topology: Topology, axis: Literal["stage", "data"], main: Any, ahead: bool) -> CpuGroups:
+    """This rank's stage or data-parallel group for tensors on the CPU; `main`: where there is one already.
+
+    ahead: whether the data thread needs one.
+    """
     lists = ranks_along(topology.world, topology.tensor, topology.pipeline)[axis]
     backend = None if dist.get_backend() == "fake" else "gloo"
-    return CpuGroups(main or _group(lists, backend), _group(lists, backend))
+    return CpuGroups(main or _group(lists, backend), _group(lists, backend) if ahead else None)
 
 
 def forget_groups() -> None:
