@@ -84,15 +84,6 @@ def _start(order_file: str) -> int:
     return subprocess.run(command, check=False).returncode
 
 
-def per_second(moments: list[float], start: float, end: float) -> list[int]:
-    """How many of the moments lie in each second from start to end."""
-    counts = [0] * max(1, int(end - start))
-    for moment in moments:
-        if start <= moment < start + len(counts):
-            counts[int(moment - start)] += 1
-    return counts
-
-
 def work(order_file: str) -> int:
     """In a process of its own: simulate as ordered; write what was counted beside `order_file`."""
     from mlm_train.bench.watch_world import simulate

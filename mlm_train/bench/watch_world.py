@@ -15,7 +15,6 @@ from unittest.mock import patch
 
 import torch.distributed as dist
 
-from mlm_train.bench.watch import per_second
 from mlm_train.config import Config
 from mlm_train.parallel.health import watchdog as watching
 from mlm_train.parallel.health.peers import POLL, Peers
@@ -26,6 +25,7 @@ from mlm_train.parallel.health.watchdog import Watchdog
 from mlm_train.parallel.mesh.topology import Topology
 
 SHARED = 32  # connections
+THREADS = 256  # ranks that have one each in a hang; of more, those that only look at the board have none
 WAITS = StackPosition("all_reduce", "torch/distributed/distributed_c10d.py", "mlm_train/train/step.py")
 
 
@@ -77,19 +77,17 @@ class CountedStore(dist.TCPStore):
 
 
 class CountedStatusStore(StatusStore):
-    """A rank's status store. Ranks share `connections`, but for a speaker's, which waits for its key.
+    """A rank's status store. Ranks share `connections`; a speaker has one of `waiting`, for its key.
 
-    Each connection may cost torch a look-up of the host's name.
+    They are there before time is measured: for each one torch looks up the host's name, on both sides.
     """
 
-    def __init__(self, port: int, moments: list[float], connections: Iterator[CountedStore]) -> None:
-        self.port, self.moments, self.shared = port, moments, next(connections)
+    def __init__(self, connections: Iterator[CountedStore], waiting: Iterator[CountedStore]) -> None:
+        self.shared, self.unused = next(connections), waiting
         super().__init__("watch")
 
     def _connect(self, patience: float = PATIENCE) -> dist.TCPStore:
-        if patience == PATIENCE:
-            return self.shared
-        return connection(self.port, self.moments)
+        return self.shared if patience == PATIENCE else next(self.unused)
 
 
 def connection(port: int, moments: list[float]) -> CountedStore:
@@ -119,16 +117,30 @@ class SimulatedWatchdog(Watchdog):
             self.speaker.ended.set()
 
 
+def per_second(moments: list[float], start: float, end: float) -> list[int]:
+    """How many of the moments lie in each second from start to end."""
+    counts = [0] * max(1, int(end - start))
+    for moment in moments:
+        if start <= moment < start + len(counts):
+            counts[int(moment - start)] += 1
+    return counts
+
+
 def _look(watchdog: SimulatedWatchdog, ends: list[threading.Thread], moving: bool) -> bool:
     """Do what a rank's thread does several times per second. Whether that is over."""
     if watchdog.ended.is_set():
         return True
     if moving:
         watchdog.marker.at("forward")
-    if (event := watchdog.look()) is not None:
+    event, peers = watchdog.look(), watchdog.peers
+    if event is None or peers is None:
+        return False
+    if peers.world <= THREADS or peers.rank == event["rank"] or peers.is_speaker(peers.messages()):
         ends.append(threading.Thread(target=watchdog.end, args=(event,), daemon=True))
         ends[-1].start()
-    return event is not None
+    else:
+        watchdog.post_status()
+    return True
 
 
 def simulate(
@@ -136,7 +148,7 @@ def simulate(
 ) -> dict[str, Any]:
     """Watch while nobody's main thread moves, or all do with `moving`; some ranks are stopped early.
 
-    One thread looks for all ranks in turn, as often as each rank's own would; a rank has its own in a hang.
+    One thread looks for all ranks in turn, as often as each rank's own would; in a hang a rank has one.
 
     Returns the requests of each second, and the report of the hang that follows.
     """
@@ -154,10 +166,12 @@ def simulate(
     reports: list[str] = []
     codes: list[int] = []
     ranks = []
-    connections = itertools.cycle([connection(port, moments) for _ in range(SHARED)])
+    nodes = world // per_node
+    connections = itertools.cycle([connection(port, moments) for _ in range(min(SHARED, nodes))])
+    waiting = iter([connection(port, moments) for _ in range(nodes)])
     for rank in range(world):
         node = range(rank // per_node * per_node, (rank // per_node + 1) * per_node)
-        peers = Peers(rank, world, node, CountedStatusStore(port, moments, connections))
+        peers = Peers(rank, world, node, CountedStatusStore(connections, waiting))
         ranks.append(SimulatedWatchdog(config, peers, reports, codes))
     started = len(moments)
     with (
@@ -168,6 +182,7 @@ def simulate(
         begun = time.monotonic()
         for watchdog in ranks:
             watchdog.post_heartbeat()
+        for watchdog in ranks:
             watchdog.marker.enter("step 3")
         ends: list[threading.Thread] = []
         running = list(ranks)

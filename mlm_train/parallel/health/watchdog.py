@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from mlm_train.config import Config
 from mlm_train.errors import HUNG, escaped
@@ -174,14 +175,20 @@ class Watchdog(threading.Thread):
             self._print(f"mlm-train: [rank {self.topology.rank}] {line}{escaped(event['error'])}")
             self._exit(1)
 
+    def post_status(self) -> tuple[RankStatus, dict[str, Any] | None]:
+        """Post where this rank is in full. Returns that, and its flight record."""
+        stack, record = main_thread(), with_timeout(flight_record, 5)
+        status = replace(self._status(), pending=pending(record)[:SHOWN], **stack._asdict())
+        if self.peers is not None:
+            self.peers.post(asdict(status), hung=True)
+        return status, record
+
     def _end_hung(self, event: Message) -> None:
         """Post where this rank is, and exit; the rank of the event collects all statuses and reports."""
         rank, peers = self.topology.rank, self.peers
-        stack, record = main_thread(), with_timeout(flight_record, 5)
-        status = replace(self._status(), pending=pending(record)[:SHOWN], **stack._asdict())
+        status, record = self.post_status()
         inquiry = None if peers is None else Inquiry(peers)
-        if peers is not None and inquiry is not None:
-            peers.post(asdict(status), hung=True)
+        if inquiry is not None:
             inquiry.pass_on()
         folder = folder_of(self.output, event["when"])
         files = folder / (f"rank-{rank:05}" if peers is None else peers.name)
