@@ -130,8 +130,11 @@ WRITERS: dict[str, tuple[Words, str]] = {  # and the option that names the outpu
 }
 
 
+LONG = ("low rank", "bench")  # as "build", as "plot"
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long) if name == "low rank" else name for name in WRITERS]
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in WRITERS]
 )
 def test_a_full_disk(name: str, disk: Disk, request: pytest.FixtureRequest) -> None:
     words, option = WRITERS[name]

@@ -44,6 +44,8 @@ class Saver:
         self.root = Path(config.train.output) / "checkpoints"
         # Process groups of its own: the thread's collectives must not mix with the main thread's.
         self.thread_runtime = runtime.for_thread(config.parallel.timeout)
+        if not config.checkpoint.async_save:
+            runtime.connect()
         url = config.checkpoint.url
         self.uploads = None if url is None else Uploads(url, self.root, config, runtime)
         self.failures = 0

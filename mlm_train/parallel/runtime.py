@@ -85,7 +85,20 @@ class Runtime:
         """
         backend = None if dist.get_backend() == "fake" else "gloo"
         group = dist.new_group(backend=backend, timeout=timedelta(seconds=timeout))
-        return replace(self, marker=ProgressMarker(), groups=replace(self.groups, control=group))
+        own = replace(self, marker=ProgressMarker(), groups=replace(self.groups, control=group))
+        own.connect()
+        return own
+
+    def connect(self) -> None:
+        """Have the methods below open their connections now.
+
+        gloo opens them on demand, by the job's store, which is gone when a run whose agent was killed writes
+        its last checkpoint.
+        """
+        self.broadcast(lambda: None)
+        self.gather(lambda: None)
+        self.gather_on_rank_0(None)
+        largest(0, self.groups.control, self.device)
 
     def broadcast(self, work: Callable[[], Result]) -> Result:
         """Run `work` on rank 0; return its result, or raise its failure, on every rank."""

@@ -64,7 +64,10 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("written", WRITERS)
+@pytest.mark.parametrize(
+    "written",
+    [pytest.param(name, marks=pytest.mark.long) if name.startswith("FSDP") else name for name in WRITERS],
+)
 def test_a_checkpoint_of_any_layout_loads_in_any_other(tmp_path: Path, written: str) -> None:
     """Weights and moments, bit by bit, after each move."""
     world, layout, model = WRITERS[written]

@@ -56,7 +56,8 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=pytest.mark.long) if name == "PP2" else name for name in LAYOUTS]
+    "layout",
+    [pytest.param(name, marks=pytest.mark.long) if name.startswith("PP2") else name for name in LAYOUTS],
 )
 def test_two_runs_are_equal_to_the_bit(layout: str, data: Path, tmp_path: Path) -> None:
     world, overrides = LAYOUTS[layout]

@@ -1,5 +1,7 @@
 """Compiled layers in parallel layouts against one process in float64."""
 
+import pytest
+
 from tests.parallel.table import LIMITS
 from tests.ranks import run_on_ranks
 
@@ -26,9 +28,15 @@ CASES: dict[str, dict] = {
 }
 
 
-def test_gradients_equal_those_of_one_process() -> None:
+@pytest.mark.parametrize(
+    "names",
+    [("sequence parallel", "pipeline"), pytest.param(("tensor parallel",), marks=pytest.mark.long)],
+    ids=", ".join,
+)
+def test_gradients_equal_those_of_one_process(names: tuple[str, ...]) -> None:
     """Two ranks; no graph breaks, collectives included."""
-    results = run_on_ranks("tests.parallel.compile_cases:run_compiled", 2, cases=CASES)
+    cases = {name: CASES[name] for name in names}
+    results = run_on_ranks("tests.parallel.compile_cases:run_compiled", 2, cases=cases)
     for name, error in results.items():
         assert error["breaks"] == 0 and error["graphs"] <= 8, (name, error)
         assert all(error[key] <= limit for key, limit in LIMITS.items()), (name, error)

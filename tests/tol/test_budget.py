@@ -223,6 +223,7 @@ def test_a_dropped_layer_gives_a_warning(
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.long
 def test_any_number_of_workers_chooses_the_same(table: Path, tmp_path: Path) -> None:
     for workers in (1, 2):
         arguments = ("--budget", 500_000, "--workers", workers)

@@ -175,7 +175,8 @@ def test_the_builder_is_killed_at_random_moments(
     print(json.dumps(figures))
 
 
-@pytest.mark.parametrize("name", [pytest.param("low_rank", marks=pytest.mark.long), "groups"])
+@pytest.mark.long  # tests/tol/test_nodes.py has two nodes, tests/slurm/test_tol.py loses one
+@pytest.mark.parametrize("name", ["low_rank", "groups"])
 def test_two_nodes(
     source: Path, unbroken: dict[str, Path], tmp_path: Path, cluster: "subprocess.Popen[str]", name: str
 ) -> None:

@@ -69,6 +69,7 @@ def test_the_bytes_of_a_folder(
         assert same(tmp_path / "fetched2", folders["again"])
 
 
+@pytest.mark.parametrize("url", ["s3", pytest.param("file", marks=pytest.mark.long)], indirect=True)
 def test_a_killed_builder_is_resumed(
     url: str, url_model: Path, url_reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
