@@ -2,9 +2,16 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlm_train.errors import UserError
 from mlm_train.utils.checks import Check, add_verify
+
+if TYPE_CHECKING:
+    import torch
+
+    from mlm_train.checkpoint.reading.logical_folder import ModelFolder
+    from mlm_train.model.transformer import Transformer
 
 HELP = """Write a Hugging Face folder (config.json, safetensors, tokenizer) from a checkpoint.
 transformers loads it: a base model as a Llama, others after `import mlm_train.hf`. The folder has a manifest
@@ -67,10 +74,9 @@ def export_checkpoint(source: Path, output: Path, dtype: str, verify: Check = "f
     import torch
 
     from mlm_train.checkpoint.folders import resolve
-    from mlm_train.checkpoint.hf.files import carried, special_tokens
-    from mlm_train.checkpoint.hf.folder import write_folder
     from mlm_train.checkpoint.load import config_of, load_weights, open_checkpoint
-    from mlm_train.model.logical import named_pieces, targets
+    from mlm_train.checkpoint.reading.logical_folder import ModelFolder
+    from mlm_train.model.logical import targets
     from mlm_train.model.transformer import Transformer
 
     folder = resolve(source)
@@ -78,17 +84,21 @@ def export_checkpoint(source: Path, output: Path, dtype: str, verify: Check = "f
     config = config_of(manifest).model
     model = Transformer(config)
     load_weights(folder, manifest, targets(model))
-    run_folder = folder.absolute().parent.parent
-    write_folder(
-        output,
-        config,
-        named_pieces(model),
-        carried(run_folder),
-        getattr(torch, dtype),
-        tokens=special_tokens(run_folder).ended_by(manifest.data.eod_id).begun_by(manifest.data.bos_id),
-        complete=True,
-    )
+    write_export(output, ModelFolder(folder, config, manifest), model, getattr(torch, dtype))
     return folder
+
+
+def write_export(output: Path, origin: "ModelFolder", model: "Transformer", dtype: "torch.dtype") -> None:
+    """Write a model as an export, with the files beside the weights of the folder that it was read from."""
+    from mlm_train.checkpoint.hf.files import carried, special_tokens
+    from mlm_train.checkpoint.hf.folder import write_folder
+    from mlm_train.model.logical import named_pieces
+
+    tokens = special_tokens(origin.home)
+    if origin.manifest is not None:
+        tokens = tokens.ended_by(origin.manifest.data.eod_id).begun_by(origin.manifest.data.bos_id)
+    pieces = named_pieces(model)
+    write_folder(output, model.config, pieces, carried(origin.home), dtype, tokens=tokens, complete=True)
 
 
 def _verify(folder: Path) -> int:

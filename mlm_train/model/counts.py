@@ -23,7 +23,7 @@ class Parameters(NamedTuple):
 def count_parameters(config: ModelConfig) -> Parameters:
     """Count a model's parameters; `active` excludes FFN-M, which is served from a ToL."""
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    matrices = _layer_matrices(config)
+    matrices = layer_matrices(config)
     # There is a norm before each of them, and one before the head.
     total = layers * sum(elements + hidden for elements in matrices if elements) + hidden
     ffn_m = layers * (matrices.ffn + hidden) if config.has_memory else 0
@@ -32,7 +32,7 @@ def count_parameters(config: ModelConfig) -> Parameters:
     return Parameters(total, total - ffn_m, ffn_m, embedding, head)
 
 
-class _Matrices(NamedTuple):
+class Matrices(NamedTuple):
     """Elements of one layer's weight matrices; ffn: base's FFN, or FFN-M; compute: FFN-C."""
 
     attention: int
@@ -40,7 +40,8 @@ class _Matrices(NamedTuple):
     compute: int
 
 
-def _layer_matrices(config: ModelConfig) -> _Matrices:
+def layer_matrices(config: ModelConfig) -> Matrices:
+    """Those of a layer of this model."""
     hidden = config.hidden_size
     width = config.num_attention_heads * config.attention_head_dim
     kv_width = config.kv_heads * config.attention_head_dim
@@ -49,7 +50,7 @@ def _layer_matrices(config: ModelConfig) -> _Matrices:
         matrices = 3 if config.compute_form == "swiglu" else 2
         assert config.compute_intermediate_size is not None
         compute = matrices * hidden * config.compute_intermediate_size
-    return _Matrices(hidden * (2 * width + 2 * kv_width), 3 * hidden * config.intermediate_size, compute)
+    return Matrices(hidden * (2 * width + 2 * kv_width), 3 * hidden * config.intermediate_size, compute)
 
 
 def train_flops_per_token(config: ModelConfig, sequence_length: int, ffn_m_ratio: float = 1.0) -> float:
@@ -60,7 +61,7 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, ffn_m_ratio
     three passes). Norms, softmax and lookups are not counted. `ffn_m_ratio`: FFN-M evaluations per token and
     layer, 1 with memory.mode=per_token.
     """
-    layers, matrices = config.num_hidden_layers, _layer_matrices(config)
+    layers, matrices = config.num_hidden_layers, layer_matrices(config)
     head = config.vocab_size * config.hidden_size
     width = config.num_attention_heads * config.attention_head_dim
     ffn = layers * matrices.ffn * (ffn_m_ratio if config.has_memory else 1.0)

@@ -1,0 +1,1 @@
+"""Pruning of base models, to compare with memory and flex at equal active parameters."""
