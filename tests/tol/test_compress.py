@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mlm_train.checkpoint.reading.logical_folder import load_model
 from mlm_train.cli import main
+from mlm_train.data.prepared import PreparedData
 from mlm_train.errors import UserError
 from mlm_train.memory import make_source
 from mlm_train.model.transformer import Transformer
@@ -348,3 +349,30 @@ def test_a_dropped_layer_cannot_come_back(ray: None, tables: dict[str, Path], tm
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     build(tmp_path / "two", tmp_path / "again", TableSpec(dtype="int4", group_size=8))
     assert read_index(tmp_path / "again").layers == [0, 2]
+
+
+def test_low_rank_of_the_tokens_of_a_text(
+    tables: dict[str, Path], exported: Path, model: Transformer, data: Path, tmp_path: Path
+) -> None:
+    """Against SVDs in float64: each of two tables is the best of its rank for what it was chosen for."""
+    for name, more in (("rows", ()), ("text", ("--weigh-by", data))):
+        options = ("--dtype", "float32", "--rank", 8, "--workers", 1, *more)
+        mlm_train("tol", "compress", tables["float32"], "--output", tmp_path / name, *options)
+    text = PreparedData.open(data)
+    counts = 1 + torch.bincount(torch.from_numpy(text.split("train").tokens.astype("int64")), minlength=601)
+    true = true_rows(model)
+    stored = {name: stored_rows(tmp_path / name) for name in ("rows", "text")}
+    for layer in range(3):
+        rows = true[:, layer]
+        for name, weights in (("rows", torch.ones(601)), ("text", counts)):
+            roots = weights.double().sqrt().unsqueeze(1)
+            least = torch.linalg.svdvals(rows * roots)[8:].square().sum()
+            errors = {n: ((values[layer] - rows) * roots).square().sum() for n, values in stored.items()}
+            assert errors[name] == pytest.approx(float(least), rel=1e-2)
+            assert errors[name] < 0.95 * max(errors.values())
+    source = json.loads((tmp_path / "text" / INDEX).read_text())["source"]
+    assert source["text"] == text.manifest.fingerprint
+    assert "text" not in json.loads((tmp_path / "rows" / INDEX).read_text())["source"]
+    again = ("tol", "compress", tables["float32"], "--output", tmp_path / "rows", "--dtype", "float32")
+    assert "holds another table" in refused(*again, "--rank", 8, "--weigh-by", data)
+    assert "give --rank or --budget, or leave it out" in refused(*again, "--weigh-by", data)

@@ -28,7 +28,7 @@ and after. With --output the pruned model is written as an export.
 
 examples:
   mlm-train analyze prune --model runs/base --data data/c4 --method wanda --like memory
-  mlm-train analyze prune --model runs/base --data data/c4 --method sparsegpt --like flex2 --output runs/pruned
+  mlm-train analyze prune --model runs/base --data data/c4 --method sparsegpt --like flex2 --output pruned
   mlm-train analyze prune --model runs/base --data data/c4 --method magnitude --sparsity 0.5 --json"""
 
 LIKE = {"memory": 0.0, "flex1": 1.0, "flex2": 2.0, "flex3": 3.0}  # beta of the kind to be as small as

@@ -9,10 +9,12 @@ from typing import Any, Literal, Self
 from mlm_train import __version__
 from mlm_train.checkpoint.reading.logical_folder import OpenedModel, open_model
 from mlm_train.config import ModelConfig
+from mlm_train.data.prepared import PreparedData
 from mlm_train.errors import UserError
 from mlm_train.tol.build.budget import bases_of, check_budget, has_ranks, lay_out, warn_dropped
 from mlm_train.tol.build.ray_cluster import ray_cluster
 from mlm_train.tol.build.row_source import EMBEDDING
+from mlm_train.tol.build.row_weights import row_weights_of
 from mlm_train.tol.build.scheduler import Group, PartitionScheduler
 from mlm_train.tol.build.spectra import compute_spectra, rank_errors_of
 from mlm_train.tol.build.state import BuildPlan, BuildState, remove_spectra, start_or_resume
@@ -38,7 +40,7 @@ _BUFFER_BYTES = 256 * 2**20  # of a chunk's rows; two per worker
 _TASKS = 8  # per worker, at least, so that all workers end at about the same time
 _PARTITION_BYTES = 512 * 2**20
 _MIN_PARTITIONS = 8
-_SOURCE = ("checkpoint", "table", "compute")
+_SOURCE = ("checkpoint", "table", "compute", "text")
 _DEVICES = ("cpu", "cuda", "cuda:0")
 
 
@@ -52,7 +54,8 @@ class Build:
     layers that a worker holds at once, at least one layer. If it holds all layers, which sequential writing
     requires, a partition is written and hashed while it is computed; filled group by group, it is read again.
     verify: how much of the model's files is checked. with_embeddings: rows hold x0 too, in the type of the
-    weights; a table that is compressed keeps it.
+    weights; a table that is compressed keeps it. text: low rank has the least error over the tokens of its
+    training split, as often as each occurs there, instead of over the rows of the vocabulary.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Build:
         group_bytes: int = GROUP_BYTES,
         verify: Check = "full",
         with_embeddings: bool = False,
+        text: PreparedData | None = None,
     ) -> None:
         if threads < 1:
             raise UserError(f"--threads {threads}: give at least 1")
@@ -105,10 +109,14 @@ class Build:
         largest = spec.largest(source["num_layers"], source["hidden_size"])
         size = largest.shape.file_bytes(source["vocab_size"])
         count = partitions_of(partitions, source["vocab_size"], min(size, spec.budget or size))
-        self.plan = BuildPlan(**source, spec=spec, partitions=count, threads=threads)
+        weighing = None if text is None else row_weights_of(text, source["vocab_size"], spec)
+        fingerprint = None if text is None else text.manifest.fingerprint
+        self.plan = BuildPlan(**source, spec=spec, partitions=count, threads=threads, text=fingerprint)
         check_budget(self.plan)
         origin = {"model": None, "table": str(folder)} if table else {"model": str(folder), "table": None}
-        self.job = WorkerJob(**origin, output=self.storage.address, plan=self.plan, device=device)
+        self.job = WorkerJob(
+            **origin, output=self.storage.address, plan=self.plan, device=device, row_weights=weighing
+        )
 
     def run(self, workers: int = 2, ray_address: str | None = None) -> TolIndex:
         """Build the table, or resume an unfinished build of the same plan.
@@ -332,6 +340,7 @@ class Build:
                 "compute": plan.compute,
                 "chunk_rows": plan.chunk_rows,
                 "threads": plan.threads,
+                "text": plan.text,
             },
             **summary(layout.schemes),
         )

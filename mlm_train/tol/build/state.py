@@ -30,6 +30,7 @@ class BuildPlan(Record):
     compute: PlainDtype
     chunk_rows: int
     threads: int
+    text: str | None = None
 
     @property
     def layers(self) -> list[int]:

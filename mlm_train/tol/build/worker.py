@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,7 +44,8 @@ class WorkerJob:
     """What every worker of a build needs to know.
 
     model: folder with FFN-M's weights, or None with `table`, the folder to read rows from. output: address of
-    the storage to write to.
+    the storage to write to. row_weights: what each row's squared error counts in the choice of low rank, fp32
+    [vocabulary]; None: all alike.
     """
 
     model: str | None
@@ -51,6 +53,7 @@ class WorkerJob:
     output: str
     plan: BuildPlan
     device: str = "cpu"
+    row_weights: np.ndarray | None = None
 
 
 def prepare_process(threads: int) -> None:
@@ -155,9 +158,10 @@ class BuildWorker:
         """
         plan, source = self.job.plan, self._open((layer,), weights)
         gram, sample = Gram(plan.hidden_size), Sample(plan.vocab_size, plan.hidden_size)
+        weighing = self.job.row_weights
         for first, last in chunks_of(0, plan.vocab_size, plan.chunk_rows):
             for values in source.values(first, last):
-                gram.add(values)
+                gram.add(values if weighing is None else values * _roots(weighing[first:last]))
                 sample.add(values)
         try:
             spectrum = Spectrum.of(gram)
@@ -238,6 +242,10 @@ class _Encoder:
         error = (stored if basis is None else stored @ basis) - true
         before = self.sums[position]
         self.sums[position] = (before[0] + _square(error), before[1] + _square(true))
+
+
+def _roots(weights: np.ndarray) -> Tensor:
+    return torch.from_numpy(weights).sqrt().unsqueeze(1)
 
 
 def _square(values: Tensor) -> float:

@@ -17,6 +17,7 @@ from mlm_train.utils.checks import add_verify
 from mlm_train.utils.units import in_units, size
 
 if TYPE_CHECKING:
+    from mlm_train.data.prepared import PreparedData
     from mlm_train.evaluate.scorer import Scorer
     from mlm_train.tol.build.builder import Build
     from mlm_train.tol.format.index import TolIndex
@@ -55,6 +56,7 @@ Streams through the table on Ray; a killed compression resumes where it stopped.
 examples:
   mlm-train tol compress tol/run1 --output tol/run1-int8 --dtype int8
   mlm-train tol compress tol/run1 --output tol/run1-r512 --dtype bfloat16 --rank 512
+  mlm-train tol compress tol/run1 --output tol/run1-r512 --dtype bfloat16 --rank 512 --weigh-by data/mine
   mlm-train tol compress tol/run1 --output tol/run1-1gb --budget 1GB
   mlm-train tol compress tol/run1 --output tol/run1-1gb --dtype int8 --budget 1GB --drop 11-13"""
 
@@ -120,6 +122,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weigh-by",
+        metavar="DATA",
+        help="with --rank or --budget: least error over the tokens of this data's training split, not over "
+        "the rows of the vocabulary",
+    )
     parser.add_argument(
         "--output", metavar="DIR|URL", required=True, help="folder to write; new or unfinished"
     )
@@ -258,7 +266,7 @@ def _compared(args: argparse.Namespace, build: "Build", scorer: "Scorer") -> str
 def _repair(args: argparse.Namespace) -> int:
     from mlm_train.tol.build.builder import Build
 
-    unused = given(args) or given(args, ("partitions", "threads", "evaluate"))
+    unused = given(args) or given(args, ("partitions", "threads", "evaluate", "weigh_by"))
     unused = unused or given(
         args, ("model",) if args.action == "compress" else ("compute", "verify", "with_embeddings")
     )
@@ -311,7 +319,14 @@ def _build(args: argparse.Namespace) -> "Build":
         device=args.device,
         verify=args.verify or "full",
         with_embeddings=args.with_embeddings,
+        text=_text(args),
     )
+
+
+def _text(args: argparse.Namespace) -> "PreparedData | None":
+    from mlm_train.data.prepared import PreparedData
+
+    return None if args.weigh_by is None else PreparedData.open(args.weigh_by)
 
 
 def _compression(args: argparse.Namespace) -> "Build":
@@ -327,6 +342,7 @@ def _compression(args: argparse.Namespace) -> "Build":
         table=args.table,
         partitions=args.partitions,
         threads=1 if args.threads is None else args.threads,
+        text=_text(args),
     )
 
 

@@ -52,7 +52,8 @@ class Provenance(Record):
     """What the table was built from, and how, so that a partition can be rebuilt.
 
     checkpoint: fingerprint of the model. table: SHA-256 of the index of the table that was compressed, or
-    None. compute: type of FFN-M's matmuls. chunk_rows: rows per matmul. threads: per worker.
+    None. compute: type of FFN-M's matmuls. chunk_rows: rows per matmul. threads: per worker. text: the
+    fingerprint of the data by whose tokens low rank was chosen, or None.
     """
 
     checkpoint: str
@@ -62,6 +63,7 @@ class Provenance(Record):
     compute: PlainDtype = "float32"
     chunk_rows: int | None = Field(default=None, ge=1)
     threads: int = Field(default=1, ge=1)
+    text: str | None = None
 
 
 class TolIndex(Record):

@@ -54,6 +54,8 @@ def write_index(storage: Storage, index: TolIndex) -> None:
     tree = index.model_dump(mode="json") | {"digest": _NO_DIGEST}
     if index.embedding is None:
         del tree["embedding"]  # a key that earlier versions do not know
+    if index.source.text is None:
+        del tree["source"]["text"]  # as this one
     data = (json.dumps(tree, indent=2) + "\n").encode()
     storage.write(INDEX, data.replace(_NO_DIGEST.encode(), _digest(data, _NO_DIGEST).encode()))
 

@@ -9,12 +9,18 @@ from mlm_train.data.prepared import PreparedData
 AT_ONCE = 2**26  # tokens counted at once
 
 
-def most_frequent(data: PreparedData) -> list[int]:
-    """The ids that occur in the training split, most frequent first."""
+def counts_of(data: PreparedData) -> np.ndarray:
+    """How often each id occurs in the training split, int64 [vocabulary]."""
     vocabulary = data.vocab_size
     tokens, counts = data.split("train").tokens, np.zeros(vocabulary, dtype=np.int64)
     for start in range(0, len(tokens), AT_ONCE):
         counts += np.bincount(tokens[start : start + AT_ONCE], minlength=vocabulary)
+    return counts
+
+
+def most_frequent(data: PreparedData) -> list[int]:
+    """The ids that occur in the training split, most frequent first."""
+    counts = counts_of(data)
     order = np.argsort(-counts, kind="stable")
     return [int(number) for number in order[: np.count_nonzero(counts)]]
 
