@@ -1,5 +1,6 @@
 """Pruning of base models: what the methods' papers imply, and each against an independent computation."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,10 @@ from mlm_train.analyze.prune.matrix import (
     wanda,
 )
 from mlm_train.analyze.prune.model import prune, sparsity_like
+from mlm_train.checkpoint.reading.logical_folder import load_model
 from mlm_train.config import ModelConfig
 from mlm_train.model.counts import count_parameters
+from tests.commands import mlm_train, refused
 from tests.tol.conftest import export, random_model
 
 
@@ -159,3 +162,32 @@ def test_what_stays_is_what_is_active(beta: int) -> None:
     )
     kept = (1 - sparsity_like(base, beta)) * count_parameters(base).total
     assert kept == pytest.approx(count_parameters(flex).active, rel=2e-3)
+
+
+def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = export(tmp_path / "model", random_model(kind="base", vocab_size=512))
+    command = ("analyze", "prune", "--model", folder, "--data", data, "--calibration", 12, "--samples", 6)
+    command = (*command, "--sequence-length", 32)
+    capsys.readouterr()
+    mlm_train(*command, "--method", "wanda", "--like", "flex1", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["zeros"] == pytest.approx(found["sparsity"], abs=0.02)
+    assert found["sparsity"] == pytest.approx(1 - (3 * 32 * 32 + 32 * 32) / (3 * 32 * 32 + 3 * 32 * 44))
+    output = tmp_path / "pruned"
+    mlm_train(*command, "--method", "sparsegpt", "--sparsity", "0.5", "--output", output)
+    text = capsys.readouterr().out
+    assert "sparsegpt: 50.00% of the layers' matrices are zero" in text
+    pruned = load_model(output)
+    assert (pruned.block(2).mlp.down_proj.weight == 0).float().mean() == pytest.approx(0.5, abs=0.01)
+    score = ("--samples", 6, "--sequence-length", 32, "--json")
+    mlm_train("evaluate", "--model", output, "--data", data, *score)
+    scored = json.loads(capsys.readouterr().out)
+    assert f"pruned {scored['perplexity']:,.4f}" in text
+    assert "nothing is overwritten" in refused(
+        *command, "--method", "wanda", "--like", "memory", "--output", output
+    )
+    memory = export(tmp_path / "memory", random_model(vocab_size=512))
+    line = refused(
+        "analyze", "prune", "--model", memory, *command[4:], "--method", "wanda", "--like", "flex1"
+    )
+    assert "is a memory model: give a base model to prune" in line

@@ -56,10 +56,9 @@ def add_prune(actions: "Actions") -> None:
     prune.add_argument("--output", metavar="FOLDER", help="new folder for the pruned model")
     prune.add_argument("--json", action="store_true", help="print JSON")
     add_verify(prune, "the model and --data", "full; sizes for --data")
-    prune.set_defaults(run_action=run)
 
 
-def run(args: argparse.Namespace) -> int:
+def run_prune(args: argparse.Namespace) -> int:
     """Prune, score, print, and write the export."""
     refuse_below_one(args, "calibration", "sequence_length", "samples", "micro_batch_size")
     if args.sparsity is not None and not 0 < args.sparsity < 1:

@@ -34,15 +34,18 @@ _ROWS = 2048
 Choice = Scheme | None  # None: the layer is not stored
 
 
-def spectra_of(table: TableReader) -> dict[int, Spectrum]:
-    """The spectrum of each stored layer; reads the table once per layer."""
+def spectra_of(table: TableReader, weights: Tensor | None = None) -> dict[int, Spectrum]:
+    """The spectrum of each stored layer; reads the table once per layer.
+
+    weights: what each row's squared error counts, fp32 [vocabulary]; None: all alike.
+    """
     spectra = {}
     for layer in table.index.layers:
         gram = Gram(table.index.hidden_size)
         for first, last in chunks_of(0, table.index.vocab_size, _ROWS):
             values = table.values(table.range(first, last), layer)
             assert values is not None
-            gram.add(values)
+            gram.add(values if weights is None else values * weights[first:last, None].sqrt())
         spectra[layer] = Spectrum.of(gram)
     return spectra
 

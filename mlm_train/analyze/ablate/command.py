@@ -1,0 +1,176 @@
+"""`mlm-train analyze ablate`."""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlm_train.errors import UserError
+from mlm_train.utils.arguments import MODEL_KINDS, add_action, refuse_below_one
+from mlm_train.utils.checks import add_verify
+
+if TYPE_CHECKING:
+    from mlm_train.analyze.ablate.compressed import Compressed
+    from mlm_train.analyze.ablate.points import Point
+    from mlm_train.analyze.ablate.study import Ablation, Score
+    from mlm_train.evaluate.scorer import Scorer
+    from mlm_train.utils.arguments import Actions
+
+_HELP = """Scale, drop or compress a model's feed-forward memory, and score each change.
+
+Perplexity of the validation split of --data. --study, one or more of:
+  alpha        the output of all FFN-M scaled (of a base model: of its FFN)
+  layer-alpha  that of one layer scaled
+  drop         that of one layer dropped; of a flex model FFN-C too
+  precision    FFN-M from a table in 16, 8 and 4 bits (needs --tol)
+  rank         FFN-M from a table of lower rank (needs --tol): uniform, weighted by token frequency in --data,
+               and a rank per layer with the same sum
+The file is written after each change; the same command goes on after the last one.
+
+examples:
+  mlm-train analyze ablate --model runs/micro --data data/mine --study alpha drop --output alpha.json
+  mlm-train analyze ablate --model runs/base --data data/c4 --study layer-alpha --alphas 0,0.5 --output b.json
+  mlm-train analyze ablate --model runs/micro --data data/mine --tol tol/micro --study rank --output r.json"""
+
+STUDIES = ("alpha", "layer-alpha", "drop", "precision", "rank")
+NEED_TABLE = ("precision", "rank")
+ALPHAS = (0.0, 0.25, 0.5, 0.8, 1.2)
+CUTS = (0.1, 0.2, 0.3, 0.4, 0.5)  # the paper's
+
+
+def add_ablate(actions: "Actions") -> None:
+    """Add the action."""
+    ablate = add_action(actions, "ablate", "scale, drop or compress FFN-M, and score it", _HELP)
+    ablate.add_argument("--model", required=True, help=MODEL_KINDS)
+    ablate.add_argument("--data", required=True, help="folder written by `data prepare`")
+    ablate.add_argument("--output", required=True, metavar="FILE", help="JSON file of the scores")
+    ablate.add_argument("--study", required=True, nargs="+", choices=STUDIES, help="what is changed")
+    ablate.add_argument(
+        "--alphas", type=_numbers, default=ALPHAS, metavar="A,B", help="factors (default 0,0.25,0.5,0.8,1.2)"
+    )
+    ablate.add_argument("--tol", metavar="DIR", help="the model's table in a plain type, from `tol build`")
+    ablate.add_argument(
+        "--cuts", type=_numbers, default=CUTS, metavar="A,B", help="shares of the ranks (default 0.1 to 0.5)"
+    )
+    ablate.add_argument("--samples", type=int, help="number of windows, from the first; default: all")
+    ablate.add_argument("--sequence-length", type=int, help="tokens per window; default: the model's maximum")
+    ablate.add_argument(
+        "--micro-batch-size", type=int, default=8, help="windows per forward pass (default 8)"
+    )
+    ablate.add_argument("--plot", metavar="FILE", help="a PNG of the scores")
+    add_verify(ablate, "the model, --data and --tol", "full; sizes for --data and --tol")
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = (math.nan,)
+    if not all(math.isfinite(number) and number >= 0 for number in found):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r}: give numbers from 0 on, such as 0,0.5")
+    return found
+
+
+def run_ablate(args: argparse.Namespace) -> int:
+    """Score, write and show."""
+    refuse_below_one(args, "samples", "sequence_length", "micro_batch_size")
+    if any(cut >= 1 for cut in args.cuts):
+        raise UserError(f"--cuts {max(args.cuts):g}: give shares below 1")
+    tables = [study for study in args.study if study in NEED_TABLE]
+    if tables and args.tol is None:
+        raise UserError(
+            f"--study {tables[0]} needs the model's table: give --tol DIR (`mlm-train tol build`)"
+        )
+    if args.tol is not None and not tables:
+        raise UserError("--tol has no effect on these studies: leave it out, or add precision or rank")
+    from mlm_train.analyze.ablate.points import points_of
+    from mlm_train.analyze.ablate.study import begun, is_ablation, run
+    from mlm_train.evaluate.scorer import Scorer
+    from mlm_train.utils.files import check_output, is_png
+
+    file = check_output("--output", args.output, is_ablation, "file of `analyze ablate`")
+    plot = None if args.plot is None else check_output("--plot", args.plot, is_png, "PNG")
+    scorer = Scorer(
+        args.model,
+        args.data,
+        length=args.sequence_length,
+        count=args.samples,
+        micro_batch=args.micro_batch_size,
+        with_memory=True,
+        verify=args.verify,
+    )
+    points = points_of(scorer.config, args.study, args.alphas, args.cuts)
+    ablation = begun(file, _about(args, scorer))
+    compressed = None if args.tol is None else _compressed(args, scorer)
+    ablation = run(file, ablation, _shown(points), scorer, compressed, _score_of(scorer))
+    _show(ablation, points)
+    if plot is not None:
+        from mlm_train.analyze.ablate.plot import plot_ablation
+
+        plot_ablation(plot, ablation)
+    return 0
+
+
+def _about(args: argparse.Namespace, scorer: "Scorer") -> "Ablation":
+    from mlm_train.analyze.ablate.study import Ablation
+    from mlm_train.tol.format.index import INDEX
+    from mlm_train.utils.files import sha256_of
+
+    return Ablation(
+        model=scorer.fingerprint,
+        kind=scorer.config.kind,
+        data=scorer.data.fingerprint,
+        table=None if args.tol is None else sha256_of(Path(args.tol) / INDEX),
+        windows=scorer.windows.count,
+        length=scorer.windows.samples.sequence_length,
+        tasks=[],
+        rows=[],
+    )
+
+
+def _compressed(args: argparse.Namespace, scorer: "Scorer") -> "Compressed":
+    from mlm_train.analyze.ablate.compressed import Compressed
+    from mlm_train.tol.format.index import check_fits
+    from mlm_train.tol.serve.frequency import counts_of
+    from mlm_train.tol.serve.reader import TableReader
+
+    table = TableReader.open_folder(args.tol, verify=args.verify or "sizes")
+    check_fits(Path(args.tol), table.index, scorer.config)
+    if table.index.source.checkpoint != scorer.fingerprint:
+        raise UserError(f"{args.tol} was built from another model than {args.model}: give this one's table")
+    if any(field.quantised or field.rank is not None for field in table.index.fields):
+        raise UserError(f"{args.tol} is compressed already: give the table that `tol build` wrote")
+    return Compressed(table, counts_of(scorer.data))
+
+
+def _score_of(scorer: "Scorer") -> "Score":
+    from mlm_train.evaluate.perplexity import measure_perplexity
+
+    def score(model: Any, source: Any) -> dict[str, float]:
+        found = measure_perplexity(model, source, scorer.windows.batches())
+        return {"loss": found.loss, "perplexity": found.perplexity}
+
+    return score
+
+
+def _shown(points: "Sequence[Point]") -> "Any":
+    """The points, with a progress bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    hidden = not sys.stderr.isatty()
+    return track(points, "ablation", console=console, disable=hidden, transient=True)
+
+
+def _show(ablation: "Ablation", points: "Sequence[Point]") -> None:
+    rows = {row.point: row for row in ablation.rows}
+    exact = rows[points[0]].scores["loss"]
+    for point in points:
+        row = rows[point]
+        loss, size = row.scores["loss"], "" if row.bytes is None else f"  {row.bytes / 1e6:,.2f} MB"
+        print(
+            f"{point.name:44s} perplexity {row.scores['perplexity']:12,.4f}  loss {loss - exact:+.4f}{size}"
+        )
