@@ -88,12 +88,12 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_dry_run_allocates_nothing_and_needs_no_data(capsys: pytest.CaptureFixture[str]) -> None:
-    mlm_train("pretrain", "configs/flex-3h2-1b.yaml", "--dry-run", "--world", 64)
+    mlm_train("pretrain", "configs/paper/flex-3h2-1b.yaml", "--dry-run", "--world", 64)
     text = capsys.readouterr().out
     assert "1,208," in text and "704," in text  # total and active parameters, millions
     assert "compute_intermediate_size: 2048" in text and "memory per rank" in text
     assert "4 per micro-batch x 64" in text
-    assert "multiple of" in refused("pretrain", "configs/memory-1b.yaml", "--dry-run", "--world", 63)
+    assert "multiple of" in refused("pretrain", "configs/paper/memory-1b.yaml", "--dry-run", "--world", 63)
 
 
 def test_doctor_finds_every_package(capsys: pytest.CaptureFixture[str]) -> None:

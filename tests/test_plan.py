@@ -11,7 +11,7 @@ from mlm_train.plan.activations import activation_bytes, in_flight
 from mlm_train.plan.memory import rank_memory
 from tests.commands import mlm_train, refused
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "memory-250m.yaml"
+CONFIG = Path(__file__).resolve().parent.parent / "configs" / "paper" / "memory-250m.yaml"
 
 
 def activations(*overrides: str, world: int = 16) -> int:

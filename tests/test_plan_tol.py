@@ -19,7 +19,7 @@ from mlm_train.plan.tol import Serving, StoredAs, Tier
 from mlm_train.utils.units import in_units
 from tests.commands import ROOT, mlm_train, refused
 
-PAPER = ROOT / "configs" / "memory-1b.yaml"
+PAPER = ROOT / "configs" / "paper" / "memory-1b.yaml"
 GIVEN = ("--build-tflops", "0.25")  # instead of measuring
 
 
@@ -245,7 +245,7 @@ def test_the_size_that_a_message_asks_for_is_enough(size: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((ROOT / "configs" / "base-1b.yaml",), "is a base model"),
+        ((ROOT / "configs" / "paper" / "base-1b.yaml",), "is a base model"),
         (("nowhere.yaml",), "nowhere.yaml does not exist"),
         ((ROOT / "docs",), "holds no model"),
         ((PAPER, "--batch", 0), "--batch 0"),

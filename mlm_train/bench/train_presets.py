@@ -44,7 +44,7 @@ PRESETS = {
     for preset in (
         Preset("a", 12, 768, 12, 2048, 32768, 1024, 2, 16384, _SIZES, ALL, ("base", "memory.table")),
         Preset("b", 8, 1024, 16, 2736, 32768, 1024, 2, 65536, _SIZES, SHARED, ("memory.table",)),
-        # For a GPU: the paper's 1B shape and vocabulary (configs/base-1b.yaml), long sequences.
+        # For a GPU: the paper's 1B shape and vocabulary (configs/paper/base-1b.yaml), long sequences.
         Preset("1b", 24, 2048, 32, 5464, 128256, 8192, 1, 65536, (65536, 262144), SHARED, ("memory.table",)),
         # For tests: takes seconds, and its figures mean nothing.
         Preset("tiny", 2, 48, 4, 128, 512, 32, 2, 256, (128, 256, 512), ALL, ("base", "memory.table")),

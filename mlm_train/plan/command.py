@@ -18,14 +18,14 @@ HELP = """Estimate cost and benefit of a ToL before it is built.
 (For the needs of a training run: mlm-train pretrain CONFIG --dry-run)
 
 example:
-  mlm-train plan tol configs/memory-1b.yaml"""
+  mlm-train plan tol configs/paper/memory-1b.yaml"""
 
 _TOL_HELP = """Estimate a ToL's size, its build time, and whether lookup of FFN-M is faster than computing it.
 
 Nothing is built or loaded. The figures of memory tiers are assumptions: give those of your machine.
 
 examples:
-  mlm-train plan tol configs/memory-1b.yaml
+  mlm-train plan tol configs/paper/memory-1b.yaml
   mlm-train plan tol exports/run1 --batch 1 16 256 --vram-gb 8 --rank 256 512
   mlm-train plan tol runs/micro --build-tflops 40 --json"""
 

@@ -12,12 +12,12 @@ saves a checkpoint before its time limit and requeues itself (docs/slurm.md).
 
 examples:
   mlm-train launch --nproc 2 configs/micro.yaml train.steps=100
-  mlm-train launch --slurm configs/memory-1b.yaml --nodes 4 --gpus-per-node 8 --time 04:00:00
-  mlm-train launch --slurm configs/memory-1b.yaml --nodes 4 --gpus-per-node 8 --render
+  mlm-train launch --slurm configs/paper/memory-1b.yaml --nodes 4 --gpus-per-node 8 --time 04:00:00
+  mlm-train launch --slurm configs/paper/memory-1b.yaml --nodes 4 --gpus-per-node 8 --render
   mlm-train launch --nproc 8 --nodes 4 --rendezvous node1:29500 CONFIG    (the same on all four)
   mlm-train launch --nproc 8 --nodes 2:4 --max-restarts 10 --rendezvous node1:29500 CONFIG
                                               (runs on as many of the four as are available)
-  mlm-train launch --slurm configs/memory-1b.yaml --nodes 4 --spares 1 --gpus-per-node 8
+  mlm-train launch --slurm configs/paper/memory-1b.yaml --nodes 4 --spares 1 --gpus-per-node 8
                                               (a fifth node waits, and replaces a lost one)"""
 
 

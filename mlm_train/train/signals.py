@@ -4,22 +4,19 @@ SIGUSR1 is a scheduler's warning before the time limit; SIGTERM ends a job. A ra
 agree on the last step in the all-reduce of the step's metrics (train/step.py).
 """
 
-import ctypes
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from mlm_train.errors import START_AGAIN
-from mlm_train.utils.signals import ECHO_SECONDS
+from mlm_train.utils.signals import ECHO_SECONDS, end_with_parent
 
 # If several arrived, the first one listed counts: a warned job is to be restarted in any case.
 EXIT_CODE = {signal.SIGUSR1: START_AGAIN, signal.SIGTERM: 128 + signal.SIGTERM}
-PARENT_DEATH = 1  # PR_SET_PDEATHSIG of Linux's prctl(2)
 
 
 def end_with_agent() -> None:
@@ -27,8 +24,8 @@ def end_with_agent() -> None:
 
     Without the agent nobody watches the ranks, which would keep the run's folder locked to the last step.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PARENT_DEATH, int(signal.SIGTERM))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
 
 
 class Signals:

@@ -25,6 +25,7 @@ from mlm_train.errors import Terminated
 ECHO_SECONDS = 5.0
 _POLL_SECONDS = 0.05  # between attempts to raise a delayed signal
 _IMPORTING = "<frozen importlib._bootstrap"  # file name of an import's frames
+_PARENT_DEATH = 1  # PR_SET_PDEATHSIG of Linux's prctl(2)
 
 
 class _Listener:
@@ -159,3 +160,11 @@ def deaf_children() -> Iterator[None]:
             yield
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with_parent() -> None:
+    """Have Linux send this process SIGTERM when its parent dies, however that ends."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PARENT_DEATH, int(signal.SIGTERM))

@@ -23,7 +23,7 @@ PAPER = {
 LARGE = {"7b": (6476, {"memory": 2147}), "70b": (68452, {"memory": 12080})}
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_preset_loads_and_survives_a_round_trip(path: Path) -> None:
     config = load_config(path)
     assert parse_config(yaml.safe_load(dump_config(config))) == config
@@ -33,7 +33,7 @@ def test_every_preset_loads_and_survives_a_round_trip(path: Path) -> None:
 def test_presets_have_their_parameters(size: str) -> None:
     total, active = (PAPER | LARGE)[size]
     for name, expected in active.items():
-        counts = count_parameters(load_config(CONFIGS / f"{name}-{size}.yaml").model)
+        counts = count_parameters(load_config(CONFIGS / "paper" / f"{name}-{size}.yaml").model)
         assert counts.total // MILLION == total, name
         assert counts.active // MILLION == expected, name
 
@@ -218,8 +218,9 @@ def test_zero_bubble_takes_relay_by_itself() -> None:
 
 
 def test_base_has_no_x0_to_send() -> None:
+    words = ["parallel.pipeline=2", "parallel.x0_transport=relay"]
     with pytest.raises(UserError, match="has no effect with model"):
-        load_config(CONFIGS / "base-1b.yaml", ["parallel.pipeline=2", "parallel.x0_transport=relay"])
+        load_config(CONFIGS / "paper" / "base-1b.yaml", words)
 
 
 def test_files_that_are_no_config(tmp_path: Path) -> None:
@@ -239,7 +240,7 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
 
 
 def test_flex_sizes_follow_beta() -> None:
-    linear = load_config(CONFIGS / "flex-1h2-1b.yaml", ["model.compute_form=linear"]).model
+    linear = load_config(CONFIGS / "paper" / "flex-1h2-1b.yaml", ["model.compute_form=linear"]).model
     assert linear.compute_intermediate_size == 1024
     with pytest.raises(UserError, match="disagrees with"):
-        load_config(CONFIGS / "flex-1h2-1b.yaml", ["model.compute_intermediate_size=700"])
+        load_config(CONFIGS / "paper" / "flex-1h2-1b.yaml", ["model.compute_intermediate_size=700"])

@@ -221,7 +221,7 @@ def test_no_field_has_a_former_name_and_no_page_shows_one() -> None:
             section = section_of(section.model_fields[part].annotation)
         assert name.rpartition(".")[2] not in section.model_fields, name
         assert new.rpartition(".")[2] in section.model_fields, new
-    for file in (ROOT / "configs").glob("*.yaml"):
+    for file in (ROOT / "configs").rglob("*.yaml"):
         refuse_old_names(yaml.safe_load(file.read_text()), file.name)
     dotted = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, RENAMED))})(?!\w)")
     pages = [path for path in (ROOT / "docs").rglob("*") if path.suffix in (".md", ".json", ".svg")]

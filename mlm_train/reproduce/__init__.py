@@ -1,0 +1,1 @@
+"""The paper's tables and figures, measured again at a chosen scale."""

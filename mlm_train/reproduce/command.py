@@ -1,0 +1,128 @@
+"""`mlm-train reproduce`: the paper's tables and figures at a chosen scale."""
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlm_train.errors import UserError
+
+if TYPE_CHECKING:
+    from mlm_train.reproduce.plan import Plan
+    from mlm_train.reproduce.steps import Step
+
+HELP = """The paper's tables and figures, measured at a chosen scale, beside the paper's numbers.
+
+Trains what is missing (base, memory and flex models of several seeds, equal tokens), scores it, and writes
+one JSON file per table or figure into OUTPUT/findings. Every step is one `mlm-train` command whose end is
+noted: the same command goes on after a kill. The predicted time is shown first, and the remaining time before
+each step.
+
+  steps  list the commands with predicted times
+  train  run the NUMBERth training alone, for a job array (slurm/reproduce.sbatch)
+  page   write PAGE from the findings
+
+examples:
+  mlm-train reproduce table2 --scale micro --text texts/novels --output runs/reproduce
+  mlm-train reproduce all --scale micro --text texts/novels --output runs/reproduce
+  mlm-train reproduce steps --scale 1b --text texts/c4 --output /shared/reproduce
+  mlm-train reproduce page --output docs --page docs/findings.md"""
+
+FIGURES = ("table1", "table2", "table5", "table7", "table8", "figure4", "figure9", "figure11", "figure12")
+SCALES = ("tiny", "micro", "250m", "750m", "1b")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument(
+        "items",
+        nargs="+",
+        choices=(*FIGURES, "all", "steps", "train", "page"),
+        metavar="ITEM",
+        help=f"all, steps, train, page, or some of {', '.join(FIGURES)}",
+    )
+    parser.add_argument("--scale", choices=SCALES, default="micro", help="how large (default %(default)s)")
+    parser.add_argument(
+        "--text", metavar="PATH", help="texts to train on, as `data prepare --input` takes them"
+    )
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder of all runs and results")
+    parser.add_argument("--number", type=int, metavar="N", help="train: which one, from 0")
+    parser.add_argument("--page", metavar="FILE", help="page: the Markdown file to write")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the steps and write the findings, or what else was asked for."""
+    special = [item for item in args.items if item in ("all", "steps", "train", "page")]
+    if special and len(args.items) > 1:
+        raise UserError(f"{special[0]} stands alone: leave the others out")
+    if ("train" in special) != (args.number is not None):
+        raise UserError("--number belongs to train: which training to run")
+    if ("page" in special) != (args.page is not None):
+        raise UserError("--page belongs to page: the file to write")
+    if args.page is not None:
+        from mlm_train.reproduce.page import write_page
+
+        findings = write_page(Path(args.output) / "findings", Path(args.page))
+        print(f"{args.page}: {len(findings)} findings")
+        return 0
+    if args.text is None:
+        raise UserError("--text is missing: name files or a folder of texts to train on")
+    if not Path(args.text).exists():
+        raise UserError(f"--text {args.text} does not exist: name files or a folder of texts")
+    from mlm_train.reproduce.plan import SCALES as OF_SCALE
+    from mlm_train.reproduce.plan import Plan
+
+    plan = Plan(OF_SCALE[args.scale], str(Path(args.text).absolute()))
+    if "steps" in special:
+        return _list(plan.steps())
+    if "train" in special:
+        return _train(args, plan)
+    return _measure(args, plan, list(FIGURES) if special else args.items)
+
+
+def _list(steps: "list[Step]") -> int:
+    from mlm_train.reproduce.steps import in_time
+
+    for step in steps:
+        print(f"{step.name:32s} {in_time(step.seconds):>10s}  mlm-train {shlex.join(step.words)}")
+    print(f"{len(steps)} steps, about {in_time(sum(step.seconds for step in steps))}")
+    return 0
+
+
+def _train(args: argparse.Namespace, plan: "Plan") -> int:
+    from mlm_train.reproduce.steps import Workspace, needed, run_all
+
+    names = [step.name for step in plan.steps() if step.name.startswith("train.")]
+    if not 0 <= args.number < len(names):
+        raise UserError(f"--number {args.number}: give 0 to {len(names) - 1}")
+    run_all(Workspace(Path(args.output)), needed(plan.steps(), [names[args.number]]), print)
+    return 0
+
+
+def _measure(args: argparse.Namespace, plan: "Plan", names: list[str]) -> int:
+    from mlm_train.reproduce.items import ITEMS, Scores, finding_of
+    from mlm_train.reproduce.page import verdict
+    from mlm_train.reproduce.steps import Workspace, in_time, needed, run_all
+    from mlm_train.utils.files import locked, write_json, writing
+
+    workspace, every = Workspace(Path(args.output)), plan.steps()
+    wanted = {name: needed(every, ITEMS[name].needs(plan)) for name in names}
+    steps = needed(every, [step.name for steps in wanted.values() for step in steps])
+    with writing(workspace.path):
+        workspace.path.mkdir(parents=True, exist_ok=True)
+    with locked(workspace.path, "being reproduced"):
+        left = [step for step in steps if workspace.ended(step) is None]
+        total = sum(step.seconds for step in left)
+        print(f"{len(left)} of {len(steps)} steps to run, predicted: {in_time(total)}", flush=True)
+        run_all(workspace, steps, lambda line: print(line, flush=True))
+        took = sum(ended.seconds for step in steps if (ended := workspace.ended(step)) is not None)
+        print(f"all steps took {in_time(took)}; predicted: {in_time(sum(step.seconds for step in steps))}")
+        scores = Scores(workspace, plan)
+        for name in names:
+            finding = finding_of(name, scores, [shlex.join(step.words) for step in wanted[name]])
+            file = workspace.path / "findings" / f"{name}.json"
+            file.parent.mkdir(exist_ok=True)
+            write_json(file, finding.model_dump(mode="json"))
+            for claim in finding.claims:
+                print(f"{name}: {claim.claim}: {verdict(claim)} ({claim.seen})")
+    return 0

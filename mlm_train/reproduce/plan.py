@@ -1,0 +1,181 @@
+"""What a reproduction runs: data, models of several seeds, tables, scores."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlm_train.errors import UserError
+from mlm_train.reproduce.steps import Step
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "paper"
+FLEX = ("flex-1h2", "flex-2h2", "flex-3h2")
+KINDS = ("base-small", "base", "memory", *FLEX)
+TASKS = ("synthetic_facts", "synthetic_copying", "synthetic_induction", "synthetic_arithmetic")
+LIKE = {"memory": "memory", "flex-1h2": "flex1", "flex-2h2": "flex2", "flex-3h2": "flex3"}
+ALPHAS = (0.0, 0.25, 0.5, 0.8, 1.2)
+TASK_ALPHAS = (1.0, 0.8, 0.5)  # the paper's
+METHODS = ("magnitude", "wanda", "sparsegpt")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a reproduction is.
+
+    name: also of its configs, KIND-NAME.yaml. seeds: of each model. vocab: of the tokenizer to be trained
+    on the text. tokens: of each run, and speed: in tokens per second, for the prediction of times.
+    overrides: of the configs. samples: windows of the validation text that are scored; None: all. facts: of
+    the synthetic tasks.
+    """
+
+    name: str
+    seeds: int
+    vocab: int
+    tokens: int
+    speed: float
+    overrides: tuple[str, ...] = ()
+    samples: int | None = None
+    facts: int = 200
+
+    @property
+    def train_seconds(self) -> float:
+        """Predicted seconds of one run."""
+        return 15 + self.tokens / self.speed
+
+
+SCALES = {
+    # Seconds on two CPU cores, for tests of the road alone.
+    "tiny": Scale("micro", 1, 512, 16 * 256 * 4, 5_000, (
+        "model.vocab_size=512", "model.num_hidden_layers=2", "train.steps=4", "train.eval_interval=2",
+        "train.eval_samples=4", "checkpoint.interval=2", "schedule.warmup_steps=1",
+    ), samples=8, facts=20),
+    "micro": Scale("micro", 3, 4096, 16 * 256 * 1000, 5_000, samples=400),
+    "250m": Scale("250m", 1, 128_256, 50_000_000_000, 1e6),
+    "750m": Scale("750m", 1, 128_256, 50_000_000_000, 4e5),
+    "1b": Scale("1b", 1, 128_256, 50_000_000_000, 2.5e5),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a scale. text: files or a folder of texts, as `data prepare --input` takes them."""
+
+    scale: Scale
+    text: str
+
+    @property
+    def described(self) -> str:
+        """What is trained on."""
+        tokens = self.scale.tokens
+        return f"{Path(self.text).name} and synthetic tasks (4 to 1), {tokens:,} tokens per model"
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of models that have a config at this scale."""
+        return tuple(kind for kind in KINDS if self.config(kind).exists())
+
+    @property
+    def seeds(self) -> range:
+        """Seeds of each model."""
+        return range(self.scale.seeds)
+
+    def config(self, kind: str) -> Path:
+        """The config of a kind."""
+        return CONFIGS / f"{kind}-{self.scale.name}.yaml"
+
+    def steps(self) -> list[Step]:
+        """All steps, each after those that it needs."""
+        if not self.kinds:
+            raise UserError(
+                f"{CONFIGS} has no configs: run `mlm-train reproduce` from a clone of the project"
+            )
+        return [
+            *self.data(),
+            *(self.train(kind, seed) for seed in self.seeds for kind in self.kinds),
+            *(step for seed in self.seeds for kind in self.kinds for step in self.scores(kind, seed)),
+            *(step for seed in self.seeds for step in self.pruned(seed)),
+        ]
+
+    def data(self) -> list[Step]:
+        """Prose with a tokenizer of its own, and the synthetic tasks' documents in its tokens."""
+        prepare = ("data", "prepare", "--input")
+        vocab = f"train:{self.scale.vocab}"
+        return [
+            Step("data", (*prepare, self.text, "--output", "data/prose", "--tokenizer", vocab),
+                 makes="data/prose", seconds=120),
+            Step("synthetic", ("data", "synthetic", "--output", "synthetic",
+                 "--facts", str(self.scale.facts)), makes="synthetic"),
+            Step("synthetic-data", (*prepare, "synthetic", "--output", "data/synthetic",
+                 "--tokenizer", "data/prose"), ("data", "synthetic"), makes="data/synthetic", seconds=30),
+        ]  # fmt: skip
+
+    def train(self, kind: str, seed: int) -> Step:
+        """A run: resumes by itself."""
+        blend = "[{path: data/prose, weight: 0.8}, {path: data/synthetic, weight: 0.2}]"
+        words = (
+            "pretrain", str(self.config(kind)), "data.path=null", f"data.blend={blend}",
+            f"train.output=runs/{kind}-s{seed}", f"train.seed={seed}", *self.scale.overrides,
+        )  # fmt: skip
+        share = 0.4 if kind == "base-small" else 1.0
+        return Step(
+            f"train.{kind}.s{seed}",
+            words,
+            ("data", "synthetic-data"),
+            seconds=share * self.scale.train_seconds,
+        )
+
+    def scores(self, kind: str, seed: int) -> list[Step]:
+        """Perplexity and tasks, ablations, and for models with FFN-M its table."""
+        name, run = f"{kind}.s{seed}", f"runs/{kind}-s{seed}"
+        model = ("--model", run)
+        some = () if self.scale.samples is None else ("--samples", str(self.scale.samples))
+        data = ("--data", "data/prose", *some)
+        trained = (f"train.{name}",)
+        steps = [
+            Step(f"prose.{name}", ("evaluate", *model, *data, "--json"), trained,
+                 prints=f"results/prose.{name}.json", seconds=30),
+            self._tasks(name, run, None),
+        ]  # fmt: skip
+        if kind == "base-small":
+            return steps
+        alphas = ",".join(f"{alpha:g}" for alpha in ALPHAS)
+        steps.append(Step(
+            f"ablate.{name}",
+            ("analyze", "ablate", *model, *data, "--study", "alpha", "drop", "--alphas", alphas,
+             "--output", f"results/ablate.{name}.json"),
+            trained, seconds=240,
+        ))  # fmt: skip
+        if kind == "base":
+            return steps
+        steps += [self._tasks(name, run, alpha) for alpha in TASK_ALPHAS if alpha != 1.0]
+        table = f"tol/{kind}-s{seed}"
+        steps += [
+            Step(f"tol.{name}", ("tol", "build", run, "--output", table, "--dtype", "float32"), trained,
+                 seconds=25),
+            Step(f"table.{name}",
+                 ("analyze", "ablate", *model, *data, "--tol", table, "--study", "precision", "rank",
+                  "--output", f"results/table.{name}.json"),
+                 (f"tol.{name}",), seconds=360),
+        ]  # fmt: skip
+        return steps
+
+    def _tasks(self, name: str, run: str, alpha: float | None) -> Step:
+        at = "" if alpha is None else f".alpha{alpha:g}"
+        scaled = () if alpha is None else ("--memory-scale", f"{alpha:g}")
+        words = ("evaluate", "--model", run, "--tasks", ",".join(TASKS), "--include-path", "synthetic/tasks",
+                 *scaled, "--json")  # fmt: skip
+        return Step(f"tasks{at}.{name}", words, (f"train.{name}", "synthetic"),
+                    prints=f"results/tasks{at}.{name}.json", seconds=60)  # fmt: skip
+
+    def pruned(self, seed: int) -> list[Step]:
+        """A base model pruned by each method to the active size of each other kind."""
+        some = () if self.scale.samples is None else ("--samples", str(self.scale.samples))
+        return [
+            Step(
+                f"prune.{method}.{like}.s{seed}",
+                ("analyze", "prune", "--model", f"runs/base-s{seed}", "--data", "data/prose", *some,
+                 "--method", method, "--like", like, "--json"),
+                (f"train.base.s{seed}",),
+                prints=f"results/prune.{method}.{like}.s{seed}.json", seconds=90,
+            )
+            for method in METHODS
+            for like in LIKE.values()
+        ]  # fmt: skip

@@ -1,0 +1,132 @@
+"""Commands in an order, each run until it has ended once; what has ended is noted in the folder."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlm_train.errors import UserError
+from mlm_train.utils.files import write_json, write_text
+from mlm_train.utils.records import Record, read_json, record_of
+from mlm_train.utils.signals import end_with_parent
+
+FIX = "remove it: its step runs again"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One `mlm-train` command.
+
+    words: its arguments; it runs in the folder of all results, to which relative paths belong. needs: names
+    of steps before it. prints: the file that its standard output becomes. makes: what a command that does not
+    resume has made by then: removed before it runs again. seconds: predicted, on two CPU cores.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    prints: str | None = None
+    makes: str | None = None
+    seconds: float = 10.0
+
+
+class Ended(Record):
+    """The note of a step that has ended."""
+
+    words: list[str]
+    seconds: float
+
+
+class Workspace:
+    """The folder of a reproduction: data, runs, tables, scores, and a note per ended step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+
+    def note(self, step: Step) -> Path:
+        """The file that says that a step has ended."""
+        return self.path / "steps" / f"{step.name}.json"
+
+    def ended(self, step: Step) -> Ended | None:
+        """How a step has ended; None if it has not. UserError where it was another command."""
+        note = self.note(step)
+        if not note.exists():
+            return None
+        ended = record_of(Ended, read_json(note, FIX), note, FIX)
+        if ended.words != list(step.words):
+            raise UserError(
+                f"{note} is of another command (mlm-train {shlex.join(ended.words)}): name another --output, "
+                f"or remove the file and what that command made"
+            )
+        return ended
+
+    def run(self, step: Step) -> float:
+        """Run a step to its end. Returns the seconds. UserError where it fails."""
+        started = time.monotonic()
+        if step.makes is not None:
+            shutil.rmtree(self.path / step.makes, ignore_errors=True)
+        log = self.path / "logs" / f"{step.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "mlm_train", *step.words]
+        with log.open("ab") as errors:
+            done = subprocess.run(
+                command,
+                cwd=self.path,
+                stdout=subprocess.PIPE if step.prints else errors,
+                stderr=errors,
+                preexec_fn=end_with_parent,  # two must not write alike
+            )
+        if done.returncode:
+            lines = log.read_text(errors="replace").strip().splitlines()
+            raise UserError(
+                f"{step.name} failed ({lines[-1][:300] if lines else done.returncode}): see {log}"
+            )
+        if step.prints:
+            write_text(self.path / step.prints, done.stdout.decode())
+        seconds = time.monotonic() - started
+        self.note(step).parent.mkdir(exist_ok=True)
+        write_json(self.note(step), {"words": list(step.words), "seconds": seconds})
+        return seconds
+
+    def result(self, file: str) -> object:
+        """The JSON that a step wrote: of several lines the last."""
+        text = (self.path / file).read_text(encoding="utf-8")
+        return json.loads(text if text.lstrip().startswith("{\n") else text.strip().splitlines()[-1])
+
+
+def needed(steps: Sequence[Step], names: Sequence[str]) -> list[Step]:
+    """The steps of these names and all that they need, in the order of `steps`."""
+    by_name, wanted = {step.name: step for step in steps}, set[str]()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name not in wanted:
+            wanted.add(name)
+            waiting.extend(by_name[name].needs)
+    return [step for step in steps if step.name in wanted]
+
+
+def run_all(workspace: Workspace, steps: Sequence[Step], say: Callable[[str], None]) -> None:
+    """Run what has not ended, in order; say before each one what it is and how long all will take."""
+    ended = {step.name: workspace.ended(step) for step in steps}
+    left = [step for step in steps if ended[step.name] is None]
+    took = predicted = 0.0
+    for number, step in enumerate(left):
+        rate = took / predicted if predicted > 60 else 1.0  # this machine's, once that is known
+        rest = rate * sum(other.seconds for other in left[number:])
+        say(f"[{len(steps) - len(left) + number + 1}/{len(steps)}] {step.name}; about {in_time(rest)} left")
+        took += workspace.run(step)
+        predicted += step.seconds
+
+
+def in_time(seconds: float) -> str:
+    """Such as 2 h 05 min, 3 min or 40 s."""
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes} min" if minutes else f"{seconds:.0f} s"
