@@ -2,6 +2,8 @@
 
 import argparse
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +11,7 @@ from mlm_train.errors import UserError
 
 if TYPE_CHECKING:
     from mlm_train.reproduce.plan import Plan
-    from mlm_train.reproduce.steps import Step
+    from mlm_train.reproduce.steps import Step, Workspace
 
 HELP = """The paper's tables and figures, measured at a chosen scale, beside the paper's numbers.
 
@@ -19,8 +21,10 @@ noted: the same command goes on after a kill. The predicted time is shown first,
 each step.
 
   steps  list the commands with predicted times
-  train  run the NUMBERth training alone, for a job array (slurm/reproduce.sbatch)
-  page   write PAGE from the findings
+  data   prepare the data alone
+  train  run one training alone, the --number-th; with --show print its words instead, one per line
+  page   write --page from the findings
+On a cluster: data, then the trainings as a job array (slurm/reproduce.sbatch), then all.
 
 examples:
   mlm-train reproduce table2 --scale micro --text texts/novels --output runs/reproduce
@@ -28,6 +32,7 @@ examples:
   mlm-train reproduce steps --scale 1b --text texts/c4 --output /shared/reproduce
   mlm-train reproduce page --output docs --page docs/findings.md"""
 
+SPECIAL = ("all", "steps", "data", "train", "page")
 FIGURES = ("table1", "table2", "table5", "table7", "table8", "figure4", "figure9", "figure11", "figure12")
 SCALES = ("tiny", "micro", "250m", "750m", "1b")
 
@@ -37,9 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "items",
         nargs="+",
-        choices=(*FIGURES, "all", "steps", "train", "page"),
+        choices=(*FIGURES, *SPECIAL),
         metavar="ITEM",
-        help=f"all, steps, train, page, or some of {', '.join(FIGURES)}",
+        help=f"{', '.join(SPECIAL)}, or some of {', '.join(FIGURES)}",
     )
     parser.add_argument("--scale", choices=SCALES, default="micro", help="how large (default %(default)s)")
     parser.add_argument(
@@ -47,16 +52,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", metavar="DIR", required=True, help="folder of all runs and results")
     parser.add_argument("--number", type=int, metavar="N", help="train: which one, from 0")
+    parser.add_argument("--show", action="store_true", help="train: print the words of the command")
     parser.add_argument("--page", metavar="FILE", help="page: the Markdown file to write")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the steps and write the findings, or what else was asked for."""
-    special = [item for item in args.items if item in ("all", "steps", "train", "page")]
+    special = [item for item in args.items if item in SPECIAL]
     if special and len(args.items) > 1:
         raise UserError(f"{special[0]} stands alone: leave the others out")
     if ("train" in special) != (args.number is not None):
         raise UserError("--number belongs to train: which training to run")
+    if args.show and "train" not in special:
+        raise UserError("--show belongs to train: which words to print")
     if ("page" in special) != (args.page is not None):
         raise UserError("--page belongs to page: the file to write")
     if args.page is not None:
@@ -75,8 +83,8 @@ def run(args: argparse.Namespace) -> int:
     plan = Plan(OF_SCALE[args.scale], str(Path(args.text).absolute()))
     if "steps" in special:
         return _list(plan.steps())
-    if "train" in special:
-        return _train(args, plan)
+    if "data" in special or "train" in special:
+        return _some(args, plan, "train." if "train" in special else None)
     return _measure(args, plan, list(FIGURES) if special else args.items)
 
 
@@ -89,28 +97,48 @@ def _list(steps: "list[Step]") -> int:
     return 0
 
 
-def _train(args: argparse.Namespace, plan: "Plan") -> int:
-    from mlm_train.reproduce.steps import Workspace, needed, run_all
+def _some(args: argparse.Namespace, plan: "Plan", prefix: str | None) -> int:
+    """Prepare the data, or run or show one of the steps with this prefix."""
+    from mlm_train.reproduce.steps import needed, run_all
 
-    names = [step.name for step in plan.steps() if step.name.startswith("train.")]
-    if not 0 <= args.number < len(names):
-        raise UserError(f"--number {args.number}: give 0 to {len(names) - 1}")
-    run_all(Workspace(Path(args.output)), needed(plan.steps(), [names[args.number]]), print)
+    steps = plan.steps()
+    chosen = plan.data()
+    if prefix is not None:
+        found = [step for step in steps if step.name.startswith(prefix)]
+        if not 0 <= args.number < len(found):
+            raise UserError(f"--number {args.number}: give 0 to {len(found) - 1}")
+        if args.show:
+            print("\n".join(found[args.number].words[1:]))
+            return 0
+        chosen = needed(steps, [found[args.number].name])
+    with _workspace(args) as workspace:
+        run_all(workspace, chosen, lambda line: print(line, flush=True))
     return 0
+
+
+@contextmanager
+def _workspace(args: argparse.Namespace) -> "Iterator[Workspace]":
+    """The folder of all results, for one process at a time."""
+    from mlm_train.reproduce.steps import Workspace
+    from mlm_train.utils.files import locked, writing
+
+    workspace = Workspace(Path(args.output))
+    with writing(workspace.path):
+        workspace.path.mkdir(parents=True, exist_ok=True)
+    with locked(workspace.path, "being reproduced"):
+        yield workspace
 
 
 def _measure(args: argparse.Namespace, plan: "Plan", names: list[str]) -> int:
     from mlm_train.reproduce.items import ITEMS, Scores, finding_of
     from mlm_train.reproduce.page import verdict
-    from mlm_train.reproduce.steps import Workspace, in_time, needed, run_all
-    from mlm_train.utils.files import locked, write_json, writing
+    from mlm_train.reproduce.steps import in_time, needed, run_all
+    from mlm_train.utils.files import write_json
 
-    workspace, every = Workspace(Path(args.output)), plan.steps()
+    every = plan.steps()
     wanted = {name: needed(every, ITEMS[name].needs(plan)) for name in names}
     steps = needed(every, [step.name for steps in wanted.values() for step in steps])
-    with writing(workspace.path):
-        workspace.path.mkdir(parents=True, exist_ok=True)
-    with locked(workspace.path, "being reproduced"):
+    with _workspace(args) as workspace:
         left = [step for step in steps if workspace.ended(step) is None]
         total = sum(step.seconds for step in left)
         print(f"{len(left)} of {len(steps)} steps to run, predicted: {in_time(total)}", flush=True)
