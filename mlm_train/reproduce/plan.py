@@ -9,7 +9,7 @@ from mlm_train.reproduce.steps import Step
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "paper"
 FLEX = ("flex-1h2", "flex-2h2", "flex-3h2")
 KINDS = ("base-small", "base", "memory", *FLEX)
-TASKS = ("synthetic_facts", "synthetic_copying", "synthetic_induction", "synthetic_arithmetic")
+TASKS = ("synthetic_facts", "synthetic_copy", "synthetic_induction", "synthetic_arithmetic")
 LIKE = {"memory": "memory", "flex-1h2": "flex1", "flex-2h2": "flex2", "flex-3h2": "flex3"}
 ALPHAS = (0.0, 0.25, 0.5, 0.8, 1.2)
 TASK_ALPHAS = (1.0, 0.8, 0.5)  # the paper's
@@ -22,7 +22,7 @@ class Scale:
 
     name: also of its configs, KIND-NAME.yaml. seeds: of each model. vocab: of the tokenizer to be trained
     on the text. tokens: of each run, and speed: in tokens per second, for the prediction of times.
-    overrides: of the configs. samples: windows of the validation text that are scored; None: all. facts: of
+    overrides: of the configs. samples: windows of the validation text that are scored; None: all. people: of
     the synthetic tasks.
     """
 
@@ -33,7 +33,7 @@ class Scale:
     speed: float
     overrides: tuple[str, ...] = ()
     samples: int | None = None
-    facts: int = 200
+    people: int = 40
 
     @property
     def train_seconds(self) -> float:
@@ -46,7 +46,7 @@ SCALES = {
     "tiny": Scale("micro", 1, 512, 16 * 256 * 4, 5_000, (
         "model.vocab_size=512", "model.num_hidden_layers=2", "train.steps=4", "train.eval_interval=2",
         "train.eval_samples=4", "checkpoint.interval=2", "schedule.warmup_steps=1",
-    ), samples=8, facts=20),
+    ), samples=8, people=6),
     "micro": Scale("micro", 3, 4096, 16 * 256 * 1000, 5_000, samples=400),
     "250m": Scale("250m", 1, 128_256, 50_000_000_000, 1e6),
     "750m": Scale("750m", 1, 128_256, 50_000_000_000, 4e5),
@@ -102,7 +102,7 @@ class Plan:
             Step("data", (*prepare, self.text, "--output", "data/prose", "--tokenizer", vocab),
                  makes="data/prose", seconds=120),
             Step("synthetic", ("data", "synthetic", "--output", "synthetic",
-                 "--facts", str(self.scale.facts)), makes="synthetic"),
+                 "--people", str(self.scale.people)), makes="synthetic"),
             Step("synthetic-data", (*prepare, "synthetic", "--output", "data/synthetic",
                  "--tokenizer", "data/prose"), ("data", "synthetic"), makes="data/synthetic", seconds=30),
         ]  # fmt: skip
@@ -160,7 +160,7 @@ class Plan:
     def _tasks(self, name: str, run: str, alpha: float | None) -> Step:
         at = "" if alpha is None else f".alpha{alpha:g}"
         scaled = () if alpha is None else ("--memory-scale", f"{alpha:g}")
-        words = ("evaluate", "--model", run, "--tasks", ",".join(TASKS), "--include-path", "synthetic/tasks",
+        words = ("evaluate", "--model", run, "--tasks", ",".join(TASKS), "--include-path", "synthetic",
                  *scaled, "--json")  # fmt: skip
         return Step(f"tasks{at}.{name}", words, (f"train.{name}", "synthetic"),
                     prints=f"results/tasks{at}.{name}.json", seconds=60)  # fmt: skip
