@@ -80,7 +80,7 @@ def check_harness() -> None:
         raise UserError("--tasks needs lm-evaluation-harness: pip install 'mlm-train[lm-eval]'")
 
 
-def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> Tasks:
+def load_tasks(given: Sequence[str], include_path: str | Path | None = None) -> Tasks:
     """Find tasks, groups, tags and YAML files by name, and read their data.
 
     include_path: a folder of YAML files, before the harness' own. Raises UserError for a folder that is not
@@ -91,16 +91,17 @@ def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> 
         raise UserError(
             f"--include-path {include_path} is not a folder; give one with the YAML files of tasks"
         )
-    wanted = [name.strip() for name in names if name.strip()]
+    wanted = [name.strip() for name in given if name.strip()]
     if not wanted:
         raise UserError("--tasks has no names; give some such as arc_easy,hellaswag")
+    names = [name for name in wanted if not Path(name).is_file()]
+    if missing := [name for name in names if name.endswith((".yaml", ".yml"))]:
+        raise UserError(f"--tasks {missing[0]} does not exist; give the path of a task's YAML file")
     with _quiet():
-        manager = _manager(wanted, include_path)
-        for name in wanted:
-            if name in manager.all_tasks or Path(name).is_file():
+        manager = _manager(names, include_path)
+        for name in names:
+            if name in manager.all_tasks:
                 continue
-            if name.endswith((".yaml", ".yml")):
-                raise UserError(f"--tasks {name} does not exist; give the path of a task's YAML file")
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = (
                 f"did you mean {' or '.join(near)}?" if near else "give --include-path for tasks of your own"
@@ -116,13 +117,13 @@ def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> 
             ) from None
 
 
-def _manager(wanted: Sequence[str], include_path: str | Path | None) -> Any:
+def _manager(names: Sequence[str], include_path: str | Path | None) -> Any:
     """One that knows the folder's tasks alone where that is enough: the harness' own take seconds to read."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None:
         own = TaskManager(include_path=str(include_path), include_defaults=False)
-        if set(wanted) <= {*own.all_subtasks, *own.all_tags}:
+        if set(names) <= {*own.all_subtasks, *own.all_tags}:
             return own
     return TaskManager(include_path=None if include_path is None else str(include_path))
 

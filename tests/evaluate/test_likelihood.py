@@ -37,7 +37,8 @@ def test_batches_give_what_float64_gives_one_by_one(fields: dict[str, Any]) -> N
     requests += [Request(requests[4].ids, [label]) for label in (3, 96)]  # choices of one token
     calls: list[int] = []
     found = {
-        size: likelihoods(model, source_of(model), requests, size, lambda: calls.append(1)) for size in (1, 3, 8)
+        size: likelihoods(model, source_of(model), requests, size, lambda: calls.append(1))
+        for size in (1, 3, 8)
     }
     assert len(calls) == 6 + 2 + 1  # requests with the same ids share a row
     naive = Naive(model, 40)
