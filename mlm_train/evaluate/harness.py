@@ -6,6 +6,7 @@
 Needs pip install 'mlm-train[lm-eval]'.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -96,6 +97,13 @@ class MemoryLM(TemplateLM):
         add_special_tokens=False: without it.
         """
         return self.lm.tokenizer.encode(string) if add_special_tokens is False else self.lm.encode(string)
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """For each (context, continuation): its log-likelihood, and whether greedy decoding gives it."""
+        answers: list[tuple[float, bool]] = super().loglikelihood(
+            requests, disable_tqdm or not sys.stderr.isatty()
+        )
+        return answers
 
     def _loglikelihood_tokens(
         self,

@@ -7,12 +7,15 @@ import io
 import json
 import logging
 import os
+import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mlm_train.errors import UserError
 from mlm_train.evaluate.report import finite
@@ -23,7 +26,7 @@ SHOWN = ("results", "groups", "versions", "n-shot", "higher_is_better", "n-sampl
 
 @dataclass(frozen=True)
 class TaskResults:
-    """What the harness returns (`simple_evaluate`)."""
+    """What the harness returns."""
 
     tree: Mapping[str, Any]
 
@@ -52,25 +55,28 @@ class TaskResults:
 
 @dataclass(frozen=True)
 class Tasks:
-    """Loaded tasks and groups of them, and the manager that knows all."""
+    """What the harness' task manager has loaded: tasks and groups of them."""
 
-    loaded: Sequence[Any]
-    manager: Any
+    loaded: Any
 
     def run(self, model: Any, limit: int | None = None, num_fewshot: int | None = None) -> TaskResults:
-        """Score a model of the harness. num_fewshot: instead of the tasks' own, but for those that fix 0."""
-        from lm_eval.evaluator import simple_evaluate
+        """Score a model of the harness, as its simple_evaluate does, which also asks git and nvidia-smi.
 
-        with _quiet():
-            found = simple_evaluate(
-                model=model,
-                tasks=list(self.loaded),
-                task_manager=self.manager,
-                limit=limit,
-                num_fewshot=num_fewshot,
-                bootstrap_iters=BOOTSTRAPS,
-                log_samples=False,
+        num_fewshot: instead of the tasks' own number, but for those that fix 0.
+        """
+        from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+        from lm_eval.evaluator import evaluate
+
+        random.seed(DEFAULT_RANDOM_SEED)
+        np.random.seed(DEFAULT_OTHER_SEED)
+        for task in self.loaded["tasks"].values():
+            own = task.get_config("num_fewshot")
+            task.set_config(
+                key="num_fewshot", value=own or 0 if num_fewshot is None or own == 0 else num_fewshot
             )
+            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+        with _quiet():
+            found = evaluate(model, self.loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False)
         return TaskResults(found)
 
 
@@ -108,7 +114,7 @@ def load_tasks(given: Sequence[str], include_path: str | Path | None = None) -> 
             )
             raise UserError(f"--tasks {name}: there is no such task; {hint}")
         try:
-            return Tasks(_top(manager.load(wanted)), manager)
+            return Tasks(manager.load(wanted))
         except Exception as error:  # a task may run any code of its own, and read data from anywhere
             lines = str(error).strip().splitlines() or [""]
             raise UserError(
@@ -126,17 +132,6 @@ def _manager(names: Sequence[str], include_path: str | Path | None) -> Any:
         if set(names) <= {*own.all_subtasks, *own.all_tags}:
             return own
     return TaskManager(include_path=None if include_path is None else str(include_path))
-
-
-def _top(loaded: Mapping[str, Any]) -> list[Any]:
-    """Groups that are in no other, and tasks that are in none."""
-    groups = loaded.get("groups", {})
-    inner_groups = {inner.name for group in groups.values() for inner in group.get_all_groups()}
-    inner_tasks = {task.task_name for group in groups.values() for task in group.get_all_tasks()}
-    return [
-        *(group for name, group in groups.items() if name not in inner_groups),
-        *(task for name, task in loaded["tasks"].items() if name not in inner_tasks),
-    ]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
-from lm_eval.evaluator import evaluate, simple_evaluate
+from lm_eval.evaluator import simple_evaluate
 
 import mlm_train
 from mlm_train.checkpoint.reading.logical_folder import load_model
@@ -158,15 +158,13 @@ def test_tasks_score_as_by_hand_in_every_batch_size(
     assert 0 < expected["acc"] < 1
     found = {
         1: simple_evaluate(
-            model="memoryllm", model_args=f"pretrained={export}", tasks=list(loaded.loaded),
+            model="memoryllm", model_args=f"pretrained={export}", tasks=list(loaded.loaded["tasks"].values()),
             batch_size=1, bootstrap_iters=0, log_samples=False,
         )
     }  # fmt: skip
     for size, model in ((3, MemoryLM(str(export), batch_size=3)), (8, MemoryLM(str(export), str(table)))):
         assert model.batch_size == size
-        found[size] = evaluate(
-            model, loaded.manager.load(list(loaded.loaded)), bootstrap_iters=0, log_samples=False
-        )
+        found[size] = loaded.run(model).tree
     for results in found.values():
         assert metrics(results) == pytest.approx(expected, rel=1e-4)
         assert metrics(results) == pytest.approx(metrics(found[1]), rel=1e-5)
