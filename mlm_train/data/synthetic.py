@@ -173,8 +173,11 @@ def _arithmetic(draw: random.Random, sizes: Sizes) -> Task:
     lines = [f"{a} + {b} = {a + b}" for a, b in draw.choices(pairs[cut:], k=sizes.documents * LINES)]
     questions = []
     for a, b in pairs[:cut][: sizes.questions]:
-        near = [a + b + step for step in (-10, -2, -1, 1, 2, 10) if a + b + step >= 0]
-        questions.append(_question(draw, f"{a} + {b} =", str(a + b), [str(number) for number in near]))
+        # The right one may be any of four in a row: a model that knows only how frequent numbers are guesses.
+        step = draw.choice((1, 2, 10))
+        least = a + b - step * draw.randrange(min(CHOICES, (a + b) // step + 1))
+        wrong = [str(least + step * i) for i in range(CHOICES) if least + step * i != a + b]
+        questions.append(_question(draw, f"{a} + {b} =", str(a + b), wrong))
     return Task("arithmetic", "reasoning", _documents(lines), questions)
 
 

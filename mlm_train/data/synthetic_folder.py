@@ -32,7 +32,7 @@ metadata: {{version: 1}}
 _ANSWER = """task: {name}_answer
 tag: [synthetic_answers, synthetic_{kind}_answers]
 output_type: loglikelihood
-doc_to_target: "{{{{choices[label]}}}}"
+doc_to_target: " {{{{choices[label]}}}}"
 metric_list:
   - {{metric: perplexity, aggregation: perplexity, higher_is_better: false}}
   - {{metric: acc, aggregation: mean, higher_is_better: true}}

@@ -70,6 +70,14 @@ def test_copies_and_sums_are_right_and_new(made: dict[str, Task]) -> None:
             assert right == (left if name == "copy" else str(sum(map(int, left.split(" + ")))))
 
 
+def test_the_right_sum_is_neither_between_nor_beside_the_others(made: dict[str, Task]) -> None:
+    places = [
+        sorted(map(int, question.choices)).index(int(right))
+        for question, right in answers(made["arithmetic"])
+    ]
+    assert min(places.count(place) for place in range(CHOICES)) >= 15
+
+
 def test_induction_asks_for_a_pair_of_new_symbols(made: dict[str, Task]) -> None:
     seen = set()
     for line in lines(made["induction"]):
