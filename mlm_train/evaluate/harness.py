@@ -91,7 +91,7 @@ class MemoryLM(TemplateLM):
         """Identifies the tokenizer in the harness' caches."""
         return self.lm.tokenizer.sha256
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **other: Any) -> list[int]:
         """Ids of a text, after the begin-of-text token if the model was trained with it.
 
         add_special_tokens=False: without it.
@@ -109,7 +109,7 @@ class MemoryLM(TemplateLM):
         self,
         requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
         disable_tqdm: bool = False,
-        **_: Any,
+        **other: Any,
     ) -> list[tuple[float, bool]]:
         """For each (texts, context ids, continuation ids); too long a context loses its beginning."""
         scored = self._likelihoods(

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mlm_train.utils.units import perplexity
+
 
 @dataclass(frozen=True)
 class Score:
@@ -34,9 +36,9 @@ class Score:
         )
         return {
             "loss": loss,
-            "perplexity": perplexity_of(loss),
-            "word_perplexity": perplexity_of(per_word),
-            "byte_perplexity": perplexity_of(per_byte),
+            "perplexity": perplexity(loss),
+            "word_perplexity": perplexity(per_word),
+            "byte_perplexity": perplexity(per_byte),
             "bits_per_byte": per_byte / math.log(2),
             "tokens": self.tokens,
             "words": self.words,
@@ -57,8 +59,3 @@ def words_in(text: str) -> int:
 def bytes_in(text: str) -> int:
     """Of its UTF-8."""
     return len(text.encode())
-
-
-def perplexity_of(loss: float) -> float:
-    """exp(loss), or infinity if it would overflow."""
-    return math.exp(loss) if loss < 700 else math.inf

@@ -1,6 +1,5 @@
 """The monitor of a run: log lines, metrics and a progress bar."""
 
-import math
 from collections.abc import Mapping
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -12,6 +11,7 @@ from mlm_train.monitor.callback import Callback, Context
 from mlm_train.monitor.report import Evaluation, Progress, Rollback, Saved, SkippedStep, StepReport
 from mlm_train.monitor.resources import peak_flops
 from mlm_train.monitor.time_left import TimeLeft
+from mlm_train.utils.units import perplexity
 
 
 class Monitor(Callback):
@@ -137,11 +137,6 @@ class Monitor(Callback):
         """Remove the progress bar."""
         if self.bar is not None:
             self.bar.stop()
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), or infinity if it would overflow."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _epochs(consumed: Mapping[str, Consumed]) -> str:
