@@ -45,8 +45,10 @@ EXTRAS = {
         "py-partiql-parser>=0.6.3",
         "Flask>=3.1.0",
         "flask-cors>=6.0.0",
+        "lm-eval>=0.4.13",
     ],
     "hf": ["transformers>=5.12.0"],
+    "lm-eval": ["lm-eval>=0.4.13"],
     "vllm": ["vllm>=0.32.0", "transformers>=5.12.0"],
     "wandb": ["wandb>=0.31.0"],
 }
@@ -65,6 +67,7 @@ setup(
     extras_require=EXTRAS,
     entry_points={
         "console_scripts": ["mlm-train = mlm_train.__main__:main"],
+        "lm_eval.models": ["memoryllm = mlm_train.evaluate.harness:MemoryLM"],
         "vllm.general_plugins": ["memoryllm = mlm_train.vllm:register"],
     },
 )

@@ -115,6 +115,7 @@ CUT = ("--dtype", "int8", "--group-size", 8)
 STUDY = ("--model", "{exported}", "--data", "{data}", "--budget", "400KB", "--samples", 1)
 WRITERS: dict[str, tuple[Words, str]] = {  # and the option that names the output
     "collect": (of("data", "collect", "--max-bytes", "1MB", "--validation-fraction", 0.1), "--output"),
+    "synthetic": (of("data", "synthetic", "--documents", 50), "--output"),
     "tokenizer": (of("data", "prepare", "--input", "{corpus}", "--tokenizer", "train:512"), "--output"),
     "prepare": (of("data", "prepare", "--input", "{corpus}", "--tokenizer", "{data}"), "--output"),
     "export": (of("export", "{run}"), "--output"),

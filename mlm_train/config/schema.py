@@ -29,6 +29,11 @@ class DataConfig(Section):
     blend: Annotated[list[BlendSource], Field(min_length=1)] | None = Field(
         None, description="instead of path: several such folders with one tokenizer, weighted by tokens"
     )
+    validation: dict[Annotated[str, Field(pattern="^[^/\\s]+$")], str] | None = Field(
+        None,
+        description="further folders by name, each with a validation loss of its own beside that of path or "
+        "blend; none of them is trained on",
+    )
     sequence_length: int = Field(2048, ge=1, le=2**31, description="tokens per sequence")
     separate_documents: bool = Field(
         False,

@@ -3,8 +3,8 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,43 +19,46 @@ PARTS = 100_000  # weights are rounded to whole parts of a blend: five decimals
 
 @dataclass(frozen=True)
 class Blend:
-    """Prepared folders, and how many of every PARTS samples (and hence tokens) come from each."""
+    """Prepared folders, and how many of every PARTS samples (and hence tokens) come from each.
+
+    validation: further folders by name, of which a run only ever validates.
+    """
 
     sources: Sequence[PreparedData]
     shares: Sequence[int]
+    validation: Mapping[str, PreparedData] = field(default_factory=dict)
 
     @classmethod
     def open(cls, config: DataConfig) -> "Blend":
         """Open the folders of config section data; data.verify=full is left to one rank's `verify`.
 
-        Raises UserError for a folder that does not match its manifest, for different tokenizers, and for a
-        weight too small to count.
+        Raises UserError for a folder that does not match its manifest, for different tokenizers, for a
+        weight too small to count, and for two validation curves of one name.
         """
         verify_now: Check = "none" if config.verify == "none" else "sizes"
-        if config.blend is None:
-            assert config.path is not None
-            return cls([PreparedData.open(config.path, verify_now)], [1])
+        paths, shares = [config.path or ""], [1]
+        if config.blend is not None:
+            paths = [source.path for source in config.blend]
+            shares = _shares([source.weight for source in config.blend])
         blend = cls(
-            [PreparedData.open(source.path, verify_now) for source in config.blend],
-            _shares([source.weight for source in config.blend]),
+            [PreparedData.open(path, verify_now) for path in paths],
+            shares,
+            {name: PreparedData.open(path, verify_now) for name, path in (config.validation or {}).items()},
         )
         blend._check_sources()
+        blend._check_alike("data.blend", blend.sources)
+        blend._check_alike("data.validation", blend.validation.values())
         return blend
 
     def verify(self) -> None:
         """Read and verify every file of every source. UserError names what is wrong."""
-        for source in self.sources:
+        for source in (*self.sources, *self.validation.values()):
             source.verify()
 
     @property
     def names(self) -> list[str]:
         """Display names of the sources: the folder's own name where it is unique, else its path."""
-        short = [source.path.resolve().name for source in self.sources]
-        count = Counter(short)
-        return [
-            name if count[name] == 1 else str(source.path)
-            for name, source in zip(short, self.sources, strict=True)
-        ]
+        return names_of([source.path for source in self.sources])
 
     @property
     def fingerprint(self) -> str:
@@ -90,29 +93,52 @@ class Blend:
         streams = [source.split(split) for source in self.sources]
         return Samples(streams, sequence_length, seed, self.shares)
 
+    def validation_samples(self, sequence_length: int) -> dict[str, Samples]:
+        """The validation splits of the further folders, by name, in order."""
+        return {
+            name: Samples(source.split("validation"), sequence_length, None)
+            for name, source in self.validation.items()
+        }
+
     def __str__(self) -> str:
         return " + ".join(str(source.path) for source in self.sources)
 
     def _check_sources(self) -> None:
-        first = self.sources[0]
         folder, times = Counter(source.path.resolve() for source in self.sources).most_common(1)[0]
         if times > 1:
             raise UserError(
                 f"data.blend: {folder} is given {times} times: give it once, with the weights added"
             )
-        for other in self.sources[1:]:
+        if len(self.sources) > 1 and (taken := self.validation.keys() & set(self.names)):
+            name = min(taken)
+            raise UserError(
+                f"data.validation.{name}: a source of data.blend has that name: choose another, so that each "
+                "has its own curve"
+            )
+
+    def _check_alike(self, field_name: str, others: Iterable[PreparedData]) -> None:
+        """Raise UserError for a folder whose tokens do not mean what the first source's do."""
+        first = self.sources[0]
+        for other in others:
             same_file = other.manifest.tokenizer.sha256 == first.manifest.tokenizer.sha256
             if not same_file or (other.vocab_size, other.eod_id) != (first.vocab_size, first.eod_id):
                 raise UserError(
-                    f"data.blend: {other.path} was prepared with a different tokenizer than {first.path}: "
+                    f"{field_name}: {other.path} was prepared with a different tokenizer than {first.path}: "
                     f"prepare it again with --tokenizer {self.tokenizer}"
                 )
             if other.bos_id != first.bos_id:
                 with_bos, without = (other, first) if first.bos_id is None else (first, other)
                 raise UserError(
-                    f"data.blend: {with_bos.path} was prepared with --add-bos and {without.path} was not: "
+                    f"{field_name}: {with_bos.path} was prepared with --add-bos and {without.path} was not: "
                     "prepare one of them again"
                 )
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """A folder's own name where it is unique among them, else its path."""
+    short = [folder.resolve().name for folder in folders]
+    count = Counter(short)
+    return [name if count[name] == 1 else str(folder) for name, folder in zip(short, folders, strict=True)]
 
 
 def _shares(weights: Sequence[float]) -> list[int]:

@@ -1,4 +1,4 @@
-"""`mlm-train data collect | prepare | inspect`."""
+"""`mlm-train data collect | synthetic | prepare | inspect`."""
 
 import argparse
 from collections.abc import Iterator
@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_train.errors import escaped
-from mlm_train.utils.arguments import add_action
+from mlm_train.utils.arguments import add_action, seed
 from mlm_train.utils.checks import add_verify
 from mlm_train.utils.units import size
 
 if TYPE_CHECKING:
     from mlm_train.data.prepare import Progress
 
-HELP = """Collect text, tokenize it for training, inspect the result.
+HELP = """Collect or invent text, tokenize it for training, inspect the result.
 
 examples:
   mlm-train data collect --output runs/corpus
+  mlm-train data synthetic --output runs/synthetic
   mlm-train data prepare --input runs/corpus --output runs/data --tokenizer train:4096
   mlm-train data inspect runs/data
 """
@@ -27,6 +28,17 @@ COLLECT_HELP = """Gather a corpus without a download: the text files of Python's
 
 example:
   mlm-train data collect --output runs/corpus --max-bytes 10MB
+"""
+
+SYNTHETIC_HELP = """Write training text and questions of four tasks that small models can learn: recall of
+facts about invented people, copying, induction, and arithmetic. The text is train.jsonl and
+validation.jsonl, for `data prepare` and a blend; the questions are tasks of lm-evaluation-harness, for
+`evaluate --tasks`.
+
+examples:
+  mlm-train data synthetic --output runs/synthetic
+  mlm-train data prepare --input runs/synthetic --output runs/synthetic-data --tokenizer runs/data
+  mlm-train evaluate --model runs/mixed --tasks synthetic --include-path runs/synthetic
 """
 
 PREPARE_HELP = """Tokenize text files, JSON lines, .json, .parquet, the first three also compressed (.gz .zst
@@ -48,16 +60,23 @@ example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the three subcommands."""
-    commands = parser.add_subparsers(dest="data_command", metavar="collect|prepare|inspect", required=True)
+    """Add the subcommands."""
+    names = "collect|synthetic|prepare|inspect"
+    commands = parser.add_subparsers(dest="data_command", metavar=names, required=True)
     _add_collect(add_action(commands, "collect", "gather a text corpus from this machine", COLLECT_HELP))
+    _add_synthetic(add_action(commands, "synthetic", "write synthetic tasks and their text", SYNTHETIC_HELP))
     _add_prepare(add_action(commands, "prepare", "tokenize text into a data folder", PREPARE_HELP))
     _add_inspect(add_action(commands, "inspect", "show what a data folder contains", INSPECT_HELP))
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the chosen subcommand."""
-    {"collect": _run_collect, "prepare": _run_prepare, "inspect": _run_inspect}[args.data_command](args)
+    {
+        "collect": _run_collect,
+        "synthetic": _run_synthetic,
+        "prepare": _run_prepare,
+        "inspect": _run_inspect,
+    }[args.data_command](args)
     return 0
 
 
@@ -81,6 +100,20 @@ def _add_collect(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="fraction of documents held out (default 0.02)",
     )
+
+
+def _add_synthetic(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder to write")
+    parser.add_argument("--seed", type=seed, default=0, help="all of it follows from this (default 0)")
+    for name, default, text in (
+        ("people", 40, "people with three facts each; every second one's facts are asked for"),
+        ("repeats", 60, "statements of each fact"),
+        ("documents", 2000, "documents of each other task, of twelve lines"),
+        ("questions", 200, "at most this many questions of each task"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=int, metavar="N", default=default, help=f"{text} (default {default})"
+        )
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
@@ -157,6 +190,16 @@ def _run_collect(args: argparse.Namespace) -> None:
         f"  left out: {report['duplicates']} duplicates, {skipped}, "
         f"{report['beyond_max_bytes']} beyond --max-bytes"
     )
+
+
+def _run_synthetic(args: argparse.Namespace) -> None:
+    from mlm_train.data.synthetic import Sizes
+    from mlm_train.data.synthetic_folder import PREFIX, write_synthetic
+
+    sizes = Sizes(args.people, args.repeats, args.documents, args.questions)
+    for task in write_synthetic(args.output, args.seed, sizes):
+        documents, questions = len(task.documents), len(task.questions)
+        print(f"{PREFIX}{task.name} ({task.kind}): {documents:,} documents, {questions:,} questions")
 
 
 def _run_prepare(args: argparse.Namespace) -> None:

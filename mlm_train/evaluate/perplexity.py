@@ -1,6 +1,5 @@
 """Perplexity of a model on prepared data, with FFN-M computed or looked up."""
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from mlm_train.model.loss import count_labels, loss_sums
 from mlm_train.model.source import MemorySource
 from mlm_train.model.transformer import Transformer
+from mlm_train.utils.units import perplexity
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Perplexity:
     @property
     def perplexity(self) -> float:
         """exp(loss)."""
-        return math.exp(self.loss)
+        return perplexity(self.loss)
 
 
 @torch.inference_mode()

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_train.errors import UserError
-from mlm_train.tol.serve.arguments import add_counters_argument, add_tol_arguments, counted, store_options
-from mlm_train.utils.arguments import MODEL_KINDS, layers_in, refuse_below_one, seed
+from mlm_train.inference.arguments import add_scale_arguments, language_model, numbers
+from mlm_train.tol.serve.arguments import add_counters_argument, add_tol_arguments, counted
+from mlm_train.utils.arguments import MODEL_KINDS, refuse_below_one, seed
 from mlm_train.utils.checks import add_verify
 from mlm_train.utils.files import check_output
 from mlm_train.utils.terminal import json_line, shown
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from mlm_train.inference.generation import Generation
     from mlm_train.inference.language_model import LanguageModel
     from mlm_train.inference.sampling import Sampling
-
-MOST_LAYERS = 10_000
 
 HELP = """Continue a prompt, or all of a file. With --tol, FFN-M's weights are never loaded: its output is
 looked up. Ends at any of the model's end tokens. On a terminal, control characters in the text are shown
@@ -56,14 +55,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="write when layers were computed and rows were read, for Perfetto or chrome://tracing",
     )
     add_verify(parser, "the model and --tol", "full; sizes for --tol")
-    parser.add_argument(
-        "--memory-scale",
-        metavar="ALPHA",
-        help="factor on FFN-M's output, instead of the model's: one number, or one per layer such as 1,1,0.5",
-    )
-    parser.add_argument(
-        "--drop-layers", metavar="LAYERS", help="layers whose FFN-M adds nothing, such as 3,5-7"
-    )
+    add_scale_arguments(parser)
 
 
 def _add_prompt(parser: argparse.ArgumentParser) -> None:
@@ -159,41 +151,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load(args: argparse.Namespace, skip_tokenizer: bool) -> "LanguageModel":
-    from mlm_train.inference.language_model import load
-
-    dropped = set[int]()
-    if args.drop_layers is not None:  # the model says which ones it has
-        dropped = layers_in("--drop-layers", args.drop_layers, range(MOST_LAYERS))
-    scales = None if args.memory_scale is None else _numbers(float, args.memory_scale, "--memory-scale")
-    return load(
-        args.model,
-        args.tol,
-        store=store_options(args),
-        patches=args.tol_patch,
-        verify=args.verify,
-        memory_scale=scales[0] if scales is not None and len(scales) == 1 else scales,
-        dropped_layers=dropped,
-        add_bos=args.add_bos,
-        skip_tokenizer=skip_tokenizer,
-    )
-
-
-def _numbers(kind: type, text: str, option: str) -> list[Any]:
-    """The numbers of an option such as 1,2,3."""
-    try:
-        return [kind(part) for part in text.split(",")] if text.strip() else []
-    except ValueError:
-        what = "whole numbers" if kind is int else "numbers"
-        raise UserError(f"{option} {text!r}: give {what} such as 1,2,3") from None
-
-
 def _run_file(args: argparse.Namespace, sampling: "Sampling") -> "LanguageModel":
     from mlm_train.inference.language_model import BATCH_SIZE
     from mlm_train.inference.prompts import read_prompts
 
     prompts = read_prompts(args.prompts)
-    model = _load(args, skip_tokenizer=False)
+    model = language_model(args, False, "tensorboard")
     generations = []
     for prompt, place in prompts:
         try:
@@ -218,8 +181,8 @@ def _watched(args: argparse.Namespace, model: "LanguageModel") -> "Iterator[Call
 
 def _run_one(args: argparse.Namespace, sampling: "Sampling") -> "LanguageModel":
     by_ids = args.prompt_ids is not None
-    prompt = _numbers(int, args.prompt_ids, "--prompt-ids") if by_ids else args.prompt
-    model = _load(args, skip_tokenizer=by_ids)
+    prompt = numbers(int, args.prompt_ids, "--prompt-ids") if by_ids else args.prompt
+    model = language_model(args, by_ids, "tensorboard")
     generation = model.begin(prompt, sampling)
     with _watched(args, model) as after_batch:
         if args.json:

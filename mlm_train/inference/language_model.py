@@ -76,6 +76,14 @@ class LanguageModel:
         bos_id = self.folder.id_before_text(self._add_bos, self.folder.home)
         return [] if bos_id is None else [bos_id]
 
+    @cached_property
+    def prefix_id(self) -> int:
+        """The id before the first token of a text: begin of text where texts have it, else end of document.
+
+        Raises UserError where the tokenizer has neither.
+        """
+        return self._bos[0] if self._bos else self.tokenizer.eod_id
+
     def encode(self, prompt: Prompt) -> list[int]:
         """Ids of a text, after the begin-of-text token where there is one; ids as they are."""
         return [*self._bos, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)

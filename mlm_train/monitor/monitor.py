@@ -1,6 +1,5 @@
 """The monitor of a run: log lines, metrics and a progress bar."""
 
-import math
 from collections.abc import Mapping
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -12,6 +11,7 @@ from mlm_train.monitor.callback import Callback, Context
 from mlm_train.monitor.report import Evaluation, Progress, Rollback, Saved, SkippedStep, StepReport
 from mlm_train.monitor.resources import peak_flops
 from mlm_train.monitor.time_left import TimeLeft
+from mlm_train.utils.units import perplexity
 
 
 class Monitor(Callback):
@@ -110,8 +110,8 @@ class Monitor(Callback):
         return ", ".join(f"{values[f'speed/mfu_{name}']:.1%} of {name}" for name in self.peaks)
 
     def after_evaluation(self, report: Evaluation) -> None:
-        """Log the validation loss; for a blend, also that of each source."""
-        sources = report.by_source if len(self.config.data.blend or ()) > 1 else {}
+        """Log the validation loss; for a blend, also that of each source; a line for each further set."""
+        sources = dict(report.by_source) if len(self.config.data.blend or ()) > 1 else {}
         losses = ", ".join(f"{name} {loss:.4f} of {number}" for name, (loss, number) in sources.items())
         self.context.say(
             f"validation at step {report.progress.step} | loss {report.loss:.4f} | "
@@ -119,7 +119,12 @@ class Monitor(Callback):
             f"{report.samples} sequences | {report.seconds:.1f} s"
         )
         values = {"validation/loss": report.loss, "validation/perplexity": perplexity(report.loss)}
-        for name, (loss, _) in sources.items():
+        for name, (loss, number) in report.further.items():
+            self.context.say(
+                f"validation on {name} at step {report.progress.step} | loss {loss:.4f} | "
+                f"ppl {perplexity(loss):.2f} | {number} sequences"
+            )
+        for name, (loss, _) in (sources | dict(report.further)).items():
             values |= {f"validation/loss/{name}": loss, f"validation/perplexity/{name}": perplexity(loss)}
         self.context.writers.scalars(values, report.progress.step)
 
@@ -132,11 +137,6 @@ class Monitor(Callback):
         """Remove the progress bar."""
         if self.bar is not None:
             self.bar.stop()
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), or infinity if it would overflow."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _epochs(consumed: Mapping[str, Consumed]) -> str:

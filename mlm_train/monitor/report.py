@@ -1,7 +1,7 @@
 """Reports of the training loop to callbacks: plain values without formatting."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -119,13 +119,17 @@ class Rollback:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation on the fixed validation samples. by_source: loss and number of samples by source."""
+    """One evaluation on the fixed validation samples.
+
+    by_source: loss and number of samples of each source. further: of each set of data.validation.
+    """
 
     progress: Progress
     loss: float
     samples: int
     seconds: float
     by_source: Mapping[str, tuple[float, int]]
+    further: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

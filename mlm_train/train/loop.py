@@ -1,16 +1,16 @@
 """The training loop. Logs and metrics are callbacks (monitor/callback.py)."""
 
-import math
 import time
 from dataclasses import replace
 
 from mlm_train.checkpoint.manifest import Validation
-from mlm_train.monitor.report import Evaluation, Progress
-from mlm_train.train.batches import Key, MicroBatch, Prefetcher, evaluation_batches, pinned, step_batches
+from mlm_train.monitor.report import Progress
+from mlm_train.train.batches import Key, MicroBatch, Prefetcher, pinned, step_batches
 from mlm_train.train.results import Launch, Results
 from mlm_train.train.schedule import global_batch_at, learning_rate
 from mlm_train.train.setup import Run
 from mlm_train.train.signals import EXIT_CODE
+from mlm_train.train.validation import validate
 
 
 def train(run: Run) -> int:
@@ -51,7 +51,7 @@ def train(run: Run) -> int:
             progress = earlier
             continue
         progress = replace(progress, skipped=results.skipped)
-        validation = evaluate(run, progress) if validates else None
+        validation = validate(run, progress) if validates else None
         # Nothing is saved after a skipped step: the cause may lie in the weights.
         if results.asked or progress.step == last or (saves and results.sound):
             save(run, progress, validation)
@@ -70,23 +70,6 @@ def train(run: Run) -> int:
 def _due(step: int, interval: int, last: int) -> bool:
     """Whether a step is a multiple of `interval` (0: never) or the last one."""
     return step == last or (interval > 0 and step % interval == 0)
-
-
-def evaluate(run: Run, progress: Progress) -> Validation | None:
-    """Validate on the fixed samples and notify callbacks, on every rank; None if the loss is non-finite."""
-    run.runtime.marker.enter(f"validation after step {progress.step}")
-    run.callbacks.before_evaluation(progress)
-    started = time.perf_counter()
-    train = run.config.train
-    count = min(train.eval_samples, run.validation.samples_per_epoch)
-    batches, sources = evaluation_batches(run.validation, count, train.micro_batch_size, run.runtime.topology)
-    names = run.data.names
-    loss, losses = run.trainer.evaluate_by_source(batches, sources, len(names))
-    sizes = [consumed.samples for consumed in run.validation.consumed(count)]
-    by_source = {name: (mean, size) for name, mean, size in zip(names, losses, sizes, strict=True) if size}
-    seconds = time.perf_counter() - started
-    run.callbacks.after_evaluation(Evaluation(progress, loss, count, seconds, by_source))
-    return Validation(loss=loss, samples=count) if math.isfinite(loss) else None
 
 
 def save(run: Run, progress: Progress, validation: Validation | None = None) -> None:

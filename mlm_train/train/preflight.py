@@ -88,6 +88,7 @@ def preflight(config: Config, world: int, local_world: int | None) -> Blend:
         )
     for split in ("train", "validation"):
         data.samples(split, config.data.sequence_length, None)
+    data.validation_samples(config.data.sequence_length)
     check_output(config)
     # The others would open the same files at the same time; what rank 0 finds ends the run on all of them.
     if global_rank() == 0:

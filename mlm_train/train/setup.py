@@ -56,6 +56,7 @@ class Run:
     data: Blend
     samples: Samples
     validation: Samples
+    further_validation: dict[str, Samples]
     trainer: Trainer
     progress: Progress
     log: Log
@@ -200,6 +201,7 @@ def _build(
         data=data,
         samples=samples,
         validation=data.samples("validation", length, None),
+        further_validation=data.validation_samples(length),
         trainer=Trainer(engine, executor, runtime, signals),
         progress=progress,
         log=log,

@@ -1,6 +1,7 @@
-"""Parse and format sizes in bytes."""
+"""Parse and format sizes in bytes; perplexities."""
 
 import argparse
+import math
 
 
 def size(text: str) -> int:
@@ -26,3 +27,8 @@ def in_units(size: float) -> str:
     if unit == "bytes":
         return "1 byte" if round(size) == 1 else f"{size:,.0f} bytes"
     return f"{value:.2f} {unit}"
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), or infinity if it would overflow."""
+    return math.exp(loss) if loss < 700 else math.inf

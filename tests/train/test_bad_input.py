@@ -299,7 +299,7 @@ def test_export_and_evaluate_refuse(trained: Path, data: Path, corpus: Path, tmp
     other = tmp_path / "other"
     mlm_train("data", "prepare", "--input", corpus, "--output", other, "--tokenizer", "train:500")
     assert "not the tokenizer" in refused("evaluate", "--model", export, "--data", other)
-    assert "give either" in refused("evaluate", "--model", export)
+    assert "give one of" in refused("evaluate", "--model", export)
     assert "does not exist" in refused("pretrain", tmp_path / "no.yaml")
 
 

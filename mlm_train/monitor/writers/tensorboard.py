@@ -16,21 +16,22 @@ class EventFiles:
     """Scalars in a folder, in one event file per launch and per rollback.
 
     A file starts with its first step, from which on TensorBoard drops events of older files, so that steps
-    repeated after a crash are not shown twice.
+    repeated after a crash are not shown twice. first_step None: what others wrote there stays.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Path, first_step: int | None) -> None:
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = self._open(first_step)
 
-    def _open(self, first_step: int) -> Appended:
+    def _open(self, first_step: int | None) -> Appended:
         from tensorboard.compat.proto.event_pb2 import SessionLog
 
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
         file = Appended(self.folder / name)
         file.add(_record(file_version="brain.Event:2"))
-        file.add(_record(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+        if first_step is not None:
+            file.add(_record(step=first_step, session_log=SessionLog(status=SessionLog.START)))
         return file
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:

@@ -57,12 +57,12 @@ def add_counters_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def store_options(args: argparse.Namespace) -> "StoreOptions":
-    """How the table is to be served. UserError for options without effect."""
+def store_options(args: argparse.Namespace, *also: str) -> "StoreOptions":
+    """How the table is to be served. UserError for options without effect; also: the command's own ones."""
     from mlm_train.errors import UserError
     from mlm_train.tol.serve.store import StoreOptions
 
-    options = ("tol_lock", "tol_cache", "tol_hot", "tol_direct", "tol_patch", "tensorboard")
+    options = ("tol_lock", "tol_cache", "tol_hot", "tol_direct", "tol_patch", *also)
     given = ["tol_tier"] * (args.tol_tier != "shared") + [
         name for name in options if getattr(args, name, None)
     ]
