@@ -60,12 +60,18 @@ launch() {
         return
     fi
     # srun's exit code counts the tasks of lost nodes, which Slurm kills. Those that end by themselves leave theirs.
+    # Where the node of this script is lost, --no-kill has Slurm keep the job without it: another node then
+    # requeues the job, if that node's slurmd does not answer.
     rm -f "$begins".task-*
     # shellcheck disable=SC2016
     step per_node --no-kill bash -c 'trap : USR1 TERM
         "$@"
         code=$?
         echo "$code" >"$0.task-$SLURM_PROCID"
+        if ((SLURM_PROCID)); then
+            port=$(scontrol show config | grep "^SlurmdPort" | grep -om1 "[0-9]*")
+            [[ -z $port ]] || timeout 10 bash -c "</dev/tcp/$MASTER_ADDR/$port" || scontrol requeue "$SLURM_JOB_ID"
+        fi
         exit "$code"' "$begins" "${command[@]}"
     if [[ -s $begins.task-0 ]]; then code=$(sort -n "$begins".task-* | tail -n 1); fi # 0: on this node
     rm -f "$begins".task-*
