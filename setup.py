@@ -46,6 +46,7 @@ EXTRAS = {
         "Flask>=3.1.0",
         "flask-cors>=6.0.0",
     ],
+    "analyze": ["scikit-learn>=1.9.1"],
     "hf": ["transformers>=5.12.0"],
     "vllm": ["vllm>=0.32.0", "transformers>=5.12.0"],
     "wandb": ["wandb>=0.31.0"],

@@ -52,6 +52,7 @@ COMMANDS = {
     "generate": Command("mlm_train.inference.command", "continue a prompt, with FFN-M computed or looked up"),
     "serve": Command("mlm_train.vllm.command", "serve an export over HTTP with vLLM, FFN-M looked up"),
     "evaluate": Command("mlm_train.evaluate.command", "compute a model's perplexity or logits"),
+    "analyze": Command("mlm_train.analyze.command", "show and test what feed-forward memory does"),
     "monitor": Command("mlm_train.monitor.command", "show a run in TensorBoard"),
     "bench": Command("mlm_train.bench.command", "measure speed and traffic on this machine"),
     "doctor": Command("mlm_train.doctor", "show what this machine can run"),

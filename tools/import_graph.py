@@ -43,6 +43,7 @@ LAYERS = (
     ("tol.allocate", "choosing each layer's scheme by its cost in perplexity"),
     ("tol.tools", "verifying, copying and inspecting tables"),
     ("inference", "decoding"),
+    ("analyze", "what FFN-M does: its keys, edits of them, its share of a layer"),
     ("hf", "memory and flex as models of Hugging Face transformers"),
     ("vllm", "memory and flex as models of vLLM, a plugin"),
     ("plan", "estimates of a run's or a table's needs"),
@@ -54,6 +55,7 @@ LAYERS = (
 COMMANDS = (
     "__main__",
     "doctor",
+    "analyze.command",
     "bench.command",
     "checkpoint.command",
     "checkpoint.export",

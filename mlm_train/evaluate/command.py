@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlm_train.errors import UserError
 from mlm_train.tol.serve.arguments import add_counters_argument, add_tol_arguments, counted, store_options
-from mlm_train.utils.arguments import MODEL_KINDS, refuse_below_one
+from mlm_train.utils.arguments import MODEL_KINDS, add_edit_argument, refuse_below_one
 from mlm_train.utils.checks import add_verify
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--micro-batch-size", type=int, default=8, help="windows per forward pass (default 8)"
     )
     add_tol_arguments(parser)
+    add_edit_argument(parser)
     add_counters_argument(parser)
     parser.add_argument(
         "--baselines",
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _perplexities(args: argparse.Namespace) -> dict[str, Any]:
+    from mlm_train.checkpoint.reading.edits import read_edits
     from mlm_train.evaluate.scorer import Scorer
     from mlm_train.tol.format.index_file import read_index
 
@@ -95,6 +97,8 @@ def _perplexities(args: argparse.Namespace) -> dict[str, Any]:
         add_bos=args.add_bos,
         embeds=args.tol is None or read_index(args.tol).embedding is None,
     )
+    for edits in read_edits(args.edit, scorer.folder, args.tol):
+        edits.apply(scorer.model)
     if args.tol is None:
         scored = scorer.score(scorer.computed)
     else:

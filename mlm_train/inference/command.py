@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlm_train.errors import UserError
 from mlm_train.tol.serve.arguments import add_counters_argument, add_tol_arguments, counted, store_options
-from mlm_train.utils.arguments import MODEL_KINDS, layers_in, refuse_below_one, seed
+from mlm_train.utils.arguments import MODEL_KINDS, add_edit_argument, layers_in, refuse_below_one, seed
 from mlm_train.utils.checks import add_verify
 from mlm_train.utils.files import check_output
 from mlm_train.utils.terminal import json_line, shown
@@ -47,6 +47,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="MODEL", required=True, help=MODEL_KINDS)
     add_tol_arguments(parser)
     add_counters_argument(parser)
+    add_edit_argument(parser)
     parser.add_argument(
         "--stats", action="store_true", help="with --tol: also its rows, hits, bytes and waits, to stderr"
     )
@@ -171,6 +172,7 @@ def _load(args: argparse.Namespace, skip_tokenizer: bool) -> "LanguageModel":
         args.tol,
         store=store_options(args),
         patches=args.tol_patch,
+        edits=args.edit,
         verify=args.verify,
         memory_scale=scales[0] if scales is not None and len(scales) == 1 else scales,
         dropped_layers=dropped,
