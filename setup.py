@@ -45,6 +45,7 @@ EXTRAS = {
         "py-partiql-parser>=0.6.3",
         "Flask>=3.1.0",
         "flask-cors>=6.0.0",
+        "scikit-learn>=1.9.1",
     ],
     "analyze": ["scikit-learn>=1.9.1"],
     "hf": ["transformers>=5.12.0"],

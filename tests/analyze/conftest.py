@@ -19,9 +19,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def keys(model: Path) -> Path:
-    """analyze keys of both layers, one with the default settings of samples: all 601 tokens."""
+    """analyze keys of both layers, with 200 of 601 tokens on the map."""
     out = model.parent / "keys"
-    mlm_train("analyze", "keys", "--model", model, "--out", out, "--top-k", 7, "--clusters", 5)
+    words = ("--top-k", 7, "--clusters", 5, "--map-tokens", 200)
+    mlm_train("analyze", "keys", "--model", model, "--out", out, *words)
     return out
 
 

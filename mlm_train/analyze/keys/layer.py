@@ -31,7 +31,7 @@ def passes(vocab_size: int) -> int:
 
 
 class Sample(NamedTuple):
-    """Tokens drawn at random, int64 [n], ascending by chance alone; and their rows c, fp32 [n, keys]."""
+    """Tokens drawn at random, int64 [n], and their rows c, fp32 [n, keys]."""
 
     ids: Tensor
     rows: Tensor
@@ -52,7 +52,9 @@ def analyse_layer(
     totals, clusters, sample = _passes(keys, settings, advance)
     rows = sample.rows[:SILHOUETTE].numpy()
     labels = clusters.labels[sample.ids[:SILHOUETTE]].numpy()
-    own = outliers(totals.mean_abs)
+    score = silhouette(rows, labels)
+    coefficient = clustering_coefficient(rows, settings.clusters, settings.seed)
+    mapped = _map(sample, settings)  # last: it overwrites the sample
     found = [_cluster(clusters, number, texts) for number in range(settings.clusters)]
     statistics = Statistics(
         layer=layer,
@@ -62,17 +64,15 @@ def analyse_layer(
         mean_effective_keys=float(totals.effective.double().mean()),
         mean_share=float(totals.share.double().mean()),
         unused_keys=int((totals.usage == 0).sum()),
-        outlier_keys=own.tolist(),
+        outlier_keys=outliers(totals.mean_abs).tolist(),
         explained=1 - clusters.within / totals.variation if totals.variation > 0 else 0.0,
-        silhouette=silhouette(rows, labels),
-        clustering_coefficient=clustering_coefficient(rows, settings.clusters, settings.seed),
+        silhouette=score,
+        clustering_coefficient=coefficient,
         sample=len(rows),
         clusters=found,
-        seconds=time.monotonic() - started,
+        seconds=round(time.monotonic() - started, 1),
     )
-    ids, components, places = _map(sample, settings)  # last: it overwrites the sample
-    statistics = statistics.model_copy(update={"seconds": round(time.monotonic() - started, 1)})
-    _write(folder, statistics, keys, totals, clusters, (ids, components, places), texts)
+    _write(folder, statistics, keys, totals, clusters, mapped, texts)
     return statistics
 
 
