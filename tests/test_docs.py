@@ -34,6 +34,7 @@ FOREIGN = {
     "--export", "--extra-index-url", "--extra", "--hook-stage", "--no-build-isolation", "--no-deps",
     "--additional-config", "--api-key", "--chat-template", "--enforce-eager", "--hf-overrides",
     "--no-enforce-eager", "--pipeline-parallel-size",
+    "--logdir",
     "--no-kill", "--nodes", "--nproc-per-node", "--ntasks-per-node", "--signal", "--test-only", "--all-files",
 }  # fmt: skip
 

@@ -44,6 +44,8 @@ LAYERS = (
     ("tol.tools", "verifying, copying and inspecting tables"),
     ("inference", "decoding"),
     ("evaluate.harness", "models in lm-evaluation-harness"),
+    ("analyze", "what FFN-M does: its keys, edits of them, its share of a layer; ablations, pruning"),
+    ("reproduce", "the paper's tables and figures, step by step"),
     ("hf", "memory and flex as models of Hugging Face transformers"),
     ("vllm", "memory and flex as models of vLLM, a plugin"),
     ("plan", "estimates of a run's or a table's needs"),
@@ -55,6 +57,8 @@ LAYERS = (
 COMMANDS = (
     "__main__",
     "doctor",
+    "analyze.command",
+    "reproduce.command",
     "bench.command",
     "checkpoint.command",
     "checkpoint.export",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mlm_train.errors import UserError
 from mlm_train.inference.arguments import add_scale_arguments, language_model, scales
 from mlm_train.tol.serve.arguments import add_tol_arguments, counted, store_options
-from mlm_train.utils.arguments import MODEL_KINDS, refuse_below_one
+from mlm_train.utils.arguments import MODEL_KINDS, add_edit_argument, refuse_below_one
 from mlm_train.utils.checks import add_verify
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ OF_SUBJECTS = {
     "tensorboard": ("data", "text", "tasks"),
     "memory_scale": ("data", "text", "tasks"),
     "drop_layers": ("data", "text", "tasks"),
+    "edit": ("data", "text", "tasks"),
     "add_bos": ("data", "text", "tasks"),
     "dump_logits": ("tokens",),
 }
@@ -69,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_tol_arguments(parser)
     add_scale_arguments(parser)
+    add_edit_argument(parser)
     parser.add_argument(
         "--tensorboard",
         metavar="DIR",
@@ -141,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     if len(given) != 1 or bool(args.tokens) != bool(args.dump_logits):
         raise UserError("give one of --data, --text and --tasks, or --tokens with --dump-logits")
     for name, subjects in OF_SUBJECTS.items():
-        if getattr(args, name) not in (None, False) and given[0] not in subjects:
+        if getattr(args, name) not in (None, False, []) and given[0] not in subjects:
             option, needed = name.replace("_", "-"), " or ".join(f"--{subject}" for subject in subjects)
             raise UserError(f"--{option} has no effect on --{given[0]}, only with {needed}; leave it out")
     refuse_below_one(args, "sequence_length", "samples", "micro_batch_size", "stride", "limit")
@@ -157,6 +159,7 @@ def _tokens(args: argparse.Namespace) -> None:
 
 
 def _data(args: argparse.Namespace) -> None:
+    from mlm_train.checkpoint.reading.edits import read_edits
     from mlm_train.checkpoint.reading.logical_folder import find_model
     from mlm_train.data.tokenizer import tokenizer_of
     from mlm_train.evaluate.prepared import named_folders
@@ -185,6 +188,8 @@ def _data(args: argparse.Namespace) -> None:
         embeds=args.tol is None or read_index(args.tol).embedding is None,
         scales=scales_of(folder.config, *scales(args)),
     )
+    for edits in read_edits(args.edit, scorer.folder, args.tol):
+        edits.apply(scorer.model)
     windows = {
         name: scorer.windows_of(split, args.samples, data, args.spread) for name, data in named.items()
     }

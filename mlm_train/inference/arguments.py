@@ -66,6 +66,7 @@ def language_model(args: argparse.Namespace, skip_tokenizer: bool = False, *also
         args.tol,
         store=store,
         patches=args.tol_patch,
+        edits=args.edit,
         verify=args.verify,
         memory_scale=factors,
         dropped_layers=dropped,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mlm_train.errors import UserError
 from mlm_train.inference.arguments import add_scale_arguments, language_model, numbers
 from mlm_train.tol.serve.arguments import add_counters_argument, add_tol_arguments, counted
-from mlm_train.utils.arguments import MODEL_KINDS, refuse_below_one, seed
+from mlm_train.utils.arguments import MODEL_KINDS, add_edit_argument, refuse_below_one, seed
 from mlm_train.utils.checks import add_verify
 from mlm_train.utils.files import check_output
 from mlm_train.utils.terminal import json_line, shown
@@ -46,6 +46,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="MODEL", required=True, help=MODEL_KINDS)
     add_tol_arguments(parser)
     add_counters_argument(parser)
+    add_edit_argument(parser)
     parser.add_argument(
         "--stats", action="store_true", help="with --tol: also its rows, hits, bytes and waits, to stderr"
     )

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mlm_train.checkpoint.reading.edits import read_edits
 from mlm_train.checkpoint.reading.logical_folder import ModelFolder, find_model, load_model
 from mlm_train.data.tokenizer import Tokenizer, tokenizer_file
 from mlm_train.errors import UserError
@@ -183,6 +184,7 @@ def load(
     *,
     store: StoreOptions | None = None,
     patches: Sequence[str | Path] = (),
+    edits: Sequence[str | Path] = (),
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str | None = None,
     verify: Check | None = None,
@@ -194,7 +196,8 @@ def load(
     """Load an export, a run's folder (its newest checkpoint), or one checkpoint.
 
     tol: a folder written by `tol build`; FFN-M is looked up there, and its weights are not loaded, nor is the
-    embedding if the table has it. store: how it is served. patches: files of `tol patch`. dtype: of the
+    embedding if the table has it. store: how it is served. patches: files of `tol patch`. edits: of `analyze
+    edit`, where FFN-M is computed. dtype: of the
     weights and the KV cache, such as "bfloat16"; default float32. verify: how much of both folders is
     compared with their manifests, "full", "sizes" or "none"; default "full", and "sizes" for tol.
     memory_scale, dropped_layers: see Decoder. add_bos: see LanguageModel. skip_tokenizer: for
@@ -203,6 +206,7 @@ def load(
     """
     folder = find_model(model, verify or "full")
     scales_of(folder.config, memory_scale, dropped_layers)  # refuse before anything is loaded
+    edited = read_edits(edits, folder, tol)
     target, weights = _device(device), _dtype(dtype)
     tokenizer = None if skip_tokenizer or tokenizer_file(folder.home) is None else folder.tokenizer()
     # The table first, so that a bad one fails before the weights are loaded.
@@ -212,6 +216,8 @@ def load(
         table = TolSource.of_model(tol, folder, options, target, patches)
     embeds = table is None or not table.has_embeddings
     loaded = load_model(folder, with_memory=table is None, dtype=weights, embeds=embeds).to(target)
+    for edit in edited:
+        edit.apply(loaded)
     source: MemorySource | None = table
     if table is None and folder.config.has_memory:
         source = make_source("unique", loaded.memory_blocks())

@@ -93,6 +93,13 @@ class MemoryBlock(Block):
         self._mark_rows_dynamic(x0)
         return self._compiled(MemoryBlock._ffn_m)(self, x0)
 
+    def coefficients(self, x0: Tensor) -> Tensor:
+        """x0 [..., hidden] -> [..., keys]: c_k = (q . W_up[k]) * silu(q . W_gate[k]) with q = N_m(x0).
+
+        FFN-M's output is the sum of c_k * W_down[:, k] over its keys.
+        """
+        return self.memory_mlp.coefficients(self.memory_layernorm(x0))
+
     def ffn_m_of_micro_batch(self, x0: Tensor) -> Tensor:
         """ffn_m, checkpointed under full recomputation."""
         self._mark_rows_dynamic(x0)

@@ -18,8 +18,12 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden] -> [..., hidden]."""
+        return self.down_proj(self.coefficients(x))
+
+    def coefficients(self, x: Tensor) -> Tensor:
+        """x [..., hidden] -> [..., intermediate]: the factor on each column of down_proj's weight."""
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return F.silu(gate) * up
 
 
 class LinearFFN(nn.Module):

@@ -43,6 +43,17 @@ def add_action(actions: "Actions", name: str, summary: str, text: str) -> argpar
     return parser
 
 
+def add_edit_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--edit`, of commands that compute FFN-M."""
+    parser.add_argument(
+        "--edit",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="scale keys of FFN-M as a file of `mlm-train analyze edit` says; may be repeated",
+    )
+
+
 def layers_in(option: str, text: str, layers: Sequence[int]) -> set[int]:
     """The layers that a text such as 3,5-7 names. UserError for one that is not among `layers`."""
     found: set[int] = set()

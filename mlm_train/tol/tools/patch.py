@@ -55,6 +55,10 @@ class PatchMaker:
         for number, row in zip(ids.tolist(), rows, strict=True):
             self._change(str(number), f"edited ({Path(file).name})", lambda _, row=row: row)  # type: ignore[misc]
 
+    def give(self, number: int, row: Tensor, what: str) -> None:
+        """Give a token a row fp32 [stored layers, hidden], of which the chosen layers are taken."""
+        self._change(str(number), what, lambda _: row)
+
     def made(self) -> Patch:
         """The patch of all changes. UserError where there are none."""
         if not self._rows:

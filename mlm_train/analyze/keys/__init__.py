@@ -1,0 +1,1 @@
+"""FFN-M as token keys and values: which keys every token of the vocabulary opens."""
