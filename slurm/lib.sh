@@ -68,14 +68,22 @@ launch() {
         "$@"
         code=$?
         echo "$code" >"$0.task-$SLURM_PROCID"
-        if ((SLURM_PROCID)); then
-            port=$(scontrol show config | grep "^SlurmdPort" | grep -om1 "[0-9]*")
-            [[ -z $port ]] || timeout 10 bash -c "</dev/tcp/$MASTER_ADDR/$port" || scontrol requeue "$SLURM_JOB_ID"
-        fi
+        if ((SLURM_PROCID)) && ! slurmd_answers "$MASTER_ADDR"; then scontrol requeue "$SLURM_JOB_ID"; fi
         exit "$code"' "$begins" "${command[@]}"
     if [[ -s $begins.task-0 ]]; then code=$(sort -n "$begins".task-* | tail -n 1); fi # 0: on this node
     rm -f "$begins".task-*
 }
+
+# slurmd_answers NODE: whether a node is there, as far as that can be found out.
+slurmd_answers() {
+    local node address port
+    node=$(scontrol -o show node "$1") || return 0
+    address=$(grep -om1 "NodeAddr=[^ ]*" <<<"$node")
+    # A node has a port of its own, or that of all.
+    port=$( (grep -o " Port=[0-9]*" <<<"$node" || scontrol show config | grep "^SlurmdPort") | grep -om1 "[0-9]*" | head -n 1)
+    [[ -z $address || -z $port ]] || timeout 10 bash -c "</dev/tcp/${address#*=}/$port" 2>/dev/null
+}
+export -f slurmd_answers
 
 # per_node COMMAND...: one task on every node, with all of its CPUs. Replaces the shell: call it in `step`.
 # --ntasks too, since the allocation's own overrides --ntasks-per-node. After a failed task the others have a
