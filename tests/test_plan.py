@@ -48,7 +48,14 @@ def test_micro_batches_in_flight(words: list[str], expected: list[float]) -> Non
 
 
 def test_the_dry_run_says_whether_a_70b_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    plan = ("pretrain", CONFIG.with_name("memory-70b.yaml"), "--dry-run", "--world", 512, "--rank-memory")
+    plan = (
+        "pretrain",
+        CONFIG.parent.with_name("memory-70b.yaml"),
+        "--dry-run",
+        "--world",
+        512,
+        "--rank-memory",
+    )
     mlm_train(*plan, 80)
     text = capsys.readouterr().out
     assert "fits in 80 GiB with" in text and "memory_scale: 1.0\n" in text

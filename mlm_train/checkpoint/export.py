@@ -2,16 +2,9 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlm_train.errors import UserError
 from mlm_train.utils.checks import Check, add_verify
-
-if TYPE_CHECKING:
-    import torch
-
-    from mlm_train.checkpoint.reading.logical_folder import ModelFolder
-    from mlm_train.model.transformer import Transformer
 
 HELP = """Write a Hugging Face folder (config.json, safetensors, tokenizer) from a checkpoint.
 transformers loads it: a base model as a Llama, others after `import mlm_train.hf`. The folder has a manifest
@@ -73,6 +66,7 @@ def export_checkpoint(source: Path, output: Path, dtype: str, verify: Check = "f
     """
     import torch
 
+    from mlm_train.checkpoint.export_folder import write_export
     from mlm_train.checkpoint.folders import resolve
     from mlm_train.checkpoint.load import config_of, load_weights, open_checkpoint
     from mlm_train.checkpoint.reading.logical_folder import ModelFolder
@@ -86,19 +80,6 @@ def export_checkpoint(source: Path, output: Path, dtype: str, verify: Check = "f
     load_weights(folder, manifest, targets(model))
     write_export(output, ModelFolder(folder, config, manifest), model, getattr(torch, dtype))
     return folder
-
-
-def write_export(output: Path, origin: "ModelFolder", model: "Transformer", dtype: "torch.dtype") -> None:
-    """Write a model as an export, with the files beside the weights of the folder that it was read from."""
-    from mlm_train.checkpoint.hf.files import carried, special_tokens
-    from mlm_train.checkpoint.hf.folder import write_folder
-    from mlm_train.model.logical import named_pieces
-
-    tokens = special_tokens(origin.home)
-    if origin.manifest is not None:
-        tokens = tokens.ended_by(origin.manifest.data.eod_id).begun_by(origin.manifest.data.bos_id)
-    pieces = named_pieces(model)
-    write_folder(output, model.config, pieces, carried(origin.home), dtype, tokens=tokens, complete=True)
 
 
 def _verify(folder: Path) -> int:

@@ -33,7 +33,7 @@ def test_every_preset_loads_and_survives_a_round_trip(path: Path) -> None:
 def test_presets_have_their_parameters(size: str) -> None:
     total, active = (PAPER | LARGE)[size]
     for name, expected in active.items():
-        counts = count_parameters(load_config(CONFIGS / "paper" / f"{name}-{size}.yaml").model)
+        counts = count_parameters(load_config(next(CONFIGS.rglob(f"{name}-{size}.yaml"))).model)
         assert counts.total // MILLION == total, name
         assert counts.active // MILLION == expected, name
 

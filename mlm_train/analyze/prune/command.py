@@ -68,7 +68,7 @@ def run_prune(args: argparse.Namespace) -> int:
     import torch
 
     from mlm_train.analyze.prune.model import sparsity_like
-    from mlm_train.checkpoint.export import write_export
+    from mlm_train.checkpoint.export_folder import write_export
     from mlm_train.evaluate.scorer import Scorer
 
     scorer = Scorer(
