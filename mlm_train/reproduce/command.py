@@ -48,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--scale", choices=SCALES, default="micro", help="how large (default %(default)s)")
     parser.add_argument(
+        "--tokenizer",
+        metavar="TOKENIZER",
+        help="as `data prepare` takes it (default: one is trained on the text)",
+    )
+    parser.add_argument(
         "--text", metavar="PATH", help="texts to train on, as `data prepare --input` takes them"
     )
     parser.add_argument("--output", metavar="DIR", required=True, help="folder of all runs and results")
@@ -80,7 +85,10 @@ def run(args: argparse.Namespace) -> int:
     from mlm_train.reproduce.plan import SCALES as OF_SCALE
     from mlm_train.reproduce.plan import Plan
 
-    plan = Plan(OF_SCALE[args.scale], str(Path(args.text).absolute()))
+    tokenizer = args.tokenizer
+    if tokenizer is not None and Path(tokenizer).exists():
+        tokenizer = str(Path(tokenizer).absolute())  # the commands run in the folder of the results
+    plan = Plan(OF_SCALE[args.scale], str(Path(args.text).absolute()), tokenizer)
     if "steps" in special:
         return _list(plan.steps())
     if "data" in special or "train" in special:

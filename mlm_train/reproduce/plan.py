@@ -20,13 +20,14 @@ METHODS = ("magnitude", "wanda", "sparsegpt")
 class Scale:
     """How large a reproduction is.
 
-    name: also of its configs, KIND-NAME.yaml. seeds: of each model. vocab: of the tokenizer to be trained
+    configs: of the models, KIND-CONFIGS.yaml. seeds: of each model. vocab: of the tokenizer to be trained
     on the text. tokens: of each run, and speed: in tokens per second, for the prediction of times.
     overrides: of the configs. samples: windows of the validation text that are scored; None: all. people: of
     the synthetic tasks.
     """
 
     name: str
+    configs: str
     seeds: int
     vocab: int
     tokens: int
@@ -42,24 +43,29 @@ class Scale:
 
 
 SCALES = {
-    # Seconds on two CPU cores, for tests of the road alone.
-    "tiny": Scale("micro", 1, 512, 16 * 256 * 4, 5_000, (
-        "model.vocab_size=512", "model.num_hidden_layers=2", "train.steps=4", "train.eval_interval=2",
-        "train.eval_samples=4", "checkpoint.interval=2", "schedule.warmup_steps=1",
+    # Minutes on two CPU cores, for tests of the road alone.
+    "tiny": Scale("tiny", "micro", 1, 512, 4 * 64 * 60, 5_000, (
+        "model.vocab_size=512", "model.num_hidden_layers=2", "data.sequence_length=64",
+        "train.global_batch_size=4", "train.micro_batch_size=4", "train.steps=60", "train.eval_interval=30",
+        "train.eval_samples=4", "checkpoint.interval=10", "schedule.warmup_steps=5",
     ), samples=8, people=6),
-    "micro": Scale("micro", 3, 4096, 16 * 256 * 1000, 5_000, samples=400),
-    "250m": Scale("250m", 1, 128_256, 50_000_000_000, 1e6),
-    "750m": Scale("750m", 1, 128_256, 50_000_000_000, 4e5),
-    "1b": Scale("1b", 1, 128_256, 50_000_000_000, 2.5e5),
+    "micro": Scale("micro", "micro", 3, 4096, 16 * 256 * 1000, 5_000, samples=400),
+    "250m": Scale("250m", "250m", 1, 128_256, 50_000_000_000, 1e6),
+    "750m": Scale("750m", "750m", 1, 128_256, 50_000_000_000, 4e5),
+    "1b": Scale("1b", "1b", 1, 128_256, 50_000_000_000, 2.5e5),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a scale. text: files or a folder of texts, as `data prepare --input` takes them."""
+    """The steps of a scale.
+
+    text: a file or folder of texts, tokenizer: as `data prepare` takes them; None: one is trained on them.
+    """
 
     scale: Scale
     text: str
+    tokenizer: str | None = None
 
     @property
     def described(self) -> str:
@@ -79,7 +85,7 @@ class Plan:
 
     def config(self, kind: str) -> Path:
         """The config of a kind."""
-        return CONFIGS / f"{kind}-{self.scale.name}.yaml"
+        return CONFIGS / f"{kind}-{self.scale.configs}.yaml"
 
     def steps(self) -> list[Step]:
         """All steps, each after those that it needs."""
@@ -97,9 +103,9 @@ class Plan:
     def data(self) -> list[Step]:
         """Prose with a tokenizer of its own, and the synthetic tasks' documents in its tokens."""
         prepare = ("data", "prepare", "--input")
-        vocab = f"train:{self.scale.vocab}"
+        tokenizer = self.tokenizer or f"train:{self.scale.vocab}"
         return [
-            Step("data", (*prepare, self.text, "--output", "data/prose", "--tokenizer", vocab),
+            Step("data", (*prepare, self.text, "--output", "data/prose", "--tokenizer", tokenizer),
                  makes="data/prose", seconds=120),
             Step("synthetic", ("data", "synthetic", "--output", "synthetic",
                  "--people", str(self.scale.people)), makes="synthetic"),

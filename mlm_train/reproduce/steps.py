@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -71,7 +72,8 @@ class Workspace:
         if step.makes is not None:
             shutil.rmtree(self.path / step.makes, ignore_errors=True)
         log = self.path / "logs" / f"{step.name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
+        for folder in ("logs", "results", "steps"):
+            (self.path / folder).mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "mlm_train", *step.words]
         with log.open("ab") as errors:
             done = subprocess.run(
@@ -79,7 +81,7 @@ class Workspace:
                 cwd=self.path,
                 stdout=subprocess.PIPE if step.prints else errors,
                 stderr=errors,
-                preexec_fn=end_with_parent,  # two must not write alike
+                preexec_fn=_end_at_once,
             )
         if done.returncode:
             lines = log.read_text(errors="replace").strip().splitlines()
@@ -89,7 +91,6 @@ class Workspace:
         if step.prints:
             write_text(self.path / step.prints, done.stdout.decode())
         seconds = time.monotonic() - started
-        self.note(step).parent.mkdir(exist_ok=True)
         write_json(self.note(step), {"words": list(step.words), "seconds": seconds})
         return seconds
 
@@ -97,6 +98,11 @@ class Workspace:
         """The JSON that a step wrote: of several lines the last."""
         text = (self.path / file).read_text(encoding="utf-8")
         return json.loads(text if text.lstrip().startswith("{\n") else text.strip().splitlines()[-1])
+
+
+def _end_at_once() -> None:
+    """Have the command end with the process that started it: the same step may soon run again."""
+    end_with_parent(signal.SIGKILL)
 
 
 def needed(steps: Sequence[Step], names: Sequence[str]) -> list[Step]:

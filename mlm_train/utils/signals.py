@@ -162,9 +162,9 @@ def deaf_children() -> Iterator[None]:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def end_with_parent() -> None:
-    """Have Linux send this process SIGTERM when its parent dies, however that ends."""
+def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """Have Linux send this process a signal when its parent dies, however that ends."""
     if sys.platform == "linux":
         import ctypes
 
-        ctypes.CDLL(None).prctl(_PARENT_DEATH, int(signal.SIGTERM))
+        ctypes.CDLL(None).prctl(_PARENT_DEATH, int(number))

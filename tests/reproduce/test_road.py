@@ -1,0 +1,57 @@
+"""The road of a reproduction at the smallest scale: killed, resumed, measured."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.commands import ROOT, mlm_train, refused
+
+CHECKPOINT = "runs/base-s0/checkpoints/step-00000010"
+
+
+@pytest.fixture(scope="module")
+def text(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shutil.copytree(corpus, tmp_path_factory.mktemp("text") / "prose")
+
+
+def words(text: Path, output: Path, *items: object) -> list[str]:
+    return [
+        str(word) for word in ("reproduce", *items, "--scale", "tiny", "--text", text, "--output", output)
+    ]
+
+
+def test_a_killed_reproduction_goes_on(text: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle of a training: what has ended is not run again, the training resumes."""
+    command = words(text, tmp_path, "train", "--number", 1)
+    process = subprocess.Popen([sys.executable, "-m", "mlm_train", *command], cwd=ROOT)
+    while not (tmp_path / CHECKPOINT).is_dir():
+        assert process.poll() is None, "it ended first"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    notes = {file.name: file.read_bytes() for file in (tmp_path / "steps").iterdir()}
+    assert notes.keys() == {"data.json", "synthetic.json", "synthetic-data.json"}
+    mlm_train(*command)
+    after = {file.name: file.read_bytes() for file in (tmp_path / "steps").iterdir()}
+    assert notes.items() <= after.items() and after.keys() - notes.keys() == {"train.base.s0.json"}
+    log = (tmp_path / "runs/base-s0/train.log").read_text()
+    assert "resumed from" in log and "step 60/60" in log
+    mlm_train("checkpoint", "list", tmp_path / "runs/base-s0")
+    (tmp_path / "steps/data.json").write_text(json.dumps({"words": ["data"], "seconds": 1.0}))
+    assert "is of another command (mlm-train data)" in refused(*command)
+
+
+@pytest.mark.long
+def test_all(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mlm_train(*words(text, tmp_path, "all"))
+    out = capsys.readouterr().out
+    assert "steps to run, predicted: " in out and "all steps took " in out
+    mlm_train("reproduce", "page", "--output", tmp_path, "--page", tmp_path / "findings.md")
+    page = (tmp_path / "findings.md").read_text()
+    assert page.count("\n## ") == len(list((tmp_path / "findings").iterdir())) and "tiny" in page
