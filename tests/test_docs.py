@@ -36,6 +36,7 @@ FOREIGN = {
     "--no-enforce-eager", "--pipeline-parallel-size",
     "--logdir",
     "--no-kill", "--nodes", "--nproc-per-node", "--ntasks-per-node", "--signal", "--test-only", "--all-files",
+    "--array", "--chdir",
 }  # fmt: skip
 
 

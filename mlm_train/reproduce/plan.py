@@ -105,7 +105,8 @@ class Plan:
         prepare = ("data", "prepare", "--input")
         tokenizer = self.tokenizer or f"train:{self.scale.vocab}"
         return [
-            Step("data", (*prepare, self.text, "--output", "data/prose", "--tokenizer", tokenizer),
+            Step("data", (*prepare, self.text, "--output", "data/prose", "--tokenizer", tokenizer,
+                 "--validation-fraction", "0.05"),
                  makes="data/prose", seconds=120),
             Step("synthetic", ("data", "synthetic", "--output", "synthetic",
                  "--people", str(self.scale.people)), makes="synthetic"),
