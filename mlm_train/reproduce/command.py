@@ -1,6 +1,7 @@
 """`mlm-train reproduce`: the paper's tables and figures at a chosen scale."""
 
 import argparse
+import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_train.errors import UserError
+from mlm_train.utils.arguments import refuse_below_one
 
 if TYPE_CHECKING:
     from mlm_train.reproduce.plan import Plan
@@ -34,6 +36,7 @@ examples:
 
 SPECIAL = ("all", "steps", "data", "train", "page")
 FIGURES = ("table1", "table2", "table5", "table7", "table8", "figure4", "figure9", "figure11", "figure12")
+MOST_JOBS = 8
 SCALES = ("tiny", "micro", "250m", "750m", "1b")
 
 
@@ -56,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", metavar="PATH", help="texts to train on, as `data prepare --input` takes them"
     )
     parser.add_argument("--output", metavar="DIR", required=True, help="folder of all runs and results")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="steps at once (default: at tiny and micro one per core, up to 8; else 1)",
+    )
     parser.add_argument("--number", type=int, metavar="N", help="train: which one, from 0")
     parser.add_argument("--show", action="store_true", help="train: print the words of the command")
     parser.add_argument("--page", metavar="FILE", help="page: the Markdown file to write")
@@ -63,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the steps and write the findings, or what else was asked for."""
+    refuse_below_one(args, "jobs")
     special = [item for item in args.items if item in SPECIAL]
     if special and len(args.items) > 1:
         raise UserError(f"{special[0]} stands alone: leave the others out")
@@ -120,8 +130,18 @@ def _some(args: argparse.Namespace, plan: "Plan", prefix: str | None) -> int:
             return 0
         chosen = needed(steps, [found[args.number].name])
     with _workspace(args) as workspace:
-        run_all(workspace, chosen, lambda line: print(line, flush=True))
+        run_all(workspace, chosen, lambda line: print(line, flush=True), _jobs(args))
     return 0
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _jobs(args: argparse.Namespace) -> int:
+    """Steps at once: of small models as many as there are cores, up to MOST_JOBS."""
+    small = args.scale in ("tiny", "micro")
+    return int(args.jobs or (min(_cores(), MOST_JOBS) if small else 1))
 
 
 @contextmanager
@@ -130,7 +150,7 @@ def _workspace(args: argparse.Namespace) -> "Iterator[Workspace]":
     from mlm_train.reproduce.steps import Workspace
     from mlm_train.utils.files import locked, writing
 
-    workspace = Workspace(Path(args.output))
+    workspace = Workspace(Path(args.output), max(1, _cores() // _jobs(args)))
     with writing(workspace.path):
         workspace.path.mkdir(parents=True, exist_ok=True)
     with locked(workspace.path, "being reproduced"):
@@ -149,10 +169,16 @@ def _measure(args: argparse.Namespace, plan: "Plan", names: list[str]) -> int:
     with _workspace(args) as workspace:
         left = [step for step in steps if workspace.ended(step) is None]
         total = sum(step.seconds for step in left)
-        print(f"{len(left)} of {len(steps)} steps to run, predicted: {in_time(total)}", flush=True)
-        run_all(workspace, steps, lambda line: print(line, flush=True))
+        jobs = _jobs(args)
+        at_once = "" if jobs == 1 else f", {jobs} at once"
+        print(
+            f"{len(left)} of {len(steps)} steps to run{at_once}, predicted: {in_time(total / jobs)}",
+            flush=True,
+        )
+        run_all(workspace, steps, lambda line: print(line, flush=True), jobs)
         took = sum(ended.seconds for step in steps if (ended := workspace.ended(step)) is not None)
-        print(f"all steps took {in_time(took)}; predicted: {in_time(sum(step.seconds for step in steps))}")
+        predicted = sum(step.seconds for step in steps)
+        print(f"all steps took {in_time(took)} together; predicted: {in_time(predicted)}")
         scores = Scores(workspace, plan)
         for name in names:
             finding = finding_of(name, scores, [shlex.join(step.words) for step in wanted[name]])

@@ -49,7 +49,7 @@ SCALES = {
         "train.global_batch_size=4", "train.micro_batch_size=4", "train.steps=60", "train.eval_interval=30",
         "train.eval_samples=4", "checkpoint.interval=10", "schedule.warmup_steps=5",
     ), samples=8, people=6),
-    "micro": Scale("micro", "micro", 3, 4096, 16 * 256 * 1000, 5_000, samples=400),
+    "micro": Scale("micro", "micro", 3, 4096, 16 * 256 * 1000, 6_000, samples=400),
     "250m": Scale("250m", "250m", 1, 128_256, 50_000_000_000, 1e6),
     "750m": Scale("750m", "750m", 1, 128_256, 50_000_000_000, 4e5),
     "1b": Scale("1b", "1b", 1, 128_256, 50_000_000_000, 2.5e5),

@@ -1,6 +1,7 @@
 """Commands in an order, each run until it has ended once; what has ended is noted in the folder."""
 
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from mlm_train.utils.records import Record, read_json, record_of
 from mlm_train.utils.signals import end_with_parent
 
 FIX = "remove it: its step runs again"
+MEASURED = 300.0  # predicted seconds after which this machine's speed is known
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,12 @@ class Ended(Record):
 class Workspace:
     """The folder of a reproduction: data, runs, tables, scores, and a note per ended step."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        """threads: of each command, unless the environment says otherwise; None: torch's own number."""
         self.path = path.absolute()
+        self.environment = dict(os.environ)
+        if threads is not None:
+            self.environment.setdefault("OMP_NUM_THREADS", str(threads))
 
     def note(self, step: Step) -> Path:
         """The file that says that a step has ended."""
@@ -79,6 +86,7 @@ class Workspace:
             done = subprocess.run(
                 command,
                 cwd=self.path,
+                env=self.environment,
                 stdout=subprocess.PIPE if step.prints else errors,
                 stderr=errors,
                 preexec_fn=_end_at_once,
@@ -117,17 +125,32 @@ def needed(steps: Sequence[Step], names: Sequence[str]) -> list[Step]:
     return [step for step in steps if step.name in wanted]
 
 
-def run_all(workspace: Workspace, steps: Sequence[Step], say: Callable[[str], None]) -> None:
-    """Run what has not ended, in order; say before each one what it is and how long all will take."""
-    ended = {step.name: workspace.ended(step) for step in steps}
-    left = [step for step in steps if ended[step.name] is None]
-    took = predicted = 0.0
-    for number, step in enumerate(left):
-        rate = took / predicted if predicted > 60 else 1.0  # this machine's, once that is known
-        rest = rate * sum(other.seconds for other in left[number:])
-        say(f"[{len(steps) - len(left) + number + 1}/{len(steps)}] {step.name}; about {in_time(rest)} left")
-        took += workspace.run(step)
-        predicted += step.seconds
+def run_all(workspace: Workspace, steps: Sequence[Step], say: Callable[[str], None], jobs: int = 1) -> None:
+    """Run what has not ended, `jobs` steps at once, each after those that it needs.
+
+    Says before each one what it is, and how long all will take. UserError where one fails, once those that
+    run beside it have ended.
+    """
+    done = {step.name for step in steps if workspace.ended(step) is not None}
+    left = [step for step in steps if step.name not in done]
+    running = dict[Future[float], Step]()
+    started, predicted = time.monotonic(), 0.0
+    with ThreadPoolExecutor(jobs) as pool:
+        while left or running:
+            ready = [step for step in left if done.issuperset(step.needs)]
+            for step in ready[: jobs - len(running)]:
+                left.remove(step)
+                running[pool.submit(workspace.run, step)] = step
+                rest = sum(each.seconds for each in (*left, *running.values())) / jobs
+                if predicted > MEASURED:  # by the speed of this machine, once that is known
+                    rest *= (time.monotonic() - started) / (predicted / jobs)
+                number = len(steps) - len(left)
+                say(f"[{number}/{len(steps)}] {step.name}; about {in_time(rest)} left")
+            for ended in wait(running, return_when=FIRST_COMPLETED).done:
+                ended.result()
+                step = running.pop(ended)
+                done.add(step.name)
+                predicted += step.seconds
 
 
 def in_time(seconds: float) -> str:
