@@ -58,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", metavar="PATH", help="texts to train on, as `data prepare --input` takes them"
     )
+    parser.add_argument(
+        "--validation-fraction", type=float, metavar="F", help="as `data prepare` takes it (default: its own)"
+    )
     parser.add_argument("--output", metavar="DIR", required=True, help="folder of all runs and results")
     parser.add_argument(
         "--jobs",
@@ -98,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = args.tokenizer
     if tokenizer is not None and Path(tokenizer).exists():
         tokenizer = str(Path(tokenizer).absolute())  # the commands run in the folder of the results
-    plan = Plan(OF_SCALE[args.scale], str(Path(args.text).absolute()), tokenizer)
+    plan = Plan(OF_SCALE[args.scale], str(Path(args.text).absolute()), tokenizer, args.validation_fraction)
     if "steps" in special:
         return _list(plan.steps())
     if "data" in special or "train" in special:

@@ -60,12 +60,14 @@ SCALES = {
 class Plan:
     """The steps of a scale.
 
-    text: a file or folder of texts, tokenizer: as `data prepare` takes them; None: one is trained on them.
+    text: a file or folder of texts, tokenizer, validation_fraction: as `data prepare` takes them. tokenizer
+    None: one is trained on the text.
     """
 
     scale: Scale
     text: str
     tokenizer: str | None = None
+    validation_fraction: float | None = None
 
     @property
     def described(self) -> str:
@@ -104,9 +106,10 @@ class Plan:
         """Prose with a tokenizer of its own, and the synthetic tasks' documents in its tokens."""
         prepare = ("data", "prepare", "--input")
         tokenizer = self.tokenizer or f"train:{self.scale.vocab}"
+        share = self.validation_fraction
+        held_out = () if share is None else ("--validation-fraction", f"{share:g}")
         return [
-            Step("data", (*prepare, self.text, "--output", "data/prose", "--tokenizer", tokenizer,
-                 "--validation-fraction", "0.05"),
+            Step("data", (*prepare, self.text, "--output", "data/prose", "--tokenizer", tokenizer, *held_out),
                  makes="data/prose", seconds=120),
             Step("synthetic", ("data", "synthetic", "--output", "synthetic",
                  "--people", str(self.scale.people)), makes="synthetic"),
