@@ -47,8 +47,10 @@ EXTRAS = {
         "flask-cors>=6.0.0",
         "lm-eval>=0.4.13",
         "scikit-learn>=1.9.1",
+        "plotly>=7.1.0",
+        "selenium>=4.51.0",
     ],
-    "analyze": ["scikit-learn>=1.9.1"],
+    "analyze": ["scikit-learn>=1.9.1", "plotly>=7.1.0"],
     "hf": ["transformers>=5.12.0"],
     "lm-eval": ["lm-eval>=0.4.13"],
     "vllm": ["vllm>=0.32.0", "transformers>=5.12.0"],
@@ -64,7 +66,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["mlm_train", "mlm_train.*"]),
-    package_data={"mlm_train": ["py.typed", "inference/*.cpp"]},
+    package_data={
+        "mlm_train": [
+            "py.typed",
+            "inference/*.cpp",
+            "analyze/report/*.css",
+            "analyze/report/*.html",
+            "analyze/report/*.js",
+        ]
+    },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={

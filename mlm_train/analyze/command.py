@@ -8,6 +8,7 @@ from mlm_train.analyze.keys.command import add_keys, run_keys
 from mlm_train.analyze.keys.projector_command import add_projector, run_projector
 from mlm_train.analyze.keys.query_command import add_queries, run_key, run_similar, run_token
 from mlm_train.analyze.prune.command import add_prune, run_prune
+from mlm_train.analyze.report.command import add_report, run_report
 from mlm_train.analyze.shares_command import add_shares, run_shares
 
 HELP = """What a model's feed-forward memory does, and what the model loses without it.
@@ -19,7 +20,8 @@ examples:
   mlm-train analyze effect --model exports/run1 --edit edits.json --data data/mine
   mlm-train analyze shares --model exports/run1 --data data/mine
   mlm-train analyze ablate --model exports/run1 --data data/mine --study alpha drop --output ablation.json
-  mlm-train analyze prune --model runs/base --data data/mine --method wanda --like memory"""
+  mlm-train analyze prune --model runs/base --data data/mine --method wanda --like memory
+  mlm-train analyze report --keys keys/run1 --ablation ablation.json --output report.html"""
 
 _RUN = {
     "keys": run_keys,
@@ -33,6 +35,7 @@ _RUN = {
     "shares": run_shares,
     "ablate": run_ablate,
     "prune": run_prune,
+    "report": run_report,
 }
 
 
@@ -46,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shares(actions)
     add_ablate(actions)
     add_prune(actions)
+    add_report(actions)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,18 +18,18 @@ def plot_ablation(file: Path, ablation: Ablation) -> None:
         rows = [row for row in ablation.rows if row.point.study == study]
         lines: dict[str, list[Row]] = {}
         for row in rows:
-            lines.setdefault(_line(row), []).append(row)
+            lines.setdefault(line_of(row), []).append(row)
         for label, points in lines.items():
-            pairs = sorted((_x(row), row.scores["perplexity"]) for row in points)
+            pairs = sorted((place_of(row), row.scores["perplexity"]) for row in points)
             axes.plot(*zip(*pairs, strict=True), marker="o", label=label)
         axes.axhline(exact.scores["perplexity"], color="grey", linewidth=0.8)
-        axes.set(title=study, xlabel=_AXES[study], ylabel="perplexity", yscale="log")
+        axes.set(title=study, xlabel=AXES[study], ylabel="perplexity", yscale="log")
         if len(lines) > 1:
             axes.legend(fontsize="small")
     write_figure(file, figure)
 
 
-_AXES = {
+AXES = {
     "alpha": "alpha",
     "layer-alpha": "layer",
     "drop": "layer",
@@ -38,14 +38,16 @@ _AXES = {
 }
 
 
-def _line(row: Row) -> str:
+def line_of(row: Row) -> str:
+    """The line of a study's plot that a row is a point of."""
     point = row.point
     if point.study == "layer-alpha":
         return f"alpha {point.alpha:g}"
     return point.variant or point.part or point.study
 
 
-def _x(row: Row) -> float:
+def place_of(row: Row) -> float:
+    """Where a row is on its study's axis (AXES)."""
     point = row.point
     if point.study == "precision":
         return (row.bytes or 0) / 1e6

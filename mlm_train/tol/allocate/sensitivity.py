@@ -39,15 +39,17 @@ def spectra_of(table: TableReader, weights: Tensor | None = None) -> dict[int, S
 
     weights: what each row's squared error counts, fp32 [vocabulary]; None: all alike.
     """
-    spectra = {}
-    for layer in table.index.layers:
-        gram = Gram(table.index.hidden_size)
-        for first, last in chunks_of(0, table.index.vocab_size, _ROWS):
-            values = table.values(table.range(first, last), layer)
-            assert values is not None
-            gram.add(values if weights is None else values * weights[first:last, None].sqrt())
-        spectra[layer] = Spectrum.of(gram)
-    return spectra
+    return {layer: spectrum_of(table, layer, weights) for layer in table.index.layers}
+
+
+def spectrum_of(table: TableReader, layer: int, weights: Tensor | None = None) -> Spectrum:
+    """The spectrum of a stored layer; weights as in spectra_of."""
+    gram = Gram(table.index.hidden_size)
+    for first, last in chunks_of(0, table.index.vocab_size, _ROWS):
+        values = table.values(table.range(first, last), layer)
+        assert values is not None
+        gram.add(values if weights is None else values * weights[first:last, None].sqrt())
+    return Spectrum.of(gram)
 
 
 class Trial:
