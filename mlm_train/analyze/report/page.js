@@ -7,7 +7,8 @@ const make = (tag, text, parent) => {
   parent?.append(node);
   return node;
 };
-const CONFIG = { responsive: true, displaylogo: false };
+// Without plotly's button that sends the figure to a server.
+const CONFIG = { responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "" };
 const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;"); // for plotly
 const MARGIN = { l: 60, r: 20, t: 20, b: 50 };
 
