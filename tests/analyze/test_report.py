@@ -138,7 +138,7 @@ def test_the_arrays_are_those_of_the_folder(tmp_path: Path) -> None:
 
 def test_figures(tmp_path: Path) -> None:
     read = Ablation.model_validate_json(ablation(tmp_path / "a.json").read_text())
-    figures = {figure["title"]: figure for figure in ablation_figures({"x/a.json": read})}
+    figures = {figure["title"]: figure for figure in ablation_figures({"a.json": read})}
     assert list(figures) == [
         *(f"Ablation: {study}" for study in ("alpha", "drop", "precision", "rank")),
         "Perplexity by size of the table",

@@ -1,7 +1,6 @@
 """The figures of a report that do not depend on a layer's tokens, as plotly's own JSON."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from mlm_train.analyze.ablate.plot import AXES, line_of, place_of
@@ -12,7 +11,7 @@ from mlm_train.checkpoint.reading.logical_folder import ModelFolder
 from mlm_train.tol.allocate.sensitivity import spectrum_of
 from mlm_train.tol.serve.reader import TableReader
 
-Figure = dict[str, Any]  # title (HTML of the page's own), data and layout for Plotly.newPlot
+Figure = dict[str, Any]  # title; data and layout for Plotly.newPlot
 _PART_NAMES = {"attention": "attention", "ffn": "FFN-C (base: FFN)", "ffn_m": "FFN-M"}
 _SIZED = ("precision", "rank")  # studies whose points have bytes
 
@@ -84,7 +83,7 @@ def _lines(
     lines: dict[str, list[tuple[float, float, str]]] = {}
     for path, row in rows:
         point = (place(row), row.scores["perplexity"], row.point.name)
-        lines.setdefault(f"{Path(path).name} {line_of(row)}", []).append(point)
+        lines.setdefault(f"{path} {line_of(row)}", []).append(point)
     traces = [
         _trace(name, xs, ys, mode="lines+markers", text=texts)
         for name, points in lines.items()
@@ -95,7 +94,7 @@ def _lines(
         if (value := exact[path]) is not None:
             dashed = {"dash": "dash", "color": "grey"}
             span = [min(ends), max(ends)]
-            traces.append(_trace(f"{Path(path).name} as it is", span, [value] * 2, mode="lines", line=dashed))
+            traces.append(_trace(f"{path} as it is", span, [value] * 2, mode="lines", line=dashed))
     return traces
 
 

@@ -19,7 +19,10 @@ for (const [number, figure] of (read("figures") ?? []).entries()) {
 }
 
 function unpack(text, Type) {
-  return new Type(Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer);
+  const letters = atob(text);
+  const bytes = new Uint8Array(letters.length);
+  for (let n = 0; n < letters.length; n++) bytes[n] = letters.charCodeAt(n);
+  return new Type(bytes.buffer);
 }
 
 function keysSection(analyses, texts) {
@@ -43,7 +46,7 @@ function keysSection(analyses, texts) {
         ...data,
         cluster: unpack(data.cluster, Uint16Array),
         keys: unpack(data.keys, data.wide ? Uint32Array : Uint16Array),
-        values: new Float32Array(Uint32Array.from(halves, (half) => half << 16).buffer),
+        values: new Float32Array(new Uint32Array(halves).map((half) => half << 16).buffer),
         map: unpack(data.map, Uint32Array),
         places: unpack(data.places, Float32Array),
       });
@@ -183,7 +186,7 @@ function keysSection(analyses, texts) {
     draw();
   }
 
-  for (const [number, one] of analyses.entries()) make("option", `${one.path} (${one.model})`, analysis).value = number;
+  for (const [number, one] of analyses.entries()) make("option", one.path, analysis).value = number;
   analysis.addEventListener("change", layers);
   layer.addEventListener("change", draw);
   search.addEventListener("input", () => {

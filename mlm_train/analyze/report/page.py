@@ -69,23 +69,28 @@ def _parts(title: str, inputs: Inputs) -> Iterator[str]:
     )
     figures: list[Figure] = []
     if inputs.models:
-        yield section("Models", _table(("model", "kind", *_MODEL_COLUMNS), _models(inputs)))
-        figures += loss_figures(inputs.models)
+        yield _section("Models", _table(("model", "kind", *_MODEL_COLUMNS), _models(inputs)))
+        yield from _drawn(figures, loss_figures(inputs.models))
     if inputs.keys:
-        yield section("Keys", _own("keys.html") + _definitions())
+        yield _section("Keys", _own("keys.html") + _definitions())
         yield from _keys(inputs)
     if inputs.tables:
-        rows = [
-            [path, table.index.dtype, in_units(table.index.bytes)] for path, table in inputs.tables.items()
-        ]
-        yield section("Tables", _table(("table", "type", "size"), rows))
-    figures += spectrum_figures(inputs.tables, _shown)
-    figures += ablation_figures(inputs.ablations)
-    figures += shares_figures(inputs.shares)
-    for number, figure in enumerate(figures):
-        yield section(str(figure["title"]), f'<div class="figure" id="figure-{number}"></div>\n')
+        tables = (
+            (path, table.index.dtype, in_units(table.index.bytes)) for path, table in inputs.tables.items()
+        )
+        yield _section("Tables", _table(("table", "type", "size"), tables))
+        yield from _drawn(figures, spectrum_figures(inputs.tables, _shown))
+    yield from _drawn(figures, ablation_figures(inputs.ablations))
+    yield from _drawn(figures, shares_figures(inputs.shares))
     yield _data("figures", figures)
     yield f"<script>\n{_own('page.js')}</script>\n</body></html>\n"
+
+
+def _drawn(figures: list[Figure], more: Iterable[Figure]) -> Iterator[str]:
+    """A section for each further figure, which the page's script draws by its place in `figures`."""
+    for figure in more:
+        yield _section(str(figure["title"]), f'<div class="figure" id="figure-{len(figures)}"></div>\n')
+        figures.append(figure)
 
 
 def _own(name: str) -> str:
@@ -98,8 +103,8 @@ def _shown(layers: Sequence[int]) -> Iterable[int]:
     return track(layers, "layers", console=Console(stderr=True), disable=hidden, transient=True)
 
 
-def section(title: str, content: str) -> str:
-    """A section; content: HTML."""
+def _section(title: str, content: str) -> str:
+    """A section of the page; content: HTML."""
     return f"<section><h2>{escape(title)}</h2>\n{content}</section>\n"
 
 
@@ -141,7 +146,6 @@ def _keys(inputs: Inputs) -> Iterator[str]:
             yield _data(f"layer-{number}-{statistics[one].layer}", layer_data(folder, statistics[one]))
         index.append({
             "path": path,
-            "model": folder.index.model,
             "layers": folder.layers,
             "columns": ["layer", *COLUMNS.values()],
             "statistics": statistics_rows(statistics),
