@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -191,6 +192,9 @@ def test_bad_input(model: Path, keys: Path, table: Path, tmp_path: Path) -> None
     others = random_keys(tmp_path / "others", [f"u{n}" for n in range(601)]).path
     smaller = random_keys(tmp_path / "smaller", ["a", "b"]).path
     other, _ = export(tmp_path / "other", num_hidden_layers=2, vocab_size=600)
+    mixed = random_keys(tmp_path / "mixed", ["a", "b", "c"])
+    name = "layer.safetensors"
+    shutil.copy(smaller / "layer-001" / name, mixed.layer_path(1) / name)
     first, second = ablation(tmp_path / "a.json"), ablation(tmp_path / "b.json", data="e")
     shares = tmp_path / "shares.json"
     shares.write_text('{"windows": 1, "layers": [{"layer": 0}]}')
@@ -200,6 +204,7 @@ def test_bad_input(model: Path, keys: Path, table: Path, tmp_path: Path) -> None
         (("--keys", texts, others), "different tokenizers: token 0 is 'u0' and 't0'"),
         (("--keys", texts, "--model", other), "(600 tokens) and"),
         (("--keys", model), "analysis.json does not exist"),
+        (("--keys", mixed.path), "layer-001 is not a layer of 3 tokens in 8 clusters"),
         (("--model", keys), "holds no model"),
         (("--ablation", shares), "shares.json: "),
         (("--ablation", first, second), "(data e) and"),

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from mlm_train.analyze.keys.folder import KeysFolder, Statistics
+from mlm_train.errors import UserError
 
 KEYS = 3  # of each token and layer on the page: 128,256 tokens of 24 layers are 37 MB
 # Field of Statistics -> heading; of a list its length.
@@ -41,10 +42,17 @@ def layer_data(folder: KeysFolder, statistics: Statistics) -> dict[str, Any]:
 
     clusters: name, tokens and central ids of each. cluster: uint16 of each token. keys: uint16, or uint32
     where `wide`, [tokens, width]; values: their c, bfloat16. map: uint32 ids, places: fp32 [map, 2].
-    outliers: ids of keys.
+    outliers: ids of keys. UserError where the files do not fit together.
     """
     names = ("cluster", "token_keys", "token_values", "map_tokens", "map_places")
     labels, keys, values, tokens, places = folder.tensors(statistics.layer, *names)
+    vocabulary, clusters = folder.index.vocab_size, len(statistics.clusters)
+    fits = all(len(tensor) == vocabulary for tensor in (labels, keys, values)) and len(tokens) == len(places)
+    if not fits or int(labels.max()) >= clusters or (len(tokens) and int(tokens.max()) >= vocabulary):
+        raise UserError(
+            f"{folder.layer_path(statistics.layer)} is not a layer of {vocabulary} tokens in {clusters} "
+            "clusters; run `mlm-train analyze keys` again, into a new folder"
+        )
     wide = folder.index.keys > 2**16
     return {
         "layer": statistics.layer,
