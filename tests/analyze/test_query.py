@@ -1,6 +1,8 @@
 """Questions to the folder of an analysis, against float64; and TensorBoard's projector."""
 
 import json
+import math
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from mlm_train.analyze.keys.folder import KeysFolder
 from mlm_train.parallel import runtime
 from tests.analyze.models import export
-from tests.commands import TINY, mlm_train, refused
+from tests.commands import TINY, mlm_train, refused, scalars
 
 
 def asked(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, object]:
@@ -100,7 +102,7 @@ def test_another_model_of_the_same_sizes_is_found_out(keys: Path, tmp_path: Path
     mlm_train("analyze", "key", keys, 1, 4, "--model", other)
 
 
-def test_tokens_by_text_and_the_projector(
+def test_tokens_by_text_the_projector_and_the_losses_of_a_report(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "keys"
@@ -126,3 +128,13 @@ def test_tokens_by_text_and_the_projector(
     lines = (tmp_path / "projector" / one.metadata_path).read_text().splitlines()
     assert len(lines) == 61 and all(line.count("\t") == 3 for line in lines)
     assert [int(line.partition("\t")[0]) for line in lines[1:]] == tensors["map_tokens"].tolist()
+
+    page = tmp_path / "page.html"
+    mlm_train("analyze", "report", "--model", run, "--keys", out, "--output", page)
+    text = page.read_text(encoding="utf-8")
+    figures = re.search(r'id="figures">(.*)</script>', text)
+    assert figures is not None
+    losses = {trace["name"]: (trace["x"], trace["y"]) for trace in json.loads(figures[1])[0]["data"]}
+    for tag in ("train/loss", "validation/loss"):
+        assert losses[f"{run} {tag}"] == ([1], [scalars(run, tag)[1]])
+    assert f"<td>{math.exp(scalars(run, 'validation/loss')[1]):.4f} at step 1</td>" in text

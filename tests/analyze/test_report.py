@@ -1,6 +1,7 @@
 """The page of `analyze report`: what it refuses, what its data say, and the memory that it takes."""
 
 import base64
+import importlib.util
 import json
 import math
 import re
@@ -183,6 +184,13 @@ def test_models_and_singular_values(model: Path, keys: Path, table: Path, tmp_pa
         assert trace["y"] == pytest.approx(true.tolist(), rel=1e-3)
     text = re.sub(r"<[^>]*>", " ", page.read_text(encoding="utf-8").split("<h1>", 1)[1])
     assert " memory " in text and str(model) in text
+
+
+def test_without_plotly(keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "plotly" else find(name))
+    line = refused("analyze", "report", "--keys", keys, "--output", tmp_path / "page.html")
+    assert "analyze report needs plotly: pip install 'mlm-train[analyze]'" in line
 
 
 def test_bad_input(model: Path, keys: Path, table: Path, tmp_path: Path) -> None:
