@@ -35,7 +35,19 @@ examples:
   mlm-train reproduce page --output docs --page docs/findings.md"""
 
 SPECIAL = ("all", "steps", "data", "train", "page")
-FIGURES = ("table1", "table2", "table5", "table7", "table8", "figure4", "figure9", "figure11", "figure12")
+FIGURES = (
+    "table1",
+    "table2",
+    "table5",
+    "table7",
+    "table8",
+    "figure4",
+    "figure5",
+    "figure6",
+    "figure9",
+    "figure11",
+    "figure12",
+)
 MOST_JOBS = 8
 SCALES = ("tiny", "micro", "250m", "750m", "1b")
 
@@ -161,8 +173,9 @@ def _workspace(args: argparse.Namespace) -> "Iterator[Workspace]":
 
 
 def _measure(args: argparse.Namespace, plan: "Plan", names: list[str]) -> int:
-    from mlm_train.reproduce.items import ITEMS, Scores, finding_of
+    from mlm_train.reproduce.items import ITEMS, finding_of
     from mlm_train.reproduce.page import verdict
+    from mlm_train.reproduce.scores import Scores
     from mlm_train.reproduce.steps import in_time, needed, run_all
     from mlm_train.utils.files import write_json
 

@@ -1,15 +1,15 @@
 """The paper's tables and figures: what each needs, and what it becomes."""
 
-from collections.abc import Callable, Iterable, Mapping
+import statistics
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from mlm_train.analyze.ablate.study import Row, read_ablation
 from mlm_train.config import load_config
 from mlm_train.model.counts import count_parameters
 from mlm_train.reproduce.finding import Cell, Claim, Finding, Spread, less
 from mlm_train.reproduce.plan import FLEX, LIKE, METHODS, TASK_ALPHAS, TASKS, Plan
-from mlm_train.reproduce.steps import Workspace
+from mlm_train.reproduce.scores import Scores
 
 RECALL = "synthetic_facts"
 
@@ -28,64 +28,7 @@ class Item(NamedTuple):
     title: str
     paper: str
     needs: Callable[[Plan], list[str]]
-    measure: Callable[["Scores"], Body]
-
-
-class Scores:
-    """What the steps wrote, read when it is needed."""
-
-    def __init__(self, workspace: Workspace, plan: Plan) -> None:
-        self.workspace, self.plan = workspace, plan
-
-    def seeds(self, of: Callable[[int], float]) -> Spread:
-        """A figure over the seeds."""
-        return Spread.of(of(seed) for seed in self.plan.seeds)
-
-    def perplexity(self, kind: str) -> Spread:
-        """On the validation text."""
-        return self.seeds(lambda seed: self._json(f"prose.{kind}.s{seed}")["perplexity"])
-
-    def accuracy(self, kind: str, alpha: float, task: str, seed: int) -> float:
-        """The accuracy in a task."""
-        at = "" if alpha == 1 else f".alpha{alpha:g}"
-        return float(self._json(f"tasks{at}.{kind}.s{seed}")["results"][task]["acc,none"])
-
-    def pruned(self, method: str, like: str) -> Spread:
-        """The perplexity of the base model, pruned."""
-        return self.seeds(lambda seed: self._json(f"prune.{method}.{like}.s{seed}")["pruned_perplexity"])
-
-    def growth(self, name: str, kind: str, **point: Any) -> Spread:
-        """How much perplexity grows at a point of an ablation, as a fraction."""
-
-        def of(seed: int) -> float:
-            rows = self.rows(name, kind, seed)
-            exact = next(row for row in rows if row.point.study == "exact").scores["perplexity"]
-            return self._at(rows, point).scores["perplexity"] / exact - 1
-
-        return self.seeds(of)
-
-    def bytes(self, name: str, kind: str, **point: Any) -> int:
-        """Bytes of a table at a point, the same for all seeds of one layout."""
-        return self._at(self.rows(name, kind, 0), point).bytes or 0
-
-    def rows(self, name: str, kind: str, seed: int) -> list[Row]:
-        """All rows of an ablation."""
-        return read_ablation(self.workspace.path / f"results/{name}.{kind}.s{seed}.json").rows
-
-    @staticmethod
-    def _at(rows: Iterable[Row], point: Mapping[str, Any]) -> Row:
-        return next(
-            row for row in rows if all(getattr(row.point, name) == value for name, value in point.items())
-        )
-
-    def _json(self, name: str) -> Any:
-        return self.workspace.result(f"results/{name}.json")
-
-    def layers(self, kind: str) -> range:
-        """Numbers of the layers."""
-        return range(
-            load_config(self.plan.config(kind), list(self.plan.scale.overrides)).model.num_hidden_layers
-        )
+    measure: Callable[[Scores], Body]
 
 
 def with_memory(plan: Plan) -> list[str]:
@@ -272,6 +215,46 @@ def _figure11(scores: Scores) -> Body:
     return Body(["active size of", "trained so", *(f"base, {method}" for method in METHODS)], rows, claims)
 
 
+def _figure5(scores: Scores) -> Body:
+    rows: list[list[Cell]] = []
+    coefficients = []
+    for layer in scores.layers("memory"):
+        found = scores.seeds(partial(_coefficient, scores, layer))
+        first = scores.keys(0, layer)
+        largest = max(first.clusters, key=lambda cluster: cluster.tokens)
+        silhouette = "" if first.silhouette is None else f"{first.silhouette:.3f}"
+        rows.append([str(layer), found.text(3), silhouette, f"{first.explained:.3f}", largest.name])
+        coefficients.append(found)
+    claim = Claim(
+        claim="tokens cluster by the keys they open, in every layer (coefficient above 0.1)",
+        holds=all(found.mean > 0.1 for found in coefficients),
+        clear=all(found.least > 0.1 for found in coefficients)
+        or any(found.most < 0.1 for found in coefficients),
+        seen=", ".join(found.text(3) for found in coefficients),
+    )
+    return Body(
+        ["layer", "coefficient", "silhouette", "explained", "largest cluster (seed 0)"], rows, [claim]
+    )
+
+
+def _coefficient(scores: Scores, layer: int, seed: int) -> float:
+    return scores.keys(seed, layer).clustering_coefficient
+
+
+def _figure6(scores: Scores) -> Body:
+    layers = scores.layers("memory")
+    last = max(1, len(layers) // 3)
+
+    def outliers(among: range, seed: int) -> float:
+        return statistics.fmean(len(scores.keys(seed, layer).outlier_keys) for layer in among)
+
+    found = [scores.seeds(partial(outliers, range(layer, layer + 1))) for layer in layers]
+    rows: list[list[Cell]] = [[str(layer), value.text(1)] for layer, value in enumerate(found)]
+    parts = [scores.seeds(partial(outliers, part)) for part in (layers[:-last], layers[-last:])]
+    claim = less("the last layers have more outlier keys", ["others", f"last {last}"], parts)
+    return Body(["layer", "outlier keys"], rows, [claim])
+
+
 def _percent(value: Spread) -> str:
     if value.least == value.most:
         return f"{value.mean:+.2%}"
@@ -316,6 +299,18 @@ ITEMS: dict[str, Item] = {
         "A picture: the first few layers matter, the middle ones hardly.",
         lambda plan: each(plan, "ablate", ["base", "memory"]),
         _dropped(lambda plan: ["base", "memory"], "memory"),
+    ),
+    "figure5": Item(
+        "Clusters of tokens by the keys they open",
+        "Pictures, and a clustering measure that is not named: high in every layer.",
+        lambda plan: each(plan, "keys", ["memory"]),
+        _figure5,
+    ),
+    "figure6": Item(
+        "Outlier keys",
+        "A picture, with a threshold that is not given: more in the last layers.",
+        lambda plan: each(plan, "keys", ["memory"]),
+        _figure6,
     ),
     "figure9": Item(
         "Flex-MemoryLLM between MemoryLLM and base",

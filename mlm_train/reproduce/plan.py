@@ -23,7 +23,7 @@ class Scale:
     configs: of the models, KIND-CONFIGS.yaml. seeds: of each model. vocab: of the tokenizer to be trained
     on the text. tokens: of each run, and speed: in tokens per second, for the prediction of times.
     overrides: of the configs. samples: windows of the validation text that are scored; None: all. people: of
-    the synthetic tasks.
+    the synthetic tasks. clusters: of tokens, per layer.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Scale:
     overrides: tuple[str, ...] = ()
     samples: int | None = None
     people: int = 40
+    clusters: int = 64
 
     @property
     def train_seconds(self) -> float:
@@ -48,7 +49,7 @@ SCALES = {
         "model.vocab_size=512", "model.num_hidden_layers=2", "data.sequence_length=64",
         "train.global_batch_size=4", "train.micro_batch_size=4", "train.steps=60", "train.eval_interval=30",
         "train.eval_samples=4", "checkpoint.interval=10", "schedule.warmup_steps=5",
-    ), samples=8, people=6),
+    ), samples=8, people=6, clusters=8),
     "micro": Scale("micro", "micro", 3, 4096, 16 * 256 * 1000, 6_000, samples=400),
     "250m": Scale("250m", "250m", 1, 128_256, 50_000_000_000, 1e6),
     "750m": Scale("750m", "750m", 1, 128_256, 50_000_000_000, 4e5),
@@ -156,6 +157,8 @@ class Plan:
         if kind == "base":
             return steps
         steps += [self._tasks(name, run, alpha) for alpha in TASK_ALPHAS if alpha != 1.0]
+        if kind == "memory":
+            steps.append(self._keys(name, run))
         table = f"tol/{kind}-s{seed}"
         steps += [
             Step(f"tol.{name}", ("tol", "build", run, "--output", table, "--dtype", "float32"), trained,
@@ -166,6 +169,11 @@ class Plan:
                  (f"tol.{name}",), seconds=360),
         ]  # fmt: skip
         return steps
+
+    def _keys(self, name: str, run: str) -> Step:
+        clusters = ("--clusters", str(self.scale.clusters), "--map-tokens", "0")
+        words = ("analyze", "keys", "--model", run, "--output", f"keys/{name}", *clusters)
+        return Step(f"keys.{name}", words, (f"train.{name}",), seconds=90)
 
     def _tasks(self, name: str, run: str, alpha: float | None) -> Step:
         at = "" if alpha is None else f".alpha{alpha:g}"

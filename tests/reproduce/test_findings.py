@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 
 from mlm_train.analyze.ablate.points import Point
+from mlm_train.analyze.keys.folder import FORMAT
 from mlm_train.reproduce.command import FIGURES
 from mlm_train.reproduce.finding import Spread, less
-from mlm_train.reproduce.items import ITEMS, Scores, finding_of
+from mlm_train.reproduce.items import ITEMS, finding_of
 from mlm_train.reproduce.page import verdict, write_page
 from mlm_train.reproduce.plan import SCALES, TASKS, Plan
+from mlm_train.reproduce.scores import Scores
 from mlm_train.reproduce.steps import Workspace
 from tests.commands import mlm_train, refused
 
@@ -25,6 +27,22 @@ PROSE = {
     "flex-3h2": 40.2,
 }
 RANK = {"uniform": 0.06, "weighted": 0.03, "per layer": 0.08}
+
+
+def write_keys(folder: Path, layer: int, coefficient: float, outliers: int) -> None:
+    """What `analyze keys` writes of a layer, statistics alone."""
+    part = folder / f"layer-{layer:03}"
+    part.mkdir(parents=True)
+    clusters = [{"cluster": n, "name": f"words {n}", "tokens": 10 * n + 1, "central": [1]} for n in range(3)]
+    numbers = dict.fromkeys(("mean_abs", "mean_norm", "mean_effective_keys", "mean_share", "seconds"), 1.0)
+    (part / "statistics.json").write_text(json.dumps({
+        "layer": layer, "digest": "d", **numbers, "unused_keys": 0, "outlier_keys": list(range(outliers)),
+        "explained": 0.5, "silhouette": None, "clustering_coefficient": coefficient, "sample": 10,
+        "clusters": clusters,
+    }))  # fmt: skip
+    settings = {"top_k": 1, "clusters": 3, "map_tokens": 0, "seed": 0}
+    about = {"format": FORMAT, "model": "m", "fingerprint": "f", "vocab_size": 31, "num_layers": 6, "keys": 8}
+    (folder / "analysis.json").write_text(json.dumps({**about, "settings": settings, "definitions": {}}))
 
 
 def ablation(rows: list[tuple[Point, float]], exact: float = 50.0) -> dict[str, Any]:
@@ -70,6 +88,8 @@ def scores(tmp_path: Path) -> Scores:
             for variant, growth in RANK.items()
         ]
         write(f"table.memory.s{seed}", ablation(types + ranks))
+        for layer in range(6):
+            write_keys(tmp_path / f"keys/memory.s{seed}", layer, 0.1 * layer + 0.01 * seed, layer + seed)
         for method, worse in (("magnitude", 500.0), ("wanda", 90.0), ("sparsegpt", 41.0)):
             for like in ("memory", "flex1", "flex2", "flex3"):
                 write(f"prune.{method}.{like}.s{seed}", {"pruned_perplexity": worse + seed - 1})
@@ -98,6 +118,11 @@ def test_every_item(scores: Scores, tmp_path: Path) -> None:
     assert rows["figure4"][0] == ["0", "+30.00%", "+30.00%"]
     assert rows["figure4"][5] == ["5", "+1.00% (+0.00% to +2.00%)", "+1.00% (+0.00% to +2.00%)"]
     assert claims["figure4"] == [(True, True)] * 2 and claims["figure12"] == [(True, True)] * 4
+    assert rows["figure5"][2] == ["2", "0.210 (0.200 to 0.220)", "", "0.500", "words 2"]
+    assert claims["figure5"] == [(False, True)]  # 0.01 in layer 0
+    assert rows["figure6"][5] == ["5", "6.0 (5.0 to 7.0)"]
+    # 0 to 3 and 4, 5 in seed 0: means of 1.5 and 4.5, each with a spread of 2.
+    assert claims["figure6"] == [(True, True)]
     # 43 to 40.2 is beyond the spread of 1, 46 to 43 too; 40.2 is within 1 % of 40.
     assert claims["figure9"] == [(True, True), (True, True)]
     assert rows["figure11"][0][4] == "41.00 (40.00 to 42.00)"
