@@ -18,6 +18,13 @@ _FLAGS = (
 )  # fmt: skip
 
 
+def apt_get(*words: str) -> None:
+    """One at a time: tests/slurm/cluster_up.sh installs too, maybe in a process beside this one."""
+    command = ["flock", "/tmp/mlm-train-apt.lock", "apt-get", *words]
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    subprocess.run(command, check=False, capture_output=True, env=environment)
+
+
 def programs() -> tuple[str, str]:
     """Paths of chromium and its driver; installed from Debian where they are missing and that is possible."""
     for _ in range(2):
@@ -26,10 +33,8 @@ def programs() -> tuple[str, str]:
             return chromium, driver
         if os.geteuid() != 0 or shutil.which("apt-get") is None:
             break
-        subprocess.run(["apt-get", "update", "-qq"], check=False, capture_output=True)
-        words = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium", "chromium-driver"]
-        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        subprocess.run(words, check=False, capture_output=True, env=environment)
+        apt_get("update", "-qq")
+        apt_get("install", "-y", "-qq", "--no-install-recommends", "chromium", "chromium-driver")
     pytest.skip("needs Chromium and its driver, or root and apt-get to install them")
 
 

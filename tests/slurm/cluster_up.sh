@@ -34,8 +34,9 @@ install_slurm() {
             chmod +x "$policy"
             made=1
         fi
-        apt-get update -qq
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        # One at a time: tests/analyze/browser.py installs too, maybe in a process beside this one.
+        flock /tmp/mlm-train-apt.lock apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive flock /tmp/mlm-train-apt.lock apt-get install -y -qq --no-install-recommends \
             slurmctld slurmd slurm-client munge iproute2 slurmdbd mariadb-server-core mariadb-client-core >&2
         if [[ $made ]]; then rm -f "$policy"; fi
         return
