@@ -44,7 +44,9 @@ FIGURES = (
     "figure4",
     "figure5",
     "figure6",
+    "figure7",
     "figure9",
+    "figure10",
     "figure11",
     "figure12",
 )

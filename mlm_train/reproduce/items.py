@@ -255,6 +255,31 @@ def _figure6(scores: Scores) -> Body:
     return Body(["layer", "outlier keys"], rows, [claim])
 
 
+def _figure7(scores: Scores) -> Body:
+    kinds = [kind for kind in scores.plan.kinds if kind != "base-small"]
+    parts = {"attention": "attention", "ffn": "FFN or FFN-C", "ffn_m": "FFN-M"}
+    rows: list[list[Cell]] = []
+    for kind in kinds:
+        for layer in scores.layers(kind):
+            shares = [scores.seeds(partial(scores.share, kind, layer, part)).text(3) for part in parts]
+            rows.append([kind, str(layer), *shares])
+    return Body(["model", "layer", *parts.values()], rows, [])
+
+
+def _figure10(scores: Scores) -> Body:
+    layers = scores.layers("memory")
+    third = max(1, len(layers) // 3)
+    found = [scores.seeds(partial(scores.half_rank_error, layer)) for layer in layers]
+    rows: list[list[Cell]] = [[str(layer), value.text(3)] for layer, value in enumerate(found)]
+
+    def mean(among: range, seed: int) -> float:
+        return statistics.fmean(scores.half_rank_error(layer, seed) for layer in among)
+
+    ends = [scores.seeds(partial(mean, part)) for part in (layers[-third:], layers[:third])]
+    claim = less("later layers compress better", [f"last {third}", f"first {third}"], ends)
+    return Body(["layer", "relative error at half of the ranks"], rows, [claim])
+
+
 def _percent(value: Spread) -> str:
     if value.least == value.most:
         return f"{value.mean:+.2%}"
@@ -312,11 +337,23 @@ ITEMS: dict[str, Item] = {
         lambda plan: each(plan, "keys", ["memory"]),
         _figure6,
     ),
+    "figure7": Item(
+        "What each part adds to the residual stream",
+        "A picture of FFN-M's and attention's part by layer.",
+        lambda plan: each(plan, "shares", [kind for kind in plan.kinds if kind != "base-small"]),
+        _figure7,
+    ),
     "figure9": Item(
         "Flex-MemoryLLM between MemoryLLM and base",
         "A picture: perplexity falls with beta; Flex-3h^2 (704M active) about equals base-1B.",
         lambda plan: each(plan, "prose", [kind for kind in plan.kinds if kind != "base-small"]),
         _figure9,
+    ),
+    "figure10": Item(
+        "How well each layer's table compresses",
+        "A picture, with the text: later layers compress better.",
+        lambda plan: each(plan, "inspect", ["memory"]),
+        _figure10,
     ),
     "figure11": Item(
         "Against pruned base models",

@@ -154,6 +154,10 @@ class Plan:
              "--output", f"results/ablate.{name}.json"),
             trained, seconds=240,
         ))  # fmt: skip
+        shares = ("analyze", "shares", *model, *data, "--json")
+        steps.append(
+            Step(f"shares.{name}", shares, trained, prints=f"results/shares.{name}.json", seconds=30)
+        )
         if kind == "base":
             return steps
         steps += [self._tasks(name, run, alpha) for alpha in TASK_ALPHAS if alpha != 1.0]
@@ -163,6 +167,8 @@ class Plan:
         steps += [
             Step(f"tol.{name}", ("tol", "build", run, "--output", table, "--dtype", "float32"), trained,
                  seconds=25),
+            Step(f"inspect.{name}", ("tol", "inspect", table, "--json"), (f"tol.{name}",),
+                 prints=f"results/inspect.{name}.json"),
             Step(f"table.{name}",
                  ("analyze", "ablate", *model, *data, "--tol", table, "--study", "precision", "rank",
                   "--output", f"results/table.{name}.json"),

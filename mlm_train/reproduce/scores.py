@@ -61,6 +61,17 @@ class Scores:
     def _json(self, name: str) -> Any:
         return self.workspace.result(f"results/{name}.json")
 
+    def share(self, kind: str, layer: int, part: str, seed: int) -> float:
+        """What `analyze shares` says a part adds of a layer's update; 0 for one that it does not have."""
+        found = self._json(f"shares.{kind}.s{seed}")["layers"][layer].get(part)
+        return 0.0 if found is None else float(found["share"])
+
+    def half_rank_error(self, layer: int, seed: int) -> float:
+        """The relative error of a layer of MemoryLLM's table without the lesser half of its directions."""
+        values = self._json(f"inspect.memory.s{seed}")["layers"][layer]["singular_values"]
+        squares = [value**2 for value in values]
+        return float((sum(squares[len(squares) // 2 :]) / sum(squares)) ** 0.5)
+
     def keys(self, seed: int, layer: int) -> Statistics:
         """Of a layer of the MemoryLLM of a seed."""
         return KeysFolder(self.workspace.path / f"keys/memory.s{seed}").statistics(layer)

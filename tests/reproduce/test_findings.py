@@ -70,6 +70,8 @@ def scores(tmp_path: Path) -> Scores:
         for kind, value in PROSE.items():
             write(f"prose.{kind}.s{seed}", {"perplexity": value + seed - 1})
             part = "ffn" if kind == "base" else "memory"
+            shares = {"attention": {"share": 0.6}, part.replace("memory", "ffn_m"): {"share": 0.4}}
+            write(f"shares.{kind}.s{seed}", {"windows": 1, "layers": [shares] * 6})
             dropped = [
                 (Point(study="drop", layer=layer, part=part, alpha=0), 0.3 if layer < 2 else 0.01 * seed)
                 for layer in range(6)
@@ -88,6 +90,8 @@ def scores(tmp_path: Path) -> Scores:
             for variant, growth in RANK.items()
         ]
         write(f"table.memory.s{seed}", ablation(types + ranks))
+        spectra = [{"singular_values": [4.0, 3.0, 3.0 - layer / 2, 0.0]} for layer in range(6)]
+        write(f"inspect.memory.s{seed}", {"layers": spectra})
         for layer in range(6):
             write_keys(tmp_path / f"keys/memory.s{seed}", layer, 0.1 * layer + 0.01 * seed, layer + seed)
         for method, worse in (("magnitude", 500.0), ("wanda", 90.0), ("sparsegpt", 41.0)):
@@ -123,6 +127,10 @@ def test_every_item(scores: Scores, tmp_path: Path) -> None:
     assert rows["figure6"][5] == ["5", "6.0 (5.0 to 7.0)"]
     # 0 to 3 and 4, 5 in seed 0: means of 1.5 and 4.5, each with a spread of 2.
     assert claims["figure6"] == [(True, True)]
+    assert rows["figure7"][0] == ["base", "0", "0.600", "0.400", "0.000"]
+    assert rows["figure7"][6] == ["memory", "0", "0.600", "0.000", "0.400"] and len(rows["figure7"]) == 30
+    assert rows["figure10"][2] == ["2", "0.371"]  # 2 / sqrt(16 + 9 + 4)
+    assert claims["figure10"] == [(True, True)]
     # 43 to 40.2 is beyond the spread of 1, 46 to 43 too; 40.2 is within 1 % of 40.
     assert claims["figure9"] == [(True, True), (True, True)]
     assert rows["figure11"][0][4] == "41.00 (40.00 to 42.00)"
