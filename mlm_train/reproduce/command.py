@@ -39,6 +39,7 @@ FIGURES = (
     "table1",
     "table2",
     "table5",
+    "table6",
     "table7",
     "table8",
     "figure4",

@@ -23,7 +23,8 @@ class Scale:
     configs: of the models, KIND-CONFIGS.yaml. seeds: of each model. vocab: of the tokenizer to be trained
     on the text. tokens: of each run, and speed: in tokens per second, for the prediction of times.
     overrides: of the configs. samples: windows of the validation text that are scored; None: all. people: of
-    the synthetic tasks. clusters: of tokens, per layer.
+    the synthetic tasks. clusters: of tokens, per layer. decode: the shape that decoding is timed
+    with.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Scale:
     samples: int | None = None
     people: int = 40
     clusters: int = 64
+    decode: str = "1b"
 
     @property
     def train_seconds(self) -> float:
@@ -49,7 +51,7 @@ SCALES = {
         "model.vocab_size=512", "model.num_hidden_layers=2", "data.sequence_length=64",
         "train.global_batch_size=4", "train.micro_batch_size=4", "train.steps=60", "train.eval_interval=30",
         "train.eval_samples=4", "checkpoint.interval=10", "schedule.warmup_steps=5",
-    ), samples=8, people=6, clusters=8),
+    ), samples=8, people=6, clusters=8, decode="tiny"),
     "micro": Scale("micro", "micro", 3, 4096, 16 * 256 * 1000, 6_000, samples=400),
     "250m": Scale("250m", "250m", 1, 128_256, 50_000_000_000, 1e6),
     "750m": Scale("750m", "750m", 1, 128_256, 50_000_000_000, 4e5),
@@ -82,6 +84,11 @@ class Plan:
         return tuple(kind for kind in KINDS if self.config(kind).exists())
 
     @property
+    def with_memory(self) -> list[str]:
+        """Those of them with FFN-M."""
+        return [kind for kind in self.kinds if not kind.startswith("base")]
+
+    @property
     def seeds(self) -> range:
         """Seeds of each model."""
         return range(self.scale.seeds)
@@ -101,6 +108,7 @@ class Plan:
             *(self.train(kind, seed) for seed in self.seeds for kind in self.kinds),
             *(step for seed in self.seeds for kind in self.kinds for step in self.scores(kind, seed)),
             *(step for seed in self.seeds for step in self.pruned(seed)),
+            self.decode(),
         ]
 
     def data(self) -> list[Step]:
@@ -188,6 +196,32 @@ class Plan:
                  *scaled, "--json")  # fmt: skip
         return Step(f"tasks{at}.{name}", words, (f"train.{name}", "synthetic"),
                     prints=f"results/tasks{at}.{name}.json", seconds=60)  # fmt: skip
+
+    def decode(self) -> Step:
+        """The time of a token, with random weights in the paper's 1B shapes, on this machine."""
+        shape = (
+            "--shape",
+            self.scale.decode,
+            "--batches",
+            "1",
+            "--prefills",
+            "512",
+            "--skip-hf",
+            "--runs",
+            "5",
+        )
+        words = (
+            "bench",
+            "decode",
+            "--data",
+            "data/prose",
+            *shape,
+            "--work",
+            ".",
+            "--json",
+            "results/decode.json",
+        )
+        return Step("decode", words, ("data",), seconds=500, alone=True)
 
     def pruned(self, seed: int) -> list[Step]:
         """A base model pruned by each method to the active size of each other kind."""

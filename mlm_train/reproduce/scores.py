@@ -1,5 +1,6 @@
 """What the steps of a reproduction wrote."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ from mlm_train.analyze.ablate.study import Row, read_ablation
 from mlm_train.analyze.keys.folder import KeysFolder, Statistics
 from mlm_train.config import load_config
 from mlm_train.reproduce.finding import Spread
-from mlm_train.reproduce.plan import Plan
+from mlm_train.reproduce.plan import KINDS, Plan
 from mlm_train.reproduce.steps import Workspace
 
 
@@ -71,6 +72,19 @@ class Scores:
         values = self._json(f"inspect.memory.s{seed}")["layers"][layer]["singular_values"]
         squares = [value**2 for value in values]
         return float((sum(squares[len(squares) // 2 :]) / sum(squares)) ** 0.5)
+
+    def decode(self) -> dict[str, tuple[float, float]]:
+        """Median ms per token, and peak resident GB without imports and tables, of each kind at 1B."""
+        tree: Any = json.loads((self.workspace.path / "results/decode.json").read_text(encoding="utf-8"))
+        rows = {row["name"]: row["median"] for row in tree["rows"]}
+        names = {kind: kind.removesuffix("h2").replace("-", "") for kind in KINDS if kind != "base-small"}
+        return {
+            kind: (
+                rows["decode.batch1.memory.bfloat16" if kind == "memory" else f"decode.batch1.{name}"],
+                rows[f"resident.{name}"] / 1e9,
+            )
+            for kind, name in names.items()
+        }
 
     def keys(self, seed: int, layer: int) -> Statistics:
         """Of a layer of the MemoryLLM of a seed."""

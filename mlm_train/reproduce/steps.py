@@ -28,7 +28,8 @@ class Step:
 
     words: its arguments; it runs in the folder of all results, to which relative paths belong. needs: names
     of steps before it. prints: the file that its standard output becomes. makes: what a command that does not
-    resume has made by then: removed before it runs again. seconds: predicted, on two CPU cores.
+    resume has made by then: removed before it runs again. seconds: predicted, on two CPU cores. alone: it
+    measures time, and so has the machine to itself.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Step:
     prints: str | None = None
     makes: str | None = None
     seconds: float = 10.0
+    alone: bool = False
 
 
 class Ended(Record):
@@ -86,7 +88,7 @@ class Workspace:
             done = subprocess.run(
                 command,
                 cwd=self.path,
-                env=self.environment,
+                env=None if step.alone else self.environment,
                 stdout=subprocess.PIPE if step.prints else errors,
                 stderr=errors,
                 preexec_fn=_end_at_once,
@@ -137,8 +139,11 @@ def run_all(workspace: Workspace, steps: Sequence[Step], say: Callable[[str], No
     started, predicted = time.monotonic(), 0.0
     with ThreadPoolExecutor(jobs) as pool:
         while left or running:
-            ready = [step for step in left if done.issuperset(step.needs)]
-            for step in ready[: jobs - len(running)]:
+            for step in [step for step in left if done.issuperset(step.needs)]:
+                if running and (step.alone or any(other.alone for other in running.values())):
+                    continue
+                if len(running) == jobs:
+                    break
                 left.remove(step)
                 running[pool.submit(workspace.run, step)] = step
                 rest = sum(each.seconds for each in (*left, *running.values())) / jobs

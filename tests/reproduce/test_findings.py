@@ -97,6 +97,12 @@ def scores(tmp_path: Path) -> Scores:
         for method, worse in (("magnitude", 500.0), ("wanda", 90.0), ("sparsegpt", 41.0)):
             for like in ("memory", "flex1", "flex2", "flex3"):
                 write(f"prune.{method}.{like}.s{seed}", {"pruned_perplexity": worse + seed - 1})
+    times = {"base": 100.0, "flex1": 55.0, "flex2": 60.0, "flex3": 70.0, "memory.bfloat16": 48.0}
+    decode = [{"name": f"decode.batch1.{name}", "median": time} for name, time in times.items()]
+    decode += [
+        {"name": f"resident.{name.partition('.')[0]}", "median": time * 1e7} for name, time in times.items()
+    ]
+    write("decode", {"rows": decode})
     return Scores(Workspace(tmp_path), PLAN)
 
 
@@ -116,6 +122,8 @@ def test_every_item(scores: Scores, tmp_path: Path) -> None:
     assert rows["table2"][2] == ["memory", "886,080", "2,656,704", "50.00 (49.00 to 51.00)"]
     assert claims["table2"] == [(True, True), (True, True)]
     assert claims["table5"] == [(True, True)] and len(rows["table5"]) == 15
+    assert rows["table6"][4] == ["memory", "48.0", "0.48", "0.67", "0.48", "0.48", "0.63"]
+    assert claims["table6"] == [(True, True)]
     assert rows["table7"][2] == ["int4", "4.00", "+0.40%", "+0.37%"] and claims["table7"] == [(True, True)]
     assert rows["table8"][4] == ["50%", "+3.00%", "+1.50%", "+4.00%", "+3.53%"]
     assert claims["table8"] == [(True, True), (False, True)]
