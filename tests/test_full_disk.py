@@ -131,7 +131,7 @@ WRITERS: dict[str, tuple[Words, str]] = {  # and the option that names the outpu
 }
 
 
-LONG = ("low rank", "bench")  # as "build", as "plot"
+LONG = ("build", "low rank", "bench")  # tests/tol/test_faults.py fills a disk during a build; as "plot"
 
 
 @pytest.mark.parametrize(

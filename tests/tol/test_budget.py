@@ -181,6 +181,7 @@ def compressed(table: Path, output: Path, *arguments: object) -> tuple[TolIndex,
     return index, sum(errors)
 
 
+@pytest.mark.long
 def test_no_layer_is_dropped_where_a_better_table_fits(
     table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
