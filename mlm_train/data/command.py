@@ -204,7 +204,8 @@ def _run_synthetic(args: argparse.Namespace) -> None:
 
 def _run_prepare(args: argparse.Namespace) -> None:
     from mlm_train.data.documents import LISTED
-    from mlm_train.data.prepare import available_workers, prepare
+    from mlm_train.data.prepare import prepare
+    from mlm_train.utils.cores import available_cores
 
     left_out: dict[str, str] = {}
     with _progress_bar() as progress:
@@ -215,7 +216,7 @@ def _run_prepare(args: argparse.Namespace) -> None:
             text_key=args.text_key,
             validation=args.validation,
             validation_fraction=args.validation_fraction,
-            workers=args.workers or available_workers(),
+            workers=args.workers or available_cores(),
             eod=args.eod,
             add_bos=args.add_bos,
             progress=progress,

@@ -29,11 +29,6 @@ Progress = Callable[[str, float, int | None], None]
 """Called with the stage, bytes of input processed since the last call, and bytes in total."""
 
 
-def available_workers() -> int:
-    """Number of CPU cores this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def prepare(
     inputs: Sequence[str],
     output: Path,

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from mlm_train.checkpoint.reading.logical_folder import ModelFolder
     from mlm_train.evaluate.scorer import Scorer
     from mlm_train.evaluate.windows import Windows
-    from mlm_train.inference.language_model import LanguageModel
 
 HELP = """Perplexity of a model by tokens, words and bytes, on prepared data or on raw text, or its scores on
 tasks of lm-evaluation-harness, with FFN-M computed or read from a ToL; or its logits for given tokens.
@@ -212,11 +211,12 @@ def _data(args: argparse.Namespace) -> None:
 
 def _text(args: argparse.Namespace) -> None:
     from mlm_train.evaluate.report import figures
+    from mlm_train.evaluate.scorer import window_length
     from mlm_train.evaluate.texts import TextScorer, text_sources
 
     sources = text_sources(args.text, args.split or "validation", args.text_key or "text")
     lm = language_model(args)
-    length = _length(args, lm)
+    length = window_length(lm.folder.config, args.sequence_length)
     stride = length if args.stride is None else args.stride
     if stride > length:
         raise UserError(
@@ -245,17 +245,6 @@ def _tasks(args: argparse.Namespace) -> None:
     if args.tensorboard is not None:
         write_scalars(results.scalars(), args.tensorboard, _step(lm.folder))
     print(results.as_json() if args.json else results.table())
-
-
-def _length(args: argparse.Namespace, lm: "LanguageModel") -> int:
-    """Most tokens that the model reads at once."""
-    longest = lm.folder.config.max_position_embeddings
-    length = longest if args.sequence_length is None else args.sequence_length
-    if length > longest:
-        raise UserError(
-            f"--sequence-length {length} is longer than the model's max_position_embeddings={longest}"
-        )
-    return int(length)
 
 
 def _show(args: argparse.Namespace, folder: "ModelFolder", result: dict[str, Any]) -> None:

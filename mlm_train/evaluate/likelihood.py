@@ -1,17 +1,15 @@
 """Log-likelihoods of tokens after a context, in batches: texts in rolling windows, and answers of tasks."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from mlm_train.model.loss import default_chunk
 from mlm_train.model.source import MemorySource
 from mlm_train.model.transformer import Transformer
+from mlm_train.utils.progress import tracked
 
 
 class Request(NamedTuple):
@@ -64,9 +62,8 @@ def likelihoods(
         readers.setdefault(tuple(request.ids), []).append(number)
     found: dict[int, Likelihood] = {}
     rows = sorted(readers, key=len, reverse=True)
-    hide = not (show and sys.stderr.isatty())
     starts = range(0, len(rows), batch_size)
-    for start in track(starts, "evaluate", console=Console(stderr=True), disable=hide, transient=True):
+    for start in tracked(starts, "evaluate", show):
         batch = rows[start : start + batch_size]
         asked = [(row, number) for row, ids in enumerate(batch) for number in readers[ids]]
         places = [

@@ -20,6 +20,16 @@ from mlm_train.utils.checks import Check
 from mlm_train.utils.files import sha256_of
 
 
+def window_length(config: ModelConfig, asked: int | None) -> int:
+    """Tokens per window: those of --sequence-length, or the model's maximum. UserError for more than that."""
+    longest = config.max_position_embeddings
+    if asked is not None and asked > longest:
+        raise UserError(
+            f"--sequence-length {asked} is longer than the model's max_position_embeddings={longest}"
+        )
+    return longest if asked is None else asked
+
+
 class Scorer:
     """A model (an export, a run's newest checkpoint, or a checkpoint) and windows of text.
 
@@ -50,12 +60,7 @@ class Scorer:
         self._opened = open_model(model, verify=verify or "full", with_memory=with_memory, embeds=embeds)
         self._with_memory, self._embeds, self._scales = with_memory, embeds, scales
         self.config: ModelConfig = self._opened.config
-        longest = self.config.max_position_embeddings
-        if length is not None and length > longest:
-            raise UserError(
-                f"--sequence-length {length} is longer than the model's max_position_embeddings={longest}"
-            )
-        self._length, self._micro_batch = longest if length is None else length, micro_batch
+        self._length, self._micro_batch = window_length(self.config, length), micro_batch
         self._add_bos = add_bos
         self.windows = self.windows_of(split, count)
 

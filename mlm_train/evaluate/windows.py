@@ -1,11 +1,8 @@
 """Windows of prepared data, as batches for a model and as the text that they are of."""
 
-import sys
 from collections.abc import Iterator, Sequence
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from mlm_train.data.prepared import PreparedData
@@ -13,6 +10,7 @@ from mlm_train.data.samples import Samples
 from mlm_train.data.tokenizer import Tokenizer
 from mlm_train.errors import UserError
 from mlm_train.evaluate.score import bytes_in, words_in
+from mlm_train.utils.progress import tracked
 
 
 class Windows:
@@ -47,8 +45,7 @@ class Windows:
     def batches(self, show: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """(ids, labels), int64 [micro_batch, length]; with `show`, a progress bar on a terminal."""
         starts = range(0, self.count, self.micro_batch)
-        hidden = not (show and sys.stderr.isatty())
-        for start in track(starts, "evaluate", console=Console(stderr=True), disable=hidden, transient=True):
+        for start in tracked(starts, "evaluate", show):
             tokens = self.tokens(range(start, min(start + self.micro_batch, self.count)))
             yield tokens[:, :-1], tokens[:, 1:]
 

@@ -1,7 +1,6 @@
 """`mlm-train reproduce`: the paper's tables and figures at a chosen scale."""
 
 import argparse
-import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mlm_train.errors import UserError
 from mlm_train.utils.arguments import refuse_below_one
+from mlm_train.utils.cores import available_cores
 
 if TYPE_CHECKING:
     from mlm_train.reproduce.plan import Plan
@@ -152,14 +152,10 @@ def _some(args: argparse.Namespace, plan: "Plan", prefix: str | None) -> int:
     return 0
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _jobs(args: argparse.Namespace) -> int:
     """Steps at once: of small models as many as there are cores, up to MOST_JOBS."""
     small = args.scale in ("tiny", "micro")
-    return int(args.jobs or (min(_cores(), MOST_JOBS) if small else 1))
+    return int(args.jobs or (min(available_cores(), MOST_JOBS) if small else 1))
 
 
 @contextmanager
@@ -168,7 +164,7 @@ def _workspace(args: argparse.Namespace) -> "Iterator[Workspace]":
     from mlm_train.reproduce.steps import Workspace
     from mlm_train.utils.files import locked, writing
 
-    workspace = Workspace(Path(args.output), max(1, _cores() // _jobs(args)))
+    workspace = Workspace(Path(args.output), max(1, available_cores() // _jobs(args)))
     with writing(workspace.path):
         workspace.path.mkdir(parents=True, exist_ok=True)
     with locked(workspace.path, "being reproduced"):

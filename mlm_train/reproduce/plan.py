@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlm_train.analyze.prune.command import METHODS
 from mlm_train.errors import UserError
 from mlm_train.reproduce.steps import Step
 
@@ -11,9 +12,7 @@ FLEX = ("flex-1h2", "flex-2h2", "flex-3h2")
 KINDS = ("base-small", "base", "memory", *FLEX)
 TASKS = ("synthetic_facts", "synthetic_copy", "synthetic_induction", "synthetic_arithmetic")
 LIKE = {"memory": "memory", "flex-1h2": "flex1", "flex-2h2": "flex2", "flex-3h2": "flex3"}
-ALPHAS = (0.0, 0.25, 0.5, 0.8, 1.2)
 TASK_ALPHAS = (1.0, 0.8, 0.5)  # the paper's
-METHODS = ("magnitude", "wanda", "sparsegpt")
 
 
 @dataclass(frozen=True)
@@ -111,6 +110,12 @@ class Plan:
             self.decode(),
         ]
 
+    @property
+    def _scored(self) -> tuple[str, ...]:
+        """The text that models are scored on, as options."""
+        some = () if self.scale.samples is None else ("--samples", str(self.scale.samples))
+        return ("--data", "data/prose", *some)
+
     def data(self) -> list[Step]:
         """Prose with a tokenizer of its own, and the synthetic tasks' documents in its tokens."""
         prepare = ("data", "prepare", "--input")
@@ -145,8 +150,7 @@ class Plan:
         """Perplexity and tasks, ablations, and for models with FFN-M its table."""
         name, run = f"{kind}.s{seed}", f"runs/{kind}-s{seed}"
         model = ("--model", run)
-        some = () if self.scale.samples is None else ("--samples", str(self.scale.samples))
-        data = ("--data", "data/prose", *some)
+        data = self._scored
         trained = (f"train.{name}",)
         steps = [
             Step(f"prose.{name}", ("evaluate", *model, *data, "--json"), trained,
@@ -155,10 +159,9 @@ class Plan:
         ]  # fmt: skip
         if kind == "base-small":
             return steps
-        alphas = ",".join(f"{alpha:g}" for alpha in ALPHAS)
         steps.append(Step(
             f"ablate.{name}",
-            ("analyze", "ablate", *model, *data, "--study", "alpha", "drop", "--alphas", alphas,
+            ("analyze", "ablate", *model, *data, "--study", "alpha", "drop",
              "--output", f"results/ablate.{name}.json"),
             trained, seconds=240,
         ))  # fmt: skip
@@ -199,37 +202,18 @@ class Plan:
 
     def decode(self) -> Step:
         """The time of a token, with random weights in the paper's 1B shapes, on this machine."""
-        shape = (
-            "--shape",
-            self.scale.decode,
-            "--batches",
-            "1",
-            "--prefills",
-            "512",
-            "--skip-hf",
-            "--runs",
-            "5",
-        )
         words = (
-            "bench",
-            "decode",
-            "--data",
-            "data/prose",
-            *shape,
-            "--work",
-            ".",
-            "--json",
-            "results/decode.json",
-        )
+            "bench", "decode", "--data", "data/prose", "--shape", self.scale.decode, "--batches", "1",
+            "--prefills", "512", "--skip-hf", "--runs", "5", "--work", ".", "--json", "results/decode.json",
+        )  # fmt: skip
         return Step("decode", words, ("data",), seconds=500, alone=True)
 
     def pruned(self, seed: int) -> list[Step]:
         """A base model pruned by each method to the active size of each other kind."""
-        some = () if self.scale.samples is None else ("--samples", str(self.scale.samples))
         return [
             Step(
                 f"prune.{method}.{like}.s{seed}",
-                ("analyze", "prune", "--model", f"runs/base-s{seed}", "--data", "data/prose", *some,
+                ("analyze", "prune", "--model", f"runs/base-s{seed}", *self._scored,
                  "--method", method, "--like", like, "--json"),
                 (f"train.base.s{seed}",),
                 prints=f"results/prune.{method}.{like}.s{seed}.json", seconds=90,

@@ -1,6 +1,5 @@
 """What the steps of a reproduction wrote."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -75,8 +74,7 @@ class Scores:
 
     def decode(self) -> dict[str, tuple[float, float]]:
         """Median ms per token, and peak resident GB without imports and tables, of each kind at 1B."""
-        tree: Any = json.loads((self.workspace.path / "results/decode.json").read_text(encoding="utf-8"))
-        rows = {row["name"]: row["median"] for row in tree["rows"]}
+        rows = {row["name"]: row["median"] for row in self._json("decode")["rows"]}
         names = {kind: kind.removesuffix("h2").replace("-", "") for kind in KINDS if kind != "base-small"}
         return {
             kind: (

@@ -2,9 +2,10 @@
 
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -14,11 +15,19 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
+    track,
 )
 
 from mlm_train.utils.units import in_units
 
+Item = TypeVar("Item")
 LINE_EVERY = 60.0  # seconds between log lines
+
+
+def tracked(items: Sequence[Item], what: str, show: bool = True) -> Iterable[Item]:
+    """The items, with a progress bar on standard error while they are gone through, if that is a terminal."""
+    console = Console(stderr=True)
+    return track(items, what, console=console, disable=not (show and console.is_terminal), transient=True)
 
 
 class ByteProgress:

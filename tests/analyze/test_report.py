@@ -92,7 +92,6 @@ def ablation(file: Path, **fields: Any) -> Path:
         "table": None,
         "windows": 4,
         "length": 8,
-        "tasks": [],
     }
     file.write_text(Ablation(**about | fields, rows=rows).model_dump_json())
     return file

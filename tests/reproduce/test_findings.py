@@ -48,7 +48,7 @@ def write_keys(folder: Path, layer: int, coefficient: float, outliers: int) -> N
 def ablation(rows: list[tuple[Point, float]], exact: float = 50.0) -> dict[str, Any]:
     points = [(Point(study="exact"), 0.0), *rows]
     return {
-        "model": "m", "kind": "memory", "data": "d", "table": None, "windows": 1, "length": 1, "tasks": [],
+        "model": "m", "kind": "memory", "data": "d", "table": None, "windows": 1, "length": 1,
         "rows": [
             {"point": point.model_dump(), "scores": {"loss": 1.0, "perplexity": exact * (1 + growth)},
              "bytes": 4_000_000 if point.dtype else None}

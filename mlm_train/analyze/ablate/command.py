@@ -2,13 +2,13 @@
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_train.errors import UserError
-from mlm_train.utils.arguments import MODEL_KINDS, add_action, refuse_below_one
+from mlm_train.evaluate.arguments import WINDOWS, add_scored_arguments, scorer_of
+from mlm_train.utils.arguments import add_action, refuse_below_one
 from mlm_train.utils.checks import add_verify
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ CUTS = (0.1, 0.2, 0.3, 0.4, 0.5)  # the paper's
 def add_ablate(actions: "Actions") -> None:
     """Add the action."""
     ablate = add_action(actions, "ablate", "scale, drop or compress FFN-M, and score it", _HELP)
-    ablate.add_argument("--model", required=True, help=MODEL_KINDS)
-    ablate.add_argument("--data", required=True, help="folder written by `data prepare`")
+    add_scored_arguments(ablate)
     ablate.add_argument("--output", required=True, metavar="FILE", help="JSON file of the scores")
     ablate.add_argument("--study", required=True, nargs="+", choices=STUDIES, help="what is changed")
     ablate.add_argument(
@@ -53,11 +52,6 @@ def add_ablate(actions: "Actions") -> None:
     ablate.add_argument("--tol", metavar="DIR", help="the model's table in a plain type, from `tol build`")
     ablate.add_argument(
         "--cuts", type=_numbers, default=CUTS, metavar="A,B", help="shares of the ranks (default 0.1 to 0.5)"
-    )
-    ablate.add_argument("--samples", type=int, help="number of windows, from the first; default: all")
-    ablate.add_argument("--sequence-length", type=int, help="tokens per window; default: the model's maximum")
-    ablate.add_argument(
-        "--micro-batch-size", type=int, default=8, help="windows per forward pass (default 8)"
     )
     ablate.add_argument("--plot", metavar="FILE", help="a PNG of the scores")
     add_verify(ablate, "the model, --data and --tol", "full; sizes for --data and --tol")
@@ -75,7 +69,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def run_ablate(args: argparse.Namespace) -> int:
     """Score, write and show."""
-    refuse_below_one(args, "samples", "sequence_length", "micro_batch_size")
+    refuse_below_one(args, *WINDOWS)
     if any(cut >= 1 for cut in args.cuts):
         raise UserError(f"--cuts {max(args.cuts):g}: give shares below 1")
     tables = [study for study in args.study if study in NEED_TABLE]
@@ -87,24 +81,16 @@ def run_ablate(args: argparse.Namespace) -> int:
         raise UserError("--tol has no effect on these studies: leave it out, or add precision or rank")
     from mlm_train.analyze.ablate.points import points_of
     from mlm_train.analyze.ablate.study import begun, is_ablation, run
-    from mlm_train.evaluate.scorer import Scorer
     from mlm_train.utils.files import check_output, is_png
+    from mlm_train.utils.progress import tracked
 
     file = check_output("--output", args.output, is_ablation, "file of `analyze ablate`")
     plot = None if args.plot is None else check_output("--plot", args.plot, is_png, "PNG")
-    scorer = Scorer(
-        args.model,
-        args.data,
-        length=args.sequence_length,
-        count=args.samples,
-        micro_batch=args.micro_batch_size,
-        with_memory=True,
-        verify=args.verify,
-    )
+    scorer = scorer_of(args, with_memory=True)
     points = points_of(scorer.config, args.study, args.alphas, args.cuts)
     ablation = begun(file, _about(args, scorer))
     compressed = None if args.tol is None else _compressed(args, scorer)
-    ablation = run(file, ablation, _shown(points), scorer, compressed, _score_of(scorer))
+    ablation = run(file, ablation, tracked(points, "ablation"), scorer, compressed, _score_of(scorer))
     _show(ablation, points)
     if plot is not None:
         from mlm_train.analyze.ablate.plot import plot_ablation
@@ -125,7 +111,6 @@ def _about(args: argparse.Namespace, scorer: "Scorer") -> "Ablation":
         table=None if args.tol is None else sha256_of(Path(args.tol) / INDEX),
         windows=scorer.windows.count,
         length=scorer.windows.samples.sequence_length,
-        tasks=[],
         rows=[],
     )
 
@@ -136,12 +121,10 @@ def _compressed(args: argparse.Namespace, scorer: "Scorer") -> "Compressed":
     from mlm_train.tol.serve.frequency import counts_of
     from mlm_train.tol.serve.reader import TableReader
 
-    table = TableReader.open_folder(args.tol, verify=args.verify or "sizes")
+    table = TableReader.open_plain(args.tol, args.verify or "sizes")
     check_fits(Path(args.tol), table.index, scorer.config)
     if table.index.source.checkpoint != scorer.fingerprint:
         raise UserError(f"{args.tol} was built from another model than {args.model}: give this one's table")
-    if any(field.quantised or field.rank is not None for field in table.index.fields):
-        raise UserError(f"{args.tol} is compressed already: give the table that `tol build` wrote")
     return Compressed(table, counts_of(scorer.data))
 
 
@@ -153,16 +136,6 @@ def _score_of(scorer: "Scorer") -> "Score":
         return {"loss": found.loss, "perplexity": found.perplexity}
 
     return score
-
-
-def _shown(points: "Sequence[Point]") -> "Any":
-    """The points, with a progress bar on a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    hidden = not sys.stderr.isatty()
-    return track(points, "ablation", console=console, disable=hidden, transient=True)
 
 
 def _show(ablation: "Ablation", points: "Sequence[Point]") -> None:

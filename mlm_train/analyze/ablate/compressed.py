@@ -10,6 +10,7 @@ from mlm_train.tol.allocate.mixes import size_of
 from mlm_train.tol.allocate.sensitivity import Choice, Trial, spectra_of
 from mlm_train.tol.format.schemes import GROUP, LEVELS, Dtype, Scheme
 from mlm_train.tol.lowrank.knapsack import LayerOptions, best_mix
+from mlm_train.tol.serve.frequency import row_weights
 from mlm_train.tol.serve.reader import TableReader
 
 # The same rank in all layers, of all rows alike; of rows by how often their token occurs; a rank per layer.
@@ -26,9 +27,8 @@ class Compressed:
         self.table, self.index = table, table.index
         self.spectra = spectra_of(table)
         self._plain = Trial(table, self.spectra)
-        rows = torch.ones(self.index.vocab_size, dtype=torch.float64)
-        rows[: len(counts)] += torch.from_numpy(counts)
-        self._weighted = Trial(table, spectra_of(table, (rows / rows.mean()).float()))
+        weights = torch.from_numpy(row_weights(counts, self.index.vocab_size))
+        self._weighted = Trial(table, spectra_of(table, weights))
 
     def in_type(self, dtype: Dtype) -> tuple[Trial, int]:
         """A source of the values rounded to a type, with its bytes."""

@@ -20,7 +20,7 @@ FIX = "name another file, or remove it"
 
 
 class Row(Record):
-    """A scored point. scores: loss and perplexity, and the score of each task by name. bytes: of a table."""
+    """A scored point. scores: loss and perplexity. bytes: of a table."""
 
     point: Point
     scores: dict[str, Number]
@@ -31,7 +31,7 @@ class Ablation(Record):
     """The file of an ablation.
 
     model, data, table: fingerprints, the last None without a table. kind: of the model. windows, length: how
-    much of the validation split was scored. tasks: names of the scored tasks.
+    much of the validation split was scored.
     """
 
     format: Literal["mlm-ablation"] = "mlm-ablation"
@@ -41,7 +41,6 @@ class Ablation(Record):
     table: str | None
     windows: int
     length: int
-    tasks: list[str]
     rows: list[Row]
 
     @property

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mlm_train.errors import UserError
-from mlm_train.utils.arguments import MODEL_KINDS, add_action, layers_in, seed
+from mlm_train.utils.arguments import MODEL_KINDS, add_action, layers_in, refuse_below_one, seed
 from mlm_train.utils.checks import add_verify
 from mlm_train.utils.terminal import json_line, shown
 
@@ -56,9 +56,7 @@ def run_keys(args: argparse.Namespace) -> int:
     require("sklearn", "scikit-learn", "analyze keys")
     if not 0 <= args.map_tokens <= 20_000:
         raise UserError(f"--map-tokens {args.map_tokens}: give 0 to 20000")
-    for name in ("top_k", "clusters"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least 1")
+    refuse_below_one(args, "top_k", "clusters")
     from mlm_train.analyze.keys.analysis import analyse_keys
     from mlm_train.analyze.keys.folder import Settings
     from mlm_train.checkpoint.reading.logical_folder import read_model_config

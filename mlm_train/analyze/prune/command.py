@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_train.errors import UserError
-from mlm_train.utils.arguments import MODEL_KINDS, add_action, refuse_below_one, seed
+from mlm_train.evaluate.arguments import WINDOWS, add_scored_arguments, scorer_of
+from mlm_train.utils.arguments import add_action, refuse_below_one, seed
 from mlm_train.utils.checks import add_verify
 from mlm_train.utils.files import refuse_used
 
@@ -31,6 +32,7 @@ examples:
   mlm-train analyze prune --model runs/base --data data/c4 --method sparsegpt --like flex2 --output pruned
   mlm-train analyze prune --model runs/base --data data/c4 --method magnitude --sparsity 0.5 --json"""
 
+METHODS = ("magnitude", "wanda", "sparsegpt")
 LIKE = {"memory": 0.0, "flex1": 1.0, "flex2": 2.0, "flex3": 3.0}  # beta of the kind to be as small as
 BATCH = 8  # calibration windows per forward pass
 
@@ -38,9 +40,8 @@ BATCH = 8  # calibration windows per forward pass
 def add_prune(actions: "Actions") -> None:
     """Add the action."""
     prune = add_action(actions, "prune", "prune a base model, and score it", _HELP)
-    prune.add_argument("--model", required=True, help=MODEL_KINDS)
-    prune.add_argument("--data", required=True, help="folder written by `data prepare`")
-    prune.add_argument("--method", required=True, choices=("magnitude", "wanda", "sparsegpt"))
+    add_scored_arguments(prune)
+    prune.add_argument("--method", required=True, choices=METHODS)
     target = prune.add_mutually_exclusive_group(required=True)
     target.add_argument("--like", choices=LIKE, help="kind whose number of active parameters is kept")
     target.add_argument("--sparsity", type=float, metavar="S", help="share of zeros, between 0 and 1")
@@ -48,11 +49,6 @@ def add_prune(actions: "Actions") -> None:
         "--calibration", type=int, default=128, metavar="N", help="windows of training text (default 128)"
     )
     prune.add_argument("--seed", type=seed, default=0, help="which windows (default 0)")
-    prune.add_argument("--sequence-length", type=int, help="tokens per window; default: the model's maximum")
-    prune.add_argument("--samples", type=int, help="number of windows to score, from the first; default: all")
-    prune.add_argument(
-        "--micro-batch-size", type=int, default=BATCH, help="windows per forward pass (default 8)"
-    )
     prune.add_argument("--output", metavar="FOLDER", help="new folder for the pruned model")
     prune.add_argument("--json", action="store_true", help="print JSON")
     add_verify(prune, "the model and --data", "full; sizes for --data")
@@ -60,7 +56,7 @@ def add_prune(actions: "Actions") -> None:
 
 def run_prune(args: argparse.Namespace) -> int:
     """Prune, score, print, and write the export."""
-    refuse_below_one(args, "calibration", "sequence_length", "samples", "micro_batch_size")
+    refuse_below_one(args, "calibration", *WINDOWS)
     if args.sparsity is not None and not 0 < args.sparsity < 1:
         raise UserError(f"--sparsity {args.sparsity}: give a number between 0 and 1")
     if args.output is not None:
@@ -69,16 +65,8 @@ def run_prune(args: argparse.Namespace) -> int:
 
     from mlm_train.analyze.prune.model import sparsity_like
     from mlm_train.checkpoint.export_folder import write_export
-    from mlm_train.evaluate.scorer import Scorer
 
-    scorer = Scorer(
-        args.model,
-        args.data,
-        length=args.sequence_length,
-        count=args.samples,
-        micro_batch=args.micro_batch_size,
-        verify=args.verify,
-    )
+    scorer = scorer_of(args)
     if scorer.config.kind != "base":
         raise UserError(f"{args.model} is a {scorer.config.kind} model: give a base model to prune")
     sparsity = args.sparsity if args.like is None else sparsity_like(scorer.config, LIKE[args.like])

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mlm_train.analyze.ablate.command import NEED_TABLE
 from mlm_train.analyze.ablate.plot import AXES, line_of, place_of
 from mlm_train.analyze.ablate.study import Ablation, Row
 from mlm_train.analyze.hooks import PARTS
@@ -13,7 +14,6 @@ from mlm_train.tol.serve.reader import TableReader
 
 Figure = dict[str, Any]  # title; data and layout for Plotly.newPlot
 _PART_NAMES = {"attention": "attention", "ffn": "FFN-C (base: FFN)", "ffn_m": "FFN-M"}
-_SIZED = ("precision", "rank")  # studies whose points have bytes
 
 
 def loss_figures(models: Mapping[str, ModelFolder]) -> list[Figure]:
@@ -63,7 +63,7 @@ def ablation_figures(ablations: Mapping[str, Ablation]) -> list[Figure]:
         chosen = [(path, row) for path, row in rows if row.point.study == study]
         title = f"Ablation: {study}"
         figures.append(_figure(title, _lines(chosen, exact, place_of), AXES[study], "perplexity", log="y"))
-    sized = [(path, row) for path, row in rows if row.point.study in _SIZED and row.bytes is not None]
+    sized = [(path, row) for path, row in rows if row.point.study in NEED_TABLE and row.bytes is not None]
     if sized:
         traces = _lines(sized, exact, lambda row: (row.bytes or 0) / 1e6)
         title = "Perplexity by size of the table"

@@ -2,15 +2,11 @@
 
 import io
 import json
-import math
-import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import track
 
 from mlm_train.analyze.keys.folder import DEFINITIONS
 from mlm_train.analyze.report.figures import (
@@ -23,8 +19,10 @@ from mlm_train.analyze.report.figures import (
 )
 from mlm_train.analyze.report.inputs import Inputs
 from mlm_train.analyze.report.layers import COLUMNS, layer_data, statistics_rows
+from mlm_train.evaluate.report import finite
 from mlm_train.model.counts import count_parameters
 from mlm_train.utils.files import replace_file, writing
+from mlm_train.utils.progress import tracked
 from mlm_train.utils.units import in_units, perplexity
 
 HERE = Path(__file__).parent
@@ -46,16 +44,8 @@ def write_report(file: Path, title: str, inputs: Inputs) -> None:
 
 def script_json(tree: Any) -> str:
     """JSON for a <script> element: ASCII without < > &; null for numbers that JSON lacks."""
-    text = json.dumps(_finite(tree), allow_nan=False, separators=(",", ":"))
+    text = json.dumps(finite(tree), allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _finite(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {name: _finite(value) for name, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_finite(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def _parts(title: str, inputs: Inputs) -> Iterator[str]:
@@ -79,7 +69,7 @@ def _parts(title: str, inputs: Inputs) -> Iterator[str]:
             (path, table.index.dtype, in_units(table.index.bytes)) for path, table in inputs.tables.items()
         )
         yield _section("Tables", _table(("table", "type", "size"), tables))
-        yield from _drawn(figures, spectrum_figures(inputs.tables, _shown))
+        yield from _drawn(figures, spectrum_figures(inputs.tables, partial(tracked, what="layers")))
     yield from _drawn(figures, ablation_figures(inputs.ablations))
     yield from _drawn(figures, shares_figures(inputs.shares))
     yield _data("figures", figures)
@@ -95,12 +85,6 @@ def _drawn(figures: list[Figure], more: Iterable[Figure]) -> Iterator[str]:
 
 def _own(name: str) -> str:
     return (HERE / name).read_text(encoding="utf-8")
-
-
-def _shown(layers: Sequence[int]) -> Iterable[int]:
-    """Layers with a progress bar on a terminal."""
-    hidden = not sys.stderr.isatty()
-    return track(layers, "layers", console=Console(stderr=True), disable=hidden, transient=True)
 
 
 def _section(title: str, content: str) -> str:
@@ -142,7 +126,7 @@ def _keys(inputs: Inputs) -> Iterator[str]:
     index = []
     for number, (path, folder) in enumerate(inputs.keys.items()):
         statistics = [folder.statistics(layer) for layer in folder.layers]
-        for one in _shown(range(len(statistics))):
+        for one in tracked(range(len(statistics)), "layers"):
             yield _data(f"layer-{number}-{statistics[one].layer}", layer_data(folder, statistics[one]))
         index.append({
             "path": path,

@@ -48,7 +48,7 @@ def spectrum_of(table: TableReader, layer: int, weights: Tensor | None = None) -
     for first, last in chunks_of(0, table.index.vocab_size, _ROWS):
         values = table.values(table.range(first, last), layer)
         assert values is not None
-        gram.add(values if weights is None else values * weights[first:last, None].sqrt())
+        gram.add(values, None if weights is None else weights[first:last])
     return Spectrum.of(gram)
 
 

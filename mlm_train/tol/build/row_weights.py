@@ -6,11 +6,11 @@ from mlm_train.data.prepared import PreparedData
 from mlm_train.errors import UserError
 from mlm_train.tol.build.budget import has_ranks
 from mlm_train.tol.format.layout import TableSpec
-from mlm_train.tol.serve.frequency import counts_of
+from mlm_train.tol.serve.frequency import counts_of, row_weights
 
 
 def row_weights_of(text: PreparedData, vocab: int, spec: TableSpec) -> np.ndarray:
-    """What each row's squared error counts, fp32 [vocab], 1 on average: one more than its token occurs.
+    """What each row's squared error counts, fp32 [vocab]: see row_weights.
 
     Raises UserError where nothing is cut to low rank, or the text is of another tokenizer.
     """
@@ -22,6 +22,4 @@ def row_weights_of(text: PreparedData, vocab: int, spec: TableSpec) -> np.ndarra
         raise UserError(
             f"{text.path} has {text.vocab_size} ids, but the model {vocab}: give data of its tokenizer"
         )
-    counts = np.ones(vocab)
-    counts[: text.vocab_size] += counts_of(text)
-    return (counts * (vocab / counts.sum())).astype(np.float32)
+    return row_weights(counts_of(text), vocab)

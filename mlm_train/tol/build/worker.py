@@ -158,10 +158,10 @@ class BuildWorker:
         """
         plan, source = self.job.plan, self._open((layer,), weights)
         gram, sample = Gram(plan.hidden_size), Sample(plan.vocab_size, plan.hidden_size)
-        weighing = self.job.row_weights
+        weighing = None if self.job.row_weights is None else torch.from_numpy(self.job.row_weights)
         for first, last in chunks_of(0, plan.vocab_size, plan.chunk_rows):
             for values in source.values(first, last):
-                gram.add(values if weighing is None else values * _roots(weighing[first:last]))
+                gram.add(values, None if weighing is None else weighing[first:last])
                 sample.add(values)
         try:
             spectrum = Spectrum.of(gram)
@@ -242,10 +242,6 @@ class _Encoder:
         error = (stored if basis is None else stored @ basis) - true
         before = self.sums[position]
         self.sums[position] = (before[0] + _square(error), before[1] + _square(true))
-
-
-def _roots(weights: np.ndarray) -> Tensor:
-    return torch.from_numpy(weights).sqrt().unsqueeze(1)
 
 
 def _square(values: Tensor) -> float:

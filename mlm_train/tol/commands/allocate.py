@@ -26,9 +26,7 @@ def allocate(args: argparse.Namespace) -> int:
         raise UserError("give --budget or --tolerance")
     tolerance = None if args.tolerance is None else _fraction(args.tolerance)
     output, plot_file = _outputs(args)
-    table = TableReader.open_folder(args.table, verify=args.verify or "sizes")
-    if any(field.quantised or field.rank is not None for field in table.index.fields):
-        raise UserError(f"{args.table} is compressed already; give the table that `tol build` wrote")
+    table = TableReader.open_plain(args.table, args.verify or "sizes")
     if args.budget is not None and args.budget < (least := _least_bytes(table.index)):
         raise _too_small(args.budget, least)
     study = Study(args, table, Console(stderr=True))

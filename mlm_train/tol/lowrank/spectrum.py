@@ -25,8 +25,13 @@ class Gram:
     def __init__(self, hidden: int) -> None:
         self.products = torch.zeros(hidden, hidden, dtype=torch.float64)  # invalid above the diagonal
 
-    def add(self, chunk: Tensor) -> None:
-        """Add rows [n, h] of any floating dtype, whose sums of squares fp32 can hold (1e-15 to 1e15)."""
+    def add(self, chunk: Tensor, weights: Tensor | None = None) -> None:
+        """Add rows [n, h] of any floating dtype, whose sums of squares fp32 can hold (1e-15 to 1e15).
+
+        weights: what each row's squared error counts, fp32 [n]; None: all alike.
+        """
+        if weights is not None:
+            chunk = chunk * weights.sqrt().unsqueeze(1)
         for rows in chunk.split(_ROWS):
             rows = rows.float()
             for first in range(0, rows.shape[1], _COLUMNS):

@@ -18,6 +18,13 @@ def counts_of(data: PreparedData) -> np.ndarray:
     return counts
 
 
+def row_weights(counts: np.ndarray, vocab: int) -> np.ndarray:
+    """One more than each token occurs, scaled to 1 on average: fp32 [vocab]. counts: of the first tokens."""
+    weights = np.ones(vocab)
+    weights[: len(counts)] += counts
+    return (weights * (vocab / weights.sum())).astype(np.float32)
+
+
 def most_frequent(data: PreparedData) -> list[int]:
     """The ids that occur in the training split, most frequent first."""
     counts = counts_of(data)

@@ -131,6 +131,14 @@ class TableReader:
         index = read_index(folder)
         return cls(index, open_partitions(folder, index, verify), read_bases(folder, index))
 
+    @classmethod
+    def open_plain(cls, folder: str | Path, verify: Check = "sizes") -> Self:
+        """As open_folder. UserError for a table that is compressed."""
+        table = cls.open_folder(folder, verify)
+        if any(field.quantised or field.rank is not None for field in table.index.fields):
+            raise UserError(f"{folder} is compressed already; give the table that `tol build` wrote")
+        return table
+
     def rows(self, ids: Tensor) -> Tensor:
         """Read the rows of ascending ids [n] on the CPU: uint8 [n, row bytes]."""
         owner = torch.searchsorted(self._starts, ids, right=True) - 1
