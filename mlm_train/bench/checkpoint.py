@@ -20,7 +20,7 @@ from mlm_train.utils.arguments import refuse_below_one
 GIB = 2**30
 Values = dict[str, list[float]]  # figure -> its value in each turn
 UNITS = {"copied": "bytes", "written": "bytes", "read": "bytes", "opens": "files", "cached": "fraction"}
-WITHOUT_FILE = ("copy", "stall", "step", "step_meanwhile")  # seconds without a bandwidth
+WITHOUT_FILE = ("copy", "stall", "stall_cpu", "step", "step_meanwhile")  # seconds without a bandwidth
 # Name of a ratio -> the figures above and below, of one process.
 ALONE = {
     "stall_over_copy": ("stall", "copy"),
@@ -38,6 +38,7 @@ SHARED = {
     "save_bytes_per_rank_{}_over_dp1": "written",
     "copied_bytes_per_rank_{}_over_dp1": "copied",
     "stall_{}_over_dp1": "stall",
+    "stall_cpu_{}_over_dp1": "stall_cpu",  # of the rank with the most: falls even where ranks share cores
     "copy_{}_over_dp1": "copy",
     "opens_per_rank_{}_over_dp1": "opens",
 }

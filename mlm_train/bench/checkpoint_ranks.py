@@ -147,7 +147,10 @@ class _Benchmark:
         self.saver.config = self.config.model_copy(update={"checkpoint": section})
         self.number += 1
         self.runtime.barrier()
+        busy = time.process_time()
         self.saver.save({"step": self.number, "samples": 0, "tokens": 0})
+        if in_background:
+            self._keep("stall_cpu", time.process_time() - busy)
         steps = []
         while trains and len(self.committed) < self.number:
             steps.append(self.step())

@@ -18,6 +18,7 @@ RATIOS = {
     "save_bytes_per_rank_dp2_over_dp1",
     "copied_bytes_per_rank_dp2_over_dp1",
     "stall_dp2_over_dp1",
+    "stall_cpu_dp2_over_dp1",
     "copy_dp2_over_dp1",
     "stall_over_copy_dp2",
     "opens_per_rank_dp2_over_dp1",
