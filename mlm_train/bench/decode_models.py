@@ -10,6 +10,7 @@ from mlm_train.inference.cache import KVCache
 from mlm_train.model.logical import named_pieces
 from mlm_train.model.transformer import Transformer
 from mlm_train.model.unfilled import unfilled
+from mlm_train.utils.host_memory import use_huge_pages
 
 DTYPE = torch.bfloat16
 SEED = 1234
@@ -68,7 +69,9 @@ def fill(model: nn.Module) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.device.type != "meta":
                 continue
-            data = torch.ones(parameter.shape, dtype=DTYPE)
+            data = torch.empty(parameter.shape, dtype=DTYPE)
+            use_huge_pages(data.data_ptr(), data.nbytes)  # as those that are loaded
+            data.fill_(1)
             if parameter.dim() > 1:
                 for part in data.view(-1).split(len(drawn)):
                     part.copy_(drawn[: len(part)])

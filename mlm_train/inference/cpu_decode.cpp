@@ -3,6 +3,7 @@
 // Values are rounded to bfloat16 where the operations of model/block.py round them; sums are in another order.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -50,17 +51,18 @@ inline float exponential(float given) {
 }
 
 constexpr long STEP = 128;   // elements of each of four rows between two prefetches
-constexpr long AHEAD = 1024; // elements of a head's keys or values that are prefetched
+constexpr long AHEAD = 1024; // elements from one that is read to the one that is prefetched
+constexpr long LEAST = 32;   // rows that a thread takes at once
 
-// Dot products of x with four rows of n elements; `ahead`: elements from a row to the one read after it.
-inline void dot4(const bf16 *const rows[4], const float *x, long n, long ahead, float out[4]) {
+// Dot products of x with four rows of n elements; `next`: what to prefetch meanwhile.
+inline void dot4(const bf16 *const rows[4], const bf16 *const next[4], const float *x, long n, float out[4]) {
   const bf16 *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
   float s = 0, t = 0, u = 0, v = 0;
   for (long start = 0; start < n; start += STEP) {
     long stop = std::min(start + STEP, n);
     for (long i = start; i < stop; i += 32)
       for (int row = 0; row < 4; row++)
-        __builtin_prefetch(rows[row] + i + ahead);
+        __builtin_prefetch(next[row] + i);
     for (long i = start; i < stop; i++) {
       s += value(a[i]) * x[i];
       t += value(b[i]) * x[i];
@@ -71,30 +73,56 @@ inline void dot4(const bf16 *const rows[4], const float *x, long n, long ahead, 
   out[0] = s, out[1] = t, out[2] = u, out[3] = v;
 }
 
-// finish(row, weight[row] . x) for the rows of this thread of a parallel region.
-template <class Finish> inline void product(const bf16 *weight, const float *x, long count, long n, Finish finish) {
-#pragma omp for schedule(guided, 8) nowait
-  for (long row = 0; row < count; row += 4) {
-    const bf16 *rows[4];
-    for (long i = 0; i < 4; i++)
-      rows[i] = weight + std::min(row + i, count - 1) * n;
-    float out[4];
-    dot4(rows, x, n, 4 * n, out);
-    for (long i = 0; i < 4 && row + i < count; i++)
-      finish(row + i, out[i]);
+// Rows that the threads of a parallel region share, each taking some as often as it can: one may be slower.
+struct Shared {
+  std::atomic<long> taken{0};
+
+  // The next `size` rows from `begin` on, a multiple of `unit` but for the last; false where none is left.
+  bool take(long count, long unit, long &begin, long &size) {
+    begin = taken.load(std::memory_order_relaxed);
+    do {
+      size = std::max((count - begin) / omp_get_num_threads() / unit * unit, LEAST);
+      if (begin + size + LEAST > count)
+        size = count - begin;
+    } while (size > 0 && !taken.compare_exchange_weak(begin, begin + size, std::memory_order_relaxed));
+    return size > 0;
+  }
+};
+
+// finish(row, weight[row] . x) for this thread's rows: memory is read fastest in four places, each from its start on.
+template <class Finish>
+inline void product(Shared &shared, const bf16 *weight, const float *x, long count, long n, Finish finish) {
+  for (long begin, size; shared.take(count, 4, begin, size);) {
+    const long part = (size + 3) / 4;
+    for (long at = 0; at < part; at++) {
+      const bf16 *rows[4], *next[4];
+      for (long i = 0; i < 4; i++) {
+        rows[i] = weight + (begin + std::min(i * part + at, size - 1)) * n;
+        next[i] = rows[i] + AHEAD;
+      }
+      float out[4];
+      dot4(rows, next, x, n, out);
+      for (long i = 0; i < 4 && i * part + at < size; i++)
+        finish(begin + i * part + at, out[i]);
+    }
   }
 }
 
-// finish(row, weight[row] . x, weight[count + row] . x) for the rows of this thread.
-template <class Finish> inline void products(const bf16 *weight, const float *x, long count, long n, Finish finish) {
-#pragma omp for schedule(guided, 8) nowait
-  for (long row = 0; row < count; row += 2) {
-    long next = std::min(row + 1, count - 1);
-    const bf16 *rows[4] = {weight + row * n, weight + next * n, weight + (count + row) * n, weight + (count + next) * n};
-    float out[4];
-    dot4(rows, x, n, 2 * n, out);
-    for (long i = 0; i < 2 && row + i < count; i++)
-      finish(row + i, out[i], out[2 + i]);
+// finish(row, weight[row] . x, weight[count + row] . x) for this thread's rows.
+template <class Finish>
+inline void products(Shared &shared, const bf16 *weight, const float *x, long count, long n, Finish finish) {
+  for (long begin, size; shared.take(count, 2, begin, size);) {
+    const long part = (size + 1) / 2;
+    for (long at = 0; at < part; at++) {
+      const bf16 *first = weight + (begin + at) * n, *second = weight + (begin + std::min(part + at, size - 1)) * n;
+      const bf16 *rows[4] = {first, second, first + count * n, second + count * n};
+      const bf16 *next[4] = {rows[0] + AHEAD, rows[1] + AHEAD, rows[2] + AHEAD, rows[3] + AHEAD};
+      float out[4];
+      dot4(rows, next, x, n, out);
+      finish(begin + at, out[0], out[2]);
+      if (part + at < size)
+        finish(begin + part + at, out[1], out[3]);
+    }
   }
 }
 
@@ -145,7 +173,12 @@ void attend(const Layer &layer, const Token &token, long number, const float *qk
   const long dim = layer.head_dim, columns = token.columns, group = layer.heads / layer.kv_heads;
   std::vector<float> buffer(columns + 1 + 3 * dim);
   float *scores = buffer.data(), *query = scores + columns + 1, *key = query + dim, *sum = key + dim;
-  const long quarter = columns / 4; // memory is read faster in four places at a time
+  const long quarter = columns / 4, ahead = AHEAD / dim;
+  // Column `at` of each quarter of a head's keys or values; past them, those of what is read after it.
+  auto column_of = [&](const bf16 *head, const bf16 *after, long at, const bf16 *rows[4]) {
+    for (long i = 0; i < 4; i++)
+      rows[i] = (at < quarter ? head : after) + (i * quarter + (at < quarter ? at : at - quarter)) * dim;
+  };
   const float scale = 1 / std::sqrt(float(dim));
 #pragma omp for nowait
   for (long head = 0; head < layer.heads; head++) {
@@ -158,11 +191,11 @@ void attend(const Layer &layer, const Token &token, long number, const float *qk
     for (long i = 0; i < dim; i++)
       query[i] *= scale;
     for (long column = 0; column < quarter; column++) {
-      const bf16 *rows[4];
-      for (long i = 0; i < 4; i++)
-        rows[i] = keys + (i * quarter + column) * dim;
+      const bf16 *rows[4], *next[4];
+      column_of(keys, values, column, rows);
+      column_of(keys, values, column + ahead, next);
       float dots[4];
-      dot4(rows, query, dim, AHEAD, dots);
+      dot4(rows, next, query, dim, dots);
       for (long i = 0; i < 4; i++)
         scores[i * quarter + column] = dots[i];
     }
@@ -177,20 +210,22 @@ void attend(const Layer &layer, const Token &token, long number, const float *qk
       own += query[i] * key[i];
     scores[columns] = own;
     float most = own, total = 0;
+#pragma omp simd reduction(max : most)
     for (long column = 0; column < columns; column++)
-      most = std::max(most, scores[column]);
+      most = scores[column] > most ? scores[column] : most;
 #pragma omp simd reduction(+ : total)
     for (long column = 0; column <= columns; column++)
       total += scores[column] = exponential(scores[column] - most);
     std::fill(sum, sum + dim, 0.0f);
     for (long column = 0; column < quarter; column++) {
-      const bf16 *rows[4];
+      const bf16 *rows[4], *next[4];
+      column_of(values, keys + token.head_stride, column, rows);
+      column_of(values, keys + token.head_stride, column + ahead, next);
       float p[4];
       for (long i = 0; i < 4; i++) {
-        rows[i] = values + (i * quarter + column) * dim;
         p[i] = scores[i * quarter + column];
         for (long j = 0; j < dim; j += 32)
-          __builtin_prefetch(rows[i] + j + AHEAD);
+          __builtin_prefetch(next[i] + j);
       }
       for (long i = 0; i < dim; i++)
         sum[i] += p[0] * value(rows[0][i]) + p[1] * value(rows[1][i]) + p[2] * value(rows[2][i]) + p[3] * value(rows[3][i]);
@@ -215,18 +250,20 @@ inline float recalled(const Layer &layer, const Token &token, long number, long 
   return rounded(x + rounded(layer.alpha * value(token.memory[number * layer.hidden + row])));
 }
 
+constexpr long PRODUCTS = 4; // of a layer, at most
+
 // A layer, by all threads of a parallel region.
-void run(const Layer &layer, const Token &token, long number, std::vector<float> &normed) {
+void run(const Layer &layer, const Token &token, long number, std::vector<float> &normed, Shared *shared) {
   const long hidden = layer.hidden, width = layer.heads * layer.head_dim;
   const long qkv_width = width + 2 * layer.kv_heads * layer.head_dim;
   float *x = token.x, *qkv = token.scratch, *attended = qkv + qkv_width, *y = attended + width, *inner = y + hidden;
   auto finish = [&](long row, float sum) { x[row] = recalled(layer, token, number, row, sum); };
   rms_norm(x, layer.norm, layer.eps, hidden, normed.data());
-  product(layer.qkv, normed.data(), qkv_width, hidden, [&](long row, float dot) { qkv[row] = rounded(dot); });
+  product(shared[0], layer.qkv, normed.data(), qkv_width, hidden, [&](long row, float dot) { qkv[row] = rounded(dot); });
 #pragma omp barrier
   attend(layer, token, number, qkv, attended);
 #pragma omp barrier
-  product(layer.out, attended, hidden, width, [&](long row, float dot) {
+  product(shared[1], layer.out, attended, hidden, width, [&](long row, float dot) {
     float sum = rounded(x[row] + rounded(dot));
     layer.ffn ? void(y[row] = sum) : finish(row, sum);
   });
@@ -235,14 +272,14 @@ void run(const Layer &layer, const Token &token, long number, std::vector<float>
     return;
   rms_norm(layer.after_attention ? y : x, layer.ffn_norm, layer.eps, hidden, normed.data());
   if (layer.gated)
-    products(layer.up, normed.data(), layer.ffn, hidden, [&](long row, float gate, float up) {
+    products(shared[2], layer.up, normed.data(), layer.ffn, hidden, [&](long row, float gate, float up) {
       gate = rounded(gate);
       inner[row] = rounded(rounded(gate / (1 + exponential(-gate))) * rounded(up));
     });
   else
-    product(layer.up, normed.data(), layer.ffn, hidden, [&](long row, float dot) { inner[row] = rounded(dot); });
+    product(shared[2], layer.up, normed.data(), layer.ffn, hidden, [&](long row, float dot) { inner[row] = rounded(dot); });
 #pragma omp barrier
-  product(layer.down, inner, hidden, layer.ffn,
+  product(shared[3], layer.down, inner, hidden, layer.ffn,
           [&](long row, float dot) { finish(row, rounded(y[row] + rounded(dot))); });
 #pragma omp barrier
 }
@@ -255,14 +292,15 @@ extern "C" void decode(const Model *model, int64_t first, int64_t last, const To
   const long hidden = model->layers->hidden;
   for (long row = 0; first && row < hidden; row++)
     token->x[row] = recalled(model->layers[first - 1], *token, first - 1, row, token->x[row]);
+  std::vector<Shared> shared(PRODUCTS * (last - first) + 1);
 #pragma omp parallel num_threads(token->threads)
   {
     std::vector<float> normed(hidden);
     for (long number = first; number < last; number++)
-      run(model->layers[number], *token, number, normed);
+      run(model->layers[number], *token, number, normed, &shared[PRODUCTS * (number - first)]);
     if (logits) {
       rms_norm(token->x, model->norm, model->eps, hidden, normed.data());
-      product(model->head, normed.data(), model->vocabulary, hidden,
+      product(shared.back(), model->head, normed.data(), model->vocabulary, hidden,
               [&](long row, float dot) { logits[row] = stored(dot); });
     }
   }

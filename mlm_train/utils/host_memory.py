@@ -1,4 +1,4 @@
-"""The C library and memory: what becomes of freed blocks (glibc only), and locked pages."""
+"""The C library and memory: what becomes of freed blocks (glibc only), locked pages and huge ones."""
 
 import ctypes
 import functools
@@ -10,6 +10,7 @@ from mlm_train.errors import UserError
 # Parameters of mallopt, from glibc's malloc.h.
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 LARGEST_MMAP_THRESHOLD = 32 * 2**20  # glibc's maximum on 64 bits
+HUGE_PAGE = 2**21  # bytes
 
 
 def keep_freed(every_size: bool = False) -> None:
@@ -60,6 +61,19 @@ def will_need(address: int, size: int) -> None:
     if advise is not None:
         start = address // mmap.PAGESIZE * mmap.PAGESIZE
         advise(ctypes.c_void_p(start), ctypes.c_size_t(address + size - start), mmap.MADV_WILLNEED)
+
+
+def use_huge_pages(address: int, size: int) -> None:
+    """Have memory [address, address + size), as yet unwritten, use huge pages: it is read faster.
+
+    As far as the system has them, and lets programs ask (the default of most). Nothing is done for less than
+    such a page; what else is in the first and the last one is in it too.
+    """
+    advise, advice = _function("madvise"), getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
+    if advise is not None and advice is not None and size >= HUGE_PAGE:
+        start = address // HUGE_PAGE * HUGE_PAGE
+        whole = -(-(address + size - start) // HUGE_PAGE) * HUGE_PAGE
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(whole), advice)
 
 
 @functools.cache

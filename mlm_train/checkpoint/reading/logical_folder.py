@@ -32,6 +32,7 @@ from mlm_train.model.transformer import Transformer
 from mlm_train.model.unfilled import unfilled
 from mlm_train.utils.arguments import MODEL_KINDS
 from mlm_train.utils.checks import Check
+from mlm_train.utils.host_memory import use_huge_pages
 
 if TYPE_CHECKING:
     from mlm_train.data.tokenizer import Tokenizer
@@ -126,6 +127,8 @@ class OpenedModel(ModelFolder):
         with unfilled():
             model = Transformer(self.config, with_memory, embeds=embeds)
         model.to(dtype).to_empty(device="cpu").requires_grad_(False)
+        for weight in model.parameters():
+            use_huge_pages(weight.data_ptr(), weight.nbytes)
         self.tensors.fill(targets(model), model.config, model.with_memory, embeds)
         return model.eval()
 
