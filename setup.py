@@ -70,6 +70,7 @@ setup(
         "mlm_train": [
             "py.typed",
             "inference/*.cpp",
+            "tol/format/*.cpp",
             "analyze/report/*.css",
             "analyze/report/*.html",
             "analyze/report/*.js",

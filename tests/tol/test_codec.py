@@ -11,7 +11,9 @@ from torch import Tensor
 
 from mlm_train.tol.format import codec
 from mlm_train.tol.format.codec import NotFinite, decode
-from mlm_train.tol.format.schemes import LEVELS, Encoding, Scheme, layout
+from mlm_train.tol.format.cpu_codec import decode_rows
+from mlm_train.tol.format.schemes import LEVELS, Dtype, Encoding, Scheme, layout
+from mlm_train.utils import native
 from tests.commands import ROOT
 
 HIDDEN = 75  # odd, and no multiple of a group
@@ -82,6 +84,36 @@ def test_layers_of_a_row_are_where_the_format_puts_them() -> None:
         for row, found in zip(rows, values.double().tolist(), strict=True):
             true = [float(value) for value in read_by_hand(row.numpy().tobytes(), encoding, HIDDEN)]
             assert np.allclose(found, true, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("group_size", [1, 7, 64, 100])
+def test_one_pass_gives_the_same_bits(dtype: Dtype, group_size: int) -> None:
+    for symmetric, width in itertools.product((True, False), (HIDDEN, 64)):
+        scheme = Scheme(dtype=dtype, group_size=group_size, symmetric=symmetric)
+        encoding = layout([Scheme(dtype="bfloat16"), scheme], width)[1]
+        values = random_values(9, width) * torch.tensor([1e-6, 1.0, 10.0]).repeat(3).unsqueeze(1)
+        rows = torch.zeros(18, 2 * width + 16 + scheme.bytes(width) + 8, dtype=torch.uint8)[::2]
+        codec.encode(scheme, values, rows[:, -scheme.bytes(width) - 8 :])
+        encoding = encoding.moved(rows.shape[1] - scheme.bytes(width) - 8 - encoding.spans(width)[0][0])
+        true = decode(encoding, rows, width)
+        for wanted, bits in ((torch.float32, torch.int32), (torch.bfloat16, torch.int16)):
+            found = decode_rows(encoding, rows, width, wanted)
+            assert found is not None and torch.equal(found.view(bits), true.to(wanted).view(bits))
+
+
+def test_where_one_pass_does_not_apply(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme = Scheme(dtype="int8", group_size=8)
+    (encoding,), rows = layout([scheme], 16), encode(scheme, random_values(2, 16))
+    assert decode_rows(encoding, rows, 16, torch.float32) is not None
+    assert decode_rows(encoding, rows, 16, torch.float16) is None
+    assert decode_rows(encoding, rows.T.contiguous().T, 16, torch.float32) is None
+    (plain,) = layout([Scheme(dtype="bfloat16")], 16)
+    assert decode_rows(plain, rows, 16, torch.bfloat16) is None
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    native.compiled_library.cache_clear()
+    assert decode_rows(encoding, rows, 16, torch.float32) is None
+    native.compiled_library.cache_clear()
 
 
 def test_the_example_of_the_page() -> None:

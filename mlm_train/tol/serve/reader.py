@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mlm_train.errors import UserError
 from mlm_train.tol.format.codec import decode
+from mlm_train.tol.format.cpu_codec import decode_rows
 from mlm_train.tol.format.index import BASIS, INDEX, REBUILD, X0, Partition, TableFile, TolIndex, file_of
 from mlm_train.tol.format.index_file import read_index
 from mlm_train.tol.format.partition import map_partition
@@ -83,10 +84,10 @@ class RowDecoder:
     def values(self, columns: Tensor, layer: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Decode a layer from its `columns`, uint8 [n, last - first], to [n, hidden].
 
-        In fp32 or the layer's plain type. A low-rank layer is multiplied by its basis, in `dtype`.
+        In `dtype`, fp32 or the layer's plain type. A low-rank layer is multiplied by its basis, in `dtype`.
         """
         field = self._fields[layer][2]
-        decoded = decode(field, columns, self.hidden)
+        decoded = decode_in(field, columns, self.hidden, dtype)
         if field.rank is None:
             return decoded
         return decoded.to(dtype) @ self._basis(layer, dtype).to(columns.device)
@@ -102,7 +103,7 @@ class RowDecoder:
         """
         assert self.alike is not None
         parts = rows.reshape(rows.shape[0] * len(self._layers), -1)
-        return decode(self.alike, parts, self.hidden).to(dtype).view(rows.shape[0], -1, self.hidden)
+        return decode_in(self.alike, parts, self.hidden, dtype).to(dtype).view(rows.shape[0], -1, self.hidden)
 
     def _basis(self, layer: int, dtype: torch.dtype) -> Tensor:
         found = self._rounded.get((layer, dtype))
@@ -167,6 +168,12 @@ class TableReader:
     def in_basis(self, values: Tensor, layer: int) -> Tensor:
         """Project values [n, hidden] of a low-rank layer to its stored coordinates [n, rank]."""
         return self._decoder.in_basis(values, layer)
+
+
+def decode_in(encoding: Encoding, rows: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
+    """codec.decode, in `dtype` at once where that is faster."""
+    values = decode_rows(encoding, rows, hidden, dtype)
+    return decode(encoding, rows, hidden) if values is None else values
 
 
 def open_partitions(folder: Path, index: TolIndex, verify: Check) -> list[Tensor]:
