@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlm_train.checkpoint.digests import BLOCK, PIECE, THREADS, ShardRecord, joined
+from mlm_train.checkpoint.digests import BLOCK, PIECE, ShardRecord, joined
 from mlm_train.model.logical import LogicalSlice
 from mlm_train.utils.direct import PAGE, DirectFile, page_aligned
 from mlm_train.utils.threads import in_threads
 
+THREADS = 4  # that hash and write, each with a block of its own; more would slow down the steps meanwhile
 OFFSETS = "DCP_SHARDING_INFO"  # metadata key of each rectangle's offset, its tensor's name and whole shape
 RNG = "rng"  # name of torch's random number state
 # As safetensors spells them: those of a checkpoint's tensors, and those that an export may have too.

@@ -50,6 +50,7 @@ FIGURES = (
     "figure10",
     "figure11",
     "figure12",
+    "figure13",
 )
 MOST_JOBS = 8
 SCALES = ("tiny", "micro", "250m", "750m", "1b")

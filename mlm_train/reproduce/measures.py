@@ -298,6 +298,24 @@ def figure10(scores: Scores) -> Body:
     return Body(["layer", "relative error at half of the ranks"], rows, [claim])
 
 
+def figure13(scores: Scores) -> Body:
+    """Growth of perplexity with FFN-M, or the base model's FFN, scaled."""
+    kinds = [kind for kind in scores.plan.kinds if kind != "base-small"]
+    part = {kind: "ffn" if kind == "base" else "memory" for kind in kinds}
+
+    def grown(kind: str, alpha: float | None) -> Spread:
+        return scores.growth("ablate", kind, study="alpha", part=part[kind], alpha=alpha)
+
+    points = (row.point for row in scores.rows("ablate", "memory", 0))
+    alphas = sorted({point.alpha for point in points if point.study == "alpha" and point.alpha is not None})
+    rows: list[list[Cell]] = [
+        [f"{alpha:g}", *(_percent(grown(kind, alpha)) for kind in kinds)] for alpha in alphas
+    ]
+    claim = less("halving FFN-M costs less than halving a base model's FFN", ["memory", "base"],
+                 [grown("memory", 0.5), grown("base", 0.5)])  # fmt: skip
+    return Body(["alpha", *kinds], rows, [claim])
+
+
 def _percent(value: Spread) -> str:
     if value.least == value.most:
         return f"{value.mean:+.2%}"

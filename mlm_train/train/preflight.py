@@ -1,7 +1,7 @@
 """Checks before a process group, a model or a folder is created."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -57,11 +57,27 @@ class Resumed(NamedTuple):
 
     def set_damaged_aside(self) -> list[str]:
         """Rename damaged checkpoints; a log line for each. Only for the process that holds the run's lock."""
-        return [
-            f"checkpoint {folder.name} is damaged ({fault}): kept as {set_aside(folder).name}; "
-            f"resuming from {self.folder.name}"
-            for folder, fault in self.damaged
-        ]
+        return set_all_aside(self.damaged, f"resuming from {self.folder.name}")
+
+
+def set_all_aside(damaged: Sequence[tuple[Path, str]], then: str) -> list[str]:
+    """Rename damaged checkpoints; a log line for each. then: what follows. See Resumed.set_damaged_aside."""
+    return [
+        f"checkpoint {folder.name} is damaged ({fault}): kept as {set_aside(folder).name}; {then}"
+        for folder, fault in damaged
+    ]
+
+
+class AllDamaged(UserError):
+    """A run's folder has checkpoints, but no intact one. damaged: each, and why."""
+
+    def __init__(self, root: Path, damaged: Sequence[tuple[Path, str]]) -> None:
+        example = f" ({damaged[0][1]})" if damaged else ""
+        super().__init__(
+            f"all checkpoints in {root} are damaged{example}: restore an intact one, or give another "
+            "train.output to start over"
+        )
+        self.damaged = damaged
 
 
 def preflight(config: Config, world: int, local_world: int | None) -> Blend:
@@ -92,7 +108,12 @@ def preflight(config: Config, world: int, local_world: int | None) -> Blend:
     check_output(config)
     # The others would open the same files at the same time; what rank 0 finds ends the run on all of them.
     if global_rank() == 0:
-        newest = find_checkpoint(config, data, quick_check(config))
+        try:
+            newest = find_checkpoint(config, data, quick_check(config))
+        except AllDamaged:
+            if config.checkpoint.url is None:  # which may have an intact one
+                raise
+            newest = None
         if newest is None and config.checkpoint.warm_start is not None:
             warm_start_source(config)
     return data
@@ -166,7 +187,7 @@ def newest_of(
 ) -> Resumed | None:
     """The newest checkpoint of a run, or the newest intact one with checkpoint.fall_back.
 
-    None if there is none yet. Raises UserError if it is damaged; with fall_back, if all of them are.
+    None if there is none yet. Raises UserError if it is damaged; with fall_back AllDamaged, if all are.
     """
     root, verify = Path(config.train.output) / "checkpoints", verify or config.checkpoint.verify
     if config.checkpoint.fall_back:
@@ -187,11 +208,7 @@ def _newest_intact(root: Path, verify: Check, faults: Mapping[Path, str]) -> Res
         except Damaged as error:
             damaged.append((folder, error.fault))
     if damaged or any(root.glob(f"{DAMAGED}*")):
-        example = f" ({damaged[0][1]})" if damaged else ""
-        raise UserError(
-            f"all checkpoints in {root} are damaged{example}: restore an intact one, or give another "
-            "train.output to start over"
-        )
+        raise AllDamaged(root, damaged)
     return None
 
 

@@ -3,7 +3,7 @@
 import shutil
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -37,12 +37,21 @@ from mlm_train.parallel.build import build_engine, build_executor, build_model
 from mlm_train.parallel.engine import Engine
 from mlm_train.parallel.health.watchdog import watched
 from mlm_train.train.memory_mode import decide_mode
-from mlm_train.train.preflight import LOG, Resumed, check_output, find_checkpoint, warm_start_source
+from mlm_train.train.preflight import (
+    LOG,
+    AllDamaged,
+    Resumed,
+    check_output,
+    find_checkpoint,
+    set_all_aside,
+    warm_start_source,
+)
 from mlm_train.train.resume import intact_checkpoint, verified_checkpoint, verify_export
 from mlm_train.train.schedule import resumed_progress
 from mlm_train.train.signals import Signals
 from mlm_train.train.start_times import StartTimes
 from mlm_train.train.step import Trainer
+from mlm_train.utils.checks import Check
 from mlm_train.utils.files import write_text, writing
 from mlm_train.utils.run_lock import owned
 
@@ -121,12 +130,27 @@ def _checkpoint(config: Config, data: Blend, runtime: processes.Runtime) -> tupl
         check_steps(where, manifest, config)
         (Path(config.train.output) / LOG).touch()  # marks the folder as a run's, if this ends half way
 
+    lost: list[tuple[Path, str]] = []  # on rank 0
+
+    def find(check: Check, faults: Mapping[Path, str]) -> Resumed | None:
+        try:
+            found = find_checkpoint(config, data, check, faults)
+        except AllDamaged as error:
+            lost[:] = error.damaged
+            return None
+        lost[:] = () if found is None else found.damaged
+        return found
+
+    url, newest = config.checkpoint.url, partial(find_checkpoint, config, data)
+    if url is None:
+        return [], intact_checkpoint(config, runtime, newest)
     lines = fetch_newer(config, runtime, fits)
-    resumed = intact_checkpoint(config, runtime, partial(find_checkpoint, config, data))
-    if config.checkpoint.url is not None and resumed is not None and resumed.damaged:
-        lines += runtime.broadcast(resumed.set_damaged_aside)
-        lines += fetch_newer(config, runtime, fits)  # the store may have it intact
-        resumed = intact_checkpoint(config, runtime, partial(find_checkpoint, config, data))
+    resumed = intact_checkpoint(config, runtime, find)
+    aside = runtime.broadcast(lambda: set_all_aside(lost, f"looking for one at {url}"))
+    if aside:  # the store may have it intact
+        lines += [*aside, *fetch_newer(config, runtime, fits)]
+    if aside or resumed is None:  # raises where none is intact
+        resumed = intact_checkpoint(config, runtime, newest)
     return lines, resumed
 
 

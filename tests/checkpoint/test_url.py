@@ -148,6 +148,20 @@ def test_damage_at_the_url(data: Path, tmp_path: Path) -> None:
     mlm_train(*words(data, tmp_path / "run2", f"{url}-2", 3))
     assert "step-00000002 fetched from" in log(tmp_path / "run2")
     assert "kept as damaged-step-00000002" in log(tmp_path / "run2")
+    # All of the folder's are damaged, and so is the store's newest: its older one is used.
+    for folder in (tmp_path / "run2" / "checkpoints").glob("step-*"):
+        file = next(folder.glob("*.safetensors"))
+        file.write_bytes(bytes(file.stat().st_size) if folder.name.endswith("3") else b"")
+    flip(f"{url}-2", "step-00000003")
+    mlm_train(*words(data, tmp_path / "run2", f"{url}-2", 4))
+    assert "kept as damaged-step-00000003; looking for one at file://" in log(tmp_path / "run2")
+    assert "checkpoints/step-00000002 at step 2" in log(tmp_path / "run2")
+    # Nothing is left anywhere: the run does not start over.
+    shutil.rmtree(tmp_path / "store/run-2")
+    for file in (tmp_path / "run2" / "checkpoints").glob("step-*/*.safetensors"):
+        file.write_bytes(b"")
+    line = refused(*words(data, tmp_path / "run2", f"{url}-2", 5))
+    assert "all checkpoints in" in line and "are damaged" in line
 
 
 def test_what_is_refused(data: Path, tmp_path: Path) -> None:

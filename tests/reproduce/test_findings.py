@@ -76,7 +76,10 @@ def scores(tmp_path: Path) -> Scores:
                 (Point(study="drop", layer=layer, part=part, alpha=0), 0.3 if layer < 2 else 0.01 * seed)
                 for layer in range(6)
             ]
-            scaled = [(Point(study="alpha", part=part, alpha=alpha), 1 - alpha) for alpha in (0.5, 0.8)]
+            cost = 1.0 if part == "memory" else 3.0
+            scaled = [
+                (Point(study="alpha", part=part, alpha=alpha), cost * (1 - alpha)) for alpha in (0.8, 0.5)
+            ]
             write(f"ablate.{kind}.s{seed}", ablation(dropped + scaled))
         for at, facts in (("", 0.9), (".alpha0.8", 0.8), (".alpha0.5", 0.3)):
             accuracy = {task: {"acc,none": 0.6 if at == "" else 0.5} for task in TASKS}
@@ -143,6 +146,8 @@ def test_every_item(scores: Scores, tmp_path: Path) -> None:
     assert claims["figure9"] == [(True, True), (True, True)]
     assert rows["figure11"][0][4] == "41.00 (40.00 to 42.00)"
     assert claims["figure11"] == [(False, True), (False, True), (False, False), (True, False)]
+    assert rows["figure13"][0] == ["0.5", "+150.00%", *["+50.00%"] * 4]
+    assert [row[0] for row in rows["figure13"]] == ["0.5", "0.8"] and claims["figure13"] == [(True, True)]
     for name, finding in found.items():
         file = tmp_path / "findings" / f"{name}.json"
         file.parent.mkdir(exist_ok=True)

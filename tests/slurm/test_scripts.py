@@ -1,6 +1,7 @@
 """The other job scripts on a real Slurm: evaluation, TensorBoard, a sweep, a chain, and who gets a folder."""
 
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -40,15 +41,35 @@ def test_evaluation_tensorboard_and_a_sweep(
     cluster.do("scancel", board.number)
     assert board.end() == "CANCELLED"
 
-    end = time.monotonic() + PATIENCE
-    while cluster.do("squeue", "-h", "-j", sweep.number):
-        assert time.monotonic() < end
-        time.sleep(0.5)
+    all_end(cluster, sweep)
     for number, config in enumerate(configs):
         log = (tmp_path / f"{number}.log").read_text()
         checkpoint = newest(tmp_path / config.stem / "checkpoints")
         assert checkpoint is not None and checkpoint.name == "step-00000004", log
         assert load_config(tmp_path / config.stem / "config.yaml").optimizer.lr == 2e-3
+
+
+def test_an_array_of_trainings_for_reproduce(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
+    about = ("--scale", "tiny", "--text", shutil.copytree(corpus, tmp_path / "prose"))
+    output = tmp_path / "results, one"
+    mlm_train("reproduce", "data", *about, "--output", output)
+    options = (tmp_path / "%a.log", f"--chdir={output}", "--array=0-1", "--nodes=1")
+    all_end(cluster, cluster.submit(*options, ROOT / "slurm/reproduce.sbatch", *about))
+    for number, kind in enumerate(("base-small", "base")):
+        checkpoint = newest(output / f"runs/{kind}-s0/checkpoints")
+        assert checkpoint is not None and checkpoint.name == "step-00000060", (
+            tmp_path / f"{number}.log"
+        ).read_text()
+    mlm_train("reproduce", "train", "--number", "1", *about, "--output", output)
+    assert "resumed from" not in (output / "runs/base-s0/train.log").read_text()
+
+
+def all_end(cluster: Cluster, array: SlurmJob) -> None:
+    """Wait for the last element of a job array."""
+    end = time.monotonic() + PATIENCE
+    while cluster.do("squeue", "-h", "-j", array.number):
+        assert time.monotonic() < end
+        time.sleep(0.5)
 
 
 def test_a_chain_whose_folder_no_other_job_gets(cluster: Cluster, data: Path, tmp_path: Path) -> None:
