@@ -22,6 +22,17 @@ def add_scored_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_task_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `tasks.load_tasks` and `Tasks.run` take."""
+    parser.add_argument(
+        "--tasks",
+        metavar="NAMES",
+        help="tasks of lm-evaluation-harness, or YAML files of some, with commas (extra lm-eval)",
+    )
+    parser.add_argument("--include-path", metavar="DIR", help="folder with the YAML of tasks of your own")
+    parser.add_argument("--limit", type=int, metavar="N", help="first N questions of each task; default: all")
+
+
 def scorer_of(args: argparse.Namespace, with_memory: bool = False) -> "Scorer":
     """The Scorer of these options. UserError, as it raises it."""
     from mlm_train.evaluate.scorer import Scorer

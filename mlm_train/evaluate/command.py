@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_train.errors import UserError
+from mlm_train.evaluate.arguments import add_task_arguments
 from mlm_train.inference.arguments import add_scale_arguments, language_model, scales
 from mlm_train.tol.serve.arguments import add_tol_arguments, counted, store_options
 from mlm_train.utils.arguments import MODEL_KINDS, add_edit_argument, refuse_below_one
@@ -124,13 +125,7 @@ def _add_subjects(parser: argparse.ArgumentParser) -> None:
         "and more windows (default: the window's length)",
     )
     parser.add_argument("--text-key", metavar="KEY", help="field that holds the text (default text)")
-    parser.add_argument(
-        "--tasks",
-        metavar="NAMES",
-        help="tasks of lm-evaluation-harness, or YAML files of some, with commas (extra lm-eval)",
-    )
-    parser.add_argument("--include-path", metavar="DIR", help="folder with the YAML of tasks of your own")
-    parser.add_argument("--limit", type=int, metavar="N", help="first N questions of each task; default: all")
+    add_task_arguments(parser)
     parser.add_argument("--num-fewshot", type=int, metavar="K", help="solved examples before each question")
     parser.add_argument("--tokens", help="safetensors file with `tokens` int64 [batch, sequence]")
     parser.add_argument("--dump-logits", metavar="FILE", help="write their logits there")

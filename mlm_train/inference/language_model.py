@@ -21,6 +21,7 @@ from mlm_train.inference.sampling import Logprob, Sampling
 from mlm_train.inference.trace import traced
 from mlm_train.memory import make_source
 from mlm_train.model.source import MemorySource
+from mlm_train.model.transformer import Transformer
 from mlm_train.tol.serve.source import TolSource
 from mlm_train.tol.serve.store import StoreOptions
 from mlm_train.utils.checks import Check
@@ -221,10 +222,22 @@ def load(
     source: MemorySource | None = table
     if table is None and folder.config.has_memory:
         source = make_source("unique", loaded.memory_blocks())
+    return with_model(folder, loaded, source, tokenizer, add_bos, memory_scale, dropped_layers)
+
+
+def with_model(
+    folder: ModelFolder,
+    model: Transformer,
+    source: MemorySource | None,
+    tokenizer: Tokenizer | None,
+    add_bos: bool | None = None,
+    memory_scale: float | Sequence[float] | None = None,
+    dropped_layers: Collection[int] = (),
+) -> LanguageModel:
+    """The LanguageModel of a folder whose model is loaded; see `load`."""
     ends = {*folder.ends, *_eod_ids(tokenizer)}
-    return LanguageModel(
-        folder, Decoder(loaded, source, memory_scale, dropped_layers, ends), tokenizer, add_bos
-    )
+    decoder = Decoder(model, source, memory_scale, dropped_layers, ends)
+    return LanguageModel(folder, decoder, tokenizer, add_bos)
 
 
 def _device(name: torch.device | str) -> torch.device:

@@ -1,7 +1,9 @@
 """Ablations against models and tables that are changed by hand."""
 
 import copy
+import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,9 @@ import torch
 from torch.nn import functional as F
 
 from mlm_train.data.prepared import PreparedData
+from mlm_train.data.tokenizer import tokenizer_file
+from mlm_train.evaluate.harness import MemoryLM
+from mlm_train.evaluate.tasks import load_tasks
 from mlm_train.memory import make_source
 from mlm_train.model.transformer import Transformer
 from tests.commands import mlm_train, refused
@@ -78,6 +83,58 @@ def test_scaled_and_dropped(kind: str, part: str, names: dict[str, str], data: P
     assert [again[name]["scores"]["loss"] == rows[name]["scores"]["loss"] for name in rows].count(False) == 1
 
 
+TASK = """
+task: local_words
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/words.jsonl}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{question}}"
+doc_to_target: " {{answer}}"
+metric_list: [{metric: perplexity}, {metric: acc}]
+"""
+
+
+@pytest.mark.parametrize("kind", ["base", "memory"])
+def test_tasks(kind: str, data: Path, tmp_path: Path) -> None:
+    """The score of the harness for a model whose weights are changed by hand, at each point."""
+    model = model_of(kind)
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    words = ["import", "return", "class", "self"]
+    lines = [{"question": a, "answer": b} for a, b in itertools.permutations(words, 2)]
+    (tasks / "words.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tasks / "words.yaml").write_text(TASK.replace("FOLDER", str(tasks)))
+
+    def with_tokenizer(model: Transformer, name: str) -> Path:
+        folder, tokenizer = export(tmp_path / name, model), tokenizer_file(data)
+        assert tokenizer is not None
+        shutil.copy(tokenizer, folder)
+        return folder
+
+    folder = with_tokenizer(model, "model")
+    asked = ("--tasks", "local_words", "--include-path", tasks)
+    file = tmp_path / "ablation.json"
+    rows = ablated(folder, data, file, "--study", "alpha", "--alphas", "0,5", *asked, "--limit", 10)
+    name = "mlp" if kind == "base" else "memory_mlp"
+    seen = set()
+    for row, scale in zip(rows.values(), (1.0, 0.0, 5.0), strict=True):
+        other = copy.deepcopy(model)
+        for layer in range(3):
+            other.block(layer).get_submodule(name).down_proj.weight.mul_(scale)
+        changed = with_tokenizer(other, f"scaled-{scale:g}")
+        found = load_tasks(["local_words"], tasks).run(MemoryLM(str(changed)), 10)
+        for metric in ("perplexity", "acc"):
+            true = found.tree["results"]["local_words"][f"{metric},none"]
+            assert row["scores"][f"tasks/{metric}/local_words"] == pytest.approx(true, rel=1e-5)
+        seen.add(row["scores"]["tasks/perplexity/local_words"])
+    assert len(seen) == 3
+    mine = ("analyze", "ablate", "--model", folder, "--data", data, "--output", file, *SHAPE)
+    assert "differs in its tasks" in refused(*mine, "--study", "alpha")
+    assert "have no effect without --tasks" in refused(*mine, "--study", "alpha", "--limit", 3)
+    assert "there is no such task" in refused(*mine, "--study", "alpha", "--tasks", "nothing_such")
+
+
 def test_bad_input(data: Path, tmp_path: Path) -> None:
     folder, other = (export(tmp_path / kind, model_of(kind)) for kind in ("memory", "base"))
     file = tmp_path / "ablation.json"
@@ -93,7 +150,7 @@ def test_bad_input(data: Path, tmp_path: Path) -> None:
     assert "--cuts 1: give shares below 1" in message(folder, "--study", "alpha", "--cuts", "0.5,1")
     ablated(folder, data, file, "--study", "drop")
     before = file.read_bytes()
-    assert "is of another model" in message(other, "--study", "drop")
+    assert "differs in its model" in message(other, "--study", "drop")
     file.write_text("no")
     assert "exists and is not a file of `analyze ablate`" in message(folder, "--study", "drop")
     file.write_bytes(before)

@@ -20,7 +20,7 @@ FIX = "name another file, or remove it"
 
 
 class Row(Record):
-    """A scored point. scores: loss and perplexity. bytes: of a table."""
+    """A scored point. scores: loss, perplexity, and tasks/METRIC/TASK. bytes: of a table."""
 
     point: Point
     scores: dict[str, Number]
@@ -31,7 +31,7 @@ class Ablation(Record):
     """The file of an ablation.
 
     model, data, table: fingerprints, the last None without a table. kind: of the model. windows, length: how
-    much of the validation split was scored.
+    much of the validation split was scored. tasks, limit: which of the harness', and questions of each.
     """
 
     format: Literal["mlm-ablation"] = "mlm-ablation"
@@ -41,6 +41,8 @@ class Ablation(Record):
     table: str | None
     windows: int
     length: int
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
     rows: list[Row]
 
     @property
@@ -66,14 +68,14 @@ def is_ablation(file: Path) -> bool:
 def begun(file: Path, about: Ablation) -> Ablation:
     """What a file has of this ablation already; about itself where there is no file.
 
-    Raises UserError for a file about another model, data or table.
+    Raises UserError for a file about another model, data, table or tasks.
     """
     if not file.exists():
         return about
     found = read_ablation(file)
     for name, value in about.about.items():
         if found.about[name] != value:
-            raise UserError(f"{file} is of another {name} ({found.about[name]}): {FIX}")
+            raise UserError(f"{file} differs in its {name} ({found.about[name]}): {FIX}")
     return found
 
 
