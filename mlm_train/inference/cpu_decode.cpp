@@ -73,15 +73,21 @@ inline void dot4(const bf16 *const rows[4], const bf16 *const next[4], const flo
   out[0] = s, out[1] = t, out[2] = u, out[3] = v;
 }
 
+// The same for rows each of which is followed by what is read after it.
+inline void dot4(const bf16 *const rows[4], const float *x, long n, float out[4]) {
+  const bf16 *next[4] = {rows[0] + AHEAD, rows[1] + AHEAD, rows[2] + AHEAD, rows[3] + AHEAD};
+  dot4(rows, next, x, n, out);
+}
+
 // Rows that the threads of a parallel region share, each taking some as often as it can: one may be slower.
 struct Shared {
   std::atomic<long> taken{0};
 
-  // The next `size` rows from `begin` on, a multiple of `unit` but for the last; false where none is left.
-  bool take(long count, long unit, long &begin, long &size) {
+  // The next `size` rows from `begin` on, a multiple of 4 but for the last; false where none is left.
+  bool take(long count, long &begin, long &size) {
     begin = taken.load(std::memory_order_relaxed);
     do {
-      size = std::max((count - begin) / omp_get_num_threads() / unit * unit, LEAST);
+      size = std::max((count - begin) / omp_get_num_threads() / 4 * 4, LEAST);
       if (begin + size + LEAST > count)
         size = count - begin;
     } while (size > 0 && !taken.compare_exchange_weak(begin, begin + size, std::memory_order_relaxed));
@@ -92,16 +98,14 @@ struct Shared {
 // finish(row, weight[row] . x) for this thread's rows: memory is read fastest in four places, each from its start on.
 template <class Finish>
 inline void product(Shared &shared, const bf16 *weight, const float *x, long count, long n, Finish finish) {
-  for (long begin, size; shared.take(count, 4, begin, size);) {
+  for (long begin, size; shared.take(count, begin, size);) {
     const long part = (size + 3) / 4;
     for (long at = 0; at < part; at++) {
-      const bf16 *rows[4], *next[4];
-      for (long i = 0; i < 4; i++) {
+      const bf16 *rows[4];
+      for (long i = 0; i < 4; i++)
         rows[i] = weight + (begin + std::min(i * part + at, size - 1)) * n;
-        next[i] = rows[i] + AHEAD;
-      }
       float out[4];
-      dot4(rows, next, x, n, out);
+      dot4(rows, x, n, out);
       for (long i = 0; i < 4 && i * part + at < size; i++)
         finish(begin + i * part + at, out[i]);
     }
@@ -111,14 +115,13 @@ inline void product(Shared &shared, const bf16 *weight, const float *x, long cou
 // finish(row, weight[row] . x, weight[count + row] . x) for this thread's rows.
 template <class Finish>
 inline void products(Shared &shared, const bf16 *weight, const float *x, long count, long n, Finish finish) {
-  for (long begin, size; shared.take(count, 2, begin, size);) {
+  for (long begin, size; shared.take(count, begin, size);) {
     const long part = (size + 1) / 2;
     for (long at = 0; at < part; at++) {
       const bf16 *first = weight + (begin + at) * n, *second = weight + (begin + std::min(part + at, size - 1)) * n;
       const bf16 *rows[4] = {first, second, first + count * n, second + count * n};
-      const bf16 *next[4] = {rows[0] + AHEAD, rows[1] + AHEAD, rows[2] + AHEAD, rows[3] + AHEAD};
       float out[4];
-      dot4(rows, next, x, n, out);
+      dot4(rows, x, n, out);
       finish(begin + at, out[0], out[2]);
       if (part + at < size)
         finish(begin + part + at, out[1], out[3]);

@@ -100,13 +100,13 @@ ITEMS: dict[str, Item] = {
     "figure7": Item(
         "What each part adds to the residual stream",
         "A picture of FFN-M's and attention's part by layer.",
-        lambda plan: each(plan, "shares", [kind for kind in plan.kinds if kind != "base-small"]),
+        lambda plan: each(plan, "shares", plan.full_size),
         figure7,
     ),
     "figure9": Item(
         "Flex-MemoryLLM between MemoryLLM and base",
         "A picture: perplexity falls with beta; Flex-3h^2 (704M active) about equals base-1B.",
-        lambda plan: each(plan, "prose", [kind for kind in plan.kinds if kind != "base-small"]),
+        lambda plan: each(plan, "prose", plan.full_size),
         figure9,
     ),
     "figure10": Item(
@@ -134,7 +134,7 @@ ITEMS: dict[str, Item] = {
         "Memory scaled",
         "A picture. In the text, perplexity of MemoryLLM-1B on WikiText-2 is 24.35 at alpha 1, 25.52 at 0.8, "
         "53.71 at 0.5.",
-        lambda plan: each(plan, "ablate", [kind for kind in plan.kinds if kind != "base-small"]),
+        lambda plan: each(plan, "ablate", plan.full_size),
         figure13,
     ),
 }

@@ -273,7 +273,7 @@ def figure6(scores: Scores) -> Body:
 
 def figure7(scores: Scores) -> Body:
     """Shares of a layer's update, by part."""
-    kinds = [kind for kind in scores.plan.kinds if kind != "base-small"]
+    kinds = scores.plan.full_size
     parts = {"attention": "attention", "ffn": "FFN or FFN-C", "ffn_m": "FFN-M"}
     rows: list[list[Cell]] = []
     for kind in kinds:
@@ -300,7 +300,7 @@ def figure10(scores: Scores) -> Body:
 
 def figure13(scores: Scores) -> Body:
     """Growth of perplexity with FFN-M, or the base model's FFN, scaled."""
-    kinds = [kind for kind in scores.plan.kinds if kind != "base-small"]
+    kinds = scores.plan.full_size
     part = {kind: "ffn" if kind == "base" else "memory" for kind in kinds}
 
     def grown(kind: str, alpha: float | None) -> Spread:

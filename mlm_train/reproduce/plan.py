@@ -83,6 +83,11 @@ class Plan:
         return tuple(kind for kind in KINDS if self.config(kind).exists())
 
     @property
+    def full_size(self) -> list[str]:
+        """Those of them that have the same total of parameters."""
+        return [kind for kind in self.kinds if kind != "base-small"]
+
+    @property
     def with_memory(self) -> list[str]:
         """Those of them with FFN-M."""
         return [kind for kind in self.kinds if not kind.startswith("base")]

@@ -134,19 +134,18 @@ def _checkpoint(config: Config, data: Blend, runtime: processes.Runtime) -> tupl
 
     def find(check: Check, faults: Mapping[Path, str]) -> Resumed | None:
         try:
-            found = find_checkpoint(config, data, check, faults)
+            return find_checkpoint(config, data, check, faults)
         except AllDamaged as error:
             lost[:] = error.damaged
             return None
-        lost[:] = () if found is None else found.damaged
-        return found
 
     url, newest = config.checkpoint.url, partial(find_checkpoint, config, data)
     if url is None:
         return [], intact_checkpoint(config, runtime, newest)
     lines = fetch_newer(config, runtime, fits)
     resumed = intact_checkpoint(config, runtime, find)
-    aside = runtime.broadcast(lambda: set_all_aside(lost, f"looking for one at {url}"))
+    damaged = lost if resumed is None else resumed.damaged
+    aside = runtime.broadcast(lambda: set_all_aside(damaged, f"looking for one at {url}"))
     if aside:  # the store may have it intact
         lines += [*aside, *fetch_newer(config, runtime, fits)]
     if aside or resumed is None:  # raises where none is intact

@@ -57,10 +57,7 @@ def lock_memory(address: int, size: int) -> None:
 
 def will_need(address: int, size: int) -> None:
     """Have the system begin to read in the pages of mapped memory [address, address + size)."""
-    advise = _function("madvise")
-    if advise is not None:
-        start = address // mmap.PAGESIZE * mmap.PAGESIZE
-        advise(ctypes.c_void_p(start), ctypes.c_size_t(address + size - start), mmap.MADV_WILLNEED)
+    _advise(address, size, mmap.PAGESIZE, mmap.MADV_WILLNEED)
 
 
 def use_huge_pages(address: int, size: int) -> None:
@@ -69,11 +66,18 @@ def use_huge_pages(address: int, size: int) -> None:
     As far as the system has them, and lets programs ask (the default of most). Nothing is done for less than
     such a page; what else is in the first and the last one is in it too.
     """
-    advise, advice = _function("madvise"), getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
-    if advise is not None and advice is not None and size >= HUGE_PAGE:
-        start = address // HUGE_PAGE * HUGE_PAGE
-        whole = -(-(address + size - start) // HUGE_PAGE) * HUGE_PAGE
-        advise(ctypes.c_void_p(start), ctypes.c_size_t(whole), advice)
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
+    if advice is not None and size >= HUGE_PAGE:
+        _advise(address, size, HUGE_PAGE, advice)
+
+
+def _advise(address: int, size: int, page: int, advice: int) -> None:
+    """madvise for the whole pages of so many bytes in which memory [address, address + size) is."""
+    advise = _function("madvise")
+    if advise is not None:
+        start = address // page * page
+        stop = -(-(address + size) // page) * page
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), advice)
 
 
 @functools.cache

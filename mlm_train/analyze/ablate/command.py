@@ -149,6 +149,8 @@ def _tasks(args: argparse.Namespace) -> "Tasks":
 def _score_of(scorer: "Scorer", tasks: "Tasks | None", limit: int | None) -> "Score":
     from mlm_train.evaluate.perplexity import measure_perplexity
 
+    tokenizer = None if tasks is None else scorer.folder.tokenizer()
+
     def score(model: Any, source: Any) -> dict[str, float]:
         found = measure_perplexity(model, source, scorer.windows.batches())
         scores = {"loss": found.loss, "perplexity": found.perplexity}
@@ -157,7 +159,7 @@ def _score_of(scorer: "Scorer", tasks: "Tasks | None", limit: int | None) -> "Sc
         from mlm_train.evaluate.harness import MemoryLM
         from mlm_train.inference.language_model import with_model
 
-        lm = with_model(scorer.folder, model, source, scorer.folder.tokenizer())
+        lm = with_model(scorer.folder, model, source, tokenizer)
         return scores | _without_errors(tasks.run(MemoryLM(lm), limit).scalars())
 
     return score
