@@ -41,7 +41,9 @@ def run_shares(args: argparse.Namespace) -> int:
     scorer = Scorer(args.model, args.data, length=length, count=count, with_memory=True)
     layers = shares(scorer.model, scorer.computed, scorer.windows.batches(show=True))
     if args.json:
-        print(json_line({"windows": scorer.windows.count, "layers": layers}))
+        about = {"model": scorer.fingerprint, "data": scorer.data.fingerprint}
+        size = {"windows": scorer.windows.count, "length": scorer.windows.samples.sequence_length}
+        print(json_line({**about, **size, "layers": layers}))
         return 0
     for layer in layers:
         print(f"layer {layer['layer']:<3d} adds {layer['update']:8.3f}  {'  '.join(_parts(layer))}")

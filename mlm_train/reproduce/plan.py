@@ -51,7 +51,7 @@ SCALES = {
         "train.global_batch_size=4", "train.micro_batch_size=4", "train.steps=60", "train.eval_interval=30",
         "train.eval_samples=4", "checkpoint.interval=10", "schedule.warmup_steps=5",
     ), samples=8, people=6, clusters=8, decode="tiny"),
-    "micro": Scale("micro", "micro", 3, 4096, 16 * 256 * 1000, 6_000, samples=400),
+    "micro": Scale("micro", "micro", 3, 4096, 8 * 256 * 800, 3_000, samples=128),
     "250m": Scale("250m", "250m", 1, 128_256, 50_000_000_000, 1e6),
     "750m": Scale("750m", "750m", 1, 128_256, 50_000_000_000, 4e5),
     "1b": Scale("1b", "1b", 1, 128_256, 50_000_000_000, 2.5e5),
@@ -129,7 +129,7 @@ class Plan:
         held_out = () if share is None else ("--validation-fraction", f"{share:g}")
         return [
             Step("data", (*prepare, self.text, "--output", "data/prose", "--tokenizer", tokenizer, *held_out),
-                 makes="data/prose", seconds=120),
+                 makes="data/prose", seconds=60),
             Step("synthetic", ("data", "synthetic", "--output", "synthetic",
                  "--people", str(self.scale.people)), makes="synthetic"),
             Step("synthetic-data", (*prepare, "synthetic", "--output", "data/synthetic",
@@ -159,7 +159,7 @@ class Plan:
         trained = (f"train.{name}",)
         steps = [
             Step(f"prose.{name}", ("evaluate", *model, *data, "--json"), trained,
-                 prints=f"results/prose.{name}.json", seconds=30),
+                 prints=f"results/prose.{name}.json", seconds=15),
             self._tasks(name, run, None),
         ]  # fmt: skip
         if kind == "base-small":
@@ -168,11 +168,11 @@ class Plan:
             f"ablate.{name}",
             ("analyze", "ablate", *model, *data, "--study", "alpha", "drop",
              "--output", f"results/ablate.{name}.json"),
-            trained, seconds=240,
+            trained, seconds=70,
         ))  # fmt: skip
         shares = ("analyze", "shares", *model, *data, "--json")
         steps.append(
-            Step(f"shares.{name}", shares, trained, prints=f"results/shares.{name}.json", seconds=30)
+            Step(f"shares.{name}", shares, trained, prints=f"results/shares.{name}.json", seconds=15)
         )
         if kind == "base":
             return steps
@@ -182,13 +182,13 @@ class Plan:
         table = f"tol/{kind}-s{seed}"
         steps += [
             Step(f"tol.{name}", ("tol", "build", run, "--output", table, "--dtype", "float32"), trained,
-                 seconds=25),
+                 seconds=20),
             Step(f"inspect.{name}", ("tol", "inspect", table, "--json"), (f"tol.{name}",),
                  prints=f"results/inspect.{name}.json"),
             Step(f"table.{name}",
                  ("analyze", "ablate", *model, *data, "--tol", table, "--study", "precision", "rank",
                   "--output", f"results/table.{name}.json"),
-                 (f"tol.{name}",), seconds=360),
+                 (f"tol.{name}",), seconds=90),
         ]  # fmt: skip
         return steps
 
@@ -203,7 +203,7 @@ class Plan:
         words = ("evaluate", "--model", run, "--tasks", ",".join(TASKS), "--include-path", "synthetic",
                  *scaled, "--json")  # fmt: skip
         return Step(f"tasks{at}.{name}", words, (f"train.{name}", "synthetic"),
-                    prints=f"results/tasks{at}.{name}.json", seconds=60)  # fmt: skip
+                    prints=f"results/tasks{at}.{name}.json", seconds=20)  # fmt: skip
 
     def decode(self) -> Step:
         """The time of a token, with random weights in the paper's 1B shapes, on this machine."""
@@ -221,7 +221,7 @@ class Plan:
                 ("analyze", "prune", "--model", f"runs/base-s{seed}", *self._scored,
                  "--method", method, "--like", like, "--json"),
                 (f"train.base.s{seed}",),
-                prints=f"results/prune.{method}.{like}.s{seed}.json", seconds=90,
+                prints=f"results/prune.{method}.{like}.s{seed}.json", seconds=30,
             )
             for method in METHODS
             for like in LIKE.values()

@@ -9,6 +9,8 @@ import torch
 
 from mlm_train import load
 from mlm_train.analyze.hooks import hooks, shares
+from mlm_train.checkpoint.reading.logical_folder import find_model
+from mlm_train.data.prepared import PreparedData
 from mlm_train.memory import make_source
 from mlm_train.parallel import runtime
 from tests.commands import TINY, mlm_train
@@ -91,7 +93,10 @@ def test_shares_of_a_run(data: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     capsys.readouterr()
     mlm_train("analyze", "shares", "--model", run, "--data", data, "--samples", 3, "--json")
     found = json.loads(capsys.readouterr().out)
-    assert found["windows"] == 3 and [layer["layer"] for layer in found["layers"]] == [0, 1]
+    assert found["windows"] == 3 and found["length"] == 64
+    assert found["data"] == PreparedData.open(data).fingerprint
+    assert found["model"] == find_model(str(run)).fingerprint
+    assert [layer["layer"] for layer in found["layers"]] == [0, 1]
     for layer in found["layers"]:
         assert set(layer) == {"layer", "update", "growth", "attention", "ffn_m"}
         assert layer["attention"]["share"] + layer["ffn_m"]["share"] == pytest.approx(1, rel=1e-5)

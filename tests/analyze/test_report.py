@@ -157,7 +157,7 @@ def test_figures(tmp_path: Path) -> None:
     }
     half = Share(norm=1.0, ratio=0.5, share=0.5)
     layers = [LayerShares(layer=0, update=1.0, growth=1.0, attention=half, ffn_m=half)]
-    (figure,) = shares_figures({"s": Shares(windows=1, layers=layers)})
+    (figure,) = shares_figures({"s": Shares(model="m", data="d", windows=1, length=8, layers=layers)})
     assert [(trace["name"], trace["y"]) for trace in figure["data"]] == [
         ("attention", [0.5]),
         ("FFN-M", [0.5]),
@@ -203,8 +203,10 @@ def test_bad_input(model: Path, keys: Path, table: Path, tmp_path: Path) -> None
     name = "layer.safetensors"
     shutil.copy(smaller / "layer-001" / name, mixed.layer_path(1) / name)
     first, second = ablation(tmp_path / "a.json"), ablation(tmp_path / "b.json", data="e")
-    shares = tmp_path / "shares.json"
-    shares.write_text('{"windows": 1, "layers": [{"layer": 0}]}')
+    shares, elsewhere, broken = (tmp_path / f"{name}.json" for name in ("shares", "elsewhere", "broken"))
+    about = {"model": "m", "data": "d", "windows": 1, "length": 8}
+    for path, data, layers in ((shares, "d", []), (elsewhere, "e", []), (broken, "d", [{"layer": 0}])):
+        path.write_text(json.dumps(about | {"data": data, "layers": layers}))
     for words, expected in (
         ((), "nothing to report: give at least one of --model, --keys"),
         (("--keys", texts, smaller), "(2 tokens) and"),
@@ -216,9 +218,11 @@ def test_bad_input(model: Path, keys: Path, table: Path, tmp_path: Path) -> None
         (("--ablation", shares), "shares.json: "),
         (("--ablation", first, second), "(data e) and"),
         (("--shares", first), "give what `mlm-train analyze shares --json` printed"),
-        (("--shares", shares), "layers.0.update"),
+        (("--shares", broken), "layers.0.update"),
+        (("--shares", shares, elsewhere), "(data e) and"),
+        (("--shares", shares, "--tol", table), "is of another model than --keys, --ablation and --shares"),
         (("--tol", model), "tol.index.json"),
-        (("--tol", table, "--keys", texts), "is of another model than --keys and --ablation"),
+        (("--tol", table, "--keys", texts), "is of another model than --keys"),
     ):
         assert expected in refused("analyze", "report", "--output", out, *words), words
     assert "is not replaced; name another file" in refused(

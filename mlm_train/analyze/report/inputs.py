@@ -1,6 +1,6 @@
 """What a report shows, read and checked: that its figures are of one vocabulary, and may be compared."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
@@ -37,9 +37,12 @@ class LayerShares(Record):
 
 
 class Shares(Record):
-    """What `analyze shares --json` prints."""
+    """What `analyze shares --json` prints. model, data: fingerprints. length: tokens of a window."""
 
+    model: str
+    data: str
     windows: Count
+    length: Count
     layers: list[LayerShares]
 
 
@@ -71,7 +74,7 @@ class Inputs:
             {path: record_of(Shares, read_json(Path(path), _SHARES), path, _SHARES) for path in shares},
         )
         found._check_vocabularies()
-        found._check_ablations()
+        found._check_text()
         found._check_tables()
         return found
 
@@ -100,22 +103,24 @@ class Inputs:
                 f"{first[1][token]!r}; {_APART.format('tokenizer')}"
             )
 
-    def _check_ablations(self) -> None:
-        """The same text: perplexities of others cannot be compared."""
-        for name in ("data", "windows", "length"):
-            values = ((path, f"{name} {getattr(one, name)}") for path, one in self.ablations.items())
-            _same(values, "text")
+    def _check_text(self) -> None:
+        """The same text: figures of others cannot be compared."""
+        kinds: tuple[Mapping[str, Ablation | Shares], ...] = (self.ablations, self.shares)
+        for found in kinds:
+            for name in ("data", "windows", "length"):
+                _same(((path, f"{name} {getattr(one, name)}") for path, one in found.items()), "text")
 
     def _check_tables(self) -> None:
-        """Tables of one model, which is that of an analysis or an ablation where there is one."""
+        """Tables of one model, which is that of an analysis, an ablation or shares where there are any."""
         made = {path: table.index.source.checkpoint for path, table in self.tables.items()}
         _same(((path, f"model {fingerprint[:12]}") for path, fingerprint in made.items()), "model")
         analysed = {folder.index.fingerprint for folder in self.keys.values()}
-        analysed |= {ablation.model for ablation in self.ablations.values()}
+        analysed |= {one.model for one in (*self.ablations.values(), *self.shares.values())}
         for path, fingerprint in made.items():
             if analysed and fingerprint not in analysed:
                 raise UserError(
-                    f"{path} is of another model than --keys and --ablation: {_APART.format('model')}"
+                    f"{path} is of another model than --keys, --ablation and --shares: "
+                    f"{_APART.format('model')}"
                 )
 
 
