@@ -39,9 +39,9 @@ def run_shares(args: argparse.Namespace) -> int:
 
     length, count = args.sequence_length, args.samples
     scorer = Scorer(args.model, args.data, length=length, count=count, with_memory=True)
+    about = {"model": scorer.fingerprint, "data": scorer.data.fingerprint} if args.json else {}
     layers = shares(scorer.model, scorer.computed, scorer.windows.batches(show=True))
     if args.json:
-        about = {"model": scorer.fingerprint, "data": scorer.data.fingerprint}
         size = {"windows": scorer.windows.count, "length": scorer.windows.samples.sequence_length}
         print(json_line({**about, **size, "layers": layers}))
         return 0

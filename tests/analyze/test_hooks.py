@@ -9,7 +9,7 @@ import torch
 
 from mlm_train import load
 from mlm_train.analyze.hooks import hooks, shares
-from mlm_train.checkpoint.reading.logical_folder import find_model
+from mlm_train.checkpoint.reading.logical_folder import open_model
 from mlm_train.data.prepared import PreparedData
 from mlm_train.memory import make_source
 from mlm_train.parallel import runtime
@@ -95,7 +95,8 @@ def test_shares_of_a_run(data: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     found = json.loads(capsys.readouterr().out)
     assert found["windows"] == 3 and found["length"] == 64
     assert found["data"] == PreparedData.open(data).fingerprint
-    assert found["model"] == find_model(str(run)).fingerprint
+    with open_model(str(run)) as opened:
+        assert found["model"] == opened.fingerprint
     assert [layer["layer"] for layer in found["layers"]] == [0, 1]
     for layer in found["layers"]:
         assert set(layer) == {"layer", "update", "growth", "attention", "ffn_m"}

@@ -115,7 +115,8 @@ class Inputs:
         made = {path: table.index.source.checkpoint for path, table in self.tables.items()}
         _same(((path, f"model {fingerprint[:12]}") for path, fingerprint in made.items()), "model")
         analysed = {folder.index.fingerprint for folder in self.keys.values()}
-        analysed |= {one.model for one in (*self.ablations.values(), *self.shares.values())}
+        analysed |= {ablation.model for ablation in self.ablations.values()}
+        analysed |= {shares.model for shares in self.shares.values()}
         for path, fingerprint in made.items():
             if analysed and fingerprint not in analysed:
                 raise UserError(

@@ -149,7 +149,7 @@ class FolderTensors:
     """
 
     def __init__(self, path: Path, file_of: dict[str, Any], fix: str = AGAIN) -> None:
-        self.path, self._file_of, self._fix = path, file_of, fix
+        self.path, self._file_of, self._fix, self._closed = path, file_of, fix, False
 
     def __enter__(self) -> Self:
         return self
@@ -158,9 +158,12 @@ class FolderTensors:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file_of.clear()  # a memory map is closed with its last reference
+        self._closed = True
 
     def names(self) -> list[str]:
-        """Every tensor's name, sorted."""
+        """Every tensor's name, sorted. ValueError once it is closed, when there are none."""
+        if self._closed:
+            raise ValueError(f"the tensors of {self.path} are closed")
         return sorted(self._file_of)
 
     def shape(self, name: str) -> torch.Size:
