@@ -43,14 +43,16 @@ class Claim(Record):
 class Finding(Record):
     """The file of a table or figure.
 
-    item: such as table2. paper: what the paper reports, in our words. text: what was trained on. seeds: of
-    each model. commands: that the figures come from, in their order.
+    item: such as table2. paper: what the paper reports, in our words. trained: whether it is of models that
+    were trained at the scale, of so many seeds each. text: what they were trained on; else what it is of.
+    commands: that the figures come from, in their order.
     """
 
     item: str
     title: str
     paper: str
     scale: str
+    trained: bool
     text: str
     seeds: int
     columns: list[str]

@@ -26,12 +26,17 @@ from mlm_train.reproduce.scores import Scores
 
 
 class Item(NamedTuple):
-    """A table or figure. needs: names of its steps. measure: from what they wrote."""
+    """A table or figure.
+
+    needs: names of its steps. measure: from what they wrote. untrained: what it is of, where not of models
+    that were trained at the scale.
+    """
 
     title: str
     paper: str
     needs: Callable[[Plan], list[str]]
     measure: Callable[[Scores], Body]
+    untrained: str | None = None
 
 
 def each(plan: Plan, prefix: str, kinds: Iterable[str]) -> list[str]:
@@ -59,13 +64,20 @@ ITEMS: dict[str, Item] = {
         lambda plan: each(plan, "prose", plan.kinds),
         table2,
     ),
-    "table5": Item("Parameters", "Active and total, embedding and head excluded.", lambda plan: [], table5),
+    "table5": Item(
+        "Parameters",
+        "Active and total, embedding and head excluded.",
+        lambda plan: [],
+        table5,
+        untrained="by formula, of the paper's configs",
+    ),
     "table6": Item(
         "Time and memory of a decoded token, 1B",
         "One A100, bf16, tables included: base 9.541 GB and 21.50 ms, Flex-h^2 7.025 and 18.75, "
         "2h^2 7.409 and 20.28, 3h^2 7.825 and 21.47, MemoryLLM 6.041 and 14.42.",
         lambda plan: ["decode"],
         table6,
+        untrained="random weights in the paper's shapes, bf16, on this machine",
     ),
     "table7": Item(
         "Tables in fewer bits",
@@ -149,7 +161,8 @@ def finding_of(name: str, scores: Scores, commands: list[str]) -> Finding:
         title=item.title,
         paper=item.paper,
         scale=plan.scale.name,
-        text=plan.described,
+        text=item.untrained or plan.described,
+        trained=item.untrained is None,
         seeds=plan.scale.seeds,
         columns=columns,
         rows=rows,

@@ -54,10 +54,11 @@ def _anchor(finding: Finding) -> str:
 
 def _section(finding: Finding) -> str:
     seeds = "1 seed" if finding.seeds == 1 else f"{finding.seeds} seeds"
+    here = f"scale {finding.scale}, {seeds}, {finding.text}" if finding.trained else finding.text
     lines = [
         f"## {_heading(finding)}",
         f"The paper: {finding.paper}\n",
-        f"Here, scale {finding.scale}, {seeds}, {finding.text}:\n",
+        f"Here, {here}:\n",
         "| " + " | ".join(finding.columns) + " |",
         "|" + "---|" * len(finding.columns),
         *(

@@ -158,6 +158,7 @@ def test_every_item(scores: Scores, tmp_path: Path) -> None:
     assert "| base-small | 915,376 | 915,376 | 60.00 (59.00 to 61.00) |" in page
     assert page.index("## Table 8") < page.index("## Figure 4") < page.index("## Figure 11")
     assert "novels and synthetic tasks (4 to 1), 1,638,400 tokens per model" in page
+    assert "Here, by formula, of the paper's configs:" in page
     write_page(tmp_path / "findings", tmp_path / "again.md")
     assert (tmp_path / "again.md").read_text() == page
 
