@@ -172,6 +172,14 @@ def _workspace(args: argparse.Namespace) -> "Iterator[Workspace]":
         yield workspace
 
 
+def _again(args: argparse.Namespace, name: str) -> str:
+    """The command that measures one item alone."""
+    options = ("scale", "text", "tokenizer", "validation_fraction", "output")
+    given = {option: value for option in options if (value := getattr(args, option)) is not None}
+    words = (word for field, value in given.items() for word in (f"--{field.replace('_', '-')}", f"{value}"))
+    return shlex.join(["reproduce", name, *words])
+
+
 def _measure(args: argparse.Namespace, plan: "Plan", names: list[str]) -> int:
     from mlm_train.reproduce.items import ITEMS, finding_of
     from mlm_train.reproduce.page import verdict
@@ -197,7 +205,8 @@ def _measure(args: argparse.Namespace, plan: "Plan", names: list[str]) -> int:
         print(f"all steps took {in_time(took)} together; predicted: {in_time(predicted)}")
         scores = Scores(workspace, plan)
         for name in names:
-            finding = finding_of(name, scores, [shlex.join(step.words) for step in wanted[name]])
+            steps_of = [shlex.join(step.words) for step in wanted[name]]
+            finding = finding_of(name, scores, _again(args, name), steps_of)
             file = workspace.path / "findings" / f"{name}.json"
             file.parent.mkdir(exist_ok=True)
             write_json(file, finding.model_dump(mode="json"))

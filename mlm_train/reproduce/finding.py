@@ -45,7 +45,7 @@ class Finding(Record):
 
     item: such as table2. paper: what the paper reports, in our words. trained: whether it is of models that
     were trained at the scale, of so many seeds each. text: what they were trained on; else what it is of.
-    commands: that the figures come from, in their order.
+    command: that measures it. steps: the commands that it runs, in their order.
     """
 
     item: str
@@ -58,7 +58,8 @@ class Finding(Record):
     columns: list[str]
     rows: list[list[Cell]]
     claims: list[Claim]
-    commands: list[str]
+    command: str
+    steps: list[str]
 
 
 def read_finding(file: Path) -> Finding:

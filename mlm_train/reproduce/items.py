@@ -152,7 +152,7 @@ ITEMS: dict[str, Item] = {
 }
 
 
-def finding_of(name: str, scores: Scores, commands: list[str]) -> Finding:
+def finding_of(name: str, scores: Scores, command: str, steps: list[str]) -> Finding:
     """The finding of an item whose steps have ended."""
     item, plan = ITEMS[name], scores.plan
     columns, rows, claims = item.measure(scores)
@@ -167,5 +167,6 @@ def finding_of(name: str, scores: Scores, commands: list[str]) -> Finding:
         columns=columns,
         rows=rows,
         claims=claims,
-        commands=commands,
+        command=command,
+        steps=steps,
     )

@@ -69,10 +69,7 @@ def _section(finding: Finding) -> str:
         *(f"- {claim.claim}: **{verdict(claim)}** ({claim.seen})" for claim in finding.claims),
         "",
     ]
-    if finding.commands:
-        lines += ["```", *(f"mlm-train {command}" for command in finding.commands[:3]), "```"]
-        if len(finding.commands) > 3:
-            lines.append(
-                f"and {len(finding.commands) - 3} more of the kind ([file](findings/{finding.item}.json))."
-            )
+    count = len(finding.steps)
+    steps = f", {count} step{'s' * (count != 1)}" if count else ""
+    lines.append(f"`mlm-train {finding.command}`{steps} ([file](findings/{finding.item}.json))")
     return "\n".join(lines) + "\n"

@@ -111,7 +111,9 @@ def scores(tmp_path: Path) -> Scores:
 
 def test_every_item(scores: Scores, tmp_path: Path) -> None:
     assert list(ITEMS) == list(FIGURES)
-    found = {name: finding_of(name, scores, ["evaluate a", "evaluate b"]) for name in ITEMS}
+    found = {
+        name: finding_of(name, scores, f"reproduce {name}", ["evaluate a", "evaluate b"]) for name in ITEMS
+    }
     names = {step.name for step in PLAN.steps()}
     assert all(set(item.needs(PLAN)) <= names for item in ITEMS.values())
     rows = {name: finding.rows for name, finding in found.items()}
@@ -158,6 +160,7 @@ def test_every_item(scores: Scores, tmp_path: Path) -> None:
     assert "| base-small | 915,376 | 915,376 | 60.00 (59.00 to 61.00) |" in page
     assert page.index("## Table 8") < page.index("## Figure 4") < page.index("## Figure 11")
     assert "novels and synthetic tasks (4 to 1), 1,638,400 tokens per model" in page
+    assert "`mlm-train reproduce table8`, 2 steps ([file](findings/table8.json))" in page
     assert "Here, by formula, of the paper's configs:" in page
     write_page(tmp_path / "findings", tmp_path / "again.md")
     assert (tmp_path / "again.md").read_text() == page

@@ -55,3 +55,4 @@ def test_all(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     mlm_train("reproduce", "page", "--output", tmp_path, "--page", tmp_path / "findings.md")
     page = (tmp_path / "findings.md").read_text()
     assert page.count("\n## ") == len(list((tmp_path / "findings").iterdir())) and "tiny" in page
+    assert f"`mlm-train reproduce table2 --scale tiny --text {text} --output {tmp_path}`, " in page
