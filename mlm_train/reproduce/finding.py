@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from mlm_train.utils.records import Record, read_json, record_of
@@ -25,10 +25,15 @@ class Spread(Record):
 
     def text(self, digits: int = 2) -> str:
         """The mean, and the range of several seeds."""
-        mean = f"{self.mean:,.{digits}f}"
-        if self.least == self.most:
-            return mean
-        return f"{mean} ({self.least:,.{digits}f} to {self.most:,.{digits}f})"
+        return self._text(f",.{digits}f")
+
+    def percent(self) -> str:
+        """The same as a growth in per cent."""
+        return self._text("+.2%")
+
+    def _text(self, form: str) -> str:
+        mean = format(self.mean, form)
+        return mean if self.least == self.most else f"{mean} ({self.least:{form}} to {self.most:{form}})"
 
 
 class Claim(Record):
@@ -68,10 +73,12 @@ def read_finding(file: Path) -> Finding:
     return record_of(Finding, read_json(file, fix), file, fix)
 
 
-def less(claim: str, names: Sequence[str], values: Sequence[Spread]) -> Claim:
-    """The claim that these figures ascend in this order."""
+def less(
+    claim: str, names: Sequence[str], values: Sequence[Spread], show: Callable[[Spread], str] = Spread.text
+) -> Claim:
+    """The claim that these figures ascend in this order. show: a figure in words."""
     pairs = list(itertools.pairwise(values))
-    seen = ", ".join(f"{name} {value.text()}" for name, value in zip(names, values, strict=True))
+    seen = ", ".join(f"{name} {show(value)}" for name, value in zip(names, values, strict=True))
     return Claim(
         claim=claim,
         holds=all(first.mean < second.mean for first, second in pairs),

@@ -8,10 +8,11 @@ from typing import NamedTuple
 from mlm_train.config import load_config
 from mlm_train.model.counts import count_parameters
 from mlm_train.reproduce.finding import Cell, Claim, Spread, less
-from mlm_train.reproduce.plan import FLEX, LIKE, METHODS, TASK_ALPHAS, TASKS, Plan
+from mlm_train.reproduce.plan import FLEX, LIKE, METHODS, TASK_ALPHAS, TASK_MODEL, TASKS, Plan
 from mlm_train.reproduce.scores import Scores
 
 RECALL = "synthetic_facts"
+GUESSED = 0.25  # questions have four choices
 
 
 class Body(NamedTuple):
@@ -25,29 +26,42 @@ class Body(NamedTuple):
 def table1(scores: Scores) -> Body:
     """Accuracy in tasks with less memory, beside perplexity."""
     rows: list[list[Cell]] = []
-    lost = {}
-    for task in TASKS:
-        found = [scores.seeds(partial(scores.accuracy, "memory", alpha, task)) for alpha in TASK_ALPHAS]
-        lost[task] = scores.seeds(partial(_lost, scores, task))
-        rows.append([_short(task), *(value.text(3) for value in found)])
+    for kind in scores.plan.scored_in_tasks:
+        trained = "tasks alone" if kind == TASK_MODEL else "prose and tasks"
+        for task in TASKS:
+            found = [scores.seeds(partial(scores.accuracy, kind, alpha, task)) for alpha in TASK_ALPHAS]
+            rows.append([_short(task), trained, *map(_in_3_digits, found)])
     exact = scores.perplexity("memory").mean
     texts = (exact * (1 + _growth(scores, alpha)) for alpha in TASK_ALPHAS)
-    rows.append(["text, perplexity", *(f"{perplexity:,.2f}" for perplexity in texts)])
+    rows.append(["text, perplexity", "prose and tasks", *(f"{perplexity:,.2f}" for perplexity in texts)])
+    last = scores.plan.scored_in_tasks[-1]
+    lost = {task: scores.seeds(partial(_lost, scores, last, task)) for task in TASKS}
+    learned = {task: scores.seeds(partial(scores.accuracy, last, 1.0, task)) for task in TASKS}
     claims = [
+        Claim(claim=f"{_short(task)} is learned (accuracy above that of guessing, {GUESSED})",
+              holds=found.mean > GUESSED, clear=found.least > GUESSED or found.most <= GUESSED,
+              seen=_in_3_digits(found))
+        for task, found in learned.items()
+    ]  # fmt: skip
+    claims += [
         less(f"less memory costs recall more than {_short(task)} (accuracy lost, alpha {TASK_ALPHAS[-1]:g})",
-             [_short(task), _short(RECALL)], [lost[task], lost[RECALL]])
+             [_short(task), _short(RECALL)], [lost[task], lost[RECALL]], _in_3_digits)
         for task in TASKS if task != RECALL
     ]  # fmt: skip
-    return Body(["task", *(f"alpha {alpha:g}" for alpha in TASK_ALPHAS)], rows, claims)
+    return Body(["task", "trained on", *(f"alpha {alpha:g}" for alpha in TASK_ALPHAS)], rows, claims)
+
+
+def _in_3_digits(value: Spread) -> str:
+    return value.text(3)
 
 
 def _short(task: str) -> str:
     return task.removeprefix("synthetic_")
 
 
-def _lost(scores: Scores, task: str, seed: int) -> float:
+def _lost(scores: Scores, kind: str, task: str, seed: int) -> float:
     """The accuracy that the least alpha costs."""
-    full, least = (scores.accuracy("memory", alpha, task, seed) for alpha in (1.0, TASK_ALPHAS[-1]))
+    full, least = (scores.accuracy(kind, alpha, task, seed) for alpha in (1.0, TASK_ALPHAS[-1]))
     return full - least
 
 
@@ -135,9 +149,9 @@ def table7(scores: Scores) -> Body:
     for dtype, paper in (("bfloat16", 0.0), ("int8", 24.347 / 24.348 - 1), ("int4", 24.439 / 24.348 - 1)):
         growth[dtype] = scores.growth("table", "memory", study="precision", dtype=dtype)
         size = scores.bytes("table", "memory", study="precision", dtype=dtype) / 1e6
-        rows.append([dtype, f"{size:.2f}", _percent(growth[dtype]), f"{paper:+.2%}"])
+        rows.append([dtype, f"{size:.2f}", growth[dtype].percent(), f"{paper:+.2%}"])
     small = Claim(claim="4 bits cost less than 1 % of perplexity", holds=growth["int4"].mean < 0.01,
-                  clear=growth["int4"].most < 0.01, seen=_percent(growth["int4"]))  # fmt: skip
+                  clear=growth["int4"].most < 0.01, seen=growth["int4"].percent())  # fmt: skip
     return Body(["table", "MB", "growth", "paper"], rows, [small])
 
 
@@ -153,11 +167,12 @@ def table8(scores: Scores) -> Body:
             for variant in variants
         }
         last = found
-        rows.append([f"{cut:.0%}", *(map(_percent, found.values())), f"{perplexity / 18.919 - 1:+.2%}"])
+        rows.append([f"{cut:.0%}", *(map(Spread.percent, found.values())), f"{perplexity / 18.919 - 1:+.2%}"])
     claims = [
         less("weighing rows by token frequency costs less (half of the ranks)", ["weighted", "uniform"],
-             [last["weighted"], last["uniform"]]),
-        less("so does a rank per layer", ["per layer", "uniform"], [last["per layer"], last["uniform"]]),
+             [last["weighted"], last["uniform"]], Spread.percent),
+        less("so does a rank per layer", ["per layer", "uniform"],
+             [last["per layer"], last["uniform"]], Spread.percent),
     ]  # fmt: skip
     return Body(["ranks cut", *variants, "paper"], rows, claims)
 
@@ -176,7 +191,7 @@ def dropped(kinds: Callable[[Plan], list[str]], part: str) -> Callable[[Scores],
             for kind in chosen
         }  # fmt: skip
         rows: list[list[Cell]] = [
-            [str(layer), *(_percent(found[kind][layer]) for kind in chosen)]
+            [str(layer), *(found[kind][layer].percent() for kind in chosen)]
             for layer in scores.layers(chosen[0])
         ]
         claims = []
@@ -294,7 +309,7 @@ def figure10(scores: Scores) -> Body:
         return statistics.fmean(scores.half_rank_error(layer, seed) for layer in among)
 
     ends = [scores.seeds(partial(mean, part)) for part in (layers[-third:], layers[:third])]
-    claim = less("later layers compress better", [f"last {third}", f"first {third}"], ends)
+    claim = less("later layers compress better", [f"last {third}", f"first {third}"], ends, _in_3_digits)
     return Body(["layer", "relative error at half of the ranks"], rows, [claim])
 
 
@@ -309,14 +324,8 @@ def figure13(scores: Scores) -> Body:
     points = (row.point for row in scores.rows("ablate", "memory", 0))
     alphas = sorted({point.alpha for point in points if point.study == "alpha" and point.alpha is not None})
     rows: list[list[Cell]] = [
-        [f"{alpha:g}", *(_percent(grown(kind, alpha)) for kind in kinds)] for alpha in alphas
+        [f"{alpha:g}", *(grown(kind, alpha).percent() for kind in kinds)] for alpha in alphas
     ]
     claim = less("halving FFN-M costs less than halving a base model's FFN", ["memory", "base"],
-                 [grown("memory", 0.5), grown("base", 0.5)])  # fmt: skip
+                 [grown("memory", 0.5), grown("base", 0.5)], Spread.percent)  # fmt: skip
     return Body(["alpha", *kinds], rows, [claim])
-
-
-def _percent(value: Spread) -> str:
-    if value.least == value.most:
-        return f"{value.mean:+.2%}"
-    return f"{value.mean:+.2%} ({value.least:+.2%} to {value.most:+.2%})"

@@ -52,6 +52,11 @@ def _anchor(finding: Finding) -> str:
     return kept.replace(" ", "-")
 
 
+def escaped(text: str) -> str:
+    """Text as it is in a cell of a Markdown table: tokens may be anything."""
+    return "".join(f"\\{c}" if c in "\\|`*_<>[]" else c for c in text)
+
+
 def _section(finding: Finding) -> str:
     seeds = "1 seed" if finding.seeds == 1 else f"{finding.seeds} seeds"
     here = f"scale {finding.scale}, {seeds}, {finding.text}" if finding.trained else finding.text
@@ -62,7 +67,7 @@ def _section(finding: Finding) -> str:
         "| " + " | ".join(finding.columns) + " |",
         "|" + "---|" * len(finding.columns),
         *(
-            "| " + " | ".join("" if cell is None else str(cell) for cell in row) + " |"
+            "| " + " | ".join("" if cell is None else escaped(str(cell)) for cell in row) + " |"
             for row in finding.rows
         ),
         "",

@@ -13,6 +13,7 @@ KINDS = ("base-small", "base", "memory", *FLEX)
 TASKS = ("synthetic_facts", "synthetic_copy", "synthetic_induction", "synthetic_arithmetic")
 LIKE = {"memory": "memory", "flex-1h2": "flex1", "flex-2h2": "flex2", "flex-3h2": "flex3"}
 TASK_ALPHAS = (1.0, 0.8, 0.5)  # the paper's
+TASK_MODEL = "memory-tasks"
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Scale:
     on the text. tokens: of each run, and speed: in tokens per second, for the prediction of times.
     overrides: of the configs. samples: windows of the validation text that are scored; None: all. people: of
     the synthetic tasks. clusters: of tokens, per layer. decode: the shape that decoding is timed
-    with.
+    with. task_steps: of a MemoryLLM trained on the synthetic tasks alone, of which so small a model learns
+    none beside prose; 0: there is none.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Scale:
     people: int = 40
     clusters: int = 64
     decode: str = "1b"
+    task_steps: int = 0
 
     @property
     def train_seconds(self) -> float:
@@ -50,8 +53,8 @@ SCALES = {
         "model.vocab_size=512", "model.num_hidden_layers=2", "data.sequence_length=64",
         "train.global_batch_size=4", "train.micro_batch_size=4", "train.steps=60", "train.eval_interval=30",
         "train.eval_samples=4", "checkpoint.interval=10", "schedule.warmup_steps=5",
-    ), samples=8, people=6, clusters=8, decode="tiny"),
-    "micro": Scale("micro", "micro", 3, 4096, 8 * 256 * 800, 3_000, samples=128),
+    ), samples=8, people=6, clusters=8, decode="tiny", task_steps=30),
+    "micro": Scale("micro", "micro", 3, 4096, 8 * 256 * 800, 3_000, samples=128, task_steps=1500),
     "250m": Scale("250m", "250m", 1, 128_256, 50_000_000_000, 1e6),
     "750m": Scale("750m", "750m", 1, 128_256, 50_000_000_000, 4e5),
     "1b": Scale("1b", "1b", 1, 128_256, 50_000_000_000, 2.5e5),
@@ -93,6 +96,11 @@ class Plan:
         return [kind for kind in self.kinds if not kind.startswith("base")]
 
     @property
+    def scored_in_tasks(self) -> list[str]:
+        """The MemoryLLMs whose tasks Table 1 has, that which has learned them last."""
+        return ["memory", *([TASK_MODEL] if self.scale.task_steps else [])]
+
+    @property
     def seeds(self) -> range:
         """Seeds of each model."""
         return range(self.scale.seeds)
@@ -110,6 +118,7 @@ class Plan:
         return [
             *self.data(),
             *(self.train(kind, seed) for seed in self.seeds for kind in self.kinds),
+            *(step for seed in self.seeds for step in self.of_tasks(seed)),
             *(step for seed in self.seeds for kind in self.kinds for step in self.scores(kind, seed)),
             *(step for seed in self.seeds for step in self.pruned(seed)),
             self.decode(),
@@ -137,19 +146,28 @@ class Plan:
         ]  # fmt: skip
 
     def train(self, kind: str, seed: int) -> Step:
-        """A run: resumes by itself."""
+        """A run on prose and tasks: resumes by itself."""
         blend = "[{path: data/prose, weight: 0.8}, {path: data/synthetic, weight: 0.2}]"
-        words = (
-            "pretrain", str(self.config(kind)), "data.path=null", f"data.blend={blend}",
-            f"train.output=runs/{kind}-s{seed}", f"train.seed={seed}", *self.scale.overrides,
-        )  # fmt: skip
         share = 0.4 if kind == "base-small" else 1.0
-        return Step(
-            f"train.{kind}.s{seed}",
-            words,
-            ("data", "synthetic-data"),
-            seconds=share * self.scale.train_seconds,
-        )
+        return self._train(kind, kind, seed, share, "data.path=null", f"data.blend={blend}")
+
+    def _train(self, kind: str, name: str, seed: int, share: float, *words: str) -> Step:
+        """A run of a kind; share: of the predicted seconds of a base model's."""
+        output = (f"train.output=runs/{name}-s{seed}", f"train.seed={seed}")
+        words = ("pretrain", str(self.config(kind)), *self.scale.overrides, *words, *output)
+        needs = ("data", "synthetic-data")
+        return Step(f"train.{name}.s{seed}", words, needs, seconds=share * self.scale.train_seconds)
+
+    def of_tasks(self, seed: int) -> list[Step]:
+        """A MemoryLLM trained on the tasks alone, and its scores in them."""
+        if not self.scale.task_steps:
+            return []
+        steps = f"train.steps={self.scale.task_steps}"
+        name, run = f"{TASK_MODEL}.s{seed}", f"runs/{TASK_MODEL}-s{seed}"
+        return [
+            self._train("memory", TASK_MODEL, seed, 1.9, "data.path=data/synthetic", steps),
+            *(self._tasks(name, run, alpha) for alpha in TASK_ALPHAS),
+        ]
 
     def scores(self, kind: str, seed: int) -> list[Step]:
         """Perplexity and tasks, ablations, and for models with FFN-M its table."""
@@ -160,7 +178,7 @@ class Plan:
         steps = [
             Step(f"prose.{name}", ("evaluate", *model, *data, "--json"), trained,
                  prints=f"results/prose.{name}.json", seconds=15),
-            self._tasks(name, run, None),
+            self._tasks(name, run, 1.0),
         ]  # fmt: skip
         if kind == "base-small":
             return steps
@@ -197,9 +215,9 @@ class Plan:
         words = ("analyze", "keys", "--model", run, "--output", f"keys/{name}", *clusters)
         return Step(f"keys.{name}", words, (f"train.{name}",), seconds=90)
 
-    def _tasks(self, name: str, run: str, alpha: float | None) -> Step:
-        at = "" if alpha is None else f".alpha{alpha:g}"
-        scaled = () if alpha is None else ("--memory-scale", f"{alpha:g}")
+    def _tasks(self, name: str, run: str, alpha: float) -> Step:
+        at = "" if alpha == 1 else f".alpha{alpha:g}"
+        scaled = () if alpha == 1 else ("--memory-scale", f"{alpha:g}")
         words = ("evaluate", "--model", run, "--tasks", ",".join(TASKS), "--include-path", "synthetic",
                  *scaled, "--json")  # fmt: skip
         return Step(f"tasks{at}.{name}", words, (f"train.{name}", "synthetic"),

@@ -11,7 +11,7 @@ from mlm_train.analyze.keys.folder import FORMAT
 from mlm_train.reproduce.command import FIGURES
 from mlm_train.reproduce.finding import Spread, less
 from mlm_train.reproduce.items import ITEMS, finding_of
-from mlm_train.reproduce.page import verdict, write_page
+from mlm_train.reproduce.page import escaped, verdict, write_page
 from mlm_train.reproduce.plan import SCALES, TASKS, Plan
 from mlm_train.reproduce.scores import Scores
 from mlm_train.reproduce.steps import Workspace
@@ -83,7 +83,9 @@ def scores(tmp_path: Path) -> Scores:
             write(f"ablate.{kind}.s{seed}", ablation(dropped + scaled))
         for at, facts in (("", 0.9), (".alpha0.8", 0.8), (".alpha0.5", 0.3)):
             accuracy = {task: {"acc,none": 0.6 if at == "" else 0.5} for task in TASKS}
-            write(f"tasks{at}.memory.s{seed}", {"results": accuracy | {TASKS[0]: {"acc,none": facts}}})
+            learned = accuracy | {TASKS[0]: {"acc,none": facts}, TASKS[3]: {"acc,none": 0.25}}
+            write(f"tasks{at}.memory-tasks.s{seed}", {"results": learned})
+            write(f"tasks{at}.memory.s{seed}", {"results": {task: {"acc,none": 0.24} for task in TASKS}})
         types = [
             (Point(study="precision", dtype=t), g) for t, g in (("bfloat16", 0), ("int8", 0), ("int4", 0.004))
         ]
@@ -121,9 +123,10 @@ def test_every_item(scores: Scores, tmp_path: Path) -> None:
         name: [(claim.holds, claim.clear) for claim in finding.claims] for name, finding in found.items()
     }
 
-    assert rows["table1"][0] == ["facts", "0.900", "0.800", "0.300"]
-    assert rows["table1"][-1] == ["text, perplexity", "50.00", "60.00", "75.00"]
-    assert claims["table1"] == [(True, True)] * 3
+    assert rows["table1"][0] == ["facts", "prose and tasks", "0.240", "0.240", "0.240"]
+    assert rows["table1"][4] == ["facts", "tasks alone", "0.900", "0.800", "0.300"]
+    assert rows["table1"][-1] == ["text, perplexity", "prose and tasks", "50.00", "60.00", "75.00"]
+    assert claims["table1"] == [*[(True, True)] * 3, (False, True), *[(True, True)] * 3]
     assert rows["table2"][2] == ["memory", "886,080", "2,656,704", "50.00 (49.00 to 51.00)"]
     assert claims["table2"] == [(True, True), (True, True)]
     assert claims["table5"] == [(True, True)] and len(rows["table5"]) == 15
@@ -172,6 +175,8 @@ def test_verdicts() -> None:
     assert verdict(less("", "ab", [low, middle])) == "yes, within the spread of seeds"
     assert verdict(less("", "ab", [middle, low])) == "no, within the spread of seeds"
     assert verdict(less("", "abc", [low, high, middle])) == "no"
+    assert escaped("a|`\\x02") == "a\\|\\`\\\\x02"
+    assert Spread.of([-0.5, 0.25]).percent() == "-12.50% (-50.00% to +25.00%)"
     assert low.text() == "5.00 (4.00 to 6.00)" and Spread.of([1234.5]).text() == "1,234.50"
 
 
@@ -179,7 +184,7 @@ def test_bad_input(tmp_path: Path) -> None:
     text = ("--text", tmp_path, "--output", tmp_path / "out")
     assert "all stands alone" in refused("reproduce", "all", "table2", *text)
     assert "--number belongs to train" in refused("reproduce", "train", *text)
-    assert "give 0 to 17" in refused("reproduce", "train", "--number", 18, *text)
+    assert "give 0 to 20" in refused("reproduce", "train", "--number", 21, *text)
     assert "--page belongs to page" in refused("reproduce", "page", "--output", tmp_path)
     assert "--text is missing" in refused("reproduce", "all", "--output", tmp_path)
     assert "does not exist" in refused("reproduce", "all", "--text", tmp_path / "no", "--output", tmp_path)
