@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,7 @@ class Workspace:
         """threads: of each command, unless the environment says otherwise; None: torch's own number."""
         self.path = path.absolute()
         self.environment = dict(os.environ)
+        self._running, self._ends = set[subprocess.Popen[bytes]](), False
         if threads is not None:
             self.environment.setdefault("OMP_NUM_THREADS", str(threads))
 
@@ -85,7 +87,7 @@ class Workspace:
             (self.path / folder).mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "mlm_train", *step.words]
         with log.open("ab") as errors:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 command,
                 cwd=self.path,
                 env=None if step.alone else self.environment,
@@ -93,16 +95,32 @@ class Workspace:
                 stderr=errors,
                 preexec_fn=_end_at_once,
             )
-        if done.returncode:
+            self._running.add(process)
+            if self._ends:
+                process.terminate()
+            printed, _ = process.communicate()
+            self._running.remove(process)
+        if process.returncode:
             lines = log.read_text(errors="replace").strip().splitlines()
             raise UserError(
-                f"{step.name} failed ({lines[-1][:300] if lines else done.returncode}): see {log}"
+                f"{step.name} failed ({lines[-1][:300] if lines else process.returncode}): see {log}"
             )
         if step.prints:
-            write_text(self.path / step.prints, done.stdout.decode())
+            write_text(self.path / step.prints, printed.decode())
         seconds = time.monotonic() - started
         write_json(self.note(step), {"words": list(step.words), "seconds": seconds})
         return seconds
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Have a signal that ends the body end what runs, too: a training writes a checkpoint first."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._ends = True
+            for process in list(self._running):
+                process.terminate()
+            raise
 
     def result(self, file: str) -> object:
         """The JSON that a step wrote: of several lines the last."""
@@ -131,13 +149,13 @@ def run_all(workspace: Workspace, steps: Sequence[Step], say: Callable[[str], No
     """Run what has not ended, `jobs` steps at once, each after those that it needs.
 
     Says before each one what it is, and how long all will take. UserError where one fails, once those that
-    run beside it have ended.
+    run beside it have ended. A signal that ends this process ends them first.
     """
     done = {step.name for step in steps if workspace.ended(step) is not None}
     left = [step for step in steps if step.name not in done]
     running = dict[Future[float], Step]()
     started, predicted = time.monotonic(), 0.0
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool, workspace.ending():
         while left or running:
             for step in [step for step in left if done.issuperset(step.needs)]:
                 if running and (step.alone or any(other.alone for other in running.values())):

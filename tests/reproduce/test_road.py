@@ -6,13 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.commands import ROOT, mlm_train, refused
-
-CHECKPOINT = "runs/base-s0/checkpoints/step-00000010"
 
 
 @pytest.fixture(scope="module")
@@ -26,23 +25,32 @@ def words(text: Path, output: Path, *items: object) -> list[str]:
     ]
 
 
-def test_a_killed_reproduction_goes_on(text: Path, tmp_path: Path) -> None:
-    """SIGKILL in the middle of a training: what has ended is not run again, the training resumes."""
-    command = words(text, tmp_path, "train", "--number", 1)
+def ended_by(number: signal.Signals, command: list[str], due: Callable[[], bool]) -> int:
+    """Run a command until a signal is due, and send it. Returns its exit code."""
     process = subprocess.Popen([sys.executable, "-m", "mlm_train", *command], cwd=ROOT)
-    while not (tmp_path / CHECKPOINT).is_dir():
+    while not due():
         assert process.poll() is None, "it ended first"
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(number)
+    return process.wait()
+
+
+def test_a_killed_reproduction_goes_on(text: Path, tmp_path: Path) -> None:
+    """Signals in the middle of a training: what has ended is not run again, the training resumes."""
+    command = words(text, tmp_path, "train", "--number", 1)
+    run = tmp_path / "runs/base-s0"
+    first = run / "checkpoints/step-00000010"
+    assert ended_by(signal.SIGTERM, command, first.is_dir) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM after step" in (run / "train.log").read_text()
+    assert ended_by(signal.SIGKILL, command, lambda: "resumed from" in (run / "train.log").read_text()) < 0
     notes = {file.name: file.read_bytes() for file in (tmp_path / "steps").iterdir()}
     assert notes.keys() == {"data.json", "synthetic.json", "synthetic-data.json"}
     mlm_train(*command)
     after = {file.name: file.read_bytes() for file in (tmp_path / "steps").iterdir()}
     assert notes.items() <= after.items() and after.keys() - notes.keys() == {"train.base.s0.json"}
-    log = (tmp_path / "runs/base-s0/train.log").read_text()
-    assert "resumed from" in log and "step 60/60" in log
-    mlm_train("checkpoint", "list", tmp_path / "runs/base-s0")
+    log = (run / "train.log").read_text()
+    assert log.count("resumed from") == 2 and "step 60/60" in log
+    mlm_train("checkpoint", "list", run)
     (tmp_path / "steps/data.json").write_text(json.dumps({"words": ["data"], "seconds": 1.0}))
     assert "is of another command (mlm-train data)" in refused(*command)
 
