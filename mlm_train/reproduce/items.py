@@ -81,7 +81,7 @@ ITEMS: dict[str, Item] = {
         "2h^2 7.409 and 20.28, 3h^2 7.825 and 21.47, MemoryLLM 6.041 and 14.42.",
         lambda plan: ["decode"],
         table6,
-        untrained="random weights in the paper's shapes, bf16, on this machine",
+        untrained="random weights in the paper's shapes, bf16, on this CPU",
     ),
     "table7": Item(
         "Tables in fewer bits",
