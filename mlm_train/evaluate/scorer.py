@@ -92,7 +92,7 @@ class Scorer:
 
     @property
     def fingerprint(self) -> str:
-        """The model's fingerprint; see OpenedModel.fingerprint. Asked for first before `model` is."""
+        """The model's fingerprint; see OpenedModel.fingerprint. Before `model` is read, which closes it."""
         return self._opened.fingerprint
 
     @cached_property

@@ -21,7 +21,7 @@ from mlm_train.reproduce.measures import (
     table7,
     table8,
 )
-from mlm_train.reproduce.plan import LIKE, METHODS, TASK_ALPHAS, Plan
+from mlm_train.reproduce.plan import LIKE, METHODS, TASK_ALPHAS, Plan, tasks_at
 from mlm_train.reproduce.scores import Scores
 
 
@@ -50,12 +50,7 @@ ITEMS: dict[str, Item] = {
         "MemoryLLM-1B at alpha 1.0 / 0.8 / 0.5: LAMBADA .361 / .355 / .109, ARC-Easy .516 / .441 / .317, "
         "HellaSwag .372 / .375 / .330, PIQA .702 / .706 / .680: recall falls, reasoning hardly.",
         lambda plan: [
-            *each(plan, "tasks", plan.scored_in_tasks),
-            *(
-                name
-                for alpha in TASK_ALPHAS[1:]
-                for name in each(plan, f"tasks.alpha{alpha:g}", plan.scored_in_tasks)
-            ),
+            *(name for alpha in TASK_ALPHAS for name in each(plan, tasks_at(alpha), plan.scored_in_tasks)),
             *each(plan, "ablate", ["memory"]),
             *each(plan, "prose", ["memory"]),
         ],

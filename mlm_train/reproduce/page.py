@@ -52,7 +52,7 @@ def _anchor(finding: Finding) -> str:
     return kept.replace(" ", "-")
 
 
-def escaped(text: str) -> str:
+def in_cell(text: str) -> str:
     """Text as it is in a cell of a Markdown table: tokens may be anything."""
     return "".join(f"\\{c}" if c in "\\|`*_<>[]" else c for c in text)
 
@@ -67,7 +67,7 @@ def _section(finding: Finding) -> str:
         "| " + " | ".join(finding.columns) + " |",
         "|" + "---|" * len(finding.columns),
         *(
-            "| " + " | ".join("" if cell is None else escaped(str(cell)) for cell in row) + " |"
+            "| " + " | ".join("" if cell is None else in_cell(str(cell)) for cell in row) + " |"
             for row in finding.rows
         ),
         "",

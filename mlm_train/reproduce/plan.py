@@ -16,6 +16,11 @@ TASK_ALPHAS = (1.0, 0.8, 0.5)  # the paper's
 TASK_MODEL = "memory-tasks"
 
 
+def tasks_at(alpha: float) -> str:
+    """What names of steps that score tasks with FFN-M times alpha begin with."""
+    return "tasks" if alpha == 1 else f"tasks.alpha{alpha:g}"
+
+
 @dataclass(frozen=True)
 class Scale:
     """How large a reproduction is.
@@ -216,12 +221,12 @@ class Plan:
         return Step(f"keys.{name}", words, (f"train.{name}",), seconds=90)
 
     def _tasks(self, name: str, run: str, alpha: float) -> Step:
-        at = "" if alpha == 1 else f".alpha{alpha:g}"
+        step = f"{tasks_at(alpha)}.{name}"
         scaled = () if alpha == 1 else ("--memory-scale", f"{alpha:g}")
         words = ("evaluate", "--model", run, "--tasks", ",".join(TASKS), "--include-path", "synthetic",
                  *scaled, "--json")  # fmt: skip
-        return Step(f"tasks{at}.{name}", words, (f"train.{name}", "synthetic"),
-                    prints=f"results/tasks{at}.{name}.json", seconds=20)  # fmt: skip
+        needs = (f"train.{name}", "synthetic")
+        return Step(step, words, needs, prints=f"results/{step}.json", seconds=20)
 
     def decode(self) -> Step:
         """The time of a token, with random weights in the paper's 1B shapes, on this machine."""

@@ -7,7 +7,7 @@ from mlm_train.analyze.ablate.study import Row, read_ablation
 from mlm_train.analyze.keys.folder import KeysFolder, Statistics
 from mlm_train.config import load_config
 from mlm_train.reproduce.finding import Spread
-from mlm_train.reproduce.plan import KINDS, Plan
+from mlm_train.reproduce.plan import KINDS, Plan, tasks_at
 from mlm_train.reproduce.steps import Workspace
 
 
@@ -27,8 +27,7 @@ class Scores:
 
     def accuracy(self, kind: str, alpha: float, task: str, seed: int) -> float:
         """The accuracy in a task."""
-        at = "" if alpha == 1 else f".alpha{alpha:g}"
-        return float(self._json(f"tasks{at}.{kind}.s{seed}")["results"][task]["acc,none"])
+        return float(self._json(f"{tasks_at(alpha)}.{kind}.s{seed}")["results"][task]["acc,none"])
 
     def pruned(self, method: str, like: str) -> Spread:
         """The perplexity of the base model, pruned."""

@@ -222,7 +222,7 @@ def test_bad_input(model: Path, keys: Path, table: Path, tmp_path: Path) -> None
         (("--shares", shares, elsewhere), "(data e) and"),
         (("--shares", shares, "--tol", table), "is of another model than --keys, --ablation and --shares"),
         (("--tol", model), "tol.index.json"),
-        (("--tol", table, "--keys", texts), "is of another model than --keys"),
+        (("--tol", table, "--keys", texts), "is of another model than --keys, --ablation and --shares"),
     ):
         assert expected in refused("analyze", "report", "--output", out, *words), words
     assert "is not replaced; name another file" in refused(

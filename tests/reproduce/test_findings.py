@@ -11,7 +11,7 @@ from mlm_train.analyze.keys.folder import FORMAT
 from mlm_train.reproduce.command import FIGURES
 from mlm_train.reproduce.finding import Spread, less
 from mlm_train.reproduce.items import ITEMS, finding_of
-from mlm_train.reproduce.page import escaped, verdict, write_page
+from mlm_train.reproduce.page import in_cell, verdict, write_page
 from mlm_train.reproduce.plan import SCALES, TASKS, Plan
 from mlm_train.reproduce.scores import Scores
 from mlm_train.reproduce.steps import Workspace
@@ -175,7 +175,7 @@ def test_verdicts() -> None:
     assert verdict(less("", "ab", [low, middle])) == "yes, within the spread of seeds"
     assert verdict(less("", "ab", [middle, low])) == "no, within the spread of seeds"
     assert verdict(less("", "abc", [low, high, middle])) == "no"
-    assert escaped("a|`\\x02") == "a\\|\\`\\\\x02"
+    assert in_cell("a|`\\x02") == "a\\|\\`\\\\x02"
     assert Spread.of([-0.5, 0.25]).percent() == "-12.50% (-50.00% to +25.00%)"
     assert low.text() == "5.00 (4.00 to 6.00)" and Spread.of([1234.5]).text() == "1,234.50"
 
